@@ -1,0 +1,16 @@
+"""Refusals: errors whose text is one sentence for the person who caused them."""
+
+
+class AnyDoorError(Exception):
+    """A refusal in plain words: what was wrong, what was expected, where.
+
+    The command line prints the text and exits with code 2; the server turns it into a status code.
+    """
+
+
+class BundleError(AnyDoorError):
+    """The bundle is missing, damaged, of another format version, or does not fit this machine."""
+
+
+class BackendError(AnyDoorError):
+    """An execution backend is not installed, or cannot run here."""
