@@ -1,0 +1,166 @@
+"""The sizes of an AnyDoor network, and how to read them off the tensors of an official checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LATENT_SCALE = 0.18215
+"""The latents of SD 2.1's VAE are multiplied by this, so that they have about unit variance."""
+
+REFERENCE_SIZE = 224
+"""Side of the reference that the ID encoder looks at, in pixels."""
+
+HINT_CHANNELS = (16, 32, 96, 256)
+"""Widths of the hint block; the original fixes them for any size of UNet (cldm.py, input_hint_block)."""
+
+SD21_HEAD_WIDTH = 64
+DINO_HEAD_WIDTH = 64
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that determines the shapes and the meaning of the weights.
+
+    The defaults are the published model: SD 2.1 with DINOv2 ViT-g/14.
+    """
+
+    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    unet_attention: tuple[bool, ...] = (True, True, True, False)
+    """Whether the level has transformer blocks, top level first."""
+    unet_layers: int = 2
+    """Residual blocks per level on the way down; one more on the way up."""
+    unet_head_width: int = SD21_HEAD_WIDTH
+    """Channels per attention head. Cannot be read off the weights."""
+    token_width: int = 1024
+    latent_channels: int = 4
+    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
+    vae_layers: int = 2
+    dino_width: int = 1536
+    dino_depth: int = 40
+    dino_heads: int = 24
+    """Attention heads of the ID encoder. Cannot be read off the weights."""
+    dino_mlp_ratio: int = 4
+    """The SwiGLU layers are two thirds of this times as wide as the tokens."""
+    dino_patch: int = 14
+    dino_grid: int = 37
+    """Patches per side that the position embeddings were trained for (518 px)."""
+
+    @property
+    def token_count(self) -> int:
+        """ID tokens per reference: the class token and one per patch."""
+        return 1 + (REFERENCE_SIZE // self.dino_patch) ** 2
+
+    @property
+    def unet_heads(self) -> tuple[int, ...]:
+        """Attention heads per level."""
+        return tuple(width // self.unet_head_width for width in self.unet_channels)
+
+    @property
+    def latent_factor(self) -> int:
+        """How many picture pixels one latent pixel spans, per side."""
+        return int(2 ** (len(self.vae_channels) - 1))
+
+    def detail_shapes(self, resolution: int) -> tuple[tuple[int, int, int], ...]:
+        """(channels, height, width) of the detail maps for a picture of `resolution` pixels."""
+        side, channels = resolution // self.latent_factor, self.unet_channels
+        shapes = [(channels[0], side, side)]
+        for level, width in enumerate(channels):
+            shapes += [(width, side, side)] * self.unet_layers
+            if level < len(channels) - 1:
+                side //= 2
+                shapes.append((width, side, side))
+        return (*shapes, (channels[-1], side, side))
+
+
+class ArchitectureError(ValueError):
+    """The tensors are not those of an AnyDoor network; the text says what is amiss."""
+
+
+def infer_architecture(
+    shapes: Shapes, unet_head_width: int | None = None, dino_heads: int | None = None
+) -> Architecture:
+    """Reads the sizes of a network off the shapes of an official checkpoint.
+
+    Args:
+        shapes: official key -> shape.
+        unet_head_width: channels per head of UNet and ControlNet, which no shape tells; 64 if None, as in
+            SD 2.1.
+        dino_heads: heads of the ID encoder, which no shape tells; one per 64 channels if None, as in every
+            DINOv2.
+
+    Raises:
+        ArchitectureError: a tensor that determines a size is missing, or a head width does not divide.
+    """
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in shapes:
+            raise ArchitectureError(f"'{key}' is missing, so the size of the network is unknown")
+        return tuple(shapes[key])
+
+    channels, attention, layers = _unet_levels(shapes)
+    unet_head_width = unet_head_width or SD21_HEAD_WIDTH
+    dino_width = shape("cond_stage_model.model.cls_token")[-1]
+    if dino_heads is None:
+        dino_heads = dino_width // DINO_HEAD_WIDTH if dino_width % DINO_HEAD_WIDTH == 0 else 0
+    if any(width % unet_head_width for width in channels):
+        raise ArchitectureError(
+            f"{unet_head_width} channels per attention head do not divide the UNet's widths {channels}; "
+            "weights cannot tell the head width: give --unet-head-width"
+        )
+    if not dino_heads or dino_width % dino_heads:
+        raise ArchitectureError(
+            f"the number of attention heads of an ID encoder of width {dino_width} cannot be guessed from "
+            "its weights: give --dino-heads"
+        )
+    vae_levels = _count(shapes, r"first_stage_model\.encoder\.down\.(\d+)\.")
+    return Architecture(
+        unet_channels=channels,
+        unet_attention=attention,
+        unet_layers=layers,
+        unet_head_width=unet_head_width,
+        token_width=shape("cond_stage_model.projector.weight")[0],
+        latent_channels=shape("model.diffusion_model.input_blocks.0.0.weight")[1],
+        vae_channels=tuple(
+            shape(f"first_stage_model.encoder.down.{i}.block.0.conv1.weight")[0] for i in range(vae_levels)
+        ),
+        vae_layers=_count(shapes, r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
+        dino_width=dino_width,
+        dino_depth=_count(shapes, r"cond_stage_model\.model\.blocks\.(\d+)\."),
+        dino_heads=dino_heads,
+        dino_mlp_ratio=round(shape("cond_stage_model.model.blocks.0.mlp.w12.weight")[0] * 0.75 / dino_width),
+        dino_patch=shape("cond_stage_model.model.patch_embed.proj.weight")[-1],
+        dino_grid=round((shape("cond_stage_model.model.pos_embed")[1] - 1) ** 0.5),
+    )
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the largest index that `pattern` captures among the keys."""
+    found = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
+    if not found:
+        raise ArchitectureError(f"no key matches {pattern}, so the size of the network is unknown")
+    return max(found) + 1
+
+
+def _unet_levels(shapes: Shapes) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
+    """Widths, presence of attention, and residual blocks per level, top level first."""
+    prefix = "model.diffusion_model.input_blocks."
+    channels: list[int] = []
+    attention: list[bool] = []
+    blocks_per_level = [0]
+    for index in range(1, _count(shapes, re.escape(prefix) + r"(\d+)\.")):
+        if f"{prefix}{index}.0.op.weight" in shapes:
+            blocks_per_level.append(0)
+            continue
+        if blocks_per_level[-1] == 0:
+            channels.append(shapes[f"{prefix}{index}.0.out_layers.3.weight"][0])
+            attention.append(f"{prefix}{index}.1.proj_in.weight" in shapes)
+        blocks_per_level[-1] += 1
+    if len(set(blocks_per_level)) != 1:
+        raise ArchitectureError(
+            f"the UNet's levels have {blocks_per_level} residual blocks; all must have as many"
+        )
+    return tuple(channels), tuple(attention), blocks_per_level[0]
