@@ -82,6 +82,8 @@ class ModelShape:
     """Side of the reference that the ID encoder looks at, in pixels."""
     detail_shapes: tuple[tuple[int, int, int], ...]
     """(channels, height, width) of each detail map, first to last; the last belongs to the middle block."""
+    detail_dtype: str = "float32"
+    """float16 in an fp16 bundle: the detail maps of all steps are what fills the memory."""
 
 
 def detail_names(count: int) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ def graph_specs(shape: ModelShape) -> dict[str, GraphSpec]:
         return TensorSpec(name, "int32", dims)
 
     def detail_maps(first: str) -> tuple[TensorSpec, ...]:
-        return tuple(f32(name, first, *dims) for name, dims in details)
+        return tuple(TensorSpec(name, shape.detail_dtype, (first, *dims)) for name, dims in details)
 
     reference = shape.reference_size
     return {

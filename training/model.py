@@ -128,9 +128,6 @@ class _PositionEmbeddings(Dinov2Embeddings):  # type: ignore[misc]
 class IDEncoder(nn.Module):
     """The ID extractor (section 3.2): DINOv2 and one linear layer, the projector."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = architecture
@@ -147,15 +144,14 @@ class IDEncoder(nn.Module):
         self.dino = Dinov2Model(config)
         self.dino.embeddings = _PositionEmbeddings(config)
         self.projector = nn.Linear(a.dino_width, a.token_width)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, reference: Tensor) -> Tensor:
         """ID tokens (N, T, D) of background-free references (N, 3, 224, 224) in 0..1 RGB.
 
         A black picture gives the unconditional tokens of classifier-free guidance.
         """
-        features: Tensor = self.dino((reference - self.mean) / self.std).last_hidden_state
+        mean, std = (reference.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        features: Tensor = self.dino((reference - mean) / std).last_hidden_state
         return self.projector(features)  # type: ignore[no-any-return]
 
     @torch.no_grad()

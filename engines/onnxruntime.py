@@ -1,0 +1,126 @@
+"""ONNX Runtime: runs a bundle's graphs on the CPU, or on an NVIDIA card through the CUDA execution provider.
+
+Both go the same way: inputs and outputs are values on the device, bound to the call, so what one graph leaves
+there the next one takes without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engines.bundle import Bundle
+from engines.engine import Array, DeviceTensor, require_shape
+from engines.errors import BackendError, BundleError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+INSTALL = "install it with: pip install 'anydoor-runtime[cpu]' (or [cuda] for an NVIDIA card)"
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def load_library() -> Any:
+    """The onnxruntime package.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(f"ONNX Runtime is not installed; {INSTALL}") from error
+    onnxruntime.set_default_logger_severity(3)
+    return onnxruntime
+
+
+def devices() -> list[str]:
+    """The devices that the installed ONNX Runtime was built for, best first."""
+    available = load_library().get_available_providers()
+    return [device for device in ("cuda", "cpu") if _PROVIDERS[device] in available]
+
+
+class OnnxRuntimeEngine:
+    """Runs graphs with ONNX Runtime; see `engines.engine.Engine`."""
+
+    def __init__(self, bundle: Bundle, device: str, threads: int | None = None) -> None:
+        self.device = device
+        self._library = load_library()
+        self._bundle = bundle
+        self._specs = bundle.manifest.specs
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._options = self._library.SessionOptions()
+        # idle threads sleep at once: a server, or the other graphs, need the cores more than a spinning loop
+        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if threads:
+            self._options.intra_op_num_threads = threads
+
+    def load(self, graph: str) -> None:
+        """Loads a graph's weights; see `Engine.load`."""
+        if graph in self._sessions:
+            return
+        self._bundle.verify(graph)
+        try:
+            session = self._library.InferenceSession(
+                str(self._bundle.graph_file(graph)), self._options, providers=[_PROVIDERS[self.device]]
+            )
+        except Exception as error:  # the library raises classes of its own, all derived from Exception
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"ONNX Runtime cannot load the graph '{graph}': {reason}") from error
+        # the library falls back to the CPU with a warning when a provider does not start
+        if _PROVIDERS[self.device] not in session.get_providers():
+            raise BackendError(
+                f"ONNX Runtime could not start its {self.device} provider: the NVIDIA driver or the CUDA and "
+                "cuDNN libraries are missing; check with 'anydoor doctor', or run with --device cpu"
+            )
+        self._sessions[graph] = session
+
+    def unload(self, graph: str) -> None:
+        """Frees a graph's weights; see `Engine.unload`."""
+        self._sessions.pop(graph, None)
+
+    def run(
+        self,
+        graph: str,
+        inputs: Mapping[str, DeviceTensor | Array],
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, DeviceTensor]:
+        """Runs a graph; see `Engine.run`."""
+        self.load(graph)
+        session = self._sessions[graph]
+        binding = session.io_binding()
+        for spec in self._specs[graph].inputs:
+            value = inputs[spec.name]
+            if isinstance(value, np.ndarray):
+                value = self.to_device(require_shape(spec.name, value, spec.dtype))
+            binding.bind_ortvalue_input(spec.name, value)
+        names = list(outputs or (spec.name for spec in self._specs[graph].outputs))
+        for name in names:
+            binding.bind_output(name, self.device)
+        session.run_with_iobinding(binding)
+        return dict(zip(names, binding.get_outputs()))
+
+    def to_device(self, array: Array) -> DeviceTensor:
+        """See `Engine.to_device`."""
+        return self._library.OrtValue.ortvalue_from_numpy(array, self.device)
+
+    def to_host(self, tensor: DeviceTensor) -> Array:
+        """See `Engine.to_host`."""
+        return tensor.numpy()  # type: ignore[no-any-return]
+
+    def nbytes(self, tensor: DeviceTensor) -> int:
+        """See `Engine.nbytes`."""
+        return int(tensor.tensor_size_in_bytes())
+
+
+def open_engine(bundle: Bundle, device: str, threads: int | None) -> OnnxRuntimeEngine:
+    """The engine for a bundle; see `engines.engine.open_engine`."""
+    available = devices()
+    if device == "auto":
+        device = available[0]
+    if device not in available:
+        raise BackendError(f"the installed ONNX Runtime has no {device} provider; {INSTALL}")
+    return OnnxRuntimeEngine(bundle, device, threads)

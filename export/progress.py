@@ -1,0 +1,61 @@
+"""A progress bar whose clock goes on while a step of unknown length runs."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+
+from tqdm import tqdm
+
+_TICK_SECONDS = 1.0
+
+
+class Progress:
+    """A bar over a known number of steps; most of them are calls that report nothing until they are done."""
+
+    def __init__(self, steps: int, quiet: bool = False) -> None:
+        """Starts the bar.
+
+        Args:
+            steps: how often `step` will be called.
+            quiet: show nothing.
+        """
+        self._steps = steps
+        self._count = 0
+        # in a log file a moving bar is noise: a line per step tells as much
+        self._lines = not quiet and not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps,
+            disable=quiet or self._lines,
+            bar_format="{desc:<34} {bar} {n_fmt}/{total_fmt} [{elapsed}]",
+            dynamic_ncols=True,
+        )
+        self._done = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._ticker.start()
+
+    def step(self, description: str) -> None:
+        """Ends the step before, if any, and names the one that starts now."""
+        if self._count:
+            self._bar.update()
+        self._count += 1
+        if self._lines:
+            print(f"[{self._count}/{self._steps}] {description}", file=sys.stderr, flush=True)
+        self._bar.set_description_str(description)
+
+    def _tick(self) -> None:
+        while not self._done.wait(_TICK_SECONDS):
+            self._bar.refresh()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._ticker.join()
+        if error is None:
+            self._bar.update()
+        self._bar.close()

@@ -1,0 +1,73 @@
+"""Does a built graph compute what PyTorch computes? Both run on the same seeded inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from engines.engine import Array, Engine
+from engines.errors import AnyDoorError
+from engines.graphs import GraphSpec
+from export.graphs import example_inputs
+
+VERIFY_SIZES = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}
+"""One picture with guidance: the call that every user makes."""
+
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
+"""Precision -> largest relative error of any output that a build accepts."""
+
+
+class VerificationError(AnyDoorError):
+    """A built graph does not compute what PyTorch computes."""
+
+
+def verify_graph(
+    module: nn.Module, spec: GraphSpec, engine: Engine, precision: str, seed: int = 0
+) -> dict[str, float]:
+    """Runs a graph and the float32 module it was made from on the same inputs.
+
+    Args:
+        module: the graph in PyTorch, with float32 weights.
+        spec: its signature.
+        engine: runs the built graph.
+        precision: fp32 or fp16; sets the tolerance.
+        seed: of the inputs.
+
+    Returns:
+        Output -> norm of the difference / norm of PyTorch's output.
+
+    Raises:
+        VerificationError: an output is out of tolerance or not finite.
+    """
+    inputs = example_inputs(spec, VERIFY_SIZES, seed)
+    built = {name: engine.to_host(tensor) for name, tensor in engine.run(spec.name, inputs).items()}
+    with torch.no_grad():
+        result = module(*(torch.from_numpy(array.astype(_full(array))) for array in inputs.values()))
+    expected = dict(zip([t.name for t in spec.outputs], result if isinstance(result, tuple) else (result,)))
+    errors = {name: relative_error(built[name], tensor.numpy()) for name, tensor in expected.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    # not '>': an error that is not a number must fail as well
+    if not errors[worst] <= TOLERANCE[precision]:
+        raise VerificationError(
+            f"the graph '{spec.name}' differs from PyTorch: output '{worst}' has a relative error of "
+            f"{errors[worst]:.1e}, and {TOLERANCE[precision]:.0e} is accepted in {precision}"
+        )
+    return errors
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    """Norm of the difference over norm of what was expected, in float64."""
+    difference = np.linalg.norm(found.astype(np.float64) - expected.astype(np.float64))
+    return float(difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30))
+
+
+def worst(errors: Mapping[str, float]) -> float:
+    """The largest error of a graph's outputs."""
+    return max(errors.values())
+
+
+def _full(array: Array) -> np.dtype[np.generic]:
+    return np.dtype(np.float32) if array.dtype == np.float16 else array.dtype
