@@ -1,0 +1,25 @@
+"""AnyDoor Runtime: puts an object from one picture into another.
+
+from runtime import Compositor, Placement
+
+compositor = Compositor.load("build/engines/anydoor")
+image = compositor.composite("desk.jpg", Placement("cup.png", box=(80, 60, 300, 260)), seed=7)
+"""
+
+from engines.errors import AnyDoorError, BackendError, BundleError
+from runtime.collage import Ratios
+from runtime.compositor import Composite, Compositor
+from runtime.errors import InputError
+from runtime.request import Placement, Sampling
+
+__all__ = [
+    "AnyDoorError",
+    "BackendError",
+    "BundleError",
+    "Composite",
+    "Compositor",
+    "InputError",
+    "Placement",
+    "Ratios",
+    "Sampling",
+]

@@ -1,0 +1,196 @@
+"""Pictures and masks, in and out: any common file or array to RGB uint8, bounded before it is decoded."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from runtime.errors import InputError
+
+MAX_FILE_BYTES = 256 * 1024 * 1024
+MAX_PIXELS = 100_000_000
+"""Largest picture that is decoded; 100 megapixels take 300 MB."""
+
+READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+_MASK_THRESHOLD = 128
+
+PictureLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
+"""A file, the bytes of one, a Pillow image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded picture."""
+
+    rgb: NDArray[np.uint8]
+    """(H, W, 3), upright."""
+    alpha: NDArray[np.uint8] | None
+    """(H, W) opacity, if the picture has any transparency."""
+
+
+def load_picture(source: PictureLike, name: str) -> Picture:
+    """Decodes a picture: greyscale, palette, 16-bit, CMYK, transparent or turned by EXIF.
+
+    Args:
+        source: where the picture is.
+        name: what to call it in an error, as the caller named it.
+
+    Raises:
+        InputError: it is not a picture, is damaged, or is too large.
+    """
+    image = _upright(_decode(source, name), name)
+    has_alpha = "A" in image.getbands() or "transparency" in image.info
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if not has_alpha:
+        return Picture(np.asarray(image.convert("RGB")), None)
+    rgba = np.asarray(image.convert("RGBA"))
+    alpha = rgba[..., 3]
+    return Picture(np.ascontiguousarray(rgba[..., :3]), None if (alpha == 255).all() else alpha)
+
+
+def load_mask(source: PictureLike | NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
+    """A mask (H, W): first channel above 128, or not 0 where no value exceeds 1.
+
+    Args:
+        source: a picture, or an array of bool or of 0 and 1.
+        name: what to call it in an error.
+
+    Raises:
+        InputError: it is not a picture, is damaged, or is too large.
+    """
+    if isinstance(source, np.ndarray) and source.dtype == np.bool_:
+        source = source.astype(np.uint8)
+    values = load_picture(source, name).rgb[..., 0]
+    return values > (_MASK_THRESHOLD if values.max() > 1 else 0)
+
+
+def mask_from_alpha(alpha: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """The mask of a picture's opaque part, as the original takes it: more than 128."""
+    return alpha > _MASK_THRESHOLD
+
+
+def encode_picture(image: NDArray[np.uint8], file_format: str) -> bytes:
+    """The bytes of a picture file.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        file_format: PNG, JPEG or WEBP.
+    """
+    buffer = io.BytesIO()
+    settings = {"PNG": {"compress_level": 6}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
+    Image.fromarray(image).save(buffer, file_format, **settings[file_format])
+    return buffer.getvalue()
+
+
+def format_of(path: Path) -> str:
+    """The format that a file name asks for.
+
+    Raises:
+        InputError: none that can be written.
+    """
+    if path.suffix.lower() not in WRITABLE_FORMATS:
+        raise InputError(f"cannot write '{path}': its name must end in {', '.join(WRITABLE_FORMATS)}")
+    return WRITABLE_FORMATS[path.suffix.lower()]
+
+
+def save_picture(image: NDArray[np.uint8], path: str | Path) -> None:
+    """Writes a picture beside its place, then renames it: nobody sees half a file.
+
+    Raises:
+        InputError: the name has no known ending, or the place cannot be written to.
+    """
+    path = Path(path)
+    content = encode_picture(image, format_of(path))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write '{path}': {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def contact_sheet(images: list[NDArray[np.uint8]], gap: int = 8) -> NDArray[np.uint8]:
+    """Pictures of one size in a near-square grid on white."""
+    columns = int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    height, width = images[0].shape[:2]
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        y, x = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        sheet[y : y + height, x : x + width] = image
+    return sheet
+
+
+def _decode(source: PictureLike, name: str) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name)
+    where = name if isinstance(source, bytes) else f"{name} '{source}'"
+    content = source if isinstance(source, bytes) else _read(Path(source), where)
+    if len(content) > MAX_FILE_BYTES:
+        raise InputError(f"{where} has {len(content)} bytes; at most {MAX_FILE_BYTES} are read")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures; the limit below is the one that counts
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{where} has more than {MAX_PIXELS:,} pixels, the most that are decoded") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{where} is not a picture ({', '.join(READABLE_FORMATS)} are read)") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"{where} is {width} x {height}: more than {MAX_PIXELS:,} pixels, the most that are decoded"
+        )
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise InputError(f"{where} is damaged or cut short") from error
+    return image
+
+
+def _read(path: Path, where: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {where}: {error.strerror}") from error
+
+
+def _from_array(array: NDArray[np.uint8], name: str) -> Image.Image:
+    channels = array.shape[2:]
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in ((), (3,), (4,)) or not array.size:
+        raise InputError(
+            f"{name} must be an array (H, W), (H, W, 3) or (H, W, 4) of uint8, "
+            f"not {array.dtype} of shape {array.shape}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, ZeroDivisionError):
+        # damaged EXIF data does not make the pixels unusable
+        return image
+
+
+def _to_8_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """16-bit greyscale keeps its top 8 bits; Pillow would clip it to white."""
+    values = values.astype(np.float64)
+    scale = 257.0 if values.max(initial=0) > 255 else 1.0
+    return np.clip(values / scale, 0, 255).astype(np.uint8)

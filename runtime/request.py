@@ -1,0 +1,58 @@
+"""What a caller asks for: where an object goes, and how the picture is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.collage import Ratios
+from runtime.pictures import PictureLike
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """An object and its place in the scene."""
+
+    reference: PictureLike
+    """Picture of the object."""
+    reference_mask: PictureLike | NDArray[np.bool_] | None = None
+    """Where the object is in it; its transparency if None."""
+    box: tuple[int, int, int, int] | None = None
+    """Place: x0, y0, x1, y1 in pixels of the scene, x1 and y1 exclusive. May cross the scene's border."""
+    mask: PictureLike | NDArray[np.bool_] | None = None
+    """Place: a mask of the scene's size, instead of a box."""
+    mode: str = "box"
+    """How it is placed, one of `runtime.collage.MODES`: "box" generates the surroundings of the box anew;
+    "shape" makes the object fill the mask; "keep_background" changes nothing outside the box."""
+    ratios: Ratios = field(default_factory=Ratios)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are sampled. The defaults are the original's (run_inference.py)."""
+
+    steps: int = 50
+    """DDIM steps, 1 to 999."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale; 1 is without guidance and half the work."""
+    strength: float = 1.0
+    """Factor of the detail maps; 0 ignores the scene's details and the high-frequency map."""
+    eta: float = 0.0
+    """0 is deterministic DDIM, 1 adds as much noise as DDPM."""
+    timesteps: tuple[int, ...] | None = None
+    """Exact timesteps to visit, rising, to follow another implementation; overrides `steps`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedPlacement:
+    """A placement whose pictures are decoded and checked; see `runtime.validation`."""
+
+    reference: NDArray[np.uint8]
+    reference_mask: NDArray[np.bool_]
+    target: Any
+    """A `Box`, or a mask (H, W) of bool."""
+    mode: str
+    ratios: Ratios

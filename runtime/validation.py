@@ -1,0 +1,140 @@
+"""Where a request is refused: every check of a placement and of sampling parameters, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.boxes import Box
+from runtime.collage import MODES
+from runtime.ddim import MAX_STEPS
+from runtime.errors import InputError
+from runtime.pictures import load_mask, load_picture, mask_from_alpha
+from runtime.request import Placement, ResolvedPlacement, Sampling
+
+MAX_IMAGES = 64
+MAX_GUIDANCE = 100.0
+MAX_STRENGTH = 10.0
+MAX_SEED = 2**63 - 1
+MIN_MASK_PIXELS = 10
+"""The original takes a smaller mask for the whole picture; that is a mistake more often than a wish."""
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuses sampling parameters out of range.
+
+    Raises:
+        InputError: names the parameter, its value and its range.
+    """
+    _check_integer("steps", sampling.steps, 1, MAX_STEPS)
+    _check_number("guidance", sampling.guidance, 0.0, MAX_GUIDANCE)
+    _check_number("strength", sampling.strength, 0.0, MAX_STRENGTH)
+    _check_number("eta", sampling.eta, 0.0, 1.0)
+
+
+def check_seeds(seed: int, num_images: int) -> None:
+    """Refuses a seed or a number of pictures out of range.
+
+    Raises:
+        InputError: names the parameter, its value and its range.
+    """
+    _check_integer("num_images", num_images, 1, MAX_IMAGES)
+    _check_integer("seed", seed, 0, MAX_SEED - num_images)
+
+
+def check_initial_noise(noise: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The noise as float32 of the given shape.
+
+    Raises:
+        InputError: it has another shape, or values that are not finite.
+    """
+    if noise.shape != shape:
+        raise InputError(f"initial_noise must have the shape {shape}, not {noise.shape}")
+    if not np.isfinite(noise).all():
+        raise InputError("initial_noise has values that are not finite numbers")
+    return noise.astype(np.float32)
+
+
+def resolve_placement(placement: Placement, scene: NDArray[np.uint8]) -> ResolvedPlacement:
+    """Decodes a placement's pictures and checks that everything fits.
+
+    Args:
+        placement: as the caller gave it.
+        scene: (H, W, 3) uint8 RGB.
+
+    Raises:
+        InputError: one sentence: what was wrong, what was expected, where.
+    """
+    if placement.mode not in MODES:
+        raise InputError(f"there is no mode '{placement.mode}': choose one of {', '.join(MODES)}")
+    reference = load_picture(placement.reference, "the reference")
+    if placement.reference_mask is not None:
+        reference_mask = load_mask(placement.reference_mask, "the reference mask")
+        _check_mask(reference_mask, reference.rgb, "the reference mask", "the reference")
+    elif reference.alpha is not None:
+        reference_mask = mask_from_alpha(reference.alpha)
+        _check_mask(reference_mask, reference.rgb, "the reference's opaque part", "the reference")
+    else:
+        raise InputError(
+            "the reference has no transparency, so where the object is must be said: give a reference mask"
+        )
+    return ResolvedPlacement(
+        reference.rgb, reference_mask, _target(placement, scene), placement.mode, placement.ratios
+    )
+
+
+def _target(placement: Placement, scene: NDArray[np.uint8]) -> Box | NDArray[np.bool_]:
+    if (placement.box is None) == (placement.mask is None):
+        raise InputError("a placement needs either a box or a mask that says where the object goes, and not both")
+    if placement.box is not None:
+        return check_box(placement.box, (scene.shape[1], scene.shape[0]))
+    assert placement.mask is not None
+    mask = load_mask(placement.mask, "the scene mask")
+    _check_mask(mask, scene, "the scene mask", "the scene")
+    return mask
+
+
+def check_box(box: Sequence[int], size: tuple[int, int]) -> Box:
+    """The box, if any of it lies in a scene of `size` (width, height).
+
+    Raises:
+        InputError: it is not four whole numbers, has no area, or lies outside.
+    """
+    if len(box) != 4 or any(not _is_integer(value) for value in box):
+        raise InputError(f"a box is four whole numbers x0,y0,x1,y1, not {tuple(box)}")
+    checked = Box(*(int(value) for value in box))
+    if checked.is_empty:
+        raise InputError(f"the box {tuple(checked)} has no area: x1 must exceed x0, and y1 exceed y0")
+    if checked.clip(size).is_empty:
+        raise InputError(f"the box {tuple(checked)} lies outside the scene of {size[0]} x {size[1]} pixels")
+    return checked
+
+
+def _check_mask(mask: NDArray[np.bool_], picture: NDArray[np.uint8], name: str, of: str) -> None:
+    if mask.shape != picture.shape[:2]:
+        raise InputError(
+            f"{name} is {mask.shape[1]} x {mask.shape[0]} and {of} is "
+            f"{picture.shape[1]} x {picture.shape[0]} pixels: they must have the same size"
+        )
+    pixels = int(np.count_nonzero(mask))
+    if pixels < MIN_MASK_PIXELS:
+        what = "is empty" if pixels == 0 else f"has only {pixels} pixels set"
+        raise InputError(f"{name} {what}; at least {MIN_MASK_PIXELS} pixels must be")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: int, low: int, high: int) -> None:
+    if not _is_integer(value) or not low <= value <= high:
+        raise InputError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not valid or not math.isfinite(value) or not low <= value <= high:
+        raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
