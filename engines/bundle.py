@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 CONSTANTS = "constants.npz"
 BUILD_COMMAND = "python export/build_engines.py CHECKPOINT"
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called with the number of bytes just read."""
 
 
@@ -223,7 +223,8 @@ def read_manifest(path: Path) -> Manifest:
         return _parse(content)
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
-            f"the bundle at {where} is damaged: {MANIFEST} is incomplete ({error!r}); rebuild it with '{BUILD_COMMAND}'"
+            f"the bundle at {where} is damaged: {MANIFEST} is incomplete ({error!r}); "
+            f"rebuild it with '{BUILD_COMMAND}'"
         ) from error
 
 

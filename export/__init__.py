@@ -1,0 +1,1 @@
+"""Checkpoint -> bundle. Runs on a build machine; nothing of it is needed to serve."""

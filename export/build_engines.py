@@ -1,7 +1,7 @@
 """Checkpoint -> bundle: exports the four graphs, runs each against PyTorch, writes the manifest.
 
-    python export/build_engines.py anydoor.safetensors
-    python export/build_engines.py anydoor.ckpt --precision fp16 --max-batch 8 --output engines/anydoor
+python export/build_engines.py anydoor.safetensors
+python export/build_engines.py anydoor.ckpt --precision fp16 --max-batch 8 --output engines/anydoor
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def _check(checkpoint: Checkpoint, output: Path, options: BuildOptions) -> None:
     a = checkpoint.architecture
     step = a.latent_factor * 2 ** (len(a.unet_channels) - 1)
     if options.resolution < step or options.resolution % step:
-        raise AnyDoorError(f"--resolution must be a multiple of {step} for this network, not {options.resolution}")
+        raise AnyDoorError(
+            f"--resolution must be a multiple of {step} for this network, not {options.resolution}"
+        )
     if output.exists() and not (output / MANIFEST).is_file() and any(output.iterdir()):
         raise AnyDoorError(f"'{output}' is a directory with other things in it: give another --output")
 
@@ -205,7 +207,10 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("checkpoint", type=Path, metavar="CKPT", help=".safetensors, .ckpt or .pth file")
     result.add_argument(
-        "--output", type=Path, metavar="DIR", help="the bundle (default: build/engines/NAME of the checkpoint)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="the bundle (default: build/engines/NAME of the checkpoint)",
     )
     result.add_argument("--backend", choices=BACKENDS, default="auto", help="what will execute it")
     result.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="default: fp32")
@@ -216,10 +221,16 @@ def parser() -> argparse.ArgumentParser:
         "--resolution", type=int, default=512, metavar="PX", help="side of the picture (default: 512)"
     )
     result.add_argument(
-        "--unet-head-width", type=int, metavar="N", help="channels per attention head, if not stored (default: 64)"
+        "--unet-head-width",
+        type=int,
+        metavar="N",
+        help="channels per attention head, if not stored (default: 64)",
     )
     result.add_argument(
-        "--dino-heads", type=int, metavar="N", help="heads of the ID encoder, if not stored (default: width / 64)"
+        "--dino-heads",
+        type=int,
+        metavar="N",
+        help="heads of the ID encoder, if not stored (default: width / 64)",
     )
     result.add_argument("--quiet", action="store_true", help="no progress bar")
     return result

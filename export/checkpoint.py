@@ -51,7 +51,7 @@ class Checkpoint:
     @property
     def alphas_cumprod(self) -> Tensor | None:
         """The noise schedule (1000,) that the checkpoint was trained with, if it says so."""
-        return self.tensors["alphas_cumprod"] if "alphas_cumprod" in self.tensors else None
+        return self.tensors.get("alphas_cumprod")
 
     def load_part(self, part: str, dtype: torch.dtype | None = None) -> AnyDoor:
         """A network with one part built and its weights loaded, sharing memory with the file if it can.
@@ -234,7 +234,10 @@ def _stored_heads(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
     try:
         config = json.loads(beside.read_text("utf-8"))
         unet = config["model"]["params"]["unet_config"]["params"]
-        return {HEAD_WIDTH_KEY: int(unet["num_head_channels"]), DINO_HEADS_KEY: int(config["dino"]["num_heads"])}
+        return {
+            HEAD_WIDTH_KEY: int(unet["num_head_channels"]),
+            DINO_HEADS_KEY: int(config["dino"]["num_heads"]),
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"'{beside}' does not say the head widths: expected model.params.unet_config.params."
@@ -248,6 +251,11 @@ def _stored_heads(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
 def _all_finite(tensor: Tensor) -> bool:
     # minimum and maximum are NaN or infinite if any value is; no mask as large as the tensor is made
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()) if tensor.numel() else True
+
+
+_INITIALISE = (
+    "python export/initialise.py --stable-diffusion SD21.ckpt --dinov2 DINOV2.pth --output INIT.safetensors"
+)
 
 
 def _some(keys: list[str]) -> str:
@@ -294,16 +302,17 @@ def _looks_like(keys: Mapping[str, tuple[int, ...]]) -> str:
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in keys)
 
-    start = "python export/initialise.py --stable-diffusion SD21.ckpt --dinov2 DINOV2.pth --output INIT.safetensors"
     if has("model.diffusion_model.") and not has("control_model."):
         return (
             "It looks like plain Stable Diffusion: this has no control_model; start training from it "
-            f"with '{start}'"
+            f"with '{_INITIALISE}'"
         )
-    if has("control_model.") and has("cond_stage_model.transformer") or has("cond_stage_model.model.transformer"):
+    if (has("control_model.") and has("cond_stage_model.transformer")) or has(
+        "cond_stage_model.model.transformer"
+    ):
         return "It looks like a ControlNet for Stable Diffusion with a text encoder, not AnyDoor"
     if has("patch_embed.") and has("blocks."):
-        return f"It looks like a DINOv2 encoder alone; start training from it with '{start}'"
+        return f"It looks like a DINOv2 encoder alone; start training from it with '{_INITIALISE}'"
     if has("down_blocks.") or has("unet.down_blocks."):
         return "It looks like diffusers' layout of a UNet; convert it to the original layout first"
     if has("model_ema.") or has("optimizer"):

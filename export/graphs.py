@@ -1,4 +1,4 @@
-"""The four graphs as PyTorch modules with exactly the signatures of `engines.graphs`, and their ONNX export."""
+"""The four graphs as PyTorch modules with the signatures of `engines.graphs`, and their ONNX export."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ EXAMPLE_SIZES = {"samples": 2, "rows": 3, "conditions": 4, "maps": 5}
 class IDEncoderGraph(nn.Module):
     """Reference -> ID tokens."""
 
+    dtype: torch.dtype
+
     def __init__(self, model: AnyDoor) -> None:
         super().__init__()
         self.model = model
@@ -43,6 +45,8 @@ class IDEncoderGraph(nn.Module):
 
 class ControlGraph(nn.Module):
     """Hint, timesteps, ID tokens -> detail maps, in the dtype of the weights."""
+
+    dtype: torch.dtype
 
     def __init__(self, model: AnyDoor) -> None:
         super().__init__()
@@ -60,6 +64,8 @@ class DenoiseGraph(nn.Module):
     Rows are the UNet's batch. A sample without guidance names the same row as its conditional and its
     unconditional one, and the guidance term vanishes exactly. The update is done in float32.
     """
+
+    dtype: torch.dtype
 
     def __init__(self, model: AnyDoor) -> None:
         super().__init__()
@@ -104,6 +110,8 @@ class DenoiseGraph(nn.Module):
 
 class DecodeGraph(nn.Module):
     """Latent -> picture."""
+
+    dtype: torch.dtype
 
     def __init__(self, model: AnyDoor) -> None:
         super().__init__()

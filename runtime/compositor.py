@@ -122,7 +122,7 @@ class Compositor:
         return cls(bundle, open_engine(bundle, device, threads), cache_bytes, control_window)
 
     def load_graphs(self) -> Iterator[str]:
-        """Loads all graphs now, so that the first picture does not wait; yields each name when it is ready."""
+        """Loads all graphs now, so that the first picture does not wait; yields each name when ready."""
         for graph in GRAPHS:
             self.engine.load(graph)
             yield graph
@@ -213,7 +213,9 @@ class Compositor:
         for index, placement in enumerate(resolved):
             generators = [_generator(s, index) for s in seeds]
             latents = initial_noise if initial_noise is not None else self._draw(generators)
-            images, region = self._place(images, placement, index, sampling, latents, generators, total, watch)
+            images, region = self._place(
+                images, placement, index, sampling, latents, generators, total, watch
+            )
             regions.append(region)
         return [Composite(i, s, tuple(regions), dict(watch.seconds)) for i, s in zip(images, seeds)]
 
@@ -307,11 +309,11 @@ class Compositor:
         if has_guidance(sampling):
             tokens = np.concatenate([tokens, self._unconditional_tokens])
         schedule = ddim_schedule(self._alphas_cumprod, sampling.steps, sampling.eta, sampling.timesteps)
-        maps = DetailMaps(self.engine, self.cache, hint, tokens, schedule.timesteps, self.control_window)
+        maps = DetailMaps(
+            self.engine, self.cache, hint, tokens, schedule.timesteps.tolist(), self.control_window
+        )
         with watch.measure("sample"):
-            latent = sample(
-                self.engine, maps, tokens, schedule, sampling, latents, generators, on_step
-            )
+            latent = sample(self.engine, maps, tokens, schedule, sampling, latents, generators, on_step)
         with watch.measure(DECODE):
             image = self.engine.run(DECODE, {"latent": latent}, ["image"])["image"]
             pictures: NDArray[np.uint8] = self.engine.to_host(image)

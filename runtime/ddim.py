@@ -97,4 +97,5 @@ def predicted_clean_latent(
     latent: NDArray[np.float32], epsilon: NDArray[np.float32], alpha: float
 ) -> NDArray[np.float32]:
     """The latent without its noise as far as the step could tell (DDIM's predicted x0), for previews."""
-    return ((latent - np.sqrt(1 - alpha) * epsilon) / np.sqrt(alpha)).astype(np.float32)
+    clean: NDArray[np.float32] = (latent - np.sqrt(1 - alpha) * epsilon) / np.sqrt(alpha)
+    return clean.astype(np.float32)

@@ -163,5 +163,5 @@ def default_cache_budget() -> int:
 def _digest(*arrays: NDArray[np.float32]) -> bytes:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(array.tobytes())
     return digest.digest()

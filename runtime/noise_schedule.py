@@ -13,8 +13,8 @@ BETA_END = 0.0120
 def alphas_cumprod() -> NDArray[np.float32]:
     """The fraction of signal variance left at each of the 1000 timesteps (DDPM's alpha bar), (1000,).
 
-    The betas are linear in their square root ("linear" in the original's ldm/modules/diffusionmodules/util.py),
-    computed in float64 and kept in float32.
+    The betas are linear in their square root (the original calls that "linear"), computed in float64 and kept
+    in float32. Source: ldm/modules/diffusionmodules/util.py, make_beta_schedule.
     """
     betas = np.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=np.float64) ** 2
     return np.cumprod(1.0 - betas).astype(np.float32)

@@ -7,6 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def load_picture(source: PictureLike, name: str) -> Picture:
     return Picture(np.ascontiguousarray(rgba[..., :3]), None if (alpha == 255).all() else alpha)
 
 
-def load_mask(source: PictureLike | NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
+def load_mask(source: PictureLike | NDArray[Any], name: str) -> NDArray[np.bool_]:
     """A mask (H, W): first channel above 128, or not 0 where no value exceeds 1.
 
     Args:
@@ -87,7 +88,11 @@ def encode_picture(image: NDArray[np.uint8], file_format: str) -> bytes:
         file_format: PNG, JPEG or WEBP.
     """
     buffer = io.BytesIO()
-    settings = {"PNG": {"compress_level": 6}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
+    settings = {
+        "PNG": {"compress_level": 6},
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"quality": 95},
+    }
     Image.fromarray(image).save(buffer, file_format, **settings[file_format])
     return buffer.getvalue()
 
@@ -173,7 +178,12 @@ def _read(path: Path, where: str) -> bytes:
 
 def _from_array(array: NDArray[np.uint8], name: str) -> Image.Image:
     channels = array.shape[2:]
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in ((), (3,), (4,)) or not array.size:
+    if (
+        array.dtype != np.uint8
+        or array.ndim not in (2, 3)
+        or channels not in ((), (3,), (4,))
+        or not array.size
+    ):
         raise InputError(
             f"{name} must be an array (H, W), (H, W, 3) or (H, W, 4) of uint8, "
             f"not {array.dtype} of shape {array.shape}"
@@ -189,7 +199,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
         return image
 
 
-def _to_8_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     """16-bit greyscale keeps its top 8 bits; Pillow would clip it to white."""
     values = values.astype(np.float64)
     scale = 257.0 if values.max(initial=0) > 255 else 1.0

@@ -108,9 +108,7 @@ def sample(
     return latent
 
 
-def _step_of_sample(
-    here: StepMaps, step: int, schedule: DDIMSchedule, sampling: Sampling
-) -> StepOfSample:
+def _step_of_sample(here: StepMaps, step: int, schedule: DDIMSchedule, sampling: Sampling) -> StepOfSample:
     return StepOfSample(
         timestep=int(schedule.timesteps[step]),
         coefficients=schedule.coefficients[step],

@@ -1,4 +1,4 @@
-"""Where a request is refused: every check of a placement and of sampling parameters, before any work is done."""
+"""Where a request is refused: every check of a placement and of sampling parameters, before any work."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def resolve_placement(placement: Placement, scene: NDArray[np.uint8]) -> Resolve
 
 def _target(placement: Placement, scene: NDArray[np.uint8]) -> Box | NDArray[np.bool_]:
     if (placement.box is None) == (placement.mask is None):
-        raise InputError("a placement needs either a box or a mask that says where the object goes, and not both")
+        raise InputError(
+            "a placement needs either a box or a mask that says where the object goes, and not both"
+        )
     if placement.box is not None:
         return check_box(placement.box, (scene.shape[1], scene.shape[0]))
     assert placement.mask is not None

@@ -171,6 +171,10 @@ BUILDERS = {"unet": build_unet, "control": build_control, "vae": build_vae, "id_
 class AnyDoor(nn.Module):
     """The whole network. `unet`, `control`, `vae` and `id_encoder` are its parts."""
 
+    unet: UNet2DConditionModel
+    control: DetailControlNet
+    vae: AutoencoderKL
+    id_encoder: IDEncoder
     alphas_cumprod: Tensor
 
     def __init__(self, architecture: Architecture, parts: Iterable[str] = tuple(PREFIXES)) -> None:

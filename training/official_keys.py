@@ -75,7 +75,13 @@ _DINO_RULES = (
     (r"\.mlp\.down_proj\.", ".mlp.w3."),
 )
 
-_PARTS_OF_FUSED = {"q_proj": (0, 3), "k_proj": (1, 3), "v_proj": (2, 3), "gate_proj": (0, 2), "up_proj": (1, 2)}
+_PARTS_OF_FUSED = {
+    "q_proj": (0, 3),
+    "k_proj": (1, 3),
+    "v_proj": (2, 3),
+    "gate_proj": (0, 2),
+    "up_proj": (1, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,9 @@ def to_official(
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         place = official_tensor(part, name, architecture)
-        if part == "vae" and re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", place.key):
-            tensor = tensor[:, :, None, None]
-        pieces.setdefault(place.key, {})[place.part] = tensor
+        is_convolution = part == "vae" and re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", place.key)
+        piece = tensor[:, :, None, None] if is_convolution else tensor
+        pieces.setdefault(place.key, {})[place.part] = piece
     return {
         key: torch.cat([parts[i] for i in range(len(parts))]) if len(parts) > 1 else parts[0]
         for key, parts in pieces.items()

@@ -1,0 +1,267 @@
+"""The command line: `anydoor composite`, `anydoor doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.engine import DEVICES
+from engines.errors import AnyDoorError
+from runtime.collage import MODES, Ratios
+from runtime.errors import InputError
+from runtime.pictures import contact_sheet, format_of, save_picture
+from runtime.request import Placement, Sampling
+
+DEFAULT_BUNDLE = "build/engines/anydoor"
+BUNDLE_VARIABLE = "ANYDOOR_BUNDLE"
+
+_DESCRIPTION = "Put an object from one picture into another."
+_COMPOSITE_EXAMPLES = """examples:
+  anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 -o out.png
+  anydoor composite --reference cup.jpg --reference-mask cup_mask.png --scene desk.jpg \\
+      --mask place.png --mode shape --seed 7 -o out.png
+  anydoor composite --reference cup.png --box 80,60,300,260 --reference book.png --box 320,90,500,250 \\
+      --scene desk.jpg -o both.png
+  anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --num-images 4 --grid -o cups.png
+"""
+
+
+class _AddTarget(argparse.Action):
+    """Collects --box and --mask in one list, so that the n-th belongs to the n-th --reference."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        targets = getattr(namespace, self.dest) or []
+        kind = "box" if option_string == "--box" else "mask"
+        setattr(namespace, self.dest, [*targets, (kind, values)])
+
+
+def parse_box(text: str) -> tuple[int, int, int, int]:
+    """`x0,y0,x1,y1` as four numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    try:
+        x0, y0, x1, y1 = (int(part) for part in text.replace(" ", "").split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a box: four whole numbers x0,y0,x1,y1 are expected, like 80,60,300,260"
+        ) from error
+    return x0, y0, x1, y1
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands."""
+    result = argparse.ArgumentParser(prog="anydoor", description=_DESCRIPTION)
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_composite(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, which backends work, which bundle fits this machine",
+        description="Say what is installed, which backends work, and which bundles fit this machine.",
+    )
+    doctor.add_argument(
+        "bundles",
+        nargs="*",
+        type=Path,
+        metavar="BUNDLE",
+        help="bundles to check (default: all of build/engines)",
+    )
+    return result
+
+
+def _add_composite(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "composite",
+        help="put objects into a scene",
+        description="Put one or more objects into a scene.",
+        epilog=_COMPOSITE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = command.add_argument_group(
+        "what goes where (repeat for several objects, placed one after the other)"
+    )
+    what.add_argument(
+        "--reference", action="append", type=Path, required=True, metavar="FILE", help="picture of the object"
+    )
+    what.add_argument(
+        "--reference-mask",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="where the object is in it (default: its transparency)",
+    )
+    what.add_argument("--scene", type=Path, required=True, metavar="FILE", help="picture to put it into")
+    what.add_argument(
+        "--box",
+        dest="targets",
+        action=_AddTarget,
+        type=parse_box,
+        metavar="X0,Y0,X1,Y1",
+        help="place in pixels of the scene, x1 and y1 exclusive",
+    )
+    what.add_argument(
+        "--mask", dest="targets", action=_AddTarget, type=Path, metavar="FILE", help="place as a mask"
+    )
+    what.add_argument(
+        "--mode",
+        choices=list(MODES),
+        default="box",
+        help="box: surroundings are generated anew (default); shape: the object fills the mask; "
+        "keep_background: nothing outside the box changes",
+    )
+    ratios = Ratios()
+    what.add_argument(
+        "--reference-ratio", type=float, default=ratios.reference, metavar="R", help="white margin"
+    )
+    what.add_argument(
+        "--box-ratio", type=float, default=ratios.box, metavar="R", help="box around the target"
+    )
+    what.add_argument("--crop-ratio", type=float, default=ratios.crop, metavar="R", help="zoom-in crop")
+    _add_sampling(command)
+    out = command.add_argument_group("output")
+    out.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .jpg or .webp")
+    out.add_argument(
+        "--num-images", type=int, default=1, metavar="N", help="pictures with seeds S, S+1, ... (default: 1)"
+    )
+    out.add_argument("--grid", action="store_true", help="write one contact sheet instead of numbered files")
+    out.add_argument("--quiet", action="store_true", help="no progress bar")
+    how = command.add_argument_group("machine")
+    how.add_argument(
+        "--bundle",
+        type=Path,
+        default=Path(os.environ.get(BUNDLE_VARIABLE, DEFAULT_BUNDLE)),
+        metavar="DIR",
+        help=f"default: ${BUNDLE_VARIABLE}, else {DEFAULT_BUNDLE}",
+    )
+    how.add_argument("--device", choices=DEVICES, default="auto", help="default: the best there is")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    default = Sampling()
+    group = command.add_argument_group("sampling")
+    group.add_argument(
+        "--seed", type=int, metavar="S", help="the same seed gives the same picture (default: random)"
+    )
+    group.add_argument(
+        "--steps", type=int, default=default.steps, metavar="N", help=f"default: {default.steps}"
+    )
+    group.add_argument(
+        "--guidance", type=float, default=default.guidance, metavar="G", help=f"default: {default.guidance:g}"
+    )
+    group.add_argument(
+        "--strength",
+        type=float,
+        default=default.strength,
+        metavar="C",
+        help=f"of the detail maps (default: {default.strength:g})",
+    )
+    group.add_argument(
+        "--eta", type=float, default=default.eta, metavar="E", help="0 DDIM to 1 DDPM noise (default: 0)"
+    )
+    group.add_argument(
+        "--initial-noise",
+        type=Path,
+        metavar="FILE.npy",
+        help="latents (N, C, h, w) to start from, to reproduce another implementation",
+    )
+
+
+def run_composite(options: argparse.Namespace) -> int:
+    """The command `composite`."""
+    from tqdm import tqdm
+
+    from runtime.compositor import Compositor
+
+    format_of(options.output)
+    placements = _placements(options)
+    sampling = Sampling(options.steps, options.guidance, options.strength, options.eta)
+    noise = _load_noise(options.initial_noise) if options.initial_noise else None
+    compositor = Compositor.load(options.bundle, options.device, options.threads)
+    with tqdm(disable=options.quiet, unit="step", desc="loading", dynamic_ncols=True) as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description("sampling" if done < total else "finishing", refresh=False)
+            bar.update(done - bar.n)
+
+        results = compositor.run(
+            options.scene, placements, options.seed, sampling, options.num_images, noise, on_step
+        )
+    images = [result.image for result in results]
+    if options.grid:
+        save_picture(contact_sheet(images), options.output)
+        print(f"{options.output} (seeds {results[0].seed} to {results[-1].seed})")
+        return 0
+    for path, result in zip(_output_paths(options.output, len(images)), results):
+        save_picture(result.image, path)
+        print(f"{path} (seed {result.seed})")
+    return 0
+
+
+def _placements(options: argparse.Namespace) -> list[Placement]:
+    targets = options.targets or []
+    references = options.reference
+    masks = options.reference_mask or [None] * len(references)
+    if len(targets) != len(references):
+        raise InputError(
+            f"{len(references)} --reference and {len(targets)} --box or --mask are given: "
+            "every reference needs one place"
+        )
+    if len(masks) != len(references):
+        raise InputError(
+            f"{len(references)} --reference and {len(masks)} --reference-mask are given: "
+            "give one for every reference, or none"
+        )
+    ratios = Ratios(options.reference_ratio, options.box_ratio, options.crop_ratio)
+    return [
+        Placement(reference, mask, **{kind: value}, mode=options.mode, ratios=ratios)
+        for reference, mask, (kind, value) in zip(references, masks, targets)
+    ]
+
+
+def _load_noise(path: Path) -> NDArray[np.float32]:
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read the initial noise '{path}': a .npy file is expected") from error
+    if not isinstance(noise, np.ndarray) or noise.dtype.kind != "f":
+        raise InputError(f"the initial noise '{path}' must be one array of floating-point numbers")
+    return noise
+
+
+def _output_paths(path: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, or 2 for anything that the user can mend."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "doctor":
+            from runtime.doctor import run_doctor
+
+            return run_doctor(options.bundles)
+        return run_composite(options)
+    except AnyDoorError as error:
+        print(f"anydoor: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("anydoor: interrupted; nothing was written", file=sys.stderr)
+        return 130

@@ -1,0 +1,114 @@
+"""`anydoor doctor`: what is installed, which backends work, which bundle fits this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engines.bundle import MANIFEST, Bundle
+from engines.engine import open_engine
+from engines.errors import AnyDoorError
+from engines.graphs import GRAPHS
+
+PACKAGES = {
+    "numpy": "required",
+    "pillow": "required",
+    "onnxruntime": "runs bundles on the CPU: pip install 'anydoor-runtime[cpu]'",
+    "onnxruntime-gpu": "runs bundles on an NVIDIA card: pip install 'anydoor-runtime[cuda]'",
+    "torch": "only to build bundles and to train: pip install 'anydoor-runtime[export]'",
+}
+
+DEFAULT_BUNDLES = Path("build/engines")
+
+
+def run_doctor(paths: list[Path]) -> int:
+    """Prints the findings; returns 0 if some device can run a bundle and every bundle named is sound."""
+    print(
+        f"anydoor-runtime {version('anydoor-runtime')}, Python {platform.python_version()}, {platform.platform()}"
+    )
+    print(f"{os.cpu_count()} cores, {_memory_gb():.1f} GB of memory, {_free_memory_gb():.1f} GB free")
+    print("\npackages")
+    for package, purpose in PACKAGES.items():
+        print(f"  {package:<16} {_version(package):<12} {purpose}")
+    print("\ndevices")
+    usable = _print_devices()
+    named = bool(paths)
+    paths = paths or [manifest.parent for manifest in sorted(DEFAULT_BUNDLES.glob(f"*/{MANIFEST}"))]
+    print("\nbundles")
+    if not paths:
+        print(f"  none in {DEFAULT_BUNDLES}; build one with: python export/build_engines.py CHECKPOINT")
+    sound = [_print_bundle(path) for path in paths]
+    return 0 if usable and (all(sound) or not named) else 2
+
+
+def _print_devices() -> bool:
+    """Whether any device works."""
+    from engines import onnxruntime
+
+    try:
+        found = onnxruntime.devices()
+    except AnyDoorError as error:
+        print(f"  none: {error}")
+        return False
+    for device in ("cpu", "cuda"):
+        state = "available" if device in found else "not in the installed ONNX Runtime"
+        print(f"  {device:<6} {state}")
+    return True
+
+
+def _print_bundle(path: Path) -> bool:
+    """Whether the bundle is sound and its backend can be used."""
+    print(f"  {path}")
+    try:
+        bundle = Bundle.open(path)
+        manifest = bundle.manifest
+        size = sum(record.bytes for record in bundle.files())
+        resolution = manifest.model.resolution
+        print(
+            f"    {manifest.precision}, {resolution} px, batch up to {manifest.max_batch}, "
+            f"{size / 1e6:.1f} MB, from {manifest.checkpoint['file']}"
+        )
+        with tqdm(total=size, unit="B", unit_scale=True, desc="    hashing", leave=False) as bar:
+            for graph in GRAPHS:
+                bundle.verify(graph, bar.update)
+        bundle.constants()
+        engine = open_engine(bundle)
+    except AnyDoorError as error:
+        print(f"    unusable: {error}")
+        return False
+    worst = max(max(manifest.graphs[graph].error.values()) for graph in GRAPHS)
+    print(f"    sound; largest error against PyTorch {worst:.1e}; runs on {engine.device}")
+    if size / 1e9 > _memory_gb():
+        print(
+            f"    too large for this machine: {size / 1e9:.1f} GB of weights, {_memory_gb():.1f} GB of memory"
+        )
+        return False
+    return True
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
+
+
+def _memory_gb() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):
+        return float("nan")
+
+
+def _free_memory_gb() -> float:
+    """What programs can still take, as Linux estimates it."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024 / 1e9
+    except (OSError, StopIteration, ValueError):
+        return float("nan")
