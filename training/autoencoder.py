@@ -1,0 +1,79 @@
+"""Stage 1 of a small model: its autoencoder. (The published model takes SD 2.1's as it is.)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from training.architecture import LATENT_SCALE, Architecture
+from training.data.view_store import SCENES, ViewStore
+from training.loop import Batch
+from training.model import build_vae
+
+
+@dataclass(frozen=True)
+class SceneCrops:
+    """Square pieces of rendered scenes, mirrored half of the time."""
+
+    store: ViewStore
+    side: int
+    seed: int
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Picture (3, side, side), float32, -1..1."""
+        rng = np.random.default_rng([self.seed, number])
+        image = self.store.scene(int(rng.integers(len(self.store))), int(rng.integers(SCENES))).image
+        top, left = rng.integers(0, image.shape[0] - self.side + 1, 2)
+        crop = image[top : top + self.side, left : left + self.side]
+        if rng.random() < 0.5:
+            crop = crop[:, ::-1]
+        return {"picture": np.ascontiguousarray(crop.transpose(2, 0, 1), np.float32) / 127.5 - 1}
+
+
+class AutoencoderTask:
+    """Reconstruction: absolute differences of pixels and of their neighbours' steps, and a breath of KL."""
+
+    def __init__(self, architecture: Architecture, store: ViewStore, side: int = 64, seed: int = 0) -> None:
+        self.module: AutoencoderKL = build_vae(architecture)
+        self._data = SceneCrops(store, side, seed)
+
+    def dataset(self) -> SceneCrops:
+        """Pieces of scenes."""
+        return self._data
+
+    def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The picture is decoded from the posterior's mode: the noise of a sample would only blur it."""
+        picture = batch["picture"]
+        output = module(picture).sample
+        error = output - picture
+        pixels = error.abs().mean()
+        steps = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return {"loss": pixels + steps, "pixels": pixels.detach()}
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+    """Folds mean and spread of the latents into the weights: times `LATENT_SCALE` they have variance 1.
+
+    The decoder sees what it saw before; only the latents in between change their units, per channel.
+
+    Args:
+        vae: changed in place.
+        pictures: what to measure them on, (N, 3, H, W), -1..1.
+    """
+    latents = vae.encode(pictures).latent_dist.mean
+    shift = latents.mean((0, 2, 3))
+    factor = 1 / (latents.std((0, 2, 3)) * LATENT_SCALE)
+    # mean' = (mean - shift) * factor; the second half of the channels is the log variance
+    vae.quant_conv.weight[: len(shift)] *= factor[:, None, None, None]
+    vae.quant_conv.bias[: len(shift)] = (vae.quant_conv.bias[: len(shift)] - shift) * factor
+    vae.quant_conv.bias[len(shift) :] += 2 * factor.log()
+    # z = z' / factor + shift, then the convolution
+    vae.post_quant_conv.bias += F.conv2d(shift[None, :, None, None], vae.post_quant_conv.weight).flatten()
+    vae.post_quant_conv.weight /= factor[None, :, None, None]

@@ -1,0 +1,30 @@
+"""A renderer of our own: painted solids in rooms, several views of each, with exact masks.
+
+It stands in for the video and multi-view sets of the paper's table 1, and draws the pictures in examples/.
+Everything follows from a seed: the same number gives the same object, scene and picture.
+"""
+
+from training.data.synthetic.rendering import (
+    ObjectSpec,
+    Pose,
+    make_object,
+    render,
+    render_all,
+    render_background,
+    render_cutout,
+)
+from training.data.synthetic.scenes import Light, Scene, make_light, make_scene
+
+__all__ = [
+    "Light",
+    "ObjectSpec",
+    "Pose",
+    "Scene",
+    "make_light",
+    "make_object",
+    "make_scene",
+    "render",
+    "render_all",
+    "render_background",
+    "render_cutout",
+]

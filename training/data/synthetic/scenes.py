@@ -1,0 +1,250 @@
+"""Places to stand an object in: a floor, a wall behind it, a light and a camera."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from training.data.synthetic.paint import linear, palette
+from training.data.synthetic.shapes import length
+
+Array = NDArray[np.float32]
+
+TILE = 256  # pixels of a surface picture, which repeats
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A picture that repeats over a plane."""
+
+    picture: Array  # (TILE, TILE, 3), linear light
+    size: float  # length of one repeat in the units of the scene
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera that looks along -z at (0, aim, 0), from above."""
+
+    distance: float
+    elevation: float  # radians above the horizon
+    aim: float  # height of the point in the middle of the picture
+    spread: float  # half the picture's shorter side at distance 1: the tangent of half the angle of view
+
+    def rays(self, columns: Array, rows: Array, size: tuple[int, int]) -> tuple[Array, Array]:
+        """Origin (3, 1) and unit directions (3, N) of rays through pixels of a (width, height) picture."""
+        sine, cosine = np.float32(np.sin(self.elevation)), np.float32(np.cos(self.elevation))
+        scale = np.float32(2 * self.spread / min(size))
+        x = (columns - np.float32(size[0] / 2)) * scale
+        y = (np.float32(size[1] / 2) - rows) * scale
+        rays = np.stack([x, y * cosine - sine, -y * sine - cosine])
+        rays /= length(rays)
+        origin = np.array([[0], [self.aim + self.distance * sine], [self.distance * cosine]], np.float32)
+        return origin, rays
+
+    def project(self, points: Array, size: tuple[int, int]) -> Array:
+        """Pixel positions (2, N), column and row, of points (3, N)."""
+        sine, cosine = np.sin(self.elevation), np.cos(self.elevation)
+        x, y, z = points[0], points[1] - self.aim, points[2]
+        depth = self.distance - (y * sine + z * cosine)
+        scale = min(size) / (2 * self.spread) / depth
+        return np.stack([size[0] / 2 + x * scale, size[1] / 2 - (y * cosine - z * sine) * scale]).astype(
+            np.float32
+        )
+
+
+@dataclass(frozen=True)
+class Light:
+    """One far light and what comes from all sides."""
+
+    direction: Array  # (3, 1), unit, towards the light
+    colour: Array  # (3,)
+    ambient: Array  # (3,)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything but the objects."""
+
+    floor: Surface
+    wall: Surface
+    wall_distance: float  # the wall stands at z = -wall_distance
+    camera: Camera
+    light: Light
+
+
+def noise(rng: Generator, roughness: float = 1.5, stretch: float = 1.0) -> Array:
+    """Tileable noise (TILE, TILE), mean 0, variance 1, whose spectrum falls with frequency ** -roughness."""
+    spectrum = np.fft.rfft2(rng.standard_normal((TILE, TILE), dtype=np.float32))
+    vertical = np.fft.fftfreq(TILE)[:, None] * TILE
+    horizontal = np.fft.rfftfreq(TILE)[None, :] * TILE * stretch
+    frequency = np.sqrt(vertical**2 + horizontal**2)
+    frequency[0, 0] = np.inf
+    field = np.fft.irfft2(spectrum * frequency**-roughness, s=(TILE, TILE))
+    result: Array = (field / field.std()).astype(np.float32)
+    return result
+
+
+def mix(first: Array, second: Array, amount: Array) -> Array:
+    """Blend two colours (3,) by a field (TILE, TILE) in 0..1."""
+    return first + (second - first) * np.clip(amount, 0, 1)[..., None]
+
+
+def grid(count: int, joint: float, offset: bool) -> tuple[Array, NDArray[np.intp]]:
+    """Joints (1 on the joint, else 0) and tile numbers of a masonry with `count` tiles along a repeat."""
+    row = np.arange(TILE) * count / TILE
+    column = np.arange(TILE)[None, :] * (count / 2 if offset else count) / TILE
+    column = column + (0.5 * (row.astype(int) % 2))[:, None] if offset else np.repeat(column, TILE, 0)
+    width = joint * (0.5 if offset else 1)
+    joints = ((row % 1 < joint)[:, None] | (column % 1 < width)).astype(np.float32)
+    columns = count // 2 if offset else count
+    return joints, (row.astype(int)[:, None] * columns + column.astype(int) % columns).astype(np.intp)
+
+
+Colours = tuple[Array, Array, Array]  # base, other and a light grey, each (3,)
+
+
+def wood(rng: Generator, _: Colours) -> Array:
+    """Grain that runs along the repeat's rows."""
+    light, dark = linear((196, 148, 96)), linear((112, 68, 36))
+    light, dark = light * np.float32(rng.uniform(0.5, 1.2)), dark * np.float32(rng.uniform(0.5, 1.2))
+    return mix(light, dark, 0.5 + 0.22 * noise(rng, 1.2, 0.08))
+
+
+def planks(rng: Generator, colours: Colours) -> Array:
+    """Boards of wood."""
+    joints, number = grid(int(rng.choice([4, 6])), 0.03, True)
+    tone = rng.uniform(0.75, 1.15, 64).astype(np.float32)[number]
+    return wood(rng, colours) * (tone * (1 - 0.6 * joints))[..., None]
+
+
+def tiles(rng: Generator, colours: Colours) -> Array:
+    """Square tiles with dark joints."""
+    joints, number = grid(int(rng.choice([3, 4, 6])), 0.05, False)
+    tone = rng.uniform(0.88, 1.08, 64).astype(np.float32)[number]
+    return mix(colours[0] * np.float32(1.05), colours[1] * np.float32(0.5), joints) * tone[..., None]
+
+
+def bricks(rng: Generator, colours: Colours) -> Array:
+    """Bricks with pale joints."""
+    joints, number = grid(8, 0.12, True)
+    tone = rng.uniform(0.7, 1.15, 64).astype(np.float32)[number] + 0.06 * noise(rng, 0.8)
+    brick = linear((168, 88, 66)) if rng.random() < 0.5 else colours[1]
+    return mix(brick, colours[2], joints) * tone[..., None]
+
+
+def checks(rng: Generator, colours: Colours) -> Array:
+    """A chessboard."""
+    cell = np.arange(TILE) * int(rng.choice([4, 6, 8])) // TILE
+    odd = ((cell[:, None] + cell) % 2).astype(np.float32)
+    return mix(colours[0], colours[1] * np.float32(0.6), odd)
+
+
+def marble(rng: Generator, colours: Colours) -> Array:
+    """Dark veins in pale stone."""
+    veins = np.exp(-np.abs(noise(rng, 1.6)) * 6)
+    cloud = 0.7 * veins + 0.06 * noise(rng, 1.0)
+    return mix(colours[0] * np.float32(1.1), colours[1] * np.float32(0.4), cloud)
+
+
+def carpet(rng: Generator, colours: Colours) -> Array:
+    """Fine grain with a few worn places."""
+    picture = mix(colours[0], colours[1], 0.5 + 0.3 * noise(rng, 0.2))
+    return picture * (1 + 0.1 * noise(rng, 1.5))[..., None]
+
+
+def grass(rng: Generator, _: Colours) -> Array:
+    """A lawn."""
+    return mix(linear((92, 140, 52)), linear((40, 84, 30)), 0.5 + 0.3 * noise(rng, 0.7, 2.0))
+
+
+def stripes(rng: Generator, colours: Colours) -> Array:
+    """Upright stripes."""
+    stripe = np.arange(TILE) * 2 * int(rng.choice([4, 8, 12])) // TILE % 2
+    return mix(colours[0], colours[1], np.tile(stripe.astype(np.float32), (TILE, 1)))
+
+
+def panels(_: Generator, colours: Colours) -> Array:
+    """Upright boards with dark joints."""
+    to_joint = np.abs((np.arange(TILE) * 6 / TILE) % 1 - 0.5)
+    joint = np.tile((to_joint > 0.47).astype(np.float32), (TILE, 1))
+    return mix(colours[0], colours[0] * np.float32(0.45), joint)
+
+
+def blur(rng: Generator, colours: Colours) -> Array:
+    """Something out of focus."""
+    strong = [linear(c) for c in palette(rng, 2)]
+    picture = mix(strong[0], strong[1], 0.5 + 0.5 * noise(rng, 2.2))
+    result: Array = picture + (colours[2] - picture) * np.float32(0.6)
+    return result
+
+
+def plaster(rng: Generator, colours: Colours) -> Array:
+    """A rough coat of paint."""
+    return mix(colours[0], colours[1], 0.3 + 0.18 * noise(rng, 1.0))
+
+
+def plain(rng: Generator, colours: Colours) -> Array:
+    """One colour, hardly uneven."""
+    return mix(colours[0], colours[1], 0.1 * noise(rng, 2.5))
+
+
+Material = Callable[[Generator, Colours], Array]
+FLOORS: tuple[Material, ...] = (wood, tiles, checks, marble, carpet, plain, planks)
+OUTDOOR_FLOORS: tuple[Material, ...] = (grass, marble, carpet, planks)
+WALLS: tuple[Material, ...] = (plain, plaster, bricks, stripes, tiles, panels, blur)
+
+
+def surface(material: Material, size: float, rng: Generator) -> Surface:
+    """A floor or wall whose repeat is `size` long."""
+    # rooms are paler than the things in them: pull the colours to a common light grey or beige
+    grey = linear((np.array([225, 215, 200]) * rng.uniform(0.55, 1.0)).astype(np.uint8))
+    base, other = (grey + (linear(c) - grey) * np.float32(rng.uniform(0.05, 0.55)) for c in palette(rng, 2))
+    picture = material(rng, (base, other, grey))
+    return Surface(np.clip(picture, 0.003, 1).astype(np.float32), size)
+
+
+def sky_picture(rng: Generator) -> Array:
+    """A sky with clouds over a line of hills; row 0 of the picture is its top, the last row the horizon."""
+    height = np.linspace(1, 0, TILE, dtype=np.float32)[:, None].repeat(TILE, 1)
+    low, high = linear((214, 228, 240)), linear((96, 152, 214))
+    if rng.random() < 0.3:
+        low, high = linear((250, 200, 150)), linear((110, 110, 180))
+    clouds = np.clip(noise(rng, 1.7, 0.4) - 0.3, 0, 1) * height
+    picture = mix(low, high, height) * (1 - clouds[..., None]) + clouds[..., None]
+    for shade, level in ((0.9, 0.13), (0.6, 0.06)):
+        ridge = level + 0.025 * noise(rng, 1.8)[0]
+        hill = linear((120, 150, 130)) * np.float32(shade)
+        picture = np.where((height < ridge[None, :])[..., None], hill, picture)
+    result: Array = picture.astype(np.float32)
+    return result
+
+
+def make_light(rng: Generator) -> Light:
+    """A light from above and before, warm or cold."""
+    turn, lift = rng.uniform(-1.2, 1.2), rng.uniform(0.6, 1.15)
+    direction = np.array(
+        [[np.sin(turn) * np.cos(lift)], [np.sin(lift)], [np.cos(turn) * np.cos(lift)]], np.float32
+    )
+    warmth = rng.uniform(-0.08, 0.1)
+    colour = np.array([1 + warmth, 1, 1 - warmth], np.float32) * np.float32(rng.uniform(0.65, 0.95))
+    ambient = np.array([1 - warmth, 1, 1 + warmth], np.float32) * np.float32(rng.uniform(0.28, 0.5))
+    return Light(direction, colour, ambient)
+
+
+def make_scene(seed: int) -> Scene:
+    """The scene of a number: the same on every call."""
+    rng = np.random.default_rng([seed, 2])
+    if rng.random() < 0.25:
+        floor = surface(OUTDOOR_FLOORS[rng.integers(len(OUTDOOR_FLOORS))], rng.uniform(1.6, 3.5), rng)
+        wall, wall_distance = Surface(sky_picture(rng), 9.0), 6.0
+    else:
+        floor = surface(FLOORS[rng.integers(len(FLOORS))], rng.uniform(1.6, 3.5), rng)
+        wall = surface(WALLS[rng.integers(len(WALLS))], rng.uniform(1.8, 3.6), rng)
+        wall_distance = rng.uniform(1.6, 3.2)
+    distance, elevation = rng.uniform(4.5, 6.0), rng.uniform(0.2, 0.55)
+    camera = Camera(distance, elevation, rng.uniform(0.45, 0.75), rng.uniform(0.3, 0.36))
+    return Scene(floor, wall, wall_distance, camera, make_light(rng))

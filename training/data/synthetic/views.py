@@ -1,0 +1,73 @@
+"""Several views of one object: the renderer's answer to a video or a multi-view set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from training.data.synthetic.rendering import ObjectSpec, Pose, make_object, render_all, render_cutout
+from training.data.synthetic.scenes import Scene, make_light, make_scene
+
+Picture = NDArray[np.uint8]
+
+HELD_OUT = 1_000_000
+"""Seeds from here on are never trained on; example pictures and the evaluation set are drawn with them."""
+
+VIEW_SIZE = 160
+"""Pixels per side of a view: enough for the crops of a model of 128 px."""
+
+_OTHER_OBJECTS = 500_000  # added to a seed for the things that merely stand around
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One picture with an object in it."""
+
+    image: Picture  # (S, S, 3) RGB
+    mask: Picture  # (S, S), the object's share of each pixel times 255
+
+
+def _yaw(seed: int, rng: Generator) -> float:
+    """Views of an object turn about a middle that is its own, so that they share most of what they show."""
+    return float(np.random.default_rng([seed, 3]).normal(0, 0.35) + rng.normal(0, 0.22))
+
+
+def _bystander(seed: int, rng: Generator) -> tuple[ObjectSpec, Pose]:
+    side = rng.choice([-1, 1])
+    pose = Pose(
+        side * rng.uniform(1.1, 1.6), rng.uniform(-1.2, -0.2), rng.uniform(-3, 3), rng.uniform(0.5, 0.9)
+    )
+    return make_object(seed + _OTHER_OBJECTS), pose
+
+
+def _stage(seed: int, number: int) -> tuple[Scene, tuple[ObjectSpec, Pose], list[tuple[ObjectSpec, Pose]]]:
+    """The room, the object in its place, and what else stands around."""
+    rng = np.random.default_rng([seed, 4, number])
+    scene = make_scene(int(rng.integers(2**31)))
+    pose = Pose(rng.uniform(-0.5, 0.5), rng.uniform(-0.4, 0.4), _yaw(seed, rng), rng.uniform(0.95, 1.65))
+    others = [_bystander(seed + number, rng)] if rng.random() < 0.25 else []
+    return scene, (make_object(seed), pose), others
+
+
+def scene_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
+    """View `number` of object `seed`, each in a room of its own."""
+    scene, placed, others = _stage(seed, number)
+    image, masks = render_all(scene, [placed, *others], (size, size))
+    return View(image, masks[0])
+
+
+def empty_scene(seed: int, number: int, size: int = VIEW_SIZE) -> Picture:
+    """The room of `scene_view` with everything but the object and its shadow, uint8 (size, size, 3)."""
+    scene, _, others = _stage(seed, number)
+    return render_all(scene, others, (size, size))[0]
+
+
+def reference_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
+    """View `number` of object `seed` without any background (black), as it stands in a product picture."""
+    rng = np.random.default_rng([seed, 5, number])
+    yaw, elevation, light = _yaw(seed, rng), rng.uniform(0.1, 0.5), make_light(rng)
+    picture = render_cutout(make_object(seed), yaw, elevation, light, size)
+    return View(picture[..., :3], picture[..., 3])

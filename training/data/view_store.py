@@ -1,0 +1,88 @@
+"""Views on disk: rendered once, read at random while training.
+
+A folder with two arrays that are mapped, not read: `scenes.npy` (N, V, S, S, 4) and `references.npy`
+(N, R, S, S, 4), both uint8, RGB and the object's mask; row n is the object of seed n. `done.txt` tells how
+many rows are written, so that drawing can be interrupted, resumed, and read while it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
+
+SCENES, REFERENCES = 3, 2  # views per object
+
+
+class ViewStore:
+    """The arrays of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.scenes: NDArray[np.uint8] = np.load(folder / "scenes.npy", mmap_mode="r")
+        self.references: NDArray[np.uint8] = np.load(folder / "references.npy", mmap_mode="r")
+        self.count = int((folder / "done.txt").read_text())
+
+    def __len__(self) -> int:
+        """How many objects were drawn when the folder was opened."""
+        return self.count
+
+    def scene(self, row: int, number: int) -> View:
+        """A view of an object in a scene."""
+        picture = self.scenes[row, number]
+        return View(picture[..., :3], picture[..., 3])
+
+    def reference(self, row: int, number: int) -> View:
+        """A view of an object on black."""
+        picture = self.references[row, number]
+        return View(picture[..., :3], picture[..., 3])
+
+
+def draw_object(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """All views of one object: (V, S, S, 4) in scenes and (R, S, S, 4) alone."""
+
+    def stacked(views: list[View]) -> NDArray[np.uint8]:
+        return np.stack([np.dstack([view.image, view.mask]) for view in views])
+
+    scenes = stacked([scene_view(seed, number) for number in range(SCENES)])
+    return scenes, stacked([reference_view(seed, number) for number in range(REFERENCES)])
+
+
+def draw_views(folder: Path, count: int, workers: int = 1) -> None:
+    """Draws the views of the objects 0..count-1, or those that an earlier call left undone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = []
+    for name, views in (("scenes", SCENES), ("references", REFERENCES)):
+        path, shape = folder / f"{name}.npy", (count, views, VIEW_SIZE, VIEW_SIZE, 4)
+        if path.exists():
+            arrays.append(np.lib.format.open_memmap(path, mode="r+"))
+        else:
+            arrays.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape))
+        if arrays[-1].shape != shape:
+            raise ValueError(
+                f"{path} has the shape {arrays[-1].shape}, expected {shape}: give another folder"
+            )
+    done = folder / "done.txt"
+    start = int(done.read_text()) if done.exists() else 0
+    with ProcessPoolExecutor(workers) as pool:
+        drawn = pool.map(draw_object, range(start, count), chunksize=4)
+        for row, (scenes, references) in enumerate(tqdm(drawn, total=count - start, unit="object"), start):
+            arrays[0][row], arrays[1][row] = scenes, references
+            beside = done.with_suffix(".part")  # never to be seen half written
+            beside.write_text(str(row + 1))
+            beside.replace(done)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=draw_views.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--objects", type=int, default=4000)
+    parser.add_argument("--workers", type=int, default=1)
+    arguments = parser.parse_args()
+    draw_views(arguments.folder, arguments.objects, arguments.workers)
