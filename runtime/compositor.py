@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,11 @@ from runtime.paste_back import paste_back, pasted_region
 from runtime.pictures import PictureLike, load_picture
 from runtime.reference import PreparedReference, prepare_reference
 from runtime.request import Placement, ResolvedPlacement, Sampling
-from runtime.sampling import StepCallback, has_guidance, sample
+from runtime.sampling import has_guidance, sample
 from runtime.validation import MAX_SEED, check_initial_noise, check_sampling, check_seeds, resolve_placement
+
+StepCallback = Callable[[int, int], object]
+"""Called after every step with the number of steps done and the number of all steps."""
 
 _KEPT_TOKENS = 32
 """References whose ID tokens are remembered; 1 MB each at full size."""
@@ -207,14 +211,14 @@ class Compositor:
         with watch.measure("read"):
             picture = load_picture(scene, "the scene").rgb
             resolved = [resolve_placement(placement, picture) for placement in placements]
-        total = _CountSteps(on_step, sampling, len(resolved), num_images, self.bundle.manifest.max_batch)
+        count = _count_steps(on_step, sampling, len(resolved), num_images, self.bundle.manifest.max_batch)
         images: list[NDArray[np.uint8]] = [picture] * num_images
         regions: list[Box] = []
         for index, placement in enumerate(resolved):
             generators = [_generator(s, index) for s in seeds]
             latents = initial_noise if initial_noise is not None else self._draw(generators)
             images, region = self._place(
-                images, placement, index, sampling, latents, generators, total, watch
+                images, placement, index, sampling, latents, generators, count, watch
             )
             regions.append(region)
         return [Composite(i, s, tuple(regions), dict(watch.seconds)) for i, s in zip(images, seeds)]
@@ -227,7 +231,7 @@ class Compositor:
         sampling: Sampling,
         latents: NDArray[np.float32],
         generators: list[np.random.Generator],
-        on_step: StepCallback,
+        on_step: Callable[[], None],
         watch: _Stopwatch,
     ) -> tuple[list[NDArray[np.uint8]], Box]:
         """Puts one object into all pictures."""
@@ -287,8 +291,8 @@ class Compositor:
         tokens: NDArray[np.float32],
         sampling: Sampling,
         latents: NDArray[np.float32],
-        generators: Sequence[np.random.Generator],
-        on_step: StepCallback | None = None,
+        generators: Sequence[np.random.Generator] = (),
+        on_step: Callable[[], None] | None = None,
         watch: _Stopwatch | None = None,
     ) -> NDArray[np.uint8]:
         """The networks alone: from hint and ID tokens to pictures.
@@ -299,7 +303,7 @@ class Compositor:
             sampling: steps, guidance and the like.
             latents: (N, C, h, w) noise to start from; N at most the bundle's max_batch.
             generators: one per sample, for eta > 0.
-            on_step: told after every step.
+            on_step: called after every step.
             watch: keeps the times.
 
         Returns:
@@ -312,8 +316,13 @@ class Compositor:
         maps = DetailMaps(
             self.engine, self.cache, hint, tokens, schedule.timesteps.tolist(), self.control_window
         )
+        latent = None
         with watch.measure("sample"):
-            latent = sample(self.engine, maps, tokens, schedule, sampling, latents, generators, on_step)
+            for latent in sample(  # noqa: B007
+                self.engine, maps, tokens, schedule, sampling, latents, generators
+            ):
+                if on_step:
+                    on_step()
         with watch.measure(DECODE):
             image = self.engine.run(DECODE, {"latent": latent}, ["image"])["image"]
             pictures: NDArray[np.uint8] = self.engine.to_host(image)
@@ -332,19 +341,16 @@ def _generator(seed: int, placement: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, placement], np.uint64)))
 
 
-class _CountSteps:
+def _count_steps(
+    on_step: StepCallback | None, sampling: Sampling, placements: int, images: int, batch: int
+) -> Callable[[], None]:
     """Adds the steps of all batches and placements up for one progress callback."""
+    steps = len(sampling.timesteps) if sampling.timesteps is not None else sampling.steps
+    total = steps * (-(-images // batch) + (placements - 1) * images)
+    done = itertools.count(1)
 
-    def __init__(
-        self, on_step: StepCallback | None, sampling: Sampling, placements: int, images: int, batch: int
-    ) -> None:
-        runs = -(-images // batch) + (placements - 1) * images
-        steps = len(sampling.timesteps) if sampling.timesteps is not None else sampling.steps
-        self._total = runs * steps
-        self._done = 0
-        self._on_step = on_step
+    def count() -> None:
+        if on_step:
+            on_step(next(done), total)
 
-    def __call__(self, step: int, steps: int) -> None:
-        self._done += 1
-        if self._on_step:
-            self._on_step(self._done, self._total)
+    return count

@@ -27,9 +27,7 @@ DEFAULT_BUNDLES = Path("build/engines")
 
 def run_doctor(paths: list[Path]) -> int:
     """Prints the findings; returns 0 if some device can run a bundle and every bundle named is sound."""
-    print(
-        f"anydoor-runtime {version('anydoor-runtime')}, Python {platform.python_version()}, {platform.platform()}"
-    )
+    print(f"anydoor-runtime {version('anydoor-runtime')}, Python {platform.python_version()}")
     print(f"{os.cpu_count()} cores, {_memory_gb():.1f} GB of memory, {_free_memory_gb():.1f} GB free")
     print("\npackages")
     for package, purpose in PACKAGES.items():

@@ -10,11 +10,18 @@ BETA_START = 0.00085
 BETA_END = 0.0120
 
 
+def betas() -> NDArray[np.float64]:
+    """The noise variance that each of the 1000 timesteps adds, (1000,).
+
+    Linear in the square root, which the original calls "linear". Source: make_beta_schedule in
+    ldm/modules/diffusionmodules/util.py.
+    """
+    return np.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=np.float64) ** 2
+
+
 def alphas_cumprod() -> NDArray[np.float32]:
     """The fraction of signal variance left at each of the 1000 timesteps (DDPM's alpha bar), (1000,).
 
-    The betas are linear in their square root (the original calls that "linear"), computed in float64 and kept
-    in float32. Source: ldm/modules/diffusionmodules/util.py, make_beta_schedule.
+    Computed in float64 and kept in float32, as in the original.
     """
-    betas = np.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=np.float64) ** 2
-    return np.cumprod(1.0 - betas).astype(np.float32)
+    return np.cumprod(1.0 - betas()).astype(np.float32)

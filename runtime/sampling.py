@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,6 @@ from engines.graphs import DENOISE
 from runtime.ddim import DDIMSchedule
 from runtime.detail_maps import DetailMaps, StepMaps
 from runtime.request import Sampling
-
-StepCallback = Callable[[int, int], None]
-"""Called after every step with its number, counted from 1, and the number of all steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +68,9 @@ def sample(
     schedule: DDIMSchedule,
     sampling: Sampling,
     latents: NDArray[np.float32],
-    generators: Sequence[np.random.Generator],
-    on_step: StepCallback | None = None,
-) -> DeviceTensor:
-    """Runs all steps for samples of one placement.
+    generators: Sequence[np.random.Generator] = (),
+) -> Iterator[DeviceTensor]:
+    """Takes samples of one placement through all steps, and stops between them.
 
     Args:
         engine: runs the denoise graph.
@@ -84,10 +80,9 @@ def sample(
         sampling: guidance, strength and eta.
         latents: (N, C, h, w) noise to start from.
         generators: one per sample, for the noise of steps with eta > 0.
-        on_step: told after every step.
 
-    Returns:
-        (N, C, h, w) latents on the device.
+    Yields:
+        After every step, the (N, C, h, w) latents on the device.
     """
     # what every step needs goes to the device once
     latent, device_tokens = engine.to_device(latents), engine.to_device(tokens)
@@ -103,9 +98,7 @@ def sample(
             ["next_latent"],
         )
         latent = outputs["next_latent"]
-        if on_step:
-            on_step(step + 1, schedule.steps)
-    return latent
+        yield latent
 
 
 def _step_of_sample(here: StepMaps, step: int, schedule: DDIMSchedule, sampling: Sampling) -> StepOfSample:

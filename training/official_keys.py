@@ -11,8 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from runtime.noise_schedule import betas
 from training.architecture import Architecture
 
 PREFIXES = {
@@ -222,3 +224,33 @@ def _hint_block_name(rest: str) -> str:
         return f"input_hint_block.14.{leaf}"
     index, _, leaf = leaf.partition(".")
     return f"input_hint_block.{2 * (int(index) + 1)}.{leaf}"
+
+
+def schedule_buffers() -> dict[str, torch.Tensor]:
+    """The noise schedule's buffers as an official checkpoint has them, each (1000,) float32.
+
+    The original computes them in float64 from the betas and rounds at the end (ldm/models/diffusion/ddpm.py,
+    register_schedule), and refuses a checkpoint without them.
+    """
+    beta = betas()
+    alpha = 1.0 - beta
+    now = np.cumprod(alpha)
+    before = np.append(1.0, now[:-1])
+    variance = beta * (1.0 - before) / (1.0 - now)
+    buffers = {
+        "betas": beta,
+        "alphas_cumprod": now,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": np.sqrt(now),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - now),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - now),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / now),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / now - 1),
+        "posterior_variance": variance,
+        # the first variance is 0, and its logarithm is cut off
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": beta * np.sqrt(before) / (1.0 - now),
+        "posterior_mean_coef2": (1.0 - before) * np.sqrt(alpha) / (1.0 - now),
+        "logvar": np.zeros_like(beta),
+    }
+    return {key: torch.from_numpy(value.astype(np.float32)) for key, value in buffers.items()}

@@ -1,0 +1,151 @@
+"""Cases recorded from the original implementation: reading them, whatever they hold.
+
+A case is a .npz file with pictures and, under a prefix per run, what the original computed from them. A case
+may lack keys; a run that shares arrays with another names neither again. Prefixes tell the entry script:
+
+    box_         run_inference.py
+    shape_       run_gradio_demo.py with shape control (shape_s06g3_: other strength and guidance)
+    gradiobox_   run_gradio_demo.py without shape control
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import AnyDoorError
+from runtime.collage import MODES, Mode, Ratios
+
+Array = NDArray[Any]
+
+PICTURES = ("ref_image", "ref_mask", "tar_image", "tar_mask")
+_MODE_OF_SCRIPT = {"box": "box", "shape": "shape", "gradiobox": "keep_background"}
+_RUN = re.compile(r"^((?:gradiobox|box|shape)(?:_s\d+g\d+)?)_(.+)$")
+
+
+@dataclass(frozen=True, eq=False)
+class GoldenRun:
+    """One run of the original: the arrays recorded under one prefix."""
+
+    case: str
+    prefix: str
+    arrays: Mapping[str, Array]
+
+    @property
+    def mode(self) -> Mode:
+        """What the entry script of this run does differently."""
+        return MODES[self.mode_name]
+
+    @property
+    def mode_name(self) -> str:
+        """Our name for the entry script of this run."""
+        return _MODE_OF_SCRIPT[self.prefix.split("_")[0]]
+
+    @property
+    def ratios(self) -> Ratios:
+        """The ratios that the original drew."""
+        return Ratios(*(float(ratio) for ratio in self.arrays["ratios"]))
+
+    def has(self, *names: str) -> bool:
+        """Whether all of these were recorded."""
+        return all(name in self.arrays for name in names)
+
+    @property
+    def timesteps(self) -> tuple[int, ...] | None:
+        """The timesteps of the recorded latents, rising."""
+        if not self.has("ddim_timesteps"):
+            return None
+        return tuple(int(t) for t in np.sort(self.arrays["ddim_timesteps"]))
+
+    @property
+    def hint(self) -> NDArray[np.float32] | None:
+        """(4, R, R), if recorded."""
+        if self.has("hint"):
+            hint = self.arrays["hint"]
+        elif self.has("hint_rgb", "hint_mask"):
+            rgb = self.arrays["hint_rgb"].astype(np.float32) / 127.5 - 1
+            hint = np.concatenate([rgb, self.arrays["hint_mask"][..., None]], axis=-1)
+        else:
+            return None
+        return np.ascontiguousarray(hint.transpose(2, 0, 1), dtype=np.float32)
+
+    @property
+    def reference(self) -> NDArray[np.float32] | None:
+        """(1, 3, 224, 224) in 0..1, if recorded."""
+        if not self.has("ref"):
+            return None
+        reference = self.arrays["ref"]
+        scale = 255 if reference.dtype == np.uint8 else 1
+        return np.ascontiguousarray(
+            (reference.astype(np.float32) / np.float32(scale)).transpose(2, 0, 1)[None]
+        )
+
+    @property
+    def detail_maps(self) -> list[Array]:
+        """The detail maps of the first step, first to last, if they were recorded whole."""
+        names = sorted(name for name in self.arrays if re.fullmatch(r"ctl\d+(_f16)?", name))
+        return [self.arrays[name] for name in names]
+
+
+def read_case(path: Path, donor: Path | None = None) -> list[GoldenRun]:
+    """The runs of a case.
+
+    Args:
+        path: the .npz file.
+        donor: another case whose pictures and pre-processed inputs stand in for what this one lacks.
+
+    Raises:
+        AnyDoorError: it is not a case.
+    """
+    arrays = _load(path)
+    if donor is not None:
+        prefixes = tuple({f"{match[1].split('_')[0]}_" for name in arrays if (match := _RUN.match(name))})
+        lent = {
+            name: array
+            for name, array in _load(donor).items()
+            if name in PICTURES or (name.startswith(prefixes) and name.endswith(_LENT))
+        }
+        arrays = lent | arrays
+    pictures = {name: arrays[name] for name in PICTURES if name in arrays}
+    grouped: dict[str, dict[str, Array]] = {}
+    for name, array in arrays.items():
+        if match := _RUN.match(name):
+            grouped.setdefault(match[1], {})[match[2]] = array
+    if not grouped:
+        raise AnyDoorError(f"'{path}' is not a golden case: it has no box_, shape_ or gradiobox_ arrays")
+    runs = []
+    for prefix, own in grouped.items():
+        script = prefix.split("_")[0]
+        shared = {k: v for k, v in grouped.get(script, {}).items() if k in _INPUTS}
+        if "x_T" not in own and "x_T" not in shared and "x_T" in grouped.get("box", {}):
+            shared["x_T"] = grouped["box"]["x_T"]
+        if "tokens_zero" in grouped.get("box", {}):
+            shared.setdefault("tokens_zero", grouped["box"]["tokens_zero"])
+        runs.append(GoldenRun(path.stem, prefix, pictures | shared | own))
+    return runs
+
+
+_INPUTS = ("ref", "hint", "hint_rgb", "hint_mask", "tokens_ref", "tokens_zero", "x_T", "ratios")
+"""What the runs of one script have in common."""
+
+_LENT = ("_ref", "_hint", "_x_T", "_ratios", "_extra_sizes", "_tar_box_yyxx_crop", "_tar_box_yyxx")
+"""What a case without pictures takes from another one: the inputs of the networks, and where they came from."""
+
+
+def lacks_inputs(path: Path) -> bool:
+    """Whether a case must take its pictures and the networks' inputs from another one."""
+    return not all(name in _load(path) for name in PICTURES)
+
+
+def _load(path: Path) -> dict[str, Array]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise AnyDoorError(f"cannot read the golden case '{path}': a .npz file is expected") from error

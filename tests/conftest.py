@@ -1,0 +1,92 @@
+"""What all tests share: seeded checkpoints and the bundles built from them, made once and kept in build/."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+CACHE = ROOT / "build" / "tests"
+TINY_RESOLUTION = 64
+
+
+def _fingerprint() -> str:
+    """Changes whenever the code that makes checkpoints and bundles does."""
+    digest = hashlib.sha256()
+    folders = ("export", "engines", "training", "tests")
+    sources = [ROOT / "tests/seeded.py", ROOT / "runtime/noise_schedule.py"]
+    sources += [path for folder in folders[:3] for path in sorted((ROOT / folder).glob("*.py"))]
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Lets one of the parallel test processes build while the others wait."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _checkpoint(name: str) -> Path:
+    from seeded import ARCHITECTURES, seeded_checkpoint
+
+    path = CACHE / _fingerprint() / f"{name}.safetensors"
+    with _lock(path.with_suffix(".lock")):
+        if not path.exists():
+            seeded_checkpoint(path, ARCHITECTURES[name], seed=0)
+    return path
+
+
+def _bundle(name: str, resolution: int) -> Path:
+    from export.build_engines import BuildOptions, build_bundle
+    from export.checkpoint import read_checkpoint
+
+    checkpoint = _checkpoint(name)
+    path = checkpoint.parent / name
+    with _lock(path.with_suffix(".bundle.lock")):
+        if not path.exists():
+            build_bundle(read_checkpoint(checkpoint), path, BuildOptions(resolution=resolution), quiet=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Path:
+    """A checkpoint of the smallest network, seed 0."""
+    return _checkpoint("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle() -> Path:
+    """A bundle of the smallest network for 64 px; do not write into it."""
+    return _bundle("tiny", TINY_RESOLUTION)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint() -> Path:
+    """The checkpoint that the golden cases were recorded with."""
+    return _checkpoint("small")
+
+
+@pytest.fixture(scope="session")
+def small_bundle() -> Path:
+    """A bundle of it for 512 px; do not write into it."""
+    return _bundle("small", 512)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    """Parallel test processes share the cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", "2")

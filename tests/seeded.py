@@ -1,0 +1,103 @@
+"""Checkpoints of any architecture with seeded weights: the recipe that the golden data were recorded with.
+
+    python tests/seeded.py small SEED out.safetensors
+    python tests/seeded.py full SEED out.safetensors
+
+A tensor depends on the seed, its official key and its shape alone. The weights are scaled so that every part
+of the network matters and nothing overflows; what the network draws looks like noise. Equality is the point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from export.checkpoint import write_checkpoint
+from training.architecture import Architecture
+from training.model import AnyDoor
+from training.official_keys import schedule_buffers
+
+SMALL = Architecture(
+    unet_channels=(32, 64, 96, 96),
+    unet_head_width=8,
+    token_width=64,
+    vae_channels=(32, 64, 64, 64),
+    dino_width=96,
+    dino_depth=4,
+    dino_heads=6,
+)
+"""The network of the golden cases."""
+
+TINY = Architecture(
+    unet_channels=(32, 64),
+    unet_attention=(True, False),
+    unet_layers=1,
+    unet_head_width=8,
+    token_width=32,
+    vae_channels=(32, 32, 32, 32),
+    vae_layers=1,
+    dino_width=32,
+    dino_depth=1,
+    dino_heads=2,
+)
+"""The smallest network that has every kind of block: a bundle of it is built in under a minute."""
+
+ARCHITECTURES = {"tiny": TINY, "small": SMALL, "full": Architecture()}
+
+# (pattern of the key, gain); the first match counts; weight std = gain / sqrt(fan in)
+GAINS = (
+    (r"control_model\.input_hint_block\.14\.", 3.0),
+    (r"control_model\.input_hint_block\.", 1.7),
+    (r"control_model\.(zero_convs|middle_block_out)\.", 0.7),
+    (r"(model\.diffusion_model|control_model)\..*\.(to_q|to_k)\.", 1.5),
+    (r"(model\.diffusion_model|control_model)\..*\.emb_layers\.", 2.5),
+    (r"first_stage_model\.decoder\.conv_out\.", 0.6),
+)
+
+# last part of the key -> (mean, std)
+SPECIAL = {
+    "gamma": (0.3, 0.05),
+    "pos_embed": (0.0, 0.2),
+    "cls_token": (0.0, 0.5),
+    "mask_token": (0.0, 0.02),
+    "bias": (0.0, 0.02),
+}
+NORM_WEIGHT = (1.0, 0.1)
+
+
+def seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    """The weights of one official key."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    values = generator.standard_normal(shape, dtype=np.float32)
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf in SPECIAL or len(shape) == 1:
+        mean, std = SPECIAL.get(leaf, NORM_WEIGHT)
+        scaled = values * np.float32(std)
+        return scaled + np.float32(mean) if mean else scaled
+    gain = next((gain for pattern, gain in GAINS if re.match(pattern, key)), 1.0)
+    return values * np.float32(gain / np.sqrt(float(np.prod(shape[1:]))))
+
+
+def seeded_checkpoint(path: Path, architecture: Architecture, seed: int, quiet: bool = True) -> None:
+    """Writes a checkpoint in the official layout."""
+    with torch.device("meta"):
+        shapes = AnyDoor(architecture).official_shapes()
+    tensors = {
+        key: torch.from_numpy(seeded_tensor(key, shape, seed))
+        for key, shape in tqdm(shapes.items(), desc="seeding", disable=quiet)
+    }
+    write_checkpoint(path, schedule_buffers() | tensors, architecture)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] not in ARCHITECTURES:
+        sys.exit(__doc__)
+    seeded_checkpoint(Path(sys.argv[3]), ARCHITECTURES[sys.argv[1]], int(sys.argv[2]), quiet=False)
