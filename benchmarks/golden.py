@@ -135,7 +135,7 @@ _INPUTS = ("ref", "hint", "hint_rgb", "hint_mask", "tokens_ref", "tokens_zero", 
 """What the runs of one script have in common."""
 
 _LENT = ("_ref", "_hint", "_x_T", "_ratios", "_extra_sizes", "_tar_box_yyxx_crop", "_tar_box_yyxx")
-"""What a case without pictures takes from another one: the inputs of the networks, and where they came from."""
+"""What a case without pictures takes from another one: inputs of the networks, and their origin."""
 
 
 def lacks_inputs(path: Path) -> bool:

@@ -457,7 +457,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         prog="parity.py",
-        description="Compare the runtime, stage by stage, with cases recorded from the original implementation.",
+        description="Compare the runtime, stage by stage, with cases recorded from the original.",
         epilog="example:\n  python benchmarks/parity.py --checkpoint small.safetensors case0.npz case1.npz\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

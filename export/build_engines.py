@@ -49,7 +49,7 @@ class BuildOptions:
 
 
 def build_bundle(
-    checkpoint: Checkpoint, output: Path, options: BuildOptions, quiet: bool = False
+    checkpoint: Checkpoint, output: Path, options: BuildOptions, progress: Progress | None = None
 ) -> Manifest:
     """Builds a bundle beside its place and puts it there when it is complete and verified.
 
@@ -60,7 +60,7 @@ def build_bundle(
         checkpoint: an opened checkpoint.
         output: directory of the bundle; what is there is replaced.
         options: how to build.
-        quiet: show no progress.
+        progress: told of every step; a bar on the terminal if None.
 
     Raises:
         AnyDoorError: an option or the checkpoint is unusable, or a graph does not compute what PyTorch does.
@@ -70,8 +70,9 @@ def build_bundle(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with Progress(2 + 4 * len(GRAPHS), quiet) as progress:
-            manifest = _build(checkpoint, partial, options, progress)
+        with progress or Progress() as shown:
+            shown.steps = 2 + 4 * len(GRAPHS)
+            manifest = _build(checkpoint, partial, options, shown)
         _put_in_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -248,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_batch=options.max_batch,
             resolution=options.resolution,
         )
-        manifest = build_bundle(checkpoint, output, build, options.quiet)
+        manifest = build_bundle(checkpoint, output, build, Progress(quiet=options.quiet))
     except AnyDoorError as error:
         print(f"build_engines.py: {error}", file=sys.stderr)
         return 2

@@ -14,11 +14,11 @@ _TICK_SECONDS = 1.0
 class Progress:
     """A bar over a known number of steps; most of them are calls that report nothing until they are done."""
 
-    def __init__(self, steps: int, quiet: bool = False) -> None:
+    def __init__(self, steps: int = 0, quiet: bool = False) -> None:
         """Starts the bar.
 
         Args:
-            steps: how often `step` will be called.
+            steps: how often `step` will be called, as far as it is known yet.
             quiet: show nothing.
         """
         self._steps = steps
@@ -34,6 +34,15 @@ class Progress:
         self._done = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
         self._ticker.start()
+
+    @property
+    def steps(self) -> int:
+        """How often `step` will be called."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._steps = self._bar.total = steps
 
     def step(self, description: str) -> None:
         """Ends the step before, if any, and names the one that starts now."""

@@ -21,11 +21,11 @@ TINY_RESOLUTION = 64
 def _fingerprint() -> str:
     """Changes whenever the code that makes checkpoints and bundles does."""
     digest = hashlib.sha256()
-    folders = ("export", "engines", "training", "tests")
-    sources = [ROOT / "tests/seeded.py", ROOT / "runtime/noise_schedule.py"]
-    sources += [path for folder in folders[:3] for path in sorted((ROOT / folder).glob("*.py"))]
-    for path in sources:
-        digest.update(path.read_bytes())
+    sources = ["tests/seeded.py", "runtime/noise_schedule.py", "engines/graphs.py", "engines/bundle.py"]
+    sources += [f"training/{name}.py" for name in ("architecture", "model", "official_keys")]
+    sources += [f"export/{name}.py" for name in ("build_engines", "checkpoint", "graphs", "verification")]
+    for source in sources:
+        digest.update((ROOT / source).read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -53,12 +53,15 @@ def _checkpoint(name: str) -> Path:
 def _bundle(name: str, resolution: int) -> Path:
     from export.build_engines import BuildOptions, build_bundle
     from export.checkpoint import read_checkpoint
+    from export.progress import Progress
 
     checkpoint = _checkpoint(name)
     path = checkpoint.parent / name
     with _lock(path.with_suffix(".bundle.lock")):
         if not path.exists():
-            build_bundle(read_checkpoint(checkpoint), path, BuildOptions(resolution=resolution), quiet=True)
+            build_bundle(
+                read_checkpoint(checkpoint), path, BuildOptions(resolution=resolution), Progress(quiet=True)
+            )
     return path
 
 

@@ -1,0 +1,49 @@
+# make demo   the main job, on a machine with Python and make alone
+# make test   formatter, linter, types, import rules, tests
+# make dev    .venv with every extra that installs here, for working on the project
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+DEMO_BUNDLE := examples/anydoor-small
+DEMO_PICTURE := build/demo.png
+
+.PHONY: demo test dev check format clean
+
+demo: $(VENV)/.lean
+	@$(BIN)/anydoor composite --bundle $(DEMO_BUNDLE) \
+		--reference examples/object.png --scene examples/scene.png --box "$$(cat examples/scene_box.txt)" \
+		--steps 20 --seed 7 --output $(DEMO_PICTURE)
+
+test: $(VENV)/.dev check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+dev: $(VENV)/.dev
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# the lean runtime: numpy, Pillow, tqdm and ONNX Runtime; no torch
+$(VENV)/.lean: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[cpu]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.lean
+	$(PIP) --editable '.[cpu,export,train,dev]'
+	@touch $@
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
