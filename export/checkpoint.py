@@ -105,7 +105,7 @@ def read_checkpoint(
     except (ArchitectureError, KeyError, ValueError) as error:
         problem = _compare_prefixes(shapes) or str(error)
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint: {problem}") from error
-    problem = _compare(shapes, expected)
+    problem = compare_shapes(shapes, expected)
     if problem:
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint: {problem}")
     return Checkpoint(path, architecture, file.tensors)
@@ -263,7 +263,7 @@ def _some(keys: list[str]) -> str:
     return named + (f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
 
 
-def _compare(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+def compare_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
     """What is missing, unexpected or mis-shaped, in one sentence; empty if nothing is."""
     missing = [key for key in expected if key not in shapes]
     unexpected = [key for key in shapes if key not in expected and key not in SCHEDULE_KEYS]

@@ -1,0 +1,60 @@
+"""Stable Diffusion and DINOv2 joined to what training starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from seeded import TINY
+
+from export.checkpoint import read_checkpoint
+from export.initialise import main
+from training.model import AnyDoor
+
+DINO = "cond_stage_model.model."
+
+
+@pytest.fixture
+def ingredients(tiny_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A plain diffusion checkpoint with a text encoder, and a DINOv2 file."""
+    tensors = load_file(tiny_checkpoint)
+    diffusion, dino = tmp_path / "sd.safetensors", tmp_path / "dino.pth"
+    plain = {k: v for k, v in tensors.items() if k.startswith(("model.", "first_stage_model."))}
+    save_file(
+        plain | {"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": torch.ones(8)}, diffusion
+    )
+    torch.save({k.removeprefix(DINO): v for k, v in tensors.items() if k.startswith(DINO)}, dino)
+    return diffusion, dino
+
+
+def test_joined_checkpoint_is_an_anydoor_network_whose_control_changes_nothing(
+    ingredients: tuple[Path, Path], tmp_path: Path
+) -> None:
+    diffusion, dino = ingredients
+    output = tmp_path / "init.safetensors"
+    heads = ["--unet-head-width", "8", "--dino-heads", "2"]
+    arguments = ["--stable-diffusion", str(diffusion), "--dinov2", str(dino), "--output", str(output), *heads]
+    assert main(arguments) == 0
+    checkpoint = read_checkpoint(output)
+    assert checkpoint.architecture == TINY
+    key = "input_blocks.1.0.in_layers.2.weight"
+    copied, source = (checkpoint.tensors[p + key] for p in ("control_model.", "model.diffusion_model."))
+    assert torch.equal(copied, source)
+
+    model = AnyDoor(TINY)
+    model.load_official_state_dict(checkpoint.tensors)
+    maps = model.detail_maps(torch.randn(1, 4, 64, 64), torch.tensor([501]), torch.randn(1, 257, 32))
+    assert all(not m.any() for m in maps)
+
+
+def test_wrong_ingredient_is_refused_in_one_sentence(
+    ingredients: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diffusion, _ = ingredients
+    output = tmp_path / "init.safetensors"
+    arguments = ["--stable-diffusion", str(diffusion), "--dinov2", str(diffusion), "--output", str(output)]
+    assert main(arguments) == 2
+    assert "do not make an AnyDoor network" in capsys.readouterr().err
+    assert not output.exists()
