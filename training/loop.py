@@ -32,8 +32,9 @@ class NumberedDataset(Protocol):
 class Task(Protocol):
     """What a stage of training has of its own."""
 
-    module: nn.Module
-    """Holds the weights; those with `requires_grad` are trained."""
+    @property
+    def module(self) -> nn.Module:
+        """Holds the weights; those with `requires_grad` are trained."""
 
     def dataset(self) -> NumberedDataset:
         """Where the samples come from."""

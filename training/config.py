@@ -1,0 +1,81 @@
+"""Recipes: one TOML file holds all that a training run is made of."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from training.architecture import Architecture
+from training.data.pairs import PairRules
+from training.diffusion import Trained
+from training.loop import LoopSettings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found]
+
+_Section = TypeVar("_Section")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How much is drawn for a model that learns from the renderer."""
+
+    objects: int = 4000
+    pairs: int = 8000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. A stage without a section is not run."""
+
+    architecture: Architecture = field(default_factory=Architecture)
+    data: DataSettings = field(default_factory=DataSettings)
+    pairs: PairRules = field(default_factory=PairRules)
+    trained: Trained = field(default_factory=Trained)
+    autoencoder: LoopSettings | None = None
+    identity: LoopSettings | None = None
+    diffusion: LoopSettings | None = None
+
+
+class RecipeError(ValueError):
+    """The file is not a recipe; the text says where."""
+
+
+_SECTIONS = {
+    "architecture": Architecture,
+    "data": DataSettings,
+    "pairs": PairRules,
+    "trained": Trained,
+    "autoencoder": LoopSettings,
+    "identity": LoopSettings,
+    "diffusion": LoopSettings,
+}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads a recipe; unknown sections and settings are errors, missing settings have their defaults."""
+    try:
+        text = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    unknown = text.keys() - _SECTIONS.keys()
+    if unknown:
+        raise RecipeError(f"{path}: unknown section [{unknown.pop()}]; known: {', '.join(_SECTIONS)}")
+    return Recipe(**{name: _section(_SECTIONS[name], name, values, path) for name, values in text.items()})
+
+
+def _section(kind: type[_Section], name: str, values: Mapping[str, Any], path: Path) -> _Section:
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    unknown = values.keys() - known
+    if unknown:
+        raise RecipeError(f"{path}: [{name}] has no '{unknown.pop()}'; known: {', '.join(sorted(known))}")
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise RecipeError(f"{path}: [{name}]: {error}") from error

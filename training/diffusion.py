@@ -1,0 +1,89 @@
+"""Stage 3, and the only one of the published model: denoising with a reference and a hint (equation 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from training.data.encoded import EncodedPairs
+from training.loop import Batch
+from training.model import AnyDoor
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Which parts learn. The defaults are section 4.1's: detail extractor, UNet decoder and projector."""
+
+    control: bool = True
+    unet_encoder: bool = False
+    unet_decoder: bool = True
+    projector: bool = True
+    drop: float = 0.0
+    """Probability of a black reference, for classifier-free guidance; the released code has none."""
+
+    def apply(self, model: AnyDoor) -> None:
+        """Sets `requires_grad` of every weight; the autoencoder and DINOv2 never learn here."""
+        model.requires_grad_(False)
+        model.control.requires_grad_(self.control)
+        # in every official checkpoint, and never used
+        model.control.conv_in.requires_grad_(False)
+        for name, weight in model.unet.named_parameters():
+            decoder = name.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))
+            weight.requires_grad_(self.unet_decoder if decoder else self.unet_encoder)
+        model.id_encoder.projector.requires_grad_(self.projector)
+
+
+class Denoiser(nn.Module):
+    """The parts that learn, as one module with one forward pass (which DDP asks for)."""
+
+    def __init__(self, model: AnyDoor) -> None:
+        super().__init__()
+        self.unet, self.control, self.projector = model.unet, model.control, model.id_encoder.projector
+        # a plain reference, so that the network is not a second owner of these weights
+        self._call = model.forward
+
+    def forward(self, latent: Tensor, timestep: Tensor, features: Tensor, hint: Tensor) -> Tensor:
+        """The noise that is estimated to be in `latent`; `features` are DINOv2's, before the projector."""
+        tokens = self.projector(features)
+        estimate: Tensor = self._call(latent, timestep, tokens, hint)
+        return estimate
+
+
+def noisy_latents(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """The forward process: sqrt(a_t) latents + sqrt(1 - a_t) noise, with one timestep (N,) per sample."""
+    signal = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+    return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+
+
+class DiffusionTask:
+    """Plain mean squared error on the noise (logvar 0 and no variational term, as in the released code)."""
+
+    def __init__(self, model: AnyDoor, pairs: EncodedPairs, trained: Trained) -> None:
+        trained.apply(model)
+        self.module = Denoiser(model)
+        self.alphas_cumprod = model.alphas_cumprod
+        self._data = pairs
+
+    def dataset(self) -> EncodedPairs:
+        """Pairs, encoded by the frozen parts."""
+        return self._data
+
+    @staticmethod
+    def load(model: AnyDoor, weights: Mapping[str, Tensor]) -> None:
+        """Puts what this task trained into a network."""
+        Denoiser(model).load_state_dict(weights)
+
+    def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The batch holds latents, noise, timestep, features and hint (see `EncodedPairs`)."""
+        alphas = self.alphas_cumprod.to(batch["noise"].device)
+        noisy = noisy_latents(batch["latents"], batch["noise"], batch["timestep"], alphas)
+        estimate = module(noisy, batch["timestep"], batch["features"], batch["hint"])
+        error = F.mse_loss(estimate.float(), batch["noise"], reduction="none").mean((1, 2, 3))
+        late = (batch["timestep"] >= 500).float()
+        return {
+            "loss": error.mean(),
+            "structure": ((error * late).sum() / late.sum().clamp(min=1)).detach(),
+        }

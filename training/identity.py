@@ -1,0 +1,104 @@
+"""Stage 2 of a small model: its ID encoder. (The published model takes DINOv2 as it is.)
+
+Two things are asked of it, as of DINOv2: that two views of one object look alike to it and views of different
+objects do not, and that each patch token tells what is in its patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from runtime.reference import prepare_reference
+from training.architecture import REFERENCE_SIZE, Architecture
+from training.data.pairs import PairRules, Shot, augment_reference
+from training.data.view_store import REFERENCES, ViewStore
+from training.loop import Batch
+from training.model import IMAGENET_MEAN, IMAGENET_STD, IDEncoder
+
+DETAIL = 4  # a patch token shall know its patch at this many pixels per side
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """Two background-free views of one object."""
+
+    store: ViewStore
+    seed: int
+    rules: PairRules
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Views (2, 3, 224, 224), float32, 0..1."""
+        rng = np.random.default_rng([self.seed, number])
+        row = int(rng.integers(len(self.store)))
+        views = []
+        for index in range(2):
+            view = self.store.reference(row, index % REFERENCES)
+            shot = augment_reference(Shot(view.image, view.mask > 128), self.rules, rng)
+            prepared = prepare_reference(shot.image, shot.mask, int(rng.integers(11, 15)) / 10)
+            views.append(prepared.image.transpose(2, 0, 1).astype(np.float32) / 255)
+        return {"views": np.stack(views)}
+
+
+def dino_features(encoder: IDEncoder, reference: Tensor) -> Tensor:
+    """DINOv2's tokens (N, 257, width) of references (N, 3, 224, 224) in 0..1, before the projector."""
+    mean, std = (reference.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    features: Tensor = encoder.dino((reference - mean) / std).last_hidden_state
+    return features
+
+
+class IdentityModule(nn.Module):
+    """The encoder with the two heads that only its training needs."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.encoder = IDEncoder(architecture)
+        self.encoder.projector.requires_grad_(False)  # learned with the diffusion part
+        self.encoder.dino.embeddings.mask_token.requires_grad_(False)
+        width = architecture.dino_width
+        self.identity = nn.Linear(2 * width, width)
+        self.pixels = nn.Linear(width, 3 * DETAIL**2)
+        self.sharpness = nn.Parameter(torch.tensor(2.3))
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit identity vectors (N, D) and pixels of each patch (N, 256, 48) of views (N, 3, 224, 224)."""
+        tokens = dino_features(self.encoder, views)
+        summary = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+        return F.normalize(self.identity(summary), dim=1), self.pixels(tokens[:, 1:])
+
+
+class IdentityTask:
+    """Contrast across views (InfoNCE, both ways) and reconstruction of shrunken patches."""
+
+    def __init__(self, architecture: Architecture, store: ViewStore, rules: PairRules, seed: int = 1) -> None:
+        self.module = IdentityModule(architecture)
+        self.patches = REFERENCE_SIZE // architecture.dino_patch
+        self._data = TwoViews(store, seed, rules)
+
+    def dataset(self) -> TwoViews:
+        """Views of single objects."""
+        return self._data
+
+    def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Also shows how often the other view of an object is the nearest of the batch."""
+        views = batch["views"].transpose(0, 1).flatten(0, 1)  # all first views, then all second ones
+        identity, pixels = module(views)
+        first, second = identity.chunk(2)
+        likeness = first @ second.T * self.module.sharpness.exp().clamp(max=100)
+        same = torch.arange(len(first), device=likeness.device)
+        contrast = 0.5 * (F.cross_entropy(likeness, same) + F.cross_entropy(likeness.T, same))
+        small = F.interpolate(views, (self.patches * DETAIL,) * 2, mode="area")
+        truth = F.pixel_unshuffle(small, DETAIL).flatten(2).transpose(1, 2)
+        detail = (pixels - truth).abs().mean()
+        found = (likeness.argmax(1) == same).float().mean()
+        return {
+            "loss": contrast + 4 * detail,
+            "contrast": contrast.detach(),
+            "detail": detail.detach(),
+            "found": found,
+        }

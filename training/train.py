@@ -1,0 +1,131 @@
+"""Trains a model after a recipe, stage by stage; every stage goes on where it was stopped.
+
+    python -m training.train training/recipes/anydoor-small.toml
+    python -m training.train RECIPE --stage diffusion --folder runs/small
+
+Stages: `views` draws the objects, `autoencoder` and `identity` train what the published model takes from SD
+2.1 and DINOv2, `encode` passes the pairs through both once, `diffusion` trains the rest, `checkpoint` writes
+all of it in the official layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.autoencoder import AutoencoderTask, normalise_latents
+from training.checkpoint import write_official
+from training.config import Recipe, read_recipe
+from training.data.encoded import EncodedPairs, encode_pairs
+from training.data.view_store import ViewStore, draw_views
+from training.diffusion import DiffusionTask
+from training.identity import IdentityTask
+from training.loop import train
+from training.model import AnyDoor
+
+DROP_SEED, CALIBRATION = 3, 64
+
+
+def train_views(recipe: Recipe, folder: Path) -> None:
+    """Draws the objects of the recipe."""
+    draw_views(folder / "views", recipe.data.objects)
+
+
+def train_autoencoder(recipe: Recipe, folder: Path) -> None:
+    """Stage 1."""
+    if recipe.autoencoder:
+        task = AutoencoderTask(recipe.architecture, ViewStore(folder / "views"))
+        train(task, recipe.autoencoder, folder / "autoencoder")
+
+
+def train_identity(recipe: Recipe, folder: Path) -> None:
+    """Stage 2."""
+    if recipe.identity:
+        task = IdentityTask(recipe.architecture, ViewStore(folder / "views"), recipe.pairs)
+        train(task, recipe.identity, folder / "identity")
+
+
+def encode(recipe: Recipe, folder: Path) -> None:
+    """Makes the pairs of stage 3, once."""
+    if not (folder / "pairs" / "black.npy").exists():
+        model = frozen_parts(recipe, folder)
+        encode_pairs(model, ViewStore(folder / "views"), recipe.pairs, folder / "pairs", recipe.data.pairs)
+
+
+def train_diffusion(recipe: Recipe, folder: Path) -> None:
+    """Stage 3."""
+    if recipe.diffusion:
+        pairs = EncodedPairs(folder / "pairs", DROP_SEED, recipe.pairs, recipe.trained.drop)
+        model = frozen_parts(recipe, folder)
+        train(DiffusionTask(model, pairs, recipe.trained), recipe.diffusion, folder / "diffusion")
+
+
+def write_checkpoint(recipe: Recipe, folder: Path) -> None:
+    """Puts the parts together: `folder`/model.safetensors."""
+    write_official(trained_model(recipe, folder), folder / "model.safetensors")
+
+
+def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
+    """A network with the autoencoder and the ID encoder of stages 1 and 2; the rest is fresh.
+
+    The autoencoder's latents are put into units of variance 1 on the first views, always the same way.
+    """
+    torch.manual_seed(0)
+    model = AnyDoor(recipe.architecture)
+    model.vae.load_state_dict(_weights(folder / "autoencoder"))
+    encoder = {
+        n.removeprefix("encoder."): w
+        for n, w in _weights(folder / "identity").items()
+        if n.startswith("encoder.")
+    }
+    model.id_encoder.load_state_dict(encoder)
+    store = ViewStore(folder / "views")
+    pictures = np.stack([store.scene(row, 0).image for row in range(min(CALIBRATION, len(store)))])
+    normalise_latents(model.vae, torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
+    return model.eval()
+
+
+def trained_model(recipe: Recipe, folder: Path) -> AnyDoor:
+    """The whole network after stage 3."""
+    model = frozen_parts(recipe, folder)
+    DiffusionTask.load(model, _weights(folder / "diffusion"))
+    return model
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = torch.load(folder / "mean.pt", map_location="cpu", weights_only=True)
+    return weights
+
+
+STAGES: dict[str, Callable[[Recipe, Path], None]] = {
+    "views": train_views,
+    "autoencoder": train_autoencoder,
+    "identity": train_identity,
+    "encode": encode,
+    "diffusion": train_diffusion,
+    "checkpoint": write_checkpoint,
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only these; default: all in order")
+    parser.add_argument("--folder", type=Path, help="default: runs/NAME of the recipe")
+    parser.add_argument("--threads", type=int, help="processor threads to use")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    recipe = read_recipe(arguments.recipe)
+    folder = arguments.folder or Path("runs") / arguments.recipe.stem
+    for stage in arguments.stage or STAGES:
+        STAGES[stage](recipe, folder)
+
+
+if __name__ == "__main__":
+    main()
