@@ -61,6 +61,13 @@ class Engine(Protocol):
     def to_host(self, tensor: DeviceTensor) -> Array:
         """Copies a tensor to the host."""
 
+    def concatenate(self, pieces: Sequence[tuple[DeviceTensor, int, int]]) -> DeviceTensor:
+        """Rows of tensors, one after the other, as a new tensor on the device.
+
+        Args:
+            pieces: (tensor, first row, row after the last); dtypes and all dimensions but the first agree.
+        """
+
     def nbytes(self, tensor: DeviceTensor) -> int:
         """The memory that a tensor occupies."""
 

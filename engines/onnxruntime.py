@@ -7,6 +7,7 @@ there the next one takes without a copy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +56,10 @@ class OnnxRuntimeEngine:
         self._options = self._library.SessionOptions()
         # idle threads sleep at once: a server, or the other graphs, need the cores more than a spinning loop
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # where a model that is not loaded from its file finds its weights
+        self._options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(bundle.path)
+        )
         if threads:
             self._options.intra_op_num_threads = threads
 
@@ -65,7 +70,9 @@ class OnnxRuntimeEngine:
         self._bundle.verify(graph)
         try:
             session = self._library.InferenceSession(
-                str(self._bundle.graph_file(graph)), self._options, providers=[_PROVIDERS[self.device]]
+                self.model(graph, self._bundle.graph_file(graph)),
+                self._options,
+                providers=[_PROVIDERS[self.device]],
             )
         except Exception as error:  # the library raises classes of its own, all derived from Exception
             reason = str(error).splitlines()[0]
@@ -77,6 +84,10 @@ class OnnxRuntimeEngine:
                 "cuDNN libraries are missing; check with 'anydoor doctor', or run with --device cpu"
             )
         self._sessions[graph] = session
+
+    def model(self, graph: str, path: Path) -> str | bytes:
+        """What to run for a graph: the file, or a model in memory whose weights lie beside the file."""
+        return str(path)
 
     def unload(self, graph: str) -> None:
         """Frees a graph's weights; see `Engine.unload`."""
@@ -110,6 +121,13 @@ class OnnxRuntimeEngine:
     def to_host(self, tensor: DeviceTensor) -> Array:
         """See `Engine.to_host`."""
         return tensor.numpy()  # type: ignore[no-any-return]
+
+    def concatenate(self, pieces: Sequence[tuple[DeviceTensor, int, int]]) -> DeviceTensor:
+        """See `Engine.concatenate`. ONNX Runtime copies between tensors through the host only."""
+        host = {id(tensor): self.to_host(tensor) for tensor, _, _ in pieces}
+        return self.to_device(
+            np.concatenate([host[id(tensor)][start:stop] for tensor, start, stop in pieces])
+        )
 
     def nbytes(self, tensor: DeviceTensor) -> int:
         """See `Engine.nbytes`."""

@@ -8,8 +8,9 @@ image = compositor.composite("desk.jpg", Placement("cup.png", box=(80, 60, 300, 
 
 from engines.errors import AnyDoorError, BackendError, BundleError
 from runtime.collage import Ratios
-from runtime.compositor import Composite, Compositor
+from runtime.compositor import Compositor
 from runtime.errors import InputError
+from runtime.job import Composite
 from runtime.request import Placement, Sampling
 
 __all__ = [

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
-import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
@@ -17,54 +13,32 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.bundle import Bundle
-from engines.engine import Engine, open_engine
+from engines.engine import DeviceTensor, Engine, open_engine
 from engines.graphs import DECODE, GRAPHS, ID_ENCODER
-from runtime.boxes import Box
-from runtime.collage import MODES, Hint, make_hint
 from runtime.ddim import ddim_schedule
 from runtime.detail_maps import DetailMapCache, DetailMaps, default_cache_budget
-from runtime.errors import InputError
-from runtime.paste_back import paste_back, pasted_region
+from runtime.errors import InputError, in_field
+from runtime.job import Canvas, Composite, Job, Stopwatch
 from runtime.pictures import PictureLike, load_picture
-from runtime.reference import PreparedReference, prepare_reference
-from runtime.request import Placement, ResolvedPlacement, Sampling
-from runtime.sampling import has_guidance, sample
-from runtime.validation import MAX_SEED, check_initial_noise, check_sampling, check_seeds, resolve_placement
+from runtime.reference import PreparedReference
+from runtime.request import Placement, Request, Sampling
+from runtime.sampling import Conditions, LatentRow, RunningBatch, Sample, has_guidance
+from runtime.validation import (
+    LARGEST,
+    MAX_SEED,
+    Limits,
+    check_initial_noise,
+    check_placements,
+    check_sampling,
+    check_seeds,
+    resolve_placement,
+)
 
 StepCallback = Callable[[int, int], object]
-"""Called after every step with the number of steps done and the number of all steps."""
+"""Called after every step with the steps done and all steps, counted over all pictures and placements."""
 
 _KEPT_TOKENS = 32
 """References whose ID tokens are remembered; 1 MB each at full size."""
-
-
-@dataclass(frozen=True, eq=False)
-class Composite:
-    """One picture, and how it came about."""
-
-    image: NDArray[np.uint8]
-    """(H, W, 3) RGB, of the scene's size."""
-    seed: int
-    """Gives the same picture again, on the same machine and bundle."""
-    regions: tuple[Box, ...]
-    """Per placement: the only part of the scene that it may have changed."""
-    seconds: dict[str, float]
-    """Stage -> time spent, for all pictures of the call together."""
-
-
-@dataclass
-class _Stopwatch:
-    """Time per stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 class Compositor:
@@ -198,85 +172,116 @@ class Compositor:
         on_step: StepCallback | None = None,
     ) -> list[Composite]:
         """Like `composite`, and returns seeds, regions and times with the pictures."""
-        seed = secrets.randbelow(MAX_SEED >> 32) if seed is None else seed
-        check_sampling(sampling)
-        check_seeds(seed, num_images)
         placements = [placements] if isinstance(placements, Placement) else list(placements)
-        if not placements:
-            raise InputError("there is nothing to place: give at least one placement")
-        seeds = [seed + i for i in range(num_images)]
-        if initial_noise is not None:
-            initial_noise = check_initial_noise(initial_noise, (num_images, *self._latent_shape))
-        watch = _Stopwatch()
-        with watch.measure("read"):
-            picture = load_picture(scene, "the scene").rgb
-            resolved = [resolve_placement(placement, picture) for placement in placements]
-        count = _count_steps(on_step, sampling, len(resolved), num_images, self.bundle.manifest.max_batch)
-        images: list[NDArray[np.uint8]] = [picture] * num_images
-        regions: list[Box] = []
-        for index, placement in enumerate(resolved):
-            generators = [_generator(s, index) for s in seeds]
-            latents = initial_noise if initial_noise is not None else self._draw(generators)
-            images, region = self._place(
-                images, placement, index, sampling, latents, generators, count, watch
-            )
-            regions.append(region)
-        return [Composite(i, s, tuple(regions), dict(watch.seconds)) for i, s in zip(images, seeds)]
+        job = self.accept(Request(scene, placements, seed, sampling, num_images, initial_noise))
+        batch = self.new_batch()
+        waiting = deque(job.canvases)
+        running: dict[Sample, Canvas] = {}
+        done = 0
+        while waiting or running:
+            while waiting and len(running) < self.max_batch:
+                canvas = waiting.popleft()
+                canvas.prepare()
+                running[self.start(canvas)] = canvas
+            batch.samples = list(running)
+            with job.watch.measure("sample"):
+                batch.step()
+            for sample in batch.samples:
+                if sample.error:
+                    raise sample.error
+            done += len(batch.samples)
+            if on_step:
+                on_step(done, job.total_steps)
+            finished = [sample for sample in batch.samples if sample.done]
+            with job.watch.measure(DECODE):
+                pictures = self.decode(batch, finished)
+            for sample, picture in zip(finished, pictures):
+                canvas = running.pop(sample)
+                canvas.paste(picture)
+                if not canvas.done:
+                    waiting.append(canvas)
+        return job.results()
 
-    def _place(
-        self,
-        scenes: list[NDArray[np.uint8]],
-        placement: ResolvedPlacement,
-        index: int,
-        sampling: Sampling,
-        latents: NDArray[np.float32],
-        generators: list[np.random.Generator],
-        on_step: Callable[[], None],
-        watch: _Stopwatch,
-    ) -> tuple[list[NDArray[np.uint8]], Box]:
-        """Puts one object into all pictures."""
-        with watch.measure("prepare"):
-            reference = prepare_reference(
-                placement.reference, placement.reference_mask, placement.ratios.reference
-            )
-        tokens = self.encode_reference(reference, watch)
-        # the first object meets the same scene in every picture; the next ones meet different pictures
-        batch = self.bundle.manifest.max_batch if index == 0 else 1
-        mode = MODES[placement.mode]
-        composites: list[NDArray[np.uint8]] = []
-        hint: Hint | None = None
-        for start in range(0, len(scenes), batch):
-            chosen = slice(start, start + batch)
-            if hint is None or index > 0:
-                with watch.measure("prepare"):
-                    hint = make_hint(
-                        scenes[start],
-                        placement.target,
-                        reference,
-                        placement.ratios,
-                        mode,
-                        self._model.resolution,
-                    )
-            pictures = self.generate(
-                hint.hint, tokens, sampling, latents[chosen], generators[chosen], on_step, watch
-            )
-            with watch.measure("paste"):
-                composites += [
-                    paste_back(picture, scene, hint.geometry, mode)
-                    for picture, scene in zip(pictures, scenes[chosen])
-                ]
-        assert hint is not None
-        return composites, pasted_region(hint.geometry, mode)
+    # The stages that `run` and the `Scheduler` share. `accept` uses no engine and may run in any thread.
+
+    def accept(self, request: Request, limits: Limits = LARGEST) -> Job:
+        """Decodes and checks a request.
+
+        Raises:
+            InputError: something about the request cannot be used, in one sentence.
+        """
+        sampling, num_images, noise = request.sampling, request.num_images, request.initial_noise
+        seed = secrets.randbelow(MAX_SEED >> 32) if request.seed is None else request.seed
+        with in_field("sampling"):
+            check_sampling(sampling, limits)
+        check_seeds(seed, num_images, limits)
+        check_placements(request.placements, limits)
+        if noise is not None:
+            noise = check_initial_noise(noise, (num_images, *self.latent_shape))
+        watch = Stopwatch()
+        with watch.measure("read"):
+            with in_field("scene"):
+                picture = load_picture(request.scene, "the scene", limits.pixels).rgb
+            resolved = []
+            for index, placement in enumerate(request.placements):
+                with in_field(f"placements[{index}]"):
+                    resolved.append(resolve_placement(placement, picture, limits.pixels))
+        return Job(
+            scene=picture,
+            placements=resolved,
+            sampling=sampling,
+            schedule=ddim_schedule(self._alphas_cumprod, sampling.steps, sampling.eta, sampling.timesteps),
+            seeds=[seed + i for i in range(num_images)],
+            resolution=self._model.resolution,
+            initial_noise=noise,
+            watch=watch,
+        )
+
+    def new_batch(self) -> RunningBatch:
+        """An empty batch for this bundle."""
+        return RunningBatch(self.engine, self.latent_shape)
+
+    def start(self, canvas: Canvas) -> Sample:
+        """A sample for a canvas that is prepared."""
+        job = canvas.job
+        if canvas.placed > 0:
+            conditions = self._conditions(canvas)
+        else:
+            # the first object meets the same scene in all pictures
+            conditions = job.first_conditions = job.first_conditions or self._conditions(canvas)
+        latent = self.engine.to_device(canvas.draw_latent(self.latent_shape)[None])
+        return Sample(conditions, job.schedule, job.sampling, LatentRow(latent, 0, 1), canvas.generator)
+
+    def _conditions(self, canvas: Canvas) -> Conditions:
+        job = canvas.job
+        tokens = self.encode_reference(canvas.reference, job.watch)
+        if has_guidance(job.sampling):
+            tokens = np.concatenate([tokens, self._unconditional_tokens])
+        timesteps = job.schedule.timesteps.tolist()
+        maps = DetailMaps(self.engine, self.cache, canvas.hint.hint, tokens, timesteps, self.control_window)
+        return Conditions(maps, tokens)
+
+    def decode(self, batch: RunningBatch, samples: Sequence[Sample]) -> NDArray[np.uint8]:
+        """(N, R, R, 3) RGB pictures of samples of a batch."""
+        if not samples:
+            return np.zeros((0, 0, 0, 3), np.uint8)
+        return self.decode_latents(batch.latents(samples))
+
+    def decode_latents(self, latents: DeviceTensor | NDArray[np.float32]) -> NDArray[np.uint8]:
+        """(N, R, R, 3) RGB pictures of latents (N, C, h, w)."""
+        image = self.engine.run(DECODE, {"latent": latents}, ["image"])["image"]
+        pictures: NDArray[np.uint8] = self.engine.to_host(image)
+        return pictures
 
     def encode_reference(
-        self, reference: PreparedReference, watch: _Stopwatch | None = None
+        self, reference: PreparedReference, watch: Stopwatch | None = None
     ) -> NDArray[np.float32]:
         """ID tokens (1, T, D) of a prepared reference; remembered for the next call."""
         key = reference.image.tobytes()
         if key in self._tokens:
             self._tokens.move_to_end(key)
             return self._tokens[key]
-        with (watch or _Stopwatch()).measure(ID_ENCODER):
+        with (watch or Stopwatch()).measure(ID_ENCODER):
             network_input = (reference.image.astype(np.float32) / 255).transpose(2, 0, 1)[None]
             outputs = self.engine.run(ID_ENCODER, {"reference": network_input})
             tokens: NDArray[np.float32] = self.engine.to_host(outputs["tokens"])
@@ -285,72 +290,12 @@ class Compositor:
             self._tokens.popitem(last=False)
         return tokens
 
-    def generate(
-        self,
-        hint: NDArray[np.float32],
-        tokens: NDArray[np.float32],
-        sampling: Sampling,
-        latents: NDArray[np.float32],
-        generators: Sequence[np.random.Generator] = (),
-        on_step: Callable[[], None] | None = None,
-        watch: _Stopwatch | None = None,
-    ) -> NDArray[np.uint8]:
-        """The networks alone: from hint and ID tokens to pictures.
-
-        Args:
-            hint: (4, R, R).
-            tokens: (1, T, D) ID tokens of the reference.
-            sampling: steps, guidance and the like.
-            latents: (N, C, h, w) noise to start from; N at most the bundle's max_batch.
-            generators: one per sample, for eta > 0.
-            on_step: called after every step.
-            watch: keeps the times.
-
-        Returns:
-            (N, R, R, 3) uint8 RGB.
-        """
-        watch = watch or _Stopwatch()
-        if has_guidance(sampling):
-            tokens = np.concatenate([tokens, self._unconditional_tokens])
-        schedule = ddim_schedule(self._alphas_cumprod, sampling.steps, sampling.eta, sampling.timesteps)
-        maps = DetailMaps(
-            self.engine, self.cache, hint, tokens, schedule.timesteps.tolist(), self.control_window
-        )
-        latent = None
-        with watch.measure("sample"):
-            for latent in sample(  # noqa: B007
-                self.engine, maps, tokens, schedule, sampling, latents, generators
-            ):
-                if on_step:
-                    on_step()
-        with watch.measure(DECODE):
-            image = self.engine.run(DECODE, {"latent": latent}, ["image"])["image"]
-            pictures: NDArray[np.uint8] = self.engine.to_host(image)
-        return pictures
+    @property
+    def max_batch(self) -> int:
+        """Most samples in one call."""
+        return self.bundle.manifest.max_batch
 
     @property
-    def _latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
         return (self._model.latent_channels, self._model.latent_size, self._model.latent_size)
-
-    def _draw(self, generators: list[np.random.Generator]) -> NDArray[np.float32]:
-        return np.stack([g.standard_normal(self._latent_shape, dtype=np.float32) for g in generators])
-
-
-def _generator(seed: int, placement: int) -> np.random.Generator:
-    """The random numbers of one sample: its own, whoever shares its batch."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, placement], np.uint64)))
-
-
-def _count_steps(
-    on_step: StepCallback | None, sampling: Sampling, placements: int, images: int, batch: int
-) -> Callable[[], None]:
-    """Adds the steps of all batches and placements up for one progress callback."""
-    steps = len(sampling.timesteps) if sampling.timesteps is not None else sampling.steps
-    total = steps * (-(-images // batch) + (placements - 1) * images)
-    done = itertools.count(1)
-
-    def count() -> None:
-        if on_step:
-            on_step(next(done), total)
-
-    return count

@@ -29,6 +29,8 @@ class DDIMSchedule:
     """(S,) timesteps in 1..999, largest first."""
     coefficients: NDArray[np.float32]
     """(S, 3) factors of latent, epsilon and noise."""
+    alphas: NDArray[np.float64]
+    """(S,) fraction of signal variance in the latent before each step."""
 
     @property
     def steps(self) -> int:
@@ -90,7 +92,7 @@ def ddim_schedule(
     from_latent = np.sqrt(after / now)
     from_epsilon = np.sqrt(1 - after - sigma**2) - from_latent * np.sqrt(1 - now)
     coefficients = np.stack([from_latent, from_epsilon, sigma], axis=1)
-    return DDIMSchedule(rising[::-1].copy(), coefficients[::-1].astype(np.float32))
+    return DDIMSchedule(rising[::-1].copy(), coefficients[::-1].astype(np.float32), now[::-1].copy())
 
 
 def predicted_clean_latent(

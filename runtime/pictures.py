@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from runtime.errors import InputError
 
@@ -38,17 +38,18 @@ class Picture:
     """(H, W) opacity, if the picture has any transparency."""
 
 
-def load_picture(source: PictureLike, name: str) -> Picture:
+def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
     """Decodes a picture: greyscale, palette, 16-bit, CMYK, transparent or turned by EXIF.
 
     Args:
         source: where the picture is.
         name: what to call it in an error, as the caller named it.
+        max_pixels: a larger picture is refused before it is decoded.
 
     Raises:
         InputError: it is not a picture, is damaged, or is too large.
     """
-    image = _upright(_decode(source, name), name)
+    image = _upright(_decode(source, name, max_pixels), name)
     has_alpha = "A" in image.getbands() or "transparency" in image.info
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
@@ -59,19 +60,22 @@ def load_picture(source: PictureLike, name: str) -> Picture:
     return Picture(np.ascontiguousarray(rgba[..., :3]), None if (alpha == 255).all() else alpha)
 
 
-def load_mask(source: PictureLike | NDArray[Any], name: str) -> NDArray[np.bool_]:
+def load_mask(
+    source: PictureLike | NDArray[Any], name: str, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.bool_]:
     """A mask (H, W): first channel above 128, or not 0 where no value exceeds 1.
 
     Args:
         source: a picture, or an array of bool or of 0 and 1.
         name: what to call it in an error.
+        max_pixels: see `load_picture`.
 
     Raises:
         InputError: it is not a picture, is damaged, or is too large.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.bool_:
         source = source.astype(np.uint8)
-    values = load_picture(source, name).rgb[..., 0]
+    values = load_picture(source, name, max_pixels).rgb[..., 0]
     return values > (_MASK_THRESHOLD if values.max() > 1 else 0)
 
 
@@ -138,7 +142,7 @@ def contact_sheet(images: list[NDArray[np.uint8]], gap: int = 8) -> NDArray[np.u
     return sheet
 
 
-def _decode(source: PictureLike, name: str) -> Image.Image:
+def _decode(source: PictureLike, name: str, max_pixels: int) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
@@ -153,17 +157,18 @@ def _decode(source: PictureLike, name: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise InputError(f"{where} has more than {MAX_PIXELS:,} pixels, the most that are decoded") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{where} has more than {max_pixels:,} pixels, the most that are decoded") from error
+    except Exception as error:
+        # on a damaged file Pillow's readers raise almost any class there is
         raise InputError(f"{where} is not a picture ({', '.join(READABLE_FORMATS)} are read)") from error
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise InputError(
-            f"{where} is {width} x {height}: more than {MAX_PIXELS:,} pixels, the most that are decoded"
+            f"{where} is {width} x {height}: more than {max_pixels:,} pixels, the most that are decoded"
         )
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:
         raise InputError(f"{where} is damaged or cut short") from error
     return image
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,18 @@ class Sampling:
     """0 is deterministic DDIM, 1 adds as much noise as DDPM."""
     timesteps: tuple[int, ...] | None = None
     """Exact timesteps to visit, rising, to follow another implementation; overrides `steps`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Everything that makes a picture; `Compositor.composite` describes the fields."""
+
+    scene: PictureLike
+    placements: Sequence[Placement]
+    seed: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    num_images: int = 1
+    initial_noise: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, eq=False)

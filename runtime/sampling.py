@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.engine import Array, DeviceTensor, Engine
 from engines.graphs import DENOISE
-from runtime.ddim import DDIMSchedule
-from runtime.detail_maps import DetailMaps, StepMaps
+from runtime.ddim import DDIMSchedule, predicted_clean_latent
+from runtime.detail_maps import DetailMaps
 from runtime.request import Sampling
 
 
@@ -61,6 +62,189 @@ def has_guidance(sampling: Sampling) -> bool:
     return sampling.guidance != 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class LatentRow:
+    """One row of latents on the device."""
+
+    tensor: DeviceTensor
+    """(N, C, h, w)."""
+    row: int
+    rows: int
+    """N."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What the samples of one placement have in common."""
+
+    maps: DetailMaps
+    tokens: NDArray[np.float32]
+    """(1, T, D) without guidance; (2, T, D) with it, the unconditional ones last."""
+
+
+@dataclass(eq=False)
+class Sample:
+    """One picture in the making, on its way from noise to latent. It may share calls with any others."""
+
+    conditions: Conditions
+    schedule: DDIMSchedule
+    sampling: Sampling
+    latent: LatentRow
+    """Where its latent is; noise before the first step."""
+    generator: np.random.Generator | None = None
+    """For the noise of steps with eta > 0: its own, so that its batch-mates do not matter."""
+    step: int = 0
+    """Steps done."""
+    error: Exception | None = None
+    """Why it cannot go on."""
+    wants_clean_latent: bool = False
+    """Asks the next step for `clean_latent`."""
+    clean_latent: NDArray[np.float32] | None = None
+    """(C, h, w), what the latent would be without noise, as far as the last step could tell."""
+    _noise: NDArray[np.float32] | None = field(default=None, init=False)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.step == self.schedule.steps
+
+    def noise(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """The noise of the step to come; the same until that step is taken."""
+        if self._noise is None:
+            if self.sampling.eta > 0 and self.generator is not None:
+                self._noise = self.generator.standard_normal(shape, dtype=np.float32)
+            else:
+                self._noise = np.zeros(shape, np.float32)
+        return self._noise
+
+    def advance(self, latent: LatentRow) -> None:
+        """Takes note that a step was taken."""
+        self.latent = latent
+        self.step += 1
+        self._noise = None
+
+
+class RunningBatch:
+    """Samples that take their steps in one call of the denoise graph, each at its own step and settings.
+
+    Samples may be added to `samples` and removed from it between any two steps.
+    """
+
+    def __init__(self, engine: Engine, latent_shape: tuple[int, int, int]) -> None:
+        """Starts empty.
+
+        Args:
+            engine: runs the graphs.
+            latent_shape: (C, h, w).
+        """
+        self.samples: list[Sample] = []
+        self._engine = engine
+        self._shape = latent_shape
+        self._no_noise: dict[int, DeviceTensor] = {}
+        self._tokens: tuple[list[NDArray[np.float32]], DeviceTensor] = ([], None)
+
+    def step(self) -> None:
+        """Takes one step with all samples.
+
+        If that fails, each takes the step alone, and those that fail again get their `error`: what is wrong
+        with one sample, or too much for all of them together, does not hurt the others.
+        """
+        try:
+            self._advance(self.samples)
+        except Exception as error:
+            if len(self.samples) == 1:
+                self.samples[0].error = error
+                return
+            for sample in self.samples:
+                try:
+                    self._advance([sample])
+                except Exception as own_error:
+                    sample.error = own_error
+
+    def latents(self, samples: Sequence[Sample]) -> DeviceTensor:
+        """(N, C, h, w) latents of some samples, together on the device."""
+        rows = [sample.latent for sample in samples]
+        first = rows[0]
+        if [row.row for row in rows] == list(range(first.rows)) and all(
+            row.tensor is first.tensor for row in rows
+        ):
+            return first.tensor
+        return self._engine.concatenate([(row.tensor, row.row, row.row + 1) for row in rows])
+
+    def _advance(self, samples: Sequence[Sample]) -> None:
+        tensors, map_rows = self._maps(samples)
+        tokens, token_rows = self._condition_tokens(samples)
+        latents = self.latents(samples)
+        wants_epsilon = any(sample.wants_clean_latent for sample in samples)
+        outputs = self._engine.run(
+            DENOISE,
+            {
+                "latent": latents,
+                "noise": self._noise(samples),
+                "tokens": tokens,
+                **step_inputs(
+                    [_step_of_sample(*of) for of in zip(samples, token_rows, map_rows)],
+                ),
+                **tensors,
+            },
+            ["next_latent", "epsilon"] if wants_epsilon else ["next_latent"],
+        )
+        if wants_epsilon:
+            self._predict_clean_latents(samples, latents, outputs["epsilon"])
+        for row, sample in enumerate(samples):
+            sample.advance(LatentRow(outputs["next_latent"], row, len(samples)))
+
+    def _maps(self, samples: Sequence[Sample]) -> tuple[Mapping[str, DeviceTensor], list[int]]:
+        """Detail maps for one call, and the first row of each sample."""
+        by_step = {(id(sample.conditions.maps), sample.step): sample for sample in samples}
+        here = {key: sample.conditions.maps.at(sample.step) for key, sample in by_step.items()}
+        # different requests for one placement have the same maps from the cache
+        distinct = {(id(maps.tensors), maps.conditional): maps for maps in here.values()}
+        of_samples = [here[id(sample.conditions.maps), sample.step] for sample in samples]
+        if len(distinct) == 1:
+            return of_samples[0].tensors, [maps.conditional for maps in of_samples]
+        tensors = {
+            name: self._engine.concatenate(
+                [(maps.tensors[name], maps.conditional, maps.unconditional + 1) for maps in distinct.values()]
+            )
+            for name in of_samples[0].tensors
+        }
+        counts = [maps.unconditional + 1 - maps.conditional for maps in distinct.values()]
+        first = dict(zip(distinct, itertools.accumulate([0, *counts])))
+        return tensors, [first[id(maps.tensors), maps.conditional] for maps in of_samples]
+
+    def _condition_tokens(self, samples: Sequence[Sample]) -> tuple[DeviceTensor, list[int]]:
+        """ID tokens for one call, and the first row of each sample; sent to the device when they change."""
+        distinct = list(
+            {id(sample.conditions.tokens): sample.conditions.tokens for sample in samples}.values()
+        )
+        known, tensor = self._tokens
+        if [id(tokens) for tokens in known] != [id(tokens) for tokens in distinct]:
+            tensor = self._engine.to_device(np.concatenate(distinct))
+            self._tokens = (distinct, tensor)
+        first = dict(zip(map(id, distinct), itertools.accumulate([0, *(len(tokens) for tokens in distinct)])))
+        return tensor, [first[id(sample.conditions.tokens)] for sample in samples]
+
+    def _noise(self, samples: Sequence[Sample]) -> DeviceTensor | NDArray[np.float32]:
+        if any(sample.sampling.eta > 0 for sample in samples):
+            return np.stack([sample.noise(self._shape) for sample in samples])
+        # nearly always nothing is added, and that goes to the device once
+        count = len(samples)
+        if count not in self._no_noise:
+            self._no_noise[count] = self._engine.to_device(np.zeros((count, *self._shape), np.float32))
+        return self._no_noise[count]
+
+    def _predict_clean_latents(
+        self, samples: Sequence[Sample], latents: DeviceTensor, epsilon: DeviceTensor
+    ) -> None:
+        before, predicted = self._engine.to_host(latents), self._engine.to_host(epsilon)
+        for row, sample in enumerate(samples):
+            if sample.wants_clean_latent:
+                alpha = float(sample.schedule.alphas[sample.step])
+                sample.clean_latent = predicted_clean_latent(before[row], predicted[row], alpha)
+                sample.wants_clean_latent = False
+
+
 def sample(
     engine: Engine,
     maps: DetailMaps,
@@ -84,33 +268,27 @@ def sample(
     Yields:
         After every step, the (N, C, h, w) latents on the device.
     """
-    # what every step needs goes to the device once
-    latent, device_tokens = engine.to_device(latents), engine.to_device(tokens)
-    no_noise = engine.to_device(np.zeros_like(latents))
-    for step in range(schedule.steps):
-        here = maps.at(step)
-        of_sample = _step_of_sample(here, step, schedule, sampling)
-        noise = _draw(generators, latents) if sampling.eta > 0 else no_noise
-        inputs = step_inputs([of_sample] * len(latents))
-        outputs = engine.run(
-            DENOISE,
-            {"latent": latent, "noise": noise, "tokens": device_tokens, **inputs, **here.tensors},
-            ["next_latent"],
-        )
-        latent = outputs["next_latent"]
-        yield latent
+    batch = RunningBatch(engine, latents.shape[1:])
+    start = engine.to_device(latents)
+    conditions = Conditions(maps, tokens)
+    batch.samples = [
+        Sample(conditions, schedule, sampling, LatentRow(start, row, len(latents)), generator)
+        for row, generator in itertools.zip_longest(range(len(latents)), generators)
+    ]
+    for _ in range(schedule.steps):
+        batch.step()
+        for error in (sample.error for sample in batch.samples if sample.error):
+            raise error
+        yield batch.latents(batch.samples)
 
 
-def _step_of_sample(here: StepMaps, step: int, schedule: DDIMSchedule, sampling: Sampling) -> StepOfSample:
+def _step_of_sample(sample: Sample, token_row: int, map_row: int) -> StepOfSample:
+    guided = has_guidance(sample.sampling)
     return StepOfSample(
-        timestep=int(schedule.timesteps[step]),
-        coefficients=schedule.coefficients[step],
-        guidance=sampling.guidance,
-        strength=sampling.strength,
-        conditional=(0, here.conditional),
-        unconditional=(1, here.unconditional) if has_guidance(sampling) else None,
+        timestep=int(sample.schedule.timesteps[sample.step]),
+        coefficients=sample.schedule.coefficients[sample.step],
+        guidance=sample.sampling.guidance,
+        strength=sample.sampling.strength,
+        conditional=(token_row, map_row),
+        unconditional=(token_row + 1, map_row + 1) if guided else None,
     )
-
-
-def _draw(generators: Sequence[np.random.Generator], like: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.stack([g.standard_normal(like.shape[1:], dtype=np.float32) for g in generators])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 from runtime.boxes import Box
 from runtime.collage import MODES
 from runtime.ddim import MAX_STEPS
-from runtime.errors import InputError
-from runtime.pictures import load_mask, load_picture, mask_from_alpha
+from runtime.errors import InputError, in_field
+from runtime.pictures import MAX_PIXELS, load_mask, load_picture, mask_from_alpha
 from runtime.request import Placement, ResolvedPlacement, Sampling
 
 MAX_IMAGES = 64
+MAX_PLACEMENTS = 16
 MAX_GUIDANCE = 100.0
 MAX_STRENGTH = 10.0
 MAX_SEED = 2**63 - 1
@@ -23,26 +25,54 @@ MIN_MASK_PIXELS = 10
 """The original takes a smaller mask for the whole picture; that is a mistake more often than a wish."""
 
 
-def check_sampling(sampling: Sampling) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for. A server sets lower ones."""
+
+    steps: int = MAX_STEPS
+    images: int = MAX_IMAGES
+    placements: int = MAX_PLACEMENTS
+    pixels: int = MAX_PIXELS
+    """Of each picture and mask, checked before it is decoded."""
+
+
+LARGEST = Limits()
+"""What this package accepts at all."""
+
+
+def check_sampling(sampling: Sampling, limits: Limits = LARGEST) -> None:
     """Refuses sampling parameters out of range.
 
     Raises:
         InputError: names the parameter, its value and its range.
     """
-    _check_integer("steps", sampling.steps, 1, MAX_STEPS)
+    _check_integer("steps", sampling.steps, 1, limits.steps)
     _check_number("guidance", sampling.guidance, 0.0, MAX_GUIDANCE)
     _check_number("strength", sampling.strength, 0.0, MAX_STRENGTH)
     _check_number("eta", sampling.eta, 0.0, 1.0)
 
 
-def check_seeds(seed: int, num_images: int) -> None:
+def check_seeds(seed: int, num_images: int, limits: Limits = LARGEST) -> None:
     """Refuses a seed or a number of pictures out of range.
 
     Raises:
         InputError: names the parameter, its value and its range.
     """
-    _check_integer("num_images", num_images, 1, MAX_IMAGES)
+    _check_integer("num_images", num_images, 1, limits.images)
     _check_integer("seed", seed, 0, MAX_SEED - num_images)
+
+
+def check_placements(placements: Sequence[Placement], limits: Limits = LARGEST) -> None:
+    """Refuses a request with nothing to place, or with too many placements.
+
+    Raises:
+        InputError: says how many may be given.
+    """
+    with in_field("placements"):
+        if not placements:
+            raise InputError("there is nothing to place: give at least one placement")
+        if len(placements) > limits.placements:
+            raise InputError(f"{len(placements)} placements are given; at most {limits.placements} are done")
 
 
 def check_initial_noise(noise: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -58,44 +88,58 @@ def check_initial_noise(noise: NDArray[np.float32], shape: tuple[int, ...]) -> N
     return noise.astype(np.float32)
 
 
-def resolve_placement(placement: Placement, scene: NDArray[np.uint8]) -> ResolvedPlacement:
+def resolve_placement(
+    placement: Placement, scene: NDArray[np.uint8], max_pixels: int = MAX_PIXELS
+) -> ResolvedPlacement:
     """Decodes a placement's pictures and checks that everything fits.
 
     Args:
         placement: as the caller gave it.
         scene: (H, W, 3) uint8 RGB.
+        max_pixels: of each picture.
 
     Raises:
         InputError: one sentence: what was wrong, what was expected, where.
     """
-    if placement.mode not in MODES:
-        raise InputError(f"there is no mode '{placement.mode}': choose one of {', '.join(MODES)}")
-    reference = load_picture(placement.reference, "the reference")
-    if placement.reference_mask is not None:
-        reference_mask = load_mask(placement.reference_mask, "the reference mask")
-        _check_mask(reference_mask, reference.rgb, "the reference mask", "the reference")
-    elif reference.alpha is not None:
-        reference_mask = mask_from_alpha(reference.alpha)
-        _check_mask(reference_mask, reference.rgb, "the reference's opaque part", "the reference")
-    else:
-        raise InputError(
-            "the reference has no transparency, so where the object is must be said: give a reference mask"
-        )
-    return ResolvedPlacement(
-        reference.rgb, reference_mask, _target(placement, scene), placement.mode, placement.ratios
-    )
+    with in_field("mode"):
+        if placement.mode not in MODES:
+            raise InputError(f"there is no mode '{placement.mode}': choose one of {', '.join(MODES)}")
+    reference, reference_mask = _reference(placement, max_pixels)
+    target = _target(placement, scene, max_pixels)
+    return ResolvedPlacement(reference, reference_mask, target, placement.mode, placement.ratios)
 
 
-def _target(placement: Placement, scene: NDArray[np.uint8]) -> Box | NDArray[np.bool_]:
+def _reference(placement: Placement, max_pixels: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    with in_field("reference"):
+        reference = load_picture(placement.reference, "the reference", max_pixels)
+    with in_field("reference_mask"):
+        if placement.reference_mask is not None:
+            mask = load_mask(placement.reference_mask, "the reference mask", max_pixels)
+            _check_mask(mask, reference.rgb, "the reference mask", "the reference")
+        elif reference.alpha is not None:
+            mask = mask_from_alpha(reference.alpha)
+            _check_mask(mask, reference.rgb, "the reference's opaque part", "the reference")
+        else:
+            raise InputError(
+                "the reference has no transparency, so where the object is must be said: "
+                "give a reference mask"
+            )
+    return reference.rgb, mask
+
+
+def _target(placement: Placement, scene: NDArray[np.uint8], max_pixels: int) -> Box | NDArray[np.bool_]:
     if (placement.box is None) == (placement.mask is None):
-        raise InputError(
-            "a placement needs either a box or a mask that says where the object goes, and not both"
-        )
+        with in_field("target"):
+            raise InputError(
+                "a placement needs either a box or a mask that says where the object goes, and not both"
+            )
     if placement.box is not None:
-        return check_box(placement.box, (scene.shape[1], scene.shape[0]))
+        with in_field("box"):
+            return check_box(placement.box, (scene.shape[1], scene.shape[0]))
     assert placement.mask is not None
-    mask = load_mask(placement.mask, "the scene mask")
-    _check_mask(mask, scene, "the scene mask", "the scene")
+    with in_field("mask"):
+        mask = load_mask(placement.mask, "the scene mask", max_pixels)
+        _check_mask(mask, scene, "the scene mask", "the scene")
     return mask
 
 
@@ -132,11 +176,13 @@ def _is_integer(value: object) -> bool:
 
 
 def _check_integer(name: str, value: int, low: int, high: int) -> None:
-    if not _is_integer(value) or not low <= value <= high:
-        raise InputError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+    with in_field(name):
+        if not _is_integer(value) or not low <= value <= high:
+            raise InputError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
 
 
 def _check_number(name: str, value: float, low: float, high: float) -> None:
     valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not valid or not math.isfinite(value) or not low <= value <= high:
-        raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+    with in_field(name):
+        if not valid or not math.isfinite(value) or not low <= value <= high:
+            raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
