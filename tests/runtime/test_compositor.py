@@ -1,0 +1,274 @@
+"""The Compositor: pictures go in, a picture comes out, the same one for the same seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from engines.bundle import Bundle
+from engines.graphs import CONTROL, DENOISE, ID_ENCODER
+from runtime import Compositor, InputError, Placement, Ratios, Sampling
+from runtime.collage import MODES
+from runtime.compositor import Composite
+from tests.runtime.test_detail_maps import CountingEngine
+
+FAST = Sampling(steps=2)
+Pixels = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def compositor(tiny_bundle: Path) -> Compositor:
+    bundle = Bundle.open(tiny_bundle)
+    return Compositor(bundle, CountingEngine(bundle))
+
+
+def picture(height: int, width: int, seed: int = 0) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def cutout(size: int = 40, seed: int = 1) -> Pixels:
+    """An object with transparency around it."""
+    rgba = np.dstack([picture(size, size, seed), np.zeros((size, size), np.uint8)])
+    rgba[5:-5, 8:-8, 3] = 255
+    return rgba
+
+
+SCENE = picture(90, 120)
+PLACEMENT = Placement(cutout(), box=(30, 20, 80, 70))
+
+
+def pixels(image: Image.Image) -> Pixels:
+    return np.asarray(image)
+
+
+def runs(compositor: Compositor, graph: str) -> int:
+    engine = compositor.engine
+    assert isinstance(engine, CountingEngine)
+    return engine.runs.get(graph, 0)
+
+
+# --- seeds ------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_picture_bit_for_bit(compositor: Compositor) -> None:
+    first, second = (compositor.composite(SCENE, PLACEMENT, seed=7, sampling=FAST) for _ in range(2))
+    np.testing.assert_array_equal(pixels(first), pixels(second))
+
+
+def test_other_seed_other_picture(compositor: Compositor) -> None:
+    first, second = (compositor.composite(SCENE, PLACEMENT, seed=s, sampling=FAST) for s in (7, 8))
+    assert (pixels(first) != pixels(second)).any()
+
+
+def test_picture_i_of_several_has_seed_plus_i(compositor: Compositor) -> None:
+    """Samples that share a batch agree with samples alone up to the last level of rounding."""
+    together = compositor.composite(SCENE, PLACEMENT, seed=7, sampling=FAST, num_images=3)
+    for i, image in enumerate(together):
+        alone = compositor.composite(SCENE, PLACEMENT, seed=7 + i, sampling=FAST)
+        assert np.abs(pixels(image).astype(int) - pixels(alone)).max() <= 1
+
+
+def test_more_pictures_than_fit_into_a_batch(compositor: Compositor) -> None:
+    count = compositor.bundle.manifest.max_batch + 1
+    results = compositor.run(SCENE, PLACEMENT, seed=5, sampling=FAST, num_images=count)
+    assert [result.seed for result in results] == list(range(5, 5 + count))
+    assert len({result.image.tobytes() for result in results}) == count
+
+
+def test_noise_of_eta_comes_from_the_seed(compositor: Compositor) -> None:
+    noisy = Sampling(steps=3, eta=1.0)
+    first, second = (compositor.composite(SCENE, PLACEMENT, seed=7, sampling=noisy) for _ in range(2))
+    plain = compositor.composite(SCENE, PLACEMENT, seed=7, sampling=Sampling(steps=3))
+    np.testing.assert_array_equal(pixels(first), pixels(second))
+    assert (pixels(first) != pixels(plain)).any()
+
+
+def test_initial_noise_replaces_the_seeds(compositor: Compositor) -> None:
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
+    first, second = (
+        compositor.composite(SCENE, PLACEMENT, seed=s, sampling=FAST, initial_noise=noise) for s in (1, 2)
+    )
+    np.testing.assert_array_equal(pixels(first), pixels(second))
+
+
+# --- work that is not done twice --------------------------------------------------------------------------
+
+
+def test_reroll_runs_neither_id_encoder_nor_control_net(compositor: Compositor) -> None:
+    compositor.composite(SCENE, PLACEMENT, seed=1, sampling=FAST)
+    before = {graph: runs(compositor, graph) for graph in (ID_ENCODER, CONTROL, DENOISE)}
+    compositor.composite(SCENE, PLACEMENT, seed=2, sampling=Sampling(steps=2, guidance=3.0, strength=0.5))
+    assert runs(compositor, ID_ENCODER) == before[ID_ENCODER]
+    assert runs(compositor, CONTROL) == before[CONTROL]
+    assert runs(compositor, DENOISE) == before[DENOISE] + 2
+
+
+def test_samples_of_one_placement_share_their_detail_maps(compositor: Compositor) -> None:
+    compositor.cache.clear()
+    before = runs(compositor, CONTROL)
+    compositor.composite(SCENE, PLACEMENT, sampling=FAST, num_images=3)
+    assert runs(compositor, CONTROL) == before + FAST.steps
+
+
+def test_strength_zero_is_blind_to_the_scene(compositor: Compositor) -> None:
+    """With no detail maps only the ID tokens count: two scenes give the same picture inside the crop."""
+    blind = Sampling(steps=2, strength=0.0)
+    whole = Placement(cutout(), box=(0, 0, 64, 64))
+    images = [compositor.composite(picture(64, 64, seed), whole, seed=3, sampling=blind) for seed in (10, 11)]
+    inner = [pixels(image)[8:-8, 8:-8] for image in images]
+    np.testing.assert_array_equal(*inner)
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+
+def outside(result: Composite) -> NDArray[np.bool_]:
+    mask = np.ones(result.image.shape[:2], bool)
+    for region in result.regions:
+        mask[region.slices] = False
+    return mask
+
+
+def test_result_tells_seed_region_and_times(compositor: Compositor) -> None:
+    (result,) = compositor.run(SCENE, PLACEMENT, seed=7, sampling=FAST)
+    assert result.seed == 7
+    assert {"prepare", "sample", "decode", "paste"} <= result.seconds.keys()
+    np.testing.assert_array_equal(result.image[outside(result)], SCENE[outside(result)])
+    assert (result.image[~outside(result)] != SCENE[~outside(result)]).any()
+
+
+def test_progress_counts_all_steps_of_all_placements(compositor: Compositor) -> None:
+    seen: list[tuple[int, int]] = []
+    compositor.run(
+        SCENE,
+        [PLACEMENT, Placement(cutout(seed=2), box=(0, 0, 20, 20))],
+        sampling=FAST,
+        num_images=2,
+        on_step=lambda done, total: seen.append((done, total)),
+    )
+    done = [step for step, _ in seen]
+    assert done == sorted(set(done))
+    assert {total for _, total in seen} == {done[-1]}
+
+
+def test_second_object_is_placed_into_the_picture_of_the_first(compositor: Compositor) -> None:
+    second = Placement(cutout(seed=2), box=(85, 60, 115, 85), mode="keep_background")
+    (both,) = compositor.run(SCENE, [PLACEMENT, second], seed=7, sampling=FAST)
+    (first,) = compositor.run(SCENE, PLACEMENT, seed=7, sampling=FAST)
+    region = both.regions[1]
+    assert (both.image[region.slices] != first.image[region.slices]).any()
+    elsewhere = np.ones(SCENE.shape[:2], bool)
+    elsewhere[region.slices] = False
+    np.testing.assert_array_equal(both.image[elsewhere], first.image[elsewhere])
+
+
+def test_callers_arrays_are_left_alone(compositor: Compositor) -> None:
+    scene, reference = SCENE.copy(), cutout()
+    compositor.composite(scene, Placement(reference, box=(30, 20, 80, 70)), sampling=FAST)
+    np.testing.assert_array_equal(scene, SCENE)
+    np.testing.assert_array_equal(reference, cutout())
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_box_and_its_filled_mask_are_the_same_place(compositor: Compositor, mode: str) -> None:
+    mask = np.zeros(SCENE.shape[:2], bool)
+    mask[20:70, 30:80] = True
+    images = [
+        compositor.composite(SCENE, Placement(cutout(), mode=mode, **place), seed=1, sampling=FAST)
+        for place in ({"box": (30, 20, 80, 70)}, {"mask": mask})  # type: ignore[arg-type]
+    ]
+    np.testing.assert_array_equal(pixels(images[0]), pixels(images[1]))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_scene_box_and_ratio_gives_a_picture_unchanged_outside(
+    compositor: Compositor, data: st.DataObject
+) -> None:
+    height, width = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 150))
+    x0, y0 = data.draw(st.integers(-40, width - 1)), data.draw(st.integers(-40, height - 1))
+    x1 = data.draw(st.integers(max(x0, 0) + 1, width + 40))
+    y1 = data.draw(st.integers(max(y0, 0) + 1, height + 40))
+    ratios = Ratios(*(data.draw(st.floats(1, 4)) for _ in range(3)))
+    mode = data.draw(st.sampled_from(list(MODES)))
+    scene = picture(height, width, seed=height)
+    placement = Placement(cutout(), box=(x0, y0, x1, y1), mode=mode, ratios=ratios)
+    (result,) = compositor.run(scene, placement, seed=0, sampling=Sampling(steps=1, guidance=1.0))
+    assert result.image.shape == scene.shape
+    np.testing.assert_array_equal(result.image[outside(result)], scene[outside(result)])
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+MASK = np.ones((40, 40), bool)
+
+
+@pytest.mark.parametrize(
+    ("placement", "sentence"),
+    [
+        (
+            Placement(picture(40, 40), box=(0, 0, 9, 9)),
+            "the reference has no transparency.*give a reference mask",
+        ),
+        (Placement(cutout()), "a placement needs either a box or a mask"),
+        (Placement(cutout(), box=(0, 0, 9, 9), mask=MASK), "a placement needs either a box or a mask"),
+        (Placement(cutout(), box=(130, 0, 140, 9)), "lies outside the scene of 120 x 90 pixels"),
+        (Placement(cutout(), box=(9, 0, 9, 9)), "has no area"),
+        (Placement(cutout(), box=(9, 0, 3, 9)), "has no area"),
+        (Placement(cutout(), box=(0, 0, 9)), "four whole numbers"),  # type: ignore[arg-type]
+        (Placement(cutout(), box=(0, 0, 9, 9.5)), "four whole numbers"),  # type: ignore[arg-type]
+        (
+            Placement(cutout(), MASK[:20], box=(0, 0, 9, 9)),
+            "the reference mask is 40 x 20 and the reference is 40 x 40",
+        ),
+        (Placement(cutout(), ~MASK, box=(0, 0, 9, 9)), "the reference mask is empty"),
+        (Placement(cutout(), mask=MASK), "the scene mask is 40 x 40 and the scene is 120 x 90"),
+        (Placement(cutout(), mask=np.zeros((90, 120), bool)), "the scene mask is empty"),
+        (Placement(cutout(), box=(0, 0, 9, 9), mode="abacus"), "no mode 'abacus': choose one of box, shape"),
+    ],
+)
+def test_placements_that_cannot_be_used(compositor: Compositor, placement: Placement, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        compositor.run(SCENE, placement, sampling=FAST)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "sentence"),
+    [
+        (Sampling(steps=0), "steps must be a whole number from 1 to 999, not 0"),
+        (Sampling(steps=1000), "steps must be"),
+        (Sampling(guidance=float("nan")), "guidance must be a number from 0 to 100, not nan"),
+        (Sampling(guidance=-1), "guidance must be"),
+        (Sampling(strength=11), "strength must be a number from 0 to 10, not 11"),
+        (Sampling(eta=2), "eta must be a number from 0 to 1, not 2"),
+    ],
+)
+def test_sampling_that_cannot_be_used(compositor: Compositor, sampling: Sampling, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        compositor.run(SCENE, PLACEMENT, sampling=sampling)
+
+
+def test_other_requests_that_cannot_be_used(compositor: Compositor) -> None:
+    with pytest.raises(InputError, match="at least one placement"):
+        compositor.run(SCENE, [], sampling=FAST)
+    with pytest.raises(InputError, match="num_images must be a whole number from 1 to 64, not 65"):
+        compositor.run(SCENE, PLACEMENT, sampling=FAST, num_images=65)
+    with pytest.raises(InputError, match="seed must be a whole number from 0"):
+        compositor.run(SCENE, PLACEMENT, seed=-1, sampling=FAST)
+    with pytest.raises(
+        InputError, match=r"initial_noise must have the shape \(1, 4, 8, 8\), not \(4, 8, 8\)"
+    ):
+        compositor.run(SCENE, PLACEMENT, sampling=FAST, initial_noise=np.zeros((4, 8, 8), np.float32))
+    with pytest.raises(InputError, match="not finite"):
+        compositor.run(SCENE, PLACEMENT, sampling=FAST, initial_noise=np.full((1, 4, 8, 8), np.nan))
+
+
+def test_window_larger_than_the_bundle_allows(tiny_bundle: Path) -> None:
+    with pytest.raises(InputError, match="control_window must be from 1 to 4"):
+        Compositor.load(tiny_bundle, control_window=5)
