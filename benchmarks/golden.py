@@ -11,12 +11,14 @@ may lack keys; a run that shares arrays with another names neither again. Prefix
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from engines.errors import AnyDoorError
@@ -143,9 +145,21 @@ def lacks_inputs(path: Path) -> bool:
     return not all(name in _load(path) for name in PICTURES)
 
 
-def _load(path: Path) -> dict[str, Array]:
+def read_archive(path: Path) -> NpzFile:
+    """An opened .npz file.
+
+    Raises:
+        AnyDoorError: it is none.
+    """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError) as error:
+        opened = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise AnyDoorError(f"cannot read the golden case '{path}': a .npz file is expected") from error
+    if not isinstance(opened, NpzFile):
+        raise AnyDoorError(f"cannot read the golden case '{path}': a .npz file is expected")
+    return opened
+
+
+def _load(path: Path) -> dict[str, Array]:
+    with read_archive(path) as stored:
+        return {name: stored[name] for name in stored.files}

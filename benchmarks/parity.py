@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.golden import Array, GoldenRun, lacks_inputs, read_case
+from benchmarks.golden import Array, GoldenRun, lacks_inputs, read_archive, read_case
 from engines.bundle import MANIFEST, read_manifest, sha256
 from engines.engine import DEVICES
 from engines.errors import AnyDoorError, BundleError
@@ -365,7 +365,7 @@ class RunComparison:
 
 def compare_hf_maps(path: Path) -> Iterator[Check]:
     """The high-frequency maps of a file of recorded HF maps, or nothing if the file is another one."""
-    with np.load(path, allow_pickle=False) as stored:
+    with read_archive(path) as stored:
         indices = [name[5:7] for name in stored.files if name.startswith("sobel") and name.endswith("_out")]
         for index in indices:
             found = high_frequency_map(stored[f"sobel{index}_image"], stored[f"sobel{index}_mask_u8"])
@@ -430,7 +430,7 @@ def compare(options: argparse.Namespace) -> list[Check]:
     checks: list[Check] = []
     print(HEADER)
     for case in options.cases:
-        hf_checks = list(compare_hf_maps(case)) if case.is_file() else []
+        hf_checks = list(compare_hf_maps(case))
         if hf_checks:
             checks += hf_checks
             print("\n".join(check.row() for check in hf_checks))
@@ -441,7 +441,8 @@ def compare(options: argparse.Namespace) -> list[Check]:
         ]
     if not networks:
         return checks
-    compositor = Compositor.load(find_or_build(options.checkpoint, options), options.device, options.threads)
+    bundle = options.bundle or find_or_build(options.checkpoint, options)
+    compositor = Compositor.load(bundle, options.device, options.threads)
     with tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
         comparisons = [RunComparison(run, compositor, bar) for run in networks]
         bar.total = sum(comparison.steps() for comparison in comparisons)
@@ -461,7 +462,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="example:\n  python benchmarks/parity.py --checkpoint small.safetensors case0.npz case1.npz\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="what made the cases")
+    source = result.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, metavar="CKPT", help="what made the cases")
+    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of it, built already")
     result.add_argument("cases", type=Path, nargs="+", metavar="CASE.npz")
     result.add_argument(
         "--inputs",
