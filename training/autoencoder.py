@@ -11,15 +11,19 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from runtime.resize import resize_linear
 from training.architecture import LATENT_SCALE, Architecture
 from training.data.view_store import SCENES, ViewStore
 from training.loop import Batch
 from training.model import build_vae
 
+NORM_GROUPS = 8
+SKELETON = ("samplers.0.conv", "conv_in", "conv_shortcut", "conv_out", "quant_conv")
+
 
 @dataclass(frozen=True)
 class SceneCrops:
-    """Square pieces of rendered scenes, mirrored half of the time."""
+    """Square pieces of rendered scenes at any scale, mirrored half of the time."""
 
     store: ViewStore
     side: int
@@ -29,26 +33,51 @@ class SceneCrops:
         """Picture (3, side, side), float32, -1..1."""
         rng = np.random.default_rng([self.seed, number])
         image = self.store.scene(int(rng.integers(len(self.store))), int(rng.integers(SCENES))).image
-        top, left = rng.integers(0, image.shape[0] - self.side + 1, 2)
-        crop = image[top : top + self.side, left : left + self.side]
+        size = int(rng.integers(self.side, image.shape[0] + 1))
+        top, left = rng.integers(0, image.shape[0] - size + 1, 2)
+        crop = resize_linear(image[top : top + size, left : left + size], (self.side, self.side))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         return {"picture": np.ascontiguousarray(crop.transpose(2, 0, 1), np.float32) / 127.5 - 1}
 
 
+def build_small_vae(architecture: Architecture) -> AutoencoderKL:
+    """The autoencoder, with `NORM_GROUPS` groups per norm where Stable Diffusion has 32.
+
+    With 32 channels at the top, 32 groups would take the mean of every channel away, and with it the
+    picture's colours. The number goes into the checkpoint's metadata, as the widths of attention heads do.
+    """
+    return AutoencoderKL(**{**build_vae(architecture).config, "norm_num_groups": NORM_GROUPS})
+
+
+@torch.no_grad()
 def start_linear(vae: AutoencoderKL) -> None:
-    """Silences the residual branches: what is left is nearly linear and soon learns colours."""
+    """Starts as a nearly linear network that keeps colours: else it learns grey pictures first, and for long.
+
+    Residual branches are silent; the convolutions that change the size start near averaging and repeating,
+    those that change the number of channels near a rotation.
+    """
     for name, layer in vae.named_modules():
         if name.endswith((".conv2", ".to_out.0")):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Conv2d) and name.endswith(SKELETON):
+            outputs, inputs, side, _ = layer.weight.shape
+            passing = torch.zeros_like(layer.weight)
+            if "downsamplers" in name:  # the padding is on the right and below: these taps are a 2 x 2 mean
+                passing[:, :, :2, :2] = torch.eye(outputs)[:, :, None, None] / 4
+            elif "upsamplers" in name:
+                passing[:, :, 1, 1] = torch.eye(outputs)
+            else:
+                passing[:, :, side // 2, side // 2] = nn.init.orthogonal_(torch.empty(outputs, inputs))
+            layer.weight.mul_(0.3).add_(passing)
 
 
 class AutoencoderTask:
     """Reconstruction: absolute and squared differences of pixels, absolute ones of the steps between them."""
 
-    def __init__(self, architecture: Architecture, store: ViewStore, side: int = 64, seed: int = 0) -> None:
-        self.module: AutoencoderKL = build_vae(architecture)
+    def __init__(self, architecture: Architecture, store: ViewStore, side: int = 32, seed: int = 0) -> None:
+        self.module = build_small_vae(architecture)
         start_linear(self.module)
         self._data = SceneCrops(store, side, seed)
 
@@ -59,16 +88,14 @@ class AutoencoderTask:
     def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The picture is decoded from the posterior's mode: the noise of a sample would only blur it."""
         picture = batch["picture"]
-        output = module(picture).sample
-        error = output - picture
-        pixels = error.abs().mean()
+        error = module(picture).sample - picture
+        # grey and colour apart, or the colours, whose differences are small, are learned last
+        grey = error.mean(1, keepdim=True)
+        colour = error - grey
         steps = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        squares = error.square().mean()
-        return {
-            "loss": pixels + 0.5 * steps + squares,
-            "pixels": pixels.detach(),
-            "squares": squares.detach(),
-        }
+        squares = error.square().mean() + 2 * colour.square().mean()
+        loss = error.abs().mean() + 2 * colour.abs().mean() + 0.5 * steps + squares
+        return {"loss": loss, "grey": grey.detach().abs().mean(), "colour": colour.detach().abs().mean()}
 
 
 @torch.no_grad()

@@ -10,15 +10,19 @@ from safetensors.torch import save_file
 from training.model import AnyDoor
 
 
-def write_official(model: AnyDoor, path: Path, dtype: torch.dtype = torch.float16) -> None:
+def write_official(
+    model: AnyDoor, path: Path, vae_norm_groups: int = 32, dtype: torch.dtype = torch.float16
+) -> None:
     """Writes all weights under their official names as safetensors.
 
-    What shapes cannot tell, the widths of attention heads, goes into the file's metadata.
+    What shapes cannot tell, the widths of attention heads and the groups of the autoencoder's norms, goes
+    into the file's metadata.
     """
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in model.official_state_dict().items()}
     metadata = {
         "format": "pt",
         "anydoor.unet_head_width": str(model.architecture.unet_head_width),
+        "anydoor.vae_norm_groups": str(vae_norm_groups),
         "anydoor.dino_heads": str(model.architecture.dino_heads),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

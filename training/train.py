@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.autoencoder import AutoencoderTask, normalise_latents
+from training.autoencoder import NORM_GROUPS, AutoencoderTask, build_small_vae, normalise_latents
 from training.checkpoint import write_official
 from training.config import Recipe, read_recipe
 from training.data.encoded import EncodedPairs, encode_pairs
@@ -66,7 +66,7 @@ def train_diffusion(recipe: Recipe, folder: Path) -> None:
 
 def write_checkpoint(recipe: Recipe, folder: Path) -> None:
     """Puts the parts together: `folder`/model.safetensors."""
-    write_official(trained_model(recipe, folder), folder / "model.safetensors")
+    write_official(trained_model(recipe, folder), folder / "model.safetensors", NORM_GROUPS)
 
 
 def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
@@ -76,6 +76,7 @@ def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
     """
     torch.manual_seed(0)
     model = AnyDoor(recipe.architecture)
+    model.vae = build_small_vae(recipe.architecture)
     model.vae.load_state_dict(_weights(folder / "autoencoder"))
     encoder = {
         n.removeprefix("encoder."): w

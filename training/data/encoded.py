@@ -73,8 +73,6 @@ def encode_pairs(
             folder / "moments.npy", "w+", np.float16, (count, 2, channels, latent, latent)
         ),
     }
-    black = dino_features(model.id_encoder, torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE))
-    np.save(folder / "black.npy", black[0].numpy().astype(np.float16))
     for start in tqdm(range(0, count, batch), unit="batch"):
         rows = range(start, min(start + batch, count))
         pairs = [pair_of_views(store, number, seed, rules) for number in rows]
@@ -85,6 +83,9 @@ def encode_pairs(
         arrays["hints"][where] = [pack_hint(p.hint) for p in pairs]
         arrays["features"][where] = dino_features(model.id_encoder, references).numpy()
         arrays["moments"][where] = moments.numpy()
+    # last of all: its presence says that the folder is complete
+    black = dino_features(model.id_encoder, torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE))
+    np.save(folder / "black.npy", black[0].numpy().astype(np.float16))
 
 
 @dataclass(frozen=True)

@@ -170,13 +170,15 @@ def house(rng: Generator) -> Shape:
         prism: Array = np.maximum(np.maximum(slope, np.float32(eaves) - p[1]), ends)
         return prism
 
-    chimney = box((over * 0.5, eaves + pitch * over * 0.65, half[2] * 0.3), (0.08, 0.26, 0.08), 0.01)
+    top = eaves + pitch * over * 0.65
+    chimney = box((over * 0.5, top, half[2] * 0.3), (0.08, 0.26, 0.08), 0.01)
     parts = (
         Part(walls, wrap="box", centre=middle, half=half),
         Part(roof, colour=1),
         Part(chimney, colour=2),
     )
-    return Shape("house", parts, ridge, float(np.linalg.norm((over, ridge / 2, half[2] + 0.08))))
+    height = max(ridge, top + 0.26)
+    return Shape("house", parts, height, float(np.linalg.norm((over, height / 2, half[2] + 0.08))))
 
 
 def teapot(rng: Generator) -> Shape:

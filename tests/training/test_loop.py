@@ -1,0 +1,197 @@
+"""The training loop: one step against a hand-written one, frozen parts, exact resume, overfitting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.architecture import LATENT_SCALE, Architecture
+from training.autoencoder import build_small_vae, normalise_latents
+from training.diffusion import DiffusionTask, Trained, noisy_latents
+from training.loop import LoopSettings, Numbers, train
+from training.model import AnyDoor
+
+TINY = Architecture(
+    unet_channels=(32, 64),
+    unet_attention=(False, True),
+    unet_layers=1,
+    unet_head_width=32,
+    token_width=32,
+    vae_channels=(32, 32, 32, 32),
+    vae_layers=1,
+    dino_width=64,
+    dino_depth=1,
+    dino_heads=1,
+    dino_grid=16,
+)
+
+
+class RandomPairs:
+    """Encoded pairs that follow from their number."""
+
+    def __init__(self, different: int = 10**9) -> None:
+        self.different = different
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rng = np.random.default_rng(number % self.different)
+        return {
+            "latents": rng.standard_normal((4, 4, 4), np.float32),
+            "noise": rng.standard_normal((4, 4, 4), np.float32),
+            "timestep": int(rng.integers(1000)),
+            "features": rng.standard_normal((9, 64), np.float32),
+            "hint": rng.uniform(-1, 1, (4, 32, 32)).astype(np.float32),
+        }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These networks are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def diffusion_task(trained: Trained | None = None, pairs: Any = None) -> DiffusionTask:
+    torch.manual_seed(0)
+    model = AnyDoor(TINY)
+    # zero convolutions hide the control from the first step's gradient: open them
+    for convolution in (*model.control.controlnet_down_blocks, model.control.controlnet_mid_block):
+        nn.init.normal_(convolution.weight, std=0.02)
+    return DiffusionTask(model, pairs or RandomPairs(), trained or Trained())
+
+
+def settings(**changes: Any) -> LoopSettings:
+    return LoopSettings(**{"steps": 1, "batch": 2, "learning_rate": 1e-3, "save_every": 1, **changes})
+
+
+def weights(task: DiffusionTask) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in task.module.state_dict().items()}
+
+
+def test_one_step_is_the_written_out_step(tmp_path: Path) -> None:
+    """Noise by the closed formula, mean squared error, gradient clipping and AdamW, all by hand."""
+    task, twin = diffusion_task(), diffusion_task()
+    train(task, settings(), tmp_path)
+
+    samples = [RandomPairs()[number] for number in range(2)]
+    batch = {k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in samples[0]}
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    signal = torch.cumprod(1 - betas, 0).float()[batch["timestep"]].view(2, 1, 1, 1)
+    noisy = signal.sqrt() * batch["latents"] + (1 - signal).sqrt() * batch["noise"]
+    model = twin.module
+    tokens = model.projector(batch["features"])
+    details = model.control(batch["hint"], batch["timestep"], tokens)
+    estimate = model.unet(
+        noisy,
+        batch["timestep"],
+        encoder_hidden_states=tokens,
+        down_block_additional_residuals=details[:-1],
+        mid_block_additional_residual=details[-1],
+    ).sample
+    ((estimate - batch["noise"]) ** 2).mean().backward()
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in learned.values()))  # type: ignore[arg-type]
+    after = task.module.state_dict()
+    for name, weight in learned.items():
+        gradient = weight.grad * torch.clamp(1.0 / (norm + 1e-6), max=1.0)
+        # AdamW's first step: both moments are corrected to the gradient itself
+        expected = weight * (1 - 1e-3 * 0.01) - 1e-3 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("trained", "moving"),
+    [
+        (Trained(), ("control.", "projector.", "unet.up_blocks.", "unet.conv_norm_out.", "unet.conv_out.")),
+        (
+            Trained(control=False, projector=False),
+            ("unet.up_blocks.", "unet.conv_norm_out.", "unet.conv_out."),
+        ),
+        (Trained(unet_encoder=True), ("control.", "projector.", "unet.")),
+    ],
+)
+def test_what_is_frozen_does_not_move_by_a_bit(
+    trained: Trained, moving: tuple[str, ...], tmp_path: Path
+) -> None:
+    task = diffusion_task(trained)
+    before = weights(task)
+    train(task, settings(steps=2), tmp_path)
+    moved = {name for name, value in weights(task).items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith(moving) for name in moved)
+    assert not any(name.startswith("control.conv_in.") for name in moved)
+    for prefix in moving:
+        assert any(name.startswith(prefix) for name in moved), prefix
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole, first, second = diffusion_task(), diffusion_task(), diffusion_task()
+    changes: dict[str, Any] = {"ema": 0.9, "warmup": 3, "save_every": 2}
+    train(whole, settings(steps=4, **changes), tmp_path / "whole")
+    # the learning rate depends on the step, not on the length: a shorter run is a run that was killed
+    train(first, settings(steps=2, **changes), tmp_path / "parts")
+    train(second, settings(steps=4, **changes), tmp_path / "parts")
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name]), name
+    states = [torch.load(tmp_path / f / "mean.pt", weights_only=True) for f in ("whole", "parts")]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
+    large, small = diffusion_task(), diffusion_task()
+    train(large, settings(batch=4), tmp_path / "large")
+    train(small, settings(batch=2, accumulate=2), tmp_path / "small")
+    differences = [(value - weights(small)[name]).abs() for name, value in weights(large).items()]
+    # AdamW's first step is the gradient's sign, which rounding decides where the gradient is next to nothing
+    assert torch.cat([d.flatten() for d in differences]).gt(2e-5).float().mean() < 1e-4
+
+
+def test_processes_share_the_global_batch() -> None:
+    shares = [iter(Numbers(first=8, share=2, process=p, processes=2)) for p in range(2)]
+    drawn = [[next(share) for _ in range(4)] for share in shares]
+    assert drawn == [[8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_a_tiny_batch_is_learned_by_heart(tmp_path: Path) -> None:
+    task = diffusion_task(Trained(unet_encoder=True), RandomPairs(different=2))
+    batch = {
+        k: torch.stack([torch.as_tensor(RandomPairs()[n][k]) for n in range(2)]) for k in RandomPairs()[0]
+    }
+    with torch.no_grad():
+        before = task.loss(task.module, batch)["loss"].item()
+    train(task, settings(steps=120, learning_rate=2e-3, save_every=120), tmp_path)
+    with torch.no_grad():
+        after = task.loss(task.module, batch)["loss"].item()
+    assert before > 0.8
+    assert after < 0.1
+
+
+def test_noise_replaces_signal_along_the_schedule() -> None:
+    latents, noise = torch.full((2, 1, 2, 2), 2.0), torch.full((2, 1, 2, 2), -1.0)
+    noisy = noisy_latents(latents, noise, torch.tensor([0, 1]), torch.tensor([1.0, 0.25]))
+    torch.testing.assert_close(noisy[0], latents[0])
+    torch.testing.assert_close(noisy[1], torch.full((1, 2, 2), 1.0 - 0.75**0.5))
+
+
+def test_latents_get_unit_variance_and_the_decoder_does_not_notice() -> None:
+    torch.manual_seed(0)
+    vae = build_small_vae(TINY).eval()
+    pictures = torch.rand(4, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before = vae(pictures).sample
+        spread = vae.encode(pictures).latent_dist.logvar.clone()
+        normalise_latents(vae, pictures)
+        after = vae(pictures).sample
+        posterior = vae.encode(pictures).latent_dist
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    scaled = posterior.mean * LATENT_SCALE
+    torch.testing.assert_close(scaled.std((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(scaled.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
+    assert not torch.equal(posterior.logvar, spread)

@@ -1,0 +1,142 @@
+"""The renderer: the same number gives the same picture, masks are exact, objects stand apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from training.data.synthetic import (
+    Pose,
+    make_light,
+    make_object,
+    make_scene,
+    render,
+    render_all,
+    render_background,
+    render_cutout,
+)
+from training.data.synthetic.catalogue import CATALOGUE
+from training.data.synthetic.rendering import Body, pixel_grid
+from training.data.synthetic.shapes import box, carve, cylinder, ellipsoid, sphere, torus
+from training.data.synthetic.views import empty_scene, reference_view, scene_view
+
+SIZE = (64, 48)
+
+
+def test_the_same_number_gives_the_same_picture() -> None:
+    first = scene_view(5, 1, 48)
+    make_object.cache_clear()
+    second = scene_view(5, 1, 48)
+    assert np.array_equal(first.image, second.image)
+    assert np.array_equal(first.mask, second.mask)
+
+
+def test_other_numbers_give_other_pictures() -> None:
+    views = [scene_view(seed, number, 32).image for seed in range(4) for number in range(3)]
+    assert len({view.tobytes() for view in views}) == len(views)
+
+
+def test_the_mask_is_where_a_ray_hits() -> None:
+    """One ray through each of a pixel's four sample points, marched slowly and without any shortcut."""
+    scene, spec, pose = make_scene(3), make_object(7), Pose(0.2, 0.1, 0.5, 1.2)
+    _, mask = render(scene, spec, pose, SIZE)
+    body = Body(spec, pose)
+    columns, rows = pixel_grid((0, 0, *SIZE), 0.5)
+    origin, rays = scene.camera.rays(columns, rows, SIZE)
+    depth, hit = np.full(rays.shape[1], 2.0, np.float32), np.zeros(rays.shape[1], bool)
+    for _ in range(400):
+        gap = body.distance(body.inside(origin + rays * depth)) * np.float32(pose.scale)
+        hit |= gap < 0.004 * pose.scale
+        depth = np.minimum(depth + np.maximum(np.float32(0.6) * gap, np.float32(0.001)), np.float32(20))
+    share = hit.reshape(SIZE[1], 2, SIZE[0], 2).mean((1, 3)) * 255
+    # rays that graze the surface for long may end differently: a sample here and there, never a pixel's worth
+    assert np.abs(share - mask).max() <= 128
+    assert (np.abs(share - mask) > 1).mean() < 0.01
+
+
+def test_nothing_changes_far_from_the_object() -> None:
+    scene = make_scene(11)
+    image, mask = render(scene, make_object(2), Pose(scale=0.4), SIZE)
+    empty = render_background(scene, SIZE)
+    assert np.array_equal(image[:6], empty[:6])
+    assert not np.array_equal(image[mask > 128], empty[mask > 128])
+
+
+def test_the_object_casts_a_shadow() -> None:
+    scene = make_scene(4)
+    image, mask = render(scene, make_object(9), Pose(scale=1.0), SIZE)
+    empty = render_background(scene, SIZE)
+    outside = mask == 0
+    assert (image[outside].astype(int) <= empty[outside].astype(int) + 1).all()
+    assert (image[outside].astype(int) < empty[outside].astype(int) - 10).any()
+
+
+def test_the_near_object_hides_the_far_one() -> None:
+    scene, spec = make_scene(1), make_object(3)
+    alone = render(scene, spec, Pose(z=-0.6), SIZE)[1]
+    _, masks = render_all(scene, [(spec, Pose(z=-0.6)), (spec, Pose(z=0.8, scale=1.2))], SIZE)
+    assert (masks[0] <= alone).all()
+    assert masks[0].sum() < alone.sum()
+    assert (masks[0].astype(int) + masks[1] <= 256).all()
+
+
+@pytest.mark.parametrize("kind", range(len(CATALOGUE)))
+def test_every_shape_stays_in_its_sphere_and_on_the_floor(kind: int) -> None:
+    rng = np.random.default_rng(kind)
+    for _ in range(3):
+        shape = CATALOGUE[kind](rng)
+        points = rng.uniform(-1.6, 1.6, (3, 20000)).astype(np.float32)
+        inside = points[:, np.min([part.distance(points) for part in shape.parts], axis=0) < 0]
+        centre = np.array([[0], [shape.height / 2], [0]])
+        assert inside.shape[1] > 100
+        assert np.linalg.norm(inside - centre, axis=0).max() <= shape.radius + 1e-4
+        assert inside[1].min() > -0.02
+        assert inside[1].max() <= shape.height + 0.02
+
+
+@pytest.mark.parametrize(
+    "distance",
+    [
+        sphere((0.1, 0.2, 0), 0.5),
+        ellipsoid((0, 0, 0), (0.3, 0.5, 0.7)),
+        box((0, 0.1, 0), (0.3, 0.4, 0.2), 0.05),
+        cylinder((0, 0, 0.1), 0.4, 0.3, axis=2, rounding=0.02),
+        torus((0, 0, 0), 0.5, 0.2),
+        carve(sphere((0, 0, 0), 0.6), cylinder((0, 0, 0), 0.2, 1)),
+    ],
+)
+def test_distances_never_promise_too_much(distance) -> None:  # type: ignore[no-untyped-def]
+    """A ball of the promised radius around an outside point holds no inside point, as tracing needs."""
+    rng = np.random.default_rng(0)
+    points = rng.uniform(-1.2, 1.2, (3, 4000)).astype(np.float32)
+    values = distance(points)
+    inside, outside = points[:, values < 0], points[:, values > 0][:, :300]
+    nearest = np.linalg.norm(inside[:, :, None] - outside[:, None, :], axis=0).min(0)
+    assert (values[values > 0][:300] <= nearest + 1e-5).all()
+
+
+def test_a_cutout_has_straight_alpha() -> None:
+    picture = render_cutout(make_object(6), 0.2, 0.3, make_light(np.random.default_rng(0)), 48)
+    assert picture.shape == (48, 48, 4)
+    edge = (picture[..., 3] > 0) & (picture[..., 3] < 255)
+    assert edge.any()
+    # an edge pixel has the object's colour, not a mixture with black
+    assert picture[edge][:, :3].mean() > 0.5 * picture[picture[..., 3] == 255][:, :3].mean()
+
+
+def test_the_empty_scene_is_the_view_without_the_object() -> None:
+    view, empty = scene_view(8, 0, 64), empty_scene(8, 0, 64)
+    assert np.array_equal(view.image[:3], empty[:3]) or view.mask[:8].any()
+    assert not np.array_equal(view.image[view.mask > 128], empty[view.mask > 128])
+
+
+def test_views_of_an_object_look_alike() -> None:
+    """The mean colour of the object is nearer to that of its other view than to most other objects'."""
+
+    def colour(seed: int, number: int) -> np.ndarray:  # type: ignore[type-arg]
+        view = reference_view(seed, number, 40)
+        return view.image[view.mask > 128].mean(0)  # type: ignore[no-any-return]
+
+    first, second = (np.stack([colour(seed, n) for seed in range(12)]) for n in range(2))
+    ranks = np.argsort(np.linalg.norm(first[:, None] - second[None], axis=2), axis=1)
+    assert np.mean([seed in ranks[seed, :2] for seed in range(12)]) > 0.7
