@@ -1,23 +1,27 @@
-"""The command line: `anydoor composite`, `anydoor doctor`."""
+"""The command line: `anydoor composite`, `anydoor serve`, `anydoor doctor`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.engine import DEVICES
-from engines.errors import AnyDoorError
+from engines.errors import AnyDoorError, BackendError
 from runtime.collage import MODES, Ratios
 from runtime.errors import InputError
 from runtime.pictures import contact_sheet, format_of, save_picture
-from runtime.request import Placement, Sampling
+from runtime.request import Placement, Request, Sampling
+
+if TYPE_CHECKING:
+    from runtime.compositor import StepCallback
+    from runtime.job import Composite
 
 DEFAULT_BUNDLE = "build/engines/anydoor"
 BUNDLE_VARIABLE = "ANYDOOR_BUNDLE"
@@ -30,6 +34,7 @@ _COMPOSITE_EXAMPLES = """examples:
   anydoor composite --reference cup.png --box 80,60,300,260 --reference book.png --box 320,90,500,250 \\
       --scene desk.jpg -o both.png
   anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --num-images 4 --grid -o cups.png
+  anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --server gpu:50051 -o out.png
 """
 
 
@@ -68,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="anydoor", description=_DESCRIPTION)
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_composite(commands)
+    _add_serve(commands)
     doctor = commands.add_parser(
         "doctor",
         help="what is installed, which backends work, which bundle fits this machine",
@@ -149,6 +155,29 @@ def _add_composite(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     how.add_argument("--device", choices=DEVICES, default="auto", help="default: the best there is")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    _add_server(command)
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("server (instead of this machine)")
+    group.add_argument("--server", metavar="ADDRESS", help="host:port or unix:/path of 'anydoor serve'")
+    group.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
+    group.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token to send")
+    group.add_argument("--tls", action="store_true", help="connect with TLS; implied by the files below")
+    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="certificates to trust (PEM)")
+    group.add_argument("--tls-certificate", type=Path, metavar="FILE", help="certificate to show (PEM)")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from runtime.server.settings import add_flags
+
+    command = commands.add_parser(
+        "serve",
+        help="serve composites over gRPC",
+        description="Serve composites over gRPC; proto/anydoor/v1/compositor.proto is the contract.",
+    )
+    add_flags(command)
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
@@ -185,13 +214,15 @@ def run_composite(options: argparse.Namespace) -> int:
     """The command `composite`."""
     from tqdm import tqdm
 
-    from runtime.compositor import Compositor
-
     format_of(options.output)
-    placements = _placements(options)
-    sampling = Sampling(options.steps, options.guidance, options.strength, options.eta)
-    noise = _load_noise(options.initial_noise) if options.initial_noise else None
-    compositor = Compositor.load(options.bundle, options.device, options.threads)
+    request = Request(
+        scene=options.scene,
+        placements=_placements(options),
+        seed=options.seed,
+        sampling=Sampling(options.steps, options.guidance, options.strength, options.eta),
+        num_images=options.num_images,
+        initial_noise=_load_noise(options.initial_noise) if options.initial_noise else None,
+    )
     with tqdm(disable=options.quiet, unit="step", desc="loading", dynamic_ncols=True) as bar:
 
         def on_step(done: int, total: int) -> None:
@@ -199,9 +230,10 @@ def run_composite(options: argparse.Namespace) -> int:
             bar.set_description("sampling" if done < total else "finishing", refresh=False)
             bar.update(done - bar.n)
 
-        results = compositor.run(
-            options.scene, placements, options.seed, sampling, options.num_images, noise, on_step
-        )
+        if options.server:
+            results = _composite_on_server(options, request, on_step, bar.set_description)
+        else:
+            results = _composite_here(options, request, on_step)
     images = [result.image for result in results]
     if options.grid:
         save_picture(contact_sheet(images), options.output)
@@ -211,6 +243,64 @@ def run_composite(options: argparse.Namespace) -> int:
         save_picture(result.image, path)
         print(f"{path} (seed {result.seed})")
     return 0
+
+
+def _composite_here(options: argparse.Namespace, request: Request, on_step: StepCallback) -> list[Composite]:
+    from runtime.compositor import Compositor
+
+    compositor = Compositor.load(options.bundle, options.device, options.threads)
+    return compositor.run(**vars(request), on_step=on_step)
+
+
+def _composite_on_server(
+    options: argparse.Namespace,
+    request: Request,
+    on_step: StepCallback,
+    describe: Callable[[str], object],
+) -> list[Composite]:
+    try:
+        from runtime.client import Client, ServerError, Tls
+    except ImportError as error:
+        raise _missing("client", error) from error
+    from runtime.order import Queued, StepDone
+
+    tls_files = (options.tls_ca, options.tls_certificate, options.tls_key)
+    tls = Tls(*tls_files) if options.tls or any(tls_files) else None
+    token = _read_token(options.token_file) if options.token_file else None
+    with Client(options.server, token=token, tls=tls, timeout=options.timeout) as client:
+        for news in client.stream(request):
+            if isinstance(news, Queued):
+                describe(f"{news.position} before us" if news.position else "next")
+            elif isinstance(news, StepDone):
+                on_step(news.done, news.total)
+            elif isinstance(news, list):
+                return news
+    raise ServerError(f"the server at {options.server} ended without a picture", "OK")
+
+
+def _read_token(path: Path) -> str:
+    try:
+        return path.read_text("ascii").strip()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read a token from '{path}'") from error
+
+
+def _missing(extra: str, error: ImportError) -> AnyDoorError:
+    return BackendError(
+        f"the package '{error.name}' is missing; install it with: pip install 'anydoor-runtime[{extra}]'"
+    )
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    """The command `serve`."""
+    from runtime.server.settings import settings_from
+
+    settings = settings_from(options, os.environ.get(BUNDLE_VARIABLE, DEFAULT_BUNDLE))
+    try:
+        from runtime.server.serve import serve
+    except ImportError as error:
+        raise _missing("serve", error) from error
+    return serve(settings)
 
 
 def _placements(options: argparse.Namespace) -> list[Placement]:
@@ -258,6 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from runtime.doctor import run_doctor
 
             return run_doctor(options.bundles)
+        if options.command == "serve":
+            return run_serve(options)
         return run_composite(options)
     except AnyDoorError as error:
         print(f"anydoor: {error}", file=sys.stderr)

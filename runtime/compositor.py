@@ -193,8 +193,10 @@ class Compositor:
             if on_step:
                 on_step(done, job.total_steps)
             finished = [sample for sample in batch.samples if sample.done]
+            if not finished:
+                continue
             with job.watch.measure(DECODE):
-                pictures = self.decode(batch, finished)
+                pictures = self.decode(batch.latents(finished))
             for sample, picture in zip(finished, pictures):
                 canvas = running.pop(sample)
                 canvas.paste(picture)
@@ -261,13 +263,7 @@ class Compositor:
         maps = DetailMaps(self.engine, self.cache, canvas.hint.hint, tokens, timesteps, self.control_window)
         return Conditions(maps, tokens)
 
-    def decode(self, batch: RunningBatch, samples: Sequence[Sample]) -> NDArray[np.uint8]:
-        """(N, R, R, 3) RGB pictures of samples of a batch."""
-        if not samples:
-            return np.zeros((0, 0, 0, 3), np.uint8)
-        return self.decode_latents(batch.latents(samples))
-
-    def decode_latents(self, latents: DeviceTensor | NDArray[np.float32]) -> NDArray[np.uint8]:
+    def decode(self, latents: DeviceTensor | NDArray[np.float32]) -> NDArray[np.uint8]:
         """(N, R, R, 3) RGB pictures of latents (N, C, h, w)."""
         image = self.engine.run(DECODE, {"latent": latents}, ["image"])["image"]
         pictures: NDArray[np.uint8] = self.engine.to_host(image)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,18 +172,22 @@ class Canvas:
     def draw_latent(self, shape: tuple[int, int, int]) -> NDArray[np.float32]:
         """(C, h, w) noise to start the placement from."""
         if self.job.initial_noise is not None:
-            return self.job.initial_noise[self.index]
+            given: NDArray[np.float32] = self.job.initial_noise[self.index]
+            return given
         noise: NDArray[np.float32] = self.generator.standard_normal(shape, dtype=np.float32)
         return noise
 
-    def with_picture(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A copy with what the networks drew, (R, R, 3) RGB, at its place."""
-        with self.job.watch.measure("paste"):
-            return paste_back(picture, self.image, self.hint.geometry, self._mode)
+    def overlay(self) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+        """A function that puts what the networks drew, (R, R, 3) RGB, at its place in a copy of the image.
+
+        It stays with the placement at hand when the canvas moves on to the next.
+        """
+        return partial(paste_back, scene=self.image, geometry=self.hint.geometry, mode=self._mode)
 
     def paste(self, picture: NDArray[np.uint8]) -> None:
         """Ends a placement: keeps what the networks drew, (R, R, 3) RGB."""
-        self.image = self.with_picture(picture)
+        with self.job.watch.measure("paste"):
+            self.image = self.overlay()(picture)
         self.regions.append(pasted_region(self.hint.geometry, self._mode))
 
     @property

@@ -1,0 +1,1 @@
+"""Messages and stubs generated from proto/ by `python -m runtime.rpc.generate`; nothing here is edited."""

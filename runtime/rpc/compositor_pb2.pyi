@@ -1,0 +1,207 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PlacementMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PLACEMENT_MODE_UNSPECIFIED: _ClassVar[PlacementMode]
+    PLACEMENT_MODE_BOX: _ClassVar[PlacementMode]
+    PLACEMENT_MODE_SHAPE: _ClassVar[PlacementMode]
+    PLACEMENT_MODE_KEEP_BACKGROUND: _ClassVar[PlacementMode]
+
+class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    IMAGE_FORMAT_UNSPECIFIED: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_PNG: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_JPEG: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_WEBP: _ClassVar[ImageFormat]
+PLACEMENT_MODE_UNSPECIFIED: PlacementMode
+PLACEMENT_MODE_BOX: PlacementMode
+PLACEMENT_MODE_SHAPE: PlacementMode
+PLACEMENT_MODE_KEEP_BACKGROUND: PlacementMode
+IMAGE_FORMAT_UNSPECIFIED: ImageFormat
+IMAGE_FORMAT_PNG: ImageFormat
+IMAGE_FORMAT_JPEG: ImageFormat
+IMAGE_FORMAT_WEBP: ImageFormat
+
+class CompositeRequest(_message.Message):
+    __slots__ = ("scene", "placements", "sampling", "seed", "num_images", "output_format")
+    SCENE_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NUM_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    scene: bytes
+    placements: _containers.RepeatedCompositeFieldContainer[Placement]
+    sampling: Sampling
+    seed: int
+    num_images: int
+    output_format: ImageFormat
+    def __init__(self, scene: _Optional[bytes] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios")
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_MASK_FIELD_NUMBER: _ClassVar[int]
+    BOX_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    RATIOS_FIELD_NUMBER: _ClassVar[int]
+    reference: bytes
+    reference_mask: bytes
+    box: Box
+    mask: bytes
+    mode: PlacementMode
+    ratios: Ratios
+    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ...) -> None: ...
+
+class Box(_message.Message):
+    __slots__ = ("x0", "y0", "x1", "y1")
+    X0_FIELD_NUMBER: _ClassVar[int]
+    Y0_FIELD_NUMBER: _ClassVar[int]
+    X1_FIELD_NUMBER: _ClassVar[int]
+    Y1_FIELD_NUMBER: _ClassVar[int]
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+    def __init__(self, x0: _Optional[int] = ..., y0: _Optional[int] = ..., x1: _Optional[int] = ..., y1: _Optional[int] = ...) -> None: ...
+
+class Ratios(_message.Message):
+    __slots__ = ("reference", "box", "crop")
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    BOX_FIELD_NUMBER: _ClassVar[int]
+    CROP_FIELD_NUMBER: _ClassVar[int]
+    reference: float
+    box: float
+    crop: float
+    def __init__(self, reference: _Optional[float] = ..., box: _Optional[float] = ..., crop: _Optional[float] = ...) -> None: ...
+
+class Sampling(_message.Message):
+    __slots__ = ("steps", "guidance", "strength", "eta")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    ETA_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    guidance: float
+    strength: float
+    eta: float
+    def __init__(self, steps: _Optional[int] = ..., guidance: _Optional[float] = ..., strength: _Optional[float] = ..., eta: _Optional[float] = ...) -> None: ...
+
+class CompositeResponse(_message.Message):
+    __slots__ = ("images", "request_id", "seconds")
+    class SecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedCompositeFieldContainer[CompositeImage]
+    request_id: str
+    seconds: _containers.ScalarMap[str, float]
+    def __init__(self, images: _Optional[_Iterable[_Union[CompositeImage, _Mapping]]] = ..., request_id: _Optional[str] = ..., seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class CompositeImage(_message.Message):
+    __slots__ = ("image", "seed", "regions")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    image: bytes
+    seed: int
+    regions: _containers.RepeatedCompositeFieldContainer[Box]
+    def __init__(self, image: _Optional[bytes] = ..., seed: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Box, _Mapping]]] = ...) -> None: ...
+
+class CompositeStreamRequest(_message.Message):
+    __slots__ = ("request", "preview_every")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
+    request: CompositeRequest
+    preview_every: int
+    def __init__(self, request: _Optional[_Union[CompositeRequest, _Mapping]] = ..., preview_every: _Optional[int] = ...) -> None: ...
+
+class CompositeStreamResponse(_message.Message):
+    __slots__ = ("queued", "step_done", "preview", "result", "request_id")
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    STEP_DONE_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    queued: Queued
+    step_done: StepDone
+    preview: Preview
+    result: CompositeResponse
+    request_id: str
+    def __init__(self, queued: _Optional[_Union[Queued, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ..., result: _Optional[_Union[CompositeResponse, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class Queued(_message.Message):
+    __slots__ = ("position",)
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    def __init__(self, position: _Optional[int] = ...) -> None: ...
+
+class StepDone(_message.Message):
+    __slots__ = ("done", "total")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    done: int
+    total: int
+    def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
+
+class Preview(_message.Message):
+    __slots__ = ("image_index", "image")
+    IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    image_index: int
+    image: bytes
+    def __init__(self, image_index: _Optional[int] = ..., image: _Optional[bytes] = ...) -> None: ...
+
+class GetModelInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetModelInfoResponse(_message.Message):
+    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    RESOLUTION_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    checkpoint_sha256: str
+    precision: str
+    backend: str
+    device: str
+    resolution: int
+    max_batch: int
+    limits: Limits
+    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("message_bytes", "pixels", "steps", "images", "placements", "previews")
+    MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    PREVIEWS_FIELD_NUMBER: _ClassVar[int]
+    message_bytes: int
+    pixels: int
+    steps: int
+    images: int
+    placements: int
+    previews: int
+    def __init__(self, message_bytes: _Optional[int] = ..., pixels: _Optional[int] = ..., steps: _Optional[int] = ..., images: _Optional[int] = ..., placements: _Optional[int] = ..., previews: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,43 @@
+"""Structured logs: one JSON object per line on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+_FIELDS = "fields"
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON: time, level, logger, event, and the fields it was logged with."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **getattr(record, _FIELDS, {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure(level: str) -> None:
+    """Sends everything from `level` up to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def log(
+    logger: logging.Logger, level: int, event: str, error: BaseException | None = None, **fields: object
+) -> None:
+    """Logs an event with fields of its own, and the traceback of an error."""
+    logger.log(level, event, exc_info=error, extra={_FIELDS: fields})

@@ -1,0 +1,67 @@
+"""Prometheus metrics, served on a port of their own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from runtime.errors import InputError
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+_OCCUPANCY = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+class Metrics:
+    """What is counted. Gauges read the server's state when they are scraped; see `Server`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "anydoor_requests", "Requests that ended, by status", ["method", "code"], registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "anydoor_request_seconds",
+            "From arrival to the end",
+            ["method"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.stage_seconds = Histogram(
+            "anydoor_stage_seconds",
+            "Time per stage of finished requests",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.step_seconds = Histogram(
+            "anydoor_step_seconds", "Denoising calls", buckets=_SECONDS, registry=self.registry
+        )
+        self.batch_samples = Histogram(
+            "anydoor_batch_samples", "Samples per denoising call", buckets=_OCCUPANCY, registry=self.registry
+        )
+        self.queued = Gauge(
+            "anydoor_queued_requests", "Accepted requests that wait for a slot", registry=self.registry
+        )
+        self.running = Gauge("anydoor_running_samples", "Samples in the batch", registry=self.registry)
+        self.cache_bytes = Gauge(
+            "anydoor_detail_map_cache_bytes", "Detail maps that are kept", registry=self.registry
+        )
+
+    def on_batch(self, samples: int, seconds: float) -> None:
+        """Counts a denoising call."""
+        self.batch_samples.observe(samples)
+        self.step_seconds.observe(seconds)
+
+    def serve(self, address: str) -> int:
+        """Starts serving them; returns the port.
+
+        Raises:
+            InputError: the address is none, or is taken.
+        """
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise InputError(f"metrics must be host:port, not '{address}'")
+        try:
+            server, _ = start_http_server(int(port), host.strip("[]"), self.registry)
+        except OSError as error:
+            raise InputError(f"cannot serve metrics at '{address}': {error.strerror}") from error
+        return int(server.server_port)

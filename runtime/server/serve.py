@@ -1,0 +1,148 @@
+"""Starts the server, and stops it without losing a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from runtime.compositor import Compositor
+from runtime.errors import InputError
+from runtime.scheduler import Scheduler
+from runtime.server import tracing
+from runtime.server.access import TokenInterceptor, credentials, read_tokens
+from runtime.server.logs import configure, log
+from runtime.server.metrics import Metrics
+from runtime.server.service import NAME, CompositorService
+from runtime.server.settings import Settings
+
+_OTHER_CALLS = 32
+"""Calls at a time beside those that the scheduler accepts: refusals, health, reflection."""
+
+logger = logging.getLogger(__name__)
+
+
+class Server:
+    """A Compositor behind gRPC, with health, reflection and metrics."""
+
+    def __init__(self, compositor: Compositor, settings: Settings) -> None:
+        """Binds the addresses; call `start` in the same event loop.
+
+        Raises:
+            InputError: an address cannot be bound, or a file of the settings cannot be read.
+        """
+        self.metrics = Metrics()
+        self.addresses: list[str] = []
+        """Where it listens, with the ports that were chosen for port 0."""
+        self.metrics_port = self.metrics.serve(settings.metrics) if settings.metrics else None
+        self._settings = settings
+        self._grpc = self._new_grpc_server(settings, compositor.max_batch)
+        self._bind()
+        self.scheduler = Scheduler(
+            compositor,
+            limits=settings.limits,
+            queue=settings.queue,
+            max_batch=settings.max_batch or None,
+            workers=settings.workers,
+            batching=settings.batching,
+            on_batch=self.metrics.on_batch,
+        )
+        self.metrics.queued.set_function(lambda: self.scheduler.queued)
+        self.metrics.running.set_function(lambda: self.scheduler.running)
+        self.metrics.cache_bytes.set_function(lambda: compositor.cache.nbytes)
+        service = CompositorService(self.scheduler, settings, self.metrics)
+        self._grpc.add_generic_rpc_handlers((service.handler(),))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+
+    async def start(self) -> None:
+        """Answers calls, and loads the graphs; health is SERVING when that is done.
+
+        Raises:
+            AnyDoorError: the graphs cannot be loaded.
+        """
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._grpc.start()
+        log(logger, logging.INFO, "listening", addresses=self.addresses, metrics_port=self.metrics_port)
+        await asyncio.wrap_future(self.scheduler.loaded)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        log(logger, logging.INFO, "serving", bundle=self._settings.bundle)
+
+    async def stop(self) -> bool:
+        """Refuses new requests, finishes the accepted ones in the time set, and closes.
+
+        Returns whether all of them were finished; the others were refused with UNAVAILABLE.
+        """
+        seconds = self._settings.drain_seconds
+        await self._health.enter_graceful_shutdown()
+        log(logger, logging.INFO, "draining", accepted=self.scheduler.accepted, at_most_seconds=seconds)
+        clean = await asyncio.get_running_loop().run_in_executor(None, self.scheduler.drain, seconds)
+        # the last answers may still be on their way
+        await self._grpc.stop(grace=max(seconds, 1.0))
+        log(logger, logging.INFO, "stopped", all_finished=clean)
+        return clean
+
+    def _new_grpc_server(self, settings: Settings, max_batch: int) -> grpc.aio.Server:
+        interceptors = [TokenInterceptor(read_tokens(settings.tokens))] if settings.tokens else []
+        return grpc.aio.server(
+            interceptors=interceptors,
+            maximum_concurrent_rpcs=settings.queue + max_batch + _OTHER_CALLS,
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                # two servers on one port would share its calls unnoticed
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+
+    def _bind(self) -> None:
+        tls = credentials(self._settings)
+        for address in self._settings.listen:
+            try:
+                if tls is not None:
+                    port = self._grpc.add_secure_port(address, tls)
+                else:
+                    port = self._grpc.add_insecure_port(address)
+            except RuntimeError as error:
+                raise InputError(f"cannot listen at '{address}': it is taken, or no address") from error
+            is_unix = address.startswith("unix")
+            self.addresses.append(address if is_unix else f"{address.rpartition(':')[0]}:{port}")
+
+    async def _set_health(self, status: int) -> None:
+        for name in ("", NAME):
+            await self._health.set(name, status)
+
+
+def serve(settings: Settings) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code.
+
+    Raises:
+        AnyDoorError: the bundle or a setting cannot be used.
+    """
+    configure(settings.log_level)
+    tracing.configure()
+    cache_bytes = None if settings.cache_bytes < 0 else settings.cache_bytes
+    compositor = Compositor.load(settings.bundle, settings.device, settings.threads or None, cache_bytes)
+    return asyncio.run(_serve(compositor, settings))
+
+
+async def _serve(compositor: Compositor, settings: Settings) -> int:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    server = Server(compositor, settings)
+    try:
+        await server.start()
+        await stop.wait()
+    finally:
+        for number in signals:
+            # a second signal ends the process at once
+            loop.remove_signal_handler(number)
+        await server.stop()
+    return 0

@@ -1,0 +1,163 @@
+"""What can be set: one table for the command line's flags and the TOML file's keys."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from engines.engine import DEVICES
+from runtime.errors import InputError
+from runtime.scheduler import BATCHING
+from runtime.validation import Limits
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _setting(default: Any, help: str, **flag: Any) -> Any:
+    """A field whose flag is described by the arguments of `argparse`."""
+    return field(default=default, metadata={"help": help, **flag})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set about a server. Names are those of the TOML file; flags have dashes."""
+
+    bundle: str = _setting("", "directory of the bundle", metavar="DIR")
+    device: str = _setting("auto", "where the graphs run", choices=DEVICES)
+    threads: int = _setting(0, "CPU threads of the engine; 0: all cores", metavar="N")
+    listen: tuple[str, ...] = _setting(
+        ("127.0.0.1:50051",),
+        "address, host:port or unix:/path; may be repeated",
+        metavar="ADDRESS",
+        action="append",
+    )
+    metrics: str = _setting("", "address for Prometheus, host:port; none if not given", metavar="ADDRESS")
+    tls_certificate: str = _setting("", "PEM file with the server's certificate chain", metavar="FILE")
+    tls_key: str = _setting("", "PEM file with its private key", metavar="FILE")
+    tls_client_ca: str = _setting(
+        "", "PEM file; only clients with a certificate signed by it are let in", metavar="FILE"
+    )
+    tokens: str = _setting(
+        "", "file with bearer tokens, one per line; only callers with one are let in", metavar="FILE"
+    )
+    max_message_bytes: int = _setting(64 << 20, "bytes of a request", metavar="N")
+    max_pixels: int = _setting(1 << 24, "pixels of each picture and mask", metavar="N")
+    max_steps: int = _setting(100, "steps of a request", metavar="N")
+    max_images: int = _setting(8, "pictures of a request", metavar="N")
+    max_placements: int = _setting(4, "placements of a request", metavar="N")
+    max_previews: int = _setting(4, "previews of each picture", metavar="N")
+    queue: int = _setting(32, "requests accepted beyond as many as the batch has slots", metavar="N")
+    max_batch: int = _setting(0, "most samples that share a call; 0: the bundle's limit", metavar="N")
+    batching: str = _setting("continuous", "static admits only into an empty batch", choices=BATCHING)
+    workers: int = _setting(2, "threads that decode, prepare, paste and encode", metavar="N")
+    cache_bytes: int = _setting(
+        -1, "memory for detail maps; -1: an eighth of the machine's, at most 4 GiB", metavar="N"
+    )
+    drain_seconds: float = _setting(
+        30.0, "after SIGTERM, time to finish what was accepted", metavar="SECONDS"
+    )
+    log_level: str = _setting("info", "least severe lines to log", choices=LOG_LEVELS)
+
+    @property
+    def limits(self) -> Limits:
+        """What a request may ask for."""
+        return Limits(self.max_steps, self.max_images, self.max_placements, self.max_pixels)
+
+    def check(self) -> None:
+        """Refuses values that no server can have.
+
+        Raises:
+            InputError: names the setting.
+        """
+        positive = ("max_message_bytes", "max_pixels", "max_steps", "max_images", "max_placements", "workers")
+        not_negative = ("threads", "max_previews", "queue", "max_batch", "drain_seconds")
+        for names, least in ((positive, 1), (not_negative, 0), (("cache_bytes",), -1)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for setting in fields(self):
+            choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
+            if choices and value not in choices:
+                raise InputError(f"{setting.name} must be one of {', '.join(choices)}, not '{value}'")
+        if not self.listen:
+            raise InputError("listen must name at least one address")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise InputError("tls_certificate and tls_key are only of use together")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise InputError("tls_client_ca needs tls_certificate and tls_key")
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
+    """Adds --config, and one flag per setting."""
+    command.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="settings by name; flags take precedence"
+    )
+    for setting in fields(Settings):
+        flag = dict(setting.metadata)
+        default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+        if default not in ("", None):
+            flag["help"] += f" (default: {default})"
+        if isinstance(setting.default, int | float):
+            flag["type"] = type(setting.default)
+        command.add_argument(f"--{setting.name.replace('_', '-')}", default=None, **flag)
+
+
+def settings_from(options: argparse.Namespace, default_bundle: str) -> Settings:
+    """The settings from parsed flags, and the file that --config names.
+
+    Raises:
+        InputError: the file cannot be read, or a value cannot be used.
+    """
+    values: dict[str, Any] = {"bundle": default_bundle}
+    if options.config is not None:
+        values |= read_config(options.config)
+    names = (setting.name for setting in fields(Settings))
+    values |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    values["listen"] = tuple(values.get("listen", Settings.listen))
+    settings = Settings(**values)
+    settings.check()
+    return settings
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file.
+
+    Raises:
+        InputError: it cannot be read, is no TOML, or has a key or value that no setting has.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read '{path}': {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"'{path}' is not TOML: {error}") from error
+    known = {setting.name: setting.default for setting in fields(Settings)}
+    for key, value in content.items():
+        _check_key(key, value, known, path)
+    return content
+
+
+def _check_key(key: str, value: object, known: Mapping[str, Any], path: Path) -> None:
+    if key not in known:
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise InputError(f"'{path}' has a setting '{key}' that is not known{hint}")
+    default = known[key]
+    if isinstance(default, tuple):
+        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    elif isinstance(default, float):
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        fits = type(value) is type(default)
+    if not fits:
+        kind = "list of strings" if isinstance(default, tuple) else type(default).__name__
+        raise InputError(f"'{path}': {key} must be of the type {kind}, not {value!r}")
