@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from training.loop import Batch
 from training.model import build_vae
 
 NORM_GROUPS = 8
+POSTERIOR_STD = 0.01  # of the latents in units of their own spread
 SKELETON = ("samplers.0.conv", "conv_in", "conv_shortcut", "conv_out", "quant_conv")
 
 
@@ -114,7 +116,9 @@ def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
     # mean' = (mean - shift) * factor; the second half of the channels is the log variance
     vae.quant_conv.weight[: len(shift)] *= factor[:, None, None, None]
     vae.quant_conv.bias[: len(shift)] = (vae.quant_conv.bias[: len(shift)] - shift) * factor
-    vae.quant_conv.bias[len(shift) :] += 2 * factor.log()
+    # this autoencoder was trained without noise and never learned a variance: make it small
+    vae.quant_conv.weight[len(shift) :] = 0
+    vae.quant_conv.bias[len(shift) :] = 2 * math.log(POSTERIOR_STD / LATENT_SCALE)
     # z = z' / factor + shift, then the convolution
     vae.post_quant_conv.bias += F.conv2d(shift[None, :, None, None], vae.post_quant_conv.weight).flatten()
     vae.post_quant_conv.weight /= factor[None, :, None, None]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from training.architecture import Architecture
 from training.data.pairs import PairRules
-from training.diffusion import Trained
+from training.diffusion import Denoising
 from training.loop import LoopSettings
 
 if sys.version_info >= (3, 11):
@@ -36,8 +36,9 @@ class Recipe:
     architecture: Architecture = field(default_factory=Architecture)
     data: DataSettings = field(default_factory=DataSettings)
     pairs: PairRules = field(default_factory=PairRules)
-    trained: Trained = field(default_factory=Trained)
+    denoising: Denoising = field(default_factory=Denoising)
     autoencoder: LoopSettings | None = None
+    decoder: LoopSettings | None = None
     identity: LoopSettings | None = None
     diffusion: LoopSettings | None = None
 
@@ -50,8 +51,9 @@ _SECTIONS = {
     "architecture": Architecture,
     "data": DataSettings,
     "pairs": PairRules,
-    "trained": Trained,
+    "denoising": Denoising,
     "autoencoder": LoopSettings,
+    "decoder": LoopSettings,
     "identity": LoopSettings,
     "diffusion": LoopSettings,
 }

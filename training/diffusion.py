@@ -14,8 +14,8 @@ from training.model import AnyDoor
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Which parts learn. The defaults are section 4.1's: detail extractor, UNet decoder and projector."""
+class Denoising:
+    """What learns, and how. The defaults are section 4.1's: detail extractor, UNet decoder and projector."""
 
     control: bool = True
     unet_encoder: bool = False
@@ -23,6 +23,9 @@ class Trained:
     projector: bool = True
     drop: float = 0.0
     """Probability of a black reference, for classifier-free guidance; the released code has none."""
+    emphasis: float = 1.0
+    """Largest weight of a timestep's error: errors count 1 / a_t (as they do in the clean picture's place)
+    up to this. 1 is the plain loss of the released code."""
 
     def apply(self, model: AnyDoor) -> None:
         """Sets `requires_grad` of every weight; the autoencoder and DINOv2 never learn here."""
@@ -59,12 +62,14 @@ def noisy_latents(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumpr
 
 
 class DiffusionTask:
-    """Plain mean squared error on the noise (logvar 0 and no variational term, as in the released code)."""
+    """Mean squared error on the noise (logvar 0 and no variational term, as in the released code)."""
 
-    def __init__(self, model: AnyDoor, pairs: EncodedPairs, trained: Trained) -> None:
-        trained.apply(model)
+    def __init__(self, model: AnyDoor, pairs: EncodedPairs, rules: Denoising) -> None:
+        rules.apply(model)
         self.module = Denoiser(model)
         self.alphas_cumprod = model.alphas_cumprod
+        weights = (1 / model.alphas_cumprod).clamp(max=rules.emphasis)
+        self.weights = weights / weights.mean()
         self._data = pairs
 
     def dataset(self) -> EncodedPairs:
@@ -82,8 +87,5 @@ class DiffusionTask:
         noisy = noisy_latents(batch["latents"], batch["noise"], batch["timestep"], alphas)
         estimate = module(noisy, batch["timestep"], batch["features"], batch["hint"])
         error = F.mse_loss(estimate.float(), batch["noise"], reduction="none").mean((1, 2, 3))
-        late = (batch["timestep"] >= 500).float()
-        return {
-            "loss": error.mean(),
-            "structure": ((error * late).sum() / late.sum().clamp(min=1)).detach(),
-        }
+        weights = self.weights.to(error.device)[batch["timestep"]]
+        return {"loss": (weights * error).mean(), "noise": error.detach().mean()}

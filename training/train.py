@@ -27,7 +27,7 @@ from training.identity import IdentityTask
 from training.loop import train
 from training.model import AnyDoor
 
-DROP_SEED, CALIBRATION = 3, 64
+PAIRS_SEED, CALIBRATION, DECODER_SIDE = 3, 64, 64
 
 
 def train_views(recipe: Recipe, folder: Path) -> None:
@@ -40,6 +40,16 @@ def train_autoencoder(recipe: Recipe, folder: Path) -> None:
     if recipe.autoencoder:
         task = AutoencoderTask(recipe.architecture, ViewStore(folder / "views"))
         train(task, recipe.autoencoder, folder / "autoencoder")
+
+
+def train_decoder(recipe: Recipe, folder: Path) -> None:
+    """Stage 1, continued: the decoder alone, at any time after `encode`, because no latent changes."""
+    if recipe.decoder:
+        task = AutoencoderTask(recipe.architecture, ViewStore(folder / "views"), side=DECODER_SIDE, seed=4)
+        task.module.load_state_dict(_weights(folder / "autoencoder"))
+        task.module.encoder.requires_grad_(False)
+        task.module.quant_conv.requires_grad_(False)
+        train(task, recipe.decoder, folder / "decoder")
 
 
 def train_identity(recipe: Recipe, folder: Path) -> None:
@@ -59,9 +69,9 @@ def encode(recipe: Recipe, folder: Path) -> None:
 def train_diffusion(recipe: Recipe, folder: Path) -> None:
     """Stage 3."""
     if recipe.diffusion:
-        pairs = EncodedPairs(folder / "pairs", DROP_SEED, recipe.pairs, recipe.trained.drop)
+        pairs = EncodedPairs(folder / "pairs", PAIRS_SEED, recipe.pairs, recipe.denoising.drop)
         model = frozen_parts(recipe, folder)
-        train(DiffusionTask(model, pairs, recipe.trained), recipe.diffusion, folder / "diffusion")
+        train(DiffusionTask(model, pairs, recipe.denoising), recipe.diffusion, folder / "diffusion")
 
 
 def write_checkpoint(recipe: Recipe, folder: Path) -> None:
@@ -77,7 +87,8 @@ def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
     torch.manual_seed(0)
     model = AnyDoor(recipe.architecture)
     model.vae = build_small_vae(recipe.architecture)
-    model.vae.load_state_dict(_weights(folder / "autoencoder"))
+    improved = (folder / "decoder" / "mean.pt").exists()
+    model.vae.load_state_dict(_weights(folder / ("decoder" if improved else "autoencoder")))
     encoder = {
         n.removeprefix("encoder."): w
         for n, w in _weights(folder / "identity").items()
@@ -108,6 +119,7 @@ STAGES: dict[str, Callable[[Recipe, Path], None]] = {
     "identity": train_identity,
     "encode": encode,
     "diffusion": train_diffusion,
+    "decoder": train_decoder,
     "checkpoint": write_checkpoint,
 }
 
