@@ -59,6 +59,8 @@ class GraphRecord:
     error: Mapping[str, float]
     """Output -> relative error against PyTorch, measured when it was built."""
     build_seconds: float = 0.0
+    scratch_bytes: int = 0
+    """Device memory for the intermediate results of the largest call; only plans tell."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
             target=str(record["target"]),
             error=dict(record["error"]),
             build_seconds=float(record["build_seconds"]),
+            scratch_bytes=int(record.get("scratch_bytes", 0)),
         )
     return Manifest(
         checkpoint=content["checkpoint"],

@@ -22,8 +22,12 @@ DeviceTensor = Any
 
 DEVICES = ("auto", "cpu", "cuda")
 
-_BACKENDS = {"onnxruntime": "engines.onnxruntime"}
-"""Backend named in a manifest -> module with an `open_engine(bundle, device, threads)`."""
+_BACKENDS = {
+    "onnxruntime": "engines.onnxruntime",
+    "tensorrt": "engines.tensorrt",
+    "tensorrt_rtx": "engines.tensorrt",
+}
+"""Backend named in a manifest -> module with an `open_engine` like the one below."""
 
 
 class Engine(Protocol):
@@ -34,6 +38,11 @@ class Engine(Protocol):
 
     device: str
     """cpu or cuda."""
+    cache_bytes: int | None
+    """Device memory for tensors that are kept for later; None if it is the host's memory."""
+
+    def describe(self) -> str:
+        """What lives where, as a table for people; empty if there is nothing to tell."""
 
     def load(self, graph: str) -> None:
         """Makes a graph ready to run; `run` does it on first use."""
@@ -72,16 +81,19 @@ class Engine(Protocol):
         """The memory that a tensor occupies."""
 
 
-def open_engine(bundle: Bundle, device: str = "auto", threads: int | None = None) -> Engine:
+def open_engine(
+    bundle: Bundle, device: str = "auto", threads: int | None = None, memory_budget: int | None = None
+) -> Engine:
     """The engine for a bundle.
 
     Args:
         bundle: an opened bundle; its manifest names the backend.
         device: cpu, cuda, or auto for the best that this machine has.
         threads: CPU threads of one operator; as many as there are cores if None.
+        memory_budget: bytes of the card's memory to use at the most; nearly all that is free if None.
 
     Raises:
-        BackendError: the backend is not installed or has no such device.
+        BackendError: the backend is not installed, has no such device, or needs more memory.
         BundleError: the bundle was built for a backend that this version does not know.
     """
     backends = {bundle.manifest.graphs[graph].backend for graph in GRAPHS}
@@ -93,7 +105,7 @@ def open_engine(bundle: Bundle, device: str = "auto", threads: int | None = None
     if device not in DEVICES:
         raise BackendError(f"there is no device '{device}': choose one of {', '.join(DEVICES)}")
     module = importlib.import_module(_BACKENDS[backends.pop()])
-    engine: Engine = module.open_engine(bundle, device, threads)
+    engine: Engine = module.open_engine(bundle, device, threads, memory_budget)
     return engine
 
 

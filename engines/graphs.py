@@ -20,7 +20,10 @@ several requests at different steps are then the same call, and nothing is copie
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
 
 ID_ENCODER = "id_encoder"
 CONTROL = "control"
@@ -43,13 +46,22 @@ class TensorSpec:
 
     name: str
     dtype: str
-    """NumPy name of the dtype: float32, int32 or uint8."""
+    """NumPy name of the dtype: float32, float16, int32 or uint8."""
     shape: tuple[Dimension, ...]
     """Sizes; a string is one of `VARIABLE_DIMENSIONS`."""
 
     def resolve(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """The shape with every variable dimension replaced by its size."""
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
+
+    def nbytes(self, sizes: dict[str, int]) -> int:
+        """Memory of a tensor of these sizes."""
+        return math.prod(self.resolve(sizes)) * np.dtype(self.dtype).itemsize
+
+
+def largest_sizes(max_batch: int) -> dict[str, int]:
+    """Variable dimension -> its largest size in a bundle for `max_batch` samples."""
+    return {SAMPLES: max_batch, ROWS: 2 * max_batch, CONDITIONS: 2 * max_batch, MAPS: 2 * max_batch}
 
 
 @dataclass(frozen=True)

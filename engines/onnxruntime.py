@@ -24,6 +24,9 @@ INSTALL = "install it with: pip install 'anydoor-runtime[cpu]' (or [cuda] for an
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
+_SHARE_FOR_KEPT_TENSORS = 8
+"""Part of a card's memory for tensors that are kept; the rest is for weights and intermediate results."""
+
 
 def load_library() -> Any:
     """The onnxruntime package.
@@ -61,8 +64,19 @@ def devices() -> list[str]:
 class OnnxRuntimeEngine:
     """Runs graphs with ONNX Runtime; see `engines.engine.Engine`."""
 
-    def __init__(self, bundle: Bundle, device: str, threads: int | None = None) -> None:
+    cache_bytes: int | None = None
+
+    def __init__(
+        self, bundle: Bundle, device: str, threads: int | None = None, memory_budget: int | None = None
+    ) -> None:
         self.device = device
+        self._provider_options = {}
+        if device == "cuda":
+            # grow by what is asked for: doubling would take twice what a graph needs
+            self._provider_options["arena_extend_strategy"] = "kSameAsRequested"
+            if memory_budget is not None:
+                self._provider_options["gpu_mem_limit"] = str(memory_budget)
+                self.cache_bytes = memory_budget // _SHARE_FOR_KEPT_TENSORS
         self._library = load_library()
         self._bundle = bundle
         self._specs = bundle.manifest.specs
@@ -79,6 +93,10 @@ class OnnxRuntimeEngine:
         if threads:
             self._options.intra_op_num_threads = threads
 
+    def describe(self) -> str:
+        """Nothing to tell: ONNX Runtime keeps what was loaded."""
+        return ""
+
     def load(self, graph: str) -> None:
         """Loads a graph's weights; see `Engine.load`."""
         if graph in self._sessions:
@@ -88,7 +106,7 @@ class OnnxRuntimeEngine:
             session = self._library.InferenceSession(
                 self.model(graph, self._bundle.graph_file(graph)),
                 self._options,
-                providers=[_PROVIDERS[self.device]],
+                providers=[(_PROVIDERS[self.device], self._provider_options)],
             )
         except Exception as error:  # the library raises classes of its own, all derived from Exception
             reason = str(error).splitlines()[0]
@@ -150,11 +168,13 @@ class OnnxRuntimeEngine:
         return int(tensor.tensor_size_in_bytes())
 
 
-def open_engine(bundle: Bundle, device: str, threads: int | None) -> OnnxRuntimeEngine:
+def open_engine(
+    bundle: Bundle, device: str, threads: int | None, memory_budget: int | None = None
+) -> OnnxRuntimeEngine:
     """The engine for a bundle; see `engines.engine.open_engine`."""
     available = devices()
     if device == "auto":
         device = available[0]
     if device not in available:
         raise BackendError(f"the installed ONNX Runtime has no {device} provider; {INSTALL}")
-    return OnnxRuntimeEngine(bundle, device, threads)
+    return OnnxRuntimeEngine(bundle, device, threads, memory_budget)

@@ -1,60 +1,60 @@
-"""Checkpoint -> bundle: exports the four graphs, runs each against PyTorch, writes the manifest.
+"""Checkpoint or bundle of ONNX graphs -> bundle for one backend.
 
 python export/build_engines.py anydoor.safetensors
 python export/build_engines.py anydoor.ckpt --precision fp16 --max-batch 8 --output engines/anydoor
+python export/build_engines.py anydoor.safetensors --backend tensorrt_rtx --targets sm89,sm120
+python export/build_engines.py path/to/onnx-bundle --backend tensorrt
+
+The last form needs no PyTorch: export on a workstation, build the plans on the machine that runs them.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import shutil
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import onnx
-import torch
-
-from engines.bundle import CONSTANTS, MANIFEST, Bundle, FileRecord, GraphRecord, Manifest, file_record, sha256
-from engines.engine import open_engine
+from engines.bundle import MANIFEST, Bundle, Manifest
+from engines.cuda import Device
 from engines.errors import AnyDoorError
-from engines.graphs import GRAPHS, ID_ENCODER
-from export.checkpoint import Checkpoint, read_checkpoint
-from export.graphs import GRAPH_MODULES, PART_OF_GRAPH, export_onnx, model_shape
+from engines.graphs import GRAPHS
+from engines.tensorrt_plans import FLAVOURS, load_library
+from export.plans import build_plans, check_targets
 from export.progress import Progress
-from export.verification import verify_graph, worst
-from training.architecture import REFERENCE_SIZE
-from training.model import AnyDoor
 
-BACKENDS = ("auto", "onnxruntime")
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-DETAIL_DTYPES = {"fp32": "float32", "fp16": "float16"}
+if TYPE_CHECKING:
+    # PyTorch; a machine that builds plans from ONNX graphs need not have it
+    from export.checkpoint import Checkpoint
+
+ONNX = "onnxruntime"
+BACKENDS = ("auto", ONNX, *FLAVOURS)
+PRECISIONS = ("fp32", "fp16")
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """How to build a bundle."""
 
-    backend: str = "onnxruntime"
+    backend: str = ONNX
     precision: str = "fp32"
     max_batch: int = 4
     """Most samples in one call."""
     resolution: int = 512
     """Side of the generated picture, in pixels."""
+    targets: tuple[str, ...] = ()
+    """GPU architectures of plans, like sm89; what suits the library if empty."""
 
 
 def build_bundle(
     checkpoint: Checkpoint, output: Path, options: BuildOptions, progress: Progress | None = None
 ) -> Manifest:
     """Builds a bundle beside its place and puts it there when it is complete and verified.
-
-    Graphs are built one after the other, each from its own part of the network, so that memory holds one
-    part at a time.
 
     Args:
         checkpoint: an opened checkpoint.
@@ -65,115 +65,104 @@ def build_bundle(
     Raises:
         AnyDoorError: an option or the checkpoint is unusable, or a graph does not compute what PyTorch does.
     """
-    _check(checkpoint, output, options)
+    from export import onnx_bundle
+
+    _check(output, options)
+    onnx_bundle.check_resolution(checkpoint, options.resolution)
+
+    def build(folder: Path, progress: Progress) -> Manifest:
+        if options.backend == ONNX:
+            progress.steps = onnx_bundle.STEPS
+            return onnx_bundle.export_graphs(checkpoint, folder, options, progress)
+        progress.steps = onnx_bundle.STEPS + len(GRAPHS)
+        graphs = folder / "onnx"
+        graphs.mkdir()
+        manifest = onnx_bundle.export_graphs(checkpoint, graphs, options, progress)
+        manifest = _build_plans(Bundle(graphs, manifest), folder, output, options, progress)
+        shutil.rmtree(graphs)
+        return manifest
+
+    return _build_beside(output, build, progress)
+
+
+def build_plan_bundle(
+    source: Bundle, output: Path, options: BuildOptions, progress: Progress | None = None
+) -> Manifest:
+    """Builds a bundle of TensorRT plans from a bundle of ONNX graphs, like `build_bundle`.
+
+    Args:
+        source: an opened bundle; precision and resolution are its own.
+        output: directory of the new bundle; what is there is replaced.
+        options: backend, batch and targets.
+        progress: told of every step; a bar on the terminal if None.
+
+    Raises:
+        AnyDoorError: an option or the source is unusable.
+    """
+    _check(output, options)
+    if options.backend not in FLAVOURS:
+        raise AnyDoorError(
+            f"'{source.path}' is a bundle already: give a checkpoint, or a --backend to build plans for "
+            f"({' or '.join(FLAVOURS)})"
+        )
+    if any(record.backend != ONNX for record in source.manifest.graphs.values()):
+        raise AnyDoorError(f"'{source.path}' holds plans: plans are built from a bundle of ONNX graphs")
+    if output.resolve() == source.path.resolve():
+        raise AnyDoorError(f"'{output}' is the bundle to build from: give another --output")
+
+    def build(folder: Path, progress: Progress) -> Manifest:
+        progress.steps = len(GRAPHS)
+        return _build_plans(source, folder, output, options, progress)
+
+    return _build_beside(output, build, progress)
+
+
+def _build_plans(
+    source: Bundle, folder: Path, output: Path, options: BuildOptions, progress: Progress
+) -> Manifest:
+    return build_plans(
+        source,
+        folder,
+        load_library(options.backend),
+        progress,
+        options.max_batch,
+        options.targets,
+        timing_cache=output.with_name(f"{output.name}.timings"),
+    )
+
+
+def _build_beside(
+    output: Path, build: Callable[[Path, Progress], Manifest], progress: Progress | None
+) -> Manifest:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with progress or Progress() as shown:
-            shown.steps = 2 + 4 * len(GRAPHS)
-            manifest = _build(checkpoint, partial, options, shown)
+            manifest = build(partial, shown)
+        (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
         _put_in_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
-def _build(checkpoint: Checkpoint, output: Path, options: BuildOptions, progress: Progress) -> Manifest:
-    progress.step("reading the checkpoint")
-    manifest = Manifest(
-        producer=f"anydoor-runtime {version('anydoor-runtime')}",
-        checkpoint={"file": checkpoint.path.name, "sha256": sha256(checkpoint.path)},
-        architecture=asdict(checkpoint.architecture),
-        model=model_shape(checkpoint.architecture, options.resolution, DETAIL_DTYPES[options.precision]),
-        schedule={"kind": "ddpm", "prediction": "epsilon"},
-        precision=options.precision,
-        max_batch=options.max_batch,
-        graphs={},
-        constants=FileRecord(CONSTANTS, 0, ""),
-    )
-    for graph in GRAPHS:
-        record = _build_graph(checkpoint, graph, output, manifest, progress)
-        manifest = replace(manifest, graphs={**manifest.graphs, graph: record})
-    progress.step("computing constants")
-    manifest = replace(manifest, constants=_write_constants(checkpoint, output, manifest))
-    (output / MANIFEST).write_text(manifest.to_json(), "utf-8")
-    return manifest
-
-
-def _build_graph(
-    checkpoint: Checkpoint, graph: str, output: Path, manifest: Manifest, progress: Progress
-) -> GraphRecord:
-    started = time.monotonic()
-    spec = manifest.specs[graph]
-    name = f"{graph}.onnx"
-    progress.step(f"{graph}: reading weights")
-    module = _module(checkpoint, graph, PRECISIONS[manifest.precision])
-    progress.step(f"{graph}: exporting")
-    export_onnx(module, spec, output / name)
-    _strip(output / name)
-    del module
-    gc.collect()
-    progress.step(f"{graph}: hashing")
-    record = GraphRecord(
-        files=tuple(file_record(output, file) for file in (name, f"{name}.data")),
-        backend="onnxruntime",
-        backend_version=version("onnxruntime"),
-        target="any",
-        error={},
-    )
-    progress.step(f"{graph}: comparing with PyTorch")
-    engine = open_engine(Bundle(output, replace(manifest, graphs=dict.fromkeys(GRAPHS, record))), "cpu")
-    reference = _module(checkpoint, graph, torch.float32)
-    error = verify_graph(reference, spec, engine, manifest.precision)
-    engine.unload(graph)
-    del reference
-    gc.collect()
-    return replace(record, error=error, build_seconds=round(time.monotonic() - started, 1))
-
-
-def _module(checkpoint: Checkpoint, graph: str, dtype: torch.dtype) -> torch.nn.Module:
-    return GRAPH_MODULES[graph](checkpoint.load_part(PART_OF_GRAPH[graph], dtype)).eval()
-
-
-def _write_constants(checkpoint: Checkpoint, output: Path, manifest: Manifest) -> FileRecord:
-    engine = open_engine(Bundle(output, manifest), "cpu")
-    black = np.zeros((1, 3, REFERENCE_SIZE, REFERENCE_SIZE), np.float32)
-    tokens = engine.to_host(engine.run(ID_ENCODER, {"reference": black})["tokens"])
-    schedule = checkpoint.alphas_cumprod
-    if schedule is None:
-        schedule = AnyDoor(checkpoint.architecture, parts=[]).alphas_cumprod
-    np.savez(output / CONSTANTS, unconditional_tokens=tokens, alphas_cumprod=schedule.float().numpy())
-    return file_record(output, CONSTANTS)
-
-
-def _strip(path: Path) -> None:
-    """Drops what the exporter notes on every node: Python stack traces, larger than the graph itself."""
-    model = onnx.load(path, load_external_data=False)
-    for graph in (model.graph, *model.functions):
-        for item in (*graph.node, *graph.value_info, *getattr(graph, "initializer", ())):
-            item.doc_string = ""
-            del item.metadata_props[:]
-        del graph.metadata_props[:]
-    del model.metadata_props[:]
-    onnx.save(model, path)
-
-
-def _check(checkpoint: Checkpoint, output: Path, options: BuildOptions) -> None:
-    if options.precision not in PRECISIONS:
-        raise AnyDoorError(f"there is no precision '{options.precision}': choose {' or '.join(PRECISIONS)}")
-    if options.backend not in BACKENDS:
-        raise AnyDoorError(f"there is no backend '{options.backend}': choose {' or '.join(BACKENDS)}")
+def _check(output: Path, options: BuildOptions) -> None:
+    for what, chosen, known in (
+        ("backend", options.backend, BACKENDS[1:]),
+        ("precision", options.precision, PRECISIONS),
+    ):
+        if chosen not in known:
+            raise AnyDoorError(f"there is no {what} '{chosen}': choose one of {', '.join(known)}")
     if options.max_batch < 1:
         raise AnyDoorError(f"--max-batch must be at least 1, not {options.max_batch}")
-    a = checkpoint.architecture
-    step = a.latent_factor * 2 ** (len(a.unet_channels) - 1)
-    if options.resolution < step or options.resolution % step:
-        raise AnyDoorError(
-            f"--resolution must be a multiple of {step} for this network, not {options.resolution}"
-        )
     if output.exists() and not (output / MANIFEST).is_file() and any(output.iterdir()):
         raise AnyDoorError(f"'{output}' is a directory with other things in it: give another --output")
+    if options.backend in FLAVOURS:
+        # before an export of minutes
+        check_targets(load_library(options.backend), options.targets)
+    elif options.targets:
+        raise AnyDoorError("--targets names architectures of plans: it goes with --backend tensorrt_rtx")
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
@@ -186,12 +175,24 @@ def _put_in_place(partial: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def best_backend() -> str:
+    """What runs fastest on this machine: TensorRT where there is a card and the library, or ONNX Runtime."""
+    with suppress(AnyDoorError):
+        architecture = Device().card().architecture
+        for backend, flavour in FLAVOURS.items():
+            if find_spec(backend) and (not flavour.targets or architecture in flavour.targets):
+                return backend
+    return ONNX
+
+
 def summary(manifest: Manifest) -> str:
     """A table of the graphs of a bundle."""
-    lines = [f"{'graph':<12} {'MB':>8} {'build s':>8} {'error against PyTorch':>22}"]
+    lines = [f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {'error against PyTorch':>22}"]
     for name, graph in manifest.graphs.items():
         megabytes = sum(record.bytes for record in graph.files) / 1e6
-        lines.append(f"{name:<12} {megabytes:>8.1f} {graph.build_seconds:>8.1f} {worst(graph.error):>22.1e}")
+        scratch = f"{graph.scratch_bytes / 1e6:.1f}" if graph.scratch_bytes else "-"
+        error = max(graph.error.values())
+        lines.append(f"{name:<12} {megabytes:>8.1f} {scratch:>11} {graph.build_seconds:>8.1f} {error:>22.1e}")
     return "\n".join(lines)
 
 
@@ -203,21 +204,40 @@ def parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python export/build_engines.py anydoor.safetensors\n"
         "  python export/build_engines.py anydoor.ckpt --precision fp16 --output build/engines/half\n"
+        "  python export/build_engines.py anydoor.safetensors --backend tensorrt_rtx --targets sm89,sm120\n"
+        "  python export/build_engines.py build/engines/half --backend tensorrt --output build/engines/orin\n"
         "  python export/build_engines.py small.safetensors --unet-head-width 8 --dino-heads 6\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("checkpoint", type=Path, metavar="CKPT", help=".safetensors, .ckpt or .pth file")
+    result.add_argument(
+        "source",
+        type=Path,
+        metavar="CKPT",
+        help=".safetensors, .ckpt or .pth file; or a bundle of ONNX graphs, to build plans without PyTorch",
+    )
     result.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
         help="the bundle (default: build/engines/NAME of the checkpoint)",
     )
-    result.add_argument("--backend", choices=BACKENDS, default="auto", help="what will execute it")
-    result.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="default: fp32")
     result.add_argument(
-        "--max-batch", type=int, default=4, metavar="N", help="most samples in one call (default: 4)"
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what will execute it (default: best of this machine)",
     )
+    result.add_argument(
+        "--targets",
+        type=lambda text: tuple(text.lower().split(",")),
+        default=(),
+        metavar="SM,SM",
+        help="cards that tensorrt_rtx builds for: sm75 sm80 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120)",
+    )
+    result.add_argument(
+        "--precision", choices=PRECISIONS, help="default: fp16 for TensorRT, fp32 for ONNX Runtime"
+    )
+    result.add_argument("--max-batch", type=int, metavar="N", help="most samples in one call (default: 4)")
     result.add_argument(
         "--resolution", type=int, default=512, metavar="PX", help="side of the picture (default: 512)"
     )
@@ -237,19 +257,38 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
+    """What the command line asks for: where the bundle is, and its manifest.
+
+    Raises:
+        AnyDoorError: it cannot be built; says why.
+    """
+    backend = best_backend() if options.backend == "auto" else options.backend
+    build = BuildOptions(
+        backend=backend,
+        precision=options.precision or ("fp16" if backend in FLAVOURS else "fp32"),
+        resolution=options.resolution,
+        targets=options.targets,
+    )
+    progress = Progress(quiet=options.quiet)
+    if options.source.is_dir():
+        bundle = Bundle.open(options.source)
+        output = options.output or options.source.with_name(f"{options.source.name}-{backend}")
+        build = replace(build, max_batch=options.max_batch or bundle.manifest.max_batch)
+        return output, build_plan_bundle(bundle, output, build, progress)
+    from export.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(options.source, options.unet_head_width, options.dino_heads)
+    output = options.output or Path("build/engines") / options.source.stem
+    if options.max_batch is not None:
+        build = replace(build, max_batch=options.max_batch)
+    return output, build_bundle(checkpoint, output, build, progress)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    options = parser().parse_args(arguments)
     try:
-        checkpoint = read_checkpoint(options.checkpoint, options.unet_head_width, options.dino_heads)
-        output = options.output or Path("build/engines") / options.checkpoint.stem
-        build = BuildOptions(
-            backend="onnxruntime" if options.backend == "auto" else options.backend,
-            precision=options.precision,
-            max_batch=options.max_batch,
-            resolution=options.resolution,
-        )
-        manifest = build_bundle(checkpoint, output, build, Progress(quiet=options.quiet))
+        output, manifest = build(parser().parse_args(arguments))
     except AnyDoorError as error:
         print(f"build_engines.py: {error}", file=sys.stderr)
         return 2

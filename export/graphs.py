@@ -121,8 +121,9 @@ class DecodeGraph(nn.Module):
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, h, w) -> (N, H, W, 3) uint8 RGB, and the same before clipping, (N, 3, H, W) in -1..1."""
         decoded = self.model.decode(latent.to(self.dtype)).float()
-        image = (decoded * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8)
-        return image.permute(0, 2, 3, 1), decoded
+        image = (decoded * 127.5 + 127.5).clamp(0, 255).round().permute(0, 2, 3, 1)
+        # TensorRT knows uint8 at the border of a network only: nothing may follow the cast
+        return image.to(torch.uint8), decoded
 
 
 GRAPH_MODULES: Mapping[str, type[nn.Module]] = {

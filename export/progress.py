@@ -23,6 +23,7 @@ class Progress:
         """
         self._steps = steps
         self._count = 0
+        self._description = ""
         # in a log file a moving bar is noise: a line per step tells as much
         self._lines = not quiet and not sys.stderr.isatty()
         self._bar = tqdm(
@@ -51,7 +52,12 @@ class Progress:
         self._count += 1
         if self._lines:
             print(f"[{self._count}/{self._steps}] {description}", file=sys.stderr, flush=True)
+        self._description = description
         self._bar.set_description_str(description)
+
+    def percent(self, done: float) -> None:
+        """Says how much of the step that runs is done, 0..1, where that is known."""
+        self._bar.set_description_str(f"{self._description}, {done:.0%}", refresh=False)
 
     def _tick(self) -> None:
         while not self._done.wait(_TICK_SECONDS):

@@ -68,6 +68,23 @@ def parse_box(text: str) -> tuple[int, int, int, int]:
     return x0, y0, x1, y1
 
 
+def parse_bytes(text: str) -> int:
+    """`6G`, `1.5G`, `800M` or a plain number as bytes; units are powers of 1000.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    units = {"M": 10**6, "G": 10**9}
+    unit = text[-1:].upper()
+    try:
+        value = int(float(text.rstrip("mMgG")) * units.get(unit, 1))
+    except (ValueError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size: a number is expected, like 6G or 800M")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands."""
     result = argparse.ArgumentParser(prog="anydoor", description=_DESCRIPTION)
@@ -155,6 +172,12 @@ def _add_composite(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     how.add_argument("--device", choices=DEVICES, default="auto", help="default: the best there is")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    how.add_argument(
+        "--memory-budget",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="of the card's memory, like 6G (default: nearly all that is free)",
+    )
     _add_server(command)
 
 
@@ -248,7 +271,11 @@ def run_composite(options: argparse.Namespace) -> int:
 def _composite_here(options: argparse.Namespace, request: Request, on_step: StepCallback) -> list[Composite]:
     from runtime.compositor import Compositor
 
-    compositor = Compositor.load(options.bundle, options.device, options.threads)
+    compositor = Compositor.load(
+        options.bundle, options.device, options.threads, memory_budget=options.memory_budget
+    )
+    if not options.quiet and (plan := compositor.engine.describe()):
+        print(plan, file=sys.stderr)
     return compositor.run(**vars(request), on_step=on_step)
 
 

@@ -67,7 +67,7 @@ class Compositor:
             )
         self.bundle = bundle
         self.engine = engine
-        self.cache = DetailMapCache(default_cache_budget() if cache_bytes is None else cache_bytes)
+        self.cache = DetailMapCache(_cache_budget(engine, cache_bytes))
         self.control_window = control_window
         self._model = bundle.manifest.model
         constants = bundle.constants()
@@ -83,6 +83,7 @@ class Compositor:
         threads: int | None = None,
         cache_bytes: int | None = None,
         control_window: int = 1,
+        memory_budget: int | None = None,
     ) -> Compositor:
         """Opens a bundle; each graph is loaded when it is first needed.
 
@@ -92,12 +93,14 @@ class Compositor:
             threads: CPU threads; all cores if None.
             cache_bytes: see `__init__`.
             control_window: see `__init__`.
+            memory_budget: bytes of a card's memory to use at the most; nearly all that is free if None.
 
         Raises:
             AnyDoorError: the bundle or its backend cannot be used, and why.
         """
         bundle = Bundle.open(path)
-        return cls(bundle, open_engine(bundle, device, threads), cache_bytes, control_window)
+        engine = open_engine(bundle, device, threads, memory_budget)
+        return cls(bundle, engine, cache_bytes, control_window)
 
     def load_graphs(self) -> Iterator[str]:
         """Loads all graphs now, so that the first picture does not wait; yields each name when ready."""
@@ -295,3 +298,11 @@ class Compositor:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
         return (self._model.latent_channels, self._model.latent_size, self._model.latent_size)
+
+
+def _cache_budget(engine: Engine, wanted: int | None) -> int:
+    """Bytes of detail maps to keep: as many as wanted, but never more than the engine's device has room for."""
+    room = engine.cache_bytes
+    if wanted is None:
+        return default_cache_budget() if room is None else room
+    return wanted if room is None else min(wanted, room)

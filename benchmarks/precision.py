@@ -1,0 +1,221 @@
+"""Is FP16 exact enough, and does nothing overflow? Runs the FP16 graphs against FP32 on recorded cases.
+
+    python benchmarks/precision.py --checkpoint small.safetensors CASE.npz [...]
+
+Needs no GPU: every result of the FP16 graphs is rounded to FP16 on the CPU (`benchmarks.rounding`). Prints
+the errors of each run and the extremes of each graph, and exits with 1 if one is out of tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from benchmarks.golden import Array, GoldenRun, lacks_inputs, read_case
+from benchmarks.parity import RunComparison, find_donor, find_or_build, psnr
+from benchmarks.rounding import LARGEST_HALF, RoundingEngine
+from engines.bundle import Bundle
+from engines.engine import open_engine
+from engines.errors import AnyDoorError
+from engines.graphs import DECODE, GRAPHS
+from runtime import Compositor
+
+TOKENS_TOLERANCE = 5e-3
+LATENT_TOLERANCE = 2e-2
+PICTURE_PSNR = 40.0
+HEADROOM = 8.0
+"""Least factor between the largest magnitude of any result and the largest number of FP16."""
+
+
+@dataclass(frozen=True)
+class RunError:
+    """What FP16 changes in one recorded run."""
+
+    label: str
+    steps: int
+    tokens: float
+    """Relative error of the ID tokens."""
+    latent: float
+    """Relative error of the last latents."""
+    psnr: float
+    """Of the decoded picture, 0..255, in dB."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all are within tolerance; not so if one is not a number."""
+        return (
+            self.tokens <= TOKENS_TOLERANCE and self.latent <= LATENT_TOLERANCE and self.psnr >= PICTURE_PSNR
+        )
+
+    def row(self) -> str:
+        """The line as it is printed."""
+        return (
+            f"| {self.label} | {self.steps} | {self.tokens:.1e} | {self.latent:.1e} | {self.psnr:.1f} "
+            f"| {'ok' if self.passed else 'OUT'} |"
+        )
+
+
+@dataclass(frozen=True)
+class GraphExtremes:
+    """How far a graph stays away from the largest number of FP16."""
+
+    graph: str
+    results: int
+    largest: float
+    where: str
+    """Name of the tensor in the ONNX graph."""
+
+    @property
+    def headroom(self) -> float:
+        """65504 / the largest magnitude."""
+        return LARGEST_HALF / self.largest if self.largest else math.inf
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is enough; not so if the extreme is not a number."""
+        return self.headroom >= HEADROOM
+
+    def row(self) -> str:
+        """The line as it is printed."""
+        return (
+            f"| {self.graph} | {self.results} | {self.largest:.4g} | {self.headroom:.0f} x | {self.where} "
+            f"| {'ok' if self.passed else 'OUT'} |"
+        )
+
+
+RUN_HEADER = (
+    "| run | steps | ID tokens | last latents | picture, dB | |\n| --- | --- | --- | --- | --- | --- |"
+)
+GRAPH_HEADER = "| graph | FP16 results | largest | headroom | in | |\n| --- | --- | --- | --- | --- | --- |"
+
+
+def compare_run(
+    run: GoldenRun, full: Compositor, half: Compositor, progress: tqdm[Any], steps: int | None = None
+) -> RunError:
+    """Runs the networks of one recorded case in both precisions, from the recorded reference, hint and noise.
+
+    Args:
+        run: has at least reference, hint, noise and timesteps.
+        full: runs in FP32.
+        half: runs in FP16.
+        progress: counts steps.
+        steps: take only this many of the recorded timesteps, spread evenly.
+    """
+    tokens, latents, pictures = zip(*(_run_networks(run, c, progress, steps) for c in (full, half)))
+    return RunError(
+        label=f"{run.case} {run.prefix}",
+        steps=len(_timesteps(run, steps)),
+        tokens=relative_error(tokens[1], tokens[0]),
+        latent=relative_error(latents[1], latents[0]),
+        psnr=psnr(pictures[1], pictures[0], peak=255),
+    )
+
+
+def _run_networks(
+    run: GoldenRun, compositor: Compositor, progress: tqdm[Any], steps: int | None
+) -> tuple[Array, Array, Array]:
+    comparison = RunComparison(run, compositor, progress)
+    tokens = comparison.id_tokens()
+    *_, latent = comparison.latents(tokens, comparison.sampling(_timesteps(run, steps)))
+    image = compositor.engine.run(DECODE, {"latent": latent}, ["image"])["image"]
+    picture = compositor.engine.to_host(image)
+    # the other precision needs the memory
+    for graph in GRAPHS:
+        compositor.engine.unload(graph)
+    return tokens, latent, picture
+
+
+def _timesteps(run: GoldenRun, steps: int | None) -> tuple[int, ...]:
+    recorded = run.timesteps or ()
+    if steps is None or steps >= len(recorded):
+        return recorded
+    return tuple(recorded[i] for i in np.linspace(0, len(recorded) - 1, steps).round().astype(int))
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Norm of the difference over norm of what was expected."""
+    expected = expected.astype(np.float64)
+    return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
+
+
+def graph_extremes(extremes: Mapping[str, Mapping[str, float]]) -> Iterator[GraphExtremes]:
+    """The largest result of every graph that was run; one that is not a number counts as the largest."""
+    for graph, results in extremes.items():
+        where = max(results, key=lambda name: math.inf if math.isnan(results[name]) else results[name])
+        yield GraphExtremes(graph, len(results), results[where], where)
+
+
+def compare(options: argparse.Namespace) -> list[RunError | GraphExtremes]:
+    """Runs all comparisons and prints their rows as they come."""
+    runs: list[GoldenRun] = []
+    for case in options.cases:
+        donor = (options.inputs or find_donor(case)) if lacks_inputs(case) else None
+        runs += [run for run in read_case(case, donor) if run.timesteps and run.has("x_T")]
+    full, half = (_bundle(options, precision) for precision in ("fp32", "fp16"))
+    rounding = RoundingEngine(half, options.threads)
+    compositors = Compositor(full, open_engine(full, "cpu", options.threads)), Compositor(half, rounding)
+    total = 2 * sum(len(_timesteps(run, options.steps)) for run in runs)
+    results: list[RunError | GraphExtremes] = []
+    print(RUN_HEADER)
+    with tqdm(total=total, unit="step", dynamic_ncols=True, leave=False) as bar:
+        for run in runs:
+            bar.set_description(f"{run.case} {run.prefix}")
+            results.append(error := compare_run(run, *compositors, bar, options.steps))
+            bar.write(error.row())
+    print(f"\n{GRAPH_HEADER}")
+    for extremes in graph_extremes(rounding.extremes):
+        results.append(extremes)
+        print(extremes.row())
+    return results
+
+
+def _bundle(options: argparse.Namespace, precision: str) -> Bundle:
+    build = argparse.Namespace(**{**vars(options), "precision": precision})
+    return Bundle.open(find_or_build(options.checkpoint, build))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="precision.py",
+        description="Compare FP16 with FP32 on recorded cases, and look for overflow, without a GPU.",
+        epilog="example:\n  python benchmarks/precision.py --checkpoint small.safetensors case0.npz\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="the network")
+    result.add_argument("cases", type=Path, nargs="+", metavar="CASE.npz")
+    result.add_argument("--inputs", type=Path, metavar="CASE.npz", help="lends pictures to cases without")
+    result.add_argument(
+        "--steps", type=int, metavar="N", help="take N of the recorded timesteps (default: all)"
+    )
+    result.add_argument("--resolution", type=int, default=512, metavar="PX")
+    result.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    result.add_argument("--unet-head-width", type=int, metavar="N", help="if the checkpoint does not tell")
+    result.add_argument("--dino-heads", type=int, metavar="N", help="if the checkpoint does not tell")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, 1 if something is out of tolerance, or 2 if something cannot be read."""
+    options = parser().parse_args(arguments)
+    try:
+        results = compare(options)
+    except AnyDoorError as error:
+        print(f"precision.py: {error}", file=sys.stderr)
+        return 2
+    failed = [result for result in results if not result.passed]
+    print(f"\nprecision: {len(results)} rows, {len(failed)} out of tolerance")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""One block of device memory for everything: where things lie in it. Pure functions of sizes, no device.
+
+Buffers that are never needed in the same phase share their place (`layout`). Tensors that come and go take
+their place from a `Pool`, and give it back.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 256
+"""Bytes; what cudaMalloc guarantees, and TensorRT expects of scratch memory."""
+
+
+def aligned(nbytes: int) -> int:
+    """The size rounded up to the alignment."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory that is needed in some phases of the work."""
+
+    name: str
+    nbytes: int
+    phases: frozenset[str]
+    """Two buffers may share their place if they have no phase in common."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where buffers lie."""
+
+    offsets: Mapping[str, int]
+    """Name -> first byte."""
+    nbytes: int
+    """Size of the whole."""
+    overlaps: Mapping[str, frozenset[str]]
+    """Name -> the buffers whose contents are lost when this one is written."""
+
+
+def layout(buffers: Sequence[Buffer]) -> Layout:
+    """Places buffers so that the whole is small.
+
+    The largest comes first, and each takes the lowest place where no buffer lies that is needed in a phase
+    of its own. That is not always the smallest whole, but it is never less than the largest phase needs,
+    and never more than all buffers side by side.
+    """
+    placed: list[tuple[int, Buffer]] = []
+    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.name)):
+        offset = 0
+        for start, other in sorted(placed, key=lambda p: (p[0], p[1].name)):
+            if not buffer.phases & other.phases:
+                continue
+            if offset + aligned(buffer.nbytes) <= start:
+                break
+            offset = max(offset, start + aligned(other.nbytes))
+        placed.append((offset, buffer))
+    return Layout(
+        offsets={buffer.name: offset for offset, buffer in placed},
+        nbytes=max((offset + aligned(buffer.nbytes) for offset, buffer in placed), default=0),
+        overlaps={
+            buffer.name: frozenset(
+                other.name
+                for start, other in placed
+                if other is not buffer
+                and start < offset + aligned(buffer.nbytes)
+                and offset < start + aligned(other.nbytes)
+            )
+            for offset, buffer in placed
+        },
+    )
+
+
+class PoolExhaustedError(Exception):
+    """No free piece is large enough."""
+
+    def __init__(self, nbytes: int, free: int, largest: int) -> None:
+        super().__init__(f"{nbytes} bytes wanted, {free} free, {largest} in one piece")
+        self.nbytes = nbytes
+        self.free = free
+        self.largest = largest
+
+
+class Pool:
+    """Gives out pieces of a block, and takes them back in any order and from any thread."""
+
+    def __init__(self, nbytes: int) -> None:
+        """Starts with one free piece of `nbytes`."""
+        self.nbytes = nbytes
+        self._free = [(0, nbytes)] if nbytes else []
+        self._taken: dict[int, int] = {}
+        # pieces come back when Python collects a tensor, which any thread may do at any time
+        self._lock = threading.RLock()
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left, in however many pieces."""
+        with self._lock:
+            return sum(size for _, size in self._free)
+
+    def take(self, nbytes: int) -> int:
+        """Offset of a piece of at least `nbytes`: the smallest that is large enough.
+
+        Raises:
+            PoolExhaustedError: there is none.
+        """
+        size = max(aligned(nbytes), ALIGNMENT)
+        with self._lock:
+            fitting = [(free, offset) for offset, free in self._free if free >= size]
+            if not fitting:
+                largest = max((free for _, free in self._free), default=0)
+                raise PoolExhaustedError(size, self.free_bytes, largest)
+            free, offset = min(fitting)
+            self._free.remove((offset, free))
+            if free > size:
+                insort(self._free, (offset + size, free - size))
+            self._taken[offset] = size
+            return offset
+
+    def give_back(self, offset: int) -> None:
+        """Takes a piece back and joins it with its free neighbours."""
+        with self._lock:
+            size = self._taken.pop(offset)
+            insort(self._free, (offset, size))
+            index = self._free.index((offset, size))
+            for left in (index, index - 1):
+                if 0 <= left < len(self._free) - 1:
+                    (a, a_size), (b, b_size) = self._free[left : left + 2]
+                    if a + a_size == b:
+                        self._free[left : left + 2] = [(a, a_size + b_size)]

@@ -1,0 +1,183 @@
+"""An NVIDIA card through NVIDIA's cuda-python: memory, one stream, copies, captured graphs. No torch.
+
+cuda-python has renamed its modules: `cuda.cudart` until 12.6, `cuda.bindings.runtime` since. Both work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import BackendError
+
+INSTALL = "install it with: pip install 'anydoor-runtime[tensorrt]'"
+_MODULES = ("cuda.bindings.runtime", "cuda.cudart")
+
+_EXPLANATIONS = {
+    "cudaErrorInsufficientDriver": "there is no NVIDIA driver, or it is too old for this CUDA runtime: "
+    "install a current driver (on Ubuntu: sudo ubuntu-drivers install) and reboot, or build a bundle for the "
+    "CPU with 'python export/build_engines.py CHECKPOINT --backend onnxruntime'",
+    "cudaErrorNoDevice": "the driver finds no NVIDIA card: check 'nvidia-smi' and CUDA_VISIBLE_DEVICES (in a "
+    "container, start it with --gpus all)",
+    "cudaErrorSystemDriverMismatch": "the NVIDIA driver was updated and the old one is still loaded: reboot",
+    "cudaErrorSystemNotReady": "the NVIDIA driver is not ready: check 'nvidia-smi' and the fabric manager",
+    "cudaErrorDevicesUnavailable": "another program has the card to itself: end it, see 'nvidia-smi'",
+    "cudaErrorUnsupportedPtxVersion": "the NVIDIA driver is too old for these kernels: install a current one",
+    "cudaErrorNoKernelImageForDevice": "the plan holds no code for this card: rebuild the bundle with "
+    "'python export/build_engines.py ONNX_BUNDLE --backend tensorrt' on this machine",
+}
+"""Name of a CUDA error -> what it means here, and what to do."""
+
+
+class OutOfDeviceMemoryError(BackendError):
+    """The card's memory is full."""
+
+
+def cuda_error(name: str, doing: str) -> BackendError:
+    """The refusal for a CUDA error.
+
+    Args:
+        name: as CUDA names it, like cudaErrorNoDevice.
+        doing: what was tried, to complete "while ...".
+    """
+    if name == "cudaErrorMemoryAllocation":
+        return OutOfDeviceMemoryError(
+            f"the card is out of memory while {doing}: close other programs that use it (see 'nvidia-smi'), "
+            "or give a smaller --memory-budget"
+        )
+    explanation = _EXPLANATIONS.get(name)
+    if explanation:
+        return BackendError(explanation)
+    return BackendError(f"CUDA failed with {name} while {doing}: check the card with 'anydoor doctor'")
+
+
+def load_cuda_python() -> Any:
+    """The CUDA runtime API of cuda-python, by its new name or the old one.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    for name in _MODULES:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise BackendError(f"cuda-python is not installed; {INSTALL}")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the driver says about a card."""
+
+    name: str
+    architecture: str
+    """sm89 and the like."""
+    total: int
+    """Bytes of memory; on a Jetson it is the system's memory."""
+    free: int
+    driver: str
+    """CUDA version that the driver supports, like 12.8."""
+
+
+class Device:
+    """The first card and one stream on it. Everything happens in the order in which it is called."""
+
+    def __init__(self) -> None:
+        """Starts the driver.
+
+        Raises:
+            BackendError: there is no card, or the driver does not work; says what to do.
+        """
+        self._cuda = load_cuda_python()
+        self._call("looking for a card", self._cuda.cudaGetDeviceCount)
+        self._call("starting the card", self._cuda.cudaSetDevice, 0)
+        flags = self._cuda.cudaStreamNonBlocking
+        stream = self._call("creating a stream", self._cuda.cudaStreamCreateWithFlags, flags)
+        self.stream = int(stream)
+        """Handle of the stream."""
+
+    def card(self) -> Card:
+        """What the driver says about the card."""
+        properties = self._call("reading properties", self._cuda.cudaGetDeviceProperties, 0)
+        free, total = self._call("reading memory", self._cuda.cudaMemGetInfo)
+        driver = self._call("reading the driver's version", self._cuda.cudaDriverGetVersion)
+        return Card(
+            name=properties.name.decode().rstrip("\0"),
+            architecture=f"sm{properties.major}{properties.minor}",
+            total=int(total),
+            free=int(free),
+            driver=f"{driver // 1000}.{driver % 1000 // 10}",
+        )
+
+    def allocate(self, nbytes: int) -> int:
+        """Address of new device memory.
+
+        Raises:
+            OutOfDeviceMemoryError: there is not so much.
+        """
+        doing = f"allocating {nbytes / 1e6:.0f} MB"
+        return int(self._call(doing, self._cuda.cudaMalloc, nbytes))
+
+    def free(self, address: int) -> None:
+        """Gives device memory back."""
+        self._call("freeing memory", self._cuda.cudaFree, address)
+
+    def allocate_pinned(self, nbytes: int) -> tuple[int, NDArray[np.uint8]]:
+        """Host memory that the card copies from and to by itself: its address, and as an array."""
+        address = int(self._call("pinning host memory", self._cuda.cudaMallocHost, nbytes))
+        return address, np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+    def copy(self, destination: int, source: int, nbytes: int) -> None:
+        """Copies between any two places, in the order of the stream."""
+        # the driver knows from the addresses which side is which
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDefault
+        doing = f"copying {nbytes} bytes"
+        self._call(doing, self._cuda.cudaMemcpyAsync, destination, source, nbytes, kind, self.stream)
+
+    def synchronize(self) -> None:
+        """Waits until everything is done.
+
+        Raises:
+            BackendError: something in the stream failed.
+        """
+        self._call("running a graph", self._cuda.cudaStreamSynchronize, self.stream)
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """Records what `work` puts into the stream, without running it; `launch` runs it."""
+        cuda = self._cuda
+        mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("capturing", cuda.cudaStreamBeginCapture, self.stream, mode)
+        try:
+            work()
+        except BaseException:
+            # leave the stream usable; the capture itself is broken, and says so again
+            _, graph = cuda.cudaStreamEndCapture(self.stream)
+            if graph:
+                cuda.cudaGraphDestroy(graph)
+            raise
+        graph = self._call("capturing", cuda.cudaStreamEndCapture, self.stream)
+        try:
+            return self._call("instantiating a captured graph", cuda.cudaGraphInstantiate, graph, 0)
+        finally:
+            cuda.cudaGraphDestroy(graph)
+
+    def launch(self, captured: Any) -> None:
+        """Runs what `capture` recorded."""
+        self._call("running a captured graph", self._cuda.cudaGraphLaunch, captured, self.stream)
+
+    def forget(self, captured: Any) -> None:
+        """Frees what `capture` recorded."""
+        self._call("freeing a captured graph", self._cuda.cudaGraphExecDestroy, captured)
+
+    def _call(self, doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The results of a CUDA function, of which the first is its status."""
+        status, *results = function(*arguments)
+        if status != self._cuda.cudaError_t.cudaSuccess:
+            raise cuda_error(status.name, doing)
+        return results[0] if len(results) == 1 else tuple(results)

@@ -1,0 +1,231 @@
+"""ONNX bundle -> bundle of TensorRT plans, for TensorRT for RTX and for TensorRT. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engines.bundle import Bundle, GraphRecord, Manifest, file_record
+from engines.cuda import Device
+from engines.errors import AnyDoorError
+from engines.graphs import CONDITIONS, GRAPHS, MAPS, ROWS, SAMPLES, GraphSpec, TensorSpec, largest_sizes
+from engines.tensorrt_plans import DTYPES, Library, PlanTensor, check_signature
+from export.progress import Progress
+
+USUAL_SIZES = {SAMPLES: 1, ROWS: 2, CONDITIONS: 2, MAPS: 2}
+"""One picture with guidance: what kernels are chosen for."""
+
+DEFAULT_TARGETS = ("sm86", "sm89", "sm120")
+"""RTX 30, 40 and 50. Several targets in one plan take no more room than one."""
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A plan that was just built."""
+
+    content: Any
+    """Its bytes, in TensorRT's memory."""
+    scratch_bytes: int
+    """Device memory for the intermediate results of the largest call."""
+
+
+def build_plans(
+    source: Bundle,
+    output: Path,
+    library: Library,
+    progress: Progress,
+    max_batch: int,
+    targets: Sequence[str] = (),
+    timing_cache: Path | None = None,
+) -> Manifest:
+    """Builds the plans of all graphs.
+
+    Args:
+        source: a bundle of ONNX graphs.
+        output: directory to write to; gets everything but the manifest.
+        library: what to build with.
+        progress: gets one step per graph.
+        max_batch: most samples in one call.
+        targets: GPU architectures, like sm89; TensorRT for RTX only.
+        timing_cache: where kernel timings are kept from one build to the next; TensorRT only.
+
+    Returns:
+        The manifest of the new bundle.
+
+    Raises:
+        AnyDoorError: a target or the source is unusable, or a graph cannot be built.
+    """
+    manifest = replace(source.manifest, max_batch=max_batch)
+    target = ",".join(check_targets(library, targets))
+    records = {}
+    for graph in GRAPHS:
+        progress.step(f"{graph}: building the plan")
+        started = time.monotonic()
+        source.verify(graph)
+        plan = build_plan(library, manifest, graph, source.graph_file(graph), target, progress, timing_cache)
+        name = f"{graph}.plan"
+        (output / name).write_bytes(plan.content)
+        records[graph] = GraphRecord(
+            files=(file_record(output, name),),
+            backend=library.backend,
+            backend_version=library.version,
+            target=target,
+            error=manifest.graphs[graph].error,
+            build_seconds=round(time.monotonic() - started, 1),
+            scratch_bytes=plan.scratch_bytes,
+        )
+    shutil.copyfile(source.path / manifest.constants.path, output / manifest.constants.path)
+    return replace(manifest, graphs=records)
+
+
+def check_targets(library: Library, targets: Sequence[str]) -> Sequence[str]:
+    """The architectures to build for: those that were asked for, or else what makes sense.
+
+    Raises:
+        AnyDoorError: the library cannot build for one of them.
+    """
+    possible = library.flavour.targets
+    if not possible:
+        if targets:
+            raise AnyDoorError(
+                f"{library.flavour.title} builds for the card of this machine only: leave --targets out, "
+                "or use --backend tensorrt_rtx"
+            )
+        return (Device().card().architecture,)
+    unknown = [target for target in targets if target not in possible]
+    if unknown:
+        raise AnyDoorError(
+            f"{library.flavour.title} builds for {', '.join(possible)}, not for {', '.join(unknown)}: for "
+            "other cards build with --backend tensorrt on a machine that has one"
+        )
+    return tuple(targets) or DEFAULT_TARGETS
+
+
+def build_plan(
+    library: Library,
+    manifest: Manifest,
+    graph: str,
+    onnx_file: Path,
+    target: str,
+    progress: Progress,
+    timing_cache: Path | None = None,
+) -> BuiltPlan:
+    """Builds the plan of one graph. Types are those of the ONNX graph, operator by operator.
+
+    Raises:
+        AnyDoorError: the library cannot read the graph, or cannot build it; says its reason.
+    """
+    trt, spec = library.module, manifest.specs[graph]
+    library.forget_messages()
+    builder = trt.Builder(library.logger)
+    network = builder.create_network(_flag(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
+    parser = trt.OnnxParser(network, library.logger)
+    if not parser.parse_from_file(str(onnx_file)):
+        reason = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise AnyDoorError(f"{library.flavour.title} cannot read the graph '{graph}': {reason}")
+    check_signature(network_signature(network), spec, manifest.max_batch)
+    config = builder.create_builder_config()
+    config.add_optimization_profile(_profile(builder, spec, manifest.max_batch))
+    config.progress_monitor = _monitor(trt, progress.percent)
+    for flag in library.flavour.builder_flags:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if library.flavour.targets:
+        names = target.split(",")
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+    timings = _load_timings(config, timing_cache) if library.flavour.times_kernels else None
+    content = builder.build_serialized_network(network, config)
+    if content is None:
+        raise AnyDoorError(f"{library.flavour.title} cannot build the graph '{graph}': {library.reason()}")
+    if timings is not None and timing_cache is not None:
+        timing_cache.write_bytes(timings.serialize())
+    return BuiltPlan(content, scratch_bytes(library.messages))
+
+
+def network_signature(network: Any) -> list[PlanTensor]:
+    """Inputs and outputs of a network, before it is built."""
+    inputs = [(network.get_input(i), True) for i in range(network.num_inputs)]
+    outputs = [(network.get_output(i), False) for i in range(network.num_outputs)]
+    return [
+        PlanTensor(TensorSpec(t.name, DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape)), is_input)
+        for t, is_input in inputs + outputs
+    ]
+
+
+def scratch_bytes(messages: Sequence[tuple[str, str]]) -> int:
+    """Size of the scratch memory, which only the builder's log tells without a card; 0 if it does not."""
+    sizes = [re.fullmatch(r"Total Activation Memory: (\d+) bytes", text) for _, text in messages]
+    return max((int(match[1]) for match in sizes if match), default=0)
+
+
+def _profile(builder: Any, spec: GraphSpec, max_batch: int) -> Any:
+    profile = builder.create_optimization_profile()
+    smallest, largest = dict.fromkeys(USUAL_SIZES, 1), largest_sizes(max_batch)
+    for tensor in spec.inputs:
+        shapes = (tensor.resolve(sizes) for sizes in (smallest, USUAL_SIZES, largest))
+        profile.set_shape(tensor.name, *shapes)
+    return profile
+
+
+def _flag(flags: Any, name: str) -> int:
+    """The bit of a flag; 0 where the library has dropped it because it knows nothing else any more."""
+    return 1 << int(getattr(flags, name)) if hasattr(flags, name) else 0
+
+
+def _load_timings(config: Any, path: Path | None) -> Any:
+    known = path.read_bytes() if path is not None and path.is_file() else b""
+    timings = config.create_timing_cache(known)
+    config.set_timing_cache(timings, ignore_mismatch=False)
+    return timings
+
+
+def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
+    """TensorRT's own progress, as one number."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Phases consist of steps, and a step of a phase may be a phase of its own."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._phases: dict[str, _Phase] = {}
+            self._done = 0.0
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self._phases[name] = _Phase(parent, steps)
+
+        def phase_finish(self, name: str) -> None:
+            self._phases.pop(name, None)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            self._phases[name].done = step + 1
+            # a phase may come twice; a bar that goes back tells nothing
+            self._done = max(self._done, completed(self._phases, name))
+            report(self._done)
+            return True
+
+    return Monitor()
+
+
+@dataclass
+class _Phase:
+    """A phase of a build."""
+
+    parent: str | None
+    steps: int
+    done: int = 0
+
+
+def completed(phases: Mapping[str, _Phase], name: str | None) -> float:
+    """Part of the whole that is done, 0..1, as far as a phase knows."""
+    part = 0.0
+    while name is not None and name in phases:
+        phase = phases[name]
+        part = min((phase.done + part) / max(phase.steps, 1), 1.0)
+        name = phase.parent
+    return part

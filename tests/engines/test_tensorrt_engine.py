@@ -1,0 +1,223 @@
+"""The TensorRT engine on a simulated card: places, staging, capture, groups. Not CUDA, and not TensorRT."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.bundle import Bundle
+from engines.cuda import OutOfDeviceMemoryError
+from engines.engine import open_engine
+from engines.errors import BackendError
+from engines.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER, largest_sizes
+from engines.residency import GraphMemory, ResidencyPlan, plan_residency
+from engines.tensorrt import MOST_CAPTURED, Staging, TensorRTEngine
+from runtime import Compositor, Placement, Sampling
+from tests.engines.simulated_card import SimulatedDevice, SimulatedPlans
+
+# the decoder needs far more than the others, and so what the denoise graph has in place lies in its way
+SCRATCH = {DENOISE: 2 << 20, CONTROL: 1 << 20, DECODE: 24 << 20, ID_ENCODER: 1 << 20}
+CACHE = 8 << 20
+WEIGHTS = {DENOISE: 40, CONTROL: 30, DECODE: 10, ID_ENCODER: 20}
+
+
+def residency(
+    bundle: Bundle, budget: int | None = None, scratch: Mapping[str, int] = SCRATCH
+) -> ResidencyPlan:
+    graphs = {name: GraphMemory(WEIGHTS[name] << 20, scratch[name]) for name in GRAPHS}
+    specs, batch = bundle.manifest.specs, bundle.manifest.max_batch
+    if budget is None:
+        roomy = plan_residency(graphs, specs, batch, 1 << 40)
+        budget = roomy.total - roomy.cache + CACHE
+    return plan_residency(graphs, specs, batch, budget)
+
+
+class Simulation:
+    """A Compositor on a simulated card."""
+
+    def __init__(
+        self, bundle: Bundle, plan: ResidencyPlan, scratch: Mapping[str, int] = SCRATCH, window: int = 1
+    ) -> None:
+        self.device = SimulatedDevice()
+        self.plans = SimulatedPlans(bundle, self.device, scratch)
+        self.engine = TensorRTEngine(bundle, self.device, self.plans.open_plan, plan)  # type: ignore[arg-type]
+        self.compositor = Compositor(bundle, self.engine, control_window=window)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def scene() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def placement() -> Placement:
+    reference = np.random.default_rng(1).integers(0, 256, (40, 40, 4), dtype=np.uint8)
+    reference[..., 3] = 255
+    reference[:5, :, 3] = 0
+    return Placement(reference, box=(30, 20, 80, 70))
+
+
+def pictures(compositor: Compositor, scene: np.ndarray, placement: Placement, seed: int = 3) -> np.ndarray:
+    images = compositor.composite(scene, placement, seed=seed, sampling=Sampling(steps=4), num_images=3)
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_same_pictures_as_onnx_runtime_bit_for_bit(
+    bundle: Bundle, scene: np.ndarray, placement: Placement
+) -> None:
+    expected = pictures(Compositor(bundle, open_engine(bundle, "cpu")), scene, placement)
+    for window in (1, 2):
+        simulation = Simulation(bundle, residency(bundle), window=window)
+        np.testing.assert_array_equal(pictures(simulation.compositor, scene, placement), expected)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_inputs_in_place_survive_decoding_in_between(
+    bundle: Bundle, scene: np.ndarray, placement: Placement, eta: float
+) -> None:
+    """Placements one after the other: the next one starts where the decoder's scratch memory was."""
+    other = Placement(placement.reference, box=(5, 5, 60, 60), mode="keep_background")
+    compositors = (
+        Compositor(bundle, open_engine(bundle, "cpu")),
+        Simulation(bundle, residency(bundle)).compositor,
+    )
+    expected, found = (
+        [
+            np.asarray(image)
+            for image in compositor.composite(
+                scene, [placement, other], seed=1, sampling=Sampling(steps=2, eta=eta), num_images=2
+            )
+        ]
+        for compositor in compositors
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_new_tensor_in_the_memory_of_an_old_one_is_seen(bundle: Bundle) -> None:
+    engine, expected = Simulation(bundle, residency(bundle)).engine, open_engine(bundle, "cpu")
+    sizes = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        inputs = {
+            t.name: rng.integers(0, 1, t.resolve(sizes), np.int32)
+            if t.dtype == "int32"
+            else rng.standard_normal(t.resolve(sizes), np.float32)
+            for t in bundle.manifest.specs[DENOISE].inputs
+        }
+        tensors = {name: engine.to_device(array) for name, array in inputs.items()}
+        found = engine.to_host(engine.run(DENOISE, tensors)["epsilon"])
+        np.testing.assert_array_equal(found, expected.to_host(expected.run(DENOISE, inputs)["epsilon"]))
+        del tensors
+
+
+def test_steps_are_captured_once_and_replayed(
+    bundle: Bundle, scene: np.ndarray, placement: Placement
+) -> None:
+    simulation = Simulation(bundle, residency(bundle))
+    pictures(simulation.compositor, scene, placement)
+    assert (simulation.device.captures, simulation.device.launches) == (1, 3)
+    pictures(simulation.compositor, scene, placement, seed=50)
+    assert (simulation.device.captures, simulation.device.launches) == (1, 7)
+
+
+def test_nothing_is_allocated_after_warm_up(bundle: Bundle, scene: np.ndarray, placement: Placement) -> None:
+    simulation = Simulation(bundle, residency(bundle))
+    pictures(simulation.compositor, scene, placement)
+    allocations, contexts = simulation.device.allocations, simulation.plans.contexts
+    pictures(simulation.compositor, scene, placement, seed=50)
+    assert allocations == 2  # the arena and the staging memory
+    assert simulation.device.allocations == allocations
+    assert simulation.plans.contexts == contexts
+
+
+def test_tensors_give_their_memory_back(bundle: Bundle, scene: np.ndarray, placement: Placement) -> None:
+    simulation = Simulation(bundle, residency(bundle))
+    pool = simulation.engine._pool
+    pictures(simulation.compositor, scene, placement)
+    kept = simulation.compositor.cache.nbytes
+    assert 0 < kept <= pool.nbytes - pool.free_bytes
+    del simulation.compositor
+    gc.collect()
+    assert pool.free_bytes == pool.nbytes
+
+
+def test_groups_take_turns_and_change_nothing(
+    bundle: Bundle, scene: np.ndarray, placement: Placement
+) -> None:
+    expected = pictures(Compositor(bundle, open_engine(bundle, "cpu")), scene, placement)
+    plan = residency(bundle)
+    tight = residency(bundle, plan.total - plan.cache - 1)
+    assert tight.groups == ((DENOISE, CONTROL, DECODE), (ID_ENCODER,))
+    simulation = Simulation(bundle, tight)
+    np.testing.assert_array_equal(pictures(simulation.compositor, scene, placement), expected)
+    assert simulation.plans.opened == [ID_ENCODER, CONTROL, DENOISE, DECODE]
+    other = Placement(np.asarray(placement.reference)[:30], box=(30, 20, 80, 70))
+    pictures(simulation.compositor, scene, other)
+    assert simulation.plans.opened[4:] == [ID_ENCODER, CONTROL, DENOISE, DECODE]
+    # a known reference needs no ID encoder, and so nothing is loaded again
+    np.testing.assert_array_equal(pictures(simulation.compositor, scene, placement), expected)
+    assert len(simulation.plans.opened) == 8
+
+
+def test_a_plan_that_needs_more_scratch_memory_here_gets_its_own(
+    bundle: Bundle, scene: np.ndarray, placement: Placement
+) -> None:
+    expected = pictures(Compositor(bundle, open_engine(bundle, "cpu")), scene, placement)
+    simulation = Simulation(bundle, residency(bundle, scratch=dict.fromkeys(GRAPHS, 0)))
+    np.testing.assert_array_equal(pictures(simulation.compositor, scene, placement), expected)
+    assert simulation.device.allocations == 2 + len(GRAPHS)
+
+
+def test_many_shapes_do_not_pile_up(bundle: Bundle) -> None:
+    simulation = Simulation(bundle, residency(bundle))
+    engine, maps = simulation.engine, bundle.manifest.specs[CONTROL]
+    sizes = largest_sizes(bundle.manifest.max_batch)
+    for rows in range(1, sizes["maps"] + 1):
+        for _ in range(2):
+            engine.run(CONTROL, {t.name: np.ones(t.resolve({"maps": rows}), t.dtype) for t in maps.inputs})
+    for count in range(1, MOST_CAPTURED + 1):
+        latent = np.ones((1 + count % bundle.manifest.max_batch, 4, 8, 8), np.float32)
+        engine.run(DECODE, {"latent": latent})
+    assert len(engine._calls) <= MOST_CAPTURED
+
+
+def test_a_wrong_shape_is_named(bundle: Bundle) -> None:
+    engine = Simulation(bundle, residency(bundle)).engine
+    with pytest.raises(BackendError, match=r"'latent' of the graph 'decode' has shape \(1, 4, 8\)"):
+        engine.run(DECODE, {"latent": np.zeros((1, 4, 8), np.float32)})
+
+
+def test_a_full_pool_says_what_is_free(bundle: Bundle) -> None:
+    engine = Simulation(bundle, residency(bundle)).engine
+    megabyte = np.zeros(1 << 18, np.float32)
+    kept = [engine.to_device(megabyte) for _ in range(engine._pool.nbytes // megabyte.nbytes)]
+    with pytest.raises(OutOfDeviceMemoryError, match=r"1\.0 MB: .* of .* MB for tensors are free"):
+        kept.append(engine.to_device(megabyte))
+
+
+def test_concatenate_and_copies_in_pieces() -> None:
+    """More than the staging memory holds, in both directions, without waiting in between."""
+    device = SimulatedDevice()
+    staging = Staging(device, 1000)  # type: ignore[arg-type]
+    addresses = [device.allocate(2500) for _ in range(2)]
+    arrays = [np.random.default_rng(i).integers(0, 256, 2500, dtype=np.uint8) for i in range(2)]
+    for address, array in zip(addresses, arrays):
+        staging.upload(address, array)
+    for address, array in zip(addresses, arrays):
+        np.testing.assert_array_equal(staging.download(address, 2500), array)
+
+
+def test_concatenate_picks_rows(bundle: Bundle) -> None:
+    engine = Simulation(bundle, residency(bundle)).engine
+    first, second = np.arange(12, dtype=np.float16).reshape(4, 3), np.ones((2, 3), np.float16)
+    joined = engine.concatenate([(engine.to_device(first), 1, 3), (engine.to_device(second), 0, 1)])
+    np.testing.assert_array_equal(engine.to_host(joined), [*first[1:3], second[0]])
