@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from training.architecture import REFERENCE_SIZE
 from training.config import Recipe, read_recipe
 from training.data.pairs import Pair, Shot, UnfitPairError, make_pair
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
+from training.inspect_data import column, draw_sheet
 from training.model import AnyDoor
 from training.train import trained_model
 
@@ -78,25 +77,13 @@ def held_out_pairs(recipe: Recipe, count: int) -> list[Pair]:
 
 
 def draw_preview(recipe: Recipe, folder: Path, path: Path, count: int, steps: int, guidance: float) -> None:
-    """Writes a sheet: references, hints, samples, and the true pictures, one column per pair."""
+    """Writes a sheet, one column per pair: reference, collage, mask, sample, and the true picture."""
     model = trained_model(recipe, folder)
     pairs = held_out_pairs(recipe, count)
     references = torch.from_numpy(np.stack([p.reference for p in pairs])).permute(0, 3, 1, 2) / 255
     hints = torch.from_numpy(np.stack([p.hint for p in pairs]))
     drawn = sample(model, references, hints, steps, guidance).numpy()
-    side = recipe.pairs.resolution
-    rows = [
-        [np.asarray(Image.fromarray(p.reference).resize((side, side))) for p in pairs],
-        [_picture(p.hint[:3]) for p in pairs],
-        [_picture(picture) for picture in drawn],
-        [_picture(p.picture) for p in pairs],
-    ]
-    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(path)
-
-
-def _picture(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    bytes_: NDArray[np.uint8] = np.clip(values.transpose(1, 2, 0) * 127.5 + 127.5, 0, 255).astype(np.uint8)
-    return bytes_
+    draw_sheet([column(pair, picture) for pair, picture in zip(pairs, drawn, strict=True)], path)
 
 
 def main() -> None:
