@@ -18,6 +18,8 @@ from runtime.errors import InputError
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_PIXELS = 100_000_000
 """Largest picture that is decoded; 100 megapixels take 300 MB."""
+MAX_SIDE = 65_535
+"""Longest side, that of a JPEG: making a picture square takes memory by its side, not by its area."""
 
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -166,6 +168,8 @@ def _decode(source: PictureLike, name: str, max_pixels: int) -> Image.Image:
         raise InputError(
             f"{where} is {width} x {height}: more than {max_pixels:,} pixels, the most that are decoded"
         )
+    if max(width, height) > MAX_SIDE:
+        raise InputError(f"{where} is {width} x {height}: a side may have at most {MAX_SIDE:,} pixels")
     try:
         image.load()
     except Exception as error:
