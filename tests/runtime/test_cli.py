@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,12 +202,3 @@ def test_help(command: list[str], capsys: Capture) -> None:
         main(command)
     assert exit_.value.code == 0
     assert "anydoor" in capsys.readouterr().out
-
-
-HEAVY = ("torch", "diffusers", "transformers", "onnx", "cv2", "scipy", "safetensors", "onnxruntime", "grpc")
-
-
-def test_importing_the_runtime_imports_nothing_heavy() -> None:
-    code = f"import sys, runtime; print([name for name in {HEAVY} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
