@@ -1,0 +1,27 @@
+"""The data sets of the paper's table 1, each in its published folders, behind one small interface."""
+
+from training.data.sources.base import Source, SourceError
+from training.data.sources.images import DUT, LVIS, MSRA10K, SAM, HFlickr, MVImgNet, VitonHD
+from training.data.sources.videos import BURST, MOSE, UVO, VIPSeg, YouTubeVIS, YouTubeVOS
+
+SOURCES: dict[str, type[Source]] = {
+    source.__name__: source
+    for source in (
+        YouTubeVOS,
+        YouTubeVIS,
+        UVO,
+        MOSE,
+        VIPSeg,
+        BURST,
+        MVImgNet,
+        VitonHD,
+        MSRA10K,
+        DUT,
+        HFlickr,
+        LVIS,
+        SAM,
+    )
+}
+"""Name in a recipe -> reader."""
+
+__all__ = ["SOURCES", "Source", "SourceError"]

@@ -1,0 +1,119 @@
+"""What every data set of table 1 has in common: it gives two pictures of one object."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from training.data.pairs import Kind, Mask, Picture, Shot
+
+
+class SourceError(ValueError):
+    """A folder is not the data set that it should be; the text says what is missing."""
+
+
+class Source(ABC):
+    """A data set on disk. `kind` is the paper's type of data, which decides over timesteps and filters."""
+
+    kind: Kind
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many objects (or videos with objects) there are."""
+
+    @abstractmethod
+    def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
+        """A reference and a target of one object; the masks may still prove unfit in `make_pair`."""
+
+    def existing(self, *parts: str) -> Path:
+        """A file or folder under the root that has to be there."""
+        path = self.root.joinpath(*parts)
+        if not path.exists():
+            raise SourceError(f"{type(self).__name__}: {path} is missing; {self.root} is not its folder")
+        return path
+
+    def not_empty(self, found: Sequence[Any], what: str) -> None:
+        """Refuses a folder that has the right name and nothing in it."""
+        if not found:
+            raise SourceError(f"{type(self).__name__}: no {what} under {self.root}")
+
+
+def read_picture(path: Path) -> Picture:
+    """A picture as uint8 (H, W, 3) RGB."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def read_labels(path: Path) -> NDArray[np.int64]:
+    """A label map (H, W): palette or grey values as they are, colours as R + 256 G + 65536 B."""
+    with Image.open(path) as image:
+        values = np.asarray(image).astype(np.int64)
+    return values if values.ndim == 2 else values[..., :3] @ np.array([1, 256, 65536])
+
+
+def read_mask(path: Path) -> Mask:
+    """A black and white picture as (H, W) bool."""
+    with Image.open(path) as image:
+        mask: Mask = np.asarray(image.convert("L")) > 128
+    return mask
+
+
+def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> Mask:
+    """A mask as COCO writes it: polygons, or run lengths, plain or compressed.
+
+    Args:
+        segmentation: list of polygons [x0, y0, x1, y1, ...], or {"size": [h, w], "counts": ...}.
+        size: (height, width) of the picture, for polygons.
+
+    Returns:
+        (H, W) bool.
+    """
+    if isinstance(segmentation, Mapping):
+        return _decode_runs(segmentation)
+    canvas = Image.new("1", (size[1], size[0]))
+    draw = ImageDraw.Draw(canvas)
+    for polygon in segmentation:
+        draw.polygon([(x, y) for x, y in zip(polygon[::2], polygon[1::2], strict=True)], fill=1)
+    return np.asarray(canvas)
+
+
+def _decode_runs(segmentation: Mapping[str, Any]) -> Mask:
+    height, width = segmentation["size"]
+    counts = segmentation["counts"]
+    runs = _uncompress(counts) if isinstance(counts, str) else list(counts)
+    values = np.arange(len(runs)) % 2 == 1  # background first
+    flat: Mask = np.repeat(values, runs)
+    if len(flat) != height * width:
+        raise SourceError(f"run lengths cover {len(flat)} pixels, the picture has {height * width}")
+    mask: Mask = flat.reshape(width, height).T
+    return mask
+
+
+def _uncompress(text: str) -> list[int]:
+    """COCO's compressed run lengths as numbers.
+
+    Five bits per character from '0' on, low bits first, the sixth says that more follow; from the fourth
+    number on each is the difference to the one before the last.
+    """
+    numbers: list[int] = []
+    position = 0
+    while position < len(text):
+        value, shift, more = 0, 0, True
+        while more:
+            code = ord(text[position]) - 48
+            value |= (code & 31) << shift
+            more, position, shift = bool(code & 32), position + 1, shift + 5
+            if not more and code & 16:
+                value -= 1 << shift
+        numbers.append(value + (numbers[-2] if len(numbers) > 2 else 0))
+    return numbers

@@ -1,0 +1,182 @@
+"""Single images (MSRA-10K, DUT, HFlickr, LVIS, SAM) and sets of views (MVImgNet, VITON-HD).
+
+A single image is its own reference: the augmentation in `make_pair` is all that tells the two apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator
+
+from training.data.pairs import Shot
+from training.data.sources.base import (
+    Source,
+    SourceError,
+    decode_segmentation,
+    read_labels,
+    read_mask,
+    read_picture,
+)
+from training.data.sources.videos import choose_frames
+
+LEAST_AREA = 0.02  # of the image, for masks of objects that nobody chose as the image's subject
+
+
+class SalientObjects(Source):
+    """An image and a black and white mask of the same name."""
+
+    kind = "image"
+    images: tuple[str, ...]
+    masks: tuple[str, ...]
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._images = self.existing(*self.images)
+        self.files = sorted(self.existing(*self.masks).glob("*.png"))
+        self.not_empty(self.files, "mask")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image_of(self, mask: Path) -> Path:
+        """The image that a mask belongs to."""
+        return self._images / f"{mask.stem}.jpg"
+
+    def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
+        """The image twice."""
+        file = self.files[index]
+        shot = Shot(read_picture(self.image_of(file)), read_mask(file))
+        return shot, shot
+
+
+class MSRA10K(SalientObjects):
+    """MSRA-10K: Imgs/NAME.jpg and Imgs/NAME.png."""
+
+    images = masks = ("Imgs",)
+
+
+class DUT(SalientObjects):
+    """DUTS, training part: DUTS-TR-Image/NAME.jpg and DUTS-TR-Mask/NAME.png."""
+
+    images, masks = ("DUTS-TR-Image",), ("DUTS-TR-Mask",)
+
+
+class HFlickr(SalientObjects):
+    """HFlickr of iHarmony4: real_images/NAME.jpg and masks/NAME_NUMBER.png."""
+
+    images, masks = ("real_images",), ("masks",)
+
+    def image_of(self, mask: Path) -> Path:
+        """Several masks, numbered from 1, may belong to one image."""
+        return self._images / f"{mask.stem.rpartition('_')[0]}.jpg"
+
+
+class LVIS(Source):
+    """LVIS: train2017/000000000000.jpg (those of COCO) and lvis_v1_train.json with polygons."""
+
+    kind = "image"
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._images = self.existing("train2017")
+        content = json.loads(self.existing("lvis_v1_train.json").read_text())
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        self.objects: dict[int, list[list[list[float]]]] = defaultdict(list)
+        for annotation in content["annotations"]:
+            height, width = sizes[annotation["image_id"]]
+            if annotation["area"] > LEAST_AREA * height * width:
+                self.objects[annotation["image_id"]].append(annotation["segmentation"])
+        self.numbers = sorted(self.objects)
+        self.not_empty(self.numbers, "object of any size")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
+        """One of the image's larger objects."""
+        number = self.numbers[index]
+        image = read_picture(self._images / f"{number:012d}.jpg")
+        polygons = self.objects[number][int(rng.integers(len(self.objects[number])))]
+        shot = Shot(image, decode_segmentation(polygons, image.shape[:2]))
+        return shot, shot
+
+
+class SAM(Source):
+    """SA-1B: folders of sa_NUMBER.jpg with sa_NUMBER.json, whose masks are compressed run lengths."""
+
+    kind = "image"
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.files = sorted(self.root.glob("**/sa_*.json"))
+        self.not_empty(self.files, "sa_NUMBER.json")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
+        """One of the image's larger masks."""
+        content = json.loads(self.files[index].read_text())
+        least = LEAST_AREA * content["image"]["height"] * content["image"]["width"]
+        large = [a["segmentation"] for a in content["annotations"] if a["area"] > least]
+        if not large:
+            raise SourceError(f"{self.files[index]} has no mask of more than {LEAST_AREA:.0%} of the image")
+        mask = decode_segmentation(large[int(rng.integers(len(large)))], (0, 0))
+        shot = Shot(read_picture(self.files[index].with_suffix(".jpg")), mask)
+        return shot, shot
+
+
+class MVImgNet(Source):
+    """MVImgNet: CLASS/OBJECT/images/001.jpg, masks in mask/CLASS/OBJECT/001.jpg.png."""
+
+    kind = "multi-view"
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        masks = self.existing("mask")
+        self.objects = sorted(path for path in masks.glob("*/*") if len(list(path.glob("*.jpg.png"))) > 1)
+        self.not_empty(self.objects, "object with two masks")
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
+        """Two views of an object."""
+        masks = sorted(self.objects[index].glob("*.jpg.png"))
+        first, second = (self._shot(masks[view]) for view in choose_frames(len(masks), rng))
+        return first, second
+
+    def _shot(self, mask: Path) -> Shot:
+        category, name = mask.parts[-3:-1]
+        return Shot(read_picture(self.root / category / name / "images" / mask.stem), read_mask(mask))
+
+
+class VitonHD(Source):
+    """VITON-HD: train/cloth, train/cloth-mask, train/image and the person's parts in train/image-parse-v3."""
+
+    kind = "try-on"
+    UPPER_CLOTHES = 5
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        for folder in ("cloth", "cloth-mask", "image", "image-parse-v3"):
+            self.existing("train", folder)
+        self.names = sorted(file.stem for file in (self.root / "train" / "cloth").glob("*.jpg"))
+        self.not_empty(self.names, "garment")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
+        """The garment, and a person who wears it."""
+        train, name = self.root / "train", self.names[index]
+        garment = Shot(
+            read_picture(train / "cloth" / f"{name}.jpg"), read_mask(train / "cloth-mask" / f"{name}.jpg")
+        )
+        parts = read_labels(train / "image-parse-v3" / f"{name}.png")
+        worn = np.asarray(parts == self.UPPER_CLOTHES)
+        return garment, Shot(read_picture(train / "image" / f"{name}.jpg"), worn)
