@@ -22,6 +22,7 @@ from export.graphs import GRAPH_MODULES, PART_OF_GRAPH, export_onnx, model_shape
 from export.precision import DETAIL_DTYPES, PRECISIONS, keep_float32_layers
 from export.progress import Progress
 from export.verification import verify_graph
+from export.weights import store_exact_halves
 from training.architecture import REFERENCE_SIZE
 from training.model import AnyDoor
 
@@ -91,6 +92,8 @@ def _build_graph(
     progress.step(f"{graph}: exporting")
     export_onnx(module, spec, output / name)
     _strip(output / name)
+    if manifest.precision == "fp32" and checkpoint.dtype == torch.float16:
+        store_exact_halves(output / name)
     del module
     gc.collect()
     progress.step(f"{graph}: hashing")
