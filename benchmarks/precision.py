@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.comparison import RunComparison, psnr
 from benchmarks.golden import Array, GoldenRun, lacks_inputs, read_case
-from benchmarks.parity import RunComparison, find_donor, find_or_build, psnr
+from benchmarks.parity import find_donor, find_or_build
 from benchmarks.rounding import LARGEST_HALF, RoundingEngine
 from engines.bundle import Bundle
 from engines.engine import open_engine
