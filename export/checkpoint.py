@@ -25,6 +25,7 @@ from training.official_keys import PREFIXES, SCHEDULE_KEYS
 
 HEAD_WIDTH_KEY = "anydoor.unet_head_width"
 DINO_HEADS_KEY = "anydoor.dino_heads"
+NORM_GROUPS_KEY = "anydoor.vae_norm_groups"
 
 _NAMED = 3
 """How many keys an error names before it says how many more there are."""
@@ -95,10 +96,13 @@ def read_checkpoint(
     path = Path(path)
     file = read_tensors(path)
     shapes = file.shapes
-    stored = _stored_heads(path, file.metadata)
+    stored = _stored_sizes(path, file.metadata)
     try:
         architecture = infer_architecture(
-            shapes, unet_head_width or stored.get(HEAD_WIDTH_KEY), dino_heads or stored.get(DINO_HEADS_KEY)
+            shapes,
+            unet_head_width or stored.get(HEAD_WIDTH_KEY),
+            dino_heads or stored.get(DINO_HEADS_KEY),
+            stored.get(NORM_GROUPS_KEY),
         )
         with torch.device("meta"):
             expected = AnyDoor(architecture).official_shapes()
@@ -117,7 +121,7 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], architectu
     Args:
         path: where to.
         tensors: official key -> tensor; dtypes and values are kept bit for bit.
-        architecture: its head widths are kept as metadata, since shapes cannot tell them.
+        architecture: what shapes cannot tell of it is kept as metadata.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -125,6 +129,7 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], architectu
         "format": "pt",
         HEAD_WIDTH_KEY: str(architecture.unet_head_width),
         DINO_HEADS_KEY: str(architecture.dino_heads),
+        NORM_GROUPS_KEY: str(architecture.vae_norm_groups),
     }
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
@@ -224,10 +229,11 @@ def _load_pickle(path: Path) -> Any:
         raise ValueError("its pickle is damaged or does more than hold tensors") from error
 
 
-def _stored_heads(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
-    """Head widths from the file's metadata, else from a configuration beside it."""
+def _stored_sizes(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
+    """What shapes cannot tell, from the file's metadata, else from a configuration beside it."""
     if HEAD_WIDTH_KEY in metadata:
-        return {key: int(metadata[key]) for key in (HEAD_WIDTH_KEY, DINO_HEADS_KEY) if key in metadata}
+        keys = (HEAD_WIDTH_KEY, DINO_HEADS_KEY, NORM_GROUPS_KEY)
+        return {key: int(metadata[key]) for key in keys if key in metadata}
     beside = path.with_name(f"{path.stem}_config.json")
     if not beside.is_file():
         return {}

@@ -16,6 +16,7 @@ HINT_CHANNELS = (16, 32, 96, 256)
 """Widths of the hint block; the original fixes them for any size of UNet (cldm.py, input_hint_block)."""
 
 SD21_HEAD_WIDTH = 64
+SD21_NORM_GROUPS = 32
 DINO_HEAD_WIDTH = 64
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,6 +40,8 @@ class Architecture:
     latent_channels: int = 4
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)
     vae_layers: int = 2
+    vae_norm_groups: int = SD21_NORM_GROUPS
+    """Groups of the VAE's normalisation layers. Cannot be read off the weights."""
     dino_width: int = 1536
     dino_depth: int = 40
     dino_heads: int = 24
@@ -81,7 +84,10 @@ class ArchitectureError(ValueError):
 
 
 def infer_architecture(
-    shapes: Shapes, unet_head_width: int | None = None, dino_heads: int | None = None
+    shapes: Shapes,
+    unet_head_width: int | None = None,
+    dino_heads: int | None = None,
+    vae_norm_groups: int | None = None,
 ) -> Architecture:
     """Reads the sizes of a network off the shapes of an official checkpoint.
 
@@ -91,6 +97,8 @@ def infer_architecture(
             SD 2.1.
         dino_heads: heads of the ID encoder, which no shape tells; one per 64 channels if None, as in every
             DINOv2.
+        vae_norm_groups: groups of the VAE's normalisation layers, which no shape tells; 32 if None, as in
+            SD 2.1.
 
     Raises:
         ArchitectureError: a tensor that determines a size is missing, or a head width does not divide.
@@ -127,6 +135,7 @@ def infer_architecture(
         vae_channels=tuple(
             shape(f"first_stage_model.encoder.down.{i}.block.0.conv1.weight")[0] for i in range(vae_levels)
         ),
+        vae_norm_groups=vae_norm_groups or SD21_NORM_GROUPS,
         vae_layers=_count(shapes, r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
         dino_width=dino_width,
         dino_depth=_count(shapes, r"cond_stage_model\.model\.blocks\.(\d+)\."),

@@ -61,6 +61,7 @@ def build_vae(architecture: Architecture) -> AutoencoderKL:
         block_out_channels=architecture.vae_channels,
         layers_per_block=architecture.vae_layers,
         latent_channels=architecture.latent_channels,
+        norm_num_groups=architecture.vae_norm_groups,
         scaling_factor=LATENT_SCALE,
     )
 
