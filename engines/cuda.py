@@ -20,9 +20,9 @@ INSTALL = "install it with: pip install 'anydoor-runtime[tensorrt]'"
 _MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 
 _EXPLANATIONS = {
-    "cudaErrorInsufficientDriver": "there is no NVIDIA driver, or it is too old for this CUDA runtime: "
-    "install a current driver (on Ubuntu: sudo ubuntu-drivers install) and reboot, or build a bundle for the "
-    "CPU with 'python export/build_engines.py CHECKPOINT --backend onnxruntime'",
+    "cudaErrorInsufficientDriver": "there is no NVIDIA driver: install one (on Ubuntu: sudo ubuntu-drivers "
+    "install) and reboot, or build a bundle for the CPU with 'python export/build_engines.py CHECKPOINT "
+    "--backend onnxruntime'",
     "cudaErrorNoDevice": "the driver finds no NVIDIA card: check 'nvidia-smi' and CUDA_VISIBLE_DEVICES (in a "
     "container, start it with --gpus all)",
     "cudaErrorSystemDriverMismatch": "the NVIDIA driver was updated and the old one is still loaded: reboot",
@@ -39,13 +39,19 @@ class OutOfDeviceMemoryError(BackendError):
     """The card's memory is full."""
 
 
-def cuda_error(name: str, doing: str) -> BackendError:
+def cuda_error(name: str, doing: str, driver: int = 0) -> BackendError:
     """The refusal for a CUDA error.
 
     Args:
         name: as CUDA names it, like cudaErrorNoDevice.
         doing: what was tried, to complete "while ...".
+        driver: CUDA version that the driver supports, like 12080 for 12.8; 0 if there is no driver.
     """
+    if name == "cudaErrorInsufficientDriver" and driver:
+        return BackendError(
+            f"the NVIDIA driver is too old: it supports CUDA {_version(driver)} and the installed libraries "
+            "need more: install a current driver (on Ubuntu: sudo ubuntu-drivers install) and reboot"
+        )
     if name == "cudaErrorMemoryAllocation":
         return OutOfDeviceMemoryError(
             f"the card is out of memory while {doing}: close other programs that use it (see 'nvidia-smi'), "
@@ -55,6 +61,10 @@ def cuda_error(name: str, doing: str) -> BackendError:
     if explanation:
         return BackendError(explanation)
     return BackendError(f"CUDA failed with {name} while {doing}: check the card with 'anydoor doctor'")
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def load_cuda_python() -> Any:
@@ -112,7 +122,7 @@ class Device:
             architecture=f"sm{properties.major}{properties.minor}",
             total=int(total),
             free=int(free),
-            driver=f"{driver // 1000}.{driver % 1000 // 10}",
+            driver=_version(driver),
         )
 
     def allocate(self, nbytes: int) -> int:
@@ -179,5 +189,6 @@ class Device:
         """The results of a CUDA function, of which the first is its status."""
         status, *results = function(*arguments)
         if status != self._cuda.cudaError_t.cudaSuccess:
-            raise cuda_error(status.name, doing)
+            _, driver = self._cuda.cudaDriverGetVersion()
+            raise cuda_error(status.name, doing, driver or 0)
         return results[0] if len(results) == 1 else tuple(results)

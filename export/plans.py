@@ -200,7 +200,9 @@ def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
             self._phases[name] = _Phase(parent, steps)
 
         def phase_finish(self, name: str) -> None:
-            self._phases.pop(name, None)
+            phase = self._phases.pop(name, None)
+            if phase is not None and phase.parent is None:
+                report(1.0)
 
         def step_complete(self, name: str, step: int) -> bool:
             self._phases[name].done = step + 1

@@ -103,6 +103,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="BUNDLE",
         help="bundles to check (default: all of build/engines)",
     )
+    doctor.add_argument(
+        "--memory-budget",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="say what of a TensorRT bundle would live where in so much memory, like 6G",
+    )
     return result
 
 
@@ -374,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "doctor":
             from runtime.doctor import run_doctor
 
-            return run_doctor(options.bundles)
+            return run_doctor(options.bundles, options.memory_budget)
         if options.command == "serve":
             return run_serve(options)
         return run_composite(options)

@@ -10,23 +10,35 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engines.bundle import MANIFEST, Bundle
+from engines.cuda import Card, Device
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from engines.graphs import GRAPHS
+from engines.graphs import DENOISE, GRAPHS
+from engines.tensorrt import SHARE_OF_FREE_MEMORY, check_plans, residency_of
+from engines.tensorrt_plans import FLAVOURS, load_library
 
 PACKAGES = {
     "numpy": "required",
     "pillow": "required",
     "onnxruntime": "runs bundles on the CPU: pip install 'anydoor-runtime[cpu]'",
     "onnxruntime-gpu": "runs bundles on an NVIDIA card: pip install 'anydoor-runtime[cuda]'",
+    "cuda-python": "runs TensorRT bundles: pip install 'anydoor-runtime[tensorrt]'",
     "torch": "only to build bundles and to train: pip install 'anydoor-runtime[export]'",
 }
 
 DEFAULT_BUNDLES = Path("build/engines")
 
 
-def run_doctor(paths: list[Path]) -> int:
-    """Prints the findings; returns 0 if some device can run a bundle and every bundle named is sound."""
+def run_doctor(paths: list[Path], memory_budget: int | None = None) -> int:
+    """Prints the findings.
+
+    Args:
+        paths: bundles to check; all that are in their usual place if empty.
+        memory_budget: bytes of a card's memory; says what of a TensorRT bundle would live where.
+
+    Returns:
+        0 if some device can run a bundle and every bundle named is sound; else 2.
+    """
     print(f"anydoor-runtime {version('anydoor-runtime')}, Python {platform.python_version()}")
     print(f"{os.cpu_count()} cores, {_memory_gb():.1f} GB of memory, {_free_memory_gb():.1f} GB free")
     print("\npackages")
@@ -39,7 +51,7 @@ def run_doctor(paths: list[Path]) -> int:
     print("\nbundles")
     if not paths:
         print(f"  none in {DEFAULT_BUNDLES}; build one with: python export/build_engines.py CHECKPOINT")
-    sound = [_print_bundle(path) for path in paths]
+    sound = [_print_bundle(path, memory_budget) for path in paths]
     return 0 if usable and (all(sound) or not named) else 2
 
 
@@ -47,18 +59,67 @@ def _print_devices() -> bool:
     """Whether any device works."""
     from engines import onnxruntime
 
+    found: list[str] = []
     try:
         found = onnxruntime.devices()
+        for device in ("cpu", "cuda"):
+            state = "available" if device in found else "not in the installed ONNX Runtime"
+            print(f"  {device:<12} {state}")
     except AnyDoorError as error:
-        print(f"  none: {error}")
+        print(f"  {'cpu, cuda':<12} {error}")
+    libraries = [_print_library(backend) for backend in FLAVOURS]
+    try:
+        card = Device().card()
+    except AnyDoorError as error:
+        print(f"  {'card':<12} none: {error}")
+        return bool(found)
+    print(f"  {'card':<12} {_describe(card)}")
+    return bool(found) or any(libraries)
+
+
+def _print_library(backend: str) -> bool:
+    """Whether a TensorRT is installed."""
+    try:
+        library = load_library(backend)
+    except AnyDoorError as error:
+        print(f"  {backend:<12} {error}")
         return False
-    for device in ("cpu", "cuda"):
-        state = "available" if device in found else "not in the installed ONNX Runtime"
-        print(f"  {device:<6} {state}")
+    print(f"  {backend:<12} {library.flavour.title} {library.version}")
     return True
 
 
-def _print_bundle(path: Path) -> bool:
+def _describe(card: Card) -> str:
+    return (
+        f"{card.name}, {card.architecture}, {card.total / 1e9:.1f} GB of memory, {card.free / 1e9:.1f} GB "
+        f"free, driver for CUDA {card.driver}"
+    )
+
+
+def _check_backend(bundle: Bundle, memory_budget: int | None) -> str:
+    """What a bundle would run on, without loading it.
+
+    Raises:
+        AnyDoorError: it cannot run here; says why.
+    """
+    record = bundle.manifest.graphs[DENOISE]
+    if record.backend not in FLAVOURS:
+        return open_engine(bundle).device
+    print(f"    plans of {FLAVOURS[record.backend].title} {record.backend_version} for {record.target}")
+    check_plans(bundle, record.backend)
+    if memory_budget is not None:
+        _print_residency(bundle, memory_budget)
+    card = Device().card()
+    if memory_budget is None:
+        _print_residency(bundle, int(card.free * SHARE_OF_FREE_MEMORY))
+    return card.name
+
+
+def _print_residency(bundle: Bundle, memory_budget: int) -> None:
+    for line in residency_of(bundle, memory_budget).table().splitlines():
+        print(f"      {line}")
+
+
+def _print_bundle(path: Path, memory_budget: int | None) -> bool:
     """Whether the bundle is sound and its backend can be used."""
     print(f"  {path}")
     try:
@@ -74,12 +135,12 @@ def _print_bundle(path: Path) -> bool:
             for graph in GRAPHS:
                 bundle.verify(graph, bar.update)
         bundle.constants()
-        engine = open_engine(bundle)
+        device = _check_backend(bundle, memory_budget)
     except AnyDoorError as error:
         print(f"    unusable: {error}")
         return False
     worst = max(max(manifest.graphs[graph].error.values()) for graph in GRAPHS)
-    print(f"    sound; largest error against PyTorch {worst:.1e}; runs on {engine.device}")
+    print(f"    sound; largest error against PyTorch {worst:.1e}; runs on {device}")
     if size / 1e9 > _memory_gb():
         print(
             f"    too large for this machine: {size / 1e9:.1f} GB of weights, {_memory_gb():.1f} GB of memory"
