@@ -16,9 +16,8 @@ from runtime.resize import resize_linear
 from training.architecture import LATENT_SCALE, Architecture
 from training.data.view_store import SCENES, ViewStore
 from training.loop import Batch
-from training.model import build_vae
+from training.small import build_small_vae
 
-NORM_GROUPS = 8
 POSTERIOR_STD = 0.01  # of the latents in units of their own spread
 SKELETON = ("samplers.0.conv", "conv_in", "conv_shortcut", "conv_out", "quant_conv")
 
@@ -41,15 +40,6 @@ class SceneCrops:
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         return {"picture": np.ascontiguousarray(crop.transpose(2, 0, 1), np.float32) / 127.5 - 1}
-
-
-def build_small_vae(architecture: Architecture) -> AutoencoderKL:
-    """The autoencoder, with `NORM_GROUPS` groups per norm where Stable Diffusion has 32.
-
-    With 32 channels at the top, 32 groups would take the mean of every channel away, and with it the
-    picture's colours. The number goes into the checkpoint's metadata, as the widths of attention heads do.
-    """
-    return AutoencoderKL(**{**build_vae(architecture).config, "norm_num_groups": NORM_GROUPS})
 
 
 @torch.no_grad()

@@ -11,18 +11,19 @@ from training.model import AnyDoor
 
 
 def write_official(
-    model: AnyDoor, path: Path, vae_norm_groups: int = 32, dtype: torch.dtype = torch.float16
+    model: AnyDoor, path: Path, norm_groups: int = 32, dtype: torch.dtype = torch.float16
 ) -> None:
     """Writes all weights under their official names as safetensors.
 
-    What shapes cannot tell, the widths of attention heads and the groups of the autoencoder's norms, goes
+    What shapes cannot tell, the widths of attention heads and the groups of normalisations, goes
     into the file's metadata.
     """
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in model.official_state_dict().items()}
     metadata = {
         "format": "pt",
         "anydoor.unet_head_width": str(model.architecture.unet_head_width),
-        "anydoor.vae_norm_groups": str(vae_norm_groups),
+        "anydoor.vae_norm_groups": str(norm_groups),
+        "anydoor.unet_norm_groups": str(norm_groups),
         "anydoor.dino_heads": str(model.architecture.dino_heads),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.autoencoder import NORM_GROUPS, AutoencoderTask, build_small_vae, normalise_latents
+from training.autoencoder import AutoencoderTask, normalise_latents
 from training.checkpoint import write_official
 from training.config import Recipe, read_recipe
 from training.data.encoded import EncodedPairs, encode_pairs
@@ -26,6 +26,7 @@ from training.diffusion import DiffusionTask
 from training.identity import IdentityTask
 from training.loop import train
 from training.model import AnyDoor
+from training.small import NORM_GROUPS, build_small
 
 PAIRS_SEED, CALIBRATION, DECODER_SIDE = 3, 64, 64
 
@@ -85,8 +86,7 @@ def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
     The autoencoder's latents are put into units of variance 1 on the first views, always the same way.
     """
     torch.manual_seed(0)
-    model = AnyDoor(recipe.architecture)
-    model.vae = build_small_vae(recipe.architecture)
+    model = build_small(recipe.architecture)
     improved = (folder / "decoder" / "mean.pt").exists()
     model.vae.load_state_dict(_weights(folder / ("decoder" if improved else "autoencoder")))
     encoder = {

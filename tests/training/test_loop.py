@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from training.architecture import LATENT_SCALE, Architecture
-from training.autoencoder import build_small_vae, normalise_latents
+from training.autoencoder import normalise_latents
 from training.diffusion import Denoising, DiffusionTask, noisy_latents
 from training.loop import LoopSettings, Numbers, train
 from training.model import AnyDoor
+from training.small import build_small_vae
 
 TINY = Architecture(
     unet_channels=(32, 64),
