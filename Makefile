@@ -13,6 +13,7 @@ DEMO_PICTURE := build/demo.png
 .PHONY: demo test dev check format clean
 
 demo: $(VENV)/.lean
+	@mkdir -p $(dir $(DEMO_PICTURE))
 	@$(BIN)/anydoor composite --bundle $(DEMO_BUNDLE) \
 		--reference examples/object.png --scene examples/scene.png --box "$$(cat examples/scene_box.txt)" \
 		--steps 20 --seed 7 --output $(DEMO_PICTURE)
@@ -42,7 +43,7 @@ $(VENV)/.lean: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lean
-	$(PIP) --editable '.[cpu,export,train,dev]'
+	$(PIP) --editable '.[cpu,export,train,tensorrt,dev]'
 	@touch $@
 
 clean:
