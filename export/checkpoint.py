@@ -26,6 +26,7 @@ from training.official_keys import PREFIXES, SCHEDULE_KEYS
 HEAD_WIDTH_KEY = "anydoor.unet_head_width"
 DINO_HEADS_KEY = "anydoor.dino_heads"
 NORM_GROUPS_KEY = "anydoor.vae_norm_groups"
+UNET_GROUPS_KEY = "anydoor.unet_norm_groups"
 
 _NAMED = 3
 """How many keys an error names before it says how many more there are."""
@@ -103,6 +104,7 @@ def read_checkpoint(
             unet_head_width or stored.get(HEAD_WIDTH_KEY),
             dino_heads or stored.get(DINO_HEADS_KEY),
             stored.get(NORM_GROUPS_KEY),
+            stored.get(UNET_GROUPS_KEY),
         )
         with torch.device("meta"):
             expected = AnyDoor(architecture).official_shapes()
@@ -130,6 +132,7 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], architectu
         HEAD_WIDTH_KEY: str(architecture.unet_head_width),
         DINO_HEADS_KEY: str(architecture.dino_heads),
         NORM_GROUPS_KEY: str(architecture.vae_norm_groups),
+        UNET_GROUPS_KEY: str(architecture.unet_norm_groups),
     }
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
@@ -232,7 +235,7 @@ def _load_pickle(path: Path) -> Any:
 def _stored_sizes(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
     """What shapes cannot tell, from the file's metadata, else from a configuration beside it."""
     if HEAD_WIDTH_KEY in metadata:
-        keys = (HEAD_WIDTH_KEY, DINO_HEADS_KEY, NORM_GROUPS_KEY)
+        keys = (HEAD_WIDTH_KEY, DINO_HEADS_KEY, NORM_GROUPS_KEY, UNET_GROUPS_KEY)
         return {key: int(metadata[key]) for key in keys if key in metadata}
     beside = path.with_name(f"{path.stem}_config.json")
     if not beside.is_file():

@@ -36,6 +36,8 @@ class Architecture:
     """Residual blocks per level on the way down; one more on the way up."""
     unet_head_width: int = SD21_HEAD_WIDTH
     """Channels per attention head. Cannot be read off the weights."""
+    unet_norm_groups: int = SD21_NORM_GROUPS
+    """Groups of the normalisation layers of UNet and ControlNet. Cannot be read off the weights."""
     token_width: int = 1024
     latent_channels: int = 4
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -88,6 +90,7 @@ def infer_architecture(
     unet_head_width: int | None = None,
     dino_heads: int | None = None,
     vae_norm_groups: int | None = None,
+    unet_norm_groups: int | None = None,
 ) -> Architecture:
     """Reads the sizes of a network off the shapes of an official checkpoint.
 
@@ -99,6 +102,7 @@ def infer_architecture(
             DINOv2.
         vae_norm_groups: groups of the VAE's normalisation layers, which no shape tells; 32 if None, as in
             SD 2.1.
+        unet_norm_groups: the same of UNet and ControlNet.
 
     Raises:
         ArchitectureError: a tensor that determines a size is missing, or a head width does not divide.
@@ -130,6 +134,7 @@ def infer_architecture(
         unet_attention=attention,
         unet_layers=layers,
         unet_head_width=unet_head_width,
+        unet_norm_groups=unet_norm_groups or SD21_NORM_GROUPS,
         token_width=shape("cond_stage_model.projector.weight")[0],
         latent_channels=shape("model.diffusion_model.input_blocks.0.0.weight")[1],
         vae_channels=tuple(

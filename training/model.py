@@ -35,6 +35,7 @@ def _unet_settings(architecture: Architecture) -> dict[str, Any]:
         "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         "block_out_channels": architecture.unet_channels,
         "layers_per_block": architecture.unet_layers,
+        "norm_num_groups": architecture.unet_norm_groups,
         # diffusers calls the number of heads by the name of their width
         "attention_head_dim": architecture.unet_heads,
         "cross_attention_dim": architecture.token_width,
