@@ -59,9 +59,9 @@ def verify_graph(
 
 
 def output_error(found: Array, expected: Array) -> float:
-    """Norm of the difference / norm of what was expected; of pictures in 256 levels, the mean difference / 255.
+    """Norm of the difference / norm of what was expected; for pictures in 256 levels, mean difference / 255.
 
-    A picture's value on the edge between two levels may fall to either side, however small the error is.
+    A value on the edge between two levels may fall to either side, however small the error is.
     """
     if expected.dtype == np.uint8:
         return float(np.abs(found.astype(np.int16) - expected.astype(np.int16)).mean() / 255)
