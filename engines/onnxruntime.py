@@ -16,6 +16,7 @@ import numpy as np
 from engines.bundle import Bundle
 from engines.engine import Array, DeviceTensor, require_shape
 from engines.errors import BackendError, BundleError
+from engines.graphs import TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -137,16 +138,20 @@ class OnnxRuntimeEngine:
         self.load(graph)
         session = self._sessions[graph]
         binding = session.io_binding()
-        for spec in self._specs[graph].inputs:
-            value = inputs[spec.name]
-            if isinstance(value, np.ndarray):
-                value = self.to_device(require_shape(spec.name, value, spec.dtype))
-            binding.bind_ortvalue_input(spec.name, value)
+        # a value on the CPU only points into its array, and the binding keeps neither alive
+        values = {spec.name: self._value(spec, inputs[spec.name]) for spec in self._specs[graph].inputs}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
         names = list(outputs or (spec.name for spec in self._specs[graph].outputs))
         for name in names:
             binding.bind_output(name, self.device)
         session.run_with_iobinding(binding)
         return dict(zip(names, binding.get_outputs()))
+
+    def _value(self, spec: TensorSpec, given: DeviceTensor | Array) -> DeviceTensor:
+        if isinstance(given, np.ndarray):
+            return self.to_device(require_shape(spec.name, given, spec.dtype))
+        return given
 
     def to_device(self, array: Array) -> DeviceTensor:
         """See `Engine.to_device`."""

@@ -52,7 +52,8 @@ def ddim_timesteps(steps: int, train_timesteps: int = 1000) -> NDArray[np.int64]
         raise InputError(f"steps must be between 1 and {MAX_STEPS}, not {steps}")
     stride = -(-train_timesteps // steps)
     strided = np.arange(0, train_timesteps, stride, dtype=np.int64)
-    if len(strided) == steps:
+    # a stride that divides 999 would end at timestep 1000, which does not exist: the original fails there
+    if len(strided) == steps and strided[-1] + 1 < train_timesteps:
         return strided + 1
     return np.arange(steps, dtype=np.int64) * train_timesteps // steps + 1
 

@@ -32,13 +32,13 @@ def test_the_originals_thirty_steps_are_thirty_one() -> None:
     assert len(ddim_timesteps(30)) == 30
 
 
-@given(st.integers(1, 999))
-def test_exactly_as_many_steps_as_asked_for(steps: int) -> None:
-    timesteps = ddim_timesteps(steps)
-    assert len(timesteps) == steps
-    assert timesteps[0] == 1
-    assert (np.diff(timesteps) > 0).all()
-    assert timesteps[-1] <= 999
+def test_exactly_as_many_steps_as_asked_for() -> None:
+    for steps in range(1, 1000):
+        timesteps = ddim_timesteps(steps)
+        assert len(timesteps) == steps
+        assert timesteps[0] == 1
+        assert (np.diff(timesteps) > 0).all()
+        assert timesteps[-1] <= 999
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000, 10_000])
