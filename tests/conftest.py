@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,18 +51,17 @@ def _checkpoint(name: str) -> Path:
     return path
 
 
-def _bundle(name: str, resolution: int) -> Path:
+def _bundle(name: str, resolution: int, precision: str = "fp32") -> Path:
     from export.build_engines import BuildOptions, build_bundle
     from export.checkpoint import read_checkpoint
     from export.progress import Progress
 
     checkpoint = _checkpoint(name)
-    path = checkpoint.parent / name
+    path = checkpoint.parent / (name if precision == "fp32" else f"{name}-{precision}")
     with _lock(path.with_suffix(".bundle.lock")):
         if not path.exists():
-            build_bundle(
-                read_checkpoint(checkpoint), path, BuildOptions(resolution=resolution), Progress(quiet=True)
-            )
+            options = BuildOptions(precision=precision, resolution=resolution)
+            build_bundle(read_checkpoint(checkpoint), path, options, Progress(quiet=True))
     return path
 
 
@@ -75,6 +75,30 @@ def tiny_checkpoint() -> Path:
 def tiny_bundle() -> Path:
     """A bundle of the smallest network for 64 px; do not write into it."""
     return _bundle("tiny", TINY_RESOLUTION)
+
+
+@pytest.fixture(scope="session")
+def tiny_half_bundle() -> Path:
+    """The same in FP16; do not write into it."""
+    return _bundle("tiny", TINY_RESOLUTION, "fp16")
+
+
+@pytest.fixture(scope="session")
+def tiny_plan_bundle(tiny_half_bundle: Path) -> Path:
+    """Its plans of TensorRT for RTX, for three architectures, built on the CPU; do not write into it."""
+    pytest.importorskip("tensorrt_rtx", reason="needs pip install 'anydoor-runtime[tensorrt]'")
+    path = tiny_half_bundle.with_name("tiny-plans")
+    with _lock(path.with_suffix(".bundle.lock")):
+        if not path.exists():
+            # in a process that cannot import PyTorch: on a Jetson there is none
+            code = (
+                "import sys; sys.modules |= dict.fromkeys(('torch', 'onnx', 'onnxscript', 'onnxruntime'));"
+                "from export.build_engines import main; sys.exit(main(sys.argv[1:]))"
+            )
+            arguments = [str(tiny_half_bundle), "--output", str(path), "--backend", "tensorrt_rtx"]
+            targets = ["--targets", "sm86,sm89,sm120", "--quiet"]
+            subprocess.run([sys.executable, "-c", code, *arguments, *targets], check=True, cwd=ROOT)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,25 @@
+# Plans and anydoor serve on a Jetson Orin. TensorRT comes with JetPack, in NVIDIA's image for it; give the tag of
+# your JetPack (JetPack 6: r36.x, JetPack 7: r38.x).
+#
+#   docker build -f docker/jetson.Dockerfile --build-arg BASE=nvcr.io/nvidia/l4t-tensorrt:TAG -t anydoor-jetson .
+#   docker run --runtime nvidia -v $PWD/engines:/engines --entrypoint python3 anydoor-jetson \
+#       export/build_engines.py /engines/half --backend tensorrt --output /engines/orin
+#   docker run --runtime nvidia -p 50051:50051 -v $PWD/engines/orin:/bundle:ro anydoor-jetson
+ARG BASE
+FROM ${BASE}
+
+WORKDIR /app
+RUN apt-get update && apt-get install -y --no-install-recommends python3-pip python3-libnvinfer \
+    && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml README.md LICENSE ./
+COPY engines engines
+COPY runtime runtime
+COPY export export
+# no PyTorch: plans are built from ONNX graphs
+RUN python3 -m pip install --no-cache-dir '.[serve]' 'cuda-python>=12.6,<13'
+
+ENV ANYDOOR_BUNDLE=/bundle ANYDOOR_CACHE=/cache
+VOLUME /cache
+EXPOSE 50051
+ENTRYPOINT ["anydoor"]
+CMD ["serve", "--listen", "0.0.0.0:50051"]

@@ -1,0 +1,21 @@
+# anydoor serve on an RTX card, with TensorRT for RTX. The host needs an NVIDIA driver and the NVIDIA Container
+# Toolkit; the image needs no CUDA, the libraries come with the wheels.
+#
+#   docker build -f docker/rtx.Dockerfile -t anydoor-rtx .
+#   docker run --gpus all -p 50051:50051 -v $PWD/build/engines/anydoor:/bundle:ro -v anydoor-cache:/cache anydoor-rtx
+FROM python:3.12-slim
+
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY engines engines
+COPY runtime runtime
+RUN pip install --no-cache-dir '.[tensorrt,serve]'
+
+# bundles are mounted read-only; what TensorRT compiles for the card is kept here
+ENV ANYDOOR_BUNDLE=/bundle ANYDOOR_CACHE=/cache
+RUN useradd --create-home anydoor && mkdir /cache && chown anydoor /cache
+USER anydoor
+VOLUME /cache
+EXPOSE 50051
+ENTRYPOINT ["anydoor"]
+CMD ["serve", "--listen", "0.0.0.0:50051"]

@@ -1,0 +1,223 @@
+"""Plans of TensorRT for RTX, really built: no card is needed for that, only to run them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.bundle import Bundle, Manifest
+from engines.errors import AnyDoorError, BundleError
+from engines.graphs import CONTROL, GRAPHS, ID_ENCODER, GraphSpec
+from engines.tensorrt_plans import Library, check_signature, load_library
+from export.build_engines import BuildOptions, best_backend, build_plan_bundle, main
+from export.plans import _Phase, build_plan, check_targets, completed, network_signature, scratch_bytes
+from export.progress import Progress
+
+RTX = "tensorrt_rtx"
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    pytest.importorskip(RTX, reason="needs pip install 'anydoor-runtime[tensorrt]'")
+    return load_library(RTX)
+
+
+@pytest.fixture(scope="module")
+def half(tiny_half_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_half_bundle)
+
+
+@pytest.fixture(scope="module")
+def plans(tiny_plan_bundle: Path) -> Bundle:
+    """Built in a process without PyTorch."""
+    return Bundle.open(tiny_plan_bundle)
+
+
+def test_all_graphs_are_built_for_three_architectures(plans: Bundle, half: Bundle, library: Library) -> None:
+    for graph, record in plans.manifest.graphs.items():
+        plans.verify(graph)
+        assert record.files[0].path == f"{graph}.plan"
+        assert (record.backend, record.backend_version) == (RTX, library.version)
+        assert record.target == "sm86,sm89,sm120"
+        assert record.scratch_bytes > 0
+        assert record.error == half.manifest.graphs[graph].error
+    assert list(plans.manifest.graphs) == list(GRAPHS)
+    assert plans.manifest.precision == "fp16"
+
+
+def test_constants_and_signatures_are_those_of_the_source(plans: Bundle, half: Bundle) -> None:
+    assert plans.manifest.specs == half.manifest.specs
+    assert plans.manifest.constants.sha256 == half.manifest.constants.sha256
+    assert plans.constants().keys() == half.constants().keys()
+
+
+def test_headers_are_plans_of_this_version(plans: Bundle, library: Library) -> None:
+    """Without a driver the library cannot say that a plan is valid, but it names every fault it sees."""
+    for graph in GRAPHS:
+        library.check_version(plans, graph)
+        library.check_header(plans, graph)
+
+
+def parse(library: Library, path: Path) -> Any:
+    """A network as TensorRT reads it, and what must live as long as it does."""
+    trt = library.module
+    builder = trt.Builder(library.logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, library.logger)
+    assert parser.parse_from_file(str(path))
+    return network, parser, builder
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_inputs_and_outputs_are_those_of_the_manifest(half: Bundle, library: Library, graph: str) -> None:
+    network, *_ = parse(library, half.graph_file(graph))
+    tensors, spec = network_signature(network), half.manifest.specs[graph]
+    assert [t.spec.name for t in tensors] == [t.name for t in spec.tensors]
+    check_signature(tensors, spec, half.manifest.max_batch)
+    other = replace(spec.inputs[0], dtype="int32")
+    for wrong in (
+        GraphSpec(graph, (other, *spec.inputs[1:]), spec.outputs),
+        GraphSpec(graph, spec.inputs[1:], spec.outputs),
+        GraphSpec(graph, spec.inputs, (replace(spec.outputs[0], shape=(1, 2)), *spec.outputs[1:])),
+    ):
+        with pytest.raises(BundleError, match=f"of '{graph}'"):
+            check_signature(tensors, wrong, half.manifest.max_batch)
+
+
+def test_too_small_a_plan_is_noticed(half: Bundle, library: Library) -> None:
+    network, *_ = parse(library, half.graph_file(ID_ENCODER))
+    spec = half.manifest.specs[ID_ENCODER]
+    reference, tokens = network_signature(network)
+    for_two = replace(reference, largest=(2, 3, 224, 224))
+    check_signature([for_two, tokens], spec, max_batch=2)
+    with pytest.raises(BundleError, match=r"up to \(2, 3, 224, 224\), and the manifest says .* \(4, 3"):
+        check_signature([for_two, tokens], spec, max_batch=4)
+
+
+class Percentages(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.seen: list[float] = []
+
+    def percent(self, done: float) -> None:
+        self.seen.append(done)
+
+
+def test_the_build_reports_its_progress(half: Bundle, library: Library) -> None:
+    with Percentages() as progress:
+        plan = build_plan(library, half.manifest, ID_ENCODER, half.graph_file(ID_ENCODER), "sm89", progress)
+    assert plan.scratch_bytes > 0
+    assert progress.seen == sorted(progress.seen)
+    assert len(set(progress.seen)) > 10
+    assert progress.seen[-1] == pytest.approx(1, abs=0.01)
+
+
+def test_a_graph_that_cannot_be_read_is_refused(half: Bundle, library: Library, tmp_path: Path) -> None:
+    broken = tmp_path / "control.onnx"
+    broken.write_bytes(half.graph_file(CONTROL).read_bytes()[:5000])
+    with (
+        pytest.raises(AnyDoorError, match="cannot read the graph 'control'"),
+        Progress(quiet=True) as progress,
+    ):
+        build_plan(library, half.manifest, CONTROL, broken, "sm89", progress)
+
+
+def test_a_graph_that_is_not_the_manifests_is_refused(half: Bundle, library: Library) -> None:
+    with (
+        pytest.raises(BundleError, match="plan of 'control' has other inputs"),
+        Progress(quiet=True) as progress,
+    ):
+        build_plan(library, half.manifest, CONTROL, half.graph_file(ID_ENCODER), "sm89", progress)
+
+
+def test_targets(library: Library) -> None:
+    assert check_targets(library, ()) == ("sm86", "sm89", "sm120")
+    assert check_targets(library, ("sm75",)) == ("sm75",)
+    with pytest.raises(AnyDoorError, match=r"not for sm87, sm90: .* --backend tensorrt on a machine"):
+        check_targets(library, ("sm89", "sm87", "sm90"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (BuildOptions(backend="onnxruntime"), "is a bundle already"),
+        (BuildOptions(backend=RTX, max_batch=0), "--max-batch must be at least 1"),
+        (BuildOptions(backend=RTX, targets=("sm87",)), "not for sm87"),
+        (BuildOptions(backend="openvino"), "there is no backend 'openvino'"),
+    ],
+)
+def test_unusable_options_are_refused(
+    library: Library, half: Bundle, tmp_path: Path, options: BuildOptions, sentence: str
+) -> None:
+    with pytest.raises(AnyDoorError, match=sentence):
+        build_plan_bundle(half, tmp_path / "new", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plans_are_not_built_from_plans_nor_over_their_source(
+    library: Library, plans: Bundle, half: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(AnyDoorError, match="plans are built from a bundle of ONNX graphs"):
+        build_plan_bundle(plans, tmp_path / "new", BuildOptions(backend=RTX))
+    with pytest.raises(AnyDoorError, match="give another --output"):
+        build_plan_bundle(half, half.path, BuildOptions(backend=RTX))
+
+
+def test_a_damaged_source_leaves_nothing_behind(
+    library: Library, half: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(half.path, copy)
+    weights = copy / f"{ID_ENCODER}.onnx.data"
+    content = bytearray(weights.read_bytes())
+    content[100] ^= 1
+    weights.write_bytes(content)
+    assert main([str(copy), "--output", str(tmp_path / "new"), "--backend", RTX, "--quiet"]) == 2
+    assert "id_encoder.onnx.data is not the file that was built" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_without_a_card_auto_means_onnx_runtime() -> None:
+    from engines.cuda import Device
+
+    try:
+        Device()
+    except AnyDoorError:
+        assert best_backend() == "onnxruntime"
+    else:
+        pytest.skip("there is a card")
+
+
+phases = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 49)), min_size=1, max_size=5)
+
+
+@given(phases)
+def test_progress_is_a_part_of_the_whole(steps: list[tuple[int, int]]) -> None:
+    """Phases within phases: each can tell no more than one step of the one around it."""
+    tree = {
+        str(i): _Phase(str(i - 1) if i else None, count, min(done, count - 1))
+        for i, (count, done) in enumerate(steps)
+    }
+    part, root = completed(tree, str(len(steps) - 1)), tree["0"]
+    assert root.done / root.steps <= part <= (root.done + 1) / root.steps
+    assert completed(tree, "another") == 0.0
+
+
+def test_scratch_memory_is_read_from_the_log() -> None:
+    log = [("INFO", "Total Weights Memory: 7 bytes"), ("INFO", "Total Activation Memory: 10916352 bytes")]
+    assert scratch_bytes(log) == 10916352
+    assert scratch_bytes(log[:1]) == 0
+
+
+def test_the_manifest_keeps_the_scratch_memory(plans: Bundle) -> None:
+    assert isinstance(plans.manifest, Manifest)
+    assert '"scratch_bytes": ' in plans.manifest.to_json()
+    assert Bundle.open(plans.path).manifest == plans.manifest
