@@ -16,7 +16,7 @@ from runtime.resize import resize_linear
 from training.architecture import LATENT_SCALE, Architecture
 from training.data.view_store import SCENES, ViewStore
 from training.loop import Batch
-from training.small import build_small_vae
+from training.model import build_vae
 
 POSTERIOR_STD = 0.01  # of the latents in units of their own spread
 SKELETON = ("samplers.0.conv", "conv_in", "conv_shortcut", "conv_out", "quant_conv")
@@ -69,7 +69,7 @@ class AutoencoderTask:
     """Reconstruction: absolute and squared differences of pixels, absolute ones of the steps between them."""
 
     def __init__(self, architecture: Architecture, store: ViewStore, side: int = 32, seed: int = 0) -> None:
-        self.module = build_small_vae(architecture)
+        self.module = build_vae(architecture)
         start_linear(self.module)
         self._data = SceneCrops(store, side, seed)
 

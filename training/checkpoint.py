@@ -10,9 +10,7 @@ from safetensors.torch import save_file
 from training.model import AnyDoor
 
 
-def write_official(
-    model: AnyDoor, path: Path, norm_groups: int = 32, dtype: torch.dtype = torch.float16
-) -> None:
+def write_official(model: AnyDoor, path: Path, dtype: torch.dtype = torch.float16) -> None:
     """Writes all weights under their official names as safetensors.
 
     What shapes cannot tell, the widths of attention heads and the groups of normalisations, goes
@@ -22,8 +20,8 @@ def write_official(
     metadata = {
         "format": "pt",
         "anydoor.unet_head_width": str(model.architecture.unet_head_width),
-        "anydoor.vae_norm_groups": str(norm_groups),
-        "anydoor.unet_norm_groups": str(norm_groups),
+        "anydoor.vae_norm_groups": str(model.architecture.vae_norm_groups),
+        "anydoor.unet_norm_groups": str(model.architecture.unet_norm_groups),
         "anydoor.dino_heads": str(model.architecture.dino_heads),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

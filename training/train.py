@@ -26,7 +26,7 @@ from training.diffusion import DiffusionTask
 from training.identity import IdentityTask
 from training.loop import train
 from training.model import AnyDoor
-from training.small import NORM_GROUPS, build_small
+from training.small import open_control
 
 PAIRS_SEED, CALIBRATION, DECODER_SIDE = 3, 64, 64
 
@@ -77,7 +77,7 @@ def train_diffusion(recipe: Recipe, folder: Path) -> None:
 
 def write_checkpoint(recipe: Recipe, folder: Path) -> None:
     """Puts the parts together: `folder`/model.safetensors."""
-    write_official(trained_model(recipe, folder), folder / "model.safetensors", NORM_GROUPS)
+    write_official(trained_model(recipe, folder), folder / "model.safetensors")
 
 
 def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
@@ -86,7 +86,8 @@ def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
     The autoencoder's latents are put into units of variance 1 on the first views, always the same way.
     """
     torch.manual_seed(0)
-    model = build_small(recipe.architecture)
+    model = AnyDoor(recipe.architecture)
+    open_control(model.control)
     improved = (folder / "decoder" / "mean.pt").exists()
     model.vae.load_state_dict(_weights(folder / ("decoder" if improved else "autoencoder")))
     encoder = {

@@ -15,8 +15,7 @@ from training.architecture import LATENT_SCALE, Architecture
 from training.autoencoder import normalise_latents
 from training.diffusion import Denoising, DiffusionTask, noisy_latents
 from training.loop import LoopSettings, Numbers, train
-from training.model import AnyDoor
-from training.small import build_small_vae
+from training.model import AnyDoor, build_vae
 
 TINY = Architecture(
     unet_channels=(32, 64),
@@ -183,7 +182,7 @@ def test_noise_replaces_signal_along_the_schedule() -> None:
 
 def test_latents_get_unit_variance_and_the_decoder_does_not_notice() -> None:
     torch.manual_seed(0)
-    vae = build_small_vae(TINY).eval()
+    vae = build_vae(TINY).eval()
     pictures = torch.rand(4, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         before = vae(pictures).sample
