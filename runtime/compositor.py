@@ -18,7 +18,7 @@ from engines.graphs import DECODE, GRAPHS, ID_ENCODER
 from runtime.ddim import ddim_schedule
 from runtime.detail_maps import DetailMapCache, DetailMaps, default_cache_budget
 from runtime.errors import InputError, in_field
-from runtime.job import Canvas, Composite, Job, Stopwatch
+from runtime.job import Canvas, Composite, Job, Stopwatch, prepare_placement
 from runtime.pictures import PictureLike, load_picture
 from runtime.reference import PreparedReference
 from runtime.request import Placement, Request, Sampling
@@ -224,16 +224,17 @@ class Compositor:
         if noise is not None:
             noise = check_initial_noise(noise, (num_images, *self.latent_shape))
         watch = Stopwatch()
-        with watch.measure("read"):
-            with in_field("scene"):
-                picture = load_picture(request.scene, "the scene", limits.pixels).rgb
-            resolved = []
-            for index, placement in enumerate(request.placements):
-                with in_field(f"placements[{index}]"):
-                    resolved.append(resolve_placement(placement, picture, limits.pixels))
+        with watch.measure("read"), in_field("scene"):
+            picture = load_picture(request.scene, "the scene", limits.pixels).rgb
+        prepared = []
+        for index, placement in enumerate(request.placements):
+            with watch.measure("read"), in_field(f"placements[{index}]"):
+                resolved = resolve_placement(placement, picture, limits.pixels)
+            with watch.measure("prepare"):
+                prepared.append(prepare_placement(resolved))
         return Job(
             scene=picture,
-            placements=resolved,
+            placements=prepared,
             sampling=sampling,
             schedule=ddim_schedule(self._alphas_cumprod, sampling.steps, sampling.eta, sampling.timesteps),
             seeds=[seed + i for i in range(num_images)],

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.boxes import Box
-from runtime.collage import MODES, Hint, Mode, make_hint
+from runtime.collage import MODES, Hint, Mode, Ratios, make_hint
 from runtime.ddim import DDIMSchedule
 from runtime.paste_back import paste_back, pasted_region
 from runtime.reference import PreparedReference, prepare_reference
@@ -68,13 +68,29 @@ class Stopwatch:
             self.add(stage, time.perf_counter() - started)
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedPlacement:
+    """A placement without its full-size reference: a job that waits keeps no more than it needs."""
+
+    reference: PreparedReference
+    target: Box | NDArray[np.bool_]
+    mode: Mode
+    ratios: Ratios
+
+
+def prepare_placement(placement: ResolvedPlacement) -> PreparedPlacement:
+    """Makes the reference small."""
+    reference = prepare_reference(placement.reference, placement.reference_mask, placement.ratios.reference)
+    return PreparedPlacement(reference, placement.target, MODES[placement.mode], placement.ratios)
+
+
 @dataclass(eq=False)
 class Job:
     """A request whose pictures are decoded and whose parameters are checked."""
 
     scene: NDArray[np.uint8]
     """(H, W, 3) RGB."""
-    placements: list[ResolvedPlacement]
+    placements: list[PreparedPlacement]
     sampling: Sampling
     schedule: DDIMSchedule
     seeds: list[int]
@@ -86,14 +102,9 @@ class Job:
     watch: Stopwatch = field(default_factory=Stopwatch)
     first_conditions: Conditions | None = None
     """What the first placement of all pictures shares; set when the first of them starts."""
-    references: list[PreparedReference] = field(init=False)
     canvases: list[Canvas] = field(init=False)
 
     def __post_init__(self) -> None:
-        with self.watch.measure("prepare"):
-            self.references = [
-                prepare_reference(p.reference, p.reference_mask, p.ratios.reference) for p in self.placements
-            ]
         self.canvases = [Canvas(self, index, seed, self.scene) for index, seed in enumerate(self.seeds)]
         self._first_hint = self._make_hint(self.scene, 0)
 
@@ -122,9 +133,9 @@ class Job:
             return make_hint(
                 scene,
                 placement.target,
-                self.references[index],
+                placement.reference,
                 placement.ratios,
-                MODES[placement.mode],
+                placement.mode,
                 self.resolution,
             )
 
@@ -159,7 +170,7 @@ class Canvas:
     @property
     def reference(self) -> PreparedReference:
         """The next object."""
-        return self.job.references[self.placed]
+        return self.job.placements[self.placed].reference
 
     def prepare(self) -> None:
         """Makes what the networks need for the next placement."""
@@ -192,4 +203,4 @@ class Canvas:
 
     @property
     def _mode(self) -> Mode:
-        return MODES[self.job.placements[self.placed].mode]
+        return self.job.placements[self.placed].mode

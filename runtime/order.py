@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from engines.errors import AnyDoorError
 from runtime.boxes import Box
 from runtime.job import Canvas, Job
-from runtime.request import Request
 
 
 class QueueFullError(AnyDoorError):
@@ -90,9 +89,8 @@ Event = Queued | StepDone | Preview | Finished | Failed
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """A request, who wants it, and how it is to be delivered."""
+    """Who wants a request done, and how it is to be delivered."""
 
-    request: Request
     notify: Callable[[Event], object]
     """Called from the scheduler's threads, in order, while it holds its lock: must return at once."""
     client: str = ""
@@ -106,9 +104,11 @@ class Order:
 
 @dataclass(eq=False)
 class Ticket:
-    """An accepted order."""
+    """An accepted request."""
 
     order: Order
+    total_steps: int
+    """Of all pictures and placements."""
     accepted: float = field(default_factory=time.monotonic)
     job: Job | None = None
     """Set when it is decoded and checked."""

@@ -39,6 +39,7 @@ from runtime.order import (
     Ticket,
 )
 from runtime.pictures import encode_picture
+from runtime.request import Request
 from runtime.sampling import Sample
 from runtime.validation import LARGEST, Limits
 
@@ -57,7 +58,7 @@ class Scheduler:
         self,
         compositor: Compositor,
         limits: Limits = LARGEST,
-        queue: int = 32,
+        queue: int = 16,
         max_batch: int | None = None,
         workers: int = 2,
         batching: str = "continuous",
@@ -112,7 +113,7 @@ class Scheduler:
         """Samples in the batch."""
         return len(self._running)
 
-    def submit(self, order: Order) -> Ticket:
+    def submit(self, request: Request, order: Order) -> Ticket:
         """Accepts an order; `order.notify` hears of it until `Finished` or `Failed`.
 
         Raises:
@@ -124,10 +125,11 @@ class Scheduler:
                 raise ShuttingDownError
             if len(self._tickets) >= self._capacity:
                 raise QueueFullError(self._seconds_until_a_place())
-            ticket = Ticket(order)
+            steps = request.sampling.steps * request.num_images * len(request.placements)
+            ticket = Ticket(order, steps)
             self._tickets.append(ticket)
             self._announce_positions()
-            self._workers.submit(self._guard, ticket, self._prepare, ticket)
+            self._workers.submit(self._guard, ticket, self._prepare, ticket, request)
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -164,10 +166,10 @@ class Scheduler:
         except Exception as error:
             self._fail(ticket, error)
 
-    def _prepare(self, ticket: Ticket) -> None:
+    def _prepare(self, ticket: Ticket, request: Request) -> None:
         if not self._is_open(ticket):
             return
-        job = self.compositor.accept(ticket.order.request, self.limits)
+        job = self.compositor.accept(request, self.limits)
         for canvas in job.canvases:
             canvas.prepare()
         with self._lock:
@@ -301,7 +303,7 @@ class Scheduler:
             ticket.steps_done += steps
             with self._lock:
                 if self._is_open(ticket):
-                    ticket.order.notify(StepDone(ticket.steps_done, ticket.job.total_steps))
+                    ticket.order.notify(StepDone(ticket.steps_done, ticket.total_steps))
 
     def _leave(self, samples: Sequence[Sample]) -> None:
         """Decodes finished samples and hands them to the workers."""
@@ -378,10 +380,7 @@ class Scheduler:
 
     def _seconds_until_a_place(self) -> float:
         """The time in which the accepted work shrinks by one order, as far as known."""
-        steps = 0
-        for ticket in self._tickets:
-            request = ticket.order.request
-            steps += request.sampling.steps * request.num_images * len(request.placements) - ticket.steps_done
+        steps = sum(ticket.total_steps - ticket.steps_done for ticket in self._tickets)
         seconds = steps / self.max_batch * self._step_seconds / max(len(self._tickets), 1)
         return min(max(seconds, _SHORTEST_RETRY), _LONGEST_RETRY)
 

@@ -33,6 +33,7 @@ def configure(level: str) -> None:
     """Sends everything from `level` up to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
+    logging.captureWarnings(True)  # Pillow's, of damaged pictures
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

@@ -126,8 +126,13 @@ def serve(settings: Settings) -> int:
     """
     configure(settings.log_level)
     tracing.configure()
-    cache_bytes = None if settings.cache_bytes < 0 else settings.cache_bytes
-    compositor = Compositor.load(settings.bundle, settings.device, settings.threads or None, cache_bytes)
+    compositor = Compositor.load(
+        settings.bundle,
+        settings.device,
+        settings.threads or None,
+        None if settings.cache_bytes < 0 else settings.cache_bytes,
+        memory_budget=settings.memory_budget or None,
+    )
     return asyncio.run(_serve(compositor, settings))
 
 

@@ -81,8 +81,7 @@ class CompositorService:
 
     async def _composite(self, content: bytes, context: Context) -> pb.CompositeResponse:
         async with self._observe("Composite", context) as call:
-            message = _parse(pb.CompositeRequest, content)
-            async with self._submit(call, message, 0, context) as events:
+            async with self._submit(call, _parse(pb.CompositeRequest, content), 0, context) as events:
                 while not isinstance(event := await _next(events, call), Finished):
                     pass
             return response_message(event, call.request_id)
@@ -136,15 +135,16 @@ class CompositorService:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         remaining = context.time_remaining()
         ticket = self._scheduler.submit(
+            request,
             Order(
-                request=request,
                 notify=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
                 client=call.client,
                 deadline=None if remaining is None else time.monotonic() + remaining,
                 file_format=file_format,
                 preview_every=preview_every,
-            )
+            ),
         )
+        del message, request  # a request that waits is better kept once
         try:
             yield events
         finally:

@@ -30,6 +30,9 @@ class Settings:
     bundle: str = _setting("", "directory of the bundle", metavar="DIR")
     device: str = _setting("auto", "where the graphs run", choices=DEVICES)
     threads: int = _setting(0, "CPU threads of the engine; 0: all cores", metavar="N")
+    memory_budget: int = _setting(
+        0, "bytes of the card's memory to use at the most; 0: nearly all that is free", metavar="N"
+    )
     listen: tuple[str, ...] = _setting(
         ("127.0.0.1:50051",),
         "address, host:port or unix:/path; may be repeated",
@@ -45,13 +48,13 @@ class Settings:
     tokens: str = _setting(
         "", "file with bearer tokens, one per line; only callers with one are let in", metavar="FILE"
     )
-    max_message_bytes: int = _setting(64 << 20, "bytes of a request", metavar="N")
+    max_message_bytes: int = _setting(32 << 20, "bytes of a request", metavar="N")
     max_pixels: int = _setting(1 << 24, "pixels of each picture and mask", metavar="N")
     max_steps: int = _setting(100, "steps of a request", metavar="N")
     max_images: int = _setting(8, "pictures of a request", metavar="N")
     max_placements: int = _setting(4, "placements of a request", metavar="N")
     max_previews: int = _setting(4, "previews of each picture", metavar="N")
-    queue: int = _setting(32, "requests accepted beyond as many as the batch has slots", metavar="N")
+    queue: int = _setting(16, "requests accepted beyond as many as the batch has slots", metavar="N")
     max_batch: int = _setting(0, "most samples that share a call; 0: the bundle's limit", metavar="N")
     batching: str = _setting("continuous", "static admits only into an empty batch", choices=BATCHING)
     workers: int = _setting(2, "threads that decode, prepare, paste and encode", metavar="N")
@@ -75,7 +78,7 @@ class Settings:
             InputError: names the setting.
         """
         positive = ("max_message_bytes", "max_pixels", "max_steps", "max_images", "max_placements", "workers")
-        not_negative = ("threads", "max_previews", "queue", "max_batch", "drain_seconds")
+        not_negative = ("threads", "memory_budget", "max_previews", "queue", "max_batch", "drain_seconds")
         for names, least in ((positive, 1), (not_negative, 0), (("cache_bytes",), -1)):
             for name in names:
                 if getattr(self, name) < least:

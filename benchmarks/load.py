@@ -1,0 +1,266 @@
+"""Open-loop load on a server: continuous batching against one at a time and against static batching.
+
+    python benchmarks/load.py --bundle examples/anydoor-small --output build/load.png
+
+Requests arrive at random (Poisson) at several rates, whether or not earlier ones are done, as those of many
+independent users do; arrivals and requests are the same for all three ways of batching. Each has an object, a
+scene, a place and a number of steps of its own. A request that is not finished before its deadline counts as
+lost, as does one that is refused. Rates are multiples of what one at a time can do, measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.machine import describe
+from benchmarks.server_process import ServerProcess, request
+from engines.errors import AnyDoorError
+from runtime.cli import BUNDLE_VARIABLE
+from runtime.rpc import compositor_pb2 as pb
+from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+
+MODES = {
+    "one at a time": ("--max-batch=1",),
+    "static": ("--batching=static",),
+    "continuous": (),
+}
+_OPTIONS = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1)]
+_WARM_UP = 4
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request of the load."""
+
+    at: float
+    """Seconds after the start."""
+    message: pb.CompositeRequest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request."""
+
+    code: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    mode: str
+    load: float
+    """Rate as a multiple of what one at a time can do."""
+    rate: float
+    """Arrivals per second."""
+    goodput: float
+    """Pictures per second that came in time."""
+    p50: float
+    p95: float
+    p99: float
+    """Seconds, of those that came in time."""
+    refused: int
+    late: int
+    requests: int
+
+
+def arrivals(rate: float, seconds: float, steps: Sequence[int], seed: int) -> list[Arrival]:
+    """Poisson arrivals; the numbers of steps are drawn evenly."""
+    source = np.random.default_rng(seed)
+    times = np.cumsum(source.exponential(1 / rate, int(rate * seconds * 2) + 10))
+    return [
+        Arrival(float(at), request(seed * 100_000 + index, int(source.choice(steps))))
+        for index, at in enumerate(times[times < seconds])
+    ]
+
+
+async def send(stub: Any, arrival: Arrival, start: float, deadline: float) -> Outcome:
+    """Waits for the arrival's time, then for the answer."""
+    await asyncio.sleep(start + arrival.at - time.monotonic())
+    begun = time.monotonic()
+    try:
+        await stub.Composite(arrival.message, timeout=deadline)
+    except grpc.aio.AioRpcError as error:
+        return Outcome(error.code().name, time.monotonic() - begun)
+    return Outcome("OK", time.monotonic() - begun)
+
+
+async def offer(address: str, load: Sequence[Arrival], deadline: float) -> list[Outcome]:
+    """Sends all requests at their times."""
+    async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
+        stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
+        for seed in range(_WARM_UP):
+            await stub.Composite(request(seed, 2))
+        start = time.monotonic() + 0.1
+        return list(await asyncio.gather(*(send(stub, each, start, deadline) for each in load)))
+
+
+def summarize(
+    mode: str, load: float, rate: float, seconds: float, deadline: float, outcomes: Sequence[Outcome]
+) -> Row:
+    """The numbers of one run."""
+    done = [outcome.seconds for outcome in outcomes if outcome.code == "OK"]
+    p50, p95, p99 = np.percentile(done, (50, 95, 99)) if done else (deadline,) * 3
+    codes = [outcome.code for outcome in outcomes]
+    return Row(
+        mode=mode,
+        load=load,
+        rate=rate,
+        # those that arrived last are finished after the end
+        goodput=len(done) / max(seconds, 1e-9),
+        p50=float(p50),
+        p95=float(p95),
+        p99=float(p99),
+        refused=codes.count("RESOURCE_EXHAUSTED"),
+        late=codes.count("DEADLINE_EXCEEDED"),
+        requests=len(outcomes),
+    )
+
+
+async def service_seconds(address: str, steps: Sequence[int], count: int = 8) -> float:
+    """Mean time of a request that is alone."""
+    load = [Arrival(0.0, request(900 + index, steps[index % len(steps)])) for index in range(count)]
+    async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
+        stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
+        for seed in range(_WARM_UP):
+            await stub.Composite(request(seed, 2))
+        begun = time.monotonic()
+        for each in load:
+            await stub.Composite(each.message)
+        return (time.monotonic() - begun) / count
+
+
+def measure(options: argparse.Namespace) -> tuple[float, float, list[Row]]:
+    """Seconds of a request that is alone, the deadline, and all rows."""
+    flags = [f"--queue={options.queue}", *options.serve]
+    with ServerProcess(options.bundle, *flags, *MODES["one at a time"]) as server:
+        alone = asyncio.run(service_seconds(server.address, options.steps))
+    deadline = options.deadline * alone
+    rows = []
+    with tqdm(total=len(MODES) * len(options.loads), unit="run", disable=options.quiet) as bar:
+        for load in options.loads:
+            rate = load / alone
+            seconds = options.requests / rate
+            sent = arrivals(rate, seconds, options.steps, options.seed)
+            for mode, mode_flags in MODES.items():
+                bar.set_description(f"{mode}, {rate:.2f}/s")
+                with ServerProcess(options.bundle, *flags, *mode_flags) as server:
+                    outcomes = asyncio.run(offer(server.address, sent, deadline))
+                rows.append(summarize(mode, load, rate, seconds, deadline, outcomes))
+                bar.update()
+    return alone, deadline, rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All rows as text."""
+    head = f"{'arrivals/s':>10} {'batching':<14} {'in time/s':>9} {'p50 s':>7} {'p95 s':>7} {'p99 s':>7}"
+    lines = [f"{head} {'refused':>8} {'late':>5} {'of':>5}"]
+    for row in rows:
+        lines.append(
+            f"{row.rate:>10.2f} {row.mode:<14} {row.goodput:>9.2f} {row.p50:>7.2f} {row.p95:>7.2f} "
+            f"{row.p99:>7.2f} {row.refused:>8} {row.late:>5} {row.requests:>5}"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], deadline: float, path: Path) -> None:
+    """Goodput and p95 against the rate of arrivals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for mode in MODES:
+        of_mode = [row for row in rows if row.mode == mode]
+        rates = [row.rate for row in of_mode]
+        left.plot(rates, [row.goodput for row in of_mode], marker="o", label=mode)
+        right.plot(rates, [row.p95 for row in of_mode], marker="o", label=mode)
+    offered = sorted({row.rate for row in rows})
+    left.plot(offered, offered, color="grey", linestyle=":", label="all that arrives")
+    right.axhline(deadline, color="grey", linestyle=":", label="deadline")
+    left.set(xlabel="arrivals per second", ylabel="pictures in time per second")
+    right.set(xlabel="arrivals per second", ylabel="95th percentile of the time, s", ylim=(0, None))
+    left.legend()
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument(
+        "--bundle", type=Path, default=Path(os.environ.get(BUNDLE_VARIABLE, "examples/anydoor-small"))
+    )
+    result.add_argument(
+        "--loads",
+        type=float,
+        nargs="+",
+        default=[0.5, 0.8, 1.0, 1.3, 1.8],
+        metavar="X",
+        help="rates of arrivals, as multiples of what one at a time can do",
+    )
+    result.add_argument("--requests", type=int, default=60, metavar="N", help="mean number in each run")
+    result.add_argument(
+        "--steps", type=int, nargs="+", default=[10, 20, 30], metavar="N", help="drawn from these"
+    )
+    result.add_argument(
+        "--deadline", type=float, default=10, metavar="X", help="as a multiple of the time of one alone"
+    )
+    result.add_argument("--queue", type=int, default=16, metavar="N", help="of the server")
+    result.add_argument("--seed", type=int, default=1, metavar="S", help="of arrivals and requests")
+    result.add_argument(
+        "--output", type=Path, default=Path("build/load.png"), metavar="FILE", help="the plot"
+    )
+    result.add_argument("--quiet", action="store_true", help="no progress bar")
+    result.add_argument(
+        "--serve",
+        nargs="*",
+        default=[],
+        metavar="FLAG",
+        help="further flags of the server, like --serve=--threads=2",
+    )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table, writes the plot and a results file beside it."""
+    options = parser().parse_args(arguments)
+    try:
+        alone, deadline, rows = measure(options)
+    except AnyDoorError as error:
+        print(f"load: {error}", file=sys.stderr)
+        return 2
+    print(f"one request alone: {alone:.3f} s; deadline {deadline:.2f} s; steps drawn from {options.steps}")
+    print(table(rows))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    plot(rows, deadline, options.output)
+    results = {
+        "machine": describe(),
+        "alone": alone,
+        "deadline": deadline,
+        "rows": [asdict(row) for row in rows],
+    }
+    options.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{options.output} and {options.output.with_suffix('.json')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+// Puts an object into a scene on a running server, with progress.
+//
+//   npm install
+//   node composite.js localhost:50051 ../object.png ../scene.png 80,60,300,260 out.png
+
+const fs = require("node:fs");
+const path = require("node:path");
+const grpc = require("@grpc/grpc-js");
+const loader = require("@grpc/proto-loader");
+
+const [address, reference, scene, box, output] = process.argv.slice(2);
+if (!output) {
+  console.error("usage: node composite.js ADDRESS REFERENCE SCENE X0,Y0,X1,Y1 OUTPUT");
+  process.exit(2);
+}
+
+const folder = path.join(__dirname, "../../proto");
+const definition = loader.loadSync("anydoor/v1/compositor.proto", {
+  includeDirs: [folder],
+  longs: String, // seeds have 64 bits
+  defaults: true,
+});
+const { CompositorService } = grpc.loadPackageDefinition(definition).anydoor.v1;
+const client = new CompositorService(address, grpc.credentials.createInsecure(), {
+  "grpc.max_receive_message_length": -1,
+});
+
+const [x0, y0, x1, y1] = box.split(",").map(Number);
+const request = {
+  scene: fs.readFileSync(scene),
+  placements: [{ reference: fs.readFileSync(reference), box: { x0, y0, x1, y1 } }],
+  sampling: { steps: 20 },
+  seed: 7,
+};
+
+const call = client.compositeStream({ request }, { deadline: Date.now() + 600_000 });
+call.on("data", ({ queued, stepDone, result }) => {
+  if (queued) console.log(`${queued.position} requests before this one`);
+  if (stepDone) console.log(`step ${stepDone.done} of ${stepDone.total}`);
+  if (result) {
+    fs.writeFileSync(output, result.images[0].image);
+    console.log(`${output} (seed ${result.images[0].seed}, request ${result.requestId})`);
+  }
+});
+call.on("error", (error) => {
+  console.error(`${grpc.status[error.code]}: ${error.details}`);
+  process.exitCode = 1;
+});
