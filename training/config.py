@@ -33,6 +33,8 @@ class DataSettings:
 class Recipe:
     """A training run. A stage without a section is not run."""
 
+    start: str = ""
+    """An official .safetensors checkpoint to go on from; its autoencoder and ID encoder stay as they are."""
     architecture: Architecture = field(default_factory=Architecture)
     data: DataSettings = field(default_factory=DataSettings)
     pairs: PairRules = field(default_factory=PairRules)
@@ -65,10 +67,14 @@ def read_recipe(path: Path) -> Recipe:
         text = tomllib.loads(path.read_text("utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    start = text.pop("start", "")
     unknown = text.keys() - _SECTIONS.keys()
     if unknown:
         raise RecipeError(f"{path}: unknown section [{unknown.pop()}]; known: {', '.join(_SECTIONS)}")
-    return Recipe(**{name: _section(_SECTIONS[name], name, values, path) for name, values in text.items()})
+    sections: dict[str, Any] = {
+        name: _section(_SECTIONS[name], name, values, path) for name, values in text.items()
+    }
+    return Recipe(start=start, **sections)
 
 
 def _section(kind: type[_Section], name: str, values: Mapping[str, Any], path: Path) -> _Section:

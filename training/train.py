@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from training.autoencoder import AutoencoderTask, normalise_latents
 from training.checkpoint import write_official
@@ -38,14 +40,14 @@ def train_views(recipe: Recipe, folder: Path) -> None:
 
 def train_autoencoder(recipe: Recipe, folder: Path) -> None:
     """Stage 1."""
-    if recipe.autoencoder:
+    if recipe.autoencoder and not recipe.start:
         task = AutoencoderTask(recipe.architecture, ViewStore(folder / "views"))
         train(task, recipe.autoencoder, folder / "autoencoder")
 
 
 def train_decoder(recipe: Recipe, folder: Path) -> None:
     """Stage 1, continued: the decoder alone, at any time after `encode`, because no latent changes."""
-    if recipe.decoder:
+    if recipe.decoder and not recipe.start:
         task = AutoencoderTask(recipe.architecture, ViewStore(folder / "views"), side=DECODER_SIDE, seed=4)
         task.module.load_state_dict(_weights(folder / "autoencoder"))
         task.module.encoder.requires_grad_(False)
@@ -55,7 +57,7 @@ def train_decoder(recipe: Recipe, folder: Path) -> None:
 
 def train_identity(recipe: Recipe, folder: Path) -> None:
     """Stage 2."""
-    if recipe.identity:
+    if recipe.identity and not recipe.start:
         task = IdentityTask(recipe.architecture, ViewStore(folder / "views"), recipe.pairs)
         train(task, recipe.identity, folder / "identity")
 
@@ -83,10 +85,14 @@ def write_checkpoint(recipe: Recipe, folder: Path) -> None:
 def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
     """A network with the autoencoder and the ID encoder of stages 1 and 2; the rest is fresh.
 
-    The autoencoder's latents are put into units of variance 1 on the first views, always the same way.
+    The autoencoder's latents are put into units of variance 1 on the first views, always the same way. Where
+    the recipe starts from a checkpoint, all of it comes from there.
     """
     torch.manual_seed(0)
     model = AnyDoor(recipe.architecture)
+    if recipe.start:
+        model.load_official_state_dict({k: v.float() for k, v in load_file(recipe.start).items()})
+        return model.eval()
     open_control(model.control)
     improved = (folder / "decoder" / "mean.pt").exists()
     model.vae.load_state_dict(_weights(folder / ("decoder" if improved else "autoencoder")))
@@ -131,11 +137,14 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--stage", choices=STAGES, action="append", help="only these; default: all in order")
     parser.add_argument("--folder", type=Path, help="default: runs/NAME of the recipe")
+    parser.add_argument("--start", type=Path, help="an official .safetensors checkpoint to go on from")
     parser.add_argument("--threads", type=int, help="processor threads to use")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     recipe = read_recipe(arguments.recipe)
+    if arguments.start:
+        recipe = replace(recipe, start=str(arguments.start))
     folder = arguments.folder or Path("runs") / arguments.recipe.stem
     for stage in arguments.stage or STAGES:
         STAGES[stage](recipe, folder)

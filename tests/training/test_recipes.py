@@ -1,0 +1,92 @@
+"""Recipes: what they say is what is run, and a trained network starts the next run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.architecture import Architecture, infer_architecture
+from training.checkpoint import write_official
+from training.config import Recipe, RecipeError, read_recipe
+from training.data.pairs import PairRules
+from training.diffusion import Denoising
+from training.model import AnyDoor
+from training.small import open_control
+from training.train import frozen_parts
+
+RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))
+
+TINY = Architecture(
+    unet_channels=(32, 64),
+    unet_attention=(False, True),
+    unet_layers=1,
+    unet_head_width=32,
+    unet_norm_groups=8,
+    token_width=32,
+    vae_channels=(32, 32, 32, 32),
+    vae_layers=1,
+    dino_width=64,
+    dino_depth=1,
+    dino_heads=1,
+    dino_grid=16,
+)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_read(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.pairs.resolution % recipe.architecture.latent_factor == 0
+    with torch.device("meta"):
+        AnyDoor(recipe.architecture)
+
+
+def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    recipe = read_recipe(path)
+    assert recipe == Recipe()
+    assert recipe.pairs == PairRules(resolution=512)
+    assert recipe.denoising == Denoising(control=True, unet_encoder=False, unet_decoder=True, projector=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[pear]\n", r"unknown section \[pear\]"),
+        ("[pairs]\nresolutoin = 3\n", r"\[pairs\] has no 'resolutoin'"),
+        ("[diffusion]\nbatch = 3\n", r"\[diffusion\].*steps"),
+        ("[pairs\n", "cannot read the recipe"),
+    ],
+)
+def test_a_slip_in_a_recipe_is_told(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "slip.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=says):
+        read_recipe(path)
+
+
+def test_a_checkpoint_starts_the_next_run(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model, path = AnyDoor(TINY), tmp_path / "model.safetensors"
+    write_official(model, path, torch.float32)
+    started = frozen_parts(replace(Recipe(architecture=TINY), start=str(path)), tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(started.state_dict()[name], value), name
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.official_state_dict().items()}
+    inferred = infer_architecture(shapes, unet_head_width=32, dino_heads=1, unet_norm_groups=8)
+    assert inferred == TINY
+
+
+def test_an_open_control_lets_the_hint_through() -> None:
+    torch.manual_seed(0)
+    control = AnyDoor(TINY, parts=["control"]).control
+    open_control(control)
+    hints, tokens = torch.rand(2, 4, 32, 32) * 2 - 1, torch.randn(2, 5, 32)
+    with torch.no_grad():
+        maps = control(hints, torch.tensor([5, 5]), tokens)
+        others = control(hints.flip(0), torch.tensor([5, 5]), tokens)
+    for detail, other in zip(maps, others, strict=True):
+        assert (detail - other).std() > 0.05 * detail.std() > 0
