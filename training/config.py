@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from training.architecture import Architecture
 from training.data.pairs import PairRules
+from training.data.sources import SOURCES
 from training.diffusion import Denoising
 from training.loop import LoopSettings
 
@@ -30,6 +31,17 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class SourceSettings:
+    """A data set of table 1 on disk."""
+
+    name: str
+    """A key of `training.data.sources.SOURCES`."""
+    root: str
+    weight: float = 1.0
+    """How often it is asked in relation to the others."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training run. A stage without a section is not run."""
 
@@ -43,6 +55,8 @@ class Recipe:
     decoder: LoopSettings | None = None
     identity: LoopSettings | None = None
     diffusion: LoopSettings | None = None
+    sources: tuple[SourceSettings, ...] = ()
+    """What the diffusion part learns from; nothing means rendered and encoded pairs."""
 
 
 class RecipeError(ValueError):
@@ -67,14 +81,18 @@ def read_recipe(path: Path) -> Recipe:
         text = tomllib.loads(path.read_text("utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
-    start = text.pop("start", "")
+    start, sources = text.pop("start", ""), text.pop("sources", [])
     unknown = text.keys() - _SECTIONS.keys()
     if unknown:
         raise RecipeError(f"{path}: unknown section [{unknown.pop()}]; known: {', '.join(_SECTIONS)}")
     sections: dict[str, Any] = {
         name: _section(_SECTIONS[name], name, values, path) for name, values in text.items()
     }
-    return Recipe(start=start, **sections)
+    listed = tuple(_section(SourceSettings, "sources", values, path) for values in sources)
+    for source in listed:
+        if source.name not in SOURCES:
+            raise RecipeError(f"{path}: no data set is called '{source.name}'; known: {', '.join(SOURCES)}")
+    return Recipe(start=start, sources=listed, **sections)
 
 
 def _section(kind: type[_Section], name: str, values: Mapping[str, Any], path: Path) -> _Section:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from training.data.encoded import EncodedPairs
-from training.loop import Batch
+from training.architecture import LATENT_SCALE
+from training.identity import dino_features
+from training.loop import Batch, NumberedDataset
 from training.model import AnyDoor
 
 
@@ -26,9 +28,14 @@ class Denoising:
     emphasis: float = 1.0
     """Largest weight of a timestep's error: errors count 1 / a_t (as they do in the clean picture's place)
     up to this. 1 is the plain loss of the released code."""
+    checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
 
     def apply(self, model: AnyDoor) -> None:
         """Sets `requires_grad` of every weight; the autoencoder and DINOv2 never learn here."""
+        if self.checkpointing:
+            model.unet.enable_gradient_checkpointing()
+            model.control.enable_gradient_checkpointing()
         model.requires_grad_(False)
         model.control.requires_grad_(self.control)
         # in every official checkpoint, and never used
@@ -64,16 +71,17 @@ def noisy_latents(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumpr
 class DiffusionTask:
     """Mean squared error on the noise (logvar 0 and no variational term, as in the released code)."""
 
-    def __init__(self, model: AnyDoor, pairs: EncodedPairs, rules: Denoising) -> None:
+    def __init__(self, model: AnyDoor, pairs: NumberedDataset, rules: Denoising) -> None:
         rules.apply(model)
         self.module = Denoiser(model)
+        self._model = model
         self.alphas_cumprod = model.alphas_cumprod
         weights = (1 / model.alphas_cumprod).clamp(max=rules.emphasis)
         self.weights = weights / weights.mean()
         self._data = pairs
 
-    def dataset(self) -> EncodedPairs:
-        """Pairs, encoded by the frozen parts."""
+    def dataset(self) -> NumberedDataset:
+        """Pairs, encoded or not."""
         return self._data
 
     @staticmethod
@@ -82,10 +90,23 @@ class DiffusionTask:
         Denoiser(model).load_state_dict(weights)
 
     def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The batch holds latents, noise, timestep, features and hint (see `EncodedPairs`)."""
+        """The batch holds latents, noise, timestep, features and hint, or what they are computed from.
+
+        See `EncodedPairs` for the former and `Mixture` for the latter.
+        """
+        if "picture" in batch:
+            batch = self.encoded(batch)
         alphas = self.alphas_cumprod.to(batch["noise"].device)
         noisy = noisy_latents(batch["latents"], batch["noise"], batch["timestep"], alphas)
         estimate = module(noisy, batch["timestep"], batch["features"], batch["hint"])
         error = F.mse_loss(estimate.float(), batch["noise"], reduction="none").mean((1, 2, 3))
         weights = self.weights.to(error.device)[batch["timestep"]]
         return {"loss": (weights * error).mean(), "noise": error.detach().mean()}
+
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> Batch:
+        """A batch of pictures and references as latents, a sample of the posterior, and features."""
+        model = self._model.to(batch["picture"].device)
+        posterior = model.encode(batch["picture"])
+        latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * LATENT_SCALE
+        return {**batch, "latents": latents, "features": dino_features(model.id_encoder, batch["reference"])}

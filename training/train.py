@@ -23,6 +23,8 @@ from training.autoencoder import AutoencoderTask, normalise_latents
 from training.checkpoint import write_official
 from training.config import Recipe, read_recipe
 from training.data.encoded import EncodedPairs, encode_pairs
+from training.data.mixture import Mixture
+from training.data.sources import SOURCES
 from training.data.view_store import ViewStore, draw_views
 from training.diffusion import DiffusionTask
 from training.identity import IdentityTask
@@ -35,7 +37,8 @@ PAIRS_SEED, CALIBRATION, DECODER_SIDE = 3, 64, 64
 
 def train_views(recipe: Recipe, folder: Path) -> None:
     """Draws the objects of the recipe."""
-    draw_views(folder / "views", recipe.data.objects)
+    if not recipe.sources:
+        draw_views(folder / "views", recipe.data.objects)
 
 
 def train_autoencoder(recipe: Recipe, folder: Path) -> None:
@@ -64,7 +67,7 @@ def train_identity(recipe: Recipe, folder: Path) -> None:
 
 def encode(recipe: Recipe, folder: Path) -> None:
     """Makes the pairs of stage 3, once."""
-    if not (folder / "pairs" / "black.npy").exists():
+    if not recipe.sources and not (folder / "pairs" / "black.npy").exists():
         model = frozen_parts(recipe, folder)
         encode_pairs(model, ViewStore(folder / "views"), recipe.pairs, folder / "pairs", recipe.data.pairs)
 
@@ -72,9 +75,22 @@ def encode(recipe: Recipe, folder: Path) -> None:
 def train_diffusion(recipe: Recipe, folder: Path) -> None:
     """Stage 3."""
     if recipe.diffusion:
-        pairs = EncodedPairs(folder / "pairs", PAIRS_SEED, recipe.pairs, recipe.denoising.drop)
         model = frozen_parts(recipe, folder)
+        pairs = mixture(recipe) if recipe.sources else rendered_pairs(recipe, folder)
         train(DiffusionTask(model, pairs, recipe.denoising), recipe.diffusion, folder / "diffusion")
+
+
+def rendered_pairs(recipe: Recipe, folder: Path) -> EncodedPairs:
+    """What `encode` has made."""
+    return EncodedPairs(folder / "pairs", PAIRS_SEED, recipe.pairs, recipe.denoising.drop)
+
+
+def mixture(recipe: Recipe) -> Mixture:
+    """The data sets that the recipe lists."""
+    sources = [(SOURCES[source.name](Path(source.root)), source.weight) for source in recipe.sources]
+    side = recipe.pairs.resolution // recipe.architecture.latent_factor
+    shape = (recipe.architecture.latent_channels, side, side)
+    return Mixture(sources, recipe.pairs, shape, PAIRS_SEED, recipe.denoising.drop)
 
 
 def write_checkpoint(recipe: Recipe, folder: Path) -> None:

@@ -153,6 +153,14 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
     assert torch.cat([d.flatten() for d in differences]).gt(2e-5).float().mean() < 1e-4
 
 
+def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    kept, again = diffusion_task(), diffusion_task(Denoising(checkpointing=True))
+    train(kept, settings(), tmp_path / "kept")
+    train(again, settings(), tmp_path / "again")
+    for name, value in weights(kept).items():
+        torch.testing.assert_close(value, weights(again)[name])
+
+
 def test_processes_share_the_global_batch() -> None:
     shares = [iter(Numbers(first=8, share=2, process=p, processes=2)) for p in range(2)]
     drawn = [[next(share) for _ in range(4)] for share in shares]

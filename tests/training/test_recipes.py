@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from training.architecture import Architecture, infer_architecture
 from training.checkpoint import write_official
 from training.config import Recipe, RecipeError, read_recipe
-from training.data.pairs import PairRules
-from training.diffusion import Denoising
+from training.data.mixture import Mixture
+from training.data.pairs import PairRules, Shot
+from training.data.sources import Source, SourceError
+from training.diffusion import Denoising, DiffusionTask
+from training.loop import LoopSettings, train
 from training.model import AnyDoor
 from training.small import open_control
 from training.train import frozen_parts
@@ -59,6 +63,7 @@ def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
         ("[pairs]\nresolutoin = 3\n", r"\[pairs\] has no 'resolutoin'"),
         ("[diffusion]\nbatch = 3\n", r"\[diffusion\].*steps"),
         ("[pairs\n", "cannot read the recipe"),
+        ('[[sources]]\nname = "Video"\nroot = "x"\n', "no data set is called 'Video'"),
     ],
 )
 def test_a_slip_in_a_recipe_is_told(text: str, says: str, tmp_path: Path) -> None:
@@ -90,3 +95,39 @@ def test_an_open_control_lets_the_hint_through() -> None:
         others = control(hints.flip(0), torch.tensor([5, 5]), tokens)
     for detail, other in zip(maps, others, strict=True):
         assert (detail - other).std() > 0.05 * detail.std() > 0
+
+
+class TwoDiscs(Source):
+    """A data set of one object, which every third time has an empty mask."""
+
+    kind = "video"
+
+    def __len__(self) -> int:
+        return 3
+
+    def pair(self, index: int, rng: np.random.Generator) -> tuple[Shot, Shot]:
+        row, column = np.mgrid[:48, :48]
+        mask = (np.hypot(row - 24, column - 24) < 12) & (index > 0)
+        images = rng.integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+        return Shot(images[0], mask), Shot(images[1], mask)
+
+
+def test_a_mixture_is_trained_on(tmp_path: Path) -> None:
+    pairs = Mixture([(TwoDiscs(tmp_path), 1.0)], PairRules(resolution=32), (4, 4, 4), drop=0.5)
+    samples = [pairs[number] for number in range(12)]
+    assert np.array_equal(samples[3]["hint"], pairs[3]["hint"])
+    assert {bool(sample["reference"].any()) for sample in samples} == {True, False}
+    torch.manual_seed(0)
+    task = DiffusionTask(AnyDoor(TINY), pairs, Denoising())
+    train(task, LoopSettings(steps=1, batch=2), tmp_path)
+    assert (tmp_path / "mean.pt").exists()
+
+
+def test_a_hopeless_mixture_says_why(tmp_path: Path) -> None:
+    class Empty(TwoDiscs):
+        def __len__(self) -> int:
+            return 1
+
+    pairs = Mixture([(Empty(tmp_path), 1.0)], PairRules(resolution=32), (4, 4, 4))
+    with pytest.raises(SourceError, match=r"no fit pair.*mask covers 0\.0%"):
+        pairs[0]

@@ -1,0 +1,50 @@
+"""Pairs from several data sets at once, made as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from training.data.pairs import Pair, PairRules, UnfitPairError, as_sample, make_pair
+from training.data.sources import Source, SourceError
+
+ATTEMPTS = 100  # unfit pairs in a row that are still bad luck
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The endless dataset of diffusion training over the sets of table 1."""
+
+    sources: Sequence[tuple[Source, float]]
+    """Data sets, and how often each is asked in relation to the others."""
+    rules: PairRules
+    latent_shape: tuple[int, int, int]
+    seed: int = 0
+    drop: float = 0.0
+    """Probability that the reference is replaced by a black one, for classifier-free guidance."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """A pair as `as_sample` gives it, and the noises of its latents and of its posterior (C, h, w)."""
+        rng = np.random.default_rng([self.seed, number])
+        sample = as_sample(self.draw(rng))
+        if rng.random() < self.drop:
+            sample["reference"] = np.zeros_like(sample["reference"])
+        for name in ("noise", "posterior_noise"):
+            sample[name] = rng.standard_normal(self.latent_shape, np.float32)
+        return sample
+
+    def draw(self, rng: np.random.Generator) -> Pair:
+        """The first fit pair among randomly chosen ones; damaged files and bad masks are passed over."""
+        weights = np.array([weight for _, weight in self.sources])
+        problem: Exception | None = None
+        for _ in range(ATTEMPTS):
+            source, _weight = self.sources[int(rng.choice(len(weights), p=weights / weights.sum()))]
+            try:
+                reference, target = source.pair(int(rng.integers(len(source))), rng)
+                return make_pair(reference, target, source.kind, self.rules, rng)
+            except (UnfitPairError, SourceError, OSError) as error:
+                problem = error
+        raise SourceError(f"no fit pair in {ATTEMPTS} attempts; the last one: {problem}") from problem
