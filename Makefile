@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DEMO_BUNDLE := examples/anydoor-small
 DEMO_PICTURE := build/demo.png
 
-.PHONY: demo test dev check format clean
+.PHONY: demo test dev check proto nightly format clean
 
 demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
@@ -26,6 +26,14 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the gRPC stubs in runtime/rpc, from proto/
+proto: $(VENV)/.dev
+	$(BIN)/python -m runtime.rpc.generate
+
+# what takes too long for every test run
+nightly: $(VENV)/.dev
+	ANYDOOR_FUZZ_REQUESTS=5000 $(BIN)/python -m pytest tests/runtime/test_server_fuzz.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
