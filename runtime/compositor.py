@@ -302,7 +302,7 @@ class Compositor:
 
 
 def _cache_budget(engine: Engine, wanted: int | None) -> int:
-    """Bytes of detail maps to keep: as many as wanted, but never more than the engine's device has room for."""
+    """Bytes of detail maps to keep: as many as wanted, never more than the engine's device has room for."""
     room = engine.cache_bytes
     if wanted is None:
         return default_cache_budget() if room is None else room
