@@ -19,7 +19,7 @@ demo: $(VENV)/.lean
 		--steps 20 --seed 7 --output $(DEMO_PICTURE)
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
