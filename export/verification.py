@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import nn
@@ -72,11 +70,6 @@ def relative_error(found: Array, expected: Array) -> float:
     """Norm of the difference over norm of what was expected, in float64."""
     difference = np.linalg.norm(found.astype(np.float64) - expected.astype(np.float64))
     return float(difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30))
-
-
-def worst(errors: Mapping[str, float]) -> float:
-    """The largest error of a graph's outputs."""
-    return max(errors.values())
 
 
 def _full(array: Array) -> np.dtype[np.generic]:
