@@ -1,0 +1,127 @@
+"""Held-out objects in held-out rooms, drawn by our own renderer, so that the true picture is known.
+
+    for pair in truth_pairs(100):
+        picture = compositor.composite(pair.emptied, pair.placement(), seed=7)
+        region_ssim(np.asarray(picture), pair.truth, pair.box)
+
+Everything follows from the numbers of objects and views: the set is the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count as numbers
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import Placement
+from runtime.boxes import Box
+from runtime.collage import Ratios, zoom_in
+from training.data.pairs import UnfitPairError, check_masks
+from training.data.synthetic.views import HELD_OUT, View, reference_view, scene_view
+
+Picture = NDArray[np.uint8]
+
+OTHER_VIEWS = (1, 2)
+"""Numbers of the views that nothing but the retrieval of identities sees; view 0 is what methods work on."""
+
+_INSIDE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class TruthPair:
+    """An object, a scene with a place for it, and how the scene looks with the object there."""
+
+    seed: int
+    """Of the object."""
+    reference: View
+    """The object on black, from another side and in another light."""
+    target: View
+    """The object in the scene."""
+
+    @property
+    def truth(self) -> Picture:
+        """The true picture, (S, S, 3) RGB."""
+        return self.target.image
+
+    @cached_property
+    def box(self) -> Box:
+        """The object's exact extent in the scene; the region in which pictures are compared."""
+        return exact_box(self.target.mask)
+
+    @cached_property
+    def hidden(self) -> Box:
+        """What the runtime hides from the networks: the box, enlarged by 1.1."""
+        return zoom_in(self.box, self.target.mask.shape[::-1], Ratios()).box
+
+    @cached_property
+    def emptied(self) -> Picture:
+        """The scene as the methods get it, black where it is hidden."""
+        scene: Picture = self.truth.copy()
+        scene[self.hidden.slices] = 0
+        return scene
+
+    @cached_property
+    def guessed(self) -> Picture:
+        """`emptied` with a guess of the background in the hidden part: the colours around it, blended."""
+        return blend_over(self.emptied, self.hidden)
+
+    def placement(self, mode: str = "keep_background") -> Placement:
+        """What the runtime is asked to put into `emptied`."""
+        box = (self.box.x0, self.box.y0, self.box.x1, self.box.y1)
+        return Placement(self.reference.image, self.reference.mask > _INSIDE, box=box, mode=mode)
+
+
+def truth_pairs(count: int) -> Iterator[TruthPair]:
+    """The first `count` held-out objects whose masks pass the filters that training pairs pass."""
+    found = 0
+    for seed in numbers(HELD_OUT):
+        if found == count:
+            return
+        pair = TruthPair(seed, reference_view(seed, 0), scene_view(seed, 0))
+        try:
+            check_masks(pair.reference.mask > _INSIDE, pair.target.mask > _INSIDE, largest_box=0.8)
+        except UnfitPairError:
+            continue
+        found += 1
+        yield pair
+
+
+def other_views(seed: int) -> list[View]:
+    """Views of an object that no method has seen: alone, and in other rooms."""
+    alone = [reference_view(seed, number) for number in OTHER_VIEWS]
+    return alone + [scene_view(seed, number) for number in OTHER_VIEWS]
+
+
+def blend_over(scene: Picture, box: Box) -> Picture:
+    """The scene with each pixel of the box as the mean of the four beside the box, by nearness.
+
+    scene: (H, W, 3) uint8; a side of the box that lies on the border of the scene does not count.
+    """
+    height, width = scene.shape[:2]
+    rows, columns = np.mgrid[box.slices]
+    total, colours = np.zeros((box.height, box.width, 1)), np.zeros((box.height, box.width, 3))
+    for row, column, there, distance in (
+        (rows, box.x0 - 1, box.x0 > 0, columns - box.x0 + 1),
+        (rows, box.x1, box.x1 < width, box.x1 - columns),
+        (box.y0 - 1, columns, box.y0 > 0, rows - box.y0 + 1),
+        (box.y1, columns, box.y1 < height, box.y1 - rows),
+    ):
+        if there:
+            weight = 1 / distance[..., None]
+            total += weight
+            colours += weight * scene[row, column]
+    result: Picture = scene.copy()
+    if total.any():
+        result[box.slices] = np.rint(colours / total).astype(np.uint8)
+    return result
+
+
+def exact_box(mask: Picture) -> Box:
+    """The smallest box around an object; mask: (H, W), 0..255."""
+    inside = mask > _INSIDE
+    columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
+    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
