@@ -120,6 +120,18 @@ def viton(root: Path) -> None:
     palette_labels(root / "train/image-parse-v3/00001_00.png", MASK * 5)
 
 
+def fashion_tryon(root: Path) -> None:
+    """The persons' label maps go three pixels beyond the clothes; two poses, one stored as a colour."""
+    garment = root / "train/0a1b"
+    picture(garment / "target.jpg")
+    labels(garment / "mask.jpg", MASK * 255)
+    generous = np.zeros((HEIGHT, WIDTH))
+    generous[3:19, 5:23] = 7
+    for pose, stored in {"1": generous, "2": np.dstack([generous] * 3)}.items():
+        picture(garment / f"{pose}.jpg", int(pose))
+        labels(garment / pose / "segment.png", stored)
+
+
 def salient(root: Path, images: str, masks: str, name: str = "one", mask_name: str = "one") -> None:
     picture(root / images / f"{name}.jpg")
     labels(root / masks / f"{mask_name}.png", MASK * 255)
@@ -151,6 +163,7 @@ MINIATURES: dict[str, Callable[[Path], None]] = {
     "BURST": burst,
     "MVImgNet": mvimgnet,
     "VitonHD": viton,
+    "FashionTryon": fashion_tryon,
     "MSRA10K": lambda root: salient(root, "Imgs", "Imgs"),
     "DUT": lambda root: salient(root, "DUTS-TR-Image", "DUTS-TR-Mask"),
     "HFlickr": lambda root: salient(root, "real_images", "masks", "f100", "f100_1"),

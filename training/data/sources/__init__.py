@@ -1,7 +1,16 @@
 """The data sets of the paper's table 1, each in its published folders, behind one small interface."""
 
 from training.data.sources.base import Source, SourceError
-from training.data.sources.images import DUT, LVIS, MSRA10K, SAM, HFlickr, MVImgNet, VitonHD
+from training.data.sources.images import (
+    DUT,
+    LVIS,
+    MSRA10K,
+    SAM,
+    FashionTryon,
+    HFlickr,
+    MVImgNet,
+    VitonHD,
+)
 from training.data.sources.videos import BURST, MOSE, UVO, VIPSeg, YouTubeVIS, YouTubeVOS
 
 SOURCES: dict[str, type[Source]] = {
@@ -15,6 +24,7 @@ SOURCES: dict[str, type[Source]] = {
         BURST,
         MVImgNet,
         VitonHD,
+        FashionTryon,
         MSRA10K,
         DUT,
         HFlickr,

@@ -1,4 +1,4 @@
-"""Single images (MSRA-10K, DUT, HFlickr, LVIS, SAM) and sets of views (MVImgNet, VITON-HD).
+"""Single images (MSRA-10K, DUT, HFlickr, LVIS, SAM), views (MVImgNet), try-on (VITON-HD, FashionTryOn).
 
 A single image is its own reference: the augmentation in `make_pair` is all that tells the two apart.
 """
@@ -10,9 +10,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.random import Generator
 
-from training.data.pairs import Shot
+from training.data.pairs import Mask, Shot
 from training.data.sources.base import (
     Source,
     SourceError,
@@ -180,3 +181,42 @@ class VitonHD(Source):
         parts = read_labels(train / "image-parse-v3" / f"{name}.png")
         worn = np.asarray(parts == self.UPPER_CLOTHES)
         return garment, Shot(read_picture(train / "image" / f"{name}.jpg"), worn)
+
+
+class FashionTryon(Source):
+    """FashionTryOn: train/GARMENT/target.jpg and mask.jpg, persons as POSE.jpg with POSE/segment.png."""
+
+    kind = "try-on"
+    CLOTHES = 7
+    RIM = 3
+    """Pixels at the border of the clothes that the label maps give to them and the pictures do not."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        segments = self.existing("train").glob("*/*/segment.png")
+        self.poses: dict[Path, list[Path]] = defaultdict(list)
+        for segment in sorted(segments):
+            self.poses[segment.parents[1]].append(segment)
+        self.garments = sorted(self.poses)
+        self.not_empty(self.garments, "train/GARMENT/POSE/segment.png")
+
+    def __len__(self) -> int:
+        return len(self.garments)
+
+    def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
+        """The garment, and a person who wears it in one of the poses."""
+        folder = self.garments[index]
+        garment = Shot(read_picture(folder / "target.jpg"), read_mask(folder / "mask.jpg"))
+        segment = self.poses[folder][int(rng.integers(len(self.poses[folder])))]
+        # grey, and where it is stored as a colour its first channel
+        worn = np.asarray(read_labels(segment) % 256 == self.CLOTHES)
+        person = read_picture(segment.parent.with_suffix(".jpg"))
+        return garment, Shot(person, shrink(worn, self.RIM))
+
+
+def shrink(mask: Mask, rim: int) -> Mask:
+    """The mask (H, W) without what is closer than `rim` pixels to its outside; the picture's end is none."""
+    side = 2 * rim + 1
+    windows = sliding_window_view(np.pad(mask, rim, constant_values=True), (side, side))
+    inner: Mask = windows.all(axis=(2, 3))
+    return inner
