@@ -7,7 +7,6 @@ code that a pickle carries is run.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +14,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.errors import AnyDoorError
-from training.architecture import Architecture, ArchitectureError, infer_architecture
+from training.architecture import (
+    Architecture,
+    ArchitectureError,
+    hidden_from_metadata,
+    infer_architecture,
+)
 from training.model import AnyDoor
 from training.official_keys import PREFIXES, SCHEDULE_KEYS
-
-HEAD_WIDTH_KEY = "anydoor.unet_head_width"
-DINO_HEADS_KEY = "anydoor.dino_heads"
-NORM_GROUPS_KEY = "anydoor.vae_norm_groups"
-UNET_GROUPS_KEY = "anydoor.unet_norm_groups"
 
 _NAMED = 3
 """How many keys an error names before it says how many more there are."""
@@ -97,15 +95,11 @@ def read_checkpoint(
     path = Path(path)
     file = read_tensors(path)
     shapes = file.shapes
-    stored = _stored_sizes(path, file.metadata)
+    given = {"unet_head_width": unet_head_width, "dino_heads": dino_heads}
     try:
-        architecture = infer_architecture(
-            shapes,
-            unet_head_width or stored.get(HEAD_WIDTH_KEY),
-            dino_heads or stored.get(DINO_HEADS_KEY),
-            stored.get(NORM_GROUPS_KEY),
-            stored.get(UNET_GROUPS_KEY),
-        )
+        hidden = hidden_from_metadata(file.metadata) or _configuration_beside(path)
+        hidden |= {name: value for name, value in given.items() if value is not None}
+        architecture = infer_architecture(shapes, **hidden)
         with torch.device("meta"):
             expected = AnyDoor(architecture).official_shapes()
     except (ArchitectureError, KeyError, ValueError) as error:
@@ -115,30 +109,6 @@ def read_checkpoint(
     if problem:
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint: {problem}")
     return Checkpoint(path, architecture, file.tensors)
-
-
-def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
-    """Writes a .safetensors checkpoint beside its place, then renames it.
-
-    Args:
-        path: where to.
-        tensors: official key -> tensor; dtypes and values are kept bit for bit.
-        architecture: what shapes cannot tell of it is kept as metadata.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    metadata = {
-        "format": "pt",
-        HEAD_WIDTH_KEY: str(architecture.unet_head_width),
-        DINO_HEADS_KEY: str(architecture.dino_heads),
-        NORM_GROUPS_KEY: str(architecture.vae_norm_groups),
-        UNET_GROUPS_KEY: str(architecture.unet_norm_groups),
-    }
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -232,11 +202,8 @@ def _load_pickle(path: Path) -> Any:
         raise ValueError("its pickle is damaged or does more than hold tensors") from error
 
 
-def _stored_sizes(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
-    """What shapes cannot tell, from the file's metadata, else from a configuration beside it."""
-    if HEAD_WIDTH_KEY in metadata:
-        keys = (HEAD_WIDTH_KEY, DINO_HEADS_KEY, NORM_GROUPS_KEY, UNET_GROUPS_KEY)
-        return {key: int(metadata[key]) for key in keys if key in metadata}
+def _configuration_beside(path: Path) -> dict[str, Any]:
+    """Head widths from a configuration of the original's kind; empty if there is none."""
     beside = path.with_name(f"{path.stem}_config.json")
     if not beside.is_file():
         return {}
@@ -244,8 +211,8 @@ def _stored_sizes(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
         config = json.loads(beside.read_text("utf-8"))
         unet = config["model"]["params"]["unet_config"]["params"]
         return {
-            HEAD_WIDTH_KEY: int(unet["num_head_channels"]),
-            DINO_HEADS_KEY: int(config["dino"]["num_heads"]),
+            "unet_head_width": int(unet["num_head_channels"]),
+            "dino_heads": int(config["dino"]["num_heads"]),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from engines.errors import AnyDoorError
-from export.checkpoint import CheckpointError, compare_shapes, read_tensors, write_checkpoint
+from export.checkpoint import CheckpointError, compare_shapes, read_tensors
 from training.architecture import Architecture, ArchitectureError, infer_architecture
+from training.checkpoint import write_checkpoint
 from training.model import AnyDoor
 from training.official_keys import PREFIXES, schedule_buffers
 

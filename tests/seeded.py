@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export.checkpoint import write_checkpoint
 from training.architecture import Architecture
+from training.checkpoint import write_checkpoint
 from training.model import AnyDoor
 from training.official_keys import schedule_buffers
 

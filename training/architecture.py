@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 LATENT_SCALE = 0.18215
 """The latents of SD 2.1's VAE are multiplied by this, so that they have about unit variance."""
@@ -20,6 +21,8 @@ SD21_NORM_GROUPS = 32
 DINO_HEAD_WIDTH = 64
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+Prediction = Literal["epsilon", "v"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class Architecture:
     dino_patch: int = 14
     dino_grid: int = 37
     """Patches per side that the position embeddings were trained for (518 px)."""
+    prediction: Prediction = "epsilon"
+    """What the UNet's output means: the noise, or sqrt(a_t) noise - sqrt(1 - a_t) latent (Salimans and Ho,
+    2022, appendix D). The network as a whole always answers with the noise. Cannot be read off the
+    weights."""
 
     @property
     def token_count(self) -> int:
@@ -85,12 +92,50 @@ class ArchitectureError(ValueError):
     """The tensors are not those of an AnyDoor network; the text says what is amiss."""
 
 
+HIDDEN = ("unet_head_width", "unet_norm_groups", "vae_norm_groups", "dino_heads", "prediction")
+"""What no weight tells; checkpoints that we write have it in their metadata."""
+
+_METADATA_PREFIX = "anydoor."
+
+
+def hidden_to_metadata(architecture: Architecture) -> dict[str, str]:
+    """The metadata of a checkpoint: "anydoor.FIELD" -> value, for the fields in `HIDDEN`."""
+    return {_METADATA_PREFIX + name: str(getattr(architecture, name)) for name in HIDDEN}
+
+
+def hidden_from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `hidden_to_metadata` wrote, as keyword arguments of `infer_architecture`; fields may be missing.
+
+    Raises:
+        ArchitectureError: a value is not one that the field can have.
+    """
+    found: dict[str, Any] = {}
+    for name in HIDDEN:
+        text = metadata.get(_METADATA_PREFIX + name)
+        if text is None:
+            continue
+        if name == "prediction":
+            if text not in get_args(Prediction):
+                raise ArchitectureError(
+                    f"its metadata says that it predicts '{text}', which is not known here"
+                )
+            found[name] = text
+        elif text.isdecimal() and int(text) > 0:
+            found[name] = int(text)
+        else:
+            raise ArchitectureError(
+                f"its metadata says that {name} is '{text}', which is not a number above 0"
+            )
+    return found
+
+
 def infer_architecture(
     shapes: Shapes,
     unet_head_width: int | None = None,
     dino_heads: int | None = None,
     vae_norm_groups: int | None = None,
     unet_norm_groups: int | None = None,
+    prediction: Prediction | None = None,
 ) -> Architecture:
     """Reads the sizes of a network off the shapes of an official checkpoint.
 
@@ -103,6 +148,7 @@ def infer_architecture(
         vae_norm_groups: groups of the VAE's normalisation layers, which no shape tells; 32 if None, as in
             SD 2.1.
         unet_norm_groups: the same of UNet and ControlNet.
+        prediction: what the UNet's output means; the noise if None, as in the released model.
 
     Raises:
         ArchitectureError: a tensor that determines a size is missing, or a head width does not divide.
@@ -148,6 +194,7 @@ def infer_architecture(
         dino_mlp_ratio=round(shape("cond_stage_model.model.blocks.0.mlp.w12.weight")[0] * 0.75 / dino_width),
         dino_patch=shape("cond_stage_model.model.patch_embed.proj.weight")[-1],
         dino_grid=round((shape("cond_stage_model.model.pos_embed")[1] - 1) ** 0.5),
+        prediction=prediction or "epsilon",
     )
 
 

@@ -68,7 +68,7 @@ def start_linear(vae: AutoencoderKL) -> None:
 class AutoencoderTask:
     """Reconstruction: absolute and squared differences of pixels, absolute ones of the steps between them."""
 
-    def __init__(self, architecture: Architecture, store: ViewStore, side: int = 32, seed: int = 0) -> None:
+    def __init__(self, architecture: Architecture, store: ViewStore, side: int = 48, seed: int = 0) -> None:
         self.module = build_vae(architecture)
         start_linear(self.module)
         self._data = SceneCrops(store, side, seed)

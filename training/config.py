@@ -54,6 +54,7 @@ class Recipe:
     autoencoder: LoopSettings | None = None
     decoder: LoopSettings | None = None
     identity: LoopSettings | None = None
+    hint: LoopSettings | None = None
     diffusion: LoopSettings | None = None
     sources: tuple[SourceSettings, ...] = ()
     """What the diffusion part learns from; nothing means rendered and encoded pairs."""
@@ -71,6 +72,7 @@ _SECTIONS = {
     "autoencoder": LoopSettings,
     "decoder": LoopSettings,
     "identity": LoopSettings,
+    "hint": LoopSettings,
     "diffusion": LoopSettings,
 }
 

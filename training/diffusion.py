@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from runtime.noise_schedule import TRAIN_TIMESTEPS
 from training.architecture import LATENT_SCALE
 from training.identity import dino_features
 from training.loop import Batch, NumberedDataset
@@ -25,9 +26,9 @@ class Denoising:
     projector: bool = True
     drop: float = 0.0
     """Probability of a black reference, for classifier-free guidance; the released code has none."""
-    emphasis: float = 1.0
-    """Largest weight of a timestep's error: errors count 1 / a_t (as they do in the clean picture's place)
-    up to this. 1 is the plain loss of the released code."""
+    hint_block: bool = True
+    """Whether the ControlNet's hint block learns with it. If not, hints are taken through it once, before
+    training (`encode_hints`): it works at full resolution and costs as much as all the rest."""
     checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
 
@@ -40,6 +41,9 @@ class Denoising:
         model.control.requires_grad_(self.control)
         # in every official checkpoint, and never used
         model.control.conv_in.requires_grad_(False)
+        if not self.hint_block:
+            model.control.controlnet_cond_embedding.requires_grad_(False)
+            model.control.controlnet_cond_embedding.conv_out.requires_grad_(self.control)
         for name, weight in model.unet.named_parameters():
             decoder = name.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))
             weight.requires_grad_(self.unet_decoder if decoder else self.unet_encoder)
@@ -69,15 +73,19 @@ def noisy_latents(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumpr
 
 
 class DiffusionTask:
-    """Mean squared error on the noise (logvar 0 and no variational term, as in the released code)."""
+    """Mean squared error of what the UNet predicts.
+
+    As in the released code, whose logvar is 0 and which has no variational term. An error of the noise is
+    sqrt(a_t) times the error of v that it comes from.
+    """
 
     def __init__(self, model: AnyDoor, pairs: NumberedDataset, rules: Denoising) -> None:
         rules.apply(model)
         self.module = Denoiser(model)
         self._model = model
         self.alphas_cumprod = model.alphas_cumprod
-        weights = (1 / model.alphas_cumprod).clamp(max=rules.emphasis)
-        self.weights = weights / weights.mean()
+        epsilon = model.architecture.prediction == "epsilon"
+        self.weights = torch.ones(TRAIN_TIMESTEPS) if epsilon else 1 / model.alphas_cumprod
         self._data = pairs
 
     def dataset(self) -> NumberedDataset:

@@ -79,7 +79,7 @@ class DetailControlNet(ControlNetModel):  # type: ignore[misc]
         """Detail maps for one hint per timestep, or for one hint at all timesteps.
 
         Args:
-            hint: (N or 1, 4, H, W); collage in -1..1 RGB, and the mask channel.
+            hint: (N or 1, 4, H, W); collage in -1..1 RGB, and the mask channel. Or its `hint_features`.
             timestep: (N,) in 0..999.
             tokens: ID tokens (N, T, D).
 
@@ -87,7 +87,8 @@ class DetailControlNet(ControlNetModel):  # type: ignore[misc]
             One map per skip connection of the UNet and one for its middle, each (N, C, h, w).
         """
         embedding = self.time_embedding(self.time_proj(timestep).to(hint.dtype))
-        hidden = self.controlnet_cond_embedding(hint).expand(timestep.shape[0], -1, -1, -1)
+        features = hint if hint.shape[1] == HINT_CHANNELS[-1] else self.hint_features(hint)
+        hidden = self.controlnet_cond_embedding.conv_out(features).expand(timestep.shape[0], -1, -1, -1)
         skips = [hidden]
         for block in self.down_blocks:
             if getattr(block, "has_cross_attention", False):
@@ -98,6 +99,14 @@ class DetailControlNet(ControlNetModel):  # type: ignore[misc]
         hidden = self.mid_block(hidden, embedding, encoder_hidden_states=tokens)
         maps = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips)]
         return (*maps, self.controlnet_mid_block(hidden))
+
+    def hint_features(self, hint: Tensor) -> Tensor:
+        """The hint block but for its last convolution: (N, 4, H, W) -> (N, 256, h, w)."""
+        block = self.controlnet_cond_embedding
+        features = F.silu(block.conv_in(hint))
+        for layer in block.blocks:
+            features = F.silu(layer(features))
+        return features
 
 
 def build_control(architecture: Architecture) -> DetailControlNet:
@@ -178,6 +187,8 @@ class AnyDoor(nn.Module):
     vae: AutoencoderKL
     id_encoder: IDEncoder
     alphas_cumprod: Tensor
+    signal_rate: Tensor
+    noise_rate: Tensor
 
     def __init__(self, architecture: Architecture, parts: Iterable[str] = tuple(PREFIXES)) -> None:
         """Builds a network with fresh weights.
@@ -192,6 +203,9 @@ class AnyDoor(nn.Module):
         for part in self.parts:
             setattr(self, part, BUILDERS[part](architecture))
         self.register_buffer("alphas_cumprod", torch.from_numpy(alphas_cumprod()), persistent=False)
+        # apart, because half precision cannot tell 1 - alphas_cumprod from 0 where there is little noise
+        self.register_buffer("signal_rate", self.alphas_cumprod.sqrt(), persistent=False)
+        self.register_buffer("noise_rate", (1 - self.alphas_cumprod).sqrt(), persistent=False)
 
     def encode_reference(self, reference: Tensor) -> Tensor:
         """ID tokens (N, T, D) of references (N, 3, 224, 224) in 0..1 RGB."""
@@ -205,15 +219,20 @@ class AnyDoor(nn.Module):
         self, latent: Tensor, timestep: Tensor, tokens: Tensor, details: Sequence[Tensor]
     ) -> Tensor:
         """The UNet's estimate of the noise in `latent` (N, C, h, w); `timestep` (N,), tokens (N, T, D)."""
-        output = self.unet(
+        output: Tensor = self.unet(
             latent,
             timestep,
             encoder_hidden_states=tokens,
             down_block_additional_residuals=tuple(details[:-1]),
             mid_block_additional_residual=details[-1],
             return_dict=False,
+        )[0]
+        if self.architecture.prediction == "epsilon":
+            return output
+        signal, noise = (
+            rate[timestep.long()].view(-1, 1, 1, 1) for rate in (self.signal_rate, self.noise_rate)
         )
-        return output[0]  # type: ignore[no-any-return]
+        return signal * output + noise * latent
 
     def forward(self, latent: Tensor, timestep: Tensor, tokens: Tensor, hint: Tensor) -> Tensor:
         """The estimated noise, for training: detail maps and UNet in one go (equation 3)."""

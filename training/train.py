@@ -4,8 +4,9 @@
     python -m training.train RECIPE --stage diffusion --folder runs/small
 
 Stages: `views` draws the objects, `autoencoder` and `identity` train what the published model takes from SD
-2.1 and DINOv2, `encode` passes the pairs through both once, `diffusion` trains the rest, `checkpoint` writes
-all of it in the official layout.
+2.1 and DINOv2, `encode` passes the pairs through both once, `hint` and `diffusion` train the rest, the
+former with the ControlNet's hint block and the latter without, `decoder` improves the half of the autoencoder
+that no latent depends on, `checkpoint` writes all of it in the official layout.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 from training.autoencoder import AutoencoderTask, normalise_latents
-from training.checkpoint import write_official
+from training.checkpoint import write_model
 from training.config import Recipe, read_recipe
-from training.data.encoded import EncodedPairs, encode_pairs
+from training.data.encoded import EncodedPairs, encode_hints, encode_pairs, rows_done
 from training.data.mixture import Mixture
 from training.data.sources import SOURCES
 from training.data.view_store import ViewStore, draw_views
@@ -67,22 +68,35 @@ def train_identity(recipe: Recipe, folder: Path) -> None:
 
 def encode(recipe: Recipe, folder: Path) -> None:
     """Makes the pairs of stage 3, once."""
-    if not recipe.sources and not (folder / "pairs" / "black.npy").exists():
+    if not recipe.sources and rows_done(folder / "pairs") < recipe.data.pairs:
         model = frozen_parts(recipe, folder)
         encode_pairs(model, ViewStore(folder / "views"), recipe.pairs, folder / "pairs", recipe.data.pairs)
+
+
+def train_hint(recipe: Recipe, folder: Path) -> None:
+    """Stage 3 with the hint block, for a recipe whose `diffusion` goes without."""
+    if recipe.hint:
+        everything = replace(recipe.denoising, hint_block=True)
+        pairs = EncodedPairs(folder / "pairs", PAIRS_SEED, recipe.pairs, everything.drop)
+        train(DiffusionTask(frozen_parts(recipe, folder), pairs, everything), recipe.hint, folder / "hint")
 
 
 def train_diffusion(recipe: Recipe, folder: Path) -> None:
     """Stage 3."""
     if recipe.diffusion:
         model = frozen_parts(recipe, folder)
-        pairs = mixture(recipe) if recipe.sources else rendered_pairs(recipe, folder)
+        if (folder / "hint" / "mean.pt").exists():
+            DiffusionTask.load(model, _weights(folder / "hint"))
+        pairs = mixture(recipe) if recipe.sources else rendered_pairs(recipe, folder, model)
         train(DiffusionTask(model, pairs, recipe.denoising), recipe.diffusion, folder / "diffusion")
 
 
-def rendered_pairs(recipe: Recipe, folder: Path) -> EncodedPairs:
-    """What `encode` has made."""
-    return EncodedPairs(folder / "pairs", PAIRS_SEED, recipe.pairs, recipe.denoising.drop)
+def rendered_pairs(recipe: Recipe, folder: Path, model: AnyDoor) -> EncodedPairs:
+    """What `encode` has made, with the hints as the hint block sees them if it does not learn."""
+    pairs, rules = folder / "pairs", recipe.denoising
+    if not rules.hint_block:
+        encode_hints(model, pairs)
+    return EncodedPairs(pairs, PAIRS_SEED, recipe.pairs, rules.drop, hint_features=not rules.hint_block)
 
 
 def mixture(recipe: Recipe) -> Mixture:
@@ -95,7 +109,7 @@ def mixture(recipe: Recipe) -> Mixture:
 
 def write_checkpoint(recipe: Recipe, folder: Path) -> None:
     """Puts the parts together: `folder`/model.safetensors."""
-    write_official(trained_model(recipe, folder), folder / "model.safetensors")
+    write_model(folder / "model.safetensors", trained_model(recipe, folder))
 
 
 def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
@@ -141,6 +155,7 @@ STAGES: dict[str, Callable[[Recipe, Path], None]] = {
     "autoencoder": train_autoencoder,
     "identity": train_identity,
     "encode": encode,
+    "hint": train_hint,
     "diffusion": train_diffusion,
     "decoder": train_decoder,
     "checkpoint": write_checkpoint,

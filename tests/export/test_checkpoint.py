@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from seeded import SMALL, TINY, seeded_tensor
 from torch import Tensor
 
-from export.checkpoint import CheckpointError, read_checkpoint, read_tensors, write_checkpoint
+from export.checkpoint import CheckpointError, read_checkpoint, read_tensors
 from training.architecture import Architecture, infer_architecture
+from training.checkpoint import write_checkpoint
 from training.model import AnyDoor
 from training.official_keys import SCHEDULE_KEYS, schedule_buffers
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from training.architecture import Architecture, infer_architecture
-from training.checkpoint import write_official
+from training.checkpoint import write_model
 from training.config import Recipe, RecipeError, read_recipe
 from training.data.mixture import Mixture
 from training.data.pairs import PairRules, Shot
@@ -76,7 +76,7 @@ def test_a_slip_in_a_recipe_is_told(text: str, says: str, tmp_path: Path) -> Non
 def test_a_checkpoint_starts_the_next_run(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model, path = AnyDoor(TINY), tmp_path / "model.safetensors"
-    write_official(model, path, torch.float32)
+    write_model(path, model, torch.float32)
     started = frozen_parts(replace(Recipe(architecture=TINY), start=str(path)), tmp_path)
     for name, value in model.state_dict().items():
         assert torch.equal(started.state_dict()[name], value), name

@@ -2,7 +2,9 @@
 
 A folder of arrays that are mapped, not read: `hints.npy` (N, 4, R, R) uint8 (see `pack_hint`), `features.npy`
 (N, T, D) float16 of DINOv2, `moments.npy` (N, 2, C, h, w) float16 (mean and standard deviation of the scaled
-latents), and `black.npy` (T, D), the features of a black reference.
+latents), `black.npy` (T, D), the features of a black reference, and, where the hint block does not learn,
+`hint_features.npy` (N, 256, h, w) float16. `done.txt` tells how many rows are written, so that encoding can
+be interrupted, resumed, and trained on while it goes on.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.architecture import LATENT_SCALE, REFERENCE_SIZE
+from training.architecture import HINT_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
 from training.data.pairs import Kind, Pair, PairRules, Shot, UnfitPairError, make_pair, sample_timestep
 from training.data.view_store import REFERENCES, SCENES, ViewStore
 from training.identity import dino_features
 from training.model import AnyDoor
+
+PAIRS_DONE, HINTS_DONE = "done.txt", "hints_done.txt"
 
 
 def pair_of_views(store: ViewStore, number: int, seed: int, rules: PairRules) -> Pair:
@@ -61,19 +65,20 @@ def encode_pairs(
     seed: int = 2,
     batch: int = 16,
 ) -> None:
-    """Writes `count` encoded pairs to a folder."""
+    """Writes `count` encoded pairs to a folder, or those of them that an earlier call left undone."""
     folder.mkdir(parents=True, exist_ok=True)
+    black = dino_features(model.id_encoder, torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE))
+    np.save(folder / "black.npy", black[0].numpy().astype(np.float16))
     size, latent = rules.resolution, rules.resolution // model.architecture.latent_factor
     tokens, width = model.architecture.token_count, model.architecture.dino_width
     channels = model.architecture.latent_channels
     arrays = {
-        "hints": open_memmap(folder / "hints.npy", "w+", np.uint8, (count, 4, size, size)),
-        "features": open_memmap(folder / "features.npy", "w+", np.float16, (count, tokens, width)),
-        "moments": open_memmap(
-            folder / "moments.npy", "w+", np.float16, (count, 2, channels, latent, latent)
-        ),
+        "hints": _open_rows(folder / "hints.npy", np.uint8, (count, 4, size, size)),
+        "features": _open_rows(folder / "features.npy", np.float16, (count, tokens, width)),
+        "moments": _open_rows(folder / "moments.npy", np.float16, (count, 2, channels, latent, latent)),
     }
-    for start in tqdm(range(0, count, batch), unit="batch"):
+    first = rows_done(folder)
+    for start in tqdm(range(first, count, batch), unit="batch"):
         rows = range(start, min(start + batch, count))
         pairs = [pair_of_views(store, number, seed, rules) for number in rows]
         references = torch.from_numpy(np.stack([p.reference for p in pairs])).permute(0, 3, 1, 2) / 255
@@ -83,9 +88,42 @@ def encode_pairs(
         arrays["hints"][where] = [pack_hint(p.hint) for p in pairs]
         arrays["features"][where] = dino_features(model.id_encoder, references).numpy()
         arrays["moments"][where] = moments.numpy()
-    # last of all: its presence says that the folder is complete
-    black = dino_features(model.id_encoder, torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE))
-    np.save(folder / "black.npy", black[0].numpy().astype(np.float16))
+        _say_done(folder / "done.txt", rows.stop)
+
+
+@torch.no_grad()
+def encode_hints(model: AnyDoor, folder: Path, batch: int = 32) -> None:
+    """Takes the hints that `encode_pairs` wrote through the hint block, once; goes on where it stopped."""
+    hints, count = np.load(folder / "hints.npy", mmap_mode="r"), rows_done(folder)
+    side = hints.shape[-1] // model.architecture.latent_factor
+    shape = (len(hints), HINT_CHANNELS[-1], side, side)
+    features = _open_rows(folder / "hint_features.npy", np.float16, shape)
+    for start in tqdm(range(rows_done(folder, HINTS_DONE), count, batch), unit="batch"):
+        rows = slice(start, min(start + batch, count))
+        unpacked = torch.from_numpy(np.stack([unpack_hint(hint) for hint in hints[rows]]))
+        features[rows] = model.control.hint_features(unpacked).numpy()
+        _say_done(folder / HINTS_DONE, rows.stop)
+
+
+def rows_done(folder: Path, name: str = PAIRS_DONE) -> int:
+    """How many rows of a folder are written."""
+    return int((folder / name).read_text()) if (folder / name).exists() else 0
+
+
+def _say_done(path: Path, rows: int) -> None:
+    beside = path.with_suffix(".part")  # never to be seen half written
+    beside.write_text(str(rows))
+    beside.replace(path)
+
+
+def _open_rows(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
+    """An array on disk, made if it is not there."""
+    if not path.exists():
+        return open_memmap(path, "w+", dtype, shape)
+    array: NDArray[Any] = open_memmap(path, "r+")
+    if array.shape != shape:
+        raise ValueError(f"{path} has the shape {array.shape}, expected {shape}: give another folder")
+    return array
 
 
 @dataclass(frozen=True)
@@ -98,16 +136,21 @@ class EncodedPairs:
     drop: float = 0.0
     """Probability that the reference is replaced by a black one, for classifier-free guidance."""
     kind: Kind = "multi-view"
+    hint_features: bool = False
+    """Whether hints come as what the hint block makes of them."""
 
     def __post_init__(self) -> None:
-        for name in ("hints", "features", "moments", "black"):
+        for name in ("hints", "features", "moments", "black", *["hint_features"] * self.hint_features):
             object.__setattr__(self, f"_{name}", np.load(self.folder / f"{name}.npy", mmap_mode="r"))
+        object.__setattr__(
+            self, "_count", rows_done(self.folder, HINTS_DONE if self.hint_features else PAIRS_DONE)
+        )
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Latents and noise (C, h, w), timestep, features (T, D), hint (4, R, R)."""
+        """Latents and noise (C, h, w), timestep, features (T, D), hint (4, R, R) or its features."""
         arrays: dict[str, NDArray[Any]] = self.__dict__
         rng = np.random.default_rng([self.seed, number])
-        row = int(rng.integers(len(arrays["_hints"])))
+        row = int(rng.integers(arrays["_count"]))
         mean, spread = arrays["_moments"][row].astype(np.float32)
         latents = mean + spread * rng.standard_normal(mean.shape, np.float32)
         dropped = rng.random() < self.drop
@@ -117,5 +160,12 @@ class EncodedPairs:
             "noise": rng.standard_normal(mean.shape, np.float32),
             "timestep": sample_timestep(self.kind, self.rules.timesteps, rng),
             "features": features.astype(np.float32),
-            "hint": unpack_hint(arrays["_hints"][row]),
+            "hint": self._hint(row),
         }
+
+    def _hint(self, row: int) -> NDArray[np.float32]:
+        arrays: dict[str, NDArray[Any]] = self.__dict__
+        if not self.hint_features:
+            return unpack_hint(arrays["_hints"][row])
+        features: NDArray[np.float32] = arrays["_hint_features"][row].astype(np.float32)
+        return features

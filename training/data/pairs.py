@@ -40,6 +40,8 @@ class PairRules:
     resolution: int = 512
     flip: float = 0.5
     """Probability that the reference is mirrored."""
+    mirror: float = 0.0
+    """Probability that both pictures are: as good as another object."""
     brighten: float = 0.5
     """Probability that brightness and contrast of the reference change."""
     box_masks: float = 0.3
@@ -71,6 +73,8 @@ def make_pair(reference: Shot, target: Shot, kind: Kind, rules: PairRules, rng: 
         UnfitPairError: a mask is too small, too large or in pieces.
     """
     check_masks(reference.mask, target.mask, largest_box=1.0 if kind == "try-on" else 0.8)
+    if rng.random() < rules.mirror:
+        reference, target = (Shot(shot.image[:, ::-1], shot.mask[:, ::-1]) for shot in (reference, target))
     ratios = Ratios(_tenths(rules.reference_ratios, rng), rules.box_ratio, _tenths(rules.crop_ratios, rng))
     augmented = augment_reference(reference, rules, rng)
     prepared = prepare_reference(augmented.image, augmented.mask, ratios.reference)
