@@ -16,11 +16,15 @@ Dimensions that vary from call to call are named; all others are fixed when the 
 
 The denoise graph gathers what each row needs by index. One picture, four samples of one placement, or
 several requests at different steps are then the same call, and nothing is copied to get there.
+
+The decode graph takes one picture at a time: a single one keeps a card busy, and its intermediate results, by
+far the largest of all graphs, would grow with the batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +80,19 @@ class GraphSpec:
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Inputs, then outputs."""
         return self.inputs + self.outputs
+
+    def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Variable dimension -> its size in a call.
+
+        Args:
+            shapes: shape of every input.
+        """
+        return {
+            dimension: size
+            for tensor in self.inputs
+            for dimension, size in zip(tensor.shape, shapes[tensor.name])
+            if isinstance(dimension, str)
+        }
 
 
 @dataclass(frozen=True)
@@ -157,10 +174,7 @@ def graph_specs(shape: ModelShape) -> dict[str, GraphSpec]:
         ),
         DECODE: GraphSpec(
             DECODE,
-            inputs=(f32("latent", SAMPLES, *latent),),
-            outputs=(
-                TensorSpec("image", "uint8", (SAMPLES, size, size, 3)),
-                f32("decoded", SAMPLES, 3, size, size),
-            ),
+            inputs=(f32("latent", 1, *latent),),
+            outputs=(TensorSpec("image", "uint8", (1, size, size, 3)), f32("decoded", 1, 3, size, size)),
         ),
     }

@@ -119,7 +119,7 @@ class DecodeGraph(nn.Module):
         self.dtype = model.vae.post_quant_conv.weight.dtype
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, h, w) -> (N, H, W, 3) uint8 RGB, and the same before clipping, (N, 3, H, W) in -1..1."""
+        """(1, C, h, w) -> (1, H, W, 3) uint8 RGB, and the same before clipping, (1, 3, H, W) in -1..1."""
         decoded = self.model.decode(latent.to(self.dtype)).float()
         image = (decoded * 127.5 + 127.5).clamp(0, 255).round().permute(0, 2, 3, 1)
         # TensorRT knows uint8 at the border of a network only: nothing may follow the cast

@@ -18,6 +18,7 @@ from runtime.collage import MODES, Ratios
 from runtime.errors import InputError
 from runtime.pictures import contact_sheet, format_of, save_picture
 from runtime.request import Placement, Request, Sampling
+from runtime.sizes import size_flag
 
 if TYPE_CHECKING:
     from runtime.compositor import StepCallback
@@ -68,23 +69,6 @@ def parse_box(text: str) -> tuple[int, int, int, int]:
     return x0, y0, x1, y1
 
 
-def parse_bytes(text: str) -> int:
-    """`6G`, `1.5G`, `800M` or a plain number as bytes; units are powers of 1000.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not.
-    """
-    units = {"M": 10**6, "G": 10**9}
-    unit = text[-1:].upper()
-    try:
-        value = int(float(text.rstrip("mMgG")) * units.get(unit, 1))
-    except (ValueError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size: a number is expected, like 6G or 800M")
-    return value
-
-
 def parser() -> argparse.ArgumentParser:
     """All commands."""
     result = argparse.ArgumentParser(prog="anydoor", description=_DESCRIPTION)
@@ -105,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument(
         "--memory-budget",
-        type=parse_bytes,
+        type=size_flag,
         metavar="SIZE",
         help="say what of a TensorRT bundle would live where in so much memory, like 6G",
     )
@@ -180,7 +164,7 @@ def _add_composite(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     how.add_argument(
         "--memory-budget",
-        type=parse_bytes,
+        type=size_flag,
         metavar="SIZE",
         help="of the card's memory, like 6G (default: nearly all that is free)",
     )

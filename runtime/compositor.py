@@ -199,7 +199,7 @@ class Compositor:
             if not finished:
                 continue
             with job.watch.measure(DECODE):
-                pictures = self.decode(batch.latents(finished))
+                pictures = [self.decode(batch.latents([sample])) for sample in finished]
             for sample, picture in zip(finished, pictures):
                 canvas = running.pop(sample)
                 canvas.paste(picture)
@@ -267,11 +267,11 @@ class Compositor:
         maps = DetailMaps(self.engine, self.cache, canvas.hint.hint, tokens, timesteps, self.control_window)
         return Conditions(maps, tokens)
 
-    def decode(self, latents: DeviceTensor | NDArray[np.float32]) -> NDArray[np.uint8]:
-        """(N, R, R, 3) RGB pictures of latents (N, C, h, w)."""
-        image = self.engine.run(DECODE, {"latent": latents}, ["image"])["image"]
-        pictures: NDArray[np.uint8] = self.engine.to_host(image)
-        return pictures
+    def decode(self, latent: DeviceTensor | NDArray[np.float32]) -> NDArray[np.uint8]:
+        """(R, R, 3) RGB picture of a latent (1, C, h, w)."""
+        image = self.engine.run(DECODE, {"latent": latent}, ["image"])["image"]
+        picture: NDArray[np.uint8] = self.engine.to_host(image)[0]
+        return picture
 
     def encode_reference(
         self, reference: PreparedReference, watch: Stopwatch | None = None

@@ -28,6 +28,13 @@ class ShuttingDownError(AnyDoorError):
         super().__init__("the server is shutting down")
 
 
+class EngineLostError(AnyDoorError):
+    """The engine answers no more, whatever it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has failed for good; the server must be started again")
+
+
 class DeadlineError(AnyDoorError):
     """The caller does not want the result any more."""
 

@@ -15,18 +15,20 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.cuda import OutOfDeviceMemoryError
 from engines.engine import DeviceTensor
 from engines.graphs import DECODE
 from runtime.compositor import Compositor
 from runtime.job import Canvas, Job
 from runtime.order import (
     DeadlineError,
+    EngineLostError,
     Failed,
     Finished,
     FinishedImage,
@@ -77,6 +79,8 @@ class Scheduler:
         """
         self.loaded: Future[None] = Future()
         """Done when all graphs are loaded; holds the error if they cannot be."""
+        self.lost: Future[EngineLostError] = Future()
+        """When the engine has failed for good, as a card does after a fault; then nothing is accepted."""
         self.compositor = compositor
         self.limits = limits
         self.max_batch = min(max_batch or compositor.max_batch, compositor.max_batch)
@@ -119,8 +123,11 @@ class Scheduler:
         Raises:
             QueueFullError: with a hint when to try again.
             ShuttingDownError: for good.
+            EngineLostError: for good as well.
         """
         with self._lock:
+            if self.lost.done():
+                raise self.lost.result()
             if self._draining:
                 raise ShuttingDownError
             if len(self._tickets) >= self._capacity:
@@ -231,6 +238,9 @@ class Scheduler:
                 self._admit()
                 if self._running:
                     self._step()
+            except EngineLostError as error:
+                self._give_up(error)
+                return
             except Exception as error:
                 # a fault of ours, as the batch isolates those of single samples: end what is running, go on
                 logger.exception("the batch failed")
@@ -271,7 +281,7 @@ class Scheduler:
             try:
                 sample = self.compositor.start(canvas)
             except Exception as error:
-                self._fail(ticket, error)
+                self._fail_in_engine(ticket, error)
                 continue
             self._running[sample] = (ticket, canvas)
 
@@ -288,8 +298,7 @@ class Scheduler:
         self._leave([sample for sample in samples if sample.done])
         for sample in samples:
             if sample.error:
-                ticket, _ = self._running.pop(sample)
-                self._fail(ticket, sample.error)
+                self._fail_in_engine(self._running.pop(sample)[0], sample.error)
 
     def _note_step(self, seconds: float) -> None:
         samples = self._batch.samples
@@ -307,34 +316,57 @@ class Scheduler:
 
     def _leave(self, samples: Sequence[Sample]) -> None:
         """Decodes finished samples and hands them to the workers."""
-        for sample, picture in self._decode(samples, self._batch.latents):
+        for sample, picture in self._decode(samples, lambda sample: self._batch.latents([sample])):
             ticket, canvas = self._running.pop(sample)
             self._workers.submit(self._guard, ticket, self._finish, ticket, canvas, picture)
 
     def _send_previews(self, samples: Sequence[Sample]) -> None:
-        for sample, picture in self._decode(samples, _clean_latents):
+        for sample, picture in self._decode(samples, _clean_latent):
             ticket, canvas = self._running[sample]
             sample.clean_latent = None
             arguments = (canvas.index, canvas.overlay(), picture)
             self._workers.submit(self._guard, ticket, self._preview, ticket, *arguments)
 
     def _decode(
-        self, samples: Sequence[Sample], latents: Callable[[Sequence[Sample]], DeviceTensor]
-    ) -> list[tuple[Sample, NDArray[np.uint8]]]:
-        """Samples and their pictures; like a step, it is tried again one by one if it fails."""
-        if not samples:
-            return []
-        started = time.perf_counter()
+        self, samples: Sequence[Sample], latent_of: Callable[[Sample], DeviceTensor]
+    ) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
+        """Samples and their pictures; one that cannot be decoded gets its error."""
+        for sample in samples:
+            with self._running[sample][1].job.watch.measure(DECODE):
+                try:
+                    picture = self.compositor.decode(latent_of(sample))
+                except Exception as error:
+                    sample.error = error
+                    continue
+            yield sample, picture
+
+    def _fail_in_engine(self, ticket: Ticket, error: Exception) -> None:
+        """Ends an order that the engine failed on.
+
+        Raises:
+            EngineLostError: no other order will fare better.
+        """
+        if not self._engine_answers():
+            raise EngineLostError from error
+        self._fail(ticket, error)
+
+    def _engine_answers(self) -> bool:
+        """Whether a number still gets to the device and back: after a fault, a card refuses everything."""
+        engine = self.compositor.engine
         try:
-            pictures = self.compositor.decode(latents(samples))
-        except Exception as error:
-            if len(samples) == 1:
-                samples[0].error = error
-                return []
-            return [pair for sample in samples for pair in self._decode([sample], latents)]
-        for job in {self._running[sample][1].job for sample in samples}:
-            job.watch.add(DECODE, time.perf_counter() - started)
-        return list(zip(samples, pictures))
+            return bool(engine.to_host(engine.to_device(np.ones(1, np.float32)))[0] == 1)
+        except OutOfDeviceMemoryError:
+            return True
+        except Exception:
+            return False
+
+    def _give_up(self, error: EngineLostError) -> None:
+        logger.error("the engine is lost", exc_info=error)
+        with self._lock:
+            self.lost.set_result(error)
+            self._running.clear()
+            for ticket in list(self._tickets):
+                self._fail(ticket, error)
 
     # ---- what both sides share, under the lock
 
@@ -393,5 +425,6 @@ def _fairest(tickets: Sequence[Ticket], running: Counter[str], served: Mapping[s
     return min(tickets, key=lambda ticket: (running[ticket.order.client], served.get(ticket.order.client, 0)))
 
 
-def _clean_latents(samples: Sequence[Sample]) -> NDArray[np.float32]:
-    return np.stack([sample.clean_latent for sample in samples if sample.clean_latent is not None])
+def _clean_latent(sample: Sample) -> NDArray[np.float32]:
+    assert sample.clean_latent is not None
+    return sample.clean_latent[None]

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import grpc
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -58,12 +60,39 @@ def message(steps: int = 2, **fields: Any) -> pb.CompositeRequest:
     return pb.CompositeRequest(**{**given, **fields})
 
 
+def refusal(call: Any, *arguments: Any, **options: Any) -> Any:
+    """The error of a call that must fail."""
+
+    def outcome() -> object:
+        result = call(*arguments, **{"timeout": PATIENCE, **options})
+        return list(result) if hasattr(result, "__next__") else result
+
+    with pytest.raises(grpc.RpcError) as caught:
+        outcome()
+    return caught.value
+
+
+def trailing(error: Any) -> dict[str, str]:
+    return dict(error.trailing_metadata())
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Polls, because what the server has received is nobody's event."""
+    waited = threading.Event()
+    for _ in range(int(PATIENCE / 0.005)):
+        if condition():
+            return
+        waited.wait(0.005)
+    raise AssertionError("it never happened")
+
+
 class HeldEngine:
     """The real engine, whose denoising steps can be held, counted, and made to fail."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._held = False
+        self._lost = False
         self._allowed = 0
         self._changed = threading.Condition()
         self.fails: Callable[[str, Mapping[str, Any]], bool] = lambda graph, inputs: False
@@ -73,6 +102,21 @@ class HeldEngine:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def to_device(self, array: NDArray[Any]) -> Any:
+        return self._present().to_device(array)
+
+    def to_host(self, tensor: Any) -> NDArray[Any]:
+        return self._present().to_host(tensor)
+
+    def _present(self) -> Engine:
+        if self._lost:
+            raise RuntimeError("the device fell off the bus")
+        return self._engine
+
+    def lose(self) -> None:
+        """Lets nothing succeed any more, as a card does after a fault."""
+        self._lost = True
 
     def hold(self) -> None:
         """Lets no further denoising step begin."""
@@ -103,7 +147,7 @@ class HeldEngine:
                 self._allowed -= 1
         if self.fails(graph, inputs):
             raise RuntimeError("the device caught fire")
-        return self._engine.run(graph, inputs, outputs)
+        return self._present().run(graph, inputs, outputs)
 
     @property
     def steps(self) -> list[list[float]]:

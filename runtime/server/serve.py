@@ -40,6 +40,9 @@ class Server:
         """Where it listens, with the ports that were chosen for port 0."""
         self.metrics_port = self.metrics.serve(settings.metrics) if settings.metrics else None
         self._settings = settings
+        self.engine_lost = asyncio.Event()
+        """Set when the engine has failed for good: health is NOT_SERVING then, and nothing is accepted."""
+        self._watch: asyncio.Task[None] | None = None
         self._grpc = self._new_grpc_server(settings, compositor.max_batch)
         self._bind()
         self.scheduler = Scheduler(
@@ -71,6 +74,7 @@ class Server:
         log(logger, logging.INFO, "listening", addresses=self.addresses, metrics_port=self.metrics_port)
         await asyncio.wrap_future(self.scheduler.loaded)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._watch = asyncio.create_task(self._watch_engine())
         log(logger, logging.INFO, "serving", bundle=self._settings.bundle)
 
     async def stop(self) -> bool:
@@ -79,6 +83,8 @@ class Server:
         Returns whether all of them were finished; the others were refused with UNAVAILABLE.
         """
         seconds = self._settings.drain_seconds
+        if self._watch:
+            self._watch.cancel()
         await self._health.enter_graceful_shutdown()
         log(logger, logging.INFO, "draining", accepted=self.scheduler.accepted, at_most_seconds=seconds)
         clean = await asyncio.get_running_loop().run_in_executor(None, self.scheduler.drain, seconds)
@@ -86,6 +92,13 @@ class Server:
         await self._grpc.stop(grace=max(seconds, 1.0))
         log(logger, logging.INFO, "stopped", all_finished=clean)
         return clean
+
+    async def _watch_engine(self) -> None:
+        # cancelling must not reach the scheduler's future, which its thread will set
+        await asyncio.shield(asyncio.wrap_future(self.scheduler.lost))
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        log(logger, logging.ERROR, "engine lost")
+        self.engine_lost.set()
 
     def _new_grpc_server(self, settings: Settings, max_batch: int) -> grpc.aio.Server:
         interceptors = [TokenInterceptor(read_tokens(settings.tokens))] if settings.tokens else []
@@ -119,7 +132,7 @@ class Server:
 
 
 def serve(settings: Settings) -> int:
-    """Serves until SIGTERM or SIGINT; returns the exit code.
+    """Serves until SIGTERM or SIGINT; returns the exit code: 0, or 1 if the engine failed for good.
 
     Raises:
         AnyDoorError: the bundle or a setting cannot be used.
@@ -133,6 +146,8 @@ def serve(settings: Settings) -> int:
         None if settings.cache_bytes < 0 else settings.cache_bytes,
         memory_budget=settings.memory_budget or None,
     )
+    if plan := compositor.engine.describe():
+        log(logger, logging.INFO, "memory plan", plan=plan.splitlines())
     return asyncio.run(_serve(compositor, settings))
 
 
@@ -144,10 +159,11 @@ async def _serve(compositor: Compositor, settings: Settings) -> int:
     server = Server(compositor, settings)
     try:
         await server.start()
-        await stop.wait()
+        reasons = [asyncio.create_task(wait()) for wait in (stop.wait, server.engine_lost.wait)]
+        await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for number in signals:
             # a second signal ends the process at once
             loop.remove_signal_handler(number)
         await server.stop()
-    return 0
+    return 0 if stop.is_set() else 1

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from runtime.errors import InputError, in_field
 from runtime.order import (
     DeadlineError,
+    EngineLostError,
     Event,
     Failed,
     Finished,
@@ -243,7 +244,7 @@ def _status(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, str
     if isinstance(error, QueueFullError):
         milliseconds = str(math.ceil(error.retry_seconds * 1000))
         return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), [("grpc-retry-pushback-ms", milliseconds)]
-    if isinstance(error, ShuttingDownError):
+    if isinstance(error, ShuttingDownError | EngineLostError):
         return grpc.StatusCode.UNAVAILABLE, str(error), []
     if isinstance(error, DeadlineError):
         return grpc.StatusCode.DEADLINE_EXCEEDED, str(error), []

@@ -6,13 +6,14 @@ import argparse
 import difflib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from engines.engine import DEVICES
 from runtime.errors import InputError
 from runtime.scheduler import BATCHING
+from runtime.sizes import parse_size, size_flag
 from runtime.validation import Limits
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -23,6 +24,11 @@ def _setting(default: Any, help: str, **flag: Any) -> Any:
     return field(default=default, metadata={"help": help, **flag})
 
 
+def _size(default: int, help: str) -> Any:
+    """A field for an amount of memory: bytes, or a string like 6G."""
+    return _setting(default, help, metavar="SIZE", type=size_flag)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that can be set about a server. Names are those of the TOML file; flags have dashes."""
@@ -30,8 +36,8 @@ class Settings:
     bundle: str = _setting("", "directory of the bundle", metavar="DIR")
     device: str = _setting("auto", "where the graphs run", choices=DEVICES)
     threads: int = _setting(0, "CPU threads of the engine; 0: all cores", metavar="N")
-    memory_budget: int = _setting(
-        0, "bytes of the card's memory to use at the most; 0: nearly all that is free", metavar="N"
+    memory_budget: int = _size(
+        0, "of the card's memory to use at the most, like 6G; 0: nearly all that is free"
     )
     listen: tuple[str, ...] = _setting(
         ("127.0.0.1:50051",),
@@ -48,7 +54,7 @@ class Settings:
     tokens: str = _setting(
         "", "file with bearer tokens, one per line; only callers with one are let in", metavar="FILE"
     )
-    max_message_bytes: int = _setting(32 << 20, "bytes of a request", metavar="N")
+    max_message_bytes: int = _size(32 << 20, "of a request, like 32M")
     max_pixels: int = _setting(1 << 24, "pixels of each picture and mask", metavar="N")
     max_steps: int = _setting(100, "steps of a request", metavar="N")
     max_images: int = _setting(8, "pictures of a request", metavar="N")
@@ -58,9 +64,7 @@ class Settings:
     max_batch: int = _setting(0, "most samples that share a call; 0: the bundle's limit", metavar="N")
     batching: str = _setting("continuous", "static admits only into an empty batch", choices=BATCHING)
     workers: int = _setting(2, "threads that decode, prepare, paste and encode", metavar="N")
-    cache_bytes: int = _setting(
-        -1, "memory for detail maps; -1: an eighth of the machine's, at most 4 GiB", metavar="N"
-    )
+    cache_bytes: int = _size(-1, "for detail maps, like 2G; -1: an eighth of the machine's, at most 4 GiB")
     drain_seconds: float = _setting(
         30.0, "after SIGTERM, time to finish what was accepted", metavar="SECONDS"
     )
@@ -106,7 +110,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         if default not in ("", None):
             flag["help"] += f" (default: {default})"
         if isinstance(setting.default, int | float):
-            flag["type"] = type(setting.default)
+            flag.setdefault("type", type(setting.default))
         command.add_argument(f"--{setting.name.replace('_', '-')}", default=None, **flag)
 
 
@@ -143,18 +147,21 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"'{path}' is not TOML: {error}") from error
-    known = {setting.name: setting.default for setting in fields(Settings)}
-    for key, value in content.items():
-        _check_key(key, value, known, path)
-    return content
+    known = {setting.name: setting for setting in fields(Settings)}
+    return {key: _checked(key, value, known, path) for key, value in content.items()}
 
 
-def _check_key(key: str, value: object, known: Mapping[str, Any], path: Path) -> None:
+def _checked(key: str, value: object, known: Mapping[str, Field[Any]], path: Path) -> object:
     if key not in known:
         close = difflib.get_close_matches(key, known, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise InputError(f"'{path}' has a setting '{key}' that is not known{hint}")
-    default = known[key]
+    default = known[key].default
+    if isinstance(value, str) and known[key].metadata.get("type") is size_flag:
+        try:
+            return parse_size(value)
+        except InputError as error:
+            raise InputError(f"'{path}': {key}: {error}") from error
     if isinstance(default, tuple):
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
     elif isinstance(default, float):
@@ -164,3 +171,4 @@ def _check_key(key: str, value: object, known: Mapping[str, Any], path: Path) ->
     if not fits:
         kind = "list of strings" if isinstance(default, tuple) else type(default).__name__
         raise InputError(f"'{path}': {key} must be of the type {kind}, not {value!r}")
+    return value

@@ -1,15 +1,11 @@
-"""The server over a real socket: what callers see when all goes well, and when it does not."""
+"""The server over a real socket: what callers, operators and probes see when all goes well."""
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import logging
-import struct
-import threading
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,18 +13,14 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
-from serving import BOX, OBJECT, PATIENCE, SCENE, ServerThread, held_compositor, message, png
+from serving import BOX, OBJECT, PATIENCE, SCENE, ServerThread, held_compositor, message, refusal
 
 from runtime.request import Placement, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server.logs import JsonFormatter
-
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @pytest.fixture(scope="module")
@@ -42,25 +34,6 @@ def server(tiny_bundle: Path) -> Iterator[ServerThread]:
 def stub(server: ServerThread) -> Iterator[Any]:
     with grpc.insecure_channel(server.address) as channel:
         yield CompositorServiceStub(channel)
-
-
-def refusal(call: Any, *arguments: Any, **options: Any) -> Any:
-    """The error of a call that must fail."""
-
-    def outcome() -> object:
-        result = call(*arguments, **{"timeout": PATIENCE, **options})
-        return list(result) if hasattr(result, "__next__") else result
-
-    with pytest.raises(grpc.RpcError) as caught:
-        outcome()
-    return caught.value
-
-
-def trailing(error: Any) -> dict[str, str]:
-    return dict(error.trailing_metadata())
-
-
-# --- when all goes well -----------------------------------------------------------------------------------
 
 
 def test_picture_is_the_compositors(server: ServerThread, stub: Any, tiny_bundle: Path) -> None:
@@ -180,245 +153,3 @@ def test_spans_tell_status_and_stages(stub: Any) -> None:
     assert span.context is not None
     assert f"{span.context.trace_id:032x}" == parent.split("-")[1]
     assert (span.attributes or {})["anydoor.seconds.sample"] > 0  # type: ignore[operator]
-
-
-# --- what is refused --------------------------------------------------------------------------------------
-
-
-def placement(**fields: Any) -> pb.Placement:
-    given = {"reference": OBJECT, "box": pb.Box(x0=10, y0=8, x1=60, y1=50), **fields}
-    if "mask" in fields:
-        del given["box"]
-    return pb.Placement(**given)
-
-
-def huge_png(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be huge."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
-    body = b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-def black(width: int, height: int) -> bytes:
-    return png(np.zeros((height, width, 3), np.uint8))
-
-
-NAN = float("nan")
-MALFORMED = {
-    "scene": [
-        message(scene=b""),
-        message(scene=b"no picture"),
-        message(scene=SCENE[:200]),
-        message(scene=huge_png(40_000, 40_000)),
-        message(scene=huge_png(2**31 - 1, 2**31 - 1)),
-        message(scene=black(512, 512)),
-    ],
-    "placements": [message(placements=[]), message(placements=[placement()] * 5)],
-    "placements[0].reference": [
-        message(placements=[placement(reference=b"")]),
-        message(placements=[placement(reference=huge_png(40_000, 40_000))]),
-    ],
-    "placements[0].reference_mask": [
-        message(placements=[placement(reference=black(40, 40))]),
-        message(placements=[placement(reference_mask=b"no picture")]),
-        message(placements=[placement(reference_mask=black(7, 7))]),
-        message(placements=[placement(reference_mask=black(36, 40))]),
-    ],
-    "placements[0].target": [message(placements=[pb.Placement(reference=OBJECT)])],
-    "placements[0].box": [
-        message(placements=[placement(box=pb.Box())]),
-        message(placements=[placement(box=pb.Box(x0=500, y0=500, x1=600, y1=600))]),
-        message(placements=[placement(box=pb.Box(x0=50, y0=8, x1=10, y1=50))]),
-    ],
-    "placements[0].mask": [
-        message(placements=[placement(mask=b"")]),
-        message(placements=[placement(mask=black(9, 9))]),
-        message(placements=[placement(mask=black(80, 64))]),
-    ],
-    "placements[0].mode": [message(placements=[placement(mode=99)])],
-    "placements[0].ratios": [
-        message(placements=[placement(ratios=pb.Ratios(reference=0.5))]),
-        message(placements=[placement(ratios=pb.Ratios(box=1e9))]),
-        message(placements=[placement(ratios=pb.Ratios(crop=NAN))]),
-    ],
-    "placements[1].box": [message(placements=[placement(), placement(box=pb.Box())])],
-    "sampling.steps": [message(steps=0), message(steps=61), message(steps=2**32 - 1)],
-    "sampling.guidance": [
-        message(sampling=pb.Sampling(guidance=value)) for value in (-1, 101, NAN, float("inf"))
-    ],
-    "sampling.strength": [message(sampling=pb.Sampling(strength=value)) for value in (-0.1, 11, NAN)],
-    "sampling.eta": [message(sampling=pb.Sampling(eta=value)) for value in (-0.1, 1.1, NAN)],
-    "seed": [message(seed=2**63 - 1), message(seed=2**64 - 1)],
-    "num_images": [message(num_images=0), message(num_images=9), message(num_images=2**32 - 1)],
-    "output_format": [message(output_format=77)],
-}
-
-
-@pytest.mark.parametrize("field", MALFORMED)
-def test_malformed_field_is_named(stub: Any, field: str) -> None:
-    for request in MALFORMED[field]:
-        error = refusal(stub.Composite, request)
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert error.details().startswith(f"{field}: ")
-        assert trailing(error)["field"] == field
-        streamed = refusal(stub.CompositeStream, pb.CompositeStreamRequest(request=request))
-        assert streamed.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert trailing(streamed)["field"] == f"request.{field}"
-
-
-def test_every_field_of_a_request_has_a_malformed_example() -> None:
-    """A field that is added to the contract must be added here."""
-    fields: set[str] = set()
-    for descriptor, prefix in [
-        (pb.CompositeRequest.DESCRIPTOR, ""),
-        (pb.Placement.DESCRIPTOR, "placements[0]."),
-        (pb.Sampling.DESCRIPTOR, "sampling."),
-    ]:
-        fields |= {prefix + field.name for field in descriptor.fields}
-    assert fields - {"sampling"} <= MALFORMED.keys()
-
-
-def test_too_many_previews(stub: Any) -> None:
-    error = refusal(
-        stub.CompositeStream, pb.CompositeStreamRequest(request=message(steps=20), preview_every=1)
-    )
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert trailing(error)["field"] == "request.preview_every"
-
-
-def test_message_that_cannot_be_parsed(server: ServerThread) -> None:
-    with grpc.insecure_channel(server.address) as channel:
-        error = refusal(channel.unary_unary("/anydoor.v1.CompositorService/Composite"), b"\xff" * 20)
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-
-
-def test_unknown_method(server: ServerThread) -> None:
-    with grpc.insecure_channel(server.address) as channel:
-        error = refusal(channel.unary_unary("/anydoor.v1.CompositorService/Paint"), b"")
-    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
-def test_oversized_message(stub: Any) -> None:
-    error = refusal(stub.Composite, message(scene=b"x" * (1 << 20)))
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert stub.Composite(message(), timeout=PATIENCE).images
-
-
-# --- under load -------------------------------------------------------------------------------------------
-
-
-def test_full_queue_says_when_to_come_back(tiny_bundle: Path) -> None:
-    with ServerThread(tiny_bundle, max_batch=1, queue=1) as server:
-        server.engine.hold()
-        with grpc.insecure_channel(server.address) as channel:
-            stub: Any = CompositorServiceStub(channel)
-            accepted = [stub.Composite.future(message(seed=seed), timeout=PATIENCE) for seed in range(2)]
-            server.engine.wait_for_steps(1)
-            wait_until(lambda: server.server.scheduler.accepted == 2)
-            error = refusal(stub.Composite, message())
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert 0 < int(trailing(error)["grpc-retry-pushback-ms"]) <= 60_000
-            server.engine.release()
-            assert all(call.result().images for call in accepted)
-
-
-def test_cancelling_frees_the_slot(tiny_bundle: Path) -> None:
-    with ServerThread(tiny_bundle, max_batch=1) as server:
-        server.engine.hold()
-        with grpc.insecure_channel(server.address) as channel:
-            stub: Any = CompositorServiceStub(channel)
-            cancelled = stub.CompositeStream(pb.CompositeStreamRequest(request=message(steps=50)))
-            server.engine.wait_for_steps(1)
-            waiting = stub.Composite.future(message(steps=2), timeout=PATIENCE)
-            wait_until(lambda: server.server.scheduler.accepted == 2)
-            cancelled.cancel()
-            wait_until(lambda: server.server.scheduler.accepted == 1)
-            server.engine.release()
-            assert waiting.result().images
-            # the step that had begun, and the two of the request that waited
-            assert len(server.engine.steps) == 3
-
-
-@pytest.mark.parametrize("method", ["Composite", "CompositeStream"])
-def test_deadline_frees_the_slot(tiny_bundle: Path, method: str) -> None:
-    with ServerThread(tiny_bundle, max_batch=1) as server:
-        server.engine.hold()
-        with grpc.insecure_channel(server.address) as channel:
-            stub: Any = CompositorServiceStub(channel)
-            request: Any = message(steps=50)
-            if method == "CompositeStream":
-                request = pb.CompositeStreamRequest(request=request)
-            error: Any = refusal(getattr(stub, method), request, timeout=0.5)
-            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            wait_until(lambda: server.server.scheduler.accepted == 0)
-            server.engine.release()
-            assert stub.Composite(message(steps=2), timeout=PATIENCE).images
-            # at most the step that had begun, and the two of the next request
-            assert len(server.engine.steps) <= 3
-
-
-def test_engine_failure_is_one_requests_problem(server: ServerThread, stub: Any) -> None:
-    server.engine.fails = lambda graph, inputs: graph == "denoise" and 9.5 in inputs["guidance"]
-    server.engine.hold()
-    begun = len(server.engine.steps)
-    good = stub.Composite.future(message(steps=6), timeout=PATIENCE)
-    server.engine.wait_for_steps(begun + 1)
-    bad = stub.Composite.future(message(sampling=pb.Sampling(steps=6, guidance=9.5)), timeout=PATIENCE)
-    wait_until(lambda: any(ticket.waiting for ticket in server.server.scheduler._tickets))
-    server.engine.release()
-    error: Any = bad.exception()
-    assert error.code() is grpc.StatusCode.INTERNAL
-    assert "caught fire" not in error.details()
-    assert len(trailing(error)["request-id"]) == 32
-    assert good.result().images[0].image == stub.Composite(message(steps=6), timeout=PATIENCE).images[0].image
-
-
-def test_draining_under_load_loses_no_accepted_request(tiny_bundle: Path) -> None:
-    with (
-        ServerThread(tiny_bundle, max_batch=2, queue=8) as server,
-        grpc.insecure_channel(server.address) as channel,
-        grpc.insecure_channel(server.address) as other,
-    ):
-        stub: Any = CompositorServiceStub(channel)
-        health = health_pb2_grpc.HealthStub(other)
-        request = health_pb2.HealthCheckRequest(service="anydoor.v1.CompositorService")
-        assert health.Check(request).status == SERVING
-        server.engine.hold()
-        calls = [stub.Composite.future(message(seed=seed), timeout=PATIENCE) for seed in range(6)]
-        wait_until(lambda: server.server.scheduler.accepted == 6)
-        stopping = asyncio.run_coroutine_threadsafe(server.server.stop(), server._loop)
-        wait_until(lambda: server.server.scheduler._draining)
-        assert health.Check(request).status == NOT_SERVING
-        assert refusal(stub.Composite, message()).code() is grpc.StatusCode.UNAVAILABLE
-        server.engine.release()
-        assert stopping.result(PATIENCE) is True
-        assert all(len(call.result().images) == 1 for call in calls)
-
-
-def test_what_cannot_be_finished_is_refused_not_dropped(tiny_bundle: Path) -> None:
-    with ServerThread(tiny_bundle, max_batch=1, drain_seconds=0.1) as server:
-        server.engine.hold()
-        with grpc.insecure_channel(server.address) as channel:
-            stub: Any = CompositorServiceStub(channel)
-            call = stub.Composite.future(message(steps=50), timeout=PATIENCE)
-            server.engine.wait_for_steps(1)
-            stopping = asyncio.run_coroutine_threadsafe(server.server.stop(), server._loop)
-            threading.Timer(0.5, server.engine.release).start()
-            assert stopping.result(PATIENCE) is False
-            error: Any = call.exception()
-            assert error.code() is grpc.StatusCode.UNAVAILABLE
-            assert error.details() == "the server is shutting down"
-
-
-def wait_until(condition: Any) -> None:
-    """Polls, because what the server has received is nobody's event."""
-    waited = threading.Event()
-    for _ in range(int(PATIENCE / 0.005)):
-        if condition():
-            return
-        waited.wait(0.005)
-    raise AssertionError("it never happened")

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from runtime.cli import parser
 from runtime.errors import InputError
 from runtime.server.settings import Settings, add_flags, settings_from
 
 
 def settings(*flags: str) -> Settings:
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return settings_from(parser.parse_args(flags), "the-bundle")
+    command = argparse.ArgumentParser()
+    add_flags(command)
+    return settings_from(command.parse_args(flags), "the-bundle")
 
 
 def config(tmp_path: Path, text: str) -> str:
@@ -33,9 +34,19 @@ def test_flags_come_before_the_file_before_the_defaults(tmp_path: Path) -> None:
     assert given.limits.steps == 20
 
 
+def test_sizes_are_written_the_same_everywhere(tmp_path: Path) -> None:
+    file = config(tmp_path, 'memory_budget = "6G"\nmax_message_bytes = 5000\ncache_bytes = "0.5G"\n')
+    assert (settings(file).memory_budget, settings(file).max_message_bytes) == (6 * 10**9, 5000)
+    assert settings(file, "--memory-budget=800M").memory_budget == 800 * 10**6
+    assert settings(file, "--cache-bytes=0").cache_bytes == 0
+    assert parser().parse_args(["doctor", "--memory-budget=6G"]).memory_budget == 6 * 10**9
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
+        ("memory_budget = '6X'", "memory_budget: '6X' is not a size: .* like 6G"),
+        ("memory_budget = 1.5", "memory_budget must be of the type int"),
         ("quue = 5", "'quue' that is not known; did you mean 'queue'"),
         ("queue = 'many'", "queue must be of the type int"),
         ("queue = true", "queue must be of the type int"),
