@@ -22,7 +22,7 @@ TINY_RESOLUTION = 64
 def _fingerprint() -> str:
     """Changes whenever the code that makes checkpoints and bundles does."""
     digest = hashlib.sha256()
-    sources = ["tests/seeded.py", "runtime/noise_schedule.py", "engines/graphs.py", "engines/bundle.py"]
+    sources = ["benchmarks/seeded.py", "runtime/noise_schedule.py", "engines/graphs.py", "engines/bundle.py"]
     sources += [f"training/{name}.py" for name in ("architecture", "model", "official_keys")]
     sources += [f"export/{name}.py" for name in ("build_engines", "checkpoint", "graphs", "verification")]
     for source in sources:
@@ -42,7 +42,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _checkpoint(name: str) -> Path:
-    from seeded import ARCHITECTURES, seeded_checkpoint
+    from benchmarks.seeded import ARCHITECTURES, seeded_checkpoint
 
     path = CACHE / _fingerprint() / f"{name}.safetensors"
     with _lock(path.with_suffix(".lock")):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from seeded import TINY
 
+from benchmarks.seeded import TINY
 from engines.bundle import Bundle, sha256
 from export.build_engines import main
 from export.verification import TOLERANCE

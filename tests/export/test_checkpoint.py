@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from seeded import SMALL, TINY, seeded_tensor
 from torch import Tensor
 
+from benchmarks.seeded import SMALL, TINY, seeded_tensor
 from export.checkpoint import CheckpointError, read_checkpoint, read_tensors
 from training.architecture import Architecture, infer_architecture
 from training.checkpoint import write_checkpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from seeded import TINY
 
+from benchmarks.seeded import TINY
 from export.checkpoint import read_checkpoint
 from export.initialise import main
 from training.model import AnyDoor

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.seeded import TINY
+from benchmarks.seeded import TINY
 from training.architecture import ArchitectureError, hidden_from_metadata, hidden_to_metadata
 from training.checkpoint import write_model
 from training.data.encoded import PAIRS_DONE, EncodedPairs, encode_hints, pack_hint

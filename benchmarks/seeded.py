@@ -1,7 +1,7 @@
 """Checkpoints of any architecture with seeded weights: the recipe that the golden data were recorded with.
 
-    python tests/seeded.py small SEED out.safetensors
-    python tests/seeded.py full SEED out.safetensors
+    python benchmarks/seeded.py small SEED out.safetensors
+    python benchmarks/seeded.py full SEED out.safetensors
 
 A tensor depends on the seed, its official key and its shape alone. The weights are scaled so that every part
 of the network matters and nothing overflows; what the network draws looks like noise. Equality is the point.
