@@ -1,7 +1,7 @@
 """Held-out objects in held-out rooms, drawn by our own renderer, so that the true picture is known.
 
     for pair in truth_pairs(100):
-        picture = compositor.composite(pair.emptied, pair.placement(), seed=7)
+        picture = compositor.composite(pair.guessed, pair.placement(), seed=7)
         region_ssim(np.asarray(picture), pair.truth, pair.box)
 
 Everything follows from the numbers of objects and views: the set is the same on every machine.
@@ -17,6 +17,7 @@ from itertools import count as numbers
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.baselines import empty_box, exact_box, guess_background
 from runtime import Placement
 from runtime.boxes import Box
 from runtime.collage import Ratios, zoom_in
@@ -59,18 +60,16 @@ class TruthPair:
 
     @cached_property
     def emptied(self) -> Picture:
-        """The scene as the methods get it, black where it is hidden."""
-        scene: Picture = self.truth.copy()
-        scene[self.hidden.slices] = 0
-        return scene
+        """The scene as all methods get it, black where it is hidden."""
+        return empty_box(self.truth, self.hidden)
 
     @cached_property
     def guessed(self) -> Picture:
         """`emptied` with a guess of the background in the hidden part: the colours around it, blended."""
-        return blend_over(self.emptied, self.hidden)
+        return guess_background(self.emptied, self.hidden)
 
     def placement(self, mode: str = "keep_background") -> Placement:
-        """What the runtime is asked to put into `emptied`."""
+        """What the runtime is asked to put into `guessed`; its networks see no more of it than `emptied`."""
         box = (self.box.x0, self.box.y0, self.box.x1, self.box.y1)
         return Placement(self.reference.image, self.reference.mask > _INSIDE, box=box, mode=mode)
 
@@ -94,34 +93,3 @@ def other_views(seed: int) -> list[View]:
     """Views of an object that no method has seen: alone, and in other rooms."""
     alone = [reference_view(seed, number) for number in OTHER_VIEWS]
     return alone + [scene_view(seed, number) for number in OTHER_VIEWS]
-
-
-def blend_over(scene: Picture, box: Box) -> Picture:
-    """The scene with each pixel of the box as the mean of the four beside the box, by nearness.
-
-    scene: (H, W, 3) uint8; a side of the box that lies on the border of the scene does not count.
-    """
-    height, width = scene.shape[:2]
-    rows, columns = np.mgrid[box.slices]
-    total, colours = np.zeros((box.height, box.width, 1)), np.zeros((box.height, box.width, 3))
-    for row, column, there, distance in (
-        (rows, box.x0 - 1, box.x0 > 0, columns - box.x0 + 1),
-        (rows, box.x1, box.x1 < width, box.x1 - columns),
-        (box.y0 - 1, columns, box.y0 > 0, rows - box.y0 + 1),
-        (box.y1, columns, box.y1 < height, box.y1 - rows),
-    ):
-        if there:
-            weight = 1 / distance[..., None]
-            total += weight
-            colours += weight * scene[row, column]
-    result: Picture = scene.copy()
-    if total.any():
-        result[box.slices] = np.rint(colours / total).astype(np.uint8)
-    return result
-
-
-def exact_box(mask: Picture) -> Box:
-    """The smallest box around an object; mask: (H, W), 0..255."""
-    inside = mask > _INSIDE
-    columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
-    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.baselines import guess_background
 from benchmarks.similarity import region_psnr, region_ssim, ssim_map
-from benchmarks.truth_set import Picture, TruthPair, blend_over, truth_pairs
+from benchmarks.truth_set import Picture, TruthPair, truth_pairs
 from runtime.boxes import Box
 from training.data.synthetic.views import HELD_OUT
 
@@ -53,8 +54,8 @@ def test_the_guessed_background_goes_from_side_to_side() -> None:
     box = Box(8, 0, 15, 20)  # from the top to the bottom of the picture: only left and right are known
     holed = ramp.copy()
     holed[box.slices] = 0
-    assert np.abs(blend_over(holed, box).astype(int) - ramp).max() <= 2
-    assert np.array_equal(blend_over(flat(9), Box(3, 4, 10, 11)), flat(9))
+    assert np.abs(guess_background(holed, box).astype(int) - ramp).max() <= 2
+    assert np.array_equal(guess_background(flat(9), Box(3, 4, 10, 11)), flat(9))
 
 
 def test_psnr_in_a_region() -> None:

@@ -1,0 +1,196 @@
+"""How good are the composites? Measured against the truth, or as the paper does it, beside baselines.
+
+    python benchmarks/fidelity.py
+    python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
+
+Without weights of others: the synthetic set, whose true pictures are known (benchmarks/truth_set.py). SSIM
+and PSNR in the object's box, and whether the object is recognised among twenty by a descriptor of colours and
+edges (benchmarks/identity.py). With --protocol: DINO-score and CLIP-score over objects x scenes, laid out as
+benchmarks/protocol.py says. Prints a table; writes fidelity.json and a contact sheet, pairs.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks import fidelity_protocol, fidelity_truth
+from benchmarks.machine import describe
+from benchmarks.protocol import ProtocolObject, read_protocol
+from benchmarks.truth_set import TruthPair
+from engines.engine import DEVICES
+from engines.errors import AnyDoorError
+from runtime import Compositor, Placement, Sampling
+from runtime.boxes import Box
+from runtime.collage import MODES
+from runtime.errors import InputError
+
+Picture = NDArray[np.uint8]
+
+EXAMPLES = """examples:
+  python benchmarks/fidelity.py
+  python benchmarks/fidelity.py --bundle build/engines/anydoor --steps 20 --guidance 5 --count 30
+  python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
+"""
+
+
+class Composer:
+    """The runtime with the settings of the command line."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.compositor = Compositor.load(options.bundle, options.device, options.threads)
+        self.sampling = Sampling(steps=options.steps, guidance=options.guidance)
+        self.mode, self.seed = options.mode, options.seed
+
+    def draw(self, scene: Picture, placement: Placement, number: int) -> Picture:
+        """The composite; every pair has noise of its own."""
+        return self.compositor.run(scene, placement, self.seed + number, self.sampling)[0].image
+
+    def truth_pair(self, pair: TruthPair, number: int) -> Picture:
+        """The object of a pair in its scene."""
+        return self.draw(pair.guessed, pair.placement(self.mode), number)
+
+    def protocol_pair(self, each: ProtocolObject, scene: Picture, box: Box, number: int) -> Picture:
+        """An object of the paper's protocol in a scene."""
+        image, alpha = each.reference
+        place = (box.x0, box.y0, box.x1, box.y1)
+        return self.draw(scene, Placement(image, alpha, box=place, mode=self.mode), number)
+
+
+def labelled_sheet(columns: Mapping[str, Sequence[Picture]], rows: int, gap: int = 6) -> Picture:
+    """Pictures of one size in columns under their headings, the first `rows` of each, on white."""
+    height, width = next(iter(columns.values()))[0].shape[:2]
+    shown = min(rows, *(len(pictures) for pictures in columns.values()))
+    font = ImageFont.load_default(size=max(10, width // 11))
+    top = round(font.getbbox("Ag")[3]) + gap
+    size = len(columns) * (width + gap) - gap, top + shown * (height + gap) - gap
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (heading, pictures) in enumerate(columns.items()):
+        left = column * (width + gap)
+        pen.text((left + width // 2, 0), heading, fill="black", font=font, anchor="ma")
+        for row, picture in enumerate(pictures[:shown]):
+            sheet.paste(Image.fromarray(picture), (left, top + row * (height + gap)))
+    return np.asarray(sheet)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses what cannot go together, before anything is loaded.
+
+    Raises:
+        InputError: and why.
+    """
+    scored = options.dino or options.clip
+    if options.protocol and not scored:
+        raise InputError("--protocol needs --dino FOLDER, --clip FOLDER, or both")
+    if scored and not options.protocol:
+        raise InputError("--dino and --clip score the paper's protocol: give its folder with --protocol")
+    if options.count < 1 or options.rows < 1 or options.among < 2:
+        raise InputError("--count and --rows are at least 1, --among at least 2")
+
+
+def measure(
+    options: argparse.Namespace, composer: Composer
+) -> fidelity_truth.TruthReport | fidelity_protocol.ProtocolReport:
+    """Runs what the command line asks for.
+
+    Raises:
+        AnyDoorError: a folder or a setting cannot be used.
+    """
+    if not options.protocol:
+        return fidelity_truth.measure(composer.truth_pair, options.count, options.among)
+    # the network's packages are not needed otherwise
+    from benchmarks.embeddings import load_clip, load_dino
+
+    objects, scenes = read_protocol(options.protocol)
+    loaders = ((load_dino, options.dino), (load_clip, options.clip))
+    embedders = [load(folder) for load, folder in loaders if folder]
+    return fidelity_protocol.measure(composer.protocol_pair, objects, scenes, embedders)
+
+
+def write_report(
+    report: fidelity_truth.TruthReport | fidelity_protocol.ProtocolReport,
+    settings: Mapping[str, Any],
+    folder: Path,
+    rows: int,
+) -> None:
+    """Writes fidelity.json and pairs.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"machine": describe(), "settings": settings, **report.content()}
+    (folder / "fidelity.json").write_text(json.dumps(content, indent=1) + "\n")
+    Image.fromarray(labelled_sheet(report.columns(), rows)).save(folder / "pairs.png", optimize=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="fidelity.py",
+        description="Measure how good composites are, beside doing nothing and copy-paste.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument(
+        "--bundle",
+        type=Path,
+        default=Path("examples/anydoor-small"),
+        metavar="DIR",
+        help="default: %(default)s",
+    )
+    result.add_argument("--steps", type=int, default=20, metavar="N", help="default: %(default)s")
+    result.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default: %(default)s")
+    result.add_argument("--mode", choices=MODES, default="keep_background", help="default: %(default)s")
+    result.add_argument("--seed", type=int, default=7, metavar="S", help="of the first pair (default: 7)")
+    result.add_argument(
+        "--count", type=int, default=100, metavar="N", help="pairs of the synthetic set (default: 100)"
+    )
+    result.add_argument(
+        "--among",
+        type=int,
+        default=20,
+        metavar="N",
+        help="objects that one is recognised among (default: 20)",
+    )
+    result.add_argument(
+        "--protocol", type=Path, metavar="DIR", help="objects and scenes of the paper's protocol"
+    )
+    result.add_argument("--dino", type=Path, metavar="DIR", help="weights of DINO ViT-S/16 (transformers)")
+    result.add_argument("--clip", type=Path, metavar="DIR", help="weights of CLIP ViT-B/32 (transformers)")
+    result.add_argument(
+        "--output", type=Path, default=Path("build/fidelity"), metavar="DIR", help="default: %(default)s"
+    )
+    result.add_argument(
+        "--rows", type=int, default=6, metavar="N", help="of the contact sheet, the first pairs (default: 6)"
+    )
+    result.add_argument("--device", choices=DEVICES, default="auto")
+    result.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 if something cannot be used."""
+    options = parser().parse_args(arguments)
+    try:
+        check(options)
+        composer = Composer(options)
+        report = measure(options, composer)
+        settings = {name: getattr(options, name) for name in ("steps", "guidance", "mode", "seed")}
+        settings["checkpoint"] = dict(composer.compositor.bundle.manifest.checkpoint)
+        write_report(report, settings, options.output, options.rows)
+    except (AnyDoorError, OSError) as error:
+        print(f"fidelity.py: {error}", file=sys.stderr)
+        return 2
+    print(report.table())
+    print(f"{options.output / 'fidelity.json'}, {options.output / 'pairs.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
