@@ -218,5 +218,5 @@ def shrink(mask: Mask, rim: int) -> Mask:
     """The mask (H, W) without what is closer than `rim` pixels to its outside; the picture's end is none."""
     side = 2 * rim + 1
     windows = sliding_window_view(np.pad(mask, rim, constant_values=True), (side, side))
-    inner: Mask = windows.all(axis=(2, 3))
+    inner: Mask = np.all(windows, axis=(2, 3))
     return inner
