@@ -324,7 +324,7 @@ def count_table(costs: Mapping[str, GraphCost]) -> str:
     lines = [f"{head} {'unfused MB':>11}"]
     for graph, cost in costs.items():
         lines.append(
-            f"{graph:<12} {cost.matrix_flops / 1e9:>13.1f} {cost.other_flops / 1e9:>12.2f} "
+            f"{graph:<12} {cost.matrix_flops / 1e9:>13.2f} {cost.other_flops / 1e9:>12.3f} "
             f"{cost.weight_bytes / 1e6:>11.1f} {cost.io_bytes / 1e6:>14.1f} {cost.unfused_bytes / 1e6:>11.0f}"
         )
     return "\n".join(lines)
@@ -347,7 +347,7 @@ def estimate_table(costs: Mapping[str, GraphCost], precision: str, steps: int = 
     lines = [f"{head} {f'{steps} steps s':>11} {'re-roll s':>10}"]
     for peak in PUBLISHED:
         row = f"{peak.machine:<22} {peak.tflops:>8.1f} {peak.gbs:>6.0f}"
-        row += "".join(f" {costs[graph].limit(peak, factor) * 1e3:>13.2f}" for graph in GRAPHS)
+        row += "".join(f" {costs[graph].limit(peak, factor) * 1e3:>13.3f}" for graph in GRAPHS)
         whole = picture_limit(costs, peak, steps, bytes_factor=factor)
         reroll = picture_limit(costs, peak, steps, reroll=True, bytes_factor=factor)
         lines.append(f"{row} {whole:>11.2f} {reroll:>10.2f}")

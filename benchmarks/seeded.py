@@ -80,10 +80,13 @@ def seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.flo
     leaf = key.rsplit(".", 1)[-1]
     if leaf in SPECIAL or len(shape) == 1:
         mean, std = SPECIAL.get(leaf, NORM_WEIGHT)
-        scaled = values * np.float32(std)
-        return scaled + np.float32(mean) if mean else scaled
+        values *= np.float32(std)
+        if mean:
+            values += np.float32(mean)
+        return values
     gain = next((gain for pattern, gain in GAINS if re.match(pattern, key)), 1.0)
-    return values * np.float32(gain / np.sqrt(float(np.prod(shape[1:]))))
+    values *= np.float32(gain / np.sqrt(float(np.prod(shape[1:]))))
+    return values
 
 
 def seeded_checkpoint(path: Path, architecture: Architecture, seed: int, quiet: bool = True) -> None:
