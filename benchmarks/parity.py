@@ -14,57 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.case_options import add_case_options, bundle_of, read_runs
 from benchmarks.comparison import HEADER, Check, RunComparison, compare_hf_maps
-from benchmarks.golden import GoldenRun, lacks_inputs, read_case
-from engines.bundle import MANIFEST, read_manifest, sha256
+from benchmarks.golden import GoldenRun
 from engines.engine import DEVICES
-from engines.errors import AnyDoorError, BundleError
+from engines.errors import AnyDoorError
 from runtime import Compositor
-
-BUNDLES = Path("build/parity")
-
-
-def find_or_build(checkpoint: Path, options: argparse.Namespace) -> Path:
-    """A bundle of the checkpoint: the one that an earlier call left, or a new one.
-
-    Raises:
-        AnyDoorError: the checkpoint cannot be built.
-    """
-    if not checkpoint.is_file():
-        raise AnyDoorError(f"there is no checkpoint at '{checkpoint}'")
-    with tqdm(
-        total=checkpoint.stat().st_size, unit="B", unit_scale=True, desc="hashing the checkpoint", leave=False
-    ) as bar:
-        digest = sha256(checkpoint, bar.update)
-    bundle = BUNDLES / f"{checkpoint.stem}-{digest[:12]}-{options.precision}-{options.resolution}"
-    try:
-        if read_manifest(bundle / MANIFEST).checkpoint["sha256"] == digest:
-            print(f"bundle: {bundle} (from an earlier run)", file=sys.stderr)
-            return bundle
-    except BundleError:
-        pass
-    from export.build_engines import BuildOptions, build_bundle
-    from export.checkpoint import read_checkpoint
-
-    build = BuildOptions(precision=options.precision, resolution=options.resolution)
-    opened = read_checkpoint(checkpoint, options.unet_head_width, options.dino_heads)
-    build_bundle(opened, bundle, build)
-    return bundle
-
-
-def find_donor(case: Path) -> Path:
-    """The case whose pictures stand in for what another lacks: public/case0.npz of the same collection.
-
-    Raises:
-        AnyDoorError: it is not found.
-    """
-    bases = [*case.resolve().parents, *Path.cwd().resolve().parents, Path.cwd()]
-    for base in bases:
-        for folder in ("", "public", "golden/public", "shared/golden/public"):
-            found = base / folder / "case0.npz"
-            if found.is_file() and found.resolve() != case.resolve():
-                return found
-    raise AnyDoorError(f"'{case}' holds no pictures: say which case lends its inputs with --inputs CASE0.npz")
 
 
 def compare(options: argparse.Namespace) -> list[Check]:
@@ -78,13 +33,12 @@ def compare(options: argparse.Namespace) -> list[Check]:
             checks += hf_checks
             print("\n".join(check.row() for check in hf_checks))
             continue
-        donor = (options.inputs or find_donor(case)) if lacks_inputs(case) else None
         networks += [
-            run for run in read_case(case, donor) if options.steps in (None, len(run.timesteps or ()))
+            run for run in read_runs(case, options) if options.steps in (None, len(run.timesteps or ()))
         ]
     if not networks:
         return checks
-    bundle = options.bundle or find_or_build(options.checkpoint, options)
+    bundle = options.bundle or bundle_of(options, options.precision)
     compositor = Compositor.load(bundle, options.device, options.threads)
     with tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
         comparisons = [RunComparison(run, compositor, bar) for run in networks]
@@ -108,22 +62,12 @@ def parser() -> argparse.ArgumentParser:
     source = result.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="CKPT", help="what made the cases")
     source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of it, built already")
-    result.add_argument("cases", type=Path, nargs="+", metavar="CASE.npz")
-    result.add_argument(
-        "--inputs",
-        type=Path,
-        metavar="CASE.npz",
-        help="lends pictures to cases without (default: public/case0.npz)",
-    )
+    add_case_options(result)
     result.add_argument(
         "--steps", type=int, metavar="N", help="only runs recorded with N steps (default: all)"
     )
     result.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
-    result.add_argument("--resolution", type=int, default=512, metavar="PX")
     result.add_argument("--device", choices=DEVICES, default="auto")
-    result.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    result.add_argument("--unet-head-width", type=int, metavar="N", help="if the checkpoint does not tell")
-    result.add_argument("--dino-heads", type=int, metavar="N", help="if the checkpoint does not tell")
     return result
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.case_options import add_case_options, bundle_of, read_runs
 from benchmarks.comparison import RunComparison, psnr
-from benchmarks.golden import Array, GoldenRun, lacks_inputs, read_case
-from benchmarks.parity import find_donor, find_or_build
+from benchmarks.golden import Array, GoldenRun
 from benchmarks.rounding import LARGEST_HALF, RoundingEngine
 from engines.bundle import Bundle
 from engines.engine import open_engine
@@ -159,9 +159,8 @@ def compare(options: argparse.Namespace) -> list[RunError | GraphExtremes]:
     """Runs all comparisons and prints their rows as they come."""
     runs: list[GoldenRun] = []
     for case in options.cases:
-        donor = (options.inputs or find_donor(case)) if lacks_inputs(case) else None
-        runs += [run for run in read_case(case, donor) if run.timesteps and run.has("x_T")]
-    full, half = (_bundle(options, precision) for precision in ("fp32", "fp16"))
+        runs += [run for run in read_runs(case, options) if run.timesteps and run.has("x_T")]
+    full, half = (Bundle.open(bundle_of(options, precision)) for precision in ("fp32", "fp16"))
     rounding = RoundingEngine(half, options.threads)
     compositors = Compositor(full, open_engine(full, "cpu", options.threads)), Compositor(half, rounding)
     total = 2 * sum(len(_timesteps(run, options.steps)) for run in runs)
@@ -179,11 +178,6 @@ def compare(options: argparse.Namespace) -> list[RunError | GraphExtremes]:
     return results
 
 
-def _bundle(options: argparse.Namespace, precision: str) -> Bundle:
-    build = argparse.Namespace(**{**vars(options), "precision": precision})
-    return Bundle.open(find_or_build(options.checkpoint, build))
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
@@ -193,15 +187,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="the network")
-    result.add_argument("cases", type=Path, nargs="+", metavar="CASE.npz")
-    result.add_argument("--inputs", type=Path, metavar="CASE.npz", help="lends pictures to cases without")
+    add_case_options(result)
     result.add_argument(
         "--steps", type=int, metavar="N", help="take N of the recorded timesteps (default: all)"
     )
-    result.add_argument("--resolution", type=int, default=512, metavar="PX")
-    result.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    result.add_argument("--unet-head-width", type=int, metavar="N", help="if the checkpoint does not tell")
-    result.add_argument("--dino-heads", type=int, metavar="N", help="if the checkpoint does not tell")
     return result
 
 

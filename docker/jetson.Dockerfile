@@ -9,6 +9,8 @@ ARG BASE
 FROM ${BASE}
 
 WORKDIR /app
+# the versions are those of the JetPack that BASE is of
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends python3-pip python3-libnvinfer \
     && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml README.md LICENSE ./
@@ -16,6 +18,7 @@ COPY engines engines
 COPY runtime runtime
 COPY export export
 # no PyTorch: plans are built from ONNX graphs
+# hadolint ignore=DL3013
 RUN python3 -m pip install --no-cache-dir '.[serve]' 'cuda-python>=12.6,<13'
 
 ENV ANYDOOR_BUNDLE=/bundle ANYDOOR_CACHE=/cache

@@ -6,15 +6,16 @@
 FROM python:3.12-slim
 
 WORKDIR /app
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY engines engines
 COPY runtime runtime
-RUN pip install --no-cache-dir '.[tensorrt,serve]'
+# the tested versions: plans run with the version of TensorRT for RTX that built them
+RUN pip install --no-cache-dir --constraint constraints.txt '.[tensorrt,serve]'
 
 # bundles are mounted read-only; what TensorRT compiles for the card is kept here
 ENV ANYDOOR_BUNDLE=/bundle ANYDOOR_CACHE=/cache
-RUN useradd --create-home anydoor && mkdir /cache && chown anydoor /cache
-USER anydoor
+RUN useradd --create-home --uid 1000 anydoor && mkdir /cache && chown anydoor /cache
+USER 1000
 VOLUME /cache
 EXPOSE 50051
 ENTRYPOINT ["anydoor"]

@@ -39,13 +39,14 @@ class OutOfDeviceMemoryError(BackendError):
     """The card's memory is full."""
 
 
-def cuda_error(name: str, doing: str, driver: int = 0) -> BackendError:
+def cuda_error(name: str, doing: str, driver: int = 0, free: int | None = None) -> BackendError:
     """The refusal for a CUDA error.
 
     Args:
         name: as CUDA names it, like cudaErrorNoDevice.
         doing: what was tried, to complete "while ...".
         driver: CUDA version that the driver supports, like 12080 for 12.8; 0 if there is no driver.
+        free: bytes of the card's memory that are free, if known.
     """
     if name == "cudaErrorInsufficientDriver" and driver:
         return BackendError(
@@ -53,9 +54,10 @@ def cuda_error(name: str, doing: str, driver: int = 0) -> BackendError:
             "need more: install a current driver (on Ubuntu: sudo ubuntu-drivers install) and reboot"
         )
     if name == "cudaErrorMemoryAllocation":
+        left = "" if free is None else f", {free / 1e6:.0f} MB are free"
         return OutOfDeviceMemoryError(
-            f"the card is out of memory while {doing}: close other programs that use it (see 'nvidia-smi'), "
-            "or give a smaller --memory-budget"
+            f"the card is out of memory while {doing}{left}: close other programs that use it (see "
+            "'nvidia-smi'), or give a smaller --memory-budget"
         )
     explanation = _EXPLANATIONS.get(name)
     if explanation:
@@ -190,5 +192,6 @@ class Device:
         status, *results = function(*arguments)
         if status != self._cuda.cudaError_t.cudaSuccess:
             _, driver = self._cuda.cudaDriverGetVersion()
-            raise cuda_error(status.name, doing, driver or 0)
+            _, free, _ = self._cuda.cudaMemGetInfo()
+            raise cuda_error(status.name, doing, driver or 0, free)
         return results[0] if len(results) == 1 else tuple(results)

@@ -127,6 +127,7 @@ class TensorRTEngine:
             open_plan: loads the plan of a graph onto the device.
             residency: what lives where.
         """
+        self.backend = bundle.manifest.graphs[DENOISE].backend
         self.residency = residency
         self.cache_bytes: int | None = residency.cache
         self._bundle = bundle
@@ -358,10 +359,12 @@ def open_engine(
             "'python export/build_engines.py CHECKPOINT --backend onnxruntime'"
         )
     library = check_plans(bundle, backend)
-    card = Device()
-    budget = int(card.card().free * SHARE_OF_FREE_MEMORY) if memory_budget is None else memory_budget
+    cuda_device = Device()
+    card = cuda_device.card()
+    library.check_card(bundle, card)
+    budget = int(card.free * SHARE_OF_FREE_MEMORY) if memory_budget is None else memory_budget
     residency = residency_of(bundle, budget)
-    return TensorRTEngine(bundle, card, lambda graph: library.open_plan(bundle, graph), residency)
+    return TensorRTEngine(bundle, cuda_device, lambda graph: library.open_plan(bundle, graph), residency)
 
 
 def check_plans(bundle: Bundle, backend: str) -> Library:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.bundle import Bundle, GraphRecord
-from engines.cuda import OutOfDeviceMemoryError
+from engines.cuda import Card, OutOfDeviceMemoryError
 from engines.errors import BackendError, BundleError
 from engines.graphs import GraphSpec, TensorSpec, largest_sizes
 
@@ -123,6 +123,20 @@ class Library:
                 f"and {self.version} is installed: install that version (pip install "
                 f"{self.backend}=={record.backend_version}), or rebuild the bundle with "
                 f"{self.rebuild_command(record.target)}"
+            )
+
+    def check_card(self, bundle: Bundle, card: Card) -> None:
+        """Refuses plans that were built on another kind of card. TensorRT for RTX tells by the header.
+
+        Raises:
+            BundleError: they were.
+        """
+        others = {record.target for record in bundle.manifest.graphs.values()} - {card.architecture}
+        if others and not self.flavour.targets:
+            raise BundleError(
+                f"the bundle at '{bundle.path}' is for {', '.join(sorted(others))} and this card, "
+                f"{card.name}, is {card.architecture}: build plans on this machine with 'python "
+                f"export/build_engines.py ONNX_BUNDLE --backend {self.backend}'"
             )
 
     def check_header(self, bundle: Bundle, graph: str) -> None:

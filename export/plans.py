@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
@@ -144,7 +145,7 @@ def build_plan(
     if content is None:
         raise AnyDoorError(f"{library.flavour.title} cannot build the graph '{graph}': {library.reason()}")
     if timings is not None and timing_cache is not None:
-        timing_cache.write_bytes(timings.serialize())
+        _keep_timings(timings, timing_cache)
     return BuiltPlan(content, scratch_bytes(library.messages))
 
 
@@ -180,9 +181,18 @@ def _flag(flags: Any, name: str) -> int:
 
 def _load_timings(config: Any, path: Path | None) -> Any:
     known = path.read_bytes() if path is not None and path.is_file() else b""
-    timings = config.create_timing_cache(known)
-    config.set_timing_cache(timings, ignore_mismatch=False)
-    return timings
+    # what is damaged, or of another version or card, is not taken; then an empty one is
+    for content in (known, b""):
+        timings = config.create_timing_cache(content)
+        if timings is not None and config.set_timing_cache(timings, ignore_mismatch=False):
+            return timings
+    return None
+
+
+def _keep_timings(timings: Any, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_bytes(timings.serialize())
+    partial.replace(path)
 
 
 def _monitor(trt: Any, report: Callable[[float], None]) -> Any:

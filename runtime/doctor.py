@@ -105,10 +105,11 @@ def _check_backend(bundle: Bundle, memory_budget: int | None) -> str:
     if record.backend not in FLAVOURS:
         return open_engine(bundle).device
     print(f"    plans of {FLAVOURS[record.backend].title} {record.backend_version} for {record.target}")
-    check_plans(bundle, record.backend)
+    library = check_plans(bundle, record.backend)
     if memory_budget is not None:
         _print_residency(bundle, memory_budget)
     card = Device().card()
+    library.check_card(bundle, card)
     if memory_budget is None:
         _print_residency(bundle, int(card.free * SHARE_OF_FREE_MEMORY))
     return card.name

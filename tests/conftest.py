@@ -25,6 +25,7 @@ def _fingerprint() -> str:
     sources = ["benchmarks/seeded.py", "runtime/noise_schedule.py", "engines/graphs.py", "engines/bundle.py"]
     sources += [f"training/{name}.py" for name in ("architecture", "model", "official_keys")]
     sources += [f"export/{name}.py" for name in ("build_engines", "checkpoint", "graphs", "verification")]
+    sources += [f"export/{name}.py" for name in ("onnx_bundle", "plans", "precision")]
     for source in sources:
         digest.update((ROOT / source).read_bytes())
     return digest.hexdigest()[:12]
@@ -65,6 +66,23 @@ def _bundle(name: str, resolution: int, precision: str = "fp32") -> Path:
     return path
 
 
+def _plans(bundle: Path) -> Path:
+    """Plans of TensorRT for RTX, for three architectures, built on the CPU."""
+    pytest.importorskip("tensorrt_rtx", reason="needs pip install 'anydoor-runtime[tensorrt]'")
+    path = bundle.with_name(f"{bundle.name}-plans")
+    with _lock(path.with_suffix(".bundle.lock")):
+        if not path.exists():
+            # in a process that cannot import PyTorch: on a Jetson there is none
+            code = (
+                "import sys; sys.modules |= dict.fromkeys(('torch', 'onnx', 'onnxscript', 'onnxruntime'));"
+                "from export.build_engines import main; sys.exit(main(sys.argv[1:]))"
+            )
+            arguments = [str(bundle), "--output", str(path), "--backend", "tensorrt_rtx"]
+            targets = ["--targets", "sm86,sm89,sm120", "--quiet"]
+            subprocess.run([sys.executable, "-c", code, *arguments, *targets], check=True, cwd=ROOT)
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint() -> Path:
     """A checkpoint of the smallest network, seed 0."""
@@ -85,20 +103,8 @@ def tiny_half_bundle() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_plan_bundle(tiny_half_bundle: Path) -> Path:
-    """Its plans of TensorRT for RTX, for three architectures, built on the CPU; do not write into it."""
-    pytest.importorskip("tensorrt_rtx", reason="needs pip install 'anydoor-runtime[tensorrt]'")
-    path = tiny_half_bundle.with_name("tiny-plans")
-    with _lock(path.with_suffix(".bundle.lock")):
-        if not path.exists():
-            # in a process that cannot import PyTorch: on a Jetson there is none
-            code = (
-                "import sys; sys.modules |= dict.fromkeys(('torch', 'onnx', 'onnxscript', 'onnxruntime'));"
-                "from export.build_engines import main; sys.exit(main(sys.argv[1:]))"
-            )
-            arguments = [str(tiny_half_bundle), "--output", str(path), "--backend", "tensorrt_rtx"]
-            targets = ["--targets", "sm86,sm89,sm120", "--quiet"]
-            subprocess.run([sys.executable, "-c", code, *arguments, *targets], check=True, cwd=ROOT)
-    return path
+    """Its plans of TensorRT for RTX; do not write into them."""
+    return _plans(tiny_half_bundle)
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +117,12 @@ def small_checkpoint() -> Path:
 def small_bundle() -> Path:
     """A bundle of it for 512 px; do not write into it."""
     return _bundle("small", 512)
+
+
+@pytest.fixture(scope="session")
+def small_plan_bundle(small_bundle: Path) -> Path:
+    """Its plans of TensorRT for RTX, in FP32 like the bundle; do not write into them."""
+    return _plans(small_bundle)
 
 
 @pytest.fixture(autouse=True, scope="session")

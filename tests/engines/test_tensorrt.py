@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from engines.bundle import Bundle, file_record
-from engines.cuda import Device, OutOfDeviceMemoryError, cuda_error, load_cuda_python
+from engines.cuda import Card, Device, OutOfDeviceMemoryError, cuda_error, load_cuda_python
 from engines.engine import open_engine
 from engines.errors import AnyDoorError, BackendError, BundleError
 from engines.graphs import DECODE, DENOISE, GRAPHS
@@ -41,17 +42,23 @@ def library() -> Library:
 
 
 @pytest.fixture
-def plans(tiny_plan_bundle: Path, tmp_path: Path) -> Bundle:
-    """A copy to damage."""
+def plans(small_plan_bundle: Path, tmp_path: Path) -> Bundle:
+    """A copy whose files may be replaced."""
     path = tmp_path / "plans"
-    shutil.copytree(tiny_plan_bundle, path)
+    shutil.copytree(small_plan_bundle, path, copy_function=os.symlink)
     return Bundle.open(path)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """What is linked to stays as it is."""
+    path.unlink()
+    path.write_bytes(content)
 
 
 def with_plan(bundle: Bundle, graph: str, content: bytes) -> Bundle:
     """The bundle with another plan, and a manifest that knows it."""
     record = bundle.manifest.graphs[graph]
-    bundle.graph_file(graph).write_bytes(content)
+    replace_file(bundle.graph_file(graph), content)
     record = replace(record, files=(file_record(bundle.path, record.files[0].path),))
     return Bundle(bundle.path, replace(bundle.manifest, graphs={**bundle.manifest.graphs, graph: record}))
 
@@ -75,7 +82,7 @@ def test_a_corrupted_plan_is_refused(plans: Bundle) -> None:
     path = plans.graph_file(DENOISE)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    replace_file(path, content)
     with pytest.raises(
         BundleError, match=r"denoise\.plan is not the file that was built \(its hash differs\)"
     ):
@@ -85,7 +92,7 @@ def test_a_corrupted_plan_is_refused(plans: Bundle) -> None:
 def test_a_truncated_plan_is_refused(plans: Bundle) -> None:
     path = plans.graph_file(DECODE)
     size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[: size // 2])
+    replace_file(path, path.read_bytes()[: size // 2])
     with pytest.raises(BundleError, match=f"decode.plan has {size // 2} bytes instead of {size}"):
         Bundle.open(plans.path)
 
@@ -103,8 +110,8 @@ def test_a_foreign_file_is_refused_by_its_header(plans: Bundle, library: Library
         check_plans(foreign, RTX)
 
 
-def test_an_onnx_graph_is_not_a_plan(plans: Bundle, tiny_half_bundle: Path, library: Library) -> None:
-    onnx_graph = (tiny_half_bundle / "denoise.onnx").read_bytes()
+def test_an_onnx_graph_is_not_a_plan(plans: Bundle, small_bundle: Path, library: Library) -> None:
+    onnx_graph = (small_bundle / "denoise.onnx").read_bytes()
     with pytest.raises(BundleError, match=r"not a plan of TensorRT for RTX.*--backend tensorrt_rtx"):
         check_plans(with_plan(plans, DENOISE, onnx_graph), RTX)
 
@@ -147,6 +154,19 @@ def test_several_diagnoses_are_all_told(plans: Bundle, library: Library) -> None
     assert "this card is another" in text
     assert "driver is too old" in text
     assert "the library says 0x400" in str(library.header_refusal(plans, DENOISE, 1 << 10))
+
+
+def test_plans_of_tensorrt_are_for_the_card_that_built_them(
+    plans: Bundle, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT itself is not needed for that: only what the manifest says of its plans."""
+    card = Card("NVIDIA L4", "sm89", 24 << 30, 24 << 30, "12.8")
+    library.check_card(with_record(plans, target="sm75"), card)  # TensorRT for RTX decides by the header
+    monkeypatch.setattr(library, "backend", "tensorrt")
+    monkeypatch.setattr(library, "flavour", FLAVOURS["tensorrt"])
+    library.check_card(with_record(plans, target="sm89"), card)
+    with pytest.raises(BundleError, match="is for sm87 and this card, NVIDIA L4, is sm89: build plans on"):
+        library.check_card(with_record(plans, target="sm87"), card)
 
 
 @without_card
@@ -198,11 +218,12 @@ def test_cuda_errors_have_sentences(name: str, driver: int, sentence: str) -> No
         raise cuda_error(name, "copying", driver)
 
 
-def test_a_full_card_is_told_apart() -> None:
+@pytest.mark.parametrize(("free", "left"), [(None, ""), (3_000_000, ", 3 MB are free")])
+def test_a_full_card_is_told_apart(free: int | None, left: str) -> None:
     with pytest.raises(
-        OutOfDeviceMemoryError, match=r"out of memory while allocating 5 MB: .*--memory-budget"
+        OutOfDeviceMemoryError, match=f"out of memory while allocating 5 MB{left}: .*--memory-budget"
     ):
-        raise cuda_error("cudaErrorMemoryAllocation", "allocating 5 MB")
+        raise cuda_error("cudaErrorMemoryAllocation", "allocating 5 MB", 12080, free)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,26 +39,39 @@ def plans(tiny_plan_bundle: Path) -> Bundle:
     return Bundle.open(tiny_plan_bundle)
 
 
-def test_all_graphs_are_built_for_three_architectures(plans: Bundle, half: Bundle, library: Library) -> None:
+@pytest.fixture(scope="module", params=["tiny-fp16", "small"])
+def built(request: pytest.FixtureRequest) -> tuple[Bundle, Bundle]:
+    """ONNX graphs, and the plans built from them."""
+    fixtures = ["tiny_half_bundle", "tiny_plan_bundle"]
+    if request.param == "small":
+        fixtures = ["small_bundle", "small_plan_bundle"]
+    source, plans = (Bundle.open(request.getfixturevalue(fixture)) for fixture in fixtures)
+    return source, plans
+
+
+def test_all_graphs_are_built_for_three_architectures(built: tuple[Bundle, Bundle], library: Library) -> None:
+    source, plans = built
     for graph, record in plans.manifest.graphs.items():
         plans.verify(graph)
         assert record.files[0].path == f"{graph}.plan"
         assert (record.backend, record.backend_version) == (RTX, library.version)
         assert record.target == "sm86,sm89,sm120"
         assert record.scratch_bytes > 0
-        assert record.error == half.manifest.graphs[graph].error
+        assert record.error == source.manifest.graphs[graph].error
     assert list(plans.manifest.graphs) == list(GRAPHS)
-    assert plans.manifest.precision == "fp16"
+    assert plans.manifest.precision == source.manifest.precision
 
 
-def test_constants_and_signatures_are_those_of_the_source(plans: Bundle, half: Bundle) -> None:
-    assert plans.manifest.specs == half.manifest.specs
-    assert plans.manifest.constants.sha256 == half.manifest.constants.sha256
-    assert plans.constants().keys() == half.constants().keys()
+def test_constants_and_signatures_are_those_of_the_source(built: tuple[Bundle, Bundle]) -> None:
+    source, plans = built
+    assert plans.manifest.specs == source.manifest.specs
+    assert plans.manifest.constants.sha256 == source.manifest.constants.sha256
+    assert plans.constants().keys() == source.constants().keys()
 
 
-def test_headers_are_plans_of_this_version(plans: Bundle, library: Library) -> None:
+def test_headers_are_plans_of_this_version(built: tuple[Bundle, Bundle], library: Library) -> None:
     """Without a driver the library cannot say that a plan is valid, but it names every fault it sees."""
+    _, plans = built
     for graph in GRAPHS:
         library.check_version(plans, graph)
         library.check_header(plans, graph)
@@ -75,11 +88,14 @@ def parse(library: Library, path: Path) -> Any:
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_inputs_and_outputs_are_those_of_the_manifest(half: Bundle, library: Library, graph: str) -> None:
-    network, *_ = parse(library, half.graph_file(graph))
-    tensors, spec = network_signature(network), half.manifest.specs[graph]
+def test_inputs_and_outputs_are_those_of_the_manifest(
+    built: tuple[Bundle, Bundle], library: Library, graph: str
+) -> None:
+    source, plans = built
+    network, *_ = parse(library, source.graph_file(graph))
+    tensors, spec = network_signature(network), plans.manifest.specs[graph]
     assert [t.spec.name for t in tensors] == [t.name for t in spec.tensors]
-    check_signature(tensors, spec, half.manifest.max_batch)
+    check_signature(tensors, spec, plans.manifest.max_batch)
     other = replace(spec.inputs[0], dtype="int32")
     for wrong in (
         GraphSpec(graph, (other, *spec.inputs[1:]), spec.outputs),
@@ -87,7 +103,7 @@ def test_inputs_and_outputs_are_those_of_the_manifest(half: Bundle, library: Lib
         GraphSpec(graph, spec.inputs, (replace(spec.outputs[0], shape=(1, 2)), *spec.outputs[1:])),
     ):
         with pytest.raises(BundleError, match=f"of '{graph}'"):
-            check_signature(tensors, wrong, half.manifest.max_batch)
+            check_signature(tensors, wrong, plans.manifest.max_batch)
 
 
 def test_too_small_a_plan_is_noticed(half: Bundle, library: Library) -> None:
@@ -118,6 +134,27 @@ def test_the_build_reports_its_progress(half: Bundle, library: Library) -> None:
     assert progress.seen == sorted(progress.seen)
     assert len(set(progress.seen)) > 10
     assert progress.seen[-1] == pytest.approx(1, abs=0.01)
+
+
+def test_kernel_timings_are_kept(
+    half: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT for RTX has the calls of TensorRT for it, though it times nothing."""
+    monkeypatch.setattr(library, "flavour", replace(library.flavour, times_kernels=True))
+    cache = tmp_path / "timings"
+
+    def build() -> None:
+        onnx_file = half.graph_file(ID_ENCODER)
+        with Progress(quiet=True) as progress:
+            build_plan(library, half.manifest, ID_ENCODER, onnx_file, "sm89", progress, cache)
+
+    build()
+    kept = cache.read_bytes()
+    assert kept
+    cache.write_bytes(b"of another version")
+    build()
+    assert cache.read_bytes() == kept
+    assert list(tmp_path.iterdir()) == [cache]
 
 
 def test_a_graph_that_cannot_be_read_is_refused(half: Bundle, library: Library, tmp_path: Path) -> None:
