@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from serving import (
     BOX,
     OBJECT,
@@ -39,6 +42,7 @@ from runtime.request import Placement, Request, Sampling
 PLACEMENT = Placement(OBJECT, box=BOX)
 REQUEST = Request(SCENE, [PLACEMENT], 7, Sampling(steps=3))
 NOBODY = "127.0.0.1:1"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -203,17 +207,9 @@ class ServerProcess:
     """`anydoor serve`."""
 
     def __init__(self, bundle: Path, *flags: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "runtime",
-            "serve",
-            f"--bundle={bundle}",
-            "--listen=127.0.0.1:0",
-            *flags,
-        ]
+        command = [sys.executable, "-m", "runtime", "serve", f"--bundle={bundle}", "--listen=127.0.0.1:0"]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env=dict(os.environ)
+            [*command, *flags], stderr=subprocess.PIPE, text=True, cwd=EXAMPLES.parent, env=dict(os.environ)
         )
         self.lines: list[str] = []
         assert self.process.stderr is not None
@@ -230,6 +226,26 @@ class ServerProcess:
         assert self.process.stderr is not None
         self.lines += self.process.stderr.readlines()
         return self.process.wait(PATIENCE)
+
+
+def test_the_shipped_bundle_is_served_with_one_command(tmp_path: Path) -> None:
+    """Listed by reflection, healthy, and its picture is that of the command line."""
+    bundle, box = EXAMPLES / "anydoor-small", (EXAMPLES / "scene_box.txt").read_text().strip()
+    command = ["composite", f"--scene={EXAMPLES}/scene.png", f"--reference={EXAMPLES}/object.png", "--quiet"]
+    command += [f"--box={box}", "--steps=1", "--seed=7"]
+    server = ServerProcess(bundle)
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            services = ProtoReflectionDescriptorDatabase(channel).get_services()
+            request = health_pb2.HealthCheckRequest(service="anydoor.v1.CompositorService")
+            health = health_pb2_grpc.HealthStub(channel).Check(request, timeout=PATIENCE)
+        assert "anydoor.v1.CompositorService" in services
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        assert main([*command, f"--server={server.address}", f"--output={tmp_path}/there.png"]) == 0
+    finally:
+        server.end(signal.SIGTERM)
+    assert main([*command, f"--bundle={bundle}", f"--output={tmp_path}/here.png"]) == 0
+    assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
 
 
 def test_sigterm_finishes_what_was_accepted(tiny_bundle: Path) -> None:
