@@ -21,6 +21,7 @@ from engines.graphs import DECODE, ID_ENCODER
 from export.checkpoint import read_checkpoint
 from runtime.ddim import ddim_schedule
 from runtime.job import Composite, Job, Stopwatch, prepare_placement
+from runtime.noise_schedule import alphas_cumprod
 from runtime.pictures import PictureLike, load_picture
 from runtime.request import Placement, Sampling
 from runtime.validation import LARGEST, resolve_placement
@@ -55,14 +56,12 @@ class PyTorchPipeline:
         self._dtype = getattr(torch, dtype)
         self._resolution = resolution
         self._models = {part: opened.load_part(part, self._dtype).to(device) for part in PREFIXES}
-        any_part = next(iter(self._models.values()))
-        schedule = opened.alphas_cumprod
-        self._alphas_cumprod = (
-            (any_part.alphas_cumprod if schedule is None else schedule).float().cpu().numpy()
-        )
+        stored = opened.alphas_cumprod
+        self._alphas_cumprod = alphas_cumprod() if stored is None else stored.float().numpy()
         side = resolution // opened.architecture.latent_factor
         self.latent_shape = (opened.architecture.latent_channels, side, side)
         """(C, h, w)."""
+        self._compiled = compiled
         if compiled:
             mode = "default" if device == "cpu" else "reduce-overhead"
             for part, method in (("unet", "predict_noise"), ("control", "detail_maps"), ("vae", "decode")):
@@ -138,6 +137,9 @@ class PyTorchPipeline:
         for timestep, (from_latent, from_epsilon, _) in zip(
             schedule.timesteps.tolist(), schedule.coefficients.tolist()
         ):
+            if self._compiled:
+                # what CUDA graphs left in the step before may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             timesteps = torch.full((len(both_hints),), float(timestep), device=self.device)
             with self._measure(watch, "control"):
                 details = control.detail_maps(both_hints, timesteps, tokens)
