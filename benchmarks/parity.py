@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.case_options import add_case_options, bundle_of, read_runs
 from benchmarks.comparison import HEADER, Check, RunComparison, compare_hf_maps
 from benchmarks.golden import GoldenRun
-from engines.engine import DEVICES
+from engines.engine import BACKENDS, DEVICES, INFERENCE_PRECISIONS
 from engines.errors import AnyDoorError
 from runtime import Compositor
 
@@ -39,7 +39,13 @@ def compare(options: argparse.Namespace) -> list[Check]:
     if not networks:
         return checks
     bundle = options.bundle or bundle_of(options, options.precision)
-    compositor = Compositor.load(bundle, options.device, options.threads)
+    compositor = Compositor.load(
+        bundle,
+        options.device,
+        options.threads,
+        backend=options.backend,
+        inference_precision=options.inference_precision,
+    )
     with tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
         comparisons = [RunComparison(run, compositor, bar) for run in networks]
         bar.total = sum(comparison.steps() for comparison in comparisons)
@@ -68,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     result.add_argument("--device", choices=DEVICES, default="auto")
+    result.add_argument("--backend", choices=BACKENDS, default="auto")
+    result.add_argument("--inference-precision", choices=INFERENCE_PRECISIONS, default="fp32")
     return result
 
 

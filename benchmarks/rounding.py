@@ -94,7 +94,6 @@ class RoundingEngine(OnnxRuntimeEngine):
         # measure each result as soon as it is there and free it: the default order keeps them all, and the
         # attention of a 512 px picture takes 20 GB
         self._options.execution_order = self._library.ExecutionOrder.PRIORITY_BASED
-        self._options.enable_cpu_mem_arena = False
         self.extremes: dict[str, dict[str, float]] = {}
         """Graph -> result -> its largest magnitude in all calls so far."""
 

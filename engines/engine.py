@@ -1,18 +1,21 @@
 """What every execution backend offers, and how one is chosen. An engine runs graphs and knows no diffusion.
 
-To add a backend: write a module beside this one with a class that is an `Engine`, and name it in `_BACKENDS`.
+To add a backend: write a module beside this one with a class that is an `Engine` and an `open_engine`, and
+name it in `_BACKENDS` and `_EXECUTED_BY`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bundle import Bundle
+from engines.bundle import BUILD_COMMAND, Bundle
 from engines.errors import BackendError, BundleError
 from engines.graphs import GRAPHS
 
@@ -22,12 +25,25 @@ DeviceTensor = Any
 
 DEVICES = ("auto", "cpu", "cuda")
 
+INFERENCE_PRECISIONS = ("fp32", "bf16")
+
 _BACKENDS = {
     "onnxruntime": "engines.onnxruntime",
+    "openvino": "engines.openvino",
     "tensorrt": "engines.tensorrt",
     "tensorrt_rtx": "engines.tensorrt",
 }
-"""Backend named in a manifest -> module with an `open_engine` like the one below."""
+"""Backend -> module with an `open_engine` like the one below."""
+
+BACKENDS = ("auto", *_BACKENDS)
+
+_EXECUTED_BY = {
+    "onnxruntime": ("openvino", "onnxruntime"),
+    "tensorrt": ("tensorrt",),
+    "tensorrt_rtx": ("tensorrt_rtx",),
+}
+"""Backend named in a manifest -> backends that execute its graphs, the fastest on a CPU first. The name for
+ONNX graphs is onnxruntime."""
 
 
 class Engine(Protocol):
@@ -38,6 +54,8 @@ class Engine(Protocol):
 
     device: str
     """cpu or cuda."""
+    backend: str
+    """One of `BACKENDS`."""
     cache_bytes: int | None
     """Device memory for tensors that are kept for later; None if it is the host's memory."""
 
@@ -82,31 +100,97 @@ class Engine(Protocol):
 
 
 def open_engine(
-    bundle: Bundle, device: str = "auto", threads: int | None = None, memory_budget: int | None = None
+    bundle: Bundle,
+    device: str = "auto",
+    threads: int | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    inference_precision: str = "fp32",
+    cuda_graphs: bool = False,
 ) -> Engine:
     """The engine for a bundle.
 
     Args:
-        bundle: an opened bundle; its manifest names the backend.
+        bundle: an opened bundle; its manifest says what kind of graphs it holds.
         device: cpu, cuda, or auto for the best that this machine has.
         threads: CPU threads of one operator; as many as there are cores if None.
-        memory_budget: bytes of the card's memory to use at the most; nearly all that is free if None.
+        memory_budget: bytes of the device's memory to use at the most; nearly all that is free if None.
+        backend: one of `BACKENDS`; auto for the fastest that is installed and runs the bundle.
+        inference_precision: one of `INFERENCE_PRECISIONS`, of graphs that are in float32. With bf16, matrix
+            products and convolutions have operands of 8 significant bits.
+        cuda_graphs: whether ONNX Runtime captures the denoise graph as a CUDA graph; TensorRT always does.
 
     Raises:
         BackendError: the backend is not installed, has no such device, or needs more memory.
         BundleError: the bundle was built for a backend that this version does not know.
     """
-    backends = {bundle.manifest.graphs[graph].backend for graph in GRAPHS}
-    if len(backends) != 1 or not backends <= _BACKENDS.keys():
-        raise BundleError(
-            f"the bundle at '{bundle.path}' is for {', '.join(sorted(backends))}; this version of "
-            f"anydoor-runtime runs bundles for {', '.join(_BACKENDS)}"
-        )
     if device not in DEVICES:
         raise BackendError(f"there is no device '{device}': choose one of {', '.join(DEVICES)}")
-    module = importlib.import_module(_BACKENDS[backends.pop()])
-    engine: Engine = module.open_engine(bundle, device, threads, memory_budget)
+    if inference_precision not in INFERENCE_PRECISIONS:
+        raise BackendError(
+            f"there is no inference precision '{inference_precision}': choose one of "
+            f"{', '.join(INFERENCE_PRECISIONS)}"
+        )
+    backend = choose_backend(bundle, device, backend, inference_precision)
+    if inference_precision != "fp32" and backend != "openvino":
+        raise BackendError(f"only the backend openvino has the inference precision {inference_precision}")
+    module = importlib.import_module(_BACKENDS[backend])
+    options: dict[str, Any] = {}
+    if backend == "openvino":
+        options["inference_precision"] = inference_precision
+    if backend == "onnxruntime":
+        options["cuda_graphs"] = cuda_graphs
+    engine: Engine = module.open_engine(bundle, device, threads, memory_budget, **options)
     return engine
+
+
+def choose_backend(
+    bundle: Bundle, device: str = "auto", backend: str = "auto", inference_precision: str = "fp32"
+) -> str:
+    """The backend that executes a bundle: the one that is asked for, or the fastest that is installed.
+
+    Raises:
+        BackendError: the one that is asked for does not execute this bundle.
+        BundleError: this version has none for it.
+    """
+    kinds = {bundle.manifest.graphs[graph].backend for graph in GRAPHS}
+    if len(kinds) != 1 or not kinds <= _EXECUTED_BY.keys():
+        raise BundleError(
+            f"the bundle at '{bundle.path}' is for {', '.join(sorted(kinds))}; this version of "
+            f"anydoor-runtime runs bundles for {', '.join(_EXECUTED_BY)}"
+        )
+    candidates = _EXECUTED_BY[kinds.pop()]
+    if backend not in BACKENDS:
+        raise BackendError(f"there is no backend '{backend}': choose one of {', '.join(BACKENDS)}")
+    if backend != "auto":
+        if backend not in candidates:
+            raise BackendError(
+                f"the bundle at '{bundle.path}' runs with the backend {' or '.join(candidates)}, not with "
+                f"{backend}: build one for it with '{BUILD_COMMAND} --backend {backend}'"
+            )
+        return backend
+    if len(candidates) == 1:
+        return candidates[0]
+    if inference_precision == "fp32" and _has_card(device):
+        return "onnxruntime"
+    return next((name for name in candidates if find_spec(name)), candidates[-1])
+
+
+def _has_card(device: str) -> bool:
+    """Whether ONNX graphs are to run on a card, which only ONNX Runtime can."""
+    if device == "cpu":
+        return False
+    if device == "cuda":
+        return True
+    # importing the library to ask it takes longer than looking for the file
+    found = find_spec("onnxruntime")
+    folders = (found.submodule_search_locations or []) if found else []
+    return any(True for folder in folders for _ in Path(folder).glob("capi/*onnxruntime_providers_cuda.*"))
+
+
+def concatenate_rows(pieces: Sequence[tuple[Array, int, int]]) -> Array:
+    """`Engine.concatenate` for tensors in the host's memory."""
+    return np.concatenate([tensor[start:stop] for tensor, start, stop in pieces])
 
 
 def require_shape(name: str, array: Array, dtype: str) -> Array:

@@ -1,4 +1,4 @@
-"""Which graphs stay in device memory together. A pure function of sizes.
+"""Which graphs stay in memory together, on a card or on the host. Pure functions of sizes.
 
 Every picture calls the denoise and the control graph at every step, the VAE once, and the ID encoder once per
 new reference. Where memory is short the graphs take turns in groups: loading one group makes the other leave.
@@ -7,10 +7,13 @@ That costs a second or two per turn, so as few groups as fit are made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from engines.arena import ALIGNMENT, Buffer, Layout, aligned, layout
+from engines.bundle import Bundle, Manifest
 from engines.errors import BackendError
 from engines.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER, GraphSpec, largest_sizes
 
@@ -157,3 +160,117 @@ def megabytes(nbytes: int) -> int:
 
 def _largest_group(graphs: Mapping[str, GraphMemory], groups: Sequence[Sequence[str]]) -> int:
     return max(sum(graphs[name].weights for name in group) for group in groups)
+
+
+HOST_PROGRAM = 300_000_000
+"""Bytes for what is not a graph: the interpreter, the libraries, pictures."""
+
+_MAPS_AT_ONCE = 6
+
+_FLOAT = 4
+"""Bytes of a float32."""
+
+SHARE_OF_FREE_HOST_MEMORY = 0.9
+"""What is used of the host's free memory without a budget."""
+
+
+@dataclass(frozen=True)
+class HostResidency:
+    """Which graphs are loaded together in the host's memory. All sizes are in bytes."""
+
+    graphs: Mapping[str, GraphMemory]
+    groups: tuple[tuple[str, ...], ...]
+    """Graphs that are loaded together; every graph is in one group."""
+    cache: int | None
+    """What is left for tensors that are kept; None if there is no lack."""
+    budget: int
+
+    @property
+    def total(self) -> int:
+        """Most memory in use at any time, without what is kept."""
+        return HOST_PROGRAM + max(_group_bytes(self.graphs, group) for group in self.groups)
+
+    def leaving(self, graph: str, loaded: Iterable[str]) -> list[str]:
+        """The loaded graphs that make room for another."""
+        group = next(group for group in self.groups if graph in group)
+        return [other for other in loaded if other not in group]
+
+    def table(self) -> str:
+        """The plan as it is printed before loading; empty if everything is loaded together."""
+        if len(self.groups) == 1:
+            return ""
+        lines = [f"{'loaded in turn':<32} {'weights MB':>11} {'scratch MB':>11}"]
+        for group in self.groups:
+            weights = sum(self.graphs[graph].weights for graph in group) / 1e6
+            scratch = max(self.graphs[graph].scratch for graph in group) / 1e6
+            lines.append(f"{', '.join(group):<32} {weights:>11.1f} {scratch:>11.1f}")
+        lines.append(f"{'in all':<32} {self.total / 1e6:>11.1f} MB of a budget of {self.budget / 1e6:.1f} MB")
+        return "\n".join(lines)
+
+
+def plan_host_residency(bundle: Bundle, fused_attention: bool, budget: int | None) -> HostResidency:
+    """The plan with the fewest groups that fits the host's memory, for one picture at a time.
+
+    Args:
+        bundle: its files are the weights.
+        fused_attention: whether the backend computes attention without its matrix of scores.
+        budget: bytes to use at the most; nearly all that is free if None. Then the plan with the most groups
+            is taken if none fits: files that are mapped into memory may leave it.
+
+    Raises:
+        BackendError: even the smallest plan does not fit the budget.
+    """
+    needed = host_scratch(bundle.manifest, fused_attention)
+    graphs = {
+        name: GraphMemory(sum(file.bytes for file in record.files), needed[name])
+        for name, record in bundle.manifest.graphs.items()
+    }
+    available = free_host_memory() * SHARE_OF_FREE_HOST_MEMORY if budget is None else budget
+    for groups in GROUPINGS:
+        plan = HostResidency(graphs, groups, None, int(available))
+        if plan.total <= available:
+            break
+    else:
+        if budget is not None:
+            raise BackendError(
+                f"the bundle at '{bundle.path}' needs about {megabytes(plan.total)} MB of memory and "
+                f"{budget // 1_000_000} MB may be used: raise --memory-budget"
+            )
+    if budget is None and len(plan.groups) == 1:
+        return plan
+    return replace(plan, cache=min(max(0, int(available) - plan.total), LARGEST_CACHE))
+
+
+def host_scratch(manifest: Manifest, fused_attention: bool) -> dict[str, int]:
+    """Estimate of the intermediate results of each graph for one picture with guidance, in bytes.
+
+    The largest are the feature maps at the full size, of which a few are needed at once, and the scores of
+    the attention there, needed before and after the softmax.
+    """
+    model, network = manifest.model, manifest.architecture
+    rows, pixels = 2, model.latent_size**2
+    heads = network["unet_channels"][0] // network["unet_head_width"]
+    maps = _MAPS_AT_ONCE * rows * pixels * max(network["unet_channels"]) * _FLOAT
+    picture = _MAPS_AT_ONCE * model.resolution**2 * max(network["vae_channels"][:2]) * _FLOAT
+    tokens = _MAPS_AT_ONCE * model.token_count * network["dino_width"] * network["dino_mlp_ratio"] * _FLOAT
+    scores = 0 if fused_attention else 2 * pixels**2 * _FLOAT
+    return {
+        ID_ENCODER: tokens,
+        CONTROL: maps + rows * heads * scores,
+        DENOISE: maps + rows * heads * scores,
+        DECODE: picture + scores,
+    }
+
+
+def free_host_memory() -> float:
+    """Bytes that programs can still take, as Linux estimates it; infinite where nobody tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024.0
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+def _group_bytes(graphs: Mapping[str, GraphMemory], group: Sequence[str]) -> int:
+    return sum(graphs[name].weights for name in group) + max(graphs[name].scratch for name in group)

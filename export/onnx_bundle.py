@@ -105,7 +105,9 @@ def _build_graph(
         error={},
     )
     progress.step(f"{graph}: comparing with PyTorch")
-    engine = open_engine(Bundle(output, replace(manifest, graphs=dict.fromkeys(GRAPHS, record))), "cpu")
+    engine = open_engine(
+        Bundle(output, replace(manifest, graphs=dict.fromkeys(GRAPHS, record))), "cpu", backend="onnxruntime"
+    )
     reference = _module(checkpoint, graph, torch.float32)
     error = verify_graph(reference, spec, engine, manifest.precision)
     engine.unload(graph)
@@ -122,7 +124,7 @@ def _module(checkpoint: Checkpoint, graph: str, dtype: torch.dtype) -> torch.nn.
 
 
 def _write_constants(checkpoint: Checkpoint, output: Path, manifest: Manifest) -> FileRecord:
-    engine = open_engine(Bundle(output, manifest), "cpu")
+    engine = open_engine(Bundle(output, manifest), "cpu", backend="onnxruntime")
     black = np.zeros((1, 3, REFERENCE_SIZE, REFERENCE_SIZE), np.float32)
     tokens = engine.to_host(engine.run(ID_ENCODER, {"reference": black})["tokens"])
     schedule = checkpoint.alphas_cumprod

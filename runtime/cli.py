@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.engine import DEVICES
+from engines.engine import BACKENDS, DEVICES, INFERENCE_PRECISIONS
 from engines.errors import AnyDoorError, BackendError
 from runtime.collage import MODES, Ratios
 from runtime.errors import InputError
@@ -91,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         "--memory-budget",
         type=size_flag,
         metavar="SIZE",
-        help="say what of a TensorRT bundle would live where in so much memory, like 6G",
+        help="say what of a bundle would live where in so much memory, like 6G",
     )
     return result
 
@@ -161,12 +162,29 @@ def _add_composite(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help=f"default: ${BUNDLE_VARIABLE}, else {DEFAULT_BUNDLE}",
     )
     how.add_argument("--device", choices=DEVICES, default="auto", help="default: the best there is")
+    how.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what executes the graphs (default: the fastest that is installed)",
+    )
+    how.add_argument(
+        "--inference-precision",
+        choices=INFERENCE_PRECISIONS,
+        default="fp32",
+        help="of graphs that are in float32; bf16 where the processor has it (default: fp32)",
+    )
+    how.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="with ONNX Runtime on a card, capture the denoise graph and replay it",
+    )
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     how.add_argument(
         "--memory-budget",
         type=size_flag,
         metavar="SIZE",
-        help="of the card's memory, like 6G (default: nearly all that is free)",
+        help="of the device's memory, like 6G (default: nearly all that is free)",
     )
     _add_server(command)
 
@@ -225,8 +243,6 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 def run_composite(options: argparse.Namespace) -> int:
     """The command `composite`."""
-    from tqdm import tqdm
-
     format_of(options.output)
     request = Request(
         scene=options.scene,
@@ -236,15 +252,9 @@ def run_composite(options: argparse.Namespace) -> int:
         num_images=options.num_images,
         initial_noise=_load_noise(options.initial_noise) if options.initial_noise else None,
     )
-    with tqdm(disable=options.quiet, unit="step", desc="loading", dynamic_ncols=True) as bar:
-
-        def on_step(done: int, total: int) -> None:
-            bar.total = total
-            bar.set_description("sampling" if done < total else "finishing", refresh=False)
-            bar.update(done - bar.n)
-
+    with _progress(options.quiet) as (on_step, describe):
         if options.server:
-            results = _composite_on_server(options, request, on_step, bar.set_description)
+            results = _composite_on_server(options, request, on_step, describe)
         else:
             results = _composite_here(options, request, on_step)
     images = [result.image for result in results]
@@ -256,6 +266,24 @@ def run_composite(options: argparse.Namespace) -> int:
         save_picture(result.image, path)
         print(f"{path} (seed {result.seed})")
     return 0
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[tuple[StepCallback, Callable[[str], object]]]:
+    """What to tell of steps, and of what goes on. A bar that is not shown is not imported either."""
+    if quiet:
+        yield lambda done, total: None, lambda text: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="step", desc="loading", dynamic_ncols=True) as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description("sampling" if done < total else "finishing", refresh=False)
+            bar.update(done - bar.n)
+
+        yield on_step, bar.set_description
 
 
 def _composite_here(options: argparse.Namespace, request: Request, on_step: StepCallback) -> list[Composite]:

@@ -84,6 +84,9 @@ class Compositor:
         cache_bytes: int | None = None,
         control_window: int = 1,
         memory_budget: int | None = None,
+        backend: str = "auto",
+        inference_precision: str = "fp32",
+        cuda_graphs: bool = False,
     ) -> Compositor:
         """Opens a bundle; each graph is loaded when it is first needed.
 
@@ -93,13 +96,18 @@ class Compositor:
             threads: CPU threads; all cores if None.
             cache_bytes: see `__init__`.
             control_window: see `__init__`.
-            memory_budget: bytes of a card's memory to use at the most; nearly all that is free if None.
+            memory_budget: bytes of the device's memory to use at the most; nearly all that is free if None.
+            backend: what executes the graphs; see `engines.engine.open_engine`, as for the next two.
+            inference_precision: of graphs that are in float32, fp32 or bf16.
+            cuda_graphs: whether ONNX Runtime captures the denoise graph on a card.
 
         Raises:
             AnyDoorError: the bundle or its backend cannot be used, and why.
         """
         bundle = Bundle.open(path)
-        engine = open_engine(bundle, device, threads, memory_budget)
+        engine = open_engine(
+            bundle, device, threads, memory_budget, backend, inference_precision, cuda_graphs
+        )
         return cls(bundle, engine, cache_bytes, control_window)
 
     def load_graphs(self) -> Iterator[str]:

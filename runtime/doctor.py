@@ -9,17 +9,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from engines import onnxruntime, openvino
 from engines.bundle import MANIFEST, Bundle
 from engines.cuda import Card, Device
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
 from engines.graphs import DENOISE, GRAPHS
+from engines.residency import free_host_memory
 from engines.tensorrt import SHARE_OF_FREE_MEMORY, check_plans, residency_of
 from engines.tensorrt_plans import FLAVOURS, load_library
 
 PACKAGES = {
     "numpy": "required",
     "pillow": "required",
+    "openvino": "runs bundles on the CPU, at full size faster: pip install 'anydoor-runtime[openvino]'",
     "onnxruntime": "runs bundles on the CPU: pip install 'anydoor-runtime[cpu]'",
     "onnxruntime-gpu": "runs bundles on an NVIDIA card: pip install 'anydoor-runtime[cuda]'",
     "cuda-python": "runs TensorRT bundles: pip install 'anydoor-runtime[tensorrt]'",
@@ -34,13 +37,13 @@ def run_doctor(paths: list[Path], memory_budget: int | None = None) -> int:
 
     Args:
         paths: bundles to check; all that are in their usual place if empty.
-        memory_budget: bytes of a card's memory; says what of a TensorRT bundle would live where.
+        memory_budget: bytes of the device's memory; says what of a bundle would live where.
 
     Returns:
         0 if some device can run a bundle and every bundle named is sound; else 2.
     """
     print(f"anydoor-runtime {version('anydoor-runtime')}, Python {platform.python_version()}")
-    print(f"{os.cpu_count()} cores, {_memory_gb():.1f} GB of memory, {_free_memory_gb():.1f} GB free")
+    print(f"{os.cpu_count()} cores, {_memory_gb():.1f} GB of memory, {free_host_memory() / 1e9:.1f} GB free")
     print("\npackages")
     for package, purpose in PACKAGES.items():
         print(f"  {package:<16} {_version(package):<12} {purpose}")
@@ -57,8 +60,6 @@ def run_doctor(paths: list[Path], memory_budget: int | None = None) -> int:
 
 def _print_devices() -> bool:
     """Whether any device works."""
-    from engines import onnxruntime
-
     found: list[str] = []
     try:
         found = onnxruntime.devices()
@@ -67,6 +68,7 @@ def _print_devices() -> bool:
             print(f"  {device:<12} {state}")
     except AnyDoorError as error:
         print(f"  {'cpu, cuda':<12} {error}")
+    found += _print_openvino()
     libraries = [_print_library(backend) for backend in FLAVOURS]
     try:
         card = Device().card()
@@ -75,6 +77,17 @@ def _print_devices() -> bool:
         return bool(found)
     print(f"  {'card':<12} {_describe(card)}")
     return bool(found) or any(libraries)
+
+
+def _print_openvino() -> list[str]:
+    """The devices that OpenVINO runs on: the CPU, if it is installed."""
+    try:
+        precisions = openvino.precisions()
+    except AnyDoorError as error:
+        print(f"  {'openvino':<12} {error}")
+        return []
+    print(f"  {'openvino':<12} cpu, inference precision {' or '.join(precisions)}")
+    return ["cpu"]
 
 
 def _print_library(backend: str) -> bool:
@@ -103,7 +116,10 @@ def _check_backend(bundle: Bundle, memory_budget: int | None) -> str:
     """
     record = bundle.manifest.graphs[DENOISE]
     if record.backend not in FLAVOURS:
-        return open_engine(bundle).device
+        engine = open_engine(bundle, memory_budget=memory_budget)
+        for line in engine.describe().splitlines():
+            print(f"      {line}")
+        return f"{engine.device} with {engine.backend}"
     print(f"    plans of {FLAVOURS[record.backend].title} {record.backend_version} for {record.target}")
     library = check_plans(bundle, record.backend)
     if memory_budget is not None:
@@ -161,14 +177,4 @@ def _memory_gb() -> float:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (AttributeError, ValueError, OSError):
-        return float("nan")
-
-
-def _free_memory_gb() -> float:
-    """What programs can still take, as Linux estimates it."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024 / 1e9
-    except (OSError, StopIteration, ValueError):
         return float("nan")

@@ -11,6 +11,9 @@ from engines.errors import AnyDoorError
 from runtime.boxes import Box
 from runtime.job import Canvas, Job
 
+BATCHING = ("continuous", "static")
+"""When waiting samples join: between any two steps, or only when the batch is empty."""
+
 
 class QueueFullError(AnyDoorError):
     """No more requests are accepted now."""

@@ -45,7 +45,6 @@ from runtime.request import Request
 from runtime.sampling import Sample
 from runtime.validation import LARGEST, Limits
 
-BATCHING = ("continuous", "static")
 _REMEMBERED_CLIENTS = 1024
 _SHORTEST_RETRY = 0.1  # seconds
 _LONGEST_RETRY = 60.0

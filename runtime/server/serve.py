@@ -145,6 +145,9 @@ def serve(settings: Settings) -> int:
         settings.threads or None,
         None if settings.cache_bytes < 0 else settings.cache_bytes,
         memory_budget=settings.memory_budget or None,
+        backend=settings.backend,
+        inference_precision=settings.inference_precision,
+        cuda_graphs=settings.cuda_graphs,
     )
     if plan := compositor.engine.describe():
         log(logger, logging.INFO, "memory plan", plan=plan.splitlines())

@@ -112,7 +112,7 @@ class CompositorService:
             version=version("anydoor-runtime"),
             checkpoint_sha256=str(manifest.checkpoint.get("sha256", "")),
             precision=manifest.precision,
-            backend=next(iter(manifest.graphs.values())).backend,
+            backend=compositor.engine.backend,
             device=compositor.engine.device,
             resolution=manifest.model.resolution,
             max_batch=self._scheduler.max_batch,

@@ -10,9 +10,9 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from engines.engine import DEVICES
+from engines.engine import BACKENDS, DEVICES, INFERENCE_PRECISIONS
 from runtime.errors import InputError
-from runtime.scheduler import BATCHING
+from runtime.order import BATCHING
 from runtime.sizes import parse_size, size_flag
 from runtime.validation import Limits
 
@@ -35,9 +35,16 @@ class Settings:
 
     bundle: str = _setting("", "directory of the bundle", metavar="DIR")
     device: str = _setting("auto", "where the graphs run", choices=DEVICES)
+    backend: str = _setting("auto", "what executes the graphs", choices=BACKENDS)
+    inference_precision: str = _setting(
+        "fp32", "of graphs that are in float32; bf16 where the processor has it", choices=INFERENCE_PRECISIONS
+    )
+    cuda_graphs: bool = _setting(
+        False, "with ONNX Runtime on a card, capture the denoise graph and replay it"
+    )
     threads: int = _setting(0, "CPU threads of the engine; 0: all cores", metavar="N")
     memory_budget: int = _size(
-        0, "of the card's memory to use at the most, like 6G; 0: nearly all that is free"
+        0, "of the device's memory to use at the most, like 6G; 0: nearly all that is free"
     )
     listen: tuple[str, ...] = _setting(
         ("127.0.0.1:50051",),
@@ -109,7 +116,9 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
         if default not in ("", None):
             flag["help"] += f" (default: {default})"
-        if isinstance(setting.default, int | float):
+        if isinstance(setting.default, bool):
+            flag["action"] = "store_true"
+        elif isinstance(setting.default, int | float):
             flag.setdefault("type", type(setting.default))
         command.add_argument(f"--{setting.name.replace('_', '-')}", default=None, **flag)
 

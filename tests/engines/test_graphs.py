@@ -27,9 +27,10 @@ def bundle(tiny_bundle: Path) -> Bundle:
     return Bundle.open(tiny_bundle)
 
 
-@pytest.fixture(scope="module")
-def engine(bundle: Bundle) -> Engine:
-    return open_engine(bundle, "cpu")
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def engine(bundle: Bundle, request: pytest.FixtureRequest) -> Engine:
+    pytest.importorskip(request.param)
+    return open_engine(bundle, "cpu", backend=request.param)
 
 
 def run(engine: Engine, graph: str, inputs: dict[str, Array]) -> dict[str, Array]:

@@ -74,7 +74,9 @@ def pictures(compositor: Compositor, scene: np.ndarray, placement: Placement, se
 def test_same_pictures_as_onnx_runtime_bit_for_bit(
     bundle: Bundle, scene: np.ndarray, placement: Placement
 ) -> None:
-    expected = pictures(Compositor(bundle, open_engine(bundle, "cpu")), scene, placement)
+    expected = pictures(
+        Compositor(bundle, open_engine(bundle, "cpu", backend="onnxruntime")), scene, placement
+    )
     for window in (1, 2):
         simulation = Simulation(bundle, residency(bundle), window=window)
         np.testing.assert_array_equal(pictures(simulation.compositor, scene, placement), expected)
@@ -87,7 +89,7 @@ def test_inputs_in_place_survive_decoding_in_between(
     """Placements one after the other: the next one starts where the decoder's scratch memory was."""
     other = Placement(placement.reference, box=(5, 5, 60, 60), mode="keep_background")
     compositors = (
-        Compositor(bundle, open_engine(bundle, "cpu")),
+        Compositor(bundle, open_engine(bundle, "cpu", backend="onnxruntime")),
         Simulation(bundle, residency(bundle)).compositor,
     )
     expected, found = (
@@ -103,7 +105,10 @@ def test_inputs_in_place_survive_decoding_in_between(
 
 
 def test_a_new_tensor_in_the_memory_of_an_old_one_is_seen(bundle: Bundle) -> None:
-    engine, expected = Simulation(bundle, residency(bundle)).engine, open_engine(bundle, "cpu")
+    engine, expected = (
+        Simulation(bundle, residency(bundle)).engine,
+        open_engine(bundle, "cpu", backend="onnxruntime"),
+    )
     sizes = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}
     for seed in range(4):
         rng = np.random.default_rng(seed)
@@ -153,7 +158,9 @@ def test_tensors_give_their_memory_back(bundle: Bundle, scene: np.ndarray, place
 def test_groups_take_turns_and_change_nothing(
     bundle: Bundle, scene: np.ndarray, placement: Placement
 ) -> None:
-    expected = pictures(Compositor(bundle, open_engine(bundle, "cpu")), scene, placement)
+    expected = pictures(
+        Compositor(bundle, open_engine(bundle, "cpu", backend="onnxruntime")), scene, placement
+    )
     plan = residency(bundle)
     tight = residency(bundle, plan.total - plan.cache - 1)
     assert tight.groups == ((DENOISE, CONTROL, DECODE), (ID_ENCODER,))
@@ -171,7 +178,9 @@ def test_groups_take_turns_and_change_nothing(
 def test_a_plan_that_needs_more_scratch_memory_here_gets_its_own(
     bundle: Bundle, scene: np.ndarray, placement: Placement
 ) -> None:
-    expected = pictures(Compositor(bundle, open_engine(bundle, "cpu")), scene, placement)
+    expected = pictures(
+        Compositor(bundle, open_engine(bundle, "cpu", backend="onnxruntime")), scene, placement
+    )
     simulation = Simulation(bundle, residency(bundle, scratch=dict.fromkeys(GRAPHS, 0)))
     np.testing.assert_array_equal(pictures(simulation.compositor, scene, placement), expected)
     assert simulation.device.allocations == 2 + len(GRAPHS)
