@@ -276,8 +276,13 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         output = options.output or options.source.with_name(f"{options.source.name}-{backend}")
         build = replace(build, max_batch=options.max_batch or bundle.manifest.max_batch)
         return output, build_plan_bundle(bundle, output, build, progress)
-    from export.checkpoint import read_checkpoint
-
+    try:
+        from export.checkpoint import read_checkpoint
+    except ImportError as error:
+        raise AnyDoorError(
+            f"a checkpoint needs PyTorch to be exported, and '{error.name}' is not installed: pip install "
+            "'anydoor-runtime[export]', or give a bundle of ONNX graphs"
+        ) from error
     checkpoint = read_checkpoint(options.source, options.unet_head_width, options.dino_heads)
     output = options.output or Path("build/engines") / options.source.stem
     if options.max_batch is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from export.plans import _Phase, build_plan, check_targets, completed, network_s
 from export.progress import Progress
 
 RTX = "tensorrt_rtx"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,7 @@ def test_the_build_reports_its_progress(half: Bundle, library: Library) -> None:
     assert progress.seen[-1] == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")
 def test_kernel_timings_are_kept(
     half: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +210,16 @@ def test_plans_are_not_built_from_plans_nor_over_their_source(
         build_plan_bundle(plans, tmp_path / "new", BuildOptions(backend=RTX))
     with pytest.raises(AnyDoorError, match="give another --output"):
         build_plan_bundle(half, half.path, BuildOptions(backend=RTX))
+
+
+def test_without_pytorch_only_a_bundle_will_do(tmp_path: Path) -> None:
+    """As on a Jetson."""
+    code = "import sys; sys.modules['torch'] = None; from export.build_engines import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, str(tmp_path / "anydoor.safetensors"), "--backend", "onnxruntime"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 2
+    assert "'torch' is not installed" in result.stderr
+    assert "or give a bundle of ONNX graphs" in result.stderr.splitlines()[-1]
 
 
 def test_a_damaged_source_leaves_nothing_behind(
