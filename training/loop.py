@@ -1,4 +1,4 @@
-"""The loop every stage of training runs in: Accelerate, gradient accumulation, EMA, exact resume.
+"""The loop every stage of training runs in: Accelerate, DDP or FSDP, accumulation, EMA, exact resume, curves.
 
 All that is random about a sample follows from its number (see `NumberedDataset`), so a run that is killed and
 resumed, or spread over several processes, sees exactly the samples, noises and timesteps of one that is not.
@@ -7,19 +7,25 @@ resumed, or spread over several processes, sees exactly the samples, noises and 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from training.curves import Curves
+from training.sharding import local, shard, spread, whole
+
 Batch = Mapping[str, Tensor]
+Draw = Callable[[Mapping[str, Tensor]], NDArray[np.uint8]]
+"""Draws a sheet of samples, (H, W, 3) RGB, with weights of a task's module."""
 
 
 class NumberedDataset(Protocol):
@@ -65,6 +71,13 @@ class LoopSettings:
     precision: str = "no"
     """'no' (fp32), 'bf16' or 'fp16', as Accelerate names them."""
     save_every: int = 500
+    draw_every: int = 1000
+    """Steps between sheets of samples, for stages that can draw any."""
+    log_every: int = 20
+    """Steps between points of TensorBoard's curves."""
+    shard: bool = False
+    """Weights, gradients and optimizer state are spread over the processes (FSDP); otherwise each has all of
+    them (DDP)."""
     workers: int = 0
     """Processes that prepare data; 0 prepares it in the loop."""
 
@@ -74,6 +87,10 @@ class LoopSettings:
             return (step + 1) / self.warmup
         progress = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
         return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def is_due(self, every: int, done: int) -> bool:
+        """Whether what is done every so many steps is to be done after `done` steps; after the last it is."""
+        return done % every == 0 or done == self.steps
 
 
 class Numbers(Sampler[int]):
@@ -103,7 +120,11 @@ class RunningMean:
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, weight in module.named_parameters():
             if name in self.weights:
-                self.weights[name].lerp_(weight.detach(), 1 - decay)
+                local(self.weights[name]).lerp_(local(weight.detach()), 1 - decay)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Goes on from a mean that was saved."""
+        self.weights = {name: spread(weights[name], like) for name, like in self.weights.items()}
 
     def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's state with the mean in place of the trained weights."""
@@ -117,33 +138,39 @@ def save_atomically(state: Any, path: Path) -> None:
     beside.replace(path)
 
 
-def train(task: Task, settings: LoopSettings, folder: Path) -> None:
+def train(task: Task, settings: LoopSettings, folder: Path, draw: Draw | None = None) -> None:
     """Trains `task.module` for `settings.steps` steps in all, going on from `folder`/last.pt if there is one.
 
-    Writes there: last.pt (weights, optimizer, mean, step), mean.pt (the weights to use) and log.csv.
+    Writes there: last.pt (weights, optimizer, mean, step), mean.pt (the weights to use), log.csv, and events/
+    for TensorBoard. What is saved does not depend on how many processes there are and which holds what.
     """
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate
     )
+    saved = read_state(folder / "last.pt")
+    start = saved.get("step", 0)
+    if saved:
+        task.module.load_state_dict(saved["module"])
+    # Accelerate knows FSDP on graphics cards only; PyTorch's own is the same everywhere
+    module = shard(task.module, accelerator.device) if settings.shard else accelerator.prepare(task.module)
     trained = [p for p in task.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=settings.weight_decay)
     mean = RunningMean(task.module, settings.ema) if settings.ema else None
-    start = restore(task.module, optimizer, mean, folder / "last.pt")
-    if mean is not None:
-        mean.weights = {n: w.to(accelerator.device) for n, w in mean.weights.items()}
-    module, optimizer = accelerator.prepare(task.module, optimizer)
+    if saved:
+        load_optimizer(optimizer, saved["optimizer"], trained)
+        if mean is not None:
+            mean.load(saved["mean"])
+    optimizer = accelerator.prepare(optimizer)
     batches = iter(_loader(task.dataset(), settings, start, accelerator))
-    progress = tqdm(
-        range(start, settings.steps),
-        initial=start,
-        total=settings.steps,
-        disable=not accelerator.is_main_process,
-    )
-    began, shown = time.monotonic(), dict[str, float]()
+    main = accelerator.is_main_process
+    samples = settings.batch * settings.accumulate * accelerator.num_processes
+    curves = Curves(folder, start, samples, write=main)
+    progress = tqdm(range(start, settings.steps), initial=start, total=settings.steps, disable=not main)
     for step in progress:
+        rate = settings.learning_rate * settings.rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * settings.rate(step)
+            group["lr"] = rate
         for _ in range(settings.accumulate):
             batch = {name: value.to(accelerator.device) for name, value in next(batches).items()}
             with accelerator.accumulate(module), accelerator.autocast():
@@ -155,38 +182,63 @@ def train(task: Task, settings: LoopSettings, folder: Path) -> None:
                 optimizer.zero_grad()
         if mean is not None:
             mean.update(task.module, step)
-        for name, value in losses.items():
-            shown[name] = 0.98 * shown.get(name, value.item()) + 0.02 * value.item()
-        progress.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
-        if accelerator.is_main_process and (
-            (step + 1) % settings.save_every == 0 or step + 1 == settings.steps
-        ):
-            save(task.module, optimizer, mean, step + 1, folder)
-            _log(folder / "log.csv", step + 1, time.monotonic() - began, shown)
+        progress.set_postfix(curves.add(losses), refresh=False)
+        done = step + 1
+        if settings.is_due(settings.log_every, done):
+            curves.plot(done, losses, rate)
+        if settings.is_due(settings.save_every, done):
+            save(task.module, optimizer, mean, done, folder if main else None)
+            curves.row(done)
+        if draw and settings.is_due(settings.draw_every, done):
+            weights = whole(to_use(task.module, mean))
+            if main:
+                curves.picture(done, draw(weights))
+    curves.close()
     accelerator.end_training()
 
 
+def to_use(module: nn.Module, mean: RunningMean | None) -> dict[str, Tensor]:
+    """The weights that are better than the last ones: their mean, if there is one."""
+    return mean.state_dict(module) if mean else module.state_dict()
+
+
 def save(
-    module: nn.Module, optimizer: torch.optim.Optimizer, mean: RunningMean | None, step: int, folder: Path
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mean: RunningMean | None,
+    step: int,
+    folder: Path | None,
 ) -> None:
-    """Writes last.pt, to go on from, and mean.pt, to use."""
-    state = {"step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+    """Writes last.pt, to go on from, and mean.pt, to use.
+
+    Every process has to call it, because each may hold a part; the one with a folder writes.
+    """
+    state = {"step": step, "module": whole(module.state_dict()), "optimizer": whole(optimizer.state_dict())}
     if mean is not None:
-        state["mean"] = mean.weights
-    save_atomically(state, folder / "last.pt")
-    save_atomically(mean.state_dict(module) if mean else module.state_dict(), folder / "mean.pt")
+        state["mean"] = whole(mean.weights)
+    weights = whole(to_use(module, mean))
+    if folder:
+        save_atomically(state, folder / "last.pt")
+        save_atomically(weights, folder / "mean.pt")
 
 
-def restore(module: nn.Module, optimizer: torch.optim.Optimizer, mean: RunningMean | None, path: Path) -> int:
-    """Loads what `save` wrote; returns the number of steps done, 0 if there is nothing."""
+def read_state(path: Path) -> dict[str, Any]:
+    """What `save` wrote, or nothing."""
     if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
-    if mean is not None:
-        mean.weights = state["mean"]
-    return int(state["step"])
+        return {}
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], trained: Sequence[nn.Parameter]
+) -> None:
+    """Puts back the optimizer's state, each process its part."""
+    for index, values in saved["state"].items():
+        for name, value in values.items():
+            if value.shape == trained[index].shape:  # moments; the count of steps is a number
+                values[name] = spread(value, trained[index])
+    optimizer.load_state_dict(saved)
 
 
 def _loader(
@@ -197,11 +249,3 @@ def _loader(
     numbers = Numbers(start * per_step, settings.batch, accelerator.process_index, accelerator.num_processes)
     source: Dataset[Any] = dataset  # type: ignore[assignment]
     return DataLoader(source, settings.batch, sampler=numbers, num_workers=settings.workers)
-
-
-def _log(path: Path, step: int, seconds: float, losses: Mapping[str, float]) -> None:
-    """One line per checkpoint: the curve that docs/training.md shows."""
-    if not path.exists():
-        path.write_text(",".join(["step", "seconds", *losses]) + "\n")
-    with path.open("a") as file:
-        file.write(",".join([str(step), f"{seconds:.0f}", *(f"{v:.5f}" for v in losses.values())]) + "\n")

@@ -3,55 +3,92 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from training.architecture import REFERENCE_SIZE
 from training.config import Recipe, read_recipe
-from training.data.pairs import Pair, Shot, UnfitPairError, make_pair
+from training.data.pairs import Pair, Picture, Shot, UnfitPairError, make_pair
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
-from training.inspect_data import column, draw_sheet
+from training.diffusion import Denoiser, DiffusionTask
+from training.identity import dino_features
+from training.inspect_data import column
 from training.model import AnyDoor
-from training.train import trained_model
 
 
 @torch.no_grad()
 def sample(
-    model: AnyDoor, references: Tensor, hints: Tensor, steps: int = 20, guidance: float = 2.0, seed: int = 0
+    model: AnyDoor, tokens: Tensor, hints: Tensor, steps: int = 20, guidance: float = 2.0, seed: int = 0
 ) -> Tensor:
     """DDIM with eta 0 from pure noise, at the timesteps that the runtime uses.
 
     Args:
-        model: the whole network.
-        references: (N, 3, 224, 224), 0..1.
+        model: UNet and ControlNet.
+        tokens: (2 N, T, D), of N references and of N times the black one.
         hints: (N, 4, R, R).
         steps: how many; 1000 / steps is a whole number.
         guidance: scale of classifier-free guidance; the unconditional reference is black.
         seed: of the noise.
 
     Returns:
-        Pictures (N, 3, R, R), about -1..1.
+        Scaled latents (N, C, h, w).
     """
     count, side = len(hints), hints.shape[-1] // model.architecture.latent_factor
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(count, model.architecture.latent_channels, side, side, generator=generator)
-    black = torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE)
-    tokens = torch.cat(
-        [model.encode_reference(references), model.encode_reference(black).expand(count, -1, -1)]
-    )
+    latent = latent.to(hints.device)
     alphas = model.alphas_cumprod
     for timestep in range(1000 - 1000 // steps + 1, 0, -(1000 // steps)):
-        both = torch.full((2 * count,), timestep)
+        both = torch.full((2 * count,), timestep, device=hints.device)
         estimate = model(latent.repeat(2, 1, 1, 1), both, tokens, hints.repeat(2, 1, 1, 1))
         wanted, unconditional = estimate.chunk(2)
         noise = unconditional + guidance * (wanted - unconditional)
         now, after = alphas[timestep], alphas[max(timestep - 1000 // steps, 0)]
         clean = (latent - (1 - now).sqrt() * noise) / now.sqrt()
         latent = after.sqrt() * clean + (1 - after).sqrt() * noise
-    return model.decode(latent)
+    return latent
+
+
+class Preview:
+    """Sheets of samples with the weights that training has reached, always of the same held-out pairs."""
+
+    def __init__(
+        self, recipe: Recipe, model: AnyDoor, count: int = 6, steps: int = 20, guidance: float = 2.0
+    ) -> None:
+        """Takes the autoencoder and the ID encoder of `model`, which do not learn while it is used."""
+        self._model, self._steps, self._guidance = model, steps, guidance
+        self._pairs = held_out_pairs(recipe, count)
+        references = np.stack([pair.reference for pair in self._pairs])
+        self._references = torch.from_numpy(references).permute(0, 3, 1, 2) / 255
+        self._hints = torch.from_numpy(np.stack([pair.hint for pair in self._pairs]))
+
+    @torch.no_grad()
+    def __call__(self, weights: Mapping[str, Tensor]) -> Picture:
+        """One column per pair: reference, collage, mask, sample, and the true picture.
+
+        weights: of `Denoiser`, as `DiffusionTask` trains it. They get a network of their own, because the one
+        that is trained may be spread over several processes.
+        """
+        frozen = self._model
+        model = AnyDoor(frozen.architecture, ("unet", "control", "id_encoder"))
+        DiffusionTask.load(model, weights)
+        black = torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE)
+        device = next(frozen.vae.parameters()).device
+        shown = torch.cat([self._references, black]).to(device)
+        model.to(device)
+        features = dino_features(frozen.id_encoder.to(device), shown)
+        tokens = model.id_encoder.projector(features)
+        count = len(self._pairs)
+        both = torch.cat([tokens[:count], tokens[count:].expand(count, -1, -1)])
+        latents = sample(model, both, self._hints.to(device), self._steps, self._guidance)
+        drawn = frozen.decode(latents).cpu().numpy()
+        columns = [column(pair, picture) for pair, picture in zip(self._pairs, drawn, strict=True)]
+        return np.concatenate(columns, axis=1)
 
 
 def held_out_pairs(recipe: Recipe, count: int) -> list[Pair]:
@@ -76,18 +113,10 @@ def held_out_pairs(recipe: Recipe, count: int) -> list[Pair]:
     return pairs
 
 
-def draw_preview(recipe: Recipe, folder: Path, path: Path, count: int, steps: int, guidance: float) -> None:
-    """Writes a sheet, one column per pair: reference, collage, mask, sample, and the true picture."""
-    model = trained_model(recipe, folder)
-    pairs = held_out_pairs(recipe, count)
-    references = torch.from_numpy(np.stack([p.reference for p in pairs])).permute(0, 3, 1, 2) / 255
-    hints = torch.from_numpy(np.stack([p.hint for p in pairs]))
-    drawn = sample(model, references, hints, steps, guidance).numpy()
-    draw_sheet([column(pair, picture) for pair, picture in zip(pairs, drawn, strict=True)], path)
-
-
 def main() -> None:
     """The command line."""
+    from training.train import trained_model  # which draws with `Preview` itself
+
     parser = argparse.ArgumentParser(prog="python -m training.preview", description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("output", type=Path)
@@ -98,7 +127,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder or Path("runs") / arguments.recipe.stem
     recipe = read_recipe(arguments.recipe)
-    draw_preview(recipe, folder, arguments.output, arguments.count, arguments.steps, arguments.guidance)
+    model = trained_model(recipe, folder)
+    preview = Preview(recipe, model, arguments.count, arguments.steps, arguments.guidance)
+    Image.fromarray(preview(Denoiser(model).state_dict())).save(arguments.output)
 
 
 if __name__ == "__main__":

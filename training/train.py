@@ -31,6 +31,7 @@ from training.diffusion import DiffusionTask
 from training.identity import IdentityTask
 from training.loop import train
 from training.model import AnyDoor
+from training.preview import Preview
 from training.small import open_control
 
 PAIRS_SEED, CALIBRATION, DECODER_SIDE = 3, 64, 64
@@ -88,7 +89,8 @@ def train_diffusion(recipe: Recipe, folder: Path) -> None:
         if (folder / "hint" / "mean.pt").exists():
             DiffusionTask.load(model, _weights(folder / "hint"))
         pairs = mixture(recipe) if recipe.sources else rendered_pairs(recipe, folder, model)
-        train(DiffusionTask(model, pairs, recipe.denoising), recipe.diffusion, folder / "diffusion")
+        task = DiffusionTask(model, pairs, recipe.denoising)
+        train(task, recipe.diffusion, folder / "diffusion", Preview(recipe, model))
 
 
 def rendered_pairs(recipe: Recipe, folder: Path, model: AnyDoor) -> EncodedPairs:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from training.architecture import LATENT_SCALE, Architecture
 from training.autoencoder import normalise_latents
+from training.config import Recipe
+from training.data.pairs import PairRules
 from training.diffusion import Denoising, DiffusionTask, noisy_latents
 from training.loop import LoopSettings, Numbers, train
 from training.model import AnyDoor, build_vae
+from training.preview import Preview
 
 TINY = Architecture(
     unet_channels=(32, 64),
@@ -159,6 +166,59 @@ def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
     train(again, settings(), tmp_path / "again")
     for name, value in weights(kept).items():
         torch.testing.assert_close(value, weights(again)[name])
+
+
+def curves(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder / "events"), {"scalars": 0, "images": 0})
+    events.Reload()
+    return events
+
+
+def test_tensorboard_shows_curves_and_samples(tmp_path: Path) -> None:
+    seen = []
+
+    def draw(weights: Mapping[str, Tensor]) -> NDArray[np.uint8]:
+        seen.append({name: value.clone() for name, value in weights.items()})
+        return np.full((8, 12, 3), 40 * len(seen), np.uint8)
+
+    task = diffusion_task()
+    train(task, settings(steps=5, ema=0.5, log_every=2, draw_every=2, warmup=4), tmp_path, draw)
+    events = curves(tmp_path)
+    assert [point.step for point in events.Scalars("loss/loss")] == [2, 4, 5]
+    assert [point.value for point in events.Scalars("learning rate")] == pytest.approx([0.5e-3, 1e-3, 1e-3])
+    assert all(point.value > 0 for point in events.Scalars("samples per second"))
+    assert [picture.step for picture in events.Images("samples")] == [2, 4, 5]
+    sheet = Image.open(io.BytesIO(events.Images("samples")[0].encoded_image_string))
+    assert sheet.size == (12, 8)
+    assert sheet.getpixel((0, 0)) == (40, 40, 40)
+    # drawn with the running mean, which is what the run leaves
+    mean = torch.load(tmp_path / "mean.pt", weights_only=True)
+    assert all(torch.equal(seen[-1][name], value) for name, value in mean.items())
+    name = "unet.conv_out.weight"
+    assert not torch.equal(mean[name], task.module.state_dict()[name])
+
+
+def test_a_killed_run_s_curves_go_on_from_its_checkpoint(tmp_path: Path) -> None:
+    def killed(weights: Mapping[str, Tensor]) -> NDArray[np.uint8]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # after step 3; the last checkpoint is of step 2
+        train(diffusion_task(), settings(steps=9, save_every=2, log_every=1, draw_every=3), tmp_path, killed)
+    train(diffusion_task(), settings(steps=4, save_every=2, log_every=1), tmp_path)
+    assert [point.step for point in curves(tmp_path).Scalars("loss/loss")] == [1, 2, 3, 4]
+
+
+def test_samples_are_drawn_with_the_weights_that_are_given(tmp_path: Path) -> None:
+    recipe = Recipe(architecture=TINY, pairs=PairRules(resolution=32))
+    task = diffusion_task()
+    preview = Preview(recipe, task._model, count=2, steps=2)
+    before = preview(task.module.state_dict())
+    assert before.shape == (5 * 32, 2 * 32, 3)
+    train(task, settings(steps=1, learning_rate=1e-2), tmp_path, preview)
+    assert np.array_equal(preview(task.module.state_dict())[:96], before[:96])  # reference, collage and mask
+    assert not np.array_equal(preview(task.module.state_dict())[96:128], before[96:128])  # sample
+    drawn = Image.open(io.BytesIO(curves(tmp_path).Images("samples")[0].encoded_image_string))
+    assert np.array_equal(np.asarray(drawn), preview(task.module.state_dict()))
 
 
 def test_processes_share_the_global_batch() -> None:

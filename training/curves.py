@@ -1,0 +1,66 @@
+"""What a run tells while it goes on: curves and samples for TensorBoard, and a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+_MEMORY = 0.98
+"""How much of the running mean of a loss stays in a step."""
+
+
+class Curves:
+    """Writes `folder`/events and `folder`/log.csv; a process that does not write keeps the numbers only."""
+
+    def __init__(self, folder: Path, start: int, samples_per_step: int, write: bool) -> None:
+        """Goes on at step `start`: points that a killed run drew after its last checkpoint are taken back."""
+        self.shown: dict[str, float] = {}
+        """Running means of the losses."""
+        self._table = folder / "log.csv"
+        self._events = SummaryWriter(folder / "events", purge_step=start + 1) if write else None
+        self._samples, self._plotted = samples_per_step, start
+        self._began = self._last = time.monotonic()
+
+    def add(self, losses: Mapping[str, Tensor]) -> dict[str, str]:
+        """Takes the losses of a step; returns their running means as they are shown."""
+        for name, loss in losses.items():
+            value = loss.item()
+            self.shown[name] = _MEMORY * self.shown.get(name, value) + (1 - _MEMORY) * value
+        return {name: f"{value:.4f}" for name, value in self.shown.items()}
+
+    def plot(self, step: int, losses: Mapping[str, Tensor], rate: float) -> None:
+        """Points of the curves: losses of the step, learning rate, samples per second since the last ones."""
+        if not self._events:
+            return
+        now = time.monotonic()
+        speed = (step - self._plotted) * self._samples / max(now - self._last, 1e-9)
+        self._plotted, self._last = step, now
+        points = {f"loss/{name}": loss.item() for name, loss in losses.items()}
+        for name, value in {**points, "learning rate": rate, "samples per second": speed}.items():
+            self._events.add_scalar(name, value, step)
+
+    def picture(self, step: int, sheet: NDArray[np.uint8]) -> None:
+        """A sheet of samples, (H, W, 3) RGB."""
+        if self._events:
+            self._events.add_image("samples", sheet, step, dataformats="HWC")
+
+    def row(self, step: int) -> None:
+        """A line of the table, one per checkpoint: step, seconds since the start, running means."""
+        if not self._events:
+            return
+        if not self._table.exists():
+            self._table.write_text(",".join(["step", "seconds", *self.shown]) + "\n")
+        means = [f"{value:.5f}" for value in self.shown.values()]
+        with self._table.open("a") as file:
+            file.write(",".join([str(step), f"{time.monotonic() - self._began:.0f}", *means]) + "\n")
+
+    def close(self) -> None:
+        """Puts everything on disk."""
+        if self._events:
+            self._events.close()
