@@ -290,7 +290,13 @@ def _composite_here(options: argparse.Namespace, request: Request, on_step: Step
     from runtime.compositor import Compositor
 
     compositor = Compositor.load(
-        options.bundle, options.device, options.threads, memory_budget=options.memory_budget
+        options.bundle,
+        options.device,
+        options.threads,
+        memory_budget=options.memory_budget,
+        backend=options.backend,
+        inference_precision=options.inference_precision,
+        cuda_graphs=options.cuda_graphs,
     )
     if not options.quiet and (plan := compositor.engine.describe()):
         print(plan, file=sys.stderr)
