@@ -1,11 +1,19 @@
-"""What lives where in a card's memory: fits the budget, keeps what it can, and says what is missing."""
+"""What lives where, on a card or on the host: fits the budget, keeps what it can, says what is missing."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines import residency
+from engines.bundle import Bundle
+from engines.engine import open_engine
 from engines.errors import BackendError
 from engines.graphs import (
     CONTROL,
@@ -17,7 +25,15 @@ from engines.graphs import (
     graph_specs,
     largest_sizes,
 )
-from engines.residency import GROUPINGS, GraphMemory, ResidencyPlan, plan_residency, scratch_name
+from engines.residency import (
+    GROUPINGS,
+    GraphMemory,
+    ResidencyPlan,
+    plan_host_residency,
+    plan_residency,
+    scratch_name,
+)
+from export.graphs import example_inputs
 
 MB = 1_000_000
 SHAPE = ModelShape(512, 4, 64, 257, 1024, 224, ((320, 64, 64), (640, 32, 32), (1280, 8, 8)), "float16")
@@ -47,6 +63,7 @@ def smallest(memory: dict[str, GraphMemory], batch: int = 4) -> int:
     return high
 
 
+@settings(deadline=None)
 @given(memories, st.integers(1, 8), st.integers(0, 40_000))
 def test_a_plan_fits_its_budget_or_is_refused(
     memory: dict[str, GraphMemory], batch: int, budget: int
@@ -61,6 +78,7 @@ def test_a_plan_fits_its_budget_or_is_refused(
     assert plan.cache >= 0
 
 
+@settings(deadline=None)
 @given(memories, st.integers(1, 8))
 def test_more_memory_never_makes_more_groups(memory: dict[str, GraphMemory], batch: int) -> None:
     least = smallest(memory, batch)
@@ -117,3 +135,85 @@ def test_the_table_names_every_graph_and_the_whole() -> None:
     assert all(graph in table for graph in GRAPHS)
     assert "group 2; the other groups leave" in table
     assert "of a budget of 6000.0 MB" in table
+
+
+# ---- in the host's memory
+
+
+def large_bundle(tiny_bundle: Path) -> Bundle:
+    """A bundle that says of itself that it has the sizes of the full-size network."""
+    bundle = Bundle.open(tiny_bundle)
+    sizes = {ID_ENCODER: 4545 * MB, CONTROL: 1457 * MB, DENOISE: 3464 * MB, DECODE: 198 * MB}
+    graphs = {
+        name: replace(record, files=(replace(record.files[0], bytes=sizes[name]),))
+        for name, record in bundle.manifest.graphs.items()
+    }
+    architecture = {
+        "unet_channels": [320, 640, 1280, 1280],
+        "unet_head_width": 64,
+        "vae_channels": [128, 256, 512, 512],
+        "dino_width": 1536,
+        "dino_mlp_ratio": 4,
+    }
+    manifest = replace(bundle.manifest, graphs=graphs, model=SHAPE, architecture=architecture)
+    return Bundle(bundle.path, manifest)
+
+
+def test_full_size_fits_into_8_gb_by_turns(tiny_bundle: Path) -> None:
+    plan = plan_host_residency(large_bundle(tiny_bundle), fused_attention=False, budget=8000 * MB)
+    assert len(plan.groups) > 1
+    assert plan.total <= 8000 * MB
+    assert plan.cache == 8000 * MB - plan.total
+    assert plan.leaving(CONTROL, [ID_ENCODER]) == [ID_ENCODER]
+    assert plan.leaving(DENOISE, [CONTROL]) == []
+    assert "of a budget of 8000.0 MB" in plan.table()
+
+
+def test_attention_without_its_scores_takes_less(tiny_bundle: Path) -> None:
+    bundle = large_bundle(tiny_bundle)
+    fused, plain = (plan_host_residency(bundle, fused, 24_000 * MB).total for fused in (True, False))
+    assert fused < plain
+
+
+def test_where_there_is_room_all_graphs_stay(tiny_bundle: Path) -> None:
+    plan = plan_host_residency(large_bundle(tiny_bundle), fused_attention=True, budget=24_000 * MB)
+    assert plan.groups == GROUPINGS[0]
+    assert plan.table() == ""
+
+
+def test_budget_that_no_plan_fits(tiny_bundle: Path) -> None:
+    with pytest.raises(
+        BackendError, match=r"needs about \d+ MB of memory and 4000 MB may be used: raise --mem"
+    ):
+        plan_host_residency(large_bundle(tiny_bundle), fused_attention=True, budget=4000 * MB)
+
+
+@pytest.mark.parametrize(("free", "groups"), [(1e12, 1), (9e9, 2), (1e9, 3)])
+def test_without_a_budget_graphs_take_turns_only_where_memory_is_short(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, free: float, groups: int
+) -> None:
+    monkeypatch.setattr(residency, "free_host_memory", lambda: free)
+    plan = plan_host_residency(large_bundle(tiny_bundle), fused_attention=False, budget=None)
+    assert len(plan.groups) == groups
+    assert (plan.cache is None) == (groups == 1)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_picture_made_by_turns_is_the_same(tiny_bundle: Path, backend: str) -> None:
+    """With room for one group at a time, loading one makes the other leave, and nothing else changes."""
+    pytest.importorskip(backend)
+    bundle = Bundle.open(tiny_bundle)
+    engine = open_engine(bundle, "cpu", backend=backend)
+    turns: Any = open_engine(bundle, "cpu", backend=backend)
+    turns.residency = replace(turns.residency, groups=GROUPINGS[2])
+    sizes = {"samples": 1, "rows": 1, "conditions": 1, "maps": 1}
+    for graph in (ID_ENCODER, CONTROL, DENOISE, DECODE, ID_ENCODER):
+        inputs = example_inputs(bundle.manifest.specs[graph], sizes)
+        expected, found = engine.run(graph, inputs), turns.run(graph, inputs)
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(turns.to_host(found[name]), engine.to_host(tensor))
+        assert loaded(turns) <= set(turns.residency.groups[[graph in g for g in GROUPINGS[2]].index(True)])
+
+
+def loaded(engine: Any) -> set[str]:
+    return set(engine._sessions if engine.backend == "onnxruntime" else engine._requests)
