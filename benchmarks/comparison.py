@@ -22,7 +22,7 @@ from runtime.detail_maps import DetailMapCache, DetailMaps
 from runtime.high_frequency_map import high_frequency_map
 from runtime.paste_back import paste_back, pasted_region
 from runtime.reference import PreparedReference, prepare_reference
-from runtime.sampling import StepOfSample, has_guidance, sample, step_inputs
+from runtime.sampling import StepOfSample, guided_steps, sample, step_inputs
 
 TOKENS_TOLERANCE = 1e-4
 DETAIL_TOLERANCE = {"float32": 1e-4, "float16": 1e-3}
@@ -250,7 +250,7 @@ class RunComparison:
         hint = self.run.hint
         assert hint is not None
         schedule = ddim_schedule(self.alphas_cumprod, sampling.steps, timesteps=sampling.timesteps)
-        tokens = tokens if has_guidance(sampling) else tokens[:1]
+        tokens = tokens if any(guided_steps(sampling, schedule)) else tokens[:1]
         cache = self.compositor.cache if sampling.timesteps == self.run.timesteps else DetailMapCache(0)
         maps = DetailMaps(self.engine, cache, hint, tokens, schedule.timesteps.tolist(), 1)
         start = self.run.arrays["x_T"].astype(np.float32)

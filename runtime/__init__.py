@@ -11,6 +11,7 @@ from runtime.collage import Ratios
 from runtime.compositor import Compositor
 from runtime.errors import InputError
 from runtime.job import Composite
+from runtime.quality import preset
 from runtime.request import Placement, Sampling
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "Placement",
     "Ratios",
     "Sampling",
+    "preset",
 ]

@@ -18,8 +18,10 @@ from engines.errors import AnyDoorError, BackendError
 from runtime.collage import MODES, Ratios
 from runtime.errors import InputError
 from runtime.pictures import contact_sheet, format_of, save_picture
+from runtime.quality import DEFAULT, QUALITIES, preset
 from runtime.request import Placement, Request, Sampling
 from runtime.sizes import size_flag
+from runtime.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from runtime.compositor import StepCallback
@@ -36,6 +38,7 @@ _COMPOSITE_EXAMPLES = """examples:
   anydoor composite --reference cup.png --box 80,60,300,260 --reference book.png --box 320,90,500,250 \\
       --scene desk.jpg -o both.png
   anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --num-images 4 --grid -o cups.png
+  anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --quality fast -o out.png
   anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --server gpu:50051 -o out.png
 """
 
@@ -68,6 +71,21 @@ def parse_box(text: str) -> tuple[int, int, int, int]:
             f"'{text}' is not a box: four whole numbers x0,y0,x1,y1 are expected, like 80,60,300,260"
         ) from error
     return x0, y0, x1, y1
+
+
+def parse_interval(text: str) -> tuple[int, int]:
+    """`first,last` as two numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    try:
+        first, last = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not an interval: two timesteps first,last are expected, like 200,999"
+        ) from error
+    return first, last
 
 
 def parser() -> argparse.ArgumentParser:
@@ -212,26 +230,40 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
-    default = Sampling()
-    group = command.add_argument_group("sampling")
+    group = command.add_argument_group("sampling (what is not given is as the quality says)")
     group.add_argument(
         "--seed", type=int, metavar="S", help="the same seed gives the same picture (default: random)"
     )
     group.add_argument(
-        "--steps", type=int, default=default.steps, metavar="N", help=f"default: {default.steps}"
+        "--quality",
+        choices=list(QUALITIES),
+        default=DEFAULT,
+        help="exact: as the original (default); balanced, fast: nearly the same picture, at least twice and "
+        "four times as fast",
+    )
+    exact = QUALITIES[DEFAULT]
+    group.add_argument("--steps", type=int, metavar="N", help=f"exact: {exact.steps}")
+    group.add_argument("--guidance", type=float, metavar="G", help=f"exact: {exact.guidance:g}")
+    group.add_argument(
+        "--strength", type=float, metavar="C", help=f"of the detail maps (exact: {exact.strength:g})"
+    )
+    group.add_argument("--eta", type=float, metavar="E", help="0 DDIM to 1 DDPM noise (exact: 0)")
+    group.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        help="ddim, or dpm2m, of second order, which needs fewer steps and has no eta (exact: ddim)",
     )
     group.add_argument(
-        "--guidance", type=float, default=default.guidance, metavar="G", help=f"default: {default.guidance:g}"
+        "--guidance-interval",
+        type=parse_interval,
+        metavar="FIRST,LAST",
+        help="timesteps with guidance, of 0 (picture) to 999 (noise); the others cost half (exact: 0,999)",
     )
     group.add_argument(
-        "--strength",
-        type=float,
-        default=default.strength,
-        metavar="C",
-        help=f"of the detail maps (default: {default.strength:g})",
-    )
-    group.add_argument(
-        "--eta", type=float, default=default.eta, metavar="E", help="0 DDIM to 1 DDPM noise (default: 0)"
+        "--map-steps",
+        type=int,
+        metavar="N",
+        help="compute detail maps at so many timesteps; other steps use the nearest (exact: at all)",
     )
     group.add_argument(
         "--initial-noise",
@@ -248,7 +280,7 @@ def run_composite(options: argparse.Namespace) -> int:
         scene=options.scene,
         placements=_placements(options),
         seed=options.seed,
-        sampling=Sampling(options.steps, options.guidance, options.strength, options.eta),
+        sampling=_sampling(options),
         num_images=options.num_images,
         initial_noise=_load_noise(options.initial_noise) if options.initial_noise else None,
     )
@@ -373,6 +405,12 @@ def _placements(options: argparse.Namespace) -> list[Placement]:
         Placement(reference, mask, **{kind: value}, mode=options.mode, ratios=ratios)
         for reference, mask, (kind, value) in zip(references, masks, targets)
     ]
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    names = ("steps", "guidance", "strength", "eta", "solver", "guidance_interval", "map_steps")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return preset(options.quality, **given)
 
 
 def _load_noise(path: Path) -> NDArray[np.float32]:

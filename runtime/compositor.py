@@ -15,14 +15,14 @@ from PIL import Image
 from engines.bundle import Bundle
 from engines.engine import DeviceTensor, Engine, open_engine
 from engines.graphs import DECODE, GRAPHS, ID_ENCODER
-from runtime.ddim import ddim_schedule
-from runtime.detail_maps import DetailMapCache, DetailMaps, default_cache_budget
+from runtime.detail_maps import DetailMapCache, DetailMaps, default_cache_budget, shared_timesteps
 from runtime.errors import InputError, in_field
 from runtime.job import Canvas, Composite, Job, Stopwatch, prepare_placement
 from runtime.pictures import PictureLike, load_picture
 from runtime.reference import PreparedReference
 from runtime.request import Placement, Request, Sampling
-from runtime.sampling import Conditions, LatentRow, RunningBatch, Sample, has_guidance
+from runtime.sampling import Conditions, LatentRow, RunningBatch, Sample, guided_steps
+from runtime.solvers import solver_schedule
 from runtime.validation import (
     LARGEST,
     MAX_SEED,
@@ -244,7 +244,9 @@ class Compositor:
             scene=picture,
             placements=prepared,
             sampling=sampling,
-            schedule=ddim_schedule(self._alphas_cumprod, sampling.steps, sampling.eta, sampling.timesteps),
+            schedule=solver_schedule(
+                self._alphas_cumprod, sampling.solver, sampling.steps, sampling.eta, sampling.timesteps
+            ),
             seeds=[seed + i for i in range(num_images)],
             resolution=self._model.resolution,
             initial_noise=noise,
@@ -269,10 +271,13 @@ class Compositor:
     def _conditions(self, canvas: Canvas) -> Conditions:
         job = canvas.job
         tokens = self.encode_reference(canvas.reference, job.watch)
-        if has_guidance(job.sampling):
+        guided = guided_steps(job.sampling, job.schedule)
+        if any(guided):
             tokens = np.concatenate([tokens, self._unconditional_tokens])
-        timesteps = job.schedule.timesteps.tolist()
-        maps = DetailMaps(self.engine, self.cache, canvas.hint.hint, tokens, timesteps, self.control_window)
+        timesteps = shared_timesteps(job.schedule.timesteps.tolist(), job.sampling.map_steps)
+        maps = DetailMaps(
+            self.engine, self.cache, canvas.hint.hint, tokens, timesteps, self.control_window, guided
+        )
         return Conditions(maps, tokens)
 
     def decode(self, latent: DeviceTensor | NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -297,6 +302,11 @@ class Compositor:
         if len(self._tokens) > _KEPT_TOKENS:
             self._tokens.popitem(last=False)
         return tokens
+
+    def forget(self) -> None:
+        """Drops what is kept for later pictures: detail maps and ID tokens."""
+        self.cache.clear()
+        self._tokens.clear()
 
     @property
     def max_batch(self) -> int:

@@ -22,15 +22,17 @@ MAX_STEPS = 999
 
 
 @dataclass(frozen=True)
-class DDIMSchedule:
+class Schedule:
     """The steps of one sampling run, in the order they are taken."""
 
     timesteps: NDArray[np.int64]
-    """(S,) timesteps in 1..999, largest first."""
+    """(S,) timesteps in 0..999, largest first."""
     coefficients: NDArray[np.float32]
     """(S, 3) factors of latent, epsilon and noise."""
     alphas: NDArray[np.float64]
     """(S,) fraction of signal variance in the latent before each step."""
+    multistep: bool = False
+    """Whether the epsilon of the step before takes the place of the noise; see `runtime.solvers`."""
 
     @property
     def steps(self) -> int:
@@ -63,7 +65,7 @@ def ddim_schedule(
     steps: int,
     eta: float = 0.0,
     timesteps: Sequence[int] | None = None,
-) -> DDIMSchedule:
+) -> Schedule:
     """The schedule of a sampling run.
 
     Args:
@@ -80,11 +82,7 @@ def ddim_schedule(
     if timesteps is None:
         rising = ddim_timesteps(steps, len(alphas_cumprod))
     else:
-        rising = np.asarray(timesteps, dtype=np.int64)
-        if rising.ndim != 1 or len(rising) == 0 or (np.diff(rising) <= 0).any():
-            raise InputError("timesteps must rise strictly")
-        if rising[0] < 0 or rising[-1] >= len(alphas_cumprod):
-            raise InputError(f"timesteps must lie in 0..{len(alphas_cumprod) - 1}")
+        rising = exact_timesteps(timesteps, len(alphas_cumprod))
     alphas = alphas_cumprod.astype(np.float64)
     now = alphas[rising]
     # the last step ends at alphas_cumprod[0], not at 1: a trace of noise stays, as in the original
@@ -93,7 +91,21 @@ def ddim_schedule(
     from_latent = np.sqrt(after / now)
     from_epsilon = np.sqrt(1 - after - sigma**2) - from_latent * np.sqrt(1 - now)
     coefficients = np.stack([from_latent, from_epsilon, sigma], axis=1)
-    return DDIMSchedule(rising[::-1].copy(), coefficients[::-1].astype(np.float32), now[::-1].copy())
+    return Schedule(rising[::-1].copy(), coefficients[::-1].astype(np.float32), now[::-1].copy())
+
+
+def exact_timesteps(timesteps: Sequence[int], train_timesteps: int = 1000) -> NDArray[np.int64]:
+    """Timesteps that a caller chose.
+
+    Raises:
+        InputError: they do not rise strictly, or there are no such timesteps.
+    """
+    rising = np.asarray(timesteps, dtype=np.int64)
+    if rising.ndim != 1 or len(rising) == 0 or (np.diff(rising) <= 0).any():
+        raise InputError("timesteps must rise strictly")
+    if rising[0] < 0 or rising[-1] >= train_timesteps:
+        raise InputError(f"timesteps must lie in 0..{train_timesteps - 1}")
+    return rising
 
 
 def predicted_clean_latent(

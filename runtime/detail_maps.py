@@ -8,10 +8,12 @@ strength needs no ControlNet at all.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +42,28 @@ class StepMaps:
     conditional: int
     """Row of the maps for the reference's ID tokens."""
     unconditional: int
-    """Row of the maps for the unconditional ID tokens; the same row without guidance."""
+    """Row of the maps for the unconditional ID tokens; the same row if they were not computed."""
 
 
-WindowKey = tuple[tuple[int, ...], bool]
-"""Timesteps of a window, and whether it has unconditional maps."""
+WindowKey = tuple[tuple[int, bool], ...]
+"""Timesteps of a window, each with whether it has unconditional maps."""
+
+
+def shared_timesteps(timesteps: Sequence[int], count: int | None) -> list[int]:
+    """For every step, the timestep whose detail maps it uses.
+
+    The steps are divided into `count` runs of about the same length, and all steps of a run use the maps of
+    the one in their middle. Nothing is interpolated: that needs the maps on the host and is no nearer to the
+    exact picture (docs/performance.md).
+
+    Args:
+        timesteps: of all steps, in the order they are taken.
+        count: timesteps at which maps are computed; every step has maps of its own if None.
+    """
+    if count is None or count >= len(timesteps):
+        return list(timesteps)
+    runs = np.array_split(np.asarray(timesteps), count)
+    return [int(run[len(run) // 2]) for run in runs for _ in run]
 
 
 class DetailMapCache:
@@ -87,7 +106,7 @@ class DetailMapCache:
 
 
 class DetailMaps:
-    """The detail maps of one placement along a schedule, computed a window of steps at a time."""
+    """The detail maps of one placement along a schedule, computed a window of timesteps at a time."""
 
     def __init__(
         self,
@@ -97,6 +116,7 @@ class DetailMaps:
         tokens: NDArray[np.float32],
         timesteps: Sequence[int],
         window: int,
+        guided: Sequence[bool] | None = None,
     ) -> None:
         """Computes nothing yet.
 
@@ -105,47 +125,65 @@ class DetailMaps:
             cache: keeps windows for later runs.
             hint: (4, H, W).
             tokens: (1, T, D) without guidance; (2, T, D) with it, the unconditional ones last.
-            timesteps: of all steps, in the order they are taken.
-            window: how many steps to compute in one call.
+            timesteps: of all steps, in the order they are taken; neighbours with the same one share its maps.
+            window: how many timesteps to compute in one call.
+            guided: which steps have guidance; all or none, depending on `tokens`, if None. Where no step has
+                any, the unconditional maps are not computed.
         """
         self._engine = engine
         self._cache = cache
         self._hint = np.ascontiguousarray(hint[None])
         self._tokens = tokens
-        self._timesteps = [int(t) for t in timesteps]
+        if guided is None:
+            guided = [len(tokens) == 2] * len(timesteps)
+        self._entries: list[tuple[int, bool]] = []
+        self._entry_of_step: list[int] = []
+        for timestep, run in itertools.groupby(zip(timesteps, guided), key=itemgetter(0)):
+            guided_in_run = [of_step for _, of_step in run]
+            self._entry_of_step += [len(self._entries)] * len(guided_in_run)
+            self._entries.append((int(timestep), any(guided_in_run)))
         self._window = window
         self._placement = _digest(hint, tokens[0])
         self._current: tuple[int, MapWindow] | None = None
 
     def at(self, step: int) -> StepMaps:
         """The maps of a step, counted from 0."""
-        index = step // self._window
+        index, offset = divmod(self._entry_of_step[step], self._window)
         if self._current is None or self._current[0] != index:
             # the window before is dropped first: two need not fit into memory
             self._current = None
             self._current = (index, self._window_of(index))
-        row = (step % self._window) * len(self._tokens)
-        return StepMaps(self._current[1].tensors, row, row + len(self._tokens) - 1)
+        entries = self._entries_of(index)
+        row = sum(_rows(guided) for _, guided in entries[:offset])
+        return StepMaps(self._current[1].tensors, row, row + _rows(entries[offset][1]) - 1)
+
+    def _entries_of(self, index: int) -> list[tuple[int, bool]]:
+        return self._entries[index * self._window : (index + 1) * self._window]
 
     def _window_of(self, index: int) -> MapWindow:
-        timesteps = self._timesteps[index * self._window : (index + 1) * self._window]
-        key = (tuple(timesteps), len(self._tokens) == 2)
+        key = tuple(self._entries_of(index))
         kept = self._cache.get(self._placement, key)
         if kept is None:
-            kept = self._compute(timesteps)
+            kept = self._compute(key)
             self._cache.put(self._placement, key, kept)
         return kept
 
-    def _compute(self, timesteps: Sequence[int]) -> MapWindow:
+    def _compute(self, entries: Sequence[tuple[int, bool]]) -> MapWindow:
+        timesteps = [timestep for timestep, guided in entries for _ in range(_rows(guided))]
         tensors = self._engine.run(
             CONTROL,
             {
                 "hint": self._hint,
-                "timestep": np.repeat(np.array(timesteps, np.float32), len(self._tokens)),
-                "tokens": np.tile(self._tokens, (len(timesteps), 1, 1)),
+                "timestep": np.array(timesteps, np.float32),
+                "tokens": np.concatenate([self._tokens[: _rows(guided)] for _, guided in entries]),
             },
         )
         return MapWindow(tensors, sum(self._engine.nbytes(tensor) for tensor in tensors.values()))
+
+
+def _rows(guided: bool) -> int:
+    """Sets of detail maps of one timestep."""
+    return 2 if guided else 1
 
 
 def default_cache_budget() -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from runtime.boxes import Box
 from runtime.collage import MODES, Hint, Mode, Ratios, make_hint
-from runtime.ddim import DDIMSchedule
+from runtime.ddim import Schedule
 from runtime.paste_back import paste_back, pasted_region
 from runtime.reference import PreparedReference, prepare_reference
 from runtime.request import ResolvedPlacement, Sampling
@@ -92,7 +92,7 @@ class Job:
     """(H, W, 3) RGB."""
     placements: list[PreparedPlacement]
     sampling: Sampling
-    schedule: DDIMSchedule
+    schedule: Schedule
     seeds: list[int]
     """One per picture."""
     resolution: int

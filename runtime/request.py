@@ -33,10 +33,13 @@ class Placement:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are sampled. The defaults are the original's (run_inference.py)."""
+    """How pictures are sampled. The defaults are the original's (run_inference.py).
+
+    `runtime.quality` has named sets that trade some likeness to those pictures for speed.
+    """
 
     steps: int = 50
-    """DDIM steps, 1 to 999."""
+    """Steps, 1 to 999."""
     guidance: float = 5.0
     """Classifier-free guidance scale; 1 is without guidance and half the work."""
     strength: float = 1.0
@@ -45,6 +48,20 @@ class Sampling:
     """0 is deterministic DDIM, 1 adds as much noise as DDPM."""
     timesteps: tuple[int, ...] | None = None
     """Exact timesteps to visit, rising, to follow another implementation; overrides `steps`."""
+    solver: str = "ddim"
+    """What takes the steps, one of `runtime.solvers.SOLVERS`: "ddim", or "dpm2m", which needs fewer of them
+    and has no `eta`."""
+    guidance_interval: tuple[int, int] = (0, 999)
+    """Lowest and highest timestep with guidance, of 0 (picture) to 999 (noise); a step outside of them has
+    none, and half the work. Source: Kynkäänniemi et al., 2024."""
+    map_steps: int | None = None
+    """At how many timesteps detail maps are computed; the other steps use those of the nearest. None: at
+    every step."""
+
+    def guided_at(self, timestep: int) -> bool:
+        """Whether the unconditional half is needed; at a scale of exactly 1 it cancels out."""
+        first, last = self.guidance_interval
+        return self.guidance != 1.0 and first <= timestep <= last
 
 
 @dataclass(frozen=True, eq=False)

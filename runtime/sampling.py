@@ -1,4 +1,4 @@
-"""DDIM sampling: takes latents from noise to picture, one call of the denoise graph per step."""
+"""Sampling: takes latents from noise to picture, one call of the denoise graph per step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from engines.engine import Array, DeviceTensor, Engine
 from engines.graphs import DENOISE
-from runtime.ddim import DDIMSchedule, predicted_clean_latent
+from runtime.ddim import Schedule, predicted_clean_latent
 from runtime.detail_maps import DetailMaps
 from runtime.request import Sampling
 
@@ -22,7 +22,7 @@ class StepOfSample:
 
     timestep: int
     coefficients: NDArray[np.float32]
-    """(3,), see `runtime.ddim`."""
+    """(3,), see `runtime.ddim` and `runtime.solvers`."""
     guidance: float
     strength: float
     conditional: tuple[int, int]
@@ -57,14 +57,14 @@ def step_inputs(samples: Sequence[StepOfSample]) -> dict[str, Array]:
     }
 
 
-def has_guidance(sampling: Sampling) -> bool:
-    """Whether the unconditional half is needed; at a scale of exactly 1 it cancels out."""
-    return sampling.guidance != 1.0
+def guided_steps(sampling: Sampling, schedule: Schedule) -> list[bool]:
+    """For every step, whether the unconditional half is needed."""
+    return [sampling.guided_at(timestep) for timestep in schedule.timesteps.tolist()]
 
 
 @dataclass(frozen=True, eq=False)
 class LatentRow:
-    """One row of latents on the device."""
+    """One row of latents, or of tensors of their shape, on the device."""
 
     tensor: DeviceTensor
     """(N, C, h, w)."""
@@ -87,12 +87,14 @@ class Sample:
     """One picture in the making, on its way from noise to latent. It may share calls with any others."""
 
     conditions: Conditions
-    schedule: DDIMSchedule
+    schedule: Schedule
     sampling: Sampling
     latent: LatentRow
     """Where its latent is; noise before the first step."""
     generator: np.random.Generator | None = None
     """For the noise of steps with eta > 0: its own, so that its batch-mates do not matter."""
+    epsilon: LatentRow | None = None
+    """What the step before predicted, if the next one needs it."""
     step: int = 0
     """Steps done."""
     error: Exception | None = None
@@ -108,18 +110,26 @@ class Sample:
         """Whether all steps are taken."""
         return self.step == self.schedule.steps
 
-    def noise(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """The noise of the step to come; the same until that step is taken."""
-        if self._noise is None:
-            if self.sampling.eta > 0 and self.generator is not None:
-                self._noise = self.generator.standard_normal(shape, dtype=np.float32)
-            else:
-                self._noise = np.zeros(shape, np.float32)
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the step to come is the last."""
+        return self.step + 1 == self.schedule.steps
+
+    @property
+    def keeps_epsilon(self) -> bool:
+        """Whether the step after the one to come needs what that one predicts."""
+        return self.schedule.multistep and not self.is_last_step
+
+    def noise(self, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+        """The noise of the step to come, None if it adds none; the same until that step is taken."""
+        if self._noise is None and self.sampling.eta > 0 and self.generator is not None:
+            self._noise = self.generator.standard_normal(shape, dtype=np.float32)
         return self._noise
 
-    def advance(self, latent: LatentRow) -> None:
-        """Takes note that a step was taken."""
+    def advance(self, latent: LatentRow, epsilon: LatentRow | None) -> None:
+        """Takes note that a step was taken, and of what it predicted, if it was asked for."""
         self.latent = latent
+        self.epsilon = epsilon if self.keeps_epsilon else None
         self.step += 1
         self._noise = None
 
@@ -163,7 +173,10 @@ class RunningBatch:
 
     def latents(self, samples: Sequence[Sample]) -> DeviceTensor:
         """(N, C, h, w) latents of some samples, together on the device."""
-        rows = [sample.latent for sample in samples]
+        return self._gather([sample.latent for sample in samples])
+
+    def _gather(self, rows: Sequence[LatentRow]) -> DeviceTensor:
+        """(N, C, h, w) of rows that may lie anywhere; without a copy if they are all rows of one tensor."""
         first = rows[0]
         if [row.row for row in rows] == list(range(first.rows)) and all(
             row.tensor is first.tensor for row in rows
@@ -175,7 +188,8 @@ class RunningBatch:
         tensors, map_rows = self._maps(samples)
         tokens, token_rows = self._condition_tokens(samples)
         latents = self.latents(samples)
-        wants_epsilon = any(sample.wants_clean_latent for sample in samples)
+        wants_clean_latents = any(sample.wants_clean_latent for sample in samples)
+        wants_epsilon = wants_clean_latents or any(sample.keeps_epsilon for sample in samples)
         outputs = self._engine.run(
             DENOISE,
             {
@@ -189,10 +203,11 @@ class RunningBatch:
             },
             ["next_latent", "epsilon"] if wants_epsilon else ["next_latent"],
         )
-        if wants_epsilon:
+        if wants_clean_latents:
             self._predict_clean_latents(samples, latents, outputs["epsilon"])
         for row, sample in enumerate(samples):
-            sample.advance(LatentRow(outputs["next_latent"], row, len(samples)))
+            epsilon = LatentRow(outputs["epsilon"], row, len(samples)) if wants_epsilon else None
+            sample.advance(LatentRow(outputs["next_latent"], row, len(samples)), epsilon)
 
     def _maps(self, samples: Sequence[Sample]) -> tuple[Mapping[str, DeviceTensor], list[int]]:
         """Detail maps for one call, and the first row of each sample."""
@@ -225,14 +240,19 @@ class RunningBatch:
         first = dict(zip(map(id, distinct), itertools.accumulate([0, *(len(tokens) for tokens in distinct)])))
         return tensor, [first[id(sample.conditions.tokens)] for sample in samples]
 
-    def _noise(self, samples: Sequence[Sample]) -> DeviceTensor | NDArray[np.float32]:
-        if any(sample.sampling.eta > 0 for sample in samples):
-            return np.stack([sample.noise(self._shape) for sample in samples])
-        # nearly always nothing is added, and that goes to the device once
+    def _noise(self, samples: Sequence[Sample]) -> DeviceTensor:
+        """What a step adds beside latent and epsilon: noise, the epsilon of the step before, or nothing."""
         count = len(samples)
         if count not in self._no_noise:
             self._no_noise[count] = self._engine.to_device(np.zeros((count, *self._shape), np.float32))
-        return self._no_noise[count]
+        rows = []
+        for row, sample in enumerate(samples):
+            noise = sample.noise(self._shape)
+            if noise is not None:
+                rows.append(LatentRow(self._engine.to_device(noise[None]), 0, 1))
+            else:
+                rows.append(sample.epsilon or LatentRow(self._no_noise[count], row, count))
+        return self._gather(rows)
 
     def _predict_clean_latents(
         self, samples: Sequence[Sample], latents: DeviceTensor, epsilon: DeviceTensor
@@ -249,7 +269,7 @@ def sample(
     engine: Engine,
     maps: DetailMaps,
     tokens: NDArray[np.float32],
-    schedule: DDIMSchedule,
+    schedule: Schedule,
     sampling: Sampling,
     latents: NDArray[np.float32],
     generators: Sequence[np.random.Generator] = (),
@@ -283,12 +303,12 @@ def sample(
 
 
 def _step_of_sample(sample: Sample, token_row: int, map_row: int) -> StepOfSample:
-    guided = has_guidance(sample.sampling)
+    timestep = int(sample.schedule.timesteps[sample.step])
     return StepOfSample(
-        timestep=int(sample.schedule.timesteps[sample.step]),
+        timestep=timestep,
         coefficients=sample.schedule.coefficients[sample.step],
         guidance=sample.sampling.guidance,
         strength=sample.sampling.strength,
         conditional=(token_row, map_row),
-        unconditional=(token_row + 1, map_row + 1) if guided else None,
+        unconditional=(token_row + 1, map_row + 1) if sample.sampling.guided_at(timestep) else None,
     )

@@ -288,8 +288,8 @@ class Scheduler:
         self._batch.samples = samples = list(self._running)
         for sample in samples:
             every = self._running[sample][0].order.preview_every
-            last = sample.step + 1 == sample.schedule.steps
-            sample.wants_clean_latent = bool(every) and (sample.step + 1) % every == 0 and not last
+            due = bool(every) and (sample.step + 1) % every == 0
+            sample.wants_clean_latent = due and not sample.is_last_step
         started = time.perf_counter()
         self._batch.step()
         self._note_step(time.perf_counter() - started)

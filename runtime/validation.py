@@ -15,6 +15,7 @@ from runtime.ddim import MAX_STEPS
 from runtime.errors import InputError, in_field
 from runtime.pictures import MAX_PIXELS, load_mask, load_picture, mask_from_alpha
 from runtime.request import Placement, ResolvedPlacement, Sampling
+from runtime.solvers import SOLVERS
 
 MAX_IMAGES = 64
 MAX_PLACEMENTS = 16
@@ -50,6 +51,24 @@ def check_sampling(sampling: Sampling, limits: Limits = LARGEST) -> None:
     _check_number("guidance", sampling.guidance, 0.0, MAX_GUIDANCE)
     _check_number("strength", sampling.strength, 0.0, MAX_STRENGTH)
     _check_number("eta", sampling.eta, 0.0, 1.0)
+    with in_field("solver"):
+        if sampling.solver not in SOLVERS:
+            raise InputError(f"there is no solver '{sampling.solver}': choose one of {', '.join(SOLVERS)}")
+    with in_field("eta"):
+        if sampling.eta > 0 and sampling.solver != "ddim":
+            raise InputError(
+                f"the solver {sampling.solver} adds no noise: eta must be 0 with it, not {sampling.eta:g}"
+            )
+    interval = sampling.guidance_interval
+    for timestep in interval:
+        _check_integer("guidance_interval", timestep, 0, MAX_STEPS)
+    with in_field("guidance_interval"):
+        if len(interval) != 2 or interval[0] > interval[1]:
+            raise InputError(
+                f"guidance_interval must be a lower and a higher timestep, not {', '.join(map(str, interval))}"
+            )
+    if sampling.map_steps is not None:
+        _check_integer("map_steps", sampling.map_steps, 1, MAX_STEPS)
 
 
 def check_seeds(seed: int, num_images: int, limits: Limits = LARGEST) -> None:

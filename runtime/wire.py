@@ -17,6 +17,7 @@ from runtime.errors import InputError, in_field
 from runtime.job import Composite
 from runtime.order import Event, Finished, FinishedImage, Preview, Queued, StepDone
 from runtime.pictures import PictureLike, load_picture
+from runtime.quality import DEFAULT, preset
 from runtime.request import Placement, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
 
@@ -25,9 +26,17 @@ MODES = {
     "shape": pb.PLACEMENT_MODE_SHAPE,
     "keep_background": pb.PLACEMENT_MODE_KEEP_BACKGROUND,
 }
+SOLVERS = {"ddim": pb.SOLVER_DDIM, "dpm2m": pb.SOLVER_DPM2M}
+QUALITIES = {
+    "exact": pb.QUALITY_EXACT,
+    "balanced": pb.QUALITY_BALANCED,
+    "fast": pb.QUALITY_FAST,
+}
 FORMATS = {"PNG": pb.IMAGE_FORMAT_PNG, "JPEG": pb.IMAGE_FORMAT_JPEG, "WEBP": pb.IMAGE_FORMAT_WEBP}
 
 _MODE_NAMES = {number: name for name, number in MODES.items()} | {pb.PLACEMENT_MODE_UNSPECIFIED: "box"}
+_SOLVER_NAMES = {number: name for name, number in SOLVERS.items()}
+_QUALITY_NAMES = {number: name for name, number in QUALITIES.items()} | {pb.QUALITY_UNSPECIFIED: DEFAULT}
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()} | {pb.IMAGE_FORMAT_UNSPECIFIED: "PNG"}
 
 
@@ -38,7 +47,7 @@ def request_from_message(message: pb.CompositeRequest) -> tuple[Request, str]:
     """The request, and the name of the file format for its results.
 
     Raises:
-        InputError: an enum's value is unknown, or a ratio is out of range. All else is checked later, by
+        InputError: the value of an enum is unknown, or a ratio is out of range. All else is checked later, by
             `Compositor.accept`.
     """
     with in_field("output_format"):
@@ -52,7 +61,7 @@ def request_from_message(message: pb.CompositeRequest) -> tuple[Request, str]:
         scene=message.scene,
         placements=placements,
         seed=message.seed if message.HasField("seed") else None,
-        sampling=_sampling(message.sampling),
+        sampling=sampling_from_message(message.sampling),
         num_images=message.num_images if message.HasField("num_images") else 1,
     )
     return request, _FORMAT_NAMES[message.output_format]
@@ -80,8 +89,48 @@ def _ratios(message: pb.Ratios) -> Ratios:
         return Ratios(**given)
 
 
-def _sampling(message: pb.Sampling) -> Sampling:
-    return Sampling(**{field.name: value for field, value in message.ListFields()})
+def sampling_from_message(message: pb.Sampling) -> Sampling:
+    """The parameters of the message's quality, and in their place those that are set.
+
+    Raises:
+        InputError: the value of an enum is unknown.
+    """
+    given = {field.name: value for field, value in message.ListFields()}
+    quality = given.pop("quality", pb.QUALITY_UNSPECIFIED)
+    with in_field("sampling"):
+        with in_field("quality"):
+            if quality not in _QUALITY_NAMES:
+                raise InputError(f"there is no quality {quality}")
+        if "solver" in given:
+            with in_field("solver"):
+                if message.solver not in _SOLVER_NAMES:
+                    raise InputError(f"there is no solver {message.solver}")
+            given["solver"] = _SOLVER_NAMES[message.solver]
+    if "guidance_interval" in given:
+        given["guidance_interval"] = (message.guidance_interval.first, message.guidance_interval.last)
+    return preset(_QUALITY_NAMES[quality], **given)
+
+
+def message_from_sampling(sampling: Sampling) -> pb.Sampling:
+    """The message for sampling parameters, every one of them set.
+
+    Raises:
+        InputError: there is no such solver.
+        ValueError, TypeError: a number does not fit the wire.
+    """
+    if sampling.solver not in SOLVERS:
+        raise InputError(f"there is no solver '{sampling.solver}': choose one of {', '.join(SOLVERS)}")
+    first, last = sampling.guidance_interval
+    return pb.Sampling(
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        strength=sampling.strength,
+        eta=sampling.eta,
+        quality=pb.QUALITY_EXACT,
+        solver=SOLVERS[sampling.solver],
+        guidance_interval=pb.TimestepInterval(first=first, last=last),
+        map_steps=sampling.map_steps,
+    )
 
 
 def message_from_request(request: Request, file_format: str = "PNG") -> pb.CompositeRequest:
@@ -93,17 +142,11 @@ def message_from_request(request: Request, file_format: str = "PNG") -> pb.Compo
     """
     if request.initial_noise is not None or request.sampling.timesteps is not None:
         raise InputError("a server takes no initial noise and no exact timesteps: run without a server")
-    sampling = request.sampling
     try:
         return pb.CompositeRequest(
             scene=_file(request.scene, "the scene"),
             placements=[_placement_message(placement) for placement in request.placements],
-            sampling=pb.Sampling(
-                steps=sampling.steps,
-                guidance=sampling.guidance,
-                strength=sampling.strength,
-                eta=sampling.eta,
-            ),
+            sampling=message_from_sampling(request.sampling),
             seed=request.seed,
             num_images=request.num_images,
             output_format=FORMATS[file_format],

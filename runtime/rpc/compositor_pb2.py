@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61nydoor/v1/compositor.proto\x12\nanydoor.v1\"\xe8\x01\n\x10\x43ompositeRequest\x12\r\n\x05scene\x18\x01 \x01(\x0c\x12)\n\nplacements\x18\x02 \x03(\x0b\x32\x15.anydoor.v1.Placement\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.anydoor.v1.Sampling\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nnum_images\x18\x05 \x01(\rH\x01\x88\x01\x01\x12.\n\routput_format\x18\x06 \x01(\x0e\x32\x17.anydoor.v1.ImageFormatB\x07\n\x05_seedB\r\n\x0b_num_images\"\xbd\x01\n\tPlacement\x12\x11\n\treference\x18\x01 \x01(\x0c\x12\x16\n\x0ereference_mask\x18\x02 \x01(\x0c\x12\x1e\n\x03\x62ox\x18\x03 \x01(\x0b\x32\x0f.anydoor.v1.BoxH\x00\x12\x0e\n\x04mask\x18\x04 \x01(\x0cH\x00\x12\'\n\x04mode\x18\x05 \x01(\x0e\x32\x19.anydoor.v1.PlacementMode\x12\"\n\x06ratios\x18\x06 \x01(\x0b\x32\x12.anydoor.v1.RatiosB\x08\n\x06target\"5\n\x03\x42ox\x12\n\n\x02x0\x18\x01 \x01(\x11\x12\n\n\x02y0\x18\x02 \x01(\x11\x12\n\n\x02x1\x18\x03 \x01(\x11\x12\n\n\x02y1\x18\x04 \x01(\x11\"d\n\x06Ratios\x12\x16\n\treference\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03\x62ox\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04\x63rop\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x0c\n\n_referenceB\x06\n\x04_boxB\x07\n\x05_crop\"\x8a\x01\n\x08Sampling\x12\x12\n\x05steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08guidance\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08strength\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x10\n\x03\x65ta\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\x08\n\x06_stepsB\x0b\n\t_guidanceB\x0b\n\t_strengthB\x06\n\x04_eta\"\xc0\x01\n\x11\x43ompositeResponse\x12*\n\x06images\x18\x01 \x03(\x0b\x32\x1a.anydoor.v1.CompositeImage\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12;\n\x07seconds\x18\x03 \x03(\x0b\x32*.anydoor.v1.CompositeResponse.SecondsEntry\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"O\n\x0e\x43ompositeImage\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12 \n\x07regions\x18\x03 \x03(\x0b\x32\x0f.anydoor.v1.Box\"^\n\x16\x43ompositeStreamRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.anydoor.v1.CompositeRequest\x12\x15\n\rpreview_every\x18\x02 \x01(\r\"\xe0\x01\n\x17\x43ompositeStreamResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.anydoor.v1.QueuedH\x00\x12)\n\tstep_done\x18\x02 \x01(\x0b\x32\x14.anydoor.v1.StepDoneH\x00\x12&\n\x07preview\x18\x03 \x01(\x0b\x32\x13.anydoor.v1.PreviewH\x00\x12/\n\x06result\x18\x04 \x01(\x0b\x32\x1d.anydoor.v1.CompositeResponseH\x00\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x07\n\x05\x65vent\"\x1a\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\"\'\n\x08StepDone\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\"-\n\x07Preview\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\r\n\x05image\x18\x02 \x01(\x0c\"\x15\n\x13GetModelInfoRequest\"\xc1\x01\n\x14GetModelInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x19\n\x11\x63heckpoint_sha256\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x12\n\nresolution\x18\x06 \x01(\r\x12\x11\n\tmax_batch\x18\x07 \x01(\r\x12\"\n\x06limits\x18\x08 \x01(\x0b\x32\x12.anydoor.v1.Limits\"t\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06pixels\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x0e\n\x06images\x18\x04 \x01(\r\x12\x12\n\nplacements\x18\x05 \x01(\r\x12\x10\n\x08previews\x18\x06 \x01(\r*\x85\x01\n\rPlacementMode\x12\x1e\n\x1aPLACEMENT_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12PLACEMENT_MODE_BOX\x10\x01\x12\x18\n\x14PLACEMENT_MODE_SHAPE\x10\x02\x12\"\n\x1ePLACEMENT_MODE_KEEP_BACKGROUND\x10\x03*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x32\x8e\x02\n\x11\x43ompositorService\x12H\n\tComposite\x12\x1c.anydoor.v1.CompositeRequest\x1a\x1d.anydoor.v1.CompositeResponse\x12\\\n\x0f\x43ompositeStream\x12\".anydoor.v1.CompositeStreamRequest\x1a#.anydoor.v1.CompositeStreamResponse0\x01\x12Q\n\x0cGetModelInfo\x12\x1f.anydoor.v1.GetModelInfoRequest\x1a .anydoor.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61nydoor/v1/compositor.proto\x12\nanydoor.v1\"\xe8\x01\n\x10\x43ompositeRequest\x12\r\n\x05scene\x18\x01 \x01(\x0c\x12)\n\nplacements\x18\x02 \x03(\x0b\x32\x15.anydoor.v1.Placement\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.anydoor.v1.Sampling\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nnum_images\x18\x05 \x01(\rH\x01\x88\x01\x01\x12.\n\routput_format\x18\x06 \x01(\x0e\x32\x17.anydoor.v1.ImageFormatB\x07\n\x05_seedB\r\n\x0b_num_images\"\xbd\x01\n\tPlacement\x12\x11\n\treference\x18\x01 \x01(\x0c\x12\x16\n\x0ereference_mask\x18\x02 \x01(\x0c\x12\x1e\n\x03\x62ox\x18\x03 \x01(\x0b\x32\x0f.anydoor.v1.BoxH\x00\x12\x0e\n\x04mask\x18\x04 \x01(\x0cH\x00\x12\'\n\x04mode\x18\x05 \x01(\x0e\x32\x19.anydoor.v1.PlacementMode\x12\"\n\x06ratios\x18\x06 \x01(\x0b\x32\x12.anydoor.v1.RatiosB\x08\n\x06target\"5\n\x03\x42ox\x12\n\n\x02x0\x18\x01 \x01(\x11\x12\n\n\x02y0\x18\x02 \x01(\x11\x12\n\n\x02x1\x18\x03 \x01(\x11\x12\n\n\x02y1\x18\x04 \x01(\x11\"d\n\x06Ratios\x12\x16\n\treference\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03\x62ox\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04\x63rop\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x0c\n\n_referenceB\x06\n\x04_boxB\x07\n\x05_crop\"\xb3\x02\n\x08Sampling\x12\x12\n\x05steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08guidance\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08strength\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x10\n\x03\x65ta\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12$\n\x07quality\x18\x05 \x01(\x0e\x32\x13.anydoor.v1.Quality\x12\"\n\x06solver\x18\x06 \x01(\x0e\x32\x12.anydoor.v1.Solver\x12\x37\n\x11guidance_interval\x18\x07 \x01(\x0b\x32\x1c.anydoor.v1.TimestepInterval\x12\x16\n\tmap_steps\x18\x08 \x01(\rH\x04\x88\x01\x01\x42\x08\n\x06_stepsB\x0b\n\t_guidanceB\x0b\n\t_strengthB\x06\n\x04_etaB\x0c\n\n_map_steps\"/\n\x10TimestepInterval\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\"\xc0\x01\n\x11\x43ompositeResponse\x12*\n\x06images\x18\x01 \x03(\x0b\x32\x1a.anydoor.v1.CompositeImage\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12;\n\x07seconds\x18\x03 \x03(\x0b\x32*.anydoor.v1.CompositeResponse.SecondsEntry\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"O\n\x0e\x43ompositeImage\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12 \n\x07regions\x18\x03 \x03(\x0b\x32\x0f.anydoor.v1.Box\"^\n\x16\x43ompositeStreamRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.anydoor.v1.CompositeRequest\x12\x15\n\rpreview_every\x18\x02 \x01(\r\"\xe0\x01\n\x17\x43ompositeStreamResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.anydoor.v1.QueuedH\x00\x12)\n\tstep_done\x18\x02 \x01(\x0b\x32\x14.anydoor.v1.StepDoneH\x00\x12&\n\x07preview\x18\x03 \x01(\x0b\x32\x13.anydoor.v1.PreviewH\x00\x12/\n\x06result\x18\x04 \x01(\x0b\x32\x1d.anydoor.v1.CompositeResponseH\x00\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x07\n\x05\x65vent\"\x1a\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\"\'\n\x08StepDone\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\"-\n\x07Preview\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\r\n\x05image\x18\x02 \x01(\x0c\"\x15\n\x13GetModelInfoRequest\"\xc1\x01\n\x14GetModelInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x19\n\x11\x63heckpoint_sha256\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x12\n\nresolution\x18\x06 \x01(\r\x12\x11\n\tmax_batch\x18\x07 \x01(\r\x12\"\n\x06limits\x18\x08 \x01(\x0b\x32\x12.anydoor.v1.Limits\"t\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06pixels\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x0e\n\x06images\x18\x04 \x01(\r\x12\x12\n\nplacements\x18\x05 \x01(\r\x12\x10\n\x08previews\x18\x06 \x01(\r*\x85\x01\n\rPlacementMode\x12\x1e\n\x1aPLACEMENT_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12PLACEMENT_MODE_BOX\x10\x01\x12\x18\n\x14PLACEMENT_MODE_SHAPE\x10\x02\x12\"\n\x1ePLACEMENT_MODE_KEEP_BACKGROUND\x10\x03*]\n\x07Quality\x12\x17\n\x13QUALITY_UNSPECIFIED\x10\x00\x12\x11\n\rQUALITY_EXACT\x10\x01\x12\x14\n\x10QUALITY_BALANCED\x10\x02\x12\x10\n\x0cQUALITY_FAST\x10\x03*C\n\x06Solver\x12\x16\n\x12SOLVER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSOLVER_DDIM\x10\x01\x12\x10\n\x0cSOLVER_DPM2M\x10\x02*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x32\x8e\x02\n\x11\x43ompositorService\x12H\n\tComposite\x12\x1c.anydoor.v1.CompositeRequest\x1a\x1d.anydoor.v1.CompositeResponse\x12\\\n\x0f\x43ompositeStream\x12\".anydoor.v1.CompositeStreamRequest\x1a#.anydoor.v1.CompositeStreamResponse0\x01\x12Q\n\x0cGetModelInfo\x12\x1f.anydoor.v1.GetModelInfoRequest\x1a .anydoor.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_COMPOSITERESPONSE_SECONDSENTRY']._loaded_options = None
   _globals['_COMPOSITERESPONSE_SECONDSENTRY']._serialized_options = b'8\001'
-  _globals['_PLACEMENTMODE']._serialized_start=1821
-  _globals['_PLACEMENTMODE']._serialized_end=1954
-  _globals['_IMAGEFORMAT']._serialized_start=1956
-  _globals['_IMAGEFORMAT']._serialized_end=2067
+  _globals['_PLACEMENTMODE']._serialized_start=2039
+  _globals['_PLACEMENTMODE']._serialized_end=2172
+  _globals['_QUALITY']._serialized_start=2174
+  _globals['_QUALITY']._serialized_end=2267
+  _globals['_SOLVER']._serialized_start=2269
+  _globals['_SOLVER']._serialized_end=2336
+  _globals['_IMAGEFORMAT']._serialized_start=2338
+  _globals['_IMAGEFORMAT']._serialized_end=2449
   _globals['_COMPOSITEREQUEST']._serialized_start=44
   _globals['_COMPOSITEREQUEST']._serialized_end=276
   _globals['_PLACEMENT']._serialized_start=279
@@ -46,29 +50,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RATIOS']._serialized_start=525
   _globals['_RATIOS']._serialized_end=625
   _globals['_SAMPLING']._serialized_start=628
-  _globals['_SAMPLING']._serialized_end=766
-  _globals['_COMPOSITERESPONSE']._serialized_start=769
-  _globals['_COMPOSITERESPONSE']._serialized_end=961
-  _globals['_COMPOSITERESPONSE_SECONDSENTRY']._serialized_start=915
-  _globals['_COMPOSITERESPONSE_SECONDSENTRY']._serialized_end=961
-  _globals['_COMPOSITEIMAGE']._serialized_start=963
-  _globals['_COMPOSITEIMAGE']._serialized_end=1042
-  _globals['_COMPOSITESTREAMREQUEST']._serialized_start=1044
-  _globals['_COMPOSITESTREAMREQUEST']._serialized_end=1138
-  _globals['_COMPOSITESTREAMRESPONSE']._serialized_start=1141
-  _globals['_COMPOSITESTREAMRESPONSE']._serialized_end=1365
-  _globals['_QUEUED']._serialized_start=1367
-  _globals['_QUEUED']._serialized_end=1393
-  _globals['_STEPDONE']._serialized_start=1395
-  _globals['_STEPDONE']._serialized_end=1434
-  _globals['_PREVIEW']._serialized_start=1436
-  _globals['_PREVIEW']._serialized_end=1481
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1483
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1504
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1507
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1700
-  _globals['_LIMITS']._serialized_start=1702
-  _globals['_LIMITS']._serialized_end=1818
-  _globals['_COMPOSITORSERVICE']._serialized_start=2070
-  _globals['_COMPOSITORSERVICE']._serialized_end=2340
+  _globals['_SAMPLING']._serialized_end=935
+  _globals['_TIMESTEPINTERVAL']._serialized_start=937
+  _globals['_TIMESTEPINTERVAL']._serialized_end=984
+  _globals['_COMPOSITERESPONSE']._serialized_start=987
+  _globals['_COMPOSITERESPONSE']._serialized_end=1179
+  _globals['_COMPOSITERESPONSE_SECONDSENTRY']._serialized_start=1133
+  _globals['_COMPOSITERESPONSE_SECONDSENTRY']._serialized_end=1179
+  _globals['_COMPOSITEIMAGE']._serialized_start=1181
+  _globals['_COMPOSITEIMAGE']._serialized_end=1260
+  _globals['_COMPOSITESTREAMREQUEST']._serialized_start=1262
+  _globals['_COMPOSITESTREAMREQUEST']._serialized_end=1356
+  _globals['_COMPOSITESTREAMRESPONSE']._serialized_start=1359
+  _globals['_COMPOSITESTREAMRESPONSE']._serialized_end=1583
+  _globals['_QUEUED']._serialized_start=1585
+  _globals['_QUEUED']._serialized_end=1611
+  _globals['_STEPDONE']._serialized_start=1613
+  _globals['_STEPDONE']._serialized_end=1652
+  _globals['_PREVIEW']._serialized_start=1654
+  _globals['_PREVIEW']._serialized_end=1699
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1701
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1722
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1725
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1918
+  _globals['_LIMITS']._serialized_start=1920
+  _globals['_LIMITS']._serialized_end=2036
+  _globals['_COMPOSITORSERVICE']._serialized_start=2452
+  _globals['_COMPOSITORSERVICE']._serialized_end=2722
 # @@protoc_insertion_point(module_scope)

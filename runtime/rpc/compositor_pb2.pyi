@@ -14,6 +14,19 @@ class PlacementMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PLACEMENT_MODE_SHAPE: _ClassVar[PlacementMode]
     PLACEMENT_MODE_KEEP_BACKGROUND: _ClassVar[PlacementMode]
 
+class Quality(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    QUALITY_UNSPECIFIED: _ClassVar[Quality]
+    QUALITY_EXACT: _ClassVar[Quality]
+    QUALITY_BALANCED: _ClassVar[Quality]
+    QUALITY_FAST: _ClassVar[Quality]
+
+class Solver(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SOLVER_UNSPECIFIED: _ClassVar[Solver]
+    SOLVER_DDIM: _ClassVar[Solver]
+    SOLVER_DPM2M: _ClassVar[Solver]
+
 class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     IMAGE_FORMAT_UNSPECIFIED: _ClassVar[ImageFormat]
@@ -24,6 +37,13 @@ PLACEMENT_MODE_UNSPECIFIED: PlacementMode
 PLACEMENT_MODE_BOX: PlacementMode
 PLACEMENT_MODE_SHAPE: PlacementMode
 PLACEMENT_MODE_KEEP_BACKGROUND: PlacementMode
+QUALITY_UNSPECIFIED: Quality
+QUALITY_EXACT: Quality
+QUALITY_BALANCED: Quality
+QUALITY_FAST: Quality
+SOLVER_UNSPECIFIED: Solver
+SOLVER_DDIM: Solver
+SOLVER_DPM2M: Solver
 IMAGE_FORMAT_UNSPECIFIED: ImageFormat
 IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_JPEG: ImageFormat
@@ -84,16 +104,32 @@ class Ratios(_message.Message):
     def __init__(self, reference: _Optional[float] = ..., box: _Optional[float] = ..., crop: _Optional[float] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("steps", "guidance", "strength", "eta")
+    __slots__ = ("steps", "guidance", "strength", "eta", "quality", "solver", "guidance_interval", "map_steps")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     ETA_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    SOLVER_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    MAP_STEPS_FIELD_NUMBER: _ClassVar[int]
     steps: int
     guidance: float
     strength: float
     eta: float
-    def __init__(self, steps: _Optional[int] = ..., guidance: _Optional[float] = ..., strength: _Optional[float] = ..., eta: _Optional[float] = ...) -> None: ...
+    quality: Quality
+    solver: Solver
+    guidance_interval: TimestepInterval
+    map_steps: int
+    def __init__(self, steps: _Optional[int] = ..., guidance: _Optional[float] = ..., strength: _Optional[float] = ..., eta: _Optional[float] = ..., quality: _Optional[_Union[Quality, str]] = ..., solver: _Optional[_Union[Solver, str]] = ..., guidance_interval: _Optional[_Union[TimestepInterval, _Mapping]] = ..., map_steps: _Optional[int] = ...) -> None: ...
+
+class TimestepInterval(_message.Message):
+    __slots__ = ("first", "last")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    last: int
+    def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class CompositeResponse(_message.Message):
     __slots__ = ("images", "request_id", "seconds")

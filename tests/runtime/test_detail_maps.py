@@ -13,7 +13,7 @@ from engines.bundle import Bundle
 from engines.engine import Array, DeviceTensor
 from engines.graphs import CONTROL
 from engines.onnxruntime import OnnxRuntimeEngine
-from runtime.detail_maps import DetailMapCache, DetailMaps, MapWindow
+from runtime.detail_maps import DetailMapCache, DetailMaps, MapWindow, shared_timesteps
 
 TIMESTEPS = [801, 601, 401, 201, 1]
 
@@ -69,6 +69,37 @@ def test_without_guidance_the_unconditional_half_is_not_computed(engine: Countin
     assert engine.control_rows == [1]
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 9])
+def test_unconditional_maps_are_computed_where_they_are_needed(engine: CountingEngine, window: int) -> None:
+    hint, tokens = inputs(0)
+    guided = [False, True, True, False, False]
+    maps = DetailMaps(engine, DetailMapCache(0), hint, tokens, TIMESTEPS, window, guided)
+    full = DetailMaps(engine, DetailMapCache(0), hint, tokens, TIMESTEPS, 1)
+    for step in range(len(TIMESTEPS)):
+        found, expected = values(engine, maps, step), values(engine, full, step)
+        np.testing.assert_allclose(found[0], expected[0], atol=1e-4)
+        np.testing.assert_allclose(found[1], expected[1] if guided[step] else expected[0], atol=1e-4)
+    assert sum(engine.control_rows) == 7 + 10
+
+
+@pytest.mark.parametrize("window", [1, 2, 9])
+def test_neighbours_with_one_timestep_share_its_maps(engine: CountingEngine, window: int) -> None:
+    hint, tokens = inputs(0)
+    timesteps, guided = [701, 701, 101, 101, 101], [False, True, False, False, False]
+    maps = DetailMaps(engine, DetailMapCache(0), hint, tokens, timesteps, window, guided)
+    here = [maps.at(step) for step in range(5)]
+    assert sum(engine.control_rows) == 2 + 1
+    # the first step has no guidance, but its maps have both halves, as the second needs them
+    assert [each.unconditional - each.conditional for each in here] == [1, 1, 0, 0, 0]
+
+
+def test_steps_share_the_timestep_in_the_middle_of_their_run() -> None:
+    assert shared_timesteps([901, 701, 501, 301, 101], 2) == [701, 701, 701, 101, 101]
+    assert shared_timesteps([901, 701, 501], 1) == [701] * 3
+    for count in (None, 3, 9):
+        assert shared_timesteps([901, 701, 501], count) == [901, 701, 501]
+
+
 def test_kept_maps_need_no_control_graph(engine: CountingEngine) -> None:
     hint, tokens = inputs(0)
     cache = DetailMapCache(1 << 30)
@@ -120,7 +151,7 @@ def window_of(nbytes: int) -> MapWindow:
 def test_cache_never_exceeds_its_budget(budget: int, puts: list[tuple[int, int, int]]) -> None:
     cache = DetailMapCache(budget)
     for placement, step, nbytes in puts:
-        key = ((step,), True)
+        key = ((step, True),)
         if cache.get(bytes([placement]), key) is None:
             cache.put(bytes([placement]), key, window_of(nbytes))
         assert 0 <= cache.nbytes <= budget
@@ -129,23 +160,23 @@ def test_cache_never_exceeds_its_budget(budget: int, puts: list[tuple[int, int, 
 def test_the_placement_used_longest_ago_makes_room() -> None:
     cache = DetailMapCache(30)
     for name in (b"a", b"b", b"c"):
-        cache.put(name, ((1,), True), window_of(10))
-    cache.get(b"a", ((1,), True))
-    cache.put(b"d", ((1,), True), window_of(10))
-    kept = [name for name in (b"a", b"b", b"c", b"d") if cache.get(name, ((1,), True))]
+        cache.put(name, ((1, True),), window_of(10))
+    cache.get(b"a", ((1, True),))
+    cache.put(b"d", ((1, True),), window_of(10))
+    kept = [name for name in (b"a", b"b", b"c", b"d") if cache.get(name, ((1, True),))]
     assert kept == [b"a", b"c", b"d"]
 
 
 def test_a_placement_makes_no_room_for_itself() -> None:
     cache = DetailMapCache(30)
     for step in range(5):
-        cache.put(b"a", ((step,), True), window_of(10))
-    assert [step for step in range(5) if cache.get(b"a", ((step,), True))] == [0, 1, 2]
+        cache.put(b"a", ((step, True),), window_of(10))
+    assert [step for step in range(5) if cache.get(b"a", ((step, True),))] == [0, 1, 2]
 
 
 def test_cleared_cache_is_empty() -> None:
     cache = DetailMapCache(30)
-    cache.put(b"a", ((1,), True), window_of(10))
+    cache.put(b"a", ((1, True),), window_of(10))
     cache.clear()
     assert cache.nbytes == 0
-    assert cache.get(b"a", ((1,), True)) is None
+    assert cache.get(b"a", ((1, True),)) is None

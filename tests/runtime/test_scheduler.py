@@ -45,6 +45,8 @@ def test_pictures_are_those_of_the_compositor(bench: Bench, alone: Compositor) -
         Request(SCENE, [PLACEMENT], 2, Sampling(steps=3, guidance=1.0), num_images=2),
         Request(scene_array(9), [PLACEMENT], 3, Sampling(steps=4, eta=0.7)),
         Request(SCENE, [PLACEMENT, second], 4, Sampling(steps=3, strength=0.5), num_images=3),
+        Request(SCENE, [PLACEMENT], 6, Sampling(steps=5, solver="dpm2m", map_steps=2), num_images=2),
+        Request(SCENE, [PLACEMENT], 8, Sampling(steps=4, solver="dpm2m", guidance_interval=(300, 800))),
         Request(
             scene_array(5, 50, 90), [Placement(object_array(4), box=(-5, 60, 20, 99))], 5, Sampling(steps=2)
         ),

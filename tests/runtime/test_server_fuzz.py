@@ -101,7 +101,17 @@ PLACEMENTS = st.builds(
 SAMPLINGS = st.builds(
     lambda steps, fields: pb.Sampling(steps=steps, **fields),
     st.one_of(st.integers(1, 2), NUMBERS),
-    optional(guidance=DOUBLES, strength=DOUBLES, eta=DOUBLES),
+    optional(
+        guidance=DOUBLES,
+        strength=DOUBLES,
+        eta=DOUBLES,
+        quality=st.integers(-1, 5),
+        solver=st.integers(-1, 4),
+        map_steps=NUMBERS,
+        guidance_interval=st.builds(
+            lambda fields: pb.TimestepInterval(**fields), optional(first=NUMBERS, last=NUMBERS)
+        ),
+    ),
 )
 REQUEST_MESSAGES = st.builds(
     lambda fields: pb.CompositeRequest(**fields),
