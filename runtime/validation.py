@@ -64,9 +64,8 @@ def check_sampling(sampling: Sampling, limits: Limits = LARGEST) -> None:
         _check_integer("guidance_interval", timestep, 0, MAX_STEPS)
     with in_field("guidance_interval"):
         if len(interval) != 2 or interval[0] > interval[1]:
-            raise InputError(
-                f"guidance_interval must be a lower and a higher timestep, not {', '.join(map(str, interval))}"
-            )
+            given = ", ".join(map(str, interval))
+            raise InputError(f"guidance_interval must be a lower and a higher timestep, not {given}")
     if sampling.map_steps is not None:
         _check_integer("map_steps", sampling.map_steps, 1, MAX_STEPS)
 
