@@ -1,0 +1,111 @@
+"""The sheet of pairs, and whether data are made as fast as they are taken."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.architecture import Architecture
+from training.data.encoded import encode_pairs
+from training.data.pairs import PairRules
+from training.data.view_store import ViewStore, draw_views
+from training.inspect_data import feed_rate, main, rate
+from training.loop import LoopSettings
+from training.model import AnyDoor
+
+RECIPE = """
+[architecture]
+unet_channels = [32, 64]
+unet_attention = [false, true]
+unet_layers = 1
+unet_head_width = 32
+token_width = 32
+vae_channels = [32, 32, 32, 32]
+vae_layers = 1
+dino_width = 64
+dino_depth = 1
+dino_heads = 1
+dino_grid = 16
+
+[pairs]
+resolution = 32
+
+[diffusion]
+steps = 1
+batch = 2
+"""
+
+TINY = Architecture(
+    unet_channels=(32, 64),
+    unet_attention=(False, True),
+    unet_layers=1,
+    unet_head_width=32,
+    token_width=32,
+    vae_channels=(32, 32, 32, 32),
+    vae_layers=1,
+    dino_width=64,
+    dino_depth=1,
+    dino_heads=1,
+    dino_grid=16,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rendered objects, and a recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    draw_views(folder / "views", count=2)
+    (folder / "tiny.toml").write_text(RECIPE)
+    return folder
+
+
+def test_a_rate_counts_what_follows_the_first_time() -> None:
+    calls: list[int] = []
+    assert rate(lambda: calls.append(1), samples=5, seconds=0.0) > 0
+    assert len(calls) == 3
+
+
+def test_what_is_fed_is_what_the_loop_would_read() -> None:
+    read: list[int] = []
+
+    class Counting:
+        def __getitem__(self, number: int) -> dict[str, Any]:
+            read.append(number)
+            return {"x": np.zeros(2, np.float32)}
+
+    assert feed_rate(Counting(), LoopSettings(steps=1, batch=4), seconds=0.0) > 0
+    assert read == list(range(12))
+
+
+def test_rendered_pairs_are_drawn_and_timed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet, recipe = run / "pairs.png", str(run / "tiny.toml")
+    arguments = [recipe, str(sheet), "--folder", str(run), "--count", "3", "--seconds", "0.01"]
+    assert main(arguments) == 2
+    assert "there are no encoded pairs" in capsys.readouterr().err
+
+    torch.manual_seed(0)
+    rules = PairRules(resolution=32)
+    encode_pairs(AnyDoor(TINY).eval(), ViewStore(run / "views"), rules, run / "pairs", count=4)
+    before = {path.name: path.read_bytes() for path in (run / "pairs").iterdir()}
+    assert main(arguments) == 0
+    # 32 px each: reference, collage, mask and picture
+    assert Image.open(sheet).size == (3 * 32, 4 * 32)
+    printed = capsys.readouterr().out
+    found = re.search(r"data: ([\d.]+) samples per second .*; loop: ([\d.]+) .*; ratio ([\d.]+)", printed)
+    assert found
+    fed, taken, ratio = map(float, found.groups())
+    assert ratio == pytest.approx(fed / taken, rel=0.1)
+    assert {path.name: path.read_bytes() for path in (run / "pairs").iterdir()} == before
+
+
+def test_a_folder_without_views_is_told(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run / "tiny.toml"), str(tmp_path / "x.png"), "--folder", str(tmp_path)]) == 2
+    assert "scenes.npy" in capsys.readouterr().err
