@@ -182,6 +182,21 @@ def test_corrupt_bundle_file(
     assert not (folder / "out.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("backend", "tensorrt", "runs with the backend openvino or onnxruntime, not with tensorrt"),
+        ("inference_precision", "bf16", "only the backend openvino has the inference precision bf16"),
+        ("memory_budget", "1K", "MB of memory and 0 MB may be used: raise --memory-budget"),
+    ],
+)
+def test_machine_options_that_do_not_fit(
+    composite: Callable[..., int], capsys: Capture, option: str, value: str, sentence: str
+) -> None:
+    assert composite(**{"backend": "onnxruntime", option: value}) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_doctor_finds_a_sound_bundle(tiny_bundle: Path, capsys: Capture) -> None:
     assert main(["doctor", str(tiny_bundle)]) == 0
     printed = capsys.readouterr().out
