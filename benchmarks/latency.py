@@ -46,6 +46,7 @@ from benchmarks.latency_process import (
     Visit,
 )
 from benchmarks.latency_report import REPORTED_STEPS, Findings, Row, as_results, plot, report
+from benchmarks.machine import describe
 from benchmarks.power import PowerMeter
 from benchmarks.roofline import Peak, cores, count_bundle
 from engines.bundle import Bundle
@@ -63,7 +64,7 @@ _LARGEST_BATCH = 4
 
 PLANS = {
     # large enough for attention and convolutions to dominate, small enough for two rounds in minutes
-    "small": Plan(steps=6, extra_steps=6, cold_steps=6, rounds=2, pictures=3, extras_in=2, resolution=256),
+    "small": Plan(steps=5, extra_steps=5, cold_steps=5, rounds=2, pictures=3, extras_in=2, resolution=256),
     # a picture takes minutes on a CPU
     "full": Plan(
         steps=4, extra_steps=1, cold_steps=1, rounds=2, pictures=1, batch=False, extras_in=1, resolution=512
@@ -382,6 +383,7 @@ def measure(options: argparse.Namespace) -> Findings:
         scenarios=(),
         guidance=options.guidance,
     )
+    machine = describe()
     measurement = Measurement(visit, subjects, options.quiet)
     measurement.run()
     # plans cannot be counted
@@ -389,11 +391,13 @@ def measure(options: argparse.Namespace) -> Findings:
     return Findings(
         name=options.size or paths[0].name,
         plan=visit.plan,
+        threads=options.threads,
         rows=measurement.rows,
         costs=count_bundle(counted) if counted else {},
         peaks=measurement.peaks,
         precision=counted.manifest.precision if counted else "",
         power_source=measurement.power_source,
+        machine=machine,
     )
 
 

@@ -24,7 +24,6 @@ from benchmarks.latency_process import (
     Plan,
     Subject,
 )
-from benchmarks.machine import describe
 from benchmarks.roofline import GraphCost, Peak, as_json, count_table, estimate_table
 
 REPORTED_STEPS = (50, 20)
@@ -89,6 +88,7 @@ class Findings:
 
     name: str
     plan: Plan
+    threads: int
     rows: Sequence[Row]
     costs: Mapping[str, GraphCost]
     """Empty for a bundle of plans, which cannot be counted."""
@@ -98,6 +98,8 @@ class Findings:
     """fp32 or fp16, of the graphs that were counted."""
     power_source: str
     """Who tells the energy; empty if nobody does."""
+    machine: Mapping[str, object]
+    """What it ran on, see `benchmarks.machine.describe`, and how busy that was before."""
 
     @property
     def reference(self) -> Row | None:
@@ -205,7 +207,7 @@ def report(findings: Findings) -> str:
     plan, rows = findings.plan, findings.rows
     parts = [
         f"{findings.name}, {plan.resolution} px, with guidance; "
-        f"{plan.rounds} rounds of {plan.pictures} pictures"
+        f"{plan.rounds} rounds of {plan.pictures} pictures, {findings.threads} CPU threads"
     ]
     for steps in REPORTED_STEPS:
         parts.append(summary_table(findings, steps))
@@ -229,7 +231,8 @@ def as_results(findings: Findings, note: str) -> dict[str, Any]:
     return {
         "command": " ".join(["python benchmarks/latency.py", *sys.argv[1:]]),
         "note": note,
-        "machine": describe(),
+        "machine": findings.machine,
+        "threads": findings.threads,
         "plan": asdict(findings.plan),
         "peaks": [asdict(peak) for peak in findings.peaks.values()],
         "roofline": as_json(costs, findings.precision) if costs else None,

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_PACKAGES = (
+    *("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx"),
+    *("torch", "onnx", "diffusers", "transformers"),
+)
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def describe() -> dict[str, object]:
-    """Processor, cores, memory and versions, for the head of a results file."""
+    """Processor, card, memory, versions and how busy it is, for the head of a results file."""
     packages = {}
-    for package in ("numpy", "onnxruntime", "torch", "onnx", "diffusers", "transformers"):
+    for package in _PACKAGES:
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
             continue
     return {
+        **_card(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        # processes that wanted to run, mean of the last minute
+        "load": round(os.getloadavg()[0], 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": packages,
@@ -41,6 +49,15 @@ def peak_memory_gb() -> float:
     """
     line = next(line for line in _STATUS.read_text("ascii").splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e9
+
+
+def _card() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"card": found.stdout.strip()}
 
 
 def _processor() -> str:

@@ -72,7 +72,7 @@ def test_a_half_precision_reference_has_no_exact_rows() -> None:
     ours = Row(Subject(ANYDOOR, dtype="fp32"), [call(PICTURE, 10, 50)])
     for dtype, expected in (("float32", 2), ("bfloat16", 0)):
         pytorch = Row(Subject(PYTORCH, dtype=dtype), [call(PICTURE, 10, 100)])
-        assert len(Findings("x", Plan(), [ours, pytorch], {}, {}, "", "").exact_rows) == expected
+        assert len(Findings("x", Plan(), 1, [ours, pytorch], {}, {}, "", "", {}).exact_rows) == expected
 
 
 def test_the_reroll_of_plain_pytorch_is_a_picture() -> None:
@@ -98,6 +98,7 @@ def test_the_share_of_the_limit_is_printed_with_each_stage() -> None:
     findings = Findings(
         name="x",
         plan=Plan(steps=10),
+        threads=1,
         rows=[row],
         costs={
             graph: GraphCost(graph, 10**12, 0, 0, 0, 0)
@@ -106,6 +107,7 @@ def test_the_share_of_the_limit_is_printed_with_each_stage() -> None:
         peaks={("cpu", "float32"): Peak("here", tflops=1.0, gbs=10.0, source="measured")},
         precision="fp32",
         power_source="",
+        machine={},
     )
     printed = report(findings)
     assert "1.0000 (100%)" in printed
