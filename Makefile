@@ -51,7 +51,7 @@ $(VENV)/.lean: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lean
-	$(PIP) --editable '.[cpu,export,train,tensorrt,dev]'
+	$(PIP) --editable '.[cpu,openvino,export,train,tensorrt,dev]'
 	@touch $@
 
 clean:

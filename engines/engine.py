@@ -82,6 +82,27 @@ class Engine(Protocol):
             outputs: names of the outputs to compute; all if None.
         """
 
+    def run_steps(
+        self,
+        graph: str,
+        inputs: Mapping[str, DeviceTensor | Array],
+        per_step: Mapping[str, Array],
+        feedback: Mapping[str, str],
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, DeviceTensor]:
+        """Runs a graph S times, each time with what the time before left.
+
+        Args:
+            graph: one of `engines.graphs.GRAPHS`.
+            inputs: as for `run`: what stays the same, and what the first step starts with.
+            per_step: input name -> (S, ...) host array with the values of every step.
+            feedback: input name -> the output whose values it has from the second step on.
+            outputs: names of the outputs of the last step to return; all if None.
+
+        Raises:
+            ValueError: `per_step` is empty, or does not have one S.
+        """
+
     def to_device(self, array: Array) -> DeviceTensor:
         """Copies a host array to the device."""
 
@@ -131,7 +152,7 @@ def open_engine(
             f"there is no inference precision '{inference_precision}': choose one of "
             f"{', '.join(INFERENCE_PRECISIONS)}"
         )
-    backend = choose_backend(bundle, device, backend, inference_precision)
+    backend = choose_backend(bundle, device, backend, inference_precision, memory_budget)
     if inference_precision != "fp32" and backend != "openvino":
         raise BackendError(f"only the backend openvino has the inference precision {inference_precision}")
     module = importlib.import_module(_BACKENDS[backend])
@@ -145,9 +166,13 @@ def open_engine(
 
 
 def choose_backend(
-    bundle: Bundle, device: str = "auto", backend: str = "auto", inference_precision: str = "fp32"
+    bundle: Bundle,
+    device: str = "auto",
+    backend: str = "auto",
+    inference_precision: str = "fp32",
+    memory_budget: int | None = None,
 ) -> str:
-    """The backend that executes a bundle: the one that is asked for, or the fastest that is installed.
+    """The backend that executes a bundle: the one that is asked for, or the fastest that is there and fits.
 
     Raises:
         BackendError: the one that is asked for does not execute this bundle.
@@ -173,7 +198,24 @@ def choose_backend(
         return candidates[0]
     if inference_precision == "fp32" and _has_card(device):
         return "onnxruntime"
-    return next((name for name in candidates if find_spec(name)), candidates[-1])
+    installed = [name for name in candidates if find_spec(name)]
+    if (
+        len(installed) == len(candidates)
+        and inference_precision == "fp32"
+        and not _fits(bundle, memory_budget)
+    ):
+        return "onnxruntime"
+    return installed[0] if installed else candidates[-1]
+
+
+def _fits(bundle: Bundle, memory_budget: int | None) -> bool:
+    """Whether OpenVINO, which needs more memory to load a graph, has enough of it."""
+    from engines import openvino
+
+    try:
+        return openvino.plan_residency(bundle, memory_budget).fits
+    except BackendError:
+        return False
 
 
 def _has_card(device: str) -> bool:
@@ -186,6 +228,33 @@ def _has_card(device: str) -> bool:
     found = find_spec("onnxruntime")
     folders = (found.submodule_search_locations or []) if found else []
     return any(True for folder in folders for _ in Path(folder).glob("capi/*onnxruntime_providers_cuda.*"))
+
+
+def run_step_by_step(
+    engine: Engine,
+    graph: str,
+    inputs: Mapping[str, DeviceTensor | Array],
+    per_step: Mapping[str, Array],
+    feedback: Mapping[str, str],
+    outputs: Sequence[str] | None = None,
+) -> dict[str, DeviceTensor]:
+    """`Engine.run_steps` as one call of `Engine.run` after the other."""
+    given = dict(inputs)
+    wanted = None if outputs is None else list(dict.fromkeys([*outputs, *feedback.values()]))
+    results: dict[str, DeviceTensor] = {}
+    for step in range(step_count(per_step)):
+        given |= {name: values[step] for name, values in per_step.items()}
+        results = engine.run(graph, given, wanted)
+        given |= {name: results[output] for name, output in feedback.items()}
+    return {name: results[name] for name in outputs or results}
+
+
+def step_count(per_step: Mapping[str, Array]) -> int:
+    """S of the `per_step` of `Engine.run_steps`."""
+    counts = {len(values) for values in per_step.values()}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"inputs must have values for one number of steps, not for {sorted(counts)}")
+    return counts.pop()
 
 
 def concatenate_rows(pieces: Sequence[tuple[Array, int, int]]) -> Array:

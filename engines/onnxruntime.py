@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.bundle import Bundle
-from engines.engine import Array, DeviceTensor, concatenate_rows, require_shape
+from engines.engine import Array, DeviceTensor, concatenate_rows, require_shape, run_step_by_step
 from engines.errors import BackendError, BundleError
 from engines.graphs import DENOISE, GraphSpec, TensorSpec
 from engines.residency import HostResidency, plan_host_residency
@@ -248,6 +248,17 @@ class OnnxRuntimeEngine:
         session.run_with_iobinding(binding)
         return dict(zip(names, binding.get_outputs()))
 
+    def run_steps(
+        self,
+        graph: str,
+        inputs: Mapping[str, DeviceTensor | Array],
+        per_step: Mapping[str, Array],
+        feedback: Mapping[str, str],
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, DeviceTensor]:
+        """Runs a graph several times; see `Engine.run_steps`."""
+        return run_step_by_step(self, graph, inputs, per_step, feedback, outputs)
+
     def _run_in_place(
         self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Sequence[str]
     ) -> dict[str, DeviceTensor]:
@@ -306,7 +317,5 @@ def open_engine(
         device = available[0]
     if device not in available:
         raise BackendError(f"the installed ONNX Runtime has no {device} provider; {INSTALL}")
-    residency = (
-        plan_host_residency(bundle, fused_attention=False, budget=memory_budget) if device == "cpu" else None
-    )
+    residency = plan_host_residency(bundle, memory_budget) if device == "cpu" else None
     return OnnxRuntimeEngine(bundle, device, threads, memory_budget, residency, cuda_graphs)

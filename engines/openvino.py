@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.bundle import Bundle
-from engines.engine import Array, concatenate_rows, require_shape
+from engines.engine import Array, concatenate_rows, require_shape, run_step_by_step
 from engines.errors import BackendError, BundleError
 from engines.residency import HostResidency, plan_host_residency
 
@@ -25,6 +25,10 @@ INSTALL = "install it with: pip install 'anydoor-runtime[openvino]'"
 
 _CONVERTERS = "openvino.tools"
 """The package's model converters: of no use to a runtime, and half of the time that importing it takes."""
+
+_LOAD_FACTOR = 1.4
+"""Memory that loading a graph takes beside its weights, as a multiple of them (the ID encoder's): its file
+stays mapped until all weights have their final layout."""
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -140,6 +144,17 @@ class OpenVinoEngine:
             # the next call writes into the same memory
             return {name: np.array(request.get_tensor(name).data) for name in names}
 
+    def run_steps(
+        self,
+        graph: str,
+        inputs: Mapping[str, Array],
+        per_step: Mapping[str, Array],
+        feedback: Mapping[str, str],
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Array]:
+        """Runs a graph several times; see `Engine.run_steps`."""
+        return run_step_by_step(self, graph, inputs, per_step, feedback, outputs)
+
     def to_device(self, array: Array) -> Array:
         """See `Engine.to_device`."""
         return np.array(array)
@@ -155,6 +170,11 @@ class OpenVinoEngine:
     def nbytes(self, tensor: Array) -> int:
         """See `Engine.nbytes`."""
         return tensor.nbytes
+
+
+def plan_residency(bundle: Bundle, memory_budget: int | None) -> HostResidency:
+    """Which graphs are loaded together; see `plan_host_residency`."""
+    return plan_host_residency(bundle, memory_budget, fused_attention=True, load_factor=_LOAD_FACTOR)
 
 
 def open_engine(
@@ -174,5 +194,5 @@ def open_engine(
         raise BackendError(
             f"this processor has no {inference_precision} arithmetic: run with --inference-precision fp32"
         )
-    residency = plan_host_residency(bundle, fused_attention=True, budget=memory_budget)
+    residency = plan_residency(bundle, memory_budget)
     return OpenVinoEngine(bundle, threads, residency, inference_precision)

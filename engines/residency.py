@@ -7,7 +7,6 @@ That costs a second or two per turn, so as few groups as fit are made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,16 @@ from pathlib import Path
 from engines.arena import ALIGNMENT, Buffer, Layout, aligned, layout
 from engines.bundle import Bundle, Manifest
 from engines.errors import BackendError
-from engines.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER, GraphSpec, largest_sizes
+from engines.graphs import (
+    CONTROL,
+    DECODE,
+    DENOISE,
+    GRAPHS,
+    ID_ENCODER,
+    STEP_INPUTS,
+    GraphSpec,
+    largest_sizes,
+)
 
 GROUPINGS = (
     ((DENOISE, CONTROL, DECODE, ID_ENCODER),),
@@ -27,6 +35,9 @@ least; denoise and control graph alternate at every step and never part."""
 
 LARGEST_CACHE = 4 << 30
 """Bytes of detail maps worth keeping: three placements of 50 steps at full size."""
+
+MOST_STEPS = 64
+"""Steps whose small inputs have room on the card at once, and so can be one CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ class ResidencyPlan:
     groups: tuple[tuple[str, ...], ...]
     """Graphs that are loaded together; every graph is in one group."""
     fixed: Layout
-    """The part of the arena whose use never changes: scratch memory, and the places of the denoise inputs."""
+    """The part of the arena whose use never changes: scratch memory, the places of the denoise inputs, and
+    the tables of those that are others at every step."""
     pool: int
     """The part of the arena where tensors come and go, without those that are kept for re-rolls."""
     cache: int
@@ -124,22 +136,32 @@ def plan_residency(
 def fixed_buffers(
     graphs: Mapping[str, GraphMemory], specs: Mapping[str, GraphSpec], max_batch: int
 ) -> list[Buffer]:
-    """Scratch memory of every graph, and one place for every input and output of the denoise graph.
+    """Scratch memory of every graph, one place for every input and output of the denoise graph, and tables.
 
     Graphs run one after the other, so each is a phase of its own. What the denoise graph is given stays in
     place while the control graph runs for the next step; encoding or decoding in between may overwrite it.
+    A table holds the values of a small input for all steps of a loop, and is filled anew for each loop.
     """
     scratch = [Buffer(scratch_name(g), graphs[g].scratch, frozenset({g})) for g in GRAPHS]
     sizes = largest_sizes(max_batch)
     sampling = frozenset({DENOISE, CONTROL})
-    return scratch + [
-        Buffer(tensor.name, tensor.nbytes(sizes), sampling) for tensor in specs[DENOISE].tensors
+    places = [Buffer(tensor.name, tensor.nbytes(sizes), sampling) for tensor in specs[DENOISE].tensors]
+    tables = [
+        Buffer(table_name(tensor.name), MOST_STEPS * tensor.nbytes(sizes), frozenset({DENOISE}))
+        for tensor in specs[DENOISE].inputs
+        if tensor.name in STEP_INPUTS
     ]
+    return scratch + places + tables
 
 
 def scratch_name(graph: str) -> str:
     """Name of the buffer for a graph's intermediate results."""
     return f"{graph} scratch"
+
+
+def table_name(tensor: str) -> str:
+    """Name of the buffer for an input's values at all steps of a loop."""
+    return f"{tensor} table"
 
 
 def working_bytes(specs: Mapping[str, GraphSpec], max_batch: int) -> int:
@@ -167,6 +189,8 @@ HOST_PROGRAM = 300_000_000
 
 _MAPS_AT_ONCE = 6
 
+_SCORES_AT_ONCE = 3
+
 _FLOAT = 4
 """Bytes of a float32."""
 
@@ -184,6 +208,11 @@ class HostResidency:
     cache: int | None
     """What is left for tensors that are kept; None if there is no lack."""
     budget: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether it stays within the budget."""
+        return self.total <= self.budget
 
     @property
     def total(self) -> int:
@@ -208,27 +237,31 @@ class HostResidency:
         return "\n".join(lines)
 
 
-def plan_host_residency(bundle: Bundle, fused_attention: bool, budget: int | None) -> HostResidency:
+def plan_host_residency(
+    bundle: Bundle, budget: int | None, fused_attention: bool = False, load_factor: float = 0.0
+) -> HostResidency:
     """The plan with the fewest groups that fits the host's memory, for one picture at a time.
 
     Args:
         bundle: its files are the weights.
-        fused_attention: whether the backend computes attention without its matrix of scores.
         budget: bytes to use at the most; nearly all that is free if None. Then the plan with the most groups
             is taken if none fits: files that are mapped into memory may leave it.
+        fused_attention: whether the backend computes attention without its matrix of scores.
+        load_factor: memory that loading a graph takes beside its weights, as a multiple of them.
 
     Raises:
         BackendError: even the smallest plan does not fit the budget.
     """
-    needed = host_scratch(bundle.manifest, fused_attention)
-    graphs = {
-        name: GraphMemory(sum(file.bytes for file in record.files), needed[name])
-        for name, record in bundle.manifest.graphs.items()
-    }
-    available = free_host_memory() * SHARE_OF_FREE_HOST_MEMORY if budget is None else budget
+    scratch = host_scratch(bundle.manifest, fused_attention)
+    graphs = {}
+    for name, record in bundle.manifest.graphs.items():
+        weights = sum(file.bytes for file in record.files)
+        # nothing runs while a graph is loaded
+        graphs[name] = GraphMemory(weights, max(scratch[name], int(weights * load_factor)))
+    available = int(free_host_memory() * SHARE_OF_FREE_HOST_MEMORY) if budget is None else budget
     for groups in GROUPINGS:
-        plan = HostResidency(graphs, groups, None, int(available))
-        if plan.total <= available:
+        plan = HostResidency(graphs, groups, None, available)
+        if plan.fits:
             break
     else:
         if budget is not None:
@@ -238,14 +271,14 @@ def plan_host_residency(bundle: Bundle, fused_attention: bool, budget: int | Non
             )
     if budget is None and len(plan.groups) == 1:
         return plan
-    return replace(plan, cache=min(max(0, int(available) - plan.total), LARGEST_CACHE))
+    return replace(plan, cache=min(max(0, available - plan.total), LARGEST_CACHE))
 
 
 def host_scratch(manifest: Manifest, fused_attention: bool) -> dict[str, int]:
     """Estimate of the intermediate results of each graph for one picture with guidance, in bytes.
 
     The largest are the feature maps at the full size, of which a few are needed at once, and the scores of
-    the attention there, needed before and after the softmax.
+    the attention there, several times over around the softmax.
     """
     model, network = manifest.model, manifest.architecture
     rows, pixels = 2, model.latent_size**2
@@ -253,7 +286,7 @@ def host_scratch(manifest: Manifest, fused_attention: bool) -> dict[str, int]:
     maps = _MAPS_AT_ONCE * rows * pixels * max(network["unet_channels"]) * _FLOAT
     picture = _MAPS_AT_ONCE * model.resolution**2 * max(network["vae_channels"][:2]) * _FLOAT
     tokens = _MAPS_AT_ONCE * model.token_count * network["dino_width"] * network["dino_mlp_ratio"] * _FLOAT
-    scores = 0 if fused_attention else 2 * pixels**2 * _FLOAT
+    scores = 0 if fused_attention else _SCORES_AT_ONCE * pixels**2 * _FLOAT
     return {
         ID_ENCODER: tokens,
         CONTROL: maps + rows * heads * scores,
@@ -262,14 +295,14 @@ def host_scratch(manifest: Manifest, fused_attention: bool) -> dict[str, int]:
     }
 
 
-def free_host_memory() -> float:
-    """Bytes that programs can still take, as Linux estimates it; infinite where nobody tells."""
+def free_host_memory() -> int:
+    """Bytes that programs can still take, as Linux estimates it; a great many where nobody tells."""
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024.0
+        return int(available.split()[1]) * 1024
     except (OSError, StopIteration, ValueError):
-        return math.inf
+        return 1 << 50
 
 
 def _group_bytes(graphs: Mapping[str, GraphMemory], group: Sequence[str]) -> int:

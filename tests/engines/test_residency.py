@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from engines import residency
 from engines.bundle import Bundle
-from engines.engine import open_engine
+from engines.engine import choose_backend, open_engine
 from engines.errors import BackendError
 from engines.graphs import (
     CONTROL,
@@ -160,7 +161,7 @@ def large_bundle(tiny_bundle: Path) -> Bundle:
 
 
 def test_full_size_fits_into_8_gb_by_turns(tiny_bundle: Path) -> None:
-    plan = plan_host_residency(large_bundle(tiny_bundle), fused_attention=False, budget=8000 * MB)
+    plan = plan_host_residency(large_bundle(tiny_bundle), 8000 * MB)
     assert len(plan.groups) > 1
     assert plan.total <= 8000 * MB
     assert plan.cache == 8000 * MB - plan.total
@@ -171,12 +172,12 @@ def test_full_size_fits_into_8_gb_by_turns(tiny_bundle: Path) -> None:
 
 def test_attention_without_its_scores_takes_less(tiny_bundle: Path) -> None:
     bundle = large_bundle(tiny_bundle)
-    fused, plain = (plan_host_residency(bundle, fused, 24_000 * MB).total for fused in (True, False))
+    fused, plain = (plan_host_residency(bundle, 24_000 * MB, fused).total for fused in (True, False))
     assert fused < plain
 
 
 def test_where_there_is_room_all_graphs_stay(tiny_bundle: Path) -> None:
-    plan = plan_host_residency(large_bundle(tiny_bundle), fused_attention=True, budget=24_000 * MB)
+    plan = plan_host_residency(large_bundle(tiny_bundle), 24_000 * MB)
     assert plan.groups == GROUPINGS[0]
     assert plan.table() == ""
 
@@ -185,17 +186,26 @@ def test_budget_that_no_plan_fits(tiny_bundle: Path) -> None:
     with pytest.raises(
         BackendError, match=r"needs about \d+ MB of memory and 4000 MB may be used: raise --mem"
     ):
-        plan_host_residency(large_bundle(tiny_bundle), fused_attention=True, budget=4000 * MB)
+        plan_host_residency(large_bundle(tiny_bundle), 4000 * MB)
 
 
-@pytest.mark.parametrize(("free", "groups"), [(1e12, 1), (9e9, 2), (1e9, 3)])
+@pytest.mark.parametrize(("free", "groups"), [(10**12, 1), (9 * 10**9, 2), (10**9, 3)])
 def test_without_a_budget_graphs_take_turns_only_where_memory_is_short(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, free: float, groups: int
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, free: int, groups: int
 ) -> None:
     monkeypatch.setattr(residency, "free_host_memory", lambda: free)
-    plan = plan_host_residency(large_bundle(tiny_bundle), fused_attention=False, budget=None)
+    plan = plan_host_residency(large_bundle(tiny_bundle), None)
     assert len(plan.groups) == groups
     assert (plan.cache is None) == (groups == 1)
+
+
+def test_openvino_needs_more_than_8_gb_and_is_not_taken_there(tiny_bundle: Path) -> None:
+    bundle = large_bundle(tiny_bundle)
+    assert choose_backend(bundle, "cpu", memory_budget=8000 * MB) == "onnxruntime"
+    with pytest.raises(BackendError, match="needs about"):
+        open_engine(bundle, "cpu", backend="openvino", memory_budget=8000 * MB)
+    if find_spec("openvino"):
+        assert choose_backend(bundle, "cpu", memory_budget=12_000 * MB) == "openvino"
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
