@@ -1,0 +1,103 @@
+"""A network that was trained goes through build_engines, and the runtime draws what PyTorch draws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.comparison import COMPOSITE_SHARE, TOKENS_TOLERANCE, at_least, relative
+from export.build_engines import BuildOptions, build_bundle
+from export.checkpoint import read_checkpoint
+from export.progress import Progress
+from runtime import Compositor, Placement, Sampling
+from runtime.boxes import Box
+from runtime.collage import MODES, Ratios, make_hint
+from runtime.paste_back import paste_back, pasted_region
+from runtime.reference import prepare_reference
+from training.architecture import Architecture
+from training.checkpoint import write_model
+from training.diffusion import Denoising, DiffusionTask
+from training.loop import LoopSettings, train
+from training.model import AnyDoor
+from training.preview import sample
+from training.small import open_control
+
+SIDE, STEPS, GUIDANCE, SEED = 64, 4, 2.0, 3
+
+TINY = Architecture(
+    unet_channels=(32, 64),
+    unet_attention=(False, True),
+    unet_layers=1,
+    unet_head_width=32,
+    unet_norm_groups=8,
+    token_width=32,
+    vae_channels=(32, 32, 32, 32),
+    vae_layers=1,
+    dino_width=64,
+    dino_depth=1,
+    dino_heads=1,
+    dino_grid=16,
+)
+
+
+class RandomPairs:
+    """Encoded pairs that follow from their number."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rng = np.random.default_rng(number)
+        return {
+            "latents": rng.standard_normal((4, 4, 4), np.float32),
+            "noise": rng.standard_normal((4, 4, 4), np.float32),
+            "timestep": int(rng.integers(1000)),
+            "features": rng.standard_normal((9, 64), np.float32),
+            "hint": rng.uniform(-1, 1, (4, 32, 32)).astype(np.float32),
+        }
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_what_was_trained_is_what_is_served(prediction: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AnyDoor(replace(TINY, prediction=prediction))
+    open_control(model.control)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    task = DiffusionTask(model, RandomPairs(), Denoising(unet_encoder=True))
+    train(task, LoopSettings(steps=3, batch=2, learning_rate=1e-3), tmp_path / "run")
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    write_model(tmp_path / "trained.safetensors", model.eval(), torch.float32)
+    build = BuildOptions(resolution=SIDE, max_batch=2)
+    checkpoint = read_checkpoint(tmp_path / "trained.safetensors")
+    build_bundle(checkpoint, tmp_path / "bundle", build, Progress(quiet=True))
+
+    rng = np.random.default_rng(0)
+    scene = rng.integers(0, 256, (90, 110, 3), np.uint8)
+    picture, mask = rng.integers(0, 256, (40, 40, 3), np.uint8), np.zeros((40, 40), bool)
+    mask[8:30, 10:34] = True
+    box, mode = Box(30, 20, 70, 64), MODES["keep_background"]
+    reference = prepare_reference(picture, mask)
+    hint = make_hint(scene, box, reference, Ratios(), mode, SIDE)
+    with torch.no_grad():
+        shown = torch.from_numpy(reference.image.copy()).permute(2, 0, 1)[None] / 255
+        tokens = model.encode_reference(torch.cat([shown, torch.zeros_like(shown)]))
+        latents = sample(model, tokens, torch.from_numpy(hint.hint)[None], STEPS, GUIDANCE, SEED)
+        decoded = model.decode(latents)[0].permute(1, 2, 0).numpy()
+    expected = paste_back(np.clip(decoded * 127.5 + 127.5, 0, 255), scene, hint.geometry, mode)
+
+    compositor = Compositor.load(tmp_path / "bundle", threads=1)
+    noise = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
+    placement = Placement(picture, mask, box=tuple(box), mode="keep_background")
+    sampling = Sampling(steps=STEPS, guidance=GUIDANCE)
+    found = compositor.run(scene, placement, 0, sampling, initial_noise=noise.numpy())[0].image
+
+    served = compositor.encode_reference(reference)
+    token_check = relative(prediction, "ID tokens", served, tokens[:1].numpy(), TOKENS_TOLERANCE)
+    assert token_check.passed, token_check.row()
+    region = pasted_region(hint.geometry, mode).slices
+    close = np.abs(found[region].astype(int) - expected[region]).max(axis=-1) <= 1
+    check = at_least(prediction, "composite", float(close.mean()), COMPOSITE_SHARE, "within 1")
+    assert check.passed, check.row()
+    assert np.abs(found[region].astype(int) - scene[region]).max() > 1
