@@ -26,9 +26,12 @@ INSTALL = "install it with: pip install 'anydoor-runtime[openvino]'"
 _CONVERTERS = "openvino.tools"
 """The package's model converters: of no use to a runtime, and half of the time that importing it takes."""
 
-_LOAD_FACTOR = 1.4
-"""Memory that loading a graph takes beside its weights, as a multiple of them (the ID encoder's): its file
-stays mapped until all weights have their final layout."""
+_COPIES = 2.0
+"""Memory that a loaded graph takes, as a multiple of its file: that stays mapped beside the weights in their
+final layout."""
+
+_LOAD_FACTOR = 0.4
+"""What loading takes beside that (the ID encoder's)."""
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -174,7 +177,9 @@ class OpenVinoEngine:
 
 def plan_residency(bundle: Bundle, memory_budget: int | None) -> HostResidency:
     """Which graphs are loaded together; see `plan_host_residency`."""
-    return plan_host_residency(bundle, memory_budget, fused_attention=True, load_factor=_LOAD_FACTOR)
+    return plan_host_residency(
+        bundle, memory_budget, fused_attention=True, copies=_COPIES, load_factor=_LOAD_FACTOR
+    )
 
 
 def open_engine(

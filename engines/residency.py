@@ -238,7 +238,11 @@ class HostResidency:
 
 
 def plan_host_residency(
-    bundle: Bundle, budget: int | None, fused_attention: bool = False, load_factor: float = 0.0
+    bundle: Bundle,
+    budget: int | None,
+    fused_attention: bool = False,
+    copies: float = 1.0,
+    load_factor: float = 0.0,
 ) -> HostResidency:
     """The plan with the fewest groups that fits the host's memory, for one picture at a time.
 
@@ -247,7 +251,8 @@ def plan_host_residency(
         budget: bytes to use at the most; nearly all that is free if None. Then the plan with the most groups
             is taken if none fits: files that are mapped into memory may leave it.
         fused_attention: whether the backend computes attention without its matrix of scores.
-        load_factor: memory that loading a graph takes beside its weights, as a multiple of them.
+        copies: memory that a loaded graph takes, as a multiple of its file.
+        load_factor: what loading it takes beside that, likewise.
 
     Raises:
         BackendError: even the smallest plan does not fit the budget.
@@ -255,9 +260,9 @@ def plan_host_residency(
     scratch = host_scratch(bundle.manifest, fused_attention)
     graphs = {}
     for name, record in bundle.manifest.graphs.items():
-        weights = sum(file.bytes for file in record.files)
+        size = sum(file.bytes for file in record.files)
         # nothing runs while a graph is loaded
-        graphs[name] = GraphMemory(weights, max(scratch[name], int(weights * load_factor)))
+        graphs[name] = GraphMemory(int(size * copies), max(scratch[name], int(size * load_factor)))
     available = int(free_host_memory() * SHARE_OF_FREE_HOST_MEMORY) if budget is None else budget
     for groups in GROUPINGS:
         plan = HostResidency(graphs, groups, None, available)
