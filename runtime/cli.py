@@ -263,7 +263,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
         "--map-steps",
         type=int,
         metavar="N",
-        help="compute detail maps at so many timesteps; other steps use the nearest (exact: at all)",
+        help="compute detail maps at so many timesteps, shared by neighbouring steps (exact: at all)",
     )
     group.add_argument(
         "--initial-noise",

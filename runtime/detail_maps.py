@@ -53,8 +53,8 @@ def shared_timesteps(timesteps: Sequence[int], count: int | None) -> list[int]:
     """For every step, the timestep whose detail maps it uses.
 
     The steps are divided into `count` runs of about the same length, and all steps of a run use the maps of
-    the one in their middle. Nothing is interpolated: that needs the maps on the host and is no nearer to the
-    exact picture (docs/performance.md).
+    its mean timestep: the maps of any one of them would be too late or too early for most others. Nothing is
+    interpolated, as that would bring the maps of every step through the host (docs/performance.md).
 
     Args:
         timesteps: of all steps, in the order they are taken.
@@ -63,7 +63,7 @@ def shared_timesteps(timesteps: Sequence[int], count: int | None) -> list[int]:
     if count is None or count >= len(timesteps):
         return list(timesteps)
     runs = np.array_split(np.asarray(timesteps), count)
-    return [int(run[len(run) // 2]) for run in runs for _ in run]
+    return [round(float(run.mean())) for run in runs for _ in run]
 
 
 class DetailMapCache:

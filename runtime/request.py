@@ -55,8 +55,7 @@ class Sampling:
     """Lowest and highest timestep with guidance, of 0 (picture) to 999 (noise); a step outside of them has
     none, and half the work. Source: Kynkäänniemi et al., 2024."""
     map_steps: int | None = None
-    """At how many timesteps detail maps are computed; the other steps use those of the nearest. None: at
-    every step."""
+    """At how many timesteps detail maps are computed; neighbouring steps share them. None: at every step."""
 
     def guided_at(self, timestep: int) -> bool:
         """Whether the unconditional half is needed; at a scale of exactly 1 it cancels out."""

@@ -93,8 +93,8 @@ def test_neighbours_with_one_timestep_share_its_maps(engine: CountingEngine, win
     assert [each.unconditional - each.conditional for each in here] == [1, 1, 0, 0, 0]
 
 
-def test_steps_share_the_timestep_in_the_middle_of_their_run() -> None:
-    assert shared_timesteps([901, 701, 501, 301, 101], 2) == [701, 701, 701, 101, 101]
+def test_steps_share_the_mean_timestep_of_their_run() -> None:
+    assert shared_timesteps([901, 701, 501, 301, 101], 2) == [701, 701, 701, 201, 201]
     assert shared_timesteps([901, 701, 501], 1) == [701] * 3
     for count in (None, 3, 9):
         assert shared_timesteps([901, 701, 501], count) == [901, 701, 501]
