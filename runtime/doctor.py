@@ -13,7 +13,7 @@ from engines import onnxruntime, openvino
 from engines.bundle import MANIFEST, Bundle
 from engines.cuda import Card, Device
 from engines.engine import open_engine
-from engines.errors import AnyDoorError
+from engines.errors import AnyDoorError, BackendError
 from engines.graphs import DENOISE, GRAPHS
 from engines.residency import free_host_memory
 from engines.tensorrt import SHARE_OF_FREE_MEMORY, check_plans, residency_of
@@ -119,6 +119,11 @@ def _check_backend(bundle: Bundle, memory_budget: int | None) -> str:
         engine = open_engine(bundle, memory_budget=memory_budget)
         for line in engine.describe().splitlines():
             print(f"      {line}")
+        residency = getattr(engine, "residency", None)
+        if residency and not residency.fits:
+            raise BackendError(
+                f"it needs {residency.total / 1e9:.1f} GB of memory, and {residency.budget / 1e9:.1f} GB are free"
+            )
         return f"{engine.device} with {engine.backend}"
     print(f"    plans of {FLAVOURS[record.backend].title} {record.backend_version} for {record.target}")
     library = check_plans(bundle, record.backend)
@@ -158,11 +163,6 @@ def _print_bundle(path: Path, memory_budget: int | None) -> bool:
         return False
     worst = max(max(manifest.graphs[graph].error.values()) for graph in GRAPHS)
     print(f"    sound; largest error against PyTorch {worst:.1e}; runs on {device}")
-    if size / 1e9 > _memory_gb():
-        print(
-            f"    too large for this machine: {size / 1e9:.1f} GB of weights, {_memory_gb():.1f} GB of memory"
-        )
-        return False
     return True
 
 
