@@ -41,6 +41,19 @@ CONDITIONS = "conditions"
 MAPS = "maps"
 VARIABLE_DIMENSIONS = (SAMPLES, ROWS, CONDITIONS, MAPS)
 
+STEP_INPUTS = (
+    "timestep",
+    "guidance",
+    "strength",
+    "coefficients",
+    "conditional_row",
+    "unconditional_row",
+    "row_sample",
+    "row_condition",
+    "row_map",
+)
+"""The inputs of the denoise graph that say what a step is: a few numbers per row, others at every step."""
+
 Dimension = int | str
 
 

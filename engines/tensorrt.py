@@ -5,8 +5,10 @@ that come and go. All work goes into one stream, so a piece of the pool may be t
 holds its tensor: whatever still reads it comes first in the stream. Nothing is allocated after warm-up.
 
 The denoise graph runs at every step. Its inputs have fixed places, to which they are copied unless they are
-there already, so that the call can be captured as a CUDA graph, one per set of shapes. The loop over the
-steps is not captured: requests join and leave it between any two steps, and one launch per step is cheap.
+there already, so that the call can be captured as a CUDA graph, one per set of shapes. Several steps that
+nothing comes in between (`TensorRTEngine.run_steps`) are captured as one CUDA graph, per set of shapes and
+number of steps: what differs from step to step is small and lies in tables on the card, from which the graph
+itself takes it. A server has no use for that, since requests join and leave between any two of its steps.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,17 +28,24 @@ from numpy.typing import NDArray
 from engines.arena import Pool, PoolExhaustedError
 from engines.bundle import Bundle
 from engines.cuda import Device, OutOfDeviceMemoryError
-from engines.engine import Array, require_shape
+from engines.engine import Array, require_shape, run_step_by_step, step_count
 from engines.errors import BackendError
-from engines.graphs import DENOISE, GRAPHS
-from engines.residency import GraphMemory, ResidencyPlan, plan_residency, scratch_name
+from engines.graphs import DENOISE, GRAPHS, STEP_INPUTS
+from engines.residency import (
+    MOST_STEPS,
+    GraphMemory,
+    ResidencyPlan,
+    plan_residency,
+    scratch_name,
+    table_name,
+)
 from engines.tensorrt_plans import Context, Library, Plan, Shape, load_library
 
 CAPTURED = DENOISE
 """The graph that is captured and whose inputs have fixed places."""
 
 MOST_CAPTURED = 16
-"""Sets of shapes that stay captured."""
+"""Kinds of calls that stay captured: sets of shapes, each with a number of steps."""
 
 STAGING_BYTES = 16 << 20
 """Pinned host memory that everything on its way to or from the card passes through."""
@@ -98,9 +107,21 @@ class Staging:
         return offset
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What calls have in common that one CUDA graph can stand for."""
+
+    graph: str
+    shapes: tuple[Shape, ...]
+    """Of the inputs, in one step."""
+    steps: int = 1
+    feedback: tuple[tuple[str, str], ...] = ()
+    """Inputs that have the values of an output of the step before, and of which."""
+
+
 @dataclass(eq=False)
 class _Call:
-    """How a graph is called with inputs of one set of shapes."""
+    """How calls of one kind are made."""
 
     context: Context
     runs: int = 0
@@ -135,7 +156,7 @@ class TensorRTEngine:
         self._open_plan = open_plan
         self._specs = bundle.manifest.specs
         self._plans: dict[str, Plan] = {}
-        self._calls: OrderedDict[tuple[str, tuple[Shape, ...]], _Call] = OrderedDict()
+        self._calls: OrderedDict[_Kind, _Call] = OrderedDict()
         self._lock = threading.RLock()
         self._arena = device.allocate(residency.arena)
         self._pool_start = self._arena + residency.fixed.nbytes
@@ -167,8 +188,8 @@ class TensorRTEngine:
         """Frees a graph's weights; see `Engine.unload`."""
         with self._lock:
             self._device.synchronize()
-            for key in [key for key in self._calls if key[0] == graph]:
-                self._forget(key)
+            for kind in [kind for kind in self._calls if kind.graph == graph]:
+                self._forget(kind)
             self._plans.pop(graph, None)
 
     def run(
@@ -180,20 +201,51 @@ class TensorRTEngine:
         """Runs a graph; see `Engine.run`."""
         with self._lock:
             self.load(graph)
-            spec = self._specs[graph]
-            given = {
-                t.name: value
-                if isinstance(value := inputs[t.name], DeviceArray)
-                else require_shape(t.name, value, t.dtype)
-                for t in spec.inputs
-            }
-            names = list(outputs or (t.name for t in spec.outputs))
+            given = self._as_specified(graph, inputs)
             run = self._run_in_place if graph == CAPTURED else self._run_anywhere
             results = run(graph, given, self._output_shapes(graph, given))
             # the scratch memory may lie where inputs of the captured graph were
             for name in self.residency.fixed.overlaps[scratch_name(graph)]:
                 self._in_place.pop(name, None)
-            return {name: results[name] for name in names}
+            return {name: results[name] for name in outputs or results}
+
+    def run_steps(
+        self,
+        graph: str,
+        inputs: Mapping[str, DeviceArray | Array],
+        per_step: Mapping[str, Array],
+        feedback: Mapping[str, str],
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, DeviceArray]:
+        """Runs a graph several times; see `Engine.run_steps`.
+
+        From the second time on that is one CUDA graph: for at most `MOST_STEPS` steps of the graph that is
+        captured, if exactly `STEP_INPUTS` are given per step.
+        """
+        with self._lock:
+            steps = step_count(per_step)
+            has_tables = graph == CAPTURED and per_step.keys() == set(STEP_INPUTS)
+            if steps == 1 or steps > MOST_STEPS or not has_tables:
+                return run_step_by_step(self, graph, inputs, per_step, feedback, outputs)
+            self.load(graph)
+            first = self._as_specified(graph, {**inputs, **{name: v[0] for name, v in per_step.items()}})
+            output_shapes = self._output_shapes(graph, first)
+            call = self._call(replace(_kind(graph, first), steps=steps, feedback=tuple(feedback.items())))
+            # the first time goes step by step, which makes the step itself ready to be captured
+            if call.runs == 1 and call.context.capturable(self._device.stream):
+                sizes = {name: value.nbytes for name, value in first.items()}
+                call.captured = self._device.capture(
+                    lambda: self._enqueue_steps(call.context, sizes, steps, feedback)
+                )
+            if call.captured is None:
+                results = run_step_by_step(self, graph, inputs, per_step, feedback, outputs)
+            else:
+                self._launch_steps(call.captured, first, per_step)
+                results = self._take_outputs(graph, output_shapes)
+                for name in feedback:
+                    self._in_place.pop(name, None)
+            call.runs += 1
+            return {name: results[name] for name in outputs or results}
 
     def to_device(self, array: Array) -> DeviceArray:
         """See `Engine.to_device`."""
@@ -236,7 +288,7 @@ class TensorRTEngine:
         }
         results = self._new_outputs(graph, output_shapes)
         addresses = {name: tensor.address for name, tensor in (tensors | results).items()}
-        call = self._call(graph, inputs)
+        call = self._call(_kind(graph, inputs))
         self._prepare(call, graph, inputs, addresses)
         call.context.enqueue(self._device.stream)
         self._count_run(call, graph)
@@ -248,7 +300,7 @@ class TensorRTEngine:
         """Brings inputs to their places, runs or replays the graph, and copies outputs to new tensors."""
         for name, value in inputs.items():
             self._put_in_place(name, value)
-        call = self._call(graph, inputs)
+        call = self._call(_kind(graph, inputs))
         stream = self._device.stream
         if call.runs == 0:
             places = {t.name: self._place(t.name) for t in self._specs[graph].tensors}
@@ -261,7 +313,44 @@ class TensorRTEngine:
         else:
             self._device.launch(call.captured)
         self._count_run(call, graph)
-        results = self._new_outputs(graph, output_shapes)
+        return self._take_outputs(graph, output_shapes)
+
+    def _enqueue_steps(
+        self, context: Context, sizes: Mapping[str, int], steps: int, feedback: Mapping[str, str]
+    ) -> None:
+        """Puts steps into the stream that take their small inputs from the tables.
+
+        Args:
+            context: of a step, whose tensors are at their places.
+            sizes: bytes of every input.
+            steps: how many.
+            feedback: input -> the output of the step before that it has.
+        """
+        for step in range(steps):
+            for name in STEP_INPUTS:
+                values = self._place(table_name(name)) + step * sizes[name]
+                self._device.copy(self._place(name), values, sizes[name])
+            if step > 0:
+                for name, output in feedback.items():
+                    self._device.copy(self._place(name), self._place(output), sizes[name])
+            context.enqueue(self._device.stream)
+
+    def _launch_steps(
+        self, captured: Any, first: Mapping[str, DeviceArray | Array], per_step: Mapping[str, Array]
+    ) -> None:
+        """Fills the places and the tables, and runs what `_enqueue_steps` put into a CUDA graph."""
+        for name, value in first.items():
+            if name not in per_step:
+                self._put_in_place(name, value)
+            else:
+                table = require_shape(name, per_step[name], str(value.dtype))
+                self._staging.upload(self._place(table_name(name)), table)
+                self._in_place.pop(name, None)
+        self._device.launch(captured)
+
+    def _take_outputs(self, graph: str, shapes: Mapping[str, Shape]) -> dict[str, DeviceArray]:
+        """Copies outputs from their places to new tensors."""
+        results = self._new_outputs(graph, shapes)
         for name, tensor in results.items():
             self._device.copy(tensor.address, self._place(name), tensor.nbytes)
         return results
@@ -288,25 +377,37 @@ class TensorRTEngine:
         shapes = {name: value.shape for name, value in inputs.items()}
         call.context.prepare(shapes, addresses, scratch, self._plans[graph].scratch)
 
-    def _call(self, graph: str, inputs: Mapping[str, DeviceArray | Array]) -> _Call:
-        key = (graph, tuple(value.shape for value in inputs.values()))
-        if key not in self._calls:
+    def _call(self, kind: _Kind) -> _Call:
+        if kind not in self._calls:
+            # several steps use the context of one
+            step = self._call(replace(kind, steps=1, feedback=())) if kind.steps > 1 else None
             if len(self._calls) >= MOST_CAPTURED:
                 self._device.synchronize()
                 self._forget(next(iter(self._calls)))
-            self._calls[key] = _Call(self._plans[graph].new_context())
-        self._calls.move_to_end(key)
-        return self._calls[key]
+            self._calls[kind] = _Call(step.context if step else self._plans[kind.graph].new_context())
+        self._calls.move_to_end(kind)
+        return self._calls[kind]
 
     def _count_run(self, call: _Call, graph: str) -> None:
         call.runs += 1
         if call.runs == 1:
             self._plans[graph].keep_compiled_kernels()
 
-    def _forget(self, key: tuple[str, tuple[Shape, ...]]) -> None:
-        call = self._calls.pop(key)
+    def _forget(self, kind: _Kind) -> None:
+        call = self._calls.pop(kind)
         if call.captured is not None:
             self._device.forget(call.captured)
+
+    def _as_specified(
+        self, graph: str, inputs: Mapping[str, DeviceArray | Array]
+    ) -> dict[str, DeviceArray | Array]:
+        """The inputs of a graph in their order; arrays as it wants them."""
+        return {
+            tensor.name: value
+            if isinstance(value := inputs[tensor.name], DeviceArray)
+            else require_shape(tensor.name, value, tensor.dtype)
+            for tensor in self._specs[graph].inputs
+        }
 
     def _output_shapes(self, graph: str, inputs: Mapping[str, DeviceArray | Array]) -> dict[str, Shape]:
         """Shapes of the outputs.
@@ -346,6 +447,10 @@ class TensorRTEngine:
         tensor = DeviceArray(self._pool_start + offset, tuple(shape), dtype)
         weakref.finalize(tensor, self._pool.give_back, offset).atexit = False
         return tensor
+
+
+def _kind(graph: str, inputs: Mapping[str, DeviceArray | Array]) -> _Kind:
+    return _Kind(graph, tuple(value.shape for value in inputs.values()))
 
 
 def open_engine(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from engines.bundle import Bundle
 from engines.cuda import OutOfDeviceMemoryError
-from engines.engine import open_engine
+from engines.engine import Engine, open_engine
 from engines.errors import BackendError
-from engines.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER, largest_sizes
+from engines.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER, STEP_INPUTS, largest_sizes
 from engines.residency import GraphMemory, ResidencyPlan, plan_residency
 from engines.tensorrt import Staging, TensorRTEngine
+from export.graphs import example_inputs
 from runtime import Compositor, Placement, Sampling
 from tests.engines.simulated_card import SimulatedDevice, SimulatedPlans
 
@@ -132,6 +134,103 @@ def test_steps_are_captured_once_and_replayed(
     assert (simulation.device.captures, simulation.device.launches) == (1, 3)
     pictures(simulation.compositor, scene, placement, seed=50)
     assert (simulation.device.captures, simulation.device.launches) == (1, 7)
+
+
+def loop(
+    bundle: Bundle, engine: Engine, steps: int, samples: int = 1, seed: int = 0
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Inputs of a loop over the denoise graph: those that stay the same, and those of every step."""
+    spec = bundle.manifest.specs[DENOISE]
+    sizes = {"samples": samples, "rows": 2 * samples, "conditions": 2, "maps": 2}
+    of_steps = [example_inputs(spec, sizes, seed + step) for step in range(steps)]
+    per_step = {name: np.stack([inputs[name] for inputs in of_steps]) for name in STEP_INPUTS}
+    inputs = {name: engine.to_device(a) for name, a in of_steps[0].items() if name not in STEP_INPUTS}
+    return inputs, per_step
+
+
+FEEDBACK = {"latent": "next_latent"}
+MULTISTEP_FEEDBACK = {"latent": "next_latent", "noise": "epsilon"}
+
+
+@pytest.mark.parametrize("feedback", [FEEDBACK, MULTISTEP_FEEDBACK], ids=["latent", "latent and epsilon"])
+def test_a_loop_computes_the_same_as_its_steps(bundle: Bundle, feedback: dict[str, str]) -> None:
+    simulation = Simulation(bundle, residency(bundle))
+    onnxruntime = open_engine(bundle, "cpu", backend="onnxruntime")
+    engines: tuple[Engine, ...] = (onnxruntime, simulation.engine)
+    for seed in range(4):
+        of_engines = [loop(bundle, engine, 3, seed=10 * seed) for engine in engines]
+        expected, found = (
+            engine.to_host(engine.run_steps(DENOISE, *inputs, feedback)["next_latent"])
+            for engine, inputs in zip(engines, of_engines)
+        )
+        np.testing.assert_array_equal(found, expected)
+    # step by step at first, of which the first is no launch; then one launch for all three
+    assert (simulation.device.captures, simulation.device.launches) == (2, 2 + 3)
+
+
+def test_loops_and_single_steps_may_alternate(bundle: Bundle) -> None:
+    """Each finds at the places what it needs, whatever the other left there."""
+    engine = Simulation(bundle, residency(bundle)).engine
+    inputs, per_step = loop(bundle, engine, 2)
+    step = inputs | {name: values[1] for name, values in per_step.items()}
+    expected = [
+        engine.to_host(result["next_latent"])
+        for result in (engine.run_steps(DENOISE, inputs, per_step, FEEDBACK), engine.run(DENOISE, step))
+    ]
+    for _ in range(3):
+        found = [
+            engine.to_host(result["next_latent"])
+            for result in (engine.run_steps(DENOISE, inputs, per_step, FEEDBACK), engine.run(DENOISE, step))
+        ]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_loop_is_captured_for_its_shapes_and_steps(bundle: Bundle) -> None:
+    simulation = Simulation(bundle, residency(bundle))
+    engine, device = simulation.engine, simulation.device
+    kinds = [(steps, samples) for steps in (2, 3) for samples in (1, 2)]
+    for steps, samples in kinds * 2:
+        engine.run_steps(DENOISE, *loop(bundle, engine, steps, samples), FEEDBACK)
+    # of each number of samples a single step, too
+    assert device.captures == len(kinds) + 2
+    for steps, samples in kinds:
+        launches = device.launches
+        engine.run_steps(DENOISE, *loop(bundle, engine, steps, samples, seed=9), FEEDBACK)
+        assert device.launches == launches + 1
+    assert device.captures == len(kinds) + 2
+
+
+def test_steps_without_room_in_the_tables_go_one_by_one(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.tensorrt.MOST_STEPS", 3)
+    simulation = Simulation(bundle, residency(bundle))
+    engine, device = simulation.engine, simulation.device
+    for _ in range(3):
+        launches = device.launches
+        engine.run_steps(DENOISE, *loop(bundle, engine, 4), FEEDBACK)
+    assert (device.captures, device.launches) == (1, launches + 4)
+
+
+def test_loops_do_not_pile_up(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.tensorrt.MOST_CAPTURED", 3)
+    simulation = Simulation(bundle, residency(bundle))
+    engine = simulation.engine
+    for steps in (2, 3, 4, 5, 2):
+        inputs, per_step = loop(bundle, engine, steps)
+        results = [engine.run_steps(DENOISE, inputs, per_step, FEEDBACK) for _ in range(2)]
+        np.testing.assert_array_equal(*(engine.to_host(result["next_latent"]) for result in results))
+    assert len(engine._calls) == 3
+
+
+def test_a_loop_leaves_with_its_graph(bundle: Bundle) -> None:
+    engine = Simulation(bundle, residency(bundle)).engine
+    inputs, per_step = loop(bundle, engine, 2)
+    expected = engine.to_host(engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)["next_latent"])
+    engine.unload(DENOISE)
+    assert not engine._calls
+    found = engine.to_host(engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)["next_latent"])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_nothing_is_allocated_after_warm_up(bundle: Bundle, scene: np.ndarray, placement: Placement) -> None:
