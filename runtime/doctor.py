@@ -122,7 +122,8 @@ def _check_backend(bundle: Bundle, memory_budget: int | None) -> str:
         residency = getattr(engine, "residency", None)
         if residency and not residency.fits:
             raise BackendError(
-                f"it needs {residency.total / 1e9:.1f} GB of memory, and {residency.budget / 1e9:.1f} GB are free"
+                f"it needs {residency.total / 1e9:.1f} GB of memory, and {residency.budget / 1e9:.1f} GB of it "
+                "are free"
             )
         return f"{engine.device} with {engine.backend}"
     print(f"    plans of {FLAVOURS[record.backend].title} {record.backend_version} for {record.target}")
