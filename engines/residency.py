@@ -187,7 +187,7 @@ def _largest_group(graphs: Mapping[str, GraphMemory], groups: Sequence[Sequence[
 HOST_PROGRAM = 300_000_000
 """Bytes for what is not a graph: the interpreter, the libraries, pictures."""
 
-_MAPS_AT_ONCE = 6
+_MAPS_AT_ONCE = 8
 
 _SCORES_AT_ONCE = 3
 

@@ -121,10 +121,8 @@ def _check_backend(bundle: Bundle, memory_budget: int | None) -> str:
             print(f"      {line}")
         residency = getattr(engine, "residency", None)
         if residency and not residency.fits:
-            raise BackendError(
-                f"it needs {residency.total / 1e9:.1f} GB of memory, and {residency.budget / 1e9:.1f} GB of it "
-                "are free"
-            )
+            needed, free = residency.total / 1e9, residency.budget / 1e9
+            raise BackendError(f"it needs {needed:.1f} GB of memory, and {free:.1f} GB of it are free")
         return f"{engine.device} with {engine.backend}"
     print(f"    plans of {FLAVOURS[record.backend].title} {record.backend_version} for {record.target}")
     library = check_plans(bundle, record.backend)
