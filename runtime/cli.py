@@ -288,7 +288,7 @@ def run_composite(options: argparse.Namespace) -> int:
         if options.server:
             results = _composite_on_server(options, request, on_step, describe)
         else:
-            results = _composite_here(options, request, on_step)
+            results = _composite_here(options, request, None if options.quiet else on_step)
     images = [result.image for result in results]
     if options.grid:
         save_picture(contact_sheet(images), options.output)
@@ -318,7 +318,9 @@ def _progress(quiet: bool) -> Iterator[tuple[StepCallback, Callable[[str], objec
         yield on_step, bar.set_description
 
 
-def _composite_here(options: argparse.Namespace, request: Request, on_step: StepCallback) -> list[Composite]:
+def _composite_here(
+    options: argparse.Namespace, request: Request, on_step: StepCallback | None
+) -> list[Composite]:
     from runtime.compositor import Compositor
 
     compositor = Compositor.load(

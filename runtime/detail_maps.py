@@ -157,6 +157,11 @@ class DetailMaps:
         row = sum(_rows(guided) for _, guided in entries[:offset])
         return StepMaps(self._current[1].tensors, row, row + _rows(entries[offset][1]) - 1)
 
+    def steps_at_hand(self, step: int) -> int:
+        """How many steps from this one on have their maps in the same tensors."""
+        window = self._entry_of_step[step] // self._window
+        return sum(entry // self._window == window for entry in self._entry_of_step[step:])
+
     def _entries_of(self, index: int) -> list[tuple[int, bool]]:
         return self._entries[index * self._window : (index + 1) * self._window]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.engine import Array, DeviceTensor, Engine
-from engines.graphs import DENOISE
+from engines.graphs import DENOISE, STEP_INPUTS
 from runtime.ddim import Schedule, predicted_clean_latent
 from runtime.detail_maps import DetailMaps
 from runtime.request import Sampling
@@ -116,9 +116,18 @@ class Sample:
         return self.step + 1 == self.schedule.steps
 
     @property
-    def keeps_epsilon(self) -> bool:
-        """Whether the step after the one to come needs what that one predicts."""
-        return self.schedule.multistep and not self.is_last_step
+    def steps_alike(self) -> int:
+        """How many steps to come differ in a few numbers only: they have the same rows, their detail maps are
+        at hand together, and nothing comes in or goes out between them."""
+        if self.wants_clean_latent or self.sampling.eta > 0:
+            return 1
+        at_hand = self.conditions.maps.steps_at_hand(self.step)
+        guided = guided_steps(self.sampling, self.schedule)[self.step : self.step + at_hand]
+        return len(list(itertools.takewhile(lambda step: step == guided[0], guided)))
+
+    def keeps_epsilon(self, steps: int) -> bool:
+        """Whether the step after so many needs what the last of them predicts."""
+        return self.schedule.multistep and self.step + steps < self.schedule.steps
 
     def noise(self, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
         """The noise of the step to come, None if it adds none; the same until that step is taken."""
@@ -126,11 +135,11 @@ class Sample:
             self._noise = self.generator.standard_normal(shape, dtype=np.float32)
         return self._noise
 
-    def advance(self, latent: LatentRow, epsilon: LatentRow | None) -> None:
-        """Takes note that a step was taken, and of what it predicted, if it was asked for."""
+    def advance(self, steps: int, latent: LatentRow, epsilon: LatentRow | None) -> None:
+        """Takes note that steps were taken, and of what the last one predicted, if it was asked for."""
         self.latent = latent
-        self.epsilon = epsilon if self.keeps_epsilon else None
-        self.step += 1
+        self.epsilon = epsilon if self.keeps_epsilon(steps) else None
+        self.step += steps
         self._noise = None
 
 
@@ -153,21 +162,32 @@ class RunningBatch:
         self._no_noise: dict[int, DeviceTensor] = {}
         self._tokens: tuple[list[NDArray[np.float32]], DeviceTensor] = ([], None)
 
-    def step(self) -> None:
-        """Takes one step with all samples.
+    def steps_alike(self) -> int:
+        """How many steps `step` can take at once; one if the samples are at different ones."""
+        first = self.samples[0]
+        together = all(
+            sample.conditions is first.conditions and sample.step == first.step for sample in self.samples
+        )
+        return min(sample.steps_alike for sample in self.samples) if together else 1
 
-        If that fails, each takes the step alone, and those that fail again get their `error`: what is wrong
-        with one sample, or too much for all of them together, does not hurt the others.
+    def step(self, steps: int = 1) -> None:
+        """Takes a step with all samples, or several.
+
+        If that fails, each takes them alone, and those that fail again get their `error`: what is wrong with
+        one sample, or too much for all of them together, does not hurt the others.
+
+        Args:
+            steps: how many to take, at most `steps_alike`.
         """
         try:
-            self._advance(self.samples)
+            self._advance(self.samples, steps)
         except Exception as error:
             if len(self.samples) == 1:
                 self.samples[0].error = error
                 return
             for sample in self.samples:
                 try:
-                    self._advance([sample])
+                    self._advance([sample], steps)
                 except Exception as own_error:
                     sample.error = own_error
 
@@ -184,30 +204,31 @@ class RunningBatch:
             return first.tensor
         return self._engine.concatenate([(row.tensor, row.row, row.row + 1) for row in rows])
 
-    def _advance(self, samples: Sequence[Sample]) -> None:
+    def _advance(self, samples: Sequence[Sample], steps: int) -> None:
         tensors, map_rows = self._maps(samples)
         tokens, token_rows = self._condition_tokens(samples)
         latents = self.latents(samples)
         wants_clean_latents = any(sample.wants_clean_latent for sample in samples)
-        wants_epsilon = wants_clean_latents or any(sample.keeps_epsilon for sample in samples)
-        outputs = self._engine.run(
-            DENOISE,
-            {
-                "latent": latents,
-                "noise": self._noise(samples),
-                "tokens": tokens,
-                **step_inputs(
-                    [_step_of_sample(*of) for of in zip(samples, token_rows, map_rows)],
-                ),
-                **tensors,
-            },
-            ["next_latent", "epsilon"] if wants_epsilon else ["next_latent"],
-        )
+        wants_epsilon = wants_clean_latents or any(sample.keeps_epsilon(steps) for sample in samples)
+        names = ["next_latent", "epsilon"] if wants_epsilon else ["next_latent"]
+        inputs = {"latent": latents, "noise": self._noise(samples), "tokens": tokens, **tensors}
+        numbers = [
+            step_inputs([_step_of_sample(*of, ahead) for of in zip(samples, token_rows, map_rows)])
+            for ahead in range(steps)
+        ]
+        if steps == 1:
+            outputs = self._engine.run(DENOISE, inputs | numbers[0], names)
+        else:
+            per_step = {name: np.stack([of_step[name] for of_step in numbers]) for name in STEP_INPUTS}
+            feedback = {"latent": "next_latent"}
+            if samples[0].schedule.multistep:
+                feedback["noise"] = "epsilon"
+            outputs = self._engine.run_steps(DENOISE, inputs, per_step, feedback, names)
         if wants_clean_latents:
             self._predict_clean_latents(samples, latents, outputs["epsilon"])
         for row, sample in enumerate(samples):
             epsilon = LatentRow(outputs["epsilon"], row, len(samples)) if wants_epsilon else None
-            sample.advance(LatentRow(outputs["next_latent"], row, len(samples)), epsilon)
+            sample.advance(steps, LatentRow(outputs["next_latent"], row, len(samples)), epsilon)
 
     def _maps(self, samples: Sequence[Sample]) -> tuple[Mapping[str, DeviceTensor], list[int]]:
         """Detail maps for one call, and the first row of each sample."""
@@ -302,11 +323,14 @@ def sample(
         yield batch.latents(batch.samples)
 
 
-def _step_of_sample(sample: Sample, token_row: int, map_row: int) -> StepOfSample:
-    timestep = int(sample.schedule.timesteps[sample.step])
+def _step_of_sample(sample: Sample, token_row: int, map_row: int, ahead: int) -> StepOfSample:
+    """The step to come, or one that is further ahead and has its maps in the same tensors."""
+    step, maps = sample.step + ahead, sample.conditions.maps
+    map_row += maps.at(step).conditional - maps.at(sample.step).conditional
+    timestep = int(sample.schedule.timesteps[step])
     return StepOfSample(
         timestep=timestep,
-        coefficients=sample.schedule.coefficients[sample.step],
+        coefficients=sample.schedule.coefficients[step],
         guidance=sample.sampling.guidance,
         strength=sample.sampling.strength,
         conditional=(token_row, map_row),

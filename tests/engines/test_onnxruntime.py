@@ -59,6 +59,29 @@ def test_steps_at_fixed_places_compute_the_same(
     np.testing.assert_array_equal(*latents)
 
 
+def test_a_loop_is_its_steps(bundle: Bundle, plain: OnnxRuntimeEngine, fixed: OnnxRuntimeEngine) -> None:
+    """Three steps of a method that needs what the step before predicted."""
+    inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
+    timesteps = np.array([[900], [500], [100]], np.float32)
+    given = dict(inputs)
+    for timestep in timesteps:
+        results = plain.run(DENOISE, given | {"timestep": timestep})
+        given |= {"latent": results["next_latent"], "noise": results["epsilon"]}
+    for engine in (plain, fixed):
+        found = engine.run_steps(
+            DENOISE, inputs, {"timestep": timesteps}, {"latent": "next_latent", "noise": "epsilon"}
+        )
+        for name, expected in results.items():
+            np.testing.assert_array_equal(engine.to_host(found[name]), plain.to_host(expected))
+
+
+def test_steps_must_be_as_many_for_every_input(bundle: Bundle, plain: OnnxRuntimeEngine) -> None:
+    inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
+    per_step = {name: np.stack([inputs[name]] * count) for name, count in (("timestep", 2), ("guidance", 3))}
+    with pytest.raises(ValueError, match=r"one number of steps, not for \[2, 3\]"):
+        plain.run_steps(DENOISE, inputs, per_step, {})
+
+
 def test_a_result_survives_the_next_call_at_its_place(bundle: Bundle, fixed: OnnxRuntimeEngine) -> None:
     inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
     result = fixed.run(DENOISE, inputs)["epsilon"]

@@ -168,6 +168,24 @@ def test_a_loop_computes_the_same_as_its_steps(bundle: Bundle, feedback: dict[st
     assert (simulation.device.captures, simulation.device.launches) == (2, 2 + 3)
 
 
+def test_pictures_that_nobody_watches_are_made_in_one_launch(
+    bundle: Bundle, scene: np.ndarray, placement: Placement
+) -> None:
+    """Loops that were captured, and some that were not yet, against every step for itself."""
+    sampling = Sampling(steps=4, map_steps=1, solver="dpm2m")
+    simulation = Simulation(bundle, residency(bundle))
+    for seed in (1, 2, 3):
+        expected, found = (
+            simulation.compositor.run(scene, placement, seed, sampling, num_images=2, on_step=watch)
+            for watch in (lambda done, total: None, None)
+        )
+        for result, same in zip(found, expected):
+            np.testing.assert_array_equal(result.image, same.image)
+    launches = simulation.device.launches
+    simulation.compositor.run(scene, placement, 4, sampling, num_images=2)
+    assert simulation.device.launches == launches + 1
+
+
 def test_loops_and_single_steps_may_alternate(bundle: Bundle) -> None:
     """Each finds at the places what it needs, whatever the other left there."""
     engine = Simulation(bundle, residency(bundle)).engine

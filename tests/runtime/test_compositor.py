@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.graphs import CONTROL, DENOISE, ID_ENCODER
+from engines.onnxruntime import OnnxRuntimeEngine
 from runtime import Compositor, InputError, Placement, Ratios, Sampling
 from runtime.collage import MODES
 from runtime.compositor import Composite
@@ -123,6 +125,67 @@ def test_strength_zero_is_blind_to_the_scene(compositor: Compositor) -> None:
     images = [compositor.composite(picture(64, 64, seed), whole, seed=3, sampling=blind) for seed in (10, 11)]
     inner = [pixels(image)[8:-8, 8:-8] for image in images]
     np.testing.assert_array_equal(*inner)
+
+
+# --- steps that nobody watches ----------------------------------------------------------------------------
+
+
+class LoopCountingEngine(OnnxRuntimeEngine):
+    """A real engine that notes how many steps each loop has, and what it feeds back."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle, "cpu")
+        self.loops: list[tuple[int, set[str]]] = []
+
+    def run_steps(self, graph, inputs, per_step, feedback, outputs=None):  # type: ignore[no-untyped-def]
+        self.loops.append((len(per_step["timestep"]), set(feedback)))
+        return super().run_steps(graph, inputs, per_step, feedback, outputs)
+
+
+LATENT = {"latent"}
+PLAIN = Sampling(steps=5)
+LAST_WITHOUT_GUIDANCE = Sampling(steps=5, guidance_interval=(300, 999))  # timesteps 801, 601, 401, 201, 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "window", "loops"),
+    [
+        (PLAIN, 1, []),
+        (PLAIN, 3, [(3, LATENT), (2, LATENT)]),
+        (PLAIN, 4, [(4, LATENT)]),
+        (replace(PLAIN, map_steps=1), 1, [(5, LATENT)]),
+        (replace(PLAIN, map_steps=2), 1, [(3, LATENT), (2, LATENT)]),
+        (replace(PLAIN, map_steps=1, solver="dpm2m"), 1, [(5, {"latent", "noise"})]),
+        (replace(LAST_WITHOUT_GUIDANCE, map_steps=1), 1, [(3, LATENT), (2, LATENT)]),
+        (replace(LAST_WITHOUT_GUIDANCE, map_steps=1, solver="dpm2m"), 2, [(4, {"latent", "noise"})]),
+        (replace(PLAIN, map_steps=1, eta=0.5), 1, []),
+    ],
+)
+def test_steps_that_nobody_watches_are_taken_at_once(
+    tiny_bundle: Path, sampling: Sampling, window: int, loops: list[tuple[int, set[str]]]
+) -> None:
+    """As far as their detail maps are at hand and they have the same rows; the pictures stay the same."""
+    bundle = Bundle.open(tiny_bundle)
+    engine = LoopCountingEngine(bundle)
+    compositor = Compositor(bundle, engine, control_window=window)
+    watched = compositor.run(
+        SCENE, PLACEMENT, seed=7, sampling=sampling, num_images=2, on_step=lambda done, total: None
+    )
+    assert engine.loops == []
+    unwatched = compositor.run(SCENE, PLACEMENT, seed=7, sampling=sampling, num_images=2)
+    assert engine.loops == loops
+    for result, expected in zip(unwatched, watched):
+        np.testing.assert_array_equal(result.image, expected.image)
+
+
+def test_samples_with_detail_maps_of_their_own_go_step_by_step(tiny_bundle: Path) -> None:
+    """The second object meets another scene in every picture."""
+    bundle = Bundle.open(tiny_bundle)
+    engine = LoopCountingEngine(bundle)
+    sampling = Sampling(steps=2, map_steps=1)
+    placements = [PLACEMENT, Placement(cutout(seed=2), box=(20, 10, 60, 60))]
+    Compositor(bundle, engine).run(SCENE, placements, seed=7, sampling=sampling, num_images=2)
+    assert engine.loops == [(2, LATENT)]
 
 
 # --- results ----------------------------------------------------------------------------------------------

@@ -93,6 +93,15 @@ def test_neighbours_with_one_timestep_share_its_maps(engine: CountingEngine, win
     assert [each.unconditional - each.conditional for each in here] == [1, 1, 0, 0, 0]
 
 
+def test_steps_whose_maps_are_in_the_same_tensors(engine: CountingEngine) -> None:
+    timesteps = [801, 801, 401, 201, 1]  # of which the first two share theirs
+    for window, expected in ((1, [2, 1, 1, 1, 1]), (2, [3, 2, 1, 2, 1]), (9, [5, 4, 3, 2, 1])):
+        maps = DetailMaps(engine, DetailMapCache(0), *inputs(0), timesteps, window)
+        assert [maps.steps_at_hand(step) for step in range(5)] == expected
+        for step, count in enumerate(expected):
+            assert len({id(maps.at(ahead).tensors) for ahead in range(step, step + count)}) == 1
+
+
 def test_steps_share_the_mean_timestep_of_their_run() -> None:
     assert shared_timesteps([901, 701, 501, 301, 101], 2) == [701, 701, 701, 201, 201]
     assert shared_timesteps([901, 701, 501], 1) == [701] * 3
