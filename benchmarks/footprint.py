@@ -15,10 +15,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import describe, peak_memory_gb, reset_peak_memory
 from engines.bundle import Bundle
-from engines.engine import BACKENDS, Array, DeviceTensor, Engine, open_engine
+from engines.engine import BACKENDS, Array, DeviceTensor, Engine, open_engine, run_step_by_step
 from engines.errors import AnyDoorError
 from runtime import Compositor, Placement, Sampling
 from runtime.sizes import size_flag
@@ -74,6 +75,10 @@ class MeasuredEngine:
         result = self._engine.run(graph, inputs, outputs)
         self._recorder.measure(f"{graph}: run", started)
         return result
+
+    def run_steps(self, *arguments: Any) -> dict[str, DeviceTensor]:
+        """Runs a graph several times."""
+        return run_step_by_step(self, *arguments)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._engine, name)

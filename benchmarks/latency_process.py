@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,8 +177,17 @@ class TimedEngine:
         self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Sequence[str] | None = None
     ) -> dict[str, DeviceTensor]:
         """Runs a graph."""
+        return self._timed(graph, self._engine.run, inputs, outputs)
+
+    def run_steps(self, graph: str, *arguments: Any) -> dict[str, DeviceTensor]:
+        """Runs a graph several times."""
+        return self._timed(graph, self._engine.run_steps, *arguments)
+
+    def _timed(
+        self, graph: str, run: Callable[..., dict[str, DeviceTensor]], *arguments: Any
+    ) -> dict[str, DeviceTensor]:
         started = time.perf_counter()
-        results = self._engine.run(graph, inputs, outputs)
+        results = run(graph, *arguments)
         if self.wait and self._engine.device != "cpu":
             self._engine.to_host(min(results.values(), key=self._engine.nbytes))
         self.seconds[graph] = self.seconds.get(graph, 0.0) + time.perf_counter() - started
