@@ -61,7 +61,7 @@ def trailing_timesteps(steps: int, train_timesteps: int = 1000) -> NDArray[np.in
     """The last timestep of each of `steps` equal parts of the schedule, in rising order.
 
     The first step then starts where the latent is noise. DDIM's usual timesteps are the first ones of each
-    part: 1 to 921 for 12 steps, where a trained network expects to see some of the picture already. Source:
+    part: 1 to 925 for 12 steps, where a trained network expects to see some of the picture already. Source:
     Lin et al., 2024, section 3.3.
 
     Raises:
