@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from training.architecture import Architecture
-from training.data.pairs import PairRules
+from training.data.pairs import Kind, PairRules
 from training.data.sources import SOURCES
 from training.diffusion import Denoising
 from training.loop import LoopSettings
@@ -28,6 +28,8 @@ class DataSettings:
 
     objects: int = 4000
     pairs: int = 8000
+    kind: Kind = "multi-view"
+    """What two views of an object pass for where the timestep rule asks."""
 
 
 @dataclass(frozen=True)

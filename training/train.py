@@ -98,7 +98,9 @@ def rendered_pairs(recipe: Recipe, folder: Path, model: AnyDoor) -> EncodedPairs
     pairs, rules = folder / "pairs", recipe.denoising
     if not rules.hint_block:
         encode_hints(model, pairs)
-    return EncodedPairs(pairs, PAIRS_SEED, recipe.pairs, rules.drop, hint_features=not rules.hint_block)
+    return EncodedPairs(
+        pairs, PAIRS_SEED, recipe.pairs, rules.drop, recipe.data.kind, hint_features=not rules.hint_block
+    )
 
 
 def mixture(recipe: Recipe) -> Mixture:
