@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.architecture import Architecture
+from tests.training.tiny import TINY
 from training.data.encoded import encode_pairs
 from training.data.pairs import PairRules
 from training.data.view_store import ViewStore, draw_views
@@ -40,20 +40,6 @@ resolution = 32
 steps = 1
 batch = 2
 """
-
-TINY = Architecture(
-    unet_channels=(32, 64),
-    unet_attention=(False, True),
-    unet_layers=1,
-    unet_head_width=32,
-    token_width=32,
-    vae_channels=(32, 32, 32, 32),
-    vae_layers=1,
-    dino_width=64,
-    dino_depth=1,
-    dino_heads=1,
-    dino_grid=16,
-)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from training.architecture import LATENT_SCALE, Architecture
+from tests.training.tiny import TINY
+from training.architecture import LATENT_SCALE
 from training.autoencoder import normalise_latents
 from training.config import Recipe
 from training.data.pairs import PairRules
@@ -23,20 +24,6 @@ from training.diffusion import Denoising, DiffusionTask, noisy_latents
 from training.loop import LoopSettings, Numbers, train
 from training.model import AnyDoor, build_vae
 from training.preview import Preview
-
-TINY = Architecture(
-    unet_channels=(32, 64),
-    unet_attention=(False, True),
-    unet_layers=1,
-    unet_head_width=32,
-    token_width=32,
-    vae_channels=(32, 32, 32, 32),
-    vae_layers=1,
-    dino_width=64,
-    dino_depth=1,
-    dino_heads=1,
-    dino_grid=16,
-)
 
 
 class RandomPairs:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.architecture import Architecture, infer_architecture
+from tests.training.tiny import TINY
+from training.architecture import infer_architecture
 from training.checkpoint import write_model
 from training.config import Recipe, RecipeError, read_recipe
 from training.data.mixture import Mixture
@@ -22,21 +23,6 @@ from training.small import open_control
 from training.train import frozen_parts
 
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))
-
-TINY = Architecture(
-    unet_channels=(32, 64),
-    unet_attention=(False, True),
-    unet_layers=1,
-    unet_head_width=32,
-    unet_norm_groups=8,
-    token_width=32,
-    vae_channels=(32, 32, 32, 32),
-    vae_layers=1,
-    dino_width=64,
-    dino_depth=1,
-    dino_heads=1,
-    dino_grid=16,
-)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -19,7 +19,7 @@ from runtime.boxes import Box
 from runtime.collage import MODES, Ratios, make_hint
 from runtime.paste_back import paste_back, pasted_region
 from runtime.reference import prepare_reference
-from training.architecture import Architecture
+from tests.training.tiny import TINY
 from training.checkpoint import write_model
 from training.diffusion import Denoising, DiffusionTask
 from training.loop import LoopSettings, train
@@ -28,21 +28,6 @@ from training.preview import sample
 from training.small import open_control
 
 SIDE, STEPS, GUIDANCE, SEED = 64, 4, 2.0, 3
-
-TINY = Architecture(
-    unet_channels=(32, 64),
-    unet_attention=(False, True),
-    unet_layers=1,
-    unet_head_width=32,
-    unet_norm_groups=8,
-    token_width=32,
-    vae_channels=(32, 32, 32, 32),
-    vae_layers=1,
-    dino_width=64,
-    dino_depth=1,
-    dino_heads=1,
-    dino_grid=16,
-)
 
 
 class RandomPairs:
