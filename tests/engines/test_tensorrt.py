@@ -247,7 +247,7 @@ def test_an_unknown_backend_is_refused(plans: Bundle) -> None:
 
 
 def test_residency_is_planned_from_the_manifest(plans: Bundle) -> None:
-    plan = residency_of(plans, 1 << 30)
+    plan = residency_of(plans, 8 << 30)
     for name, record in plans.manifest.graphs.items():
         assert plan.graphs[name].weights == record.files[0].bytes
         assert plan.graphs[name].scratch == record.scratch_bytes
@@ -256,10 +256,10 @@ def test_residency_is_planned_from_the_manifest(plans: Bundle) -> None:
 
 
 def test_doctor_tells_what_would_live_where(plans: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["doctor", str(plans.path), "--memory-budget", "1G"])
+    code = main(["doctor", str(plans.path), "--memory-budget", "8G"])
     printed = capsys.readouterr().out
     assert "plans of TensorRT for RTX" in printed
-    assert "of a budget of 1000.0 MB" in printed
+    assert "of a budget of 8000.0 MB" in printed
     assert code == (2 if no_card() else 0)
     assert not no_card() or f"unusable: {no_card()}" in printed
 

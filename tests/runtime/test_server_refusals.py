@@ -97,6 +97,13 @@ MALFORMED = {
     ],
     "sampling.strength": [message(sampling=pb.Sampling(strength=value)) for value in (-0.1, 11, NAN)],
     "sampling.eta": [message(sampling=pb.Sampling(eta=value)) for value in (-0.1, 1.1, NAN)],
+    "sampling.quality": [message(sampling=pb.Sampling(quality=99))],
+    "sampling.solver": [message(sampling=pb.Sampling(solver=99))],
+    "sampling.guidance_interval": [
+        message(sampling=pb.Sampling(guidance_interval=pb.TimestepInterval(first=first, last=last)))
+        for first, last in ((500, 200), (0, 1000), (2**31 - 1, 2**32 - 1))
+    ],
+    "sampling.map_steps": [message(sampling=pb.Sampling(map_steps=count)) for count in (0, 1000, 2**32 - 1)],
     "seed": [message(seed=2**63 - 1), message(seed=2**64 - 1)],
     "num_images": [message(num_images=0), message(num_images=9), message(num_images=2**32 - 1)],
     "output_format": [message(output_format=77)],

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import TINY
 
-from tests.training.tiny import TINY
 from training.data.encoded import encode_pairs
 from training.data.pairs import PairRules
 from training.data.view_store import ViewStore, draw_views

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import TINY
 from torch import Tensor, nn
 
-from tests.training.tiny import TINY
 from training.architecture import LATENT_SCALE
 from training.autoencoder import normalise_latents
 from training.config import Recipe

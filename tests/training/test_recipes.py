@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import TINY
 
-from tests.training.tiny import TINY
 from training.architecture import infer_architecture
 from training.checkpoint import write_model
 from training.config import Recipe, RecipeError, read_recipe

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import TINY
 
 from benchmarks.comparison import COMPOSITE_SHARE, TOKENS_TOLERANCE, at_least, relative
 from export.build_engines import BuildOptions, build_bundle
@@ -19,7 +20,6 @@ from runtime.boxes import Box
 from runtime.collage import MODES, Ratios, make_hint
 from runtime.paste_back import paste_back, pasted_region
 from runtime.reference import prepare_reference
-from tests.training.tiny import TINY
 from training.checkpoint import write_model
 from training.diffusion import Denoising, DiffusionTask
 from training.loop import LoopSettings, train
