@@ -20,6 +20,7 @@ from runtime.reference import prepare_reference
 
 EXAMPLES = Path(__file__).parent
 HEIGHT, GAP = 300, 12
+RATIOS = Ratios(crop=1.3)  # what the example model learned
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=EXAMPLES / "anydoor-small", metavar="DIR")
     parser.add_argument("--mode", default="keep_background")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=2.0)
     options = parser.parse_args()
 
@@ -38,7 +39,7 @@ def main() -> None:
     compositor = Compositor.load(options.bundle)
     composite = compositor.composite(
         scene,
-        Placement(reference, box=(x0, y0, x1, y1), mode=options.mode),
+        Placement(reference, box=(x0, y0, x1, y1), mode=options.mode, ratios=RATIOS),
         seed=options.seed,
         sampling=Sampling(steps=options.steps, guidance=options.guidance),
     )
@@ -62,7 +63,7 @@ def draw_collage(scene: Image.Image, reference: Image.Image, box: Box, mode: str
     """The first three channels of the hint: the zoomed-in scene with the high-frequency map in the box."""
     rgba = np.asarray(reference)
     prepared = prepare_reference(rgba[..., :3], rgba[..., 3] > 128)
-    hint = make_hint(np.asarray(scene), box, prepared, Ratios(), MODES[mode], HEIGHT)
+    hint = make_hint(np.asarray(scene), box, prepared, RATIOS, MODES[mode], HEIGHT)
     return Image.fromarray((hint.hint[:3].transpose(1, 2, 0) * 127.5 + 127.5).astype(np.uint8))
 
 
