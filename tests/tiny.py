@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from training.architecture import Architecture
 
 TINY = Architecture(
@@ -18,3 +22,20 @@ TINY = Architecture(
     dino_heads=1,
     dino_grid=16,
 )
+
+
+class RandomPairs:
+    """Encoded pairs for it that follow from their number; the first `different` of them, over and over."""
+
+    def __init__(self, different: int = 10**9) -> None:
+        self.different = different
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rng = np.random.default_rng(number % self.different)
+        return {
+            "latents": rng.standard_normal((4, 4, 4), np.float32),
+            "noise": rng.standard_normal((4, 4, 4), np.float32),
+            "timestep": int(rng.integers(1000)),
+            "features": rng.standard_normal((9, 64), np.float32),
+            "hint": rng.uniform(-1, 1, (4, 32, 32)).astype(np.float32),
+        }

@@ -30,6 +30,10 @@ class DataSettings:
     pairs: int = 8000
     kind: Kind = "multi-view"
     """What two views of an object pass for where the timestep rule asks."""
+    single: float = 0.0
+    """Share of the pairs that are one view twice, as those of the sets of still images."""
+    workers: int = 0
+    """Processes that make pairs while others are encoded; 0 makes them in turn."""
 
 
 @dataclass(frozen=True)

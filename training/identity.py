@@ -6,6 +6,7 @@ objects do not, and that each patch token tells what is in its patch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from training.data.view_store import REFERENCES, ViewStore
 from training.loop import Batch
 from training.model import IMAGENET_MEAN, IMAGENET_STD, IDEncoder
 
-DETAIL = 4  # a patch token shall know its patch at this many pixels per side
+DETAIL = 6  # a patch token shall know its patch at this many pixels per side
+PIXEL_SHARE, WAVE_GAIN, SMALL = 0.85, 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,47 @@ def dino_features(encoder: IDEncoder, reference: Tensor) -> Tensor:
     return features
 
 
+@torch.no_grad()
+def start_with_pixels(encoder: IDEncoder) -> None:
+    """Starts with tokens that tell the colours of their patch and where it is, and nothing else.
+
+    A transformer with random weights takes long to find out that neighbouring pixels belong together, and
+    where it is to look; what the residual branches add is small at first. The first channels of a token are
+    the coefficients of its patch's slowest waves (a discrete cosine transform) per colour, raised with the
+    frequency because pictures have less of the fast ones. The next are sines and cosines of its place.
+    """
+    dino, (count, width) = encoder.dino, encoder.dino.embeddings.position_embeddings.shape[1:]
+    projection = dino.embeddings.patch_embeddings.projection
+    side, waves = projection.kernel_size[0], math.isqrt(round(PIXEL_SHARE * width / 3))
+    order = torch.arange(waves)
+    wave = torch.cos(torch.pi * order[:, None] * (torch.arange(side) + 0.5) / side) / side
+    wave[1:] *= 2  # now the coefficient is the amplitude
+    gain = 1 + WAVE_GAIN * (order[:, None] + order)
+    planes = gain[..., None, None] * wave[:, None, :, None] * wave[None, :, None, :]
+    projection.weight.zero_()
+    projection.bias.zero_()
+    for colour in range(3):
+        projection.weight[colour : 3 * waves**2 : 3, colour] = planes.flatten(0, 1)
+    grid = math.isqrt(count - 1)
+    places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)) / grid
+    octaves = torch.pi / 2 * 2.0 ** torch.arange((width - 3 * waves**2) // 4)
+    angles = (places[:, :, None] * octaves).flatten(1)
+    place = torch.cat([angles.sin(), angles.cos()], dim=1)
+    positions = dino.embeddings.position_embeddings
+    positions[0, 1:] = 0
+    positions[0, 1:, 3 * waves**2 : 3 * waves**2 + place.shape[1]] = place
+    for layer in dino.encoder.layer:
+        layer.layer_scale1.lambda1.fill_(SMALL)
+        layer.layer_scale2.lambda1.fill_(SMALL)
+
+
 class IdentityModule(nn.Module):
     """The encoder with the two heads that only its training needs."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.encoder = IDEncoder(architecture)
+        start_with_pixels(self.encoder)
         self.encoder.projector.requires_grad_(False)  # learned with the diffusion part
         self.encoder.dino.embeddings.mask_token.requires_grad_(False)
         width = architecture.dino_width
@@ -66,7 +103,7 @@ class IdentityModule(nn.Module):
         self.sharpness = nn.Parameter(torch.tensor(2.3))
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit identity vectors (N, D) and pixels of each patch (N, 256, 48) of views (N, 3, 224, 224)."""
+        """Unit identity vectors (N, D) and pixels of each patch (N, 256, 108) of views (N, 3, 224, 224)."""
         tokens = dino_features(self.encoder, views)
         summary = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
         return F.normalize(self.identity(summary), dim=1), self.pixels(tokens[:, 1:])

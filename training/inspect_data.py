@@ -62,7 +62,8 @@ def pairs_of(recipe: Recipe, folder: Path, number: int) -> list[Pair]:
         sources = mixture(recipe)
         return [sources.draw(np.random.default_rng(index)) for index in range(number)]
     store = ViewStore(folder / "views")
-    return [pair_of_views(store, index, seed=2, rules=recipe.pairs) for index in range(number)]
+    rules, data = recipe.pairs, recipe.data
+    return [pair_of_views(store, index, 2, rules, data.kind, data.single) for index in range(number)]
 
 
 def training_data(recipe: Recipe, folder: Path) -> NumberedDataset:
@@ -78,7 +79,8 @@ def training_data(recipe: Recipe, folder: Path) -> NumberedDataset:
     pairs, taken_through = folder / "pairs", not recipe.denoising.hint_block
     if not rows_done(pairs, HINTS_DONE if taken_through else PAIRS_DONE):
         raise RecipeError(f"there are no encoded pairs in {pairs}: train first, or give --seconds 0")
-    return EncodedPairs(pairs, 0, recipe.pairs, recipe.denoising.drop, hint_features=taken_through)
+    drop, kind = recipe.denoising.drop, recipe.data.kind
+    return EncodedPairs(pairs, 0, recipe.pairs, drop, kind, hint_features=taken_through)
 
 
 def rate(work: Callable[[], object], samples: int, seconds: float) -> float:

@@ -194,6 +194,8 @@ def train(task: Task, settings: LoopSettings, folder: Path, draw: Draw | None = 
             if main:
                 curves.picture(done, draw(weights))
     curves.close()
+    # together: who leaves early takes its connections along, and the others wait for them for ever
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

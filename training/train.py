@@ -4,8 +4,8 @@
     python -m training.train RECIPE --stage diffusion --folder runs/small
 
 Stages: `views` draws the objects, `autoencoder` and `identity` train what the published model takes from SD
-2.1 and DINOv2, `encode` passes the pairs through both once, `hint` and `diffusion` train the rest, the
-former with the ControlNet's hint block and the latter without, `decoder` improves the half of the autoencoder
+2.1 and DINOv2, `encode` passes the pairs through both once, `hint` trains the ControlNet's hint block
+and `diffusion` the rest, `decoder` improves the half of the autoencoder
 that no latent depends on, `checkpoint` writes all of it in the official layout.
 """
 
@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from training.autoencoder import AutoencoderTask, normalise_latents
 from training.checkpoint import write_model
 from training.config import Recipe, read_recipe
-from training.data.encoded import EncodedPairs, encode_hints, encode_pairs, rows_done
+from training.data.encoded import EncodedPairs, ViewPairs, encode_hints, encode_pairs, rows_done
 from training.data.mixture import Mixture
 from training.data.sources import SOURCES
 from training.data.view_store import ViewStore, draw_views
 from training.diffusion import DiffusionTask
+from training.hint import HintTask
 from training.identity import IdentityTask
 from training.loop import train
 from training.model import AnyDoor
@@ -71,15 +72,16 @@ def encode(recipe: Recipe, folder: Path) -> None:
     """Makes the pairs of stage 3, once."""
     if not recipe.sources and rows_done(folder / "pairs") < recipe.data.pairs:
         model = frozen_parts(recipe, folder)
-        encode_pairs(model, ViewStore(folder / "views"), recipe.pairs, folder / "pairs", recipe.data.pairs)
+        views, data = ViewStore(folder / "views"), recipe.data
+        pairs = ViewPairs(views, recipe.pairs, single=data.single)
+        encode_pairs(model, pairs, folder / "pairs", data.pairs, workers=data.workers)
 
 
 def train_hint(recipe: Recipe, folder: Path) -> None:
-    """Stage 3 with the hint block, for a recipe whose `diffusion` goes without."""
+    """The hint block alone, for a recipe whose `diffusion` goes without."""
     if recipe.hint:
-        everything = replace(recipe.denoising, hint_block=True)
-        pairs = EncodedPairs(folder / "pairs", PAIRS_SEED, recipe.pairs, everything.drop)
-        train(DiffusionTask(frozen_parts(recipe, folder), pairs, everything), recipe.hint, folder / "hint")
+        pairs = EncodedPairs(folder / "pairs", PAIRS_SEED, recipe.pairs)
+        train(HintTask(frozen_parts(recipe, folder).control, pairs), recipe.hint, folder / "hint")
 
 
 def train_diffusion(recipe: Recipe, folder: Path) -> None:
@@ -87,7 +89,7 @@ def train_diffusion(recipe: Recipe, folder: Path) -> None:
     if recipe.diffusion:
         model = frozen_parts(recipe, folder)
         if (folder / "hint" / "mean.pt").exists():
-            DiffusionTask.load(model, _weights(folder / "hint"))
+            HintTask.load(model.control, _weights(folder / "hint"))
         pairs = mixture(recipe) if recipe.sources else rendered_pairs(recipe, folder, model)
         task = DiffusionTask(model, pairs, recipe.denoising)
         train(task, recipe.diffusion, folder / "diffusion", Preview(recipe, model))

@@ -13,7 +13,7 @@ import pytest
 from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import BackendError, BundleError
-from engines.graphs import DECODE, ID_ENCODER
+from engines.graphs import DECODE, DENOISE, ID_ENCODER
 from engines.openvino import OpenVinoEngine, precisions
 from export.graphs import example_inputs
 
@@ -52,6 +52,20 @@ def test_a_result_survives_the_next_call(bundle: Bundle) -> None:
     before = engine.to_host(picture)
     engine.run(DECODE, second, ["image"])
     np.testing.assert_array_equal(engine.to_host(picture), before)
+
+
+def test_inputs_that_have_to_be_copied_live_until_the_call_has_run(bundle: Bundle) -> None:
+    """The library points into arrays without keeping them: copies of views must not be freed too early."""
+    engine = open_engine(bundle, "cpu", backend="openvino")
+    inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
+    views = {
+        name: np.repeat(array, 2, axis=-1)[..., ::2] if array.ndim else array
+        for name, array in inputs.items()
+    }
+    assert any(not view.flags.c_contiguous for view in views.values())
+    expected, found = engine.run(DENOISE, inputs), engine.run(DENOISE, views)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_number_of_threads_is_the_libraries(bundle: Bundle) -> None:

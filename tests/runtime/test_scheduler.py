@@ -7,33 +7,18 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from scheduling import PLACEMENT, TOLERANCE, Bench, request
-from serving import BOX, PATIENCE, SCENE, held_compositor, object_array, scene_array, wait_until
+from serving import BOX, PATIENCE, SCENE, object_array, scene_array, wait_until
 
 from engines.graphs import CONTROL, DECODE, ID_ENCODER
 from runtime.compositor import Compositor
 from runtime.order import DeadlineError, Failed, Finished, Preview, Queued, StepDone
 from runtime.request import Placement, Request, Sampling
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_bundle: Path) -> Compositor:
-    """Makes the pictures that the scheduler's are compared with."""
-    return held_compositor(tiny_bundle)[0]
-
-
-@pytest.fixture
-def bench(tiny_bundle: Path) -> Iterator[Bench]:
-    with Bench(tiny_bundle) as bench:
-        yield bench
-
 
 # --- a result does not depend on who shared the batch -----------------------------------------------------
 

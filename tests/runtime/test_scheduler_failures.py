@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scheduling import TOLERANCE, Bench, request
-from serving import OBJECT, SCENE, HeldEngine, held_compositor, object_array, wait_until
+from serving import OBJECT, SCENE, HeldEngine, object_array, wait_until
 
 from engines.graphs import CONTROL, DECODE, ID_ENCODER
 from runtime.compositor import Compositor
 from runtime.errors import InputError
 from runtime.request import Placement, Request, Sampling
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_bundle: Path) -> Compositor:
-    """Makes the pictures that the scheduler's are compared with."""
-    return held_compositor(tiny_bundle)[0]
-
-
-@pytest.fixture
-def bench(tiny_bundle: Path) -> Iterator[Bench]:
-    with Bench(tiny_bundle) as bench:
-        yield bench
 
 
 @pytest.mark.parametrize("graph", [ID_ENCODER, CONTROL, "denoise", DECODE])

@@ -104,6 +104,7 @@ def encoded_folder(tmp_path: Path) -> Path:
     np.save(tmp_path / "features.npy", rng.standard_normal((PAIRS, 5, TINY.dino_width), np.float32))
     np.save(tmp_path / "black.npy", np.zeros((5, TINY.dino_width), np.float32))
     np.save(tmp_path / "moments.npy", rng.random((PAIRS, 2, TINY.latent_channels, side, side), np.float32))
+    np.save(tmp_path / "single.npy", np.arange(PAIRS) == 1)
     (tmp_path / PAIRS_DONE).write_text(str(PAIRS))
     return tmp_path
 
@@ -134,3 +135,16 @@ def test_a_hint_block_that_does_not_learn_has_a_last_layer_that_does() -> None:
     Denoising(hint_block=False).apply(model)
     learning = {n for n, p in model.control.controlnet_cond_embedding.named_parameters() if p.requires_grad}
     assert learning == {"conv_out.weight", "conv_out.bias"}
+
+
+def test_one_picture_twice_counts_as_an_image_and_two_as_frames(encoded_folder: Path) -> None:
+    """A video prefers noisy timesteps and an image clean ones: 0.85 of either under the code's rule."""
+    pairs = EncodedPairs(encoded_folder, 0, PairRules(resolution=RESOLUTION, timesteps="code"), kind="video")
+    means = np.load(encoded_folder / "features.npy")
+    noisy: dict[bool, list[bool]] = {True: [], False: []}
+    for number in range(600):
+        sample = pairs[number]
+        single = np.array_equal(sample["features"], means[1])
+        noisy[single].append(sample["timestep"] >= 500)
+    assert np.mean(noisy[False]) == pytest.approx(0.85, abs=0.07)
+    assert np.mean(noisy[True]) == pytest.approx(0.15, abs=0.07)

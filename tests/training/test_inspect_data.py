@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny import TINY
 
-from training.data.encoded import encode_pairs
+from training.data.encoded import ViewPairs, encode_pairs, rows_done
 from training.data.pairs import PairRules
 from training.data.view_store import ViewStore, draw_views
 from training.inspect_data import feed_rate, main, rate
@@ -77,7 +77,9 @@ def test_rendered_pairs_are_drawn_and_timed(run: Path, capsys: pytest.CaptureFix
 
     torch.manual_seed(0)
     rules = PairRules(resolution=32)
-    encode_pairs(AnyDoor(TINY).eval(), ViewStore(run / "views"), rules, run / "pairs", count=4)
+    pairs = ViewPairs(ViewStore(run / "views"), rules, single=0.5)
+    encode_pairs(AnyDoor(TINY).eval(), pairs, run / "pairs", count=4, batch=3, workers=1)
+    assert rows_done(run / "pairs") == 4
     before = {path.name: path.read_bytes() for path in (run / "pairs").iterdir()}
     assert main(arguments) == 0
     # 32 px each: reference, collage, mask and picture

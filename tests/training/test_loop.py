@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import TINY
+from tiny import TINY, RandomPairs
 from torch import Tensor, nn
 
 from training.architecture import LATENT_SCALE
@@ -24,23 +24,6 @@ from training.diffusion import Denoising, DiffusionTask, noisy_latents
 from training.loop import LoopSettings, Numbers, train
 from training.model import AnyDoor, build_vae
 from training.preview import Preview
-
-
-class RandomPairs:
-    """Encoded pairs that follow from their number."""
-
-    def __init__(self, different: int = 10**9) -> None:
-        self.different = different
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        rng = np.random.default_rng(number % self.different)
-        return {
-            "latents": rng.standard_normal((4, 4, 4), np.float32),
-            "noise": rng.standard_normal((4, 4, 4), np.float32),
-            "timestep": int(rng.integers(1000)),
-            "features": rng.standard_normal((9, 64), np.float32),
-            "hint": rng.uniform(-1, 1, (4, 32, 32)).astype(np.float32),
-        }
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, RandomPairs
 
 from benchmarks.comparison import COMPOSITE_SHARE, TOKENS_TOLERANCE, at_least, relative
 from export.build_engines import BuildOptions, build_bundle
@@ -28,20 +28,6 @@ from training.preview import sample
 from training.small import open_control
 
 SIDE, STEPS, GUIDANCE, SEED = 64, 4, 2.0, 3
-
-
-class RandomPairs:
-    """Encoded pairs that follow from their number."""
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        rng = np.random.default_rng(number)
-        return {
-            "latents": rng.standard_normal((4, 4, 4), np.float32),
-            "noise": rng.standard_normal((4, 4, 4), np.float32),
-            "timestep": int(rng.integers(1000)),
-            "features": rng.standard_normal((9, 64), np.float32),
-            "hint": rng.uniform(-1, 1, (4, 32, 32)).astype(np.float32),
-        }
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

@@ -2,9 +2,10 @@
 
 A folder of arrays that are mapped, not read: `hints.npy` (N, 4, R, R) uint8 (see `pack_hint`), `features.npy`
 (N, T, D) float16 of DINOv2, `moments.npy` (N, 2, C, h, w) float16 (mean and standard deviation of the scaled
-latents), `black.npy` (T, D), the features of a black reference, and, where the hint block does not learn,
-`hint_features.npy` (N, 256, h, w) float16. `done.txt` tells how many rows are written, so that encoding can
-be interrupted, resumed, and trained on while it goes on.
+latents), `single.npy` (N,) bool (whether both pictures of a pair are one), `black.npy` (T, D), the features
+of a black reference, and, where the hint block does not learn, `hint_features.npy` (N, 256, h, w) float16.
+`done.txt` tells how many rows are written, so that encoding can be interrupted, resumed, and trained on while
+it goes on.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from training.architecture import HINT_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
-from training.data.pairs import Kind, Pair, PairRules, Shot, UnfitPairError, make_pair, sample_timestep
+from training.data.pairs import (
+    Kind,
+    Pair,
+    PairRules,
+    Shot,
+    UnfitPairError,
+    as_sample,
+    make_pair,
+    sample_timestep,
+)
 from training.data.view_store import REFERENCES, SCENES, ViewStore
 from training.identity import dino_features
 from training.model import AnyDoor
@@ -28,16 +39,22 @@ from training.model import AnyDoor
 PAIRS_DONE, HINTS_DONE = "done.txt", "hints_done.txt"
 
 
-def pair_of_views(store: ViewStore, number: int, seed: int, rules: PairRules) -> Pair:
-    """Pair `number`: a row of the store, one of its references, one of its scenes; unfit ones are skipped."""
+def pair_of_views(
+    store: ViewStore, number: int, seed: int, rules: PairRules, kind: Kind = "multi-view", single: float = 0.0
+) -> Pair:
+    """Pair `number`: a row of the store, one of its references, one of its scenes; unfit ones are skipped.
+
+    With the probability `single` the reference is the scene itself, as in the sets of still images.
+    """
     rng = np.random.default_rng([seed, number])
     while True:
         row = int(rng.integers(len(store)))
         reference = store.reference(row, int(rng.integers(REFERENCES)))
         target = store.scene(row, int(rng.integers(SCENES)))
+        alone = rng.random() < single
         try:
-            shots = [Shot(view.image, view.mask > 128) for view in (reference, target)]
-            return make_pair(shots[0], shots[1], "multi-view", rules, rng)
+            shots = [Shot(view.image, view.mask > 128) for view in (target if alone else reference, target)]
+            return make_pair(shots[0], shots[1], "image" if alone else kind, rules, rng)
         except UnfitPairError:
             continue
 
@@ -55,40 +72,67 @@ def unpack_hint(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
     return hint
 
 
+@dataclass(frozen=True)
+class ViewPairs(Dataset[dict[str, Any]]):
+    """The pairs of a store of views by their numbers, ready to be encoded; see `pair_of_views`."""
+
+    store: ViewStore
+    rules: PairRules
+    seed: int = 2
+    single: float = 0.0
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Packed hint, picture (3, R, R), reference (3, 224, 224) and whether it is one picture twice."""
+        pair = pair_of_views(self.store, number, self.seed, self.rules, single=self.single)
+        sample = as_sample(pair)
+        return {
+            "hint": pack_hint(pair.hint),
+            "picture": pair.picture,
+            "reference": sample["reference"],
+            "single": pair.kind == "image",
+        }
+
+
 @torch.no_grad()
 def encode_pairs(
-    model: AnyDoor,
-    store: ViewStore,
-    rules: PairRules,
-    folder: Path,
-    count: int,
-    seed: int = 2,
-    batch: int = 16,
+    model: AnyDoor, pairs: ViewPairs, folder: Path, count: int, batch: int = 16, workers: int = 0
 ) -> None:
-    """Writes `count` encoded pairs to a folder, or those of them that an earlier call left undone."""
+    """Writes `count` encoded pairs to a folder, or those of them that an earlier call left undone.
+
+    Args:
+        model: its autoencoder and its ID encoder are used.
+        pairs: what to encode.
+        folder: where to.
+        count: of pairs.
+        batch: pairs that are encoded at once.
+        workers: processes that make pairs while others are encoded; 0 makes them in turn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     black = dino_features(model.id_encoder, torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE))
     np.save(folder / "black.npy", black[0].numpy().astype(np.float16))
-    size, latent = rules.resolution, rules.resolution // model.architecture.latent_factor
+    size = pairs.rules.resolution
+    latent = size // model.architecture.latent_factor
     tokens, width = model.architecture.token_count, model.architecture.dino_width
     channels = model.architecture.latent_channels
     arrays = {
         "hints": _open_rows(folder / "hints.npy", np.uint8, (count, 4, size, size)),
         "features": _open_rows(folder / "features.npy", np.float16, (count, tokens, width)),
         "moments": _open_rows(folder / "moments.npy", np.float16, (count, 2, channels, latent, latent)),
+        "single": _open_rows(folder / "single.npy", np.bool_, (count,)),
     }
     first = rows_done(folder)
-    for start in tqdm(range(first, count, batch), unit="batch"):
-        rows = range(start, min(start + batch, count))
-        pairs = [pair_of_views(store, number, seed, rules) for number in rows]
-        references = torch.from_numpy(np.stack([p.reference for p in pairs])).permute(0, 3, 1, 2) / 255
-        posterior = model.encode(torch.from_numpy(np.stack([p.picture for p in pairs])))
-        moments = torch.stack([posterior.mean, posterior.std], dim=1) * LATENT_SCALE
-        where = slice(start, rows.stop)
-        arrays["hints"][where] = [pack_hint(p.hint) for p in pairs]
-        arrays["features"][where] = dino_features(model.id_encoder, references).numpy()
-        arrays["moments"][where] = moments.numpy()
-        _say_done(folder / "done.txt", rows.stop)
+    loader = DataLoader(pairs, batch, sampler=range(first, count), num_workers=workers)
+    with tqdm(total=count, initial=first, unit="pair") as bar:
+        for made in loader:
+            posterior = model.encode(made["picture"])
+            moments = torch.stack([posterior.mean, posterior.std], dim=1) * LATENT_SCALE
+            rows = slice(bar.n, bar.n + len(moments))
+            arrays["hints"][rows] = made["hint"]
+            arrays["features"][rows] = dino_features(model.id_encoder, made["reference"])
+            arrays["moments"][rows] = moments
+            arrays["single"][rows] = made["single"]
+            bar.update(len(moments))
+            _say_done(folder / PAIRS_DONE, rows.stop)
 
 
 @torch.no_grad()
@@ -136,11 +180,19 @@ class EncodedPairs:
     drop: float = 0.0
     """Probability that the reference is replaced by a black one, for classifier-free guidance."""
     kind: Kind = "multi-view"
+    """What pairs of two pictures pass for."""
     hint_features: bool = False
     """Whether hints come as what the hint block makes of them."""
 
     def __post_init__(self) -> None:
-        for name in ("hints", "features", "moments", "black", *["hint_features"] * self.hint_features):
+        for name in (
+            "hints",
+            "features",
+            "moments",
+            "single",
+            "black",
+            *["hint_features"] * self.hint_features,
+        ):
             object.__setattr__(self, f"_{name}", np.load(self.folder / f"{name}.npy", mmap_mode="r"))
         object.__setattr__(
             self, "_count", rows_done(self.folder, HINTS_DONE if self.hint_features else PAIRS_DONE)
@@ -155,10 +207,11 @@ class EncodedPairs:
         latents = mean + spread * rng.standard_normal(mean.shape, np.float32)
         dropped = rng.random() < self.drop
         features = arrays["_black"] if dropped else arrays["_features"][row]
+        kind: Kind = "image" if arrays["_single"][row] else self.kind
         return {
             "latents": latents,
             "noise": rng.standard_normal(mean.shape, np.float32),
-            "timestep": sample_timestep(self.kind, self.rules.timesteps, rng),
+            "timestep": sample_timestep(kind, self.rules.timesteps, rng),
             "features": features.astype(np.float32),
             "hint": self._hint(row),
         }

@@ -60,6 +60,7 @@ class Pair:
     hint: NDArray[np.float32]  # (4, R, R), see runtime.collage
     picture: NDArray[np.float32]  # (3, R, R), -1..1, what the model shall draw
     timestep: int  # 0..999
+    kind: Kind
 
 
 class UnfitPairError(ValueError):
@@ -86,7 +87,8 @@ def make_pair(reference: Shot, target: Shot, kind: Kind, rules: PairRules, rng: 
     )
     picture = crop_scene(target.image, geometry, rules.resolution)
     # the original pads its target with -1, which is what black becomes
-    return Pair(prepared.image, hint, picture, sample_timestep(kind, rules.timesteps, rng))
+    timestep = sample_timestep(kind, rules.timesteps, rng)
+    return Pair(prepared.image, hint, picture, timestep, kind)
 
 
 def _tenths(limits: tuple[float, float], rng: Generator) -> float:
