@@ -6,13 +6,19 @@ compositor = Compositor.load("build/engines/anydoor")
 image = compositor.composite("desk.jpg", Placement("cup.png", box=(80, 60, 300, 260)), seed=7)
 """
 
-from engines.errors import AnyDoorError, BackendError, BundleError
-from runtime.collage import Ratios
-from runtime.compositor import Compositor
-from runtime.errors import InputError
-from runtime.job import Composite
-from runtime.quality import preset
-from runtime.request import Placement, Sampling
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engines.errors import AnyDoorError, BackendError, BundleError
+    from runtime.collage import Ratios
+    from runtime.compositor import Compositor
+    from runtime.errors import InputError
+    from runtime.job import Composite
+    from runtime.quality import preset
+    from runtime.request import Placement, Sampling
 
 __all__ = [
     "AnyDoorError",
@@ -26,3 +32,27 @@ __all__ = [
     "Sampling",
     "preset",
 ]
+
+_HOMES = {
+    "AnyDoorError": "engines.errors",
+    "BackendError": "engines.errors",
+    "BundleError": "engines.errors",
+    "Composite": "runtime.job",
+    "Compositor": "runtime.compositor",
+    "InputError": "runtime.errors",
+    "Placement": "runtime.request",
+    "Ratios": "runtime.collage",
+    "Sampling": "runtime.request",
+    "preset": "runtime.quality",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is first asked for: a command imports nothing that it does not use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'runtime' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,17 @@
-"""`python -m runtime` is the command `anydoor`."""
+"""The command `anydoor`, also `python -m runtime`."""
 
 import sys
 
-from runtime.cli import main
+from runtime.huge_pages import start_again_with_them
 
-sys.exit(main())
+
+def main() -> int:
+    """Runs a command; returns its exit code."""
+    start_again_with_them()  # before anything is loaded that would have to be loaded twice
+    from runtime.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
