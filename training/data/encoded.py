@@ -120,19 +120,20 @@ def encode_pairs(
         "moments": _open_rows(folder / "moments.npy", np.float16, (count, 2, channels, latent, latent)),
         "single": _open_rows(folder / "single.npy", np.bool_, (count,)),
     }
-    first = rows_done(folder)
-    loader = DataLoader(pairs, batch, sampler=range(first, count), num_workers=workers)
-    with tqdm(total=count, initial=first, unit="pair") as bar:
+    done = rows_done(folder)
+    loader = DataLoader(pairs, batch, sampler=range(done, count), num_workers=workers)
+    with tqdm(total=count, initial=done, unit="pair") as bar:
         for made in loader:
             posterior = model.encode(made["picture"])
             moments = torch.stack([posterior.mean, posterior.std], dim=1) * LATENT_SCALE
-            rows = slice(bar.n, bar.n + len(moments))
+            rows = slice(done, done + len(moments))
             arrays["hints"][rows] = made["hint"]
             arrays["features"][rows] = dino_features(model.id_encoder, made["reference"])
             arrays["moments"][rows] = moments
             arrays["single"][rows] = made["single"]
             bar.update(len(moments))
-            _say_done(folder / PAIRS_DONE, rows.stop)
+            done += len(moments)
+            _say_done(folder / PAIRS_DONE, done)
 
 
 @torch.no_grad()
