@@ -41,6 +41,11 @@ _KEPT_TOKENS = 32
 """References whose ID tokens are remembered; 1 MB each at full size."""
 
 
+_FILLS_A_CPU = 32 * 32
+"""Cells of a latent from which on one sample keeps a CPU busy: more in a call cost more than they share, in
+time and in memory (docs/performance.md, samples in a call)."""
+
+
 class Compositor:
     """Composites objects into scenes with one bundle.
 
@@ -256,7 +261,9 @@ class Compositor:
 
     def new_batch(self) -> RunningBatch:
         """An empty batch for this bundle."""
-        return RunningBatch(self.engine, self.latent_shape)
+        _, height, width = self.latent_shape
+        alone = self.engine.device == "cpu" and height * width >= _FILLS_A_CPU
+        return RunningBatch(self.engine, self.latent_shape, 1 if alone else None)
 
     def start(self, canvas: Canvas) -> Sample:
         """A sample for a canvas that is prepared."""

@@ -144,18 +144,23 @@ class Sample:
 
 
 class RunningBatch:
-    """Samples that take their steps in one call of the denoise graph, each at its own step and settings.
+    """Samples that take their steps together, each at its own step and settings: in one call of the denoise
+    graph, or in as few as the device makes good use of.
 
     Samples may be added to `samples` and removed from it between any two steps.
     """
 
-    def __init__(self, engine: Engine, latent_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, engine: Engine, latent_shape: tuple[int, int, int], samples_per_call: int | None = None
+    ) -> None:
         """Starts empty.
 
         Args:
             engine: runs the graphs.
             latent_shape: (C, h, w).
+            samples_per_call: most samples in one call of the denoise graph; all if None.
         """
+        self.samples_per_call = samples_per_call
         self.samples: list[Sample] = []
         self._engine = engine
         self._shape = latent_shape
@@ -173,19 +178,24 @@ class RunningBatch:
     def step(self, steps: int = 1) -> None:
         """Takes a step with all samples, or several.
 
-        If that fails, each takes them alone, and those that fail again get their `error`: what is wrong with
-        one sample, or too much for all of them together, does not hurt the others.
+        If a call fails, each of its samples takes them alone, and those that fail again get their `error`:
+        what is wrong with one sample, or too much for all of them together, does not hurt the others.
 
         Args:
             steps: how many to take, at most `steps_alike`.
         """
+        count = self.samples_per_call or len(self.samples)
+        for start in range(0, len(self.samples), count):
+            self._call(self.samples[start : start + count], steps)
+
+    def _call(self, samples: Sequence[Sample], steps: int) -> None:
         try:
-            self._advance(self.samples, steps)
+            self._advance(samples, steps)
         except Exception as error:
-            if len(self.samples) == 1:
-                self.samples[0].error = error
+            if len(samples) == 1:
+                samples[0].error = error
                 return
-            for sample in self.samples:
+            for sample in samples:
                 try:
                     self._advance([sample], steps)
                 except Exception as own_error:

@@ -68,6 +68,26 @@ def test_other_seed_other_picture(compositor: Compositor) -> None:
     assert (pixels(first) != pixels(second)).any()
 
 
+def test_a_cpu_takes_large_samples_one_after_the_other(
+    compositor: Compositor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that they are equal to samples alone; small ones share their calls."""
+
+    def calls_for_three() -> tuple[int, list[Pixels]]:
+        before = runs(compositor, DENOISE)
+        drawn = compositor.composite(SCENE, PLACEMENT, seed=7, sampling=FAST, num_images=3)
+        return runs(compositor, DENOISE) - before, [pixels(image) for image in drawn]
+
+    shared, _ = calls_for_three()
+    latent_cells = compositor.latent_shape[1] * compositor.latent_shape[2]
+    monkeypatch.setattr("runtime.compositor._FILLS_A_CPU", latent_cells)
+    apart, images = calls_for_three()
+    assert (shared, apart) == (FAST.steps, 3 * FAST.steps)
+    for i, image in enumerate(images):
+        alone = compositor.composite(SCENE, PLACEMENT, seed=7 + i, sampling=FAST)
+        np.testing.assert_array_equal(image, pixels(alone))
+
+
 def test_picture_i_of_several_has_seed_plus_i(compositor: Compositor) -> None:
     """Samples that share a batch agree with samples alone up to the last level of rounding."""
     together = compositor.composite(SCENE, PLACEMENT, seed=7, sampling=FAST, num_images=3)
