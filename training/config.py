@@ -100,7 +100,10 @@ def read_recipe(path: Path) -> Recipe:
     for source in listed:
         if source.name not in SOURCES:
             raise RecipeError(f"{path}: no data set is called '{source.name}'; known: {', '.join(SOURCES)}")
-    return Recipe(start=start, sources=listed, **sections)
+    recipe = Recipe(start=start, sources=listed, **sections)
+    if recipe.sources and recipe.denoising.attention_guide:
+        raise RecipeError(f"{path}: [denoising] attention_guide is for rendered pairs, not for [[sources]]")
+    return recipe
 
 
 def _section(kind: type[_Section], name: str, values: Mapping[str, Any], path: Path) -> _Section:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from runtime.noise_schedule import TRAIN_TIMESTEPS
 from training.architecture import LATENT_SCALE
+from training.attention_guide import AttentionGuide
 from training.identity import dino_features
 from training.loop import Batch, NumberedDataset
 from training.model import AnyDoor
@@ -29,6 +30,8 @@ class Denoising:
     hint_block: bool = True
     """Whether the ControlNet's hint block learns with it. If not, hints are taken through it once, before
     training (`encode_hints`): it works at full resolution and costs as much as all the rest."""
+    attention_guide: float = 0.0
+    """Weight of a second loss, for small models and encoded pairs: see `training.attention_guide`."""
     checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
 
@@ -53,17 +56,26 @@ class Denoising:
 class Denoiser(nn.Module):
     """The parts that learn, as one module with one forward pass (which DDP asks for)."""
 
-    def __init__(self, model: AnyDoor) -> None:
+    def __init__(self, model: AnyDoor, guided: bool = False) -> None:
         super().__init__()
         self.unet, self.control, self.projector = model.unet, model.control, model.id_encoder.projector
         # a plain reference, so that the network is not a second owner of these weights
         self._call = model.forward
+        self._guide = AttentionGuide((self.unet, self.control)) if guided else None
 
-    def forward(self, latent: Tensor, timestep: Tensor, features: Tensor, hint: Tensor) -> Tensor:
-        """The noise that is estimated to be in `latent`; `features` are DINOv2's, before the projector."""
+    def forward(
+        self, latent: Tensor, timestep: Tensor, features: Tensor, hint: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The noise that is estimated to be in `latent`, and how far off the attention looks.
+
+        `features` are DINOv2's, before the projector. The second is 0 unless the module is guided.
+        """
         tokens = self.projector(features)
+        if self._guide is None or places is None:
+            return self._call(latent, timestep, tokens, hint), latent.new_zeros(())
+        self._guide.forget()
         estimate: Tensor = self._call(latent, timestep, tokens, hint)
-        return estimate
+        return estimate, self._guide.loss(places)
 
 
 def noisy_latents(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -81,7 +93,8 @@ class DiffusionTask:
 
     def __init__(self, model: AnyDoor, pairs: NumberedDataset, rules: Denoising) -> None:
         rules.apply(model)
-        self.module = Denoiser(model)
+        self.module = Denoiser(model, guided=rules.attention_guide > 0)
+        self._guide_weight = rules.attention_guide
         self._model = model
         self.alphas_cumprod = model.alphas_cumprod
         epsilon = model.architecture.prediction == "epsilon"
@@ -106,10 +119,15 @@ class DiffusionTask:
             batch = self.encoded(batch)
         alphas = self.alphas_cumprod.to(batch["noise"].device)
         noisy = noisy_latents(batch["latents"], batch["noise"], batch["timestep"], alphas)
-        estimate = module(noisy, batch["timestep"], batch["features"], batch["hint"])
+        inputs = (batch[name] for name in ("timestep", "features", "hint"))
+        estimate, guide = module(noisy, *inputs, batch.get("places"))
         error = F.mse_loss(estimate.float(), batch["noise"], reduction="none").mean((1, 2, 3))
         weights = self.weights.to(error.device)[batch["timestep"]]
-        return {"loss": (weights * error).mean(), "noise": error.detach().mean()}
+        denoising = (weights * error).mean()
+        shown = {"noise": error.detach().mean()}
+        if self._guide_weight:
+            shown |= {"denoising": denoising.detach(), "guide": guide.detach()}
+        return {"loss": denoising + self._guide_weight * guide, **shown}
 
     @torch.no_grad()
     def encoded(self, batch: Batch) -> Batch:

@@ -80,7 +80,8 @@ def training_data(recipe: Recipe, folder: Path) -> NumberedDataset:
     if not rows_done(pairs, HINTS_DONE if taken_through else PAIRS_DONE):
         raise RecipeError(f"there are no encoded pairs in {pairs}: train first, or give --seconds 0")
     drop, kind = recipe.denoising.drop, recipe.data.kind
-    return EncodedPairs(pairs, 0, recipe.pairs, drop, kind, hint_features=taken_through)
+    places = recipe.denoising.attention_guide > 0
+    return EncodedPairs(pairs, 0, recipe.pairs, drop, kind, hint_features=taken_through, places=places)
 
 
 def rate(work: Callable[[], object], samples: int, seconds: float) -> float:

@@ -101,7 +101,13 @@ def rendered_pairs(recipe: Recipe, folder: Path, model: AnyDoor) -> EncodedPairs
     if not rules.hint_block:
         encode_hints(model, pairs)
     return EncodedPairs(
-        pairs, PAIRS_SEED, recipe.pairs, rules.drop, recipe.data.kind, hint_features=not rules.hint_block
+        pairs,
+        PAIRS_SEED,
+        recipe.pairs,
+        rules.drop,
+        recipe.data.kind,
+        hint_features=not rules.hint_block,
+        places=rules.attention_guide > 0,
     )
 
 

@@ -50,6 +50,10 @@ def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
         ("[diffusion]\nbatch = 3\n", r"\[diffusion\].*steps"),
         ("[pairs\n", "cannot read the recipe"),
         ('[[sources]]\nname = "Video"\nroot = "x"\n', "no data set is called 'Video'"),
+        (
+            '[denoising]\nattention_guide = 0.1\n[[sources]]\nname = "DUT"\nroot = "x"\n',
+            "is for rendered pairs",
+        ),
     ],
 )
 def test_a_slip_in_a_recipe_is_told(text: str, says: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ it goes on.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from training.architecture import HINT_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
+from training.attention_guide import matching_places
 from training.data.pairs import (
     Kind,
     Pair,
@@ -36,6 +38,7 @@ from training.data.view_store import REFERENCES, SCENES, ViewStore
 from training.identity import dino_features
 from training.model import AnyDoor
 
+PACKED_INSIDE = 255
 PAIRS_DONE, HINTS_DONE = "done.txt", "hints_done.txt"
 
 
@@ -184,6 +187,8 @@ class EncodedPairs:
     """What pairs of two pictures pass for."""
     hint_features: bool = False
     """Whether hints come as what the hint block makes of them."""
+    places: bool = False
+    """Whether `training.attention_guide.matching_places` come along; unknown ones for black references."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -209,13 +214,17 @@ class EncodedPairs:
         dropped = rng.random() < self.drop
         features = arrays["_black"] if dropped else arrays["_features"][row]
         kind: Kind = "image" if arrays["_single"][row] else self.kind
-        return {
+        sample = {
             "latents": latents,
             "noise": rng.standard_normal(mean.shape, np.float32),
             "timestep": sample_timestep(kind, self.rules.timesteps, rng),
             "features": features.astype(np.float32),
             "hint": self._hint(row),
         }
+        if self.places:
+            mask = (arrays["_hints"][row, 3] == PACKED_INSIDE) & (not dropped)
+            sample["places"] = matching_places(mask, mean.shape[-1], math.isqrt(len(features) - 1))
+        return sample
 
     def _hint(self, row: int) -> NDArray[np.float32]:
         arrays: dict[str, NDArray[Any]] = self.__dict__
