@@ -2,8 +2,8 @@
 
 What a network needs to take an object over is in its ID tokens, and which of them it needs follows from where
 in the box a cell lies. The published model inherits attention that has seen billions of pictures. One that
-starts from nothing finds this out late: the first heads of ours were still spread over all tokens after 160,000
-samples (cross-entropy 5.47 of 5.55 nats), and it drew the colours of an object without its shape. Here one
+starts from nothing finds this out late: the first heads of ours were still spread over all tokens after
+160,000 samples (cross-entropy 5.47 of 5.55 nats), and it drew an object's colours without its shape. Here one
 head of each cross-attention is asked to look where the cell's content is in the reference, if the object were
 seen from the same side; the other heads, and the graphs that are built from the network, know nothing of it.
 """
