@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,7 @@ from training.diffusion import Denoiser, Denoising, DiffusionTask
 from training.loop import LoopSettings, train
 from training.model import AnyDoor
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def box_mask(side: int, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
