@@ -30,10 +30,13 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe
 from benchmarks.truth_set import TruthPair, truth_pairs
+from engines.bundle import sha256
 from engines.errors import AnyDoorError
 from export.checkpoint import read_checkpoint
+from export.onnx_bundle import check_resolution
 from runtime.collage import MODES, Ratios, make_hint
 from runtime.ddim import Schedule
+from runtime.errors import InputError
 from runtime.noise_schedule import alphas_cumprod
 from runtime.reference import prepare_reference
 from runtime.solvers import solver_schedule
@@ -220,20 +223,45 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table and writes a JSON file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="feature_reuse.py",
+        description="How far latents are from the limit if the UNet's deep features are reused.",
+        epilog="examples:\n"
+        "  python benchmarks/feature_reuse.py --count 2\n"
+        "  python benchmarks/feature_reuse.py --checkpoint small.safetensors --resolution 256 --guidance 4\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Path("examples/anydoor-small.safetensors")
-    parser.add_argument("--checkpoint", type=Path, default=default, metavar="FILE")
-    parser.add_argument("--resolution", type=int, default=96, metavar="PX", help="default: 96")
-    parser.add_argument("--count", type=int, default=8, metavar="N", help="pairs (default: 8)")
-    parser.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default: 2")
-    parser.add_argument("--output", type=Path, default=Path("build/feature_reuse.json"), metavar="FILE")
-    options = parser.parse_args(arguments)
+    result.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=Path("examples/anydoor-small.safetensors"),
+        metavar="FILE",
+        help="default: the example",
+    )
+    result.add_argument("--resolution", type=int, default=96, metavar="PX", help="default: 96")
+    result.add_argument("--count", type=int, default=8, metavar="N", help="pairs (default: 8)")
+    result.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default: 2")
+    result.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/feature_reuse.json"),
+        metavar="FILE",
+        help="results (default: %(default)s)",
+    )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table and writes a JSON file; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(given)
     try:
+        if options.count < 1:
+            raise InputError(f"--count must be at least 1, not {options.count}")
         checkpoint = read_checkpoint(options.checkpoint)
+        check_resolution(checkpoint, options.resolution)
         model = AnyDoor(checkpoint.architecture, ("unet", "control", "id_encoder")).eval()
         model.load_official_state_dict(checkpoint.tensors)
         with torch.device("meta"):
@@ -242,7 +270,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure(model, list(truth_pairs(options.count)), options.resolution, options.guidance)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         content = {
+            "command": " ".join(["python benchmarks/feature_reuse.py", *given]),
             "machine": describe(),
+            "checkpoint": {"file": options.checkpoint.name, "sha256": sha256(options.checkpoint)},
+            "resolution": options.resolution,
             "guidance": options.guidance,
             "count": options.count,
             "shallow_share": shares,

@@ -29,10 +29,11 @@ from benchmarks.protocol import ProtocolObject, read_protocol
 from benchmarks.truth_set import TruthPair
 from engines.engine import DEVICES
 from engines.errors import AnyDoorError
-from runtime import Compositor, Placement, Sampling
+from runtime import Compositor, Placement
 from runtime.boxes import Box
 from runtime.collage import MODES, Ratios
 from runtime.errors import InputError
+from runtime.quality import DEFAULT, QUALITIES, preset
 
 Picture = NDArray[np.uint8]
 
@@ -50,7 +51,7 @@ class Composer:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.compositor = Compositor.load(options.bundle, options.device, options.threads)
-        self.sampling = Sampling(steps=options.steps, guidance=options.guidance)
+        self.sampling = preset(options.quality, steps=options.steps, guidance=options.guidance)
         self.mode, self.seed = options.mode, options.seed
         self.ratios = Ratios(crop=options.crop_ratio)
 
@@ -152,6 +153,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--steps", type=int, default=20, metavar="N", help="default: %(default)s")
     result.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default: %(default)s")
     result.add_argument(
+        "--quality",
+        choices=tuple(QUALITIES),
+        default=DEFAULT,
+        help="but for its steps (default: %(default)s)",
+    )
+    result.add_argument(
         "--crop-ratio",
         type=float,
         default=EXAMPLE_CROP_RATIO,
@@ -194,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         composer = Composer(options)
         report = measure(options, composer)
         settings = {
-            name: getattr(options, name) for name in ("steps", "guidance", "crop_ratio", "mode", "seed")
+            name: getattr(options, name)
+            for name in ("quality", "steps", "guidance", "crop_ratio", "mode", "seed")
         }
         settings["checkpoint"] = dict(composer.compositor.bundle.manifest.checkpoint)
         write_report(report, settings, options.output, options.rows)

@@ -1,10 +1,10 @@
 """How near to the truth? Composites on the synthetic set, where the true picture is known, with baselines.
 
-All methods get the same scene, emptied where the runtime hides it from the networks (the object's box,
-enlarged by 1.1), and are compared with the truth in the object's exact box. No method is told what the
-background around the object looks like: copy-paste has black or a guess from the colours around beneath it.
-The runtime gets the guess, which its networks do not see; it stays where nothing is pasted, at most 3 pixels
-at the border of the scene.
+The true scene is emptied in the object's box, enlarged by 1.1, in two ways: black, or with a guess of the
+background from the colours around. The empty box and copy-paste are measured on both. The runtime is given
+the guess, which its networks do not see: the hint covers that whole box with the high-frequency map. The
+guess stays where nothing is pasted, at most 3 pixels at the border of the scene. All are compared with the
+truth in the object's exact box.
 """
 
 from __future__ import annotations

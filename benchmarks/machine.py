@@ -8,6 +8,11 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+"""What a processor may have that decides how fast a network runs; the last two are ARM's."""
+
+_CPUINFO = Path("/proc/cpuinfo")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _STATUS = Path("/proc/self/status")
 _PACKAGES = (
     *("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx"),
@@ -17,7 +22,10 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def describe() -> dict[str, object]:
-    """Processor, card, memory, versions and how busy it is, for the head of a results file."""
+    """Processor, card, memory, versions and how busy it is, for the head of a results file.
+
+    Nothing in it tells whose machine it is: no host name, no paths.
+    """
     packages = {}
     for package in _PACKAGES:
         try:
@@ -27,14 +35,28 @@ def describe() -> dict[str, object]:
     return {
         **_card(),
         "processor": _processor(),
+        "processor_flags": processor_flags(_read(_CPUINFO)),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "huge_pages": huge_page_mode(_read(_HUGE_PAGES)),
         # processes that wanted to run, mean of the last minute
         "load": round(os.getloadavg()[0], 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": packages,
     }
+
+
+def processor_flags(cpuinfo: str) -> list[str]:
+    """Those of `FLAGS` that a processor has, from /proc/cpuinfo: x86 calls them flags, ARM Features."""
+    lines = [line.split(":", 1) for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))]
+    found = set(lines[0][1].split()) if lines else set()
+    return [flag for flag in FLAGS if flag in found]
+
+
+def huge_page_mode(enabled: str) -> str:
+    """The one of `always [madvise] never` that the kernel has marked; unknown if there is none."""
+    return enabled.partition("[")[2].partition("]")[0] or "unknown"
 
 
 def reset_peak_memory() -> None:
@@ -61,8 +83,14 @@ def _card() -> dict[str, str]:
 
 
 def _processor() -> str:
+    names = (line for line in _read(_CPUINFO).splitlines() if line.startswith("model name"))
+    name = next(names, "")
+    return name.partition(":")[2].strip() or platform.processor() or "unknown"
+
+
+def _read(path: Path) -> str:
+    """A file of the kernel's; empty where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
+        return path.read_text("utf-8")
+    except OSError:
+        return ""

@@ -55,7 +55,10 @@ class PyTorchPipeline:
         """Wait for every stage, to tell their times apart; a card goes on working when a call returns."""
         self._dtype = getattr(torch, dtype)
         self._resolution = resolution
-        self._models = {part: opened.load_part(part, self._dtype).to(device) for part in PREFIXES}
+        # a pipeline in use trusts its weights: to look at each of them first would count as its start
+        self._models = {
+            part: opened.load_part(part, self._dtype, check_finite=False).to(device) for part in PREFIXES
+        }
         stored = opened.alphas_cumprod
         self._alphas_cumprod = alphas_cumprod() if stored is None else stored.float().numpy()
         side = resolution // opened.architecture.latent_factor

@@ -95,7 +95,7 @@ def settings(guidance: float) -> list[Setting]:
     return [
         Setting(EXACT, EXACT, exact),
         Setting(OTHER_SEED, "seed", exact, _SEED_OFFSET),
-        *lever("DDIM, fewer steps", "ddim", "steps", (25, 16, 12)),
+        *lever("DDIM, fewer steps", "ddim", "steps", (25, 20, 16, 12, 8)),
         *lever("dpm2m, fewer steps", "dpm2m", "steps", (25, 20, 16, 12, 8), solver="dpm2m"),
         *lever("guidance interval", "guided", "guidance_interval", ((200, 999), (400, 999), (200, 800))),
         *lever("map timesteps", "maps", "map_steps", (25, 10, 5, 3)),

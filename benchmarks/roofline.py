@@ -27,6 +27,7 @@ from engines.bundle import Bundle
 from engines.errors import AnyDoorError, BundleError
 from engines.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER, MAPS, ROWS, SAMPLES
 from runtime.cli import BUNDLE_VARIABLE
+from runtime.errors import InputError
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -410,6 +411,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints counts, the limit of this machine and estimates for others; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
+        for name in ("steps", "threads"):
+            if getattr(options, name) < 1:
+                raise InputError(f"--{name} must be at least 1, not {getattr(options, name)}")
         bundle = Bundle.open(options.bundle)
         costs = count_bundle(bundle)
     except AnyDoorError as error:

@@ -9,9 +9,11 @@ of the network matters and nothing overflows; what the network draws looks like 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,30 @@ def seeded_checkpoint(path: Path, architecture: Architecture, seed: int, quiet: 
     write_checkpoint(path, schedule_buffers() | tensors, architecture)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="seeded.py",
+        description="Write a checkpoint with seeded weights.",
+        epilog="example:\n  python benchmarks/seeded.py small 0 small.safetensors\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("size", choices=list(ARCHITECTURES), help="of the network")
+    result.add_argument("seed", type=int, metavar="SEED", help="a whole number")
+    result.add_argument("output", type=Path, metavar="FILE.safetensors", help="where to write it")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes a checkpoint; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        seeded_checkpoint(options.output, ARCHITECTURES[options.size], options.seed, quiet=False)
+    except OSError as error:
+        print(f"seeded.py: cannot write '{options.output}': {error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] not in ARCHITECTURES:
-        sys.exit(__doc__)
-    seeded_checkpoint(Path(sys.argv[3]), ARCHITECTURES[sys.argv[1]], int(sys.argv[2]), quiet=False)
+    sys.exit(main())

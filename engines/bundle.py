@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BundleError
 from engines.graphs import GRAPHS, GraphSpec, ModelShape, graph_specs
+from engines.verified import FileState
 
 FORMAT = "anydoor-bundle"
 FORMAT_VERSION = 1
@@ -107,7 +108,7 @@ class Manifest:
 
 @dataclass
 class Bundle:
-    """An opened bundle. Opening reads the manifest only; `verify` reads a graph's files."""
+    """An opened bundle. Opening reads the manifest only; `verify` compares the hashes of a graph's files."""
 
     path: Path
     manifest: Manifest
@@ -137,16 +138,23 @@ class Bundle:
         """The file to load for a graph."""
         return self.path / self.manifest.graphs[graph].files[0].path
 
-    def verify(self, graph: str, progress: Progress | None = None) -> None:
-        """Reads a graph's files and compares their hashes, once per opened bundle.
+    def verify(self, graph: str, progress: Progress | None = None, reread: bool = False) -> None:
+        """Compares the hashes of a graph's files, once per opened bundle.
+
+        A file that was found sound before and has not changed since is not read (`engines.verified`).
+
+        Args:
+            graph: which one.
+            progress: told of every block that is read.
+            reread: read all files, whatever was found before.
 
         Raises:
             BundleError: a file is not the one that was built.
         """
-        if graph in self._verified:
+        if graph in self._verified and not reread:
             return
         for record in self.manifest.graphs[graph].files:
-            self._check_hash(record, progress)
+            self._verify_file(record, progress, reread)
         self._verified.add(graph)
 
     def constants(self) -> dict[str, NDArray[np.float32]]:
@@ -168,6 +176,15 @@ class Bundle:
             raise self._damaged(record, "is missing")
         if file.stat().st_size != record.bytes:
             raise self._damaged(record, f"has {file.stat().st_size} bytes instead of {record.bytes}")
+
+    def _verify_file(self, record: FileRecord, progress: Progress | None, reread: bool) -> None:
+        try:
+            state = FileState.of(self.path / record.path, record.sha256)
+        except OSError as error:
+            raise self._damaged(record, f"cannot be read ({error.strerror})") from error
+        if reread or not state.is_verified():
+            self._check_hash(record, progress)
+            state.remember()
 
     def _check_hash(self, record: FileRecord, progress: Progress | None) -> None:
         try:

@@ -205,8 +205,8 @@ class HostResidency:
     graphs: Mapping[str, GraphMemory]
     groups: tuple[tuple[str, ...], ...]
     """Graphs that are loaded together; every graph is in one group."""
-    cache: int | None
-    """What is left for tensors that are kept; None if there is no lack."""
+    cache: int
+    """What is left for tensors that are kept, however much that is."""
     budget: int
 
     @property
@@ -248,8 +248,8 @@ def plan_host_residency(
 
     Args:
         bundle: its files are the weights.
-        budget: bytes to use at the most; nearly all that is free if None. Then the plan with the most groups
-            is taken if none fits: files that are mapped into memory may leave it.
+        budget: bytes to use at the most, kept tensors included; nearly all that is free if None. Then the
+            plan with the most groups is taken if none fits: files that are mapped into memory may leave it.
         fused_attention: whether the backend computes attention without its matrix of scores.
         copies: memory that a loaded graph takes, as a multiple of its file.
         load_factor: what loading it takes beside that, likewise.
@@ -265,7 +265,7 @@ def plan_host_residency(
         graphs[name] = GraphMemory(int(size * copies), max(scratch[name], int(size * load_factor)))
     available = int(free_host_memory() * SHARE_OF_FREE_HOST_MEMORY) if budget is None else budget
     for groups in GROUPINGS:
-        plan = HostResidency(graphs, groups, None, available)
+        plan = HostResidency(graphs, groups, 0, available)
         if plan.fits:
             break
     else:
@@ -274,9 +274,7 @@ def plan_host_residency(
                 f"the bundle at '{bundle.path}' needs about {megabytes(plan.total)} MB of memory and "
                 f"{budget // 1_000_000} MB may be used: raise --memory-budget"
             )
-    if budget is None and len(plan.groups) == 1:
-        return plan
-    return replace(plan, cache=min(max(0, available - plan.total), LARGEST_CACHE))
+    return replace(plan, cache=max(0, available - plan.total))
 
 
 def host_scratch(manifest: Manifest, fused_attention: bool) -> dict[str, int]:

@@ -204,6 +204,14 @@ def _add_composite(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="SIZE",
         help="of the device's memory, like 6G (default: nearly all that is free)",
     )
+    how.add_argument(
+        "--control-window",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps whose detail maps are computed in one call, up to the bundle's batch; more pays on a GPU "
+        "(default: 1)",
+    )
     _add_server(command)
 
 
@@ -327,6 +335,7 @@ def _composite_here(
         options.bundle,
         options.device,
         options.threads,
+        control_window=options.control_window,
         memory_budget=options.memory_budget,
         backend=options.backend,
         inference_precision=options.inference_precision,

@@ -331,5 +331,6 @@ def _cache_budget(engine: Engine, wanted: int | None) -> int:
     """Bytes of detail maps to keep: as many as wanted, never more than the engine's device has room for."""
     room = engine.cache_bytes
     if wanted is None:
-        return default_cache_budget() if room is None else room
+        # on a card, what there is room for is already no more than is worth keeping
+        wanted = room if engine.device != "cpu" and room is not None else default_cache_budget()
     return wanted if room is None else min(wanted, room)

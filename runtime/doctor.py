@@ -154,7 +154,7 @@ def _print_bundle(path: Path, memory_budget: int | None) -> bool:
         )
         with tqdm(total=size, unit="B", unit_scale=True, desc="    hashing", leave=False) as bar:
             for graph in GRAPHS:
-                bundle.verify(graph, bar.update)
+                bundle.verify(graph, bar.update, reread=True)
         bundle.constants()
         device = _check_backend(bundle, memory_budget)
     except AnyDoorError as error:

@@ -336,7 +336,8 @@ def sample(
 def _step_of_sample(sample: Sample, token_row: int, map_row: int, ahead: int) -> StepOfSample:
     """The step to come, or one that is further ahead and has its maps in the same tensors."""
     step, maps = sample.step + ahead, sample.conditions.maps
-    map_row += maps.at(step).conditional - maps.at(sample.step).conditional
+    if ahead:  # only then are the maps at hand: another sample of the placement may be at another step
+        map_row += maps.at(step).conditional - maps.at(sample.step).conditional
     timestep = int(sample.schedule.timesteps[step])
     return StepOfSample(
         timestep=timestep,

@@ -14,7 +14,8 @@ h_before in lambda it takes the value half-way,
 whose error falls with the square of the step. Source: DPM-Solver (Lu et al., 2022), second order, as a
 multistep method for the predicted noise. The update is linear in (latent, epsilon, epsilon before), as DDIM's
 is in (latent, epsilon, noise), and it adds no noise: the same denoise graph takes it. The first step has
-nothing before it and is DDIM's.
+nothing before it and is DDIM's. The last one, to where next to no noise is left, is two to five times as long
+in lambda as the one before: no step looks farther ahead than the one before it was long (`_FARTHEST`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from runtime.ddim import MAX_STEPS, Schedule, ddim_schedule, exact_timesteps
 from runtime.errors import InputError
 
 SOLVERS = ("ddim", "dpm2m")
+
+_FARTHEST = 1.0
+"""How far ahead epsilon is extrapolated at the most, in lengths of the step before; half a length where steps
+are of one length. A line through two points says little about what is farther away."""
 
 
 def solver_schedule(
@@ -85,7 +90,7 @@ def dpm2m_coefficients(alphas: NDArray[np.float64]) -> NDArray[np.float64]:
     ratio = np.sqrt(1 - alphas) / signal
     h = -np.diff(np.log(ratio))
     extrapolation = np.zeros(len(h))
-    extrapolation[1:] = h[1:] / (2 * h[:-1])
+    extrapolation[1:] = np.minimum(h[1:] / (2 * h[:-1]), _FARTHEST)
     after = signal[1:]
     change = after * np.diff(ratio)
     return np.stack([after / signal[:-1], change * (1 + extrapolation), -change * extrapolation], axis=1)

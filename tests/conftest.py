@@ -11,12 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 CACHE = ROOT / "build" / "tests"
 TINY_RESOLUTION = 64
+
+# no test depends on how busy the machine is
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def _fingerprint() -> str:
@@ -123,6 +128,12 @@ def small_bundle() -> Path:
 def small_plan_bundle(small_bundle: Path) -> Path:
     """Its plans of TensorRT for RTX, in FP32 like the bundle; do not write into them."""
     return _plans(small_bundle)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept from one start to the next stays out of the user's home."""
+    os.environ["ANYDOOR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -144,6 +144,7 @@ def serve(settings: Settings) -> int:
         settings.device,
         settings.threads or None,
         None if settings.cache_bytes < 0 else settings.cache_bytes,
+        control_window=settings.control_window,
         memory_budget=settings.memory_budget or None,
         backend=settings.backend,
         inference_precision=settings.inference_precision,

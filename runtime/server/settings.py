@@ -71,7 +71,15 @@ class Settings:
     max_batch: int = _setting(0, "most samples that share a call; 0: the bundle's limit", metavar="N")
     batching: str = _setting("continuous", "static admits only into an empty batch", choices=BATCHING)
     workers: int = _setting(2, "threads that decode, prepare, paste and encode", metavar="N")
-    cache_bytes: int = _size(-1, "for detail maps, like 2G; -1: an eighth of the machine's, at most 4 GiB")
+    control_window: int = _setting(
+        1,
+        "steps whose detail maps are computed in one call, up to the bundle's batch; more pays on a GPU",
+        metavar="N",
+    )
+    cache_bytes: int = _size(
+        -1,
+        "for detail maps, like 2G, if there is room; -1: an eighth of the machine's, at most 4 GiB",
+    )
     drain_seconds: float = _setting(
         30.0, "after SIGTERM, time to finish what was accepted", metavar="SECONDS"
     )
@@ -88,7 +96,8 @@ class Settings:
         Raises:
             InputError: names the setting.
         """
-        positive = ("max_message_bytes", "max_pixels", "max_steps", "max_images", "max_placements", "workers")
+        sizes = ("max_message_bytes", "max_pixels", "max_steps", "max_images", "max_placements")
+        positive = (*sizes, "workers", "control_window")
         not_negative = ("threads", "memory_budget", "max_previews", "queue", "max_batch", "drain_seconds")
         for names, least in ((positive, 1), (not_negative, 0), (("cache_bytes",), -1)):
             for name in names:

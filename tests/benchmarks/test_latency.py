@@ -14,6 +14,7 @@ from benchmarks.latency_process import (
     ANYDOOR,
     BATCH,
     COLD,
+    LOAD,
     PICTURE,
     PYTORCH,
     REROLL,
@@ -22,15 +23,16 @@ from benchmarks.latency_process import (
     Call,
     Plan,
     Subject,
+    TimedEngine,
     Visit,
     placement,
     stages_of,
 )
-from benchmarks.latency_report import Findings, Row, report, speedups
+from benchmarks.latency_report import LEAST_PSNR, Findings, Row, report, speedups
 from benchmarks.roofline import GraphCost, Peak
 from benchmarks.seeded import TINY, seeded_checkpoint
 from engines.errors import AnyDoorError
-from engines.graphs import CONTROL, DENOISE
+from engines.graphs import CONTROL, DECODE, DENOISE
 
 Capture = pytest.CaptureFixture[str]
 
@@ -67,12 +69,52 @@ def test_waiting_for_the_stages_is_not_part_of_the_latency() -> None:
     assert row.stage_calls(DENOISE) == [2]
 
 
-def test_a_half_precision_reference_has_no_exact_rows() -> None:
+def test_pictures_are_held_against_a_reference_in_single_precision_only() -> None:
     """A picture in FP32 cannot be told from one in half precision to 40 dB."""
-    ours = Row(Subject(ANYDOOR, dtype="fp32"), [call(PICTURE, 10, 50)])
-    for dtype, expected in (("float32", 2), ("bfloat16", 0)):
+    ours = [Row(Subject(ANYDOOR, dtype=dtype), [call(PICTURE, 10, 50)]) for dtype in ("fp32", "bf16", "fp16")]
+    for dtype, expected in (("float32", ["fp32", "bf16", "float32"]), ("bfloat16", [])):
         pytorch = Row(Subject(PYTORCH, dtype=dtype), [call(PICTURE, 10, 100)])
-        assert len(Findings("x", Plan(), 1, [ours, pytorch], {}, {}, "", "", {}).exact_rows) == expected
+        findings = Findings("x", Plan(), 1, [*ours, pytorch], {}, {}, "", "", {})
+        assert [row.subject.dtype for row in findings.compared_rows] == expected
+    assert LEAST_PSNR["bf16"] < LEAST_PSNR["fp32"]
+
+
+class SlowToLoad:
+    """An engine that takes ten seconds to load a graph and one to run it, by a clock of its own."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.loaded: set[str] = set()
+
+    def load(self, graph: str) -> None:
+        self.now += 0.0 if graph in self.loaded else 10.0
+        self.loaded.add(graph)
+
+    def run(self, graph: str, inputs: object, outputs: object = None) -> dict[str, object]:
+        self.load(graph)
+        self.now += 1.0
+        return {}
+
+
+def test_loading_a_graph_is_no_part_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where graphs take turns, the first step of a picture loads; 49 more of them would not."""
+    engine = SlowToLoad()
+    monkeypatch.setattr("benchmarks.latency_process.time.perf_counter", lambda: engine.now)
+    timed = TimedEngine(engine)  # type: ignore[arg-type]
+    for graph in (CONTROL, DENOISE, CONTROL, DENOISE):
+        timed.run(graph, {})
+    sampling = engine.now + 0.5
+    timed.run(DECODE, {})
+    stages = stages_of({**timed.seconds, "sample": sampling})
+    assert stages == dict.fromkeys(STAGES, 0.0) | {
+        LOAD: 30,
+        CONTROL: 2,
+        DENOISE: 2,
+        DECODE: 1,
+        "host": 0.5,
+    }
 
 
 def test_the_reroll_of_plain_pytorch_is_a_picture() -> None:

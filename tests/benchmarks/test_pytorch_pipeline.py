@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.comparison import psnr
 from benchmarks.pytorch_pipeline import PyTorchPipeline
+from export.checkpoint import CheckpointError, read_checkpoint
 from runtime import Compositor, Placement, Sampling
+from training.checkpoint import write_checkpoint
 
 SAMPLING = Sampling(steps=3, guidance=4.0)
 
@@ -50,8 +54,31 @@ def test_different_placements_in_a_batch(tiny_checkpoint: Path, scene: np.ndarra
         assert psnr(composite.image, alone.image, peak=255) > 50
 
 
-def test_every_step_runs_the_controlnet(tiny_checkpoint: Path, scene: np.ndarray) -> None:  # type: ignore[type-arg]
-    """Strength 0 draws another picture, at the same cost: it is the baseline's way."""
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_every_step_runs_the_controlnet(
+    tiny_checkpoint: Path,
+    scene: np.ndarray,  # type: ignore[type-arg]
+    strength: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For both halves, and even where strength 0 makes nothing of it: it is the baseline's way."""
+    pipeline = PyTorchPipeline(tiny_checkpoint, resolution=64)
+    control, rows = pipeline._models["control"], []
+    detail_maps = control.detail_maps
+
+    def counted(hint: torch.Tensor, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows.append(len(hint))
+        return detail_maps(hint, *arguments)
+
+    monkeypatch.setattr(control, "detail_maps", counted)
+    noise = np.random.default_rng(1).standard_normal((1, *pipeline.latent_shape), dtype=np.float32)
+    sampling = Sampling(steps=3, guidance=4.0, strength=strength)
+    for _ in range(2):  # and nothing is kept for the next picture
+        pipeline.run(scene, [placement(90)], noise, sampling)
+    assert rows == [2] * 3 * 2
+
+
+def test_strength_draws_another_picture(tiny_checkpoint: Path, scene: np.ndarray) -> None:  # type: ignore[type-arg]
     pipeline = PyTorchPipeline(tiny_checkpoint, resolution=64)
     noise = np.random.default_rng(1).standard_normal((1, *pipeline.latent_shape), dtype=np.float32)
     full = pipeline.run(scene, [placement(90)], noise, SAMPLING)[0]
@@ -59,3 +86,14 @@ def test_every_step_runs_the_controlnet(tiny_checkpoint: Path, scene: np.ndarray
     assert not np.array_equal(full.image, without.image)
     stages = {"read", "prepare", "id_encoder", "sample", "control", "denoise", "decode", "paste"}
     assert full.seconds.keys() == without.seconds.keys() == stages
+
+
+def test_its_start_does_not_look_at_every_weight(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """No pipeline in use does: it would be charged with reading the checkpoint once more."""
+    checkpoint = read_checkpoint(tiny_checkpoint)
+    tensors = load_file(tiny_checkpoint)
+    tensors["model.diffusion_model.out.2.bias"][0] = float("nan")
+    write_checkpoint(tmp_path / "broken.safetensors", tensors, checkpoint.architecture)
+    with pytest.raises(CheckpointError, match="not finite"):
+        read_checkpoint(tmp_path / "broken.safetensors").load_part("unet")
+    PyTorchPipeline(tmp_path / "broken.safetensors", resolution=64)

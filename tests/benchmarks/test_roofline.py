@@ -180,6 +180,15 @@ def test_plans_are_not_counted(tiny_plan_bundle: Path, capsys: Capture) -> None:
     assert "counted in the bundle of ONNX graphs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--threads", "--steps"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_numbers_that_no_machine_has_are_refused(
+    tiny_bundle: Path, capsys: Capture, option: str, value: str
+) -> None:
+    assert main(["--bundle", str(tiny_bundle), option, value]) == 2
+    assert capsys.readouterr().err == f"roofline.py: {option} must be at least 1, not {value}\n"
+
+
 def test_no_bundle(tmp_path: Path, capsys: Capture) -> None:
     assert main(["--bundle", str(tmp_path / "none")]) == 2
     assert "there is no bundle at" in capsys.readouterr().err

@@ -5,16 +5,20 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from engines.bundle import Bundle
+from engines import residency
+from engines.bundle import Bundle, file_record
 from engines.engine import open_engine
 from engines.errors import BackendError, BundleError
 from engines.graphs import DECODE, DENOISE, ID_ENCODER
-from engines.openvino import OpenVinoEngine, precisions
+from engines.openvino import OpenVinoEngine, plan_residency, precisions
 from export.graphs import example_inputs
 
 pytest.importorskip("openvino", reason="needs pip install 'anydoor-runtime[openvino]'")
@@ -81,6 +85,95 @@ def test_graph_that_it_cannot_read(tiny_bundle: Path, tmp_path: Path) -> None:
     copy.graph_file(DECODE).write_bytes(b"no graph")
     with pytest.raises(BundleError, match="OpenVINO cannot load the graph 'decode'"):
         open_engine(copy, "cpu", backend="openvino").load(DECODE)
+
+
+def test_the_pages_of_its_files_count_against_a_budget_only(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may take them back, so they are no reason to take turns where nobody promised a size."""
+    together = plan_residency(bundle, None)
+    monkeypatch.setattr(residency, "free_host_memory", lambda: int(together.total / 0.9) + 1)
+    assert len(plan_residency(bundle, None).groups) == 1
+    files = sum(file.bytes for record in bundle.manifest.graphs.values() for file in record.files)
+    promised = plan_residency(bundle, 10**12)
+    assert promised.total - together.total == pytest.approx(files, abs=len(together.graphs))
+    assert len(plan_residency(bundle, promised.total).groups) == 1
+    assert len(plan_residency(bundle, promised.total - 1).groups) > 1
+
+
+# --- what is kept for the next start ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for what is kept."""
+    monkeypatch.setenv("ANYDOOR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def blobs(cache: Path) -> list[Path]:
+    return sorted(cache.glob("anydoor/openvino/*/*.blob"))
+
+
+def decode(bundle: Bundle, **options: Any) -> tuple[NDArray[np.uint8], bool]:
+    """A picture drawn by a new engine, and whether that found its graph compiled."""
+    engine = OpenVinoEngine(bundle, **options)
+    picture = engine.run(DECODE, example_inputs(bundle.manifest.specs[DECODE], SIZES), ["image"])["image"]
+    compiled = engine._requests[DECODE].get_compiled_model()
+    return picture, bool(compiled.get_property("LOADED_FROM_CACHE"))
+
+
+def test_the_second_start_takes_what_the_first_compiled_and_draws_the_same(
+    bundle: Bundle, cache: Path
+) -> None:
+    first, second = decode(bundle), decode(bundle)
+    assert [first[1], second[1]] == [False, True]
+    np.testing.assert_array_equal(first[0], second[0])
+    weights = (bundle.path / "decode.onnx.data").stat().st_size
+    assert sum(blob.stat().st_size for blob in blobs(cache)) < weights / 2
+
+
+def test_other_options_are_compiled_anew(bundle: Bundle, cache: Path) -> None:
+    assert not decode(bundle)[1]
+    assert not decode(bundle, threads=1)[1]
+    assert decode(bundle, threads=1)[1]
+
+
+def test_other_weights_are_compiled_anew(bundle: Bundle, cache: Path, tmp_path: Path) -> None:
+    """Even where the graph's own file is the same, with its time, and in the same place."""
+    place = tmp_path / "bundle"
+    shutil.copytree(bundle.path, place)
+    before = decode(Bundle.open(place))[0]
+    weights = place / "decode.onnx.data"
+    values = np.fromfile(weights, np.float32)
+    (values * np.float32(0.9)).tofile(weights)
+    manifest = Bundle.open(place).manifest
+    record = manifest.graphs[DECODE]
+    files = (record.files[0], file_record(place, weights.name))
+    graphs = {**manifest.graphs, DECODE: replace(record, files=files)}
+    after, found = decode(Bundle(place, replace(manifest, graphs=graphs)))
+    assert not found
+    assert not np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, None])
+def test_a_damaged_file_is_made_anew(bundle: Bundle, cache: Path, content: bytes | None) -> None:
+    expected = decode(bundle)[0]
+    (blob,) = blobs(cache)
+    blob.chmod(0o600)
+    blob.write_bytes(blob.read_bytes()[: blob.stat().st_size // 2] if content is None else content)
+    np.testing.assert_array_equal(decode(bundle)[0], expected)
+    again, found = decode(bundle)
+    assert found
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_nothing_is_kept_where_nothing_can_be_written(bundle: Bundle, cache: Path) -> None:
+    cache.write_bytes(b"in place of the folder")
+    for _ in range(2):
+        picture, found = decode(bundle)
+        assert not found
+    assert picture.any()
 
 
 def test_nvidia_cards_are_for_others(bundle: Bundle) -> None:

@@ -196,7 +196,19 @@ def test_without_a_budget_graphs_take_turns_only_where_memory_is_short(
     monkeypatch.setattr(residency, "free_host_memory", lambda: free)
     plan = plan_host_residency(large_bundle(tiny_bundle), None)
     assert len(plan.groups) == groups
-    assert (plan.cache is None) == (groups == 1)
+    assert plan.budget == int(0.9 * free)
+    assert plan.cache == max(0, plan.budget - plan.total)
+
+
+@pytest.mark.parametrize("budget", [None, 8000 * MB, 16_000 * MB])
+@pytest.mark.parametrize("free", [16, 200])
+def test_graphs_and_what_is_kept_stay_within_the_budget(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None, free: int
+) -> None:
+    monkeypatch.setattr(residency, "free_host_memory", lambda: free * 10**9)
+    plan = plan_host_residency(large_bundle(tiny_bundle), budget)
+    assert plan.fits
+    assert plan.total + plan.cache <= plan.budget == (budget or int(0.9 * free * 10**9))
 
 
 def test_openvino_needs_more_than_8_gb_and_is_not_taken_there(tiny_bundle: Path) -> None:

@@ -251,6 +251,8 @@ def test_weights_that_are_not_finite_are_named(tiny_checkpoint: Path, tmp_path: 
     checkpoint = read_checkpoint(broken(tiny_checkpoint, tmp_path, spoil))
     with pytest.raises(CheckpointError, match=f"not finite numbers.*'{key}'"):
         checkpoint.load_part("unet")
+    unchecked = checkpoint.load_part("unet", check_finite=False).official_state_dict()[key]
+    assert not unchecked.isfinite().all()
 
 
 def test_seeded_tensors_are_those_of_the_recipe() -> None:

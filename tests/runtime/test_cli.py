@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engines.bundle import Bundle
+from engines.verified import FileState
 from runtime.cli import main
 from tests.runtime.test_compositor import SCENE, cutout, picture
 
@@ -188,6 +191,8 @@ def test_corrupt_bundle_file(
         ("backend", "tensorrt", "runs with the backend openvino or onnxruntime, not with tensorrt"),
         ("inference_precision", "bf16", "only the backend openvino has the inference precision bf16"),
         ("memory_budget", "1K", "MB of memory and 0 MB may be used: raise --memory-budget"),
+        ("control_window", "0", "control_window must be from 1 to 4, the bundle's max_batch, not 0"),
+        ("control_window", "5", "control_window must be from 1 to 4, the bundle's max_batch, not 5"),
     ],
 )
 def test_machine_options_that_do_not_fit(
@@ -202,6 +207,27 @@ def test_doctor_finds_a_sound_bundle(tiny_bundle: Path, capsys: Capture) -> None
     printed = capsys.readouterr().out
     assert "onnxruntime" in printed
     assert "sound" in printed
+
+
+def test_serve_takes_the_same_window(
+    tiny_bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.server.serve.configure", lambda level: None)  # of all logging
+    assert main(["serve", "--bundle", str(tiny_bundle), "--control-window", "5"]) == 2
+    assert "control_window must be from 1 to 4" in capsys.readouterr().err
+
+
+def test_doctor_reads_what_was_found_sound_before(folder: Path, tiny_bundle: Path, capsys: Capture) -> None:
+    """A disk may lose bits without a write, which leaves every time of the file as it was."""
+    bundle = Path(shutil.copytree(tiny_bundle, folder / "bundle"))
+    assert main(["doctor", str(bundle)]) == 0
+    file = bundle / "decode.onnx"
+    file.write_bytes(b"x" * file.stat().st_size)
+    record = json.loads((bundle / "manifest.json").read_text())["graphs"]["decode"]["files"][0]
+    FileState.of(file, record["sha256"]).remember()
+    Bundle.open(bundle).verify("decode")
+    assert main(["doctor", str(bundle)]) == 2
+    assert "decode.onnx is not the file that was built" in capsys.readouterr().out
 
 
 def test_doctor_finds_a_damaged_bundle(folder: Path, tiny_bundle: Path, capsys: Capture) -> None:

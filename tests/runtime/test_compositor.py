@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.bundle import Bundle
+from engines.engine import open_engine
 from engines.graphs import CONTROL, DENOISE, ID_ENCODER
 from engines.onnxruntime import OnnxRuntimeEngine
 from runtime import Compositor, InputError, Placement, Ratios, Sampling
 from runtime.collage import MODES
 from runtime.compositor import Composite
+from runtime.detail_maps import default_cache_budget
 from tests.runtime.test_detail_maps import CountingEngine
 
 FAST = Sampling(steps=2)
@@ -350,6 +352,22 @@ def test_other_requests_that_cannot_be_used(compositor: Compositor) -> None:
         compositor.run(SCENE, PLACEMENT, sampling=FAST, initial_noise=np.zeros((4, 8, 8), np.float32))
     with pytest.raises(InputError, match="not finite"):
         compositor.run(SCENE, PLACEMENT, sampling=FAST, initial_noise=np.full((1, 4, 8, 8), np.nan))
+
+
+def test_no_more_detail_maps_are_kept_than_there_is_room_for(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    engine = open_engine(bundle, "cpu")
+    default = default_cache_budget()
+    for room, wanted, expected in (
+        (10, None, 10),
+        (10, 20, 10),
+        (10, 5, 5),
+        (2 * default, None, default),
+        (2 * default, 2 * default, 2 * default),
+        (None, None, default),
+    ):
+        engine.cache_bytes = room
+        assert Compositor(bundle, engine, wanted).cache.budget == expected
 
 
 def test_window_larger_than_the_bundle_allows(tiny_bundle: Path) -> None:

@@ -53,6 +53,7 @@ def test_sizes_are_written_the_same_everywhere(tmp_path: Path) -> None:
         ("listen = 'b:1'", "listen must be of the type list of strings"),
         ("queue = -1", "queue must be at least 0"),
         ("workers = 0", "workers must be at least 1"),
+        ("control_window = 0", "control_window must be at least 1"),
         ("batching = 'magic'", "batching must be one of continuous, static"),
         ("tls_key = 'key.pem'", "only of use together"),
         ("tls_client_ca = 'ca.pem'", "needs tls_certificate"),

@@ -20,25 +20,27 @@ MEAN, VARIANCE = 0.7, 0.3
 """Of normally distributed clean latents, for which the best epsilon is known in closed form."""
 
 
-def best_epsilon(latent: float, alpha: float) -> float:
+def best_epsilon(latent: float, alpha: float, variance: float = VARIANCE) -> float:
     """The expected noise in a latent, E[noise | latent]."""
-    spread = alpha * VARIANCE + 1 - alpha
+    spread = alpha * variance + 1 - alpha
     return float(np.sqrt(1 - alpha) * (latent - np.sqrt(alpha) * MEAN) / spread)
 
 
-def true_end(latent: float, first: float, last: float) -> float:
+def true_end(latent: float, first: float, last: float, variance: float = VARIANCE) -> float:
     """Where the noise-free path ends: as many standard deviations from the mean as it starts."""
-    deviations = (latent - np.sqrt(first) * MEAN) / np.sqrt(first * VARIANCE + 1 - first)
-    return float(np.sqrt(last) * MEAN + deviations * np.sqrt(last * VARIANCE + 1 - last))
+    deviations = (latent - np.sqrt(first) * MEAN) / np.sqrt(first * variance + 1 - first)
+    return float(np.sqrt(last) * MEAN + deviations * np.sqrt(last * variance + 1 - last))
 
 
-def error(path: Path, coefficients: NDArray[np.float64], start: float = 1.3) -> float:
+def error(
+    path: Path, coefficients: NDArray[np.floating], start: float = 1.3, variance: float = VARIANCE
+) -> float:
     latent, before = start, 0.0
     for alpha, (from_latent, from_epsilon, from_before) in zip(path, coefficients):
-        epsilon = best_epsilon(latent, alpha)
+        epsilon = best_epsilon(latent, alpha, variance)
         latent = from_latent * latent + from_epsilon * epsilon + from_before * before
         before = epsilon
-    return abs(latent - true_end(start, path[0], path[-1]))
+    return abs(latent - true_end(start, path[0], path[-1], variance))
 
 
 def even_path(steps: int) -> Path:
@@ -70,6 +72,30 @@ def test_ddim_is_of_first_order_and_worse() -> None:
     errors = [error(even_path(steps), ddim_coefficients(even_path(steps))) for steps in (80, 160, 320)]
     assert np.log2(errors[1] / errors[2]) == pytest.approx(1.0, abs=0.1)
     assert error(even_path(80), dpm2m_coefficients(even_path(80))) < errors[0] / 10
+
+
+@pytest.mark.parametrize("variance", [0.3, 0.05])
+@pytest.mark.parametrize("steps", [8, 12, 20, 40, 80])
+def test_on_the_real_schedule_it_is_nearer_than_ddim(steps: int, variance: float) -> None:
+    """Down to the last step, which is much longer than the one before."""
+    schedule = solver_schedule(ALPHAS, "dpm2m", steps)
+    path = np.append(schedule.alphas, ALPHAS[0]).astype(np.float64)
+    ours = error(path, schedule.coefficients, variance=variance)
+    assert ours < 0.7 * error(path, ddim_coefficients(path), variance=variance)
+    uncapped = h_ratios(path)[-1] / 2
+    assert uncapped > 1.5  # so it matters
+    assert schedule.coefficients[-1, 2] == pytest.approx(-change(path)[-1], rel=1e-5)
+
+
+def h_ratios(path: Path) -> Path:
+    """How many times as long in lambda as the one before a step is, from the second on."""
+    h = np.diff(np.log(path / (1 - path))) / 2
+    return h[1:] / h[:-1]
+
+
+def change(path: Path) -> Path:
+    """What a step of DDIM from the same latent multiplies epsilon with."""
+    return np.sqrt(path[1:]) * np.diff(np.sqrt((1 - path) / path))
 
 
 @given(st.integers(1, 100))
