@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from training.architecture import Architecture
+from training.model import AnyDoor
 
 TINY = Architecture(
     unet_channels=(32, 64),
@@ -22,6 +24,12 @@ TINY = Architecture(
     dino_heads=1,
     dino_grid=16,
 )
+
+
+def open_zero_convolutions(model: AnyDoor) -> None:
+    """Lets the control have a say from the first step on."""
+    for convolution in (*model.control.controlnet_down_blocks, model.control.controlnet_mid_block):
+        nn.init.normal_(convolution.weight, std=0.02)
 
 
 class RandomPairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +15,23 @@ from torch.utils.tensorboard import SummaryWriter
 _MEMORY = 0.98
 """How much of the running mean of a loss stays in a step."""
 
+_STEP, _SECONDS = "step", "seconds"
+
 
 class Curves:
     """Writes `folder`/events and `folder`/log.csv; a process that does not write keeps the numbers only."""
 
     def __init__(self, folder: Path, start: int, samples_per_step: int, write: bool) -> None:
-        """Goes on at step `start`: points that a killed run drew after its last checkpoint are taken back."""
+        """Goes on at step `start`: what a killed run wrote after its last checkpoint is taken back."""
         self.shown: dict[str, float] = {}
         """Running means of the losses."""
         self._table = folder / "log.csv"
         self._events = SummaryWriter(folder / "events", purge_step=start + 1) if write else None
         self._samples, self._plotted = samples_per_step, start
-        self._began = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._rows = [row for row in _read_table(self._table) if int(row[_STEP]) <= start]
+        # earlier runs took time as well
+        self._began = self._last - (float(self._rows[-1][_SECONDS]) if self._rows else 0.0)
 
     def add(self, losses: Mapping[str, Tensor]) -> dict[str, str]:
         """Takes the losses of a step; returns their running means as they are shown."""
@@ -51,16 +57,34 @@ class Curves:
             self._events.add_image("samples", sheet, step, dataformats="HWC")
 
     def row(self, step: int) -> None:
-        """A line of the table, one per checkpoint: step, seconds since the start, running means."""
+        """A line of the table, one per checkpoint: step, seconds of training so far, running means.
+
+        The table is written anew each time: other losses than before are other columns, empty where there
+        were none.
+        """
         if not self._events:
             return
-        if not self._table.exists():
-            self._table.write_text(",".join(["step", "seconds", *self.shown]) + "\n")
-        means = [f"{value:.5f}" for value in self.shown.values()]
-        with self._table.open("a") as file:
-            file.write(",".join([str(step), f"{time.monotonic() - self._began:.0f}", *means]) + "\n")
+        means = {name: f"{value:.5f}" for name, value in self.shown.items()}
+        row = {_STEP: str(step), _SECONDS: f"{time.monotonic() - self._began:.0f}", **means}
+        self._rows.append(row)
+        columns = list(dict.fromkeys(name for each in self._rows for name in each))
+        beside = self._table.with_suffix(".part")
+        with beside.open("w", newline="") as file:
+            table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            table.writeheader()
+            table.writerows(self._rows)
+        beside.replace(self._table)
 
     def close(self) -> None:
         """Puts everything on disk."""
         if self._events:
             self._events.close()
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; values that its header has no name for are dropped."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file, restkey="", restval=""))
+    return [{name: value for name, value in row.items() if name} for row in rows]

@@ -100,13 +100,26 @@ class IdentityModule(nn.Module):
         width = architecture.dino_width
         self.identity = nn.Linear(2 * width, width)
         self.pixels = nn.Linear(width, 3 * DETAIL**2)
-        self.sharpness = nn.Parameter(torch.tensor(2.3))
+        self.sharpness = nn.Parameter(torch.tensor([2.3]))  # no scalar: those cannot be spread (FSDP)
+        self.register_load_state_dict_pre_hook(_sharpness_as_vector)  # type: ignore[no-untyped-call]
 
-    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit identity vectors (N, D) and pixels of each patch (N, 256, 108) of views (N, 3, 224, 224)."""
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What tells views (N, 3, 224, 224) apart, and what is in them.
+
+        Returns:
+            Unit identity vectors (N, D), pixels of each patch (N, 256, 108), and the factor (1,), at most
+            100, that makes logits of the products of identity vectors.
+        """
         tokens = dino_features(self.encoder, views)
         summary = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
-        return F.normalize(self.identity(summary), dim=1), self.pixels(tokens[:, 1:])
+        identity = F.normalize(self.identity(summary), dim=1)
+        return identity, self.pixels(tokens[:, 1:]), self.sharpness.exp().clamp(max=100)
+
+
+def _sharpness_as_vector(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
+    """Runs that began with an earlier version saved a scalar."""
+    if f"{prefix}sharpness" in state:
+        state[f"{prefix}sharpness"] = state[f"{prefix}sharpness"].reshape(1)
 
 
 class IdentityTask:
@@ -124,9 +137,9 @@ class IdentityTask:
     def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Also shows how often the other view of an object is the nearest of the batch."""
         views = batch["views"].transpose(0, 1).flatten(0, 1)  # all first views, then all second ones
-        identity, pixels = module(views)
+        identity, pixels, sharpness = module(views)
         first, second = identity.chunk(2)
-        likeness = first @ second.T * self.module.sharpness.exp().clamp(max=100)
+        likeness = first @ second.T * sharpness
         same = torch.arange(len(first), device=likeness.device)
         contrast = 0.5 * (F.cross_entropy(likeness, same) + F.cross_entropy(likeness.T, same))
         small = F.interpolate(views, (self.patches * DETAIL,) * 2, mode="area")

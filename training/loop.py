@@ -6,15 +6,19 @@ resumed, or spread over several processes, sees exactly the samples, noises and 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, ParamSpec, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -23,9 +27,16 @@ from tqdm import tqdm
 from training.curves import Curves
 from training.sharding import local, shard, spread, whole
 
+_Arguments = ParamSpec("_Arguments")
+
 Batch = Mapping[str, Tensor]
 Draw = Callable[[Mapping[str, Tensor]], NDArray[np.uint8]]
 """Draws a sheet of samples, (H, W, 3) RGB, with weights of a task's module."""
+
+Precision = Literal["no", "bf16", "fp16"]
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for the one that draws or encodes; PyTorch alone would give up in half an hour."""
 
 
 class NumberedDataset(Protocol):
@@ -68,7 +79,7 @@ class LoopSettings:
     """Largest norm of the gradient."""
     ema: float = 0.0
     """Decay of the running mean of the weights; 0 for none."""
-    precision: str = "no"
+    precision: Precision = "no"
     """'no' (fp32), 'bf16' or 'fp16', as Accelerate names them."""
     save_every: int = 500
     draw_every: int = 1000
@@ -131,6 +142,41 @@ class RunningMean:
         return {**module.state_dict(), **self.weights}
 
 
+def join_processes(precision: Precision = "no", accumulate: int = 1) -> Accelerator:
+    """This process's place among those of the launch.
+
+    Each stage has its own, with its own precision. The first one connects the processes with each other;
+    `part_processes` parts them.
+    """
+    AcceleratorState._reset_state()  # Accelerate knows one precision per program; the connections stay
+    return Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulate,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+
+
+def part_processes() -> None:
+    """Ends the connections between the processes: the last thing that a program does."""
+    accelerator = join_processes()
+    # together: who leaves early takes its connections along, and the others wait for them for ever
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def on_main_process(work: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Makes one process alone do a piece of work while the others wait, because it writes files."""
+
+    @functools.wraps(work)
+    def alone(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> None:
+        accelerator = join_processes()
+        if accelerator.is_main_process:
+            work(*arguments, **named)
+        accelerator.wait_for_everyone()
+
+    return alone
+
+
 def save_atomically(state: Any, path: Path) -> None:
     """Writes beside the place and renames, so that a kill never leaves half a file."""
     beside = path.with_suffix(".part")
@@ -138,30 +184,84 @@ def save_atomically(state: Any, path: Path) -> None:
     beside.replace(path)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """What `Learner.save` wrote to go on from, or nothing."""
+    if not path.exists():
+        return {}
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+class Learner:
+    """A module and what is kept from one step to the next so that it learns."""
+
+    def __init__(
+        self, module: nn.Module, settings: LoopSettings, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        """`scaler` keeps the gradients of fp16 from vanishing; other precisions have none."""
+        self.module, self.scaler = module, scaler
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.mean = RunningMean(module, settings.ema) if settings.ema else None
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those that are better than the last ones: their mean, if there is one."""
+        return whole(self.mean.state_dict(self.module) if self.mean else self.module.state_dict())
+
+    def save(self, step: int, folder: Path | None) -> None:
+        """Writes mean.pt, to use, and last.pt, to go on from.
+
+        Every process has to call it, because each may hold a part; the one with a folder writes.
+        """
+        state: dict[str, Any] = {"step": step, "module": whole(self.module.state_dict())}
+        state["optimizer"] = whole(self.optimizer.state_dict())
+        if self.mean is not None:
+            state["mean"] = whole(self.mean.weights)
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        weights = self.weights()
+        if folder:
+            save_atomically(weights, folder / "mean.pt")
+            # last, because nothing is done again for a step that it tells of
+            save_atomically(state, folder / "last.pt")
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Goes on from what `save` wrote, each process with its part. The module has its weights already."""
+        for index, values in saved["optimizer"]["state"].items():
+            for name, value in values.items():
+                if name != "step":  # but the two moments of the gradient
+                    values[name] = spread(value, self.trained[index])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.mean is not None and "mean" in saved:
+            self.mean.load(saved["mean"])
+        if self.scaler is not None and "scaler" in saved:
+            self.scaler.load_state_dict(saved["scaler"])
+
+
 def train(task: Task, settings: LoopSettings, folder: Path, draw: Draw | None = None) -> None:
     """Trains `task.module` for `settings.steps` steps in all, going on from `folder`/last.pt if there is one.
 
     Writes there: last.pt (weights, optimizer, mean, step), mean.pt (the weights to use), log.csv, and events/
     for TensorBoard. What is saved does not depend on how many processes there are and which holds what.
+    Several processes have all to call it; a program that they run ends with `part_processes`.
+
+    Raises:
+        LaunchError: the weights are to be spread over several processes, and there is one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(
-        mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate
-    )
+    accelerator = join_processes(settings.precision, settings.accumulate)
     saved = read_state(folder / "last.pt")
     start = saved.get("step", 0)
     if saved:
         task.module.load_state_dict(saved["module"])
     # Accelerate knows FSDP on graphics cards only; PyTorch's own is the same everywhere
     module = shard(task.module, accelerator.device) if settings.shard else accelerator.prepare(task.module)
-    trained = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=settings.weight_decay)
-    mean = RunningMean(task.module, settings.ema) if settings.ema else None
+    learner = Learner(task.module, settings, accelerator.scaler)
     if saved:
-        load_optimizer(optimizer, saved["optimizer"], trained)
-        if mean is not None:
-            mean.load(saved["mean"])
-    optimizer = accelerator.prepare(optimizer)
+        learner.load(saved)
+    optimizer = accelerator.prepare(learner.optimizer)
     batches = iter(_loader(task.dataset(), settings, start, accelerator))
     main = accelerator.is_main_process
     samples = settings.batch * settings.accumulate * accelerator.num_processes
@@ -177,70 +277,24 @@ def train(task: Task, settings: LoopSettings, folder: Path, draw: Draw | None = 
                 losses = task.loss(module, batch)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained, settings.clip)
+                    accelerator.clip_grad_norm_(learner.trained, settings.clip)
                 optimizer.step()
                 optimizer.zero_grad()
-        if mean is not None:
-            mean.update(task.module, step)
+        if learner.mean is not None:
+            learner.mean.update(task.module, step)
         progress.set_postfix(curves.add(losses), refresh=False)
         done = step + 1
         if settings.is_due(settings.log_every, done):
             curves.plot(done, losses, rate)
         if settings.is_due(settings.save_every, done):
-            save(task.module, optimizer, mean, done, folder if main else None)
+            learner.save(done, folder if main else None)
             curves.row(done)
         if draw and settings.is_due(settings.draw_every, done):
-            weights = whole(to_use(task.module, mean))
+            weights = learner.weights()
             if main:
                 curves.picture(done, draw(weights))
     curves.close()
-    # together: who leaves early takes its connections along, and the others wait for them for ever
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
-def to_use(module: nn.Module, mean: RunningMean | None) -> dict[str, Tensor]:
-    """The weights that are better than the last ones: their mean, if there is one."""
-    return mean.state_dict(module) if mean else module.state_dict()
-
-
-def save(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    mean: RunningMean | None,
-    step: int,
-    folder: Path | None,
-) -> None:
-    """Writes last.pt, to go on from, and mean.pt, to use.
-
-    Every process has to call it, because each may hold a part; the one with a folder writes.
-    """
-    state = {"step": step, "module": whole(module.state_dict()), "optimizer": whole(optimizer.state_dict())}
-    if mean is not None:
-        state["mean"] = whole(mean.weights)
-    weights = whole(to_use(module, mean))
-    if folder:
-        save_atomically(state, folder / "last.pt")
-        save_atomically(weights, folder / "mean.pt")
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What `save` wrote, or nothing."""
-    if not path.exists():
-        return {}
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, saved: dict[str, Any], trained: Sequence[nn.Parameter]
-) -> None:
-    """Puts back the optimizer's state, each process its part."""
-    for index, values in saved["state"].items():
-        for name, value in values.items():
-            if value.shape == trained[index].shape:  # moments; the count of steps is a number
-                values[name] = spread(value, trained[index])
-    optimizer.load_state_dict(saved)
+    accelerator.wait_for_everyone()  # the next stage reads what this one wrote
 
 
 def _loader(

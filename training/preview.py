@@ -1,9 +1,15 @@
-"""Samples to look at while training: held-out objects put into scenes, beside what they should look like."""
+"""Samples to look at while training: held-out objects put into scenes, beside what they should look like.
+
+examples:
+    python -m training.preview training/recipes/anydoor-small.toml build/samples.png
+    python -m training.preview RECIPE build/samples.png --folder runs/next --count 20
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,24 +119,34 @@ def held_out_pairs(recipe: Recipe, count: int) -> list[Pair]:
     return pairs
 
 
-def main() -> None:
-    """The command line."""
-    from training.train import trained_model  # which draws with `Preview` itself
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 0, or 2 if what it is given cannot be used."""
+    from training.train import REFUSALS, trained_model  # which draws with `Preview` itself
 
-    parser = argparse.ArgumentParser(prog="python -m training.preview", description=__doc__)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("output", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.preview",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, help="what was trained")
+    parser.add_argument("output", type=Path, help="the sheet, a PNG")
     parser.add_argument("--folder", type=Path, help="default: runs/NAME of the recipe")
-    parser.add_argument("--count", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=2.0)
-    arguments = parser.parse_args()
-    folder = arguments.folder or Path("runs") / arguments.recipe.stem
-    recipe = read_recipe(arguments.recipe)
-    model = trained_model(recipe, folder)
-    preview = Preview(recipe, model, arguments.count, arguments.steps, arguments.guidance)
-    Image.fromarray(preview(Denoiser(model).state_dict())).save(arguments.output)
+    parser.add_argument("--count", type=int, default=10, help="of samples; default: 10")
+    parser.add_argument("--steps", type=int, default=20, help="of sampling, divides 1000; default: 20")
+    parser.add_argument("--guidance", type=float, default=2.0, help="default: 2")
+    options = parser.parse_args(arguments)
+    if options.count < 1 or options.steps < 1 or 1000 % options.steps:
+        parser.error("--count is at least 1 and --steps divides 1000")
+    try:
+        recipe = read_recipe(options.recipe)
+        model = trained_model(recipe, options.folder or Path("runs") / options.recipe.stem)
+        preview = Preview(recipe, model, options.count, options.steps, options.guidance)
+        Image.fromarray(preview(Denoiser(model).state_dict())).save(options.output, "PNG")
+    except REFUSALS as error:
+        print(f"preview: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,13 +19,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 _Tree = TypeVar("_Tree")
 
 
+class LaunchError(RuntimeError):
+    """A stage cannot run as it was launched; the text says how to."""
+
+
 def shard(module: nn.Module, device: torch.device) -> nn.Module:
     """Spreads a module's weights over all processes, in place.
 
     Its blocks are gathered one after the other when they are computed, what lies outside of blocks always.
+
+    Raises:
+        LaunchError: there is one process only.
     """
     if not torch.distributed.is_initialized():
-        raise RuntimeError("shard = true needs several processes: start with torchrun or accelerate launch")
+        raise LaunchError("shard = true needs several processes: start with torchrun or accelerate launch")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in _blocks(module):
         fully_shard(block, mesh=mesh)
@@ -48,7 +55,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor where `like` is, and in as many parts."""
+    """A whole tensor where `like` is, in its shape, and in as many parts."""
+    tensor = tensor.reshape(like.shape)  # a saved scalar may be a vector of one number by now
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor.to(like.device)

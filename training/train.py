@@ -1,43 +1,68 @@
 """Trains a model after a recipe, stage by stage; every stage goes on where it was stopped.
 
-    python -m training.train training/recipes/anydoor-small.toml
-    python -m training.train RECIPE --stage diffusion --folder runs/small
-
 Stages: `views` draws the objects, `autoencoder` and `identity` train what the published model takes from SD
 2.1 and DINOv2, `encode` passes the pairs through both once, `hint` trains the ControlNet's hint block
 and `diffusion` the rest, `decoder` improves the half of the autoencoder
 that no latent depends on, `checkpoint` writes all of it in the official layout.
+
+examples:
+    python -m training.train training/recipes/anydoor-small.toml
+    python -m training.train training/recipes/anydoor-small.toml --stage diffusion --folder runs/next
+    python -m training.train RECIPE --start model.safetensors --folder runs/more
+    torchrun --nproc-per-node 2 -m training.train training/recipes/anydoor.toml
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
+from training.architecture import ArchitectureError
 from training.autoencoder import AutoencoderTask, normalise_latents
-from training.checkpoint import write_model
-from training.config import Recipe, read_recipe
-from training.data.encoded import EncodedPairs, ViewPairs, encode_hints, encode_pairs, rows_done
+from training.checkpoint import CheckpointError, check_start, read_start, write_model
+from training.config import Recipe, RecipeError, read_recipe
+from training.data.encoded import (
+    HINTS_DONE,
+    PAIRS_DONE,
+    EncodedError,
+    EncodedPairs,
+    ViewPairs,
+    check_encoders,
+    encode_hints,
+    encode_pairs,
+    settled_rows,
+)
 from training.data.mixture import Mixture
-from training.data.sources import SOURCES
-from training.data.view_store import ViewStore, draw_views
+from training.data.sources import SOURCES, SourceError
+from training.data.view_store import StoreError, ViewStore, draw_views
 from training.diffusion import DiffusionTask
 from training.hint import HintTask
 from training.identity import IdentityTask
-from training.loop import train
+from training.loop import on_main_process, part_processes, train
 from training.model import AnyDoor
 from training.preview import Preview
+from training.sharding import LaunchError
 from training.small import open_control
 
 PAIRS_SEED, CALIBRATION, DECODER_SIDE = 3, 64, 64
 
+ROWS = "rows.txt"
+"""Beside a stage's weights: how many of the encoded pairs it learns from."""
 
+REFUSALS = (
+    *(RecipeError, LaunchError, SourceError, StoreError, EncodedError, CheckpointError, ArchitectureError),
+    OSError,
+)
+"""What is told in one sentence, because it is not the program's fault."""
+
+
+@on_main_process
 def train_views(recipe: Recipe, folder: Path) -> None:
     """Draws the objects of the recipe."""
     if not recipe.sources:
@@ -68,9 +93,10 @@ def train_identity(recipe: Recipe, folder: Path) -> None:
         train(task, recipe.identity, folder / "identity")
 
 
+@on_main_process
 def encode(recipe: Recipe, folder: Path) -> None:
     """Makes the pairs of stage 3, once."""
-    if not recipe.sources and rows_done(folder / "pairs") < recipe.data.pairs:
+    if not recipe.sources:
         model = frozen_parts(recipe, folder)
         views, data = ViewStore(folder / "views"), recipe.data
         pairs = ViewPairs(views, recipe.pairs, single=data.single)
@@ -80,8 +106,11 @@ def encode(recipe: Recipe, folder: Path) -> None:
 def train_hint(recipe: Recipe, folder: Path) -> None:
     """The hint block alone, for a recipe whose `diffusion` goes without."""
     if recipe.hint:
-        pairs = EncodedPairs(folder / "pairs", PAIRS_SEED, recipe.pairs)
-        train(HintTask(frozen_parts(recipe, folder).control, pairs), recipe.hint, folder / "hint")
+        model = frozen_parts(recipe, folder)
+        settle_pairs(recipe, folder, model, folder / "hint")
+        rows = int((folder / "hint" / ROWS).read_text())
+        pairs = EncodedPairs(folder / "pairs", PAIRS_SEED, recipe.pairs, rows=rows)
+        train(HintTask(model.control, pairs), recipe.hint, folder / "hint")
 
 
 def train_diffusion(recipe: Recipe, folder: Path) -> None:
@@ -97,18 +126,45 @@ def train_diffusion(recipe: Recipe, folder: Path) -> None:
 
 def rendered_pairs(recipe: Recipe, folder: Path, model: AnyDoor) -> EncodedPairs:
     """What `encode` has made, with the hints as the hint block sees them if it does not learn."""
-    pairs, rules = folder / "pairs", recipe.denoising
-    if not rules.hint_block:
-        encode_hints(model, pairs)
+    rules, stage = recipe.denoising, folder / "diffusion"
+    settle_pairs(recipe, folder, model, stage, hints=not rules.hint_block)
     return EncodedPairs(
-        pairs,
+        folder / "pairs",
         PAIRS_SEED,
         recipe.pairs,
         rules.drop,
         recipe.data.kind,
         hint_features=not rules.hint_block,
         places=rules.attention_guide > 0,
+        rows=int((stage / ROWS).read_text()),
     )
+
+
+@on_main_process
+def settle_pairs(recipe: Recipe, folder: Path, model: AnyDoor, stage: Path, hints: bool = False) -> None:
+    """Sees to it that a stage finds the pairs that it began with, encoded by the weights of `model`.
+
+    Args:
+        recipe: how many pairs there should be.
+        folder: of the run.
+        model: its autoencoder and ID encoder have encoded the pairs.
+        stage: folder of the stage that learns from them; keeps how many they are.
+        hints: whether to take their hints through the model's hint block.
+
+    Raises:
+        EncodedError: other weights have encoded them, or there are too few.
+    """
+    pairs = folder / "pairs"
+    check_encoders(model, pairs)
+    if hints:
+        encode_hints(model, pairs)
+    rows = settled_rows(stage / ROWS, pairs, HINTS_DONE if hints else PAIRS_DONE)
+    if rows < recipe.data.pairs:
+        print(
+            f"{stage.name} learns from {rows} of {recipe.data.pairs} pairs, those that were encoded when it "
+            f"began; to take those that are by now, delete {stage / ROWS}",
+            file=sys.stderr,
+        )
 
 
 def mixture(recipe: Recipe) -> Mixture:
@@ -119,9 +175,11 @@ def mixture(recipe: Recipe) -> Mixture:
     return Mixture(sources, recipe.pairs, shape, PAIRS_SEED, recipe.denoising.drop)
 
 
+@on_main_process
 def write_checkpoint(recipe: Recipe, folder: Path) -> None:
     """Puts the parts together: `folder`/model.safetensors."""
-    write_model(folder / "model.safetensors", trained_model(recipe, folder))
+    dtype: torch.dtype = getattr(torch, recipe.checkpoint_dtype)
+    write_model(folder / "model.safetensors", trained_model(recipe, folder), dtype)
 
 
 def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
@@ -133,7 +191,7 @@ def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
     torch.manual_seed(0)
     model = AnyDoor(recipe.architecture)
     if recipe.start:
-        model.load_official_state_dict({k: v.float() for k, v in load_file(recipe.start).items()})
+        model.load_official_state_dict(read_start(recipe.start, recipe.architecture))
         return model.eval()
     open_control(model.control)
     improved = (folder / "decoder" / "mean.pt").exists()
@@ -158,7 +216,10 @@ def trained_model(recipe: Recipe, folder: Path) -> AnyDoor:
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = torch.load(folder / "mean.pt", map_location="cpu", weights_only=True)
+    path = folder / "mean.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no '{path}': run the stage '{folder.name}' first")
+    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 
 
@@ -174,24 +235,35 @@ STAGES: dict[str, Callable[[Recipe, Path], None]] = {
 }
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 0, or 2 if what it is given cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, help="a TOML file; see training/recipes and training/config.py")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only these; default: all in order")
     parser.add_argument("--folder", type=Path, help="default: runs/NAME of the recipe")
     parser.add_argument("--start", type=Path, help="an official .safetensors checkpoint to go on from")
     parser.add_argument("--threads", type=int, help="processor threads to use")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    recipe = read_recipe(arguments.recipe)
-    if arguments.start:
-        recipe = replace(recipe, start=str(arguments.start))
-    folder = arguments.folder or Path("runs") / arguments.recipe.stem
-    for stage in arguments.stage or STAGES:
-        STAGES[stage](recipe, folder)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        recipe = read_recipe(options.recipe)
+        if options.start:
+            recipe = replace(recipe, start=str(options.start))
+        if recipe.start:  # now, not after hours of drawing
+            check_start(recipe.start, recipe.architecture)
+        for stage in options.stage or STAGES:
+            STAGES[stage](recipe, options.folder or Path("runs") / options.recipe.stem)
+    except REFUSALS as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    part_processes()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tiny import TINY
 
+from training.data import view_store
 from training.data.encoded import ViewPairs, encode_pairs, rows_done
 from training.data.pairs import PairRules
 from training.data.view_store import ViewStore, draw_views
@@ -51,10 +52,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_rate_counts_what_follows_the_first_time() -> None:
+def test_a_rate_counts_what_follows_the_first_time(capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[int] = []
-    assert rate(lambda: calls.append(1), samples=5, seconds=0.0) > 0
+    assert rate(lambda: calls.append(1), samples=5, seconds=0.0, what="calls") > 0
     assert len(calls) == 3
+    assert "measuring calls" in capsys.readouterr().err
 
 
 def test_what_is_fed_is_what_the_loop_would_read() -> None:
@@ -65,7 +67,7 @@ def test_what_is_fed_is_what_the_loop_would_read() -> None:
             read.append(number)
             return {"x": np.zeros(2, np.float32)}
 
-    assert feed_rate(Counting(), LoopSettings(steps=1, batch=4), seconds=0.0) > 0
+    assert feed_rate(Counting(), LoopSettings(steps=1, batch=4), seconds=0.0, what="data") > 0
     assert read == list(range(12))
 
 
@@ -84,11 +86,19 @@ def test_rendered_pairs_are_drawn_and_timed(run: Path, capsys: pytest.CaptureFix
     assert main(arguments) == 0
     # 32 px each: reference, collage, mask and picture
     assert Image.open(sheet).size == (3 * 32, 4 * 32)
-    printed = capsys.readouterr().out
-    found = re.search(r"data: ([\d.]+) samples per second .*; loop: ([\d.]+) .*; ratio ([\d.]+)", printed)
-    assert found
-    fed, taken, ratio = map(float, found.groups())
-    assert ratio == pytest.approx(fed / taken, rel=0.1)
+    printed = capsys.readouterr()
+    assert "drawing pairs" in printed.err
+    sheet_line, *lines = printed.out.splitlines()
+    assert sheet_line == f"the sheet: {sheet}"
+    found = [re.search(r"^(.*): ([\d.]+) samples per second with", line) for line in lines]
+    rates = {line[1]: float(line[2]) for line in found if line}
+    made, read = "making pairs of stored views, once before", "reading encoded pairs while training"
+    assert list(rates) == ["the loop", made, read]
+    for line in lines[1:]:
+        times = re.search(r": ([\d.]+) .* ([\d.]+) times the loop$", line)
+        assert times
+        # both are rounded to a tenth
+        assert float(times[2]) == pytest.approx(float(times[1]) / rates["the loop"], rel=0.02, abs=0.06)
     assert {path.name: path.read_bytes() for path in (run / "pairs").iterdir()} == before
 
 
@@ -96,4 +106,39 @@ def test_a_folder_without_views_is_told(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(run / "tiny.toml"), str(tmp_path / "x.png"), "--folder", str(tmp_path)]) == 2
-    assert "scenes.npy" in capsys.readouterr().err
+    assert f"no views in {tmp_path / 'views'}: draw some with" in capsys.readouterr().err
+
+
+def test_a_recipe_alone_is_enough(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").symlink_to(run)
+    assert main([str(run / "tiny.toml"), "--seconds", "0"]) == 0
+    assert capsys.readouterr().out == "the sheet: build/pairs.png\n"
+    assert Image.open(tmp_path / "build/pairs.png").size == (12 * 32, 4 * 32)
+
+
+def test_pairs_of_data_sets_are_timed_as_they_are_made(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data/Imgs").mkdir(parents=True)
+    for name, size in (("one.jpg", 0), ("one.png", 255)):
+        canvas = np.zeros((40, 40), np.uint8)
+        canvas[10:30, 12:28] = size
+        Image.fromarray(canvas).save(tmp_path / "data/Imgs" / name)
+    source = f'\n[[sources]]\nname = "MSRA10K"\nroot = "{tmp_path / "data"}"\n'
+    (tmp_path / "sets.toml").write_text((run / "tiny.toml").read_text() + source)
+    arguments = [str(tmp_path / "sets.toml"), str(tmp_path / "new/sheet.png"), "--seconds", "0.01"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "making pairs while training: " in printed
+    assert "encoded" not in printed
+
+
+def test_views_that_are_there_already_are_not_drawn_for_another_number(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert view_store.main([str(run / "views"), "--objects", "5"]) == 2
+    assert "expected (5, 3, 160, 160, 4): give another folder" in capsys.readouterr().err

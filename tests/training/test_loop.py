@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import TINY, RandomPairs
-from torch import Tensor, nn
+from tiny import TINY, RandomPairs, open_zero_convolutions
+from torch import Tensor
 
 from training.architecture import LATENT_SCALE
 from training.autoencoder import normalise_latents
 from training.config import Recipe
+from training.curves import Curves
 from training.data.pairs import PairRules
 from training.diffusion import Denoising, DiffusionTask, noisy_latents
-from training.loop import LoopSettings, Numbers, train
+from training.loop import LoopSettings, Numbers, join_processes, save_atomically, train
 from training.model import AnyDoor, build_vae
 from training.preview import Preview
 
@@ -31,9 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def diffusion_task(rules: Denoising | None = None, pairs: Any = None) -> DiffusionTask:
     torch.manual_seed(0)
     model = AnyDoor(TINY)
-    # zero convolutions hide the control from the first step's gradient: open them
-    for convolution in (*model.control.controlnet_down_blocks, model.control.controlnet_mid_block):
-        nn.init.normal_(convolution.weight, std=0.02)
+    open_zero_convolutions(model)
     return DiffusionTask(model, pairs or RandomPairs(), rules or Denoising())
 
 
@@ -48,7 +48,7 @@ def weights(task: DiffusionTask) -> dict[str, Tensor]:
 def test_one_step_is_the_written_out_step(tmp_path: Path) -> None:
     """Noise by the closed formula, mean squared error, gradient clipping and AdamW, all by hand."""
     task, twin = diffusion_task(), diffusion_task()
-    train(task, settings(), tmp_path)
+    train(task, settings(log_every=1), tmp_path)
 
     samples = [RandomPairs()[number] for number in range(2)]
     batch = {k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in samples[0]}
@@ -65,7 +65,9 @@ def test_one_step_is_the_written_out_step(tmp_path: Path) -> None:
         down_block_additional_residuals=details[:-1],
         mid_block_additional_residual=details[-1],
     ).sample
-    ((estimate - batch["noise"]) ** 2).mean().backward()
+    loss = ((estimate - batch["noise"]) ** 2).mean()
+    loss.backward()
+    assert curves(tmp_path).Scalars("loss/loss")[0].value == pytest.approx(loss.item(), rel=1e-5)
     learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
     norm = torch.sqrt(sum((p.grad**2).sum() for p in learned.values()))  # type: ignore[arg-type]
     after = task.module.state_dict()
@@ -114,6 +116,53 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
 
 
+def test_a_run_that_is_killed_while_it_saves_leaves_no_old_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two files of the last checkpoint: what is to be used is made again, or there already."""
+    train(diffusion_task(), settings(steps=2, ema=0.9), tmp_path / "whole")
+
+    def killed(state: Any, path: Path) -> None:
+        save_atomically(state, path)
+        raise KeyboardInterrupt
+
+    train(diffusion_task(), settings(steps=1, ema=0.9), tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.save_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(diffusion_task(), settings(steps=2, ema=0.9), tmp_path / "killed")
+    train(diffusion_task(), settings(steps=2, ema=0.9), tmp_path / "killed")
+    states = [torch.load(tmp_path / f / "mean.pt", weights_only=True) for f in ("whole", "killed")]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+def test_the_scale_of_fp16_s_gradients_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a scaler on the CPU, where fp16 itself cannot be trained."""
+
+    def with_scaler(*arguments: Any) -> Accelerator:
+        accelerator = join_processes(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr("training.loop.join_processes", with_scaler)
+    train(diffusion_task(), settings(steps=3), tmp_path / "whole")
+    for steps in (1, 3):
+        train(diffusion_task(), settings(steps=steps), tmp_path / "parts")
+    states = [torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("whole", "parts")]
+    assert states[0]["scaler"]["scale"] == 16.0
+    assert states[0]["scaler"] == states[1]["scaler"]
+    assert all(torch.equal(states[0]["module"][n], states[1]["module"][n]) for n in states[0]["module"])
+
+
+def test_each_training_of_a_program_has_its_own_precision(tmp_path: Path) -> None:
+    seen = []
+    for precision in ("no", "bf16", "no"):
+        task = diffusion_task()
+        task.module.unet.conv_in.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+        train(task, settings(precision=precision), tmp_path / str(len(seen)))
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+
+
 def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
     large, small = diffusion_task(), diffusion_task()
     train(large, settings(batch=4), tmp_path / "large")
@@ -125,10 +174,55 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
 
 def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
     kept, again = diffusion_task(), diffusion_task(Denoising(checkpointing=True))
+    passes = [count_passes(task) for task in (kept, again)]
     train(kept, settings(), tmp_path / "kept")
     train(again, settings(), tmp_path / "again")
+    assert passes == [[1, 1], [2, 2]]  # forth, and again on the way back
     for name, value in weights(kept).items():
         torch.testing.assert_close(value, weights(again)[name])
+
+
+def test_columns_of_the_table_mean_what_its_header_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when a run goes on with other losses; its seconds go on, too."""
+    clock = iter(range(100, 1000, 100))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+
+    def rows(start: int, *steps: int, **losses: float) -> None:
+        run = Curves(tmp_path, start, samples_per_step=1, write=True)
+        run.add({name: torch.tensor(value) for name, value in losses.items()})
+        for step in steps:
+            run.row(step)
+        run.close()
+
+    rows(0, 1, 2, loss=0.5, noise=0.25)
+    rows(1, 3, loss=0.5, guide=4.0, noise=0.125)  # killed after step 2 was written, before its checkpoint was
+    expected = ["step,seconds,loss,noise,guide", "1,100,0.50000,0.25000,", "3,200,0.50000,0.12500,4.00000"]
+    assert (tmp_path / "log.csv").read_text().splitlines() == expected
+
+
+def test_a_table_that_an_earlier_version_mixed_up_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,seconds,loss\n10,7,0.5\n20,3,0.4,0.3\n")
+    run = Curves(tmp_path, 20, samples_per_step=1, write=True)
+    run.add({"loss": torch.tensor(0.25)})
+    run.row(30)
+    run.close()
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines[:3] == ["step,seconds,loss", "10,7,0.5", "20,3,0.4"]
+    assert lines[3].startswith("30,")
+
+
+def count_passes(task: DiffusionTask) -> list[int]:
+    """How often the first blocks of ControlNet and UNet decoder are computed, counted from now on."""
+    counts = [0, 0]
+
+    def count(part: int) -> None:
+        counts[part] += 1
+
+    for part, block in enumerate((task.module.control.down_blocks[0], task.module.unet.up_blocks[0])):
+        block.resnets[0].register_forward_pre_hook(lambda *_, part=part: count(part))
+    return counts
 
 
 def curves(folder: Path) -> EventAccumulator:

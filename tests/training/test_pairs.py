@@ -16,6 +16,7 @@ from training.data.pairs import (
     TimestepRule,
     UnfitPairError,
     augment_reference,
+    check_masks,
     largest_piece,
     make_pair,
     perturb_mask,
@@ -82,7 +83,57 @@ def test_bad_masks_are_refused(reference, target, text) -> None:  # type: ignore
 
 
 def test_clothes_may_fill_the_picture() -> None:
-    make_pair(shot(), shot(disc(radius=33.5)), "try-on", RULES, np.random.default_rng(0))
+    for either_side in (False, True):
+        make_pair(shot(), shot(disc(radius=33.5)), "try-on", RULES, np.random.default_rng(0), either_side)
+
+
+def rectangle(height: int, width: int) -> np.ndarray:  # type: ignore[type-arg]
+    """A mask of 100 x 100 with a rectangle in its middle."""
+    mask = np.zeros((100, 100), bool)
+    y, x = (100 - height) // 2, (100 - width) // 2
+    mask[y : y + height, x : x + width] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("reference", "target", "text"),
+    [
+        (rectangle(60, 6), rectangle(40, 40), "less than a tenth"),
+        (rectangle(6, 60), rectangle(40, 40), "less than a tenth"),
+        (rectangle(40, 40), rectangle(30, 100), "more than 80%"),
+        (rectangle(40, 40), rectangle(100, 30), "more than 80%"),
+        # 76 pixels, enlarged by 1.1, are 83
+        (rectangle(40, 40), rectangle(30, 76), "more than 80%"),
+    ],
+)
+def test_one_side_out_of_size_is_enough_where_either_counts(reference, target, text) -> None:  # type: ignore[no-untyped-def]
+    check_masks(reference, target, 0.8)
+    with pytest.raises(UnfitPairError, match=text):
+        check_masks(reference, target, 0.8, either_side=True)
+    with pytest.raises(UnfitPairError, match=text):
+        make_pair(shot(reference), shot(target), "video", RULES, np.random.default_rng(0), either_side=True)
+
+
+def test_sizes_are_measured_as_the_original_does() -> None:
+    """Of the reference the last row less the first, of the target the box enlarged by 1.1 and cut short."""
+    fit = rectangle(40, 40)
+    check_masks(rectangle(60, 11), fit, 0.8, either_side=True)
+    with pytest.raises(UnfitPairError):
+        check_masks(rectangle(60, 10), fit, 0.8, either_side=True)
+    check_masks(fit, rectangle(72, 72), 0.8, either_side=True)
+    with pytest.raises(UnfitPairError):
+        check_masks(fit, rectangle(76, 76), 0.8)
+    check_masks(rectangle(10, 10) | rectangle(12, 8), fit, 0.8)
+
+
+@pytest.mark.parametrize("which", ["reference", "target"])
+def test_a_picture_and_a_mask_of_different_size_are_refused(which: str) -> None:
+    shots = {"reference": shot(), "target": shot(seed=1)}
+    # as large, but lying on its side; and one that merely lacks a row
+    for cut in (np.s_[:, :40], np.s_[:-1]):
+        damaged = shots | {which: Shot(shots[which].image[cut], shots[which].mask)}
+        with pytest.raises(UnfitPairError, match=f"picture and mask of the {which}"):
+            make_pair(damaged["reference"], damaged["target"], "video", RULES, np.random.default_rng(0))
 
 
 def test_largest_piece() -> None:

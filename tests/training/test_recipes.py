@@ -49,6 +49,28 @@ def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
         ("[pairs]\nresolutoin = 3\n", r"\[pairs\] has no 'resolutoin'"),
         ("[diffusion]\nbatch = 3\n", r"\[diffusion\].*steps"),
         ("[pairs\n", "cannot read the recipe"),
+        (
+            '[architecture]\nprediction = "V"\n',
+            r'prediction of \[architecture\] is "V", expected "eps.* or "v"',
+        ),
+        ('[data]\nkind = "vidoe"\n', r'kind of \[data\] is "vidoe", expected "video" or'),
+        ('[pairs]\ntimesteps = "papre"\n', r'timesteps of \[pairs\] is "papre", expected "uniform" or'),
+        ('[hint]\nsteps = 1\nprecision = "bf-16"\n', r'is "bf-16", expected "no" or "bf16" or "fp16"'),
+        ("[hint]\nsteps = 1.5\n", r"steps of \[hint\] is 1.5, expected a whole number"),
+        ("[hint]\nsteps = true\n", "is true, expected a whole number"),
+        ("[denoising]\ncontrol = 1\n", "is 1, expected true or false"),
+        ('[pairs]\nflip = "0.5"\n', 'is "0.5", expected a number'),
+        ("[pairs]\ncrop_ratios = [1.0]\n", r"is \[1.0\], expected a list, 2 times a number"),
+        ('[architecture]\nunet_channels = [8, "9"]\n', 'is .8, "9".*, expected a list, a whole number'),
+        ("[architecture]\nunet_channels = 8\n", "is 8, expected a list"),
+        ("[data]\nkind = 1979-05-27\n", 'is "1979-05-27", expected "video"'),
+        ("hint = 3\n", r"hint is 3, expected a section \[hint\]"),
+        ("[[hint]]\nsteps = 1\n", r"expected a section \[hint\]"),
+        ("start = 3\n", "start of the recipe is 3, expected a text"),
+        ("strat = 'x'\n", "the recipe has no 'strat'"),
+        ('checkpoint_dtype = "fp16"\n', 'expected "float32" or "bfloat16" or "float16"'),
+        ("[sources]\nname = 3\n", r"sources are written \[\[sources\]\]"),
+        ("[[sources]]\nname = 3\nroot = 'x'\n", r"name of \[sources\] is 3, expected a text"),
         ('[[sources]]\nname = "Video"\nroot = "x"\n', "no data set is called 'Video'"),
         (
             '[denoising]\nattention_guide = 0.1\n[[sources]]\nname = "DUT"\nroot = "x"\n',
@@ -60,6 +82,21 @@ def test_a_slip_in_a_recipe_is_told(text: str, says: str, tmp_path: Path) -> Non
     path = tmp_path / "slip.toml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=says):
+        read_recipe(path)
+
+
+def test_whole_numbers_are_numbers_and_lists_may_be_of_any_length(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[pairs]\nflip = 0\ncrop_ratios = [1, 2]\n[architecture]\nunet_channels = [32, 64, 96]\n")
+    recipe = read_recipe(path)
+    assert (recipe.pairs.flip, recipe.pairs.crop_ratios) == (0.0, (1.0, 2.0))
+    assert recipe.architecture.unet_channels == (32, 64, 96)
+
+
+def test_a_recipe_that_is_no_text_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
         read_recipe(path)
 
 
@@ -111,6 +148,77 @@ def test_a_mixture_is_trained_on(tmp_path: Path) -> None:
     task = DiffusionTask(AnyDoor(TINY), pairs, Denoising())
     train(task, LoopSettings(steps=1, batch=2), tmp_path)
     assert (tmp_path / "mean.pt").exists()
+
+
+class Counted(TwoDiscs):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def pair(self, index: int, rng: np.random.Generator) -> tuple[Shot, Shot]:
+        self.asked += 1
+        return super().pair(index, rng)
+
+
+def test_data_sets_are_asked_as_often_as_they_weigh(tmp_path: Path) -> None:
+    """Chi-square with two degrees of freedom; 13.8 is its 99.9 % quantile."""
+    weights = np.array([6.0, 3.0, 1.0])
+    sources = [Counted(tmp_path) for _ in weights]
+    pairs = Mixture(list(zip(sources, weights, strict=True)), PairRules(resolution=8), (4, 1, 1))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        pairs.draw(rng)
+    asked = np.array([source.asked for source in sources])
+    expected = asked.sum() * weights / weights.sum()
+    assert asked.sum() >= 300
+    assert ((asked - expected) ** 2 / expected).sum() < 13.8
+
+
+def test_the_published_mix_is_the_released_code_s() -> None:
+    """Samples per epoch there: lengths of the data sets, those of videos, clothes and views taken twice."""
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == "anydoor"))
+    weights = {source.name: 1000 * source.weight for source in recipe.sources}
+    twice = {"YouTubeVOS": 40000, "YouTubeVIS": 40000, "UVO": 25000, "MOSE": 40000, "VIPSeg": 30000}
+    twice |= {"MVImgNet": 40000, "VitonHD": 20000, "FashionTryon": 5000}
+    salient = weights.pop("MSRA10K") + weights.pop("DUT") + weights.pop("HFlickr")
+    assert salient == pytest.approx(20000)
+    assert weights.pop("BURST") == weights["VIPSeg"]
+    assert weights == {name: 2 * length for name, length in twice.items()} | {"LVIS": 20000, "SAM": 20000}
+
+
+class Lopsided(TwoDiscs):
+    """The object is a bar from edge to edge; the released code takes the set for another kind."""
+
+    released_kind = "multi-view"
+
+    def pair(self, index: int, rng: np.random.Generator) -> tuple[Shot, Shot]:
+        mask = np.zeros((48, 48), bool)
+        mask[16:32] = True
+        return Shot(np.zeros((48, 48, 3), np.uint8), mask), Shot(np.zeros((48, 48, 3), np.uint8), mask)
+
+
+def test_a_data_set_s_own_rules_are_followed(tmp_path: Path) -> None:
+    source, rng = Lopsided(tmp_path), np.random.default_rng(0)
+    for rule, kind in (("paper", "video"), ("code", "multi-view")):
+        pairs = Mixture([(source, 1.0)], PairRules(resolution=8, timesteps=rule), (4, 1, 1))  # type: ignore[arg-type]
+        source.either_side = True
+        with pytest.raises(SourceError, match="more than 80% of its picture"):
+            pairs.draw(rng)
+        source.either_side = False
+        assert pairs.draw(rng).kind == kind
+
+
+def test_damaged_pairs_are_passed_over(tmp_path: Path) -> None:
+    """Of three pairs one has no mask, and one a picture that is not as large as its mask."""
+
+    class Damaged(TwoDiscs):
+        def pair(self, index: int, rng: np.random.Generator) -> tuple[Shot, Shot]:
+            reference, target = super().pair(index, rng)
+            return (Shot(reference.image[:40], reference.mask) if index == 1 else reference), target
+
+    pairs = Mixture([(Damaged(tmp_path), 1.0)], PairRules(resolution=8), (4, 1, 1))
+    for number in range(10):
+        assert pairs[number]["picture"].shape == (3, 8, 8)
 
 
 def test_a_hopeless_mixture_says_why(tmp_path: Path) -> None:

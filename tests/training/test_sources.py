@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from training.data.sources import SOURCES, Source, SourceError
-from training.data.sources.base import decode_segmentation
+from training.data.sources.base import decode_segmentation, read_labels, read_mask, read_picture
 from training.data.sources.videos import choose_frames
 
 HEIGHT, WIDTH = 24, 32
@@ -75,10 +75,10 @@ def youtube_vos(root: Path) -> None:
 
 def vipseg(root: Path) -> None:
     for frame in range(2):
-        picture(root / f"imgs/12_abc/{frame:08d}.jpg", frame)
+        picture(root / f"VIPSeg_720P/images/12_abc/{frame:08d}.jpg", frame)
         colours = np.zeros((HEIGHT, WIDTH, 3))
         colours[MASK] = (17, 2, 1)
-        labels(root / f"panomasksRGB/12_abc/{frame:08d}.png", colours)
+        labels(root / f"VIPSeg_720P/panomasksRGB/12_abc/{frame:08d}.png", colours)
 
 
 def tracks(root: Path, folder: str, annotations: str) -> None:
@@ -191,11 +191,78 @@ def test_another_folder_is_refused(name: str, tmp_path: Path) -> None:
         SOURCES[name](tmp_path)
 
 
-def test_a_file_of_another_structure_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train/JPEGImages").mkdir(parents=True)
-    write(tmp_path / "train/instances.json", {"images": []})
-    with pytest.raises(SourceError, match=r"instances\.json has another structure"):
+INDICES = {
+    "YouTubeVIS": "train/instances.json",
+    "UVO": "VideoDenseSet/UVO_video_train_dense.json",
+    "BURST": "annotations/train/train.json",
+    "LVIS": "lvis_v1_train.json",
+}
+
+
+@pytest.mark.parametrize(
+    "content", ['{"licenses": []}', "[1, 2]", '{"images": [{"id": 1}]}', '{"images"', "\x80"]
+)
+@pytest.mark.parametrize("name", INDICES)
+def test_a_file_of_another_structure_is_refused(name: str, content: str, tmp_path: Path) -> None:
+    MINIATURES[name](tmp_path)
+    (tmp_path / INDICES[name]).write_bytes(content.encode("latin-1"))
+    with pytest.raises(SourceError, match=rf"^{name}: .*\.json is damaged or has another structure"):
+        SOURCES[name](tmp_path)
+
+
+def test_a_track_with_more_masks_than_frames_is_refused(tmp_path: Path) -> None:
+    tracks(tmp_path, "train/JPEGImages", "train/instances.json")
+    path = tmp_path / "train/instances.json"
+    content = json.loads(path.read_text())
+    content["videos"][0]["file_names"].pop()
+    write(path, content)
+    with pytest.raises(SourceError, match="3 masks for 2 frames"):
         SOURCES["YouTubeVIS"](tmp_path)
+
+
+@pytest.mark.parametrize("name", ["MVImgNet", "SAM", "FashionTryon", "LVIS", "YouTubeVIS"])
+def test_what_takes_long_to_open_says_so(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MINIATURES[name](tmp_path)
+    SOURCES[name](tmp_path)
+    assert f"{name}: " in capsys.readouterr().err
+
+
+def test_filters_and_timesteps_are_the_released_code_s() -> None:
+    """As `check_region_size` of each data set there does it; BURST is not there."""
+    both = {name for name, source in SOURCES.items() if not source.either_side}
+    assert both == {"YouTubeVOS", "YouTubeVIS", "UVO", "MVImgNet", "VitonHD", "FashionTryon"}
+    videos = {name for name, source in SOURCES.items() if source.kind == "video"}
+    assert videos == {"YouTubeVOS", "YouTubeVIS", "UVO", "MOSE", "VIPSeg", "BURST"}
+    assert {name: source.released_kind for name, source in SOURCES.items() if source.released_kind} == {
+        "MOSE": "multi-view"
+    }
+
+
+def test_damaged_files_are_told(tmp_path: Path) -> None:
+    sam(tmp_path)
+    source, rng = SOURCES["SAM"](tmp_path), np.random.default_rng(0)
+    index = tmp_path / "sa_000000/sa_7.json"
+    for content in (
+        index.read_bytes()[:-30],
+        b"[]",
+        b'{"image": {"height": "a", "width": 2}, "annotations": [{}]}',
+    ):
+        index.write_bytes(content)
+        with pytest.raises(SourceError, match=r"sa_7\.json is damaged"):
+            source.pair(0, rng)
+
+
+def test_damaged_pictures_are_told(tmp_path: Path) -> None:
+    labels(tmp_path / "ok.png", MASK)
+    (tmp_path / "short.png").write_bytes((tmp_path / "ok.png").read_bytes()[:-30])
+    Image.fromarray(np.zeros((4, 4, 2), np.uint8), "LA").save(tmp_path / "two_channels.png")
+    for read in (read_picture, read_labels, read_mask):
+        with pytest.raises((SourceError, OSError)):
+            read(tmp_path / "short.png")
+    with pytest.raises(SourceError, match=r"two_channels\.png is damaged"):
+        read_labels(tmp_path / "two_channels.png")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -209,6 +276,30 @@ def test_compressed_run_lengths(seed: int) -> None:
 def test_run_lengths_that_do_not_cover_the_picture_are_refused() -> None:
     with pytest.raises(SourceError, match="cover 5 pixels"):
         decode_segmentation({"size": [3, 3], "counts": [2, 3]}, (3, 3))
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": [3, 3], "counts": [12, -3]},  # negative, though they sum up
+        {"size": [3, 3], "counts": [10**30]},  # far more than fits into memory
+        {"size": [3, 3], "counts": []},
+        {"size": [3, 3], "counts": [4.5, 4.5]},
+        {"size": [3, 3], "counts": "Q"},  # says that more follows
+        {"size": [3, 3], "counts": None},
+        {"size": [3], "counts": [9]},
+        {"counts": [9]},
+        [[1, 1, 2, 2, 1]],
+        [[1, 1]],
+        [["a", "b", "c", "d", "e", "f"]],
+        [3],
+        None,
+    ],
+    ids=str,
+)
+def test_damaged_segmentations_are_told(segmentation: Any) -> None:
+    with pytest.raises(SourceError):
+        decode_segmentation(segmentation, (3, 3))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 40])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from training.data.synthetic import (
     Pose,
@@ -15,10 +18,11 @@ from training.data.synthetic import (
     render_background,
     render_cutout,
 )
+from training.data.synthetic.__main__ import draw_sheet, main
 from training.data.synthetic.catalogue import CATALOGUE
 from training.data.synthetic.rendering import Body, pixel_grid
 from training.data.synthetic.shapes import box, carve, cylinder, ellipsoid, sphere, torus
-from training.data.synthetic.views import empty_scene, reference_view, scene_view
+from training.data.synthetic.views import reference_view, scene_view
 
 SIZE = (64, 48)
 
@@ -124,12 +128,6 @@ def test_a_cutout_has_straight_alpha() -> None:
     assert picture[edge][:, :3].mean() > 0.5 * picture[picture[..., 3] == 255][:, :3].mean()
 
 
-def test_the_empty_scene_is_the_view_without_the_object() -> None:
-    view, empty = scene_view(8, 0, 64), empty_scene(8, 0, 64)
-    assert np.array_equal(view.image[:3], empty[:3]) or view.mask[:8].any()
-    assert not np.array_equal(view.image[view.mask > 128], empty[view.mask > 128])
-
-
 def test_views_of_an_object_look_alike() -> None:
     """The mean colour of the object is nearer to that of its other view than to most other objects'."""
 
@@ -140,3 +138,26 @@ def test_views_of_an_object_look_alike() -> None:
     first, second = (np.stack([colour(seed, n) for seed in range(12)]) for n in range(2))
     ranks = np.argsort(np.linalg.norm(first[:, None] - second[None], axis=2), axis=1)
     assert np.mean([seed in ranks[seed, :2] for seed in range(12)]) > 0.7
+
+
+def test_a_command_without_a_task_prints_its_help(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 2
+    help_text = capsys.readouterr().err
+    assert "--sheet FILE" in help_text
+    assert "\n    python -m training.data.synthetic --sheet build/sheet.png\n" in help_text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sheet_goes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_sheet(tmp_path / "new" / "sheet.png", first=3, rows=1, side=16)
+    assert Image.open(tmp_path / "new" / "sheet.png").size == (5 * 16, 16)
+    assert "drawing objects" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["--examples", str(tmp_path / "file" / "x")]) == 2
+    assert capsys.readouterr().err.startswith("synthetic: ")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--sheet", str(tmp_path / "x.png"), "--first", "-1"])
+    assert "seeds start at 0" in capsys.readouterr().err

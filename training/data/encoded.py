@@ -4,13 +4,15 @@ A folder of arrays that are mapped, not read: `hints.npy` (N, 4, R, R) uint8 (se
 (N, T, D) float16 of DINOv2, `moments.npy` (N, 2, C, h, w) float16 (mean and standard deviation of the scaled
 latents), `single.npy` (N,) bool (whether both pictures of a pair are one), `black.npy` (T, D), the features
 of a black reference, and, where the hint block does not learn, `hint_features.npy` (N, 256, h, w) float16.
-`done.txt` tells how many rows are written, so that encoding can be interrupted, resumed, and trained on while
-it goes on.
+`done.txt` and `hints_done.txt` tell how many rows are written, so that encoding can be interrupted and
+resumed, `done.sha256` and `hints_done.sha256` which weights made them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -40,6 +43,10 @@ from training.model import AnyDoor
 
 PACKED_INSIDE = 255
 PAIRS_DONE, HINTS_DONE = "done.txt", "hints_done.txt"
+
+
+class EncodedError(ValueError):
+    """A folder of encoded pairs cannot be used; the text says what to do about it."""
 
 
 def pair_of_views(
@@ -109,8 +116,14 @@ def encode_pairs(
         count: of pairs.
         batch: pairs that are encoded at once.
         workers: processes that make pairs while others are encoded; 0 makes them in turn.
+
+    Raises:
+        EncodedError: the folder holds pairs of another shape, or what other weights made of them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_encoders(model, folder)
+    done = rows_done(folder)
+    if done >= count:
+        return
     black = dino_features(model.id_encoder, torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE))
     np.save(folder / "black.npy", black[0].numpy().astype(np.float16))
     size = pairs.rules.resolution
@@ -123,7 +136,6 @@ def encode_pairs(
         "moments": _open_rows(folder / "moments.npy", np.float16, (count, 2, channels, latent, latent)),
         "single": _open_rows(folder / "single.npy", np.bool_, (count,)),
     }
-    done = rows_done(folder)
     loader = DataLoader(pairs, batch, sampler=range(done, count), num_workers=workers)
     with tqdm(total=count, initial=done, unit="pair") as bar:
         for made in loader:
@@ -136,21 +148,30 @@ def encode_pairs(
             arrays["single"][rows] = made["single"]
             bar.update(len(moments))
             done += len(moments)
-            _say_done(folder / PAIRS_DONE, done)
+            _write(folder / PAIRS_DONE, str(done))
 
 
 @torch.no_grad()
 def encode_hints(model: AnyDoor, folder: Path, batch: int = 32) -> None:
-    """Takes the hints that `encode_pairs` wrote through the hint block, once; goes on where it stopped."""
-    hints, count = np.load(folder / "hints.npy", mmap_mode="r"), rows_done(folder)
+    """Takes the hints that `encode_pairs` wrote through the hint block, once; goes on where it stopped.
+
+    Raises:
+        EncodedError: the folder holds what another hint block made of them.
+    """
+    block = model.control.controlnet_cond_embedding
+    _hold_to_weights(folder / HINTS_DONE, [block.conv_in, block.blocks], "the hint block")
+    done, count = rows_done(folder, HINTS_DONE), rows_done(folder)
+    if done >= count:
+        return
+    hints = np.load(folder / "hints.npy", mmap_mode="r")
     side = hints.shape[-1] // model.architecture.latent_factor
     shape = (len(hints), HINT_CHANNELS[-1], side, side)
     features = _open_rows(folder / "hint_features.npy", np.float16, shape)
-    for start in tqdm(range(rows_done(folder, HINTS_DONE), count, batch), unit="batch"):
+    for start in tqdm(range(done, count, batch), unit="batch"):
         rows = slice(start, min(start + batch, count))
         unpacked = torch.from_numpy(np.stack([unpack_hint(hint) for hint in hints[rows]]))
         features[rows] = model.control.hint_features(unpacked).numpy()
-        _say_done(folder / HINTS_DONE, rows.stop)
+        _write(folder / HINTS_DONE, str(rows.stop))
 
 
 def rows_done(folder: Path, name: str = PAIRS_DONE) -> int:
@@ -158,9 +179,66 @@ def rows_done(folder: Path, name: str = PAIRS_DONE) -> int:
     return int((folder / name).read_text()) if (folder / name).exists() else 0
 
 
-def _say_done(path: Path, rows: int) -> None:
-    beside = path.with_suffix(".part")  # never to be seen half written
-    beside.write_text(str(rows))
+def check_encoders(model: AnyDoor, folder: Path) -> None:
+    """Notes which weights encode the pairs of a folder. A folder that does not say so yet is taken as it is.
+
+    Raises:
+        EncodedError: others did.
+    """
+    # the layer behind the encoder holds units that are measured anew each time (see `normalise_latents`), and
+    # the last bits of a sum depend on the number of threads
+    parts = [model.vae.encoder, model.id_encoder.dino]
+    _hold_to_weights(folder / PAIRS_DONE, parts, "the autoencoder or the ID encoder")
+
+
+def _hold_to_weights(done: Path, parts: Sequence[nn.Module], name: str) -> None:
+    """Lets the rows that a file counts be of these weights only."""
+    note, weights = done.with_suffix(".sha256"), _hash(parts)
+    if rows_done(done.parent, done.name) and note.exists() and note.read_text() != weights:
+        raise EncodedError(
+            f"'{done.parent}' was encoded with other weights of {name}: delete '{done}' to encode it again, "
+            "or give another --folder"
+        )
+    _write(note, weights)
+
+
+def _hash(parts: Sequence[nn.Module]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, tensor in part.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def settled_rows(path: Path, folder: Path, name: str = PAIRS_DONE) -> int:
+    """How many rows of a folder a training draws from: those that were there when it began.
+
+    With more, the sample of a number would become another one.
+
+    Args:
+        path: keeps the number; is written when it is not there.
+        folder: of encoded pairs.
+        name: the file that counts their rows.
+
+    Raises:
+        EncodedError: there are none, or fewer than there were.
+    """
+    done = rows_done(folder, name)
+    rows = int(path.read_text()) if path.exists() else done
+    if not 0 < rows <= done:
+        wanted = f"{rows}, as when this training began" if rows else "some to learn from"
+        raise EncodedError(
+            f"'{folder}' holds {done} encoded pairs, expected {wanted}: run the stage 'encode'"
+        )
+    _write(path, str(rows))
+    return rows
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.part")  # never to be seen half written
+    beside.write_text(text)
     beside.replace(path)
 
 
@@ -170,7 +248,7 @@ def _open_rows(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> N
         return open_memmap(path, "w+", dtype, shape)
     array: NDArray[Any] = open_memmap(path, "r+")
     if array.shape != shape:
-        raise ValueError(f"{path} has the shape {array.shape}, expected {shape}: give another folder")
+        raise EncodedError(f"'{path}' has the shape {array.shape}, expected {shape}: give another --folder")
     return array
 
 
@@ -189,6 +267,9 @@ class EncodedPairs:
     """Whether hints come as what the hint block makes of them."""
     places: bool = False
     """Whether `training.attention_guide.matching_places` come along; unknown ones for black references."""
+    rows: int = 0
+    """How many rows to draw from, the first ones; 0 for all that are written when the folder is opened. Item
+    n is a function of n as long as this number stays (see `settled_rows`)."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -200,9 +281,8 @@ class EncodedPairs:
             *["hint_features"] * self.hint_features,
         ):
             object.__setattr__(self, f"_{name}", np.load(self.folder / f"{name}.npy", mmap_mode="r"))
-        object.__setattr__(
-            self, "_count", rows_done(self.folder, HINTS_DONE if self.hint_features else PAIRS_DONE)
-        )
+        written = rows_done(self.folder, HINTS_DONE if self.hint_features else PAIRS_DONE)
+        object.__setattr__(self, "_count", self.rows or written)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Latents and noise (C, h, w), timestep, features (T, D), hint (4, R, R) or its features."""

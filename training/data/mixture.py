@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from training.data.pairs import Pair, PairRules, UnfitPairError, as_sample, make_pair
+from training.data.pairs import Kind, Pair, PairRules, UnfitPairError, as_sample, make_pair
 from training.data.sources import Source, SourceError
 
 ATTEMPTS = 100  # unfit pairs in a row that are still bad luck
@@ -37,14 +37,23 @@ class Mixture:
         return sample
 
     def draw(self, rng: np.random.Generator) -> Pair:
-        """The first fit pair among randomly chosen ones; damaged files and bad masks are passed over."""
+        """The first fit pair among randomly chosen ones; damaged files and bad masks are passed over.
+
+        Raises:
+            SourceError: there was none in many attempts; says what was wrong with the last.
+        """
         weights = np.array([weight for _, weight in self.sources])
         problem: Exception | None = None
         for _ in range(ATTEMPTS):
             source, _weight = self.sources[int(rng.choice(len(weights), p=weights / weights.sum()))]
             try:
                 reference, target = source.pair(int(rng.integers(len(source))), rng)
-                return make_pair(reference, target, source.kind, self.rules, rng)
+                return make_pair(reference, target, self.kind_of(source), self.rules, rng, source.either_side)
             except (UnfitPairError, SourceError, OSError) as error:
                 problem = error
         raise SourceError(f"no fit pair in {ATTEMPTS} attempts; the last one: {problem}") from problem
+
+    def kind_of(self, source: Source) -> Kind:
+        """What a data set passes for: the paper's type, or the released code's where its rule is followed."""
+        released = source.released_kind if self.rules.timesteps == "code" else None
+        return released or source.kind

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from runtime.boxes import Box, box_in_box, mask_extent
+from runtime.boxes import Box, box_in_box, expand, mask_extent
 from runtime.collage import MODES, Geometry, Ratios, collage, crop_scene, zoom_in
 from runtime.noise_schedule import TRAIN_TIMESTEPS
 from runtime.reference import prepare_reference
@@ -67,13 +67,27 @@ class UnfitPairError(ValueError):
     """The masks are not worth learning from; the text says why. Take another pair."""
 
 
-def make_pair(reference: Shot, target: Shot, kind: Kind, rules: PairRules, rng: Generator) -> Pair:
+def make_pair(
+    reference: Shot, target: Shot, kind: Kind, rules: PairRules, rng: Generator, either_side: bool = False
+) -> Pair:
     """Makes a training sample of two pictures of one object.
 
+    Args:
+        reference, target: the two pictures, of any size.
+        kind: decides over the timestep and over how large the target may be.
+        rules: how pairs are made.
+        rng: source of randomness.
+        either_side: how strict the filter of sizes is, see `check_masks`.
+
     Raises:
-        UnfitPairError: a mask is too small, too large or in pieces.
+        UnfitPairError: a mask is too small, too large, in pieces or of another size than its picture.
     """
-    check_masks(reference.mask, target.mask, largest_box=1.0 if kind == "try-on" else 0.8)
+    for name, shot in (("reference", reference), ("target", target)):
+        if shot.image.shape[:2] != shot.mask.shape:
+            sizes = f"{shot.image.shape[:2]} and {shot.mask.shape}"
+            raise UnfitPairError(f"picture and mask of the {name} are not of one (height, width): {sizes}")
+    largest_box = 1.0 if kind == "try-on" else 0.8
+    check_masks(reference.mask, target.mask, largest_box, either_side)
     if rng.random() < rules.mirror:
         reference, target = (Shot(shot.image[:, ::-1], shot.mask[:, ::-1]) for shot in (reference, target))
     ratios = Ratios(_tenths(rules.reference_ratios, rng), rules.box_ratio, _tenths(rules.crop_ratios, rng))
@@ -96,29 +110,38 @@ def _tenths(limits: tuple[float, float], rng: Generator) -> float:
     return int(rng.integers(round(limits[0] * 10), round(limits[1] * 10) + 1)) / 10
 
 
-def check_masks(reference: Mask, target: Mask, largest_box: float) -> None:
-    """The original's filters: whole objects of reasonable size (datasets/base.py).
+def check_masks(reference: Mask, target: Mask, largest_box: float, either_side: bool = False) -> None:
+    """The filters of the released code (datasets/base.py): whole objects of reasonable size.
+
+    Ours is that the target has to be in one piece, too.
 
     Args:
         reference, target: (H, W) each.
-        largest_box: how much of the picture's sides the target's box may take, both at once.
+        largest_box: how much of the picture's sides the target's box, enlarged by 1.1, may take.
+        either_side: whether one side that is too short or too long is enough to refuse a pair. Otherwise both
+            have to be: a pencil may be thin and a table may go from edge to edge.
+
+    Raises:
+        UnfitPairError: and why.
     """
     for name, mask in (("reference", reference), ("target", target)):
         share = float(mask.mean())
-        if not 0.01 < share < 0.64:
+        if not 0.01 <= share <= 0.64:
             raise UnfitPairError(f"the {name}'s mask covers {share:.1%} of the picture, not 1% to 64%")
         if largest_piece(mask) < 0.9:
             raise UnfitPairError(f"the {name}'s mask is in pieces")
-    if max(_sides(reference)) < 0.1:
+    out_of_size = any if either_side else all
+    if out_of_size(side < 0.1 for side in _sides(mask_extent(reference), reference)):
         raise UnfitPairError("the reference is less than a tenth of its picture")
-    if min(_sides(target)) > largest_box:
+    height, width = target.shape
+    box = expand(mask_extent(target), Ratios().box, (width, height))
+    if out_of_size(side > largest_box for side in _sides(box, target)):
         raise UnfitPairError(f"the target takes more than {largest_box:.0%} of its picture")
 
 
-def _sides(mask: Mask) -> tuple[float, float]:
-    """Width and height of a mask's box as parts of the picture's."""
-    box = mask_extent(mask)
-    return (box.width + 1) / mask.shape[1], (box.height + 1) / mask.shape[0]
+def _sides(box: Box, mask: Mask) -> tuple[float, float]:
+    """Width and height of a box as parts of the picture's."""
+    return box.width / mask.shape[1], box.height / mask.shape[0]
 
 
 def largest_piece(mask: Mask) -> float:

@@ -3,11 +3,17 @@
 A folder with two arrays that are mapped, not read: `scenes.npy` (N, V, S, S, 4) and `references.npy`
 (N, R, S, S, 4), both uint8, RGB and the object's mask; row n is the object of seed n. `done.txt` tells how
 many rows are written, so that drawing can be interrupted, resumed, and read while it goes on.
+
+examples:
+    python -m training.data.view_store build/views --objects 100
+    python -m training.data.view_store build/views --objects 5000 --workers 8
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -18,16 +24,29 @@ from tqdm import tqdm
 from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
 
 SCENES, REFERENCES = 3, 2  # views per object
+DONE = "done.txt"
+
+
+class StoreError(ValueError):
+    """A folder of views cannot be used; the text says why."""
 
 
 class ViewStore:
-    """The arrays of a folder."""
+    """The arrays of a folder.
+
+    Raises:
+        StoreError: nothing is drawn yet.
+    """
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / DONE).exists():
+            raise StoreError(
+                f"no views in {folder}: draw some with python -m training.data.view_store {folder}"
+            )
         self.folder = folder
         self.scenes: NDArray[np.uint8] = np.load(folder / "scenes.npy", mmap_mode="r")
         self.references: NDArray[np.uint8] = np.load(folder / "references.npy", mmap_mode="r")
-        self.count = int((folder / "done.txt").read_text())
+        self.count = int((folder / DONE).read_text())
 
     def __len__(self) -> int:
         """How many objects were drawn when the folder was opened."""
@@ -55,7 +74,16 @@ def draw_object(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def draw_views(folder: Path, count: int, workers: int = 1) -> None:
-    """Draws the views of the objects 0..count-1, or those that an earlier call left undone."""
+    """Draws the views of the objects 0..count-1, or those that an earlier call left undone.
+
+    Args:
+        folder: is made if it is not there.
+        count: of objects.
+        workers: processes.
+
+    Raises:
+        StoreError: the folder was made for another number of objects.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     arrays = []
     for name, views in (("scenes", SCENES), ("references", REFERENCES)):
@@ -65,10 +93,10 @@ def draw_views(folder: Path, count: int, workers: int = 1) -> None:
         else:
             arrays.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape))
         if arrays[-1].shape != shape:
-            raise ValueError(
+            raise StoreError(
                 f"{path} has the shape {arrays[-1].shape}, expected {shape}: give another folder"
             )
-    done = folder / "done.txt"
+    done = folder / DONE
     start = int(done.read_text()) if done.exists() else 0
     with ProcessPoolExecutor(workers) as pool:
         drawn = pool.map(draw_object, range(start, count), chunksize=4)
@@ -79,10 +107,26 @@ def draw_views(folder: Path, count: int, workers: int = 1) -> None:
             beside.replace(done)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 0, or 2 if the folder cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.data.view_store",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="where the arrays are, or shall be")
+    parser.add_argument("--objects", type=int, default=4000, help="rows of the arrays; default: 4000")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw; default: 1")
+    options = parser.parse_args(arguments)
+    if options.objects < 1 or options.workers < 1:
+        parser.error("--objects and --workers are at least 1")
+    try:
+        draw_views(options.folder, options.objects, options.workers)
+    except (OSError, StoreError) as error:
+        print(f"view_store: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=draw_views.__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--objects", type=int, default=4000)
-    parser.add_argument("--workers", type=int, default=1)
-    arguments = parser.parse_args()
-    draw_views(arguments.folder, arguments.objects, arguments.workers)
+    sys.exit(main())

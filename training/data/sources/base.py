@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,35 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from training.data.pairs import Kind, Mask, Picture, Shot
 
+_DAMAGE = (  # what JSON, NumPy and Pillow raise on content that makes no sense; OSError says enough by itself
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
 
 class SourceError(ValueError):
-    """A folder is not the data set that it should be; the text says what is missing."""
+    """A folder or a file is not what it should be in its data set; the text says why."""
 
 
 class Source(ABC):
-    """A data set on disk. `kind` is the paper's type of data, which decides over timesteps and filters."""
+    """A data set on disk. `kind` is the paper's type of data, which decides over the timesteps."""
 
     kind: Kind
+    released_kind: Kind | None = None
+    """What the released code takes the set for when it draws timesteps, where that is another type."""
+    either_side: bool = True
+    """How the released code filters this set by size, see `training.data.pairs.check_masks`."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
@@ -33,7 +53,11 @@ class Source(ABC):
 
     @abstractmethod
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """A reference and a target of one object; the masks may still prove unfit in `make_pair`."""
+        """A reference and a target of one object; the masks may still prove unfit in `make_pair`.
+
+        Raises:
+            SourceError, OSError: a file is missing or damaged, or shows no object.
+        """
 
     def existing(self, *parts: str) -> Path:
         """A file or folder under the root that has to be there."""
@@ -47,25 +71,47 @@ class Source(ABC):
         if not found:
             raise SourceError(f"{type(self).__name__}: no {what} under {self.root}")
 
+    def search(self, paths: Iterable[Path], unit: str) -> Iterator[Path]:
+        """The paths as they are found; counted on the terminal, because trees of millions take minutes."""
+        return iter(
+            tqdm(paths, f"{type(self).__name__}: searching {self.root}", unit=f" {unit}", leave=False)
+        )
+
+    def read_index(self, path: Path) -> Any:
+        """The JSON file that lists a whole set; says so on the terminal, because gigabytes take a while."""
+        with tqdm(desc=f"{type(self).__name__}: reading {path}", bar_format="{desc}", leave=False):
+            return json.loads(path.read_bytes())
+
+
+@contextmanager
+def decoding(what: object) -> Iterator[None]:
+    """Whatever is raised inside about content that makes no sense becomes a `SourceError` about `what`."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except _DAMAGE as error:
+        raise SourceError(f"{what} is damaged or has another structure: {error!r}") from error
+
 
 def read_picture(path: Path) -> Picture:
     """A picture as uint8 (H, W, 3) RGB."""
-    with Image.open(path) as image:
+    with decoding(path), Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def read_labels(path: Path) -> NDArray[np.int64]:
     """A label map (H, W): palette or grey values as they are, colours as R + 256 G + 65536 B."""
-    with Image.open(path) as image:
+    with decoding(path), Image.open(path) as image:
         values = np.asarray(image).astype(np.int64)
-    return values if values.ndim == 2 else values[..., :3] @ np.array([1, 256, 65536])
+        return values if values.ndim == 2 else values[..., :3] @ np.array([1, 256, 65536])
 
 
 def read_mask(path: Path) -> Mask:
     """A black and white picture as (H, W) bool."""
-    with Image.open(path) as image:
+    with decoding(path), Image.open(path) as image:
         mask: Mask = np.asarray(image.convert("L")) > 128
-    return mask
+        return mask
 
 
 def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> Mask:
@@ -77,24 +123,29 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> Mask:
 
     Returns:
         (H, W) bool.
+
+    Raises:
+        SourceError: it is neither, or run lengths do not cover their picture.
     """
-    if isinstance(segmentation, Mapping):
-        return _decode_runs(segmentation)
-    canvas = Image.new("1", (size[1], size[0]))
-    draw = ImageDraw.Draw(canvas)
-    for polygon in segmentation:
-        draw.polygon([(x, y) for x, y in zip(polygon[::2], polygon[1::2], strict=True)], fill=1)
-    return np.asarray(canvas)
+    with decoding("a segmentation"):
+        if isinstance(segmentation, Mapping):
+            return _decode_runs(segmentation)
+        canvas = Image.new("1", (size[1], size[0]))
+        draw = ImageDraw.Draw(canvas)
+        for polygon in segmentation:
+            draw.polygon([(x, y) for x, y in zip(polygon[::2], polygon[1::2], strict=True)], fill=1)
+        return np.asarray(canvas)
 
 
 def _decode_runs(segmentation: Mapping[str, Any]) -> Mask:
     height, width = segmentation["size"]
     counts = segmentation["counts"]
     runs = _uncompress(counts) if isinstance(counts, str) else list(counts)
+    # before anything is made of them: damaged lengths may be of any size
+    if min(runs) < 0 or sum(runs) != height * width:
+        raise SourceError(f"run lengths cover {sum(runs)} pixels, the picture has {height * width}")
     values = np.arange(len(runs)) % 2 == 1  # background first
     flat: Mask = np.repeat(values, runs)
-    if len(flat) != height * width:
-        raise SourceError(f"run lengths cover {len(flat)} pixels, the picture has {height * width}")
     mask: Mask = flat.reshape(width, height).T
     return mask
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -18,6 +19,7 @@ from training.data.sources.base import (
     Source,
     SourceError,
     decode_segmentation,
+    decoding,
     read_labels,
     read_mask,
     read_picture,
@@ -84,13 +86,15 @@ class LVIS(Source):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self._images = self.existing("train2017")
-        content = json.loads(self.existing("lvis_v1_train.json").read_text())
-        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-        self.objects: dict[int, list[list[list[float]]]] = defaultdict(list)
-        for annotation in content["annotations"]:
-            height, width = sizes[annotation["image_id"]]
-            if annotation["area"] > LEAST_AREA * height * width:
-                self.objects[annotation["image_id"]].append(annotation["segmentation"])
+        path = self.existing("lvis_v1_train.json")
+        self.objects: dict[int, list[Any]] = defaultdict(list)
+        with decoding(f"{type(self).__name__}: {path}"):
+            content = self.read_index(path)
+            sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+            for annotation in content["annotations"]:
+                height, width = sizes[annotation["image_id"]]
+                if annotation["area"] > LEAST_AREA * height * width:
+                    self.objects[annotation["image_id"]].append(annotation["segmentation"])
         self.numbers = sorted(self.objects)
         self.not_empty(self.numbers, "object of any size")
 
@@ -113,7 +117,7 @@ class SAM(Source):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.files = sorted(self.root.glob("**/sa_*.json"))
+        self.files = sorted(self.search(self.root.glob("**/sa_*.json"), "file"))
         self.not_empty(self.files, "sa_NUMBER.json")
 
     def __len__(self) -> int:
@@ -121,13 +125,15 @@ class SAM(Source):
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
         """One of the image's larger masks."""
-        content = json.loads(self.files[index].read_text())
-        least = LEAST_AREA * content["image"]["height"] * content["image"]["width"]
-        large = [a["segmentation"] for a in content["annotations"] if a["area"] > least]
+        file = self.files[index]
+        with decoding(file):
+            content = json.loads(file.read_bytes())
+            least = LEAST_AREA * content["image"]["height"] * content["image"]["width"]
+            large = [a["segmentation"] for a in content["annotations"] if a["area"] > least]
         if not large:
-            raise SourceError(f"{self.files[index]} has no mask of more than {LEAST_AREA:.0%} of the image")
+            raise SourceError(f"{file} has no mask of more than {LEAST_AREA:.0%} of the image")
         mask = decode_segmentation(large[int(rng.integers(len(large)))], (0, 0))
-        shot = Shot(read_picture(self.files[index].with_suffix(".jpg")), mask)
+        shot = Shot(read_picture(file.with_suffix(".jpg")), mask)
         return shot, shot
 
 
@@ -135,11 +141,12 @@ class MVImgNet(Source):
     """MVImgNet: CLASS/OBJECT/images/001.jpg, masks in mask/CLASS/OBJECT/001.jpg.png."""
 
     kind = "multi-view"
+    either_side = False
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        masks = self.existing("mask")
-        self.objects = sorted(path for path in masks.glob("*/*") if len(list(path.glob("*.jpg.png"))) > 1)
+        folders = self.search(self.existing("mask").glob("*/*"), "object")
+        self.objects = sorted(path for path in folders if len(list(path.glob("*.jpg.png"))) > 1)
         self.not_empty(self.objects, "object with two masks")
 
     def __len__(self) -> int:
@@ -160,6 +167,7 @@ class VitonHD(Source):
     """VITON-HD: train/cloth, train/cloth-mask, train/image and the person's parts in train/image-parse-v3."""
 
     kind = "try-on"
+    either_side = False
     UPPER_CLOTHES = 5
 
     def __init__(self, root: Path) -> None:
@@ -187,13 +195,14 @@ class FashionTryon(Source):
     """FashionTryOn: train/GARMENT/target.jpg and mask.jpg, persons as POSE.jpg with POSE/segment.png."""
 
     kind = "try-on"
+    either_side = False
     CLOTHES = 7
     RIM = 3
     """Pixels at the border of the clothes that the label maps give to them and the pictures do not."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        segments = self.existing("train").glob("*/*/segment.png")
+        segments = self.search(self.existing("train").glob("*/*/segment.png"), "person")
         self.poses: dict[Path, list[Path]] = defaultdict(list)
         for segment in sorted(segments):
             self.poses[segment.parents[1]].append(segment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,14 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from training.data.pairs import Kind, Mask, Shot
-from training.data.sources.base import Source, SourceError, decode_segmentation, read_labels, read_picture
+from training.data.sources.base import (
+    Source,
+    SourceError,
+    decode_segmentation,
+    decoding,
+    read_labels,
+    read_picture,
+)
 
 LEAST_AREA = 0.005  # an instance smaller than this part of a frame is not worth looking at
 
@@ -70,18 +76,23 @@ class LabelledVideos(Source):
 class YouTubeVOS(LabelledVideos):
     """YouTube-VOS: train/JPEGImages/VIDEO/00000.jpg, train/Annotations/VIDEO/00000.png."""
 
+    either_side = False
+
 
 class MOSE(LabelledVideos):
-    """MOSE, in the format of YouTube-VOS. A video set, but the original samples its timesteps uniformly."""
+    """MOSE, in the format of YouTube-VOS."""
 
-    kind = "multi-view"
+    released_kind = "multi-view"
 
 
 class VIPSeg(LabelledVideos):
-    """VIPSeg: imgs/VIDEO/00000000.jpg, panomasksRGB/VIDEO/00000000.png with panoptic numbers in colours."""
+    """VIPSeg, as its own scripts prepare it for training: made smaller, panoptic numbers as colours.
 
-    frames = ("imgs",)
-    labels = ("panomasksRGB",)
+    VIPSeg_720P/images/VIDEO/00000000.jpg, VIPSeg_720P/panomasksRGB/VIDEO/00000000.png.
+    """
+
+    frames = ("VIPSeg_720P", "images")
+    labels = ("VIPSeg_720P", "panomasksRGB")
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,10 @@ class Track:
     files: tuple[str, ...]
     segmentations: tuple[Any, ...]  # None where it is not seen
     size: tuple[int, int]  # (height, width)
+
+    def __post_init__(self) -> None:
+        if len(self.segmentations) > len(self.files):
+            raise ValueError(f"{len(self.segmentations)} masks for {len(self.files)} frames")
 
     @property
     def seen(self) -> list[int]:
@@ -109,10 +124,8 @@ class TrackedVideos(Source):
         super().__init__(root)
         self._frames = self.existing(*self.frames)
         path = self.existing(*self.annotations)
-        try:
-            self.tracks = [t for t in self.read_tracks(json.loads(path.read_text())) if len(t.seen) > 1]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise SourceError(f"{type(self).__name__}: {path} has another structure: {error!r}") from error
+        with decoding(f"{type(self).__name__}: {path}"):
+            self.tracks = [t for t in self.read_tracks(self.read_index(path)) if len(t.seen) > 1]
         self.not_empty(self.tracks, "track with two frames")
 
     def __len__(self) -> int:
@@ -143,6 +156,7 @@ class TrackedVideos(Source):
 class YouTubeVIS(TrackedVideos):
     """YouTube-VIS: train/JPEGImages/VIDEO/00000.jpg and train/instances.json."""
 
+    either_side = False
     frames = ("train", "JPEGImages")
     annotations = ("train", "instances.json")
 
@@ -150,6 +164,7 @@ class YouTubeVIS(TrackedVideos):
 class UVO(TrackedVideos):
     """UVO, dense: frames in uvo_videos_dense_frames/, tracks in VideoDenseSet/UVO_video_train_dense.json."""
 
+    either_side = False
     frames = ("uvo_videos_dense_frames",)
     annotations = ("VideoDenseSet", "UVO_video_train_dense.json")
 

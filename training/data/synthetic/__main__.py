@@ -1,16 +1,21 @@
-"""Draws the example pictures, or a sheet of what the renderer can do.
+"""Draws the example pictures, or a sheet of what the renderer can do: views of objects in rooms and alone.
 
-python -m training.data.synthetic --examples examples/
-python -m training.data.synthetic --sheet sheet.png --first 0
+examples:
+    python -m training.data.synthetic --sheet build/sheet.png
+    python -m training.data.synthetic --sheet build/others.png --first 1000
+    python -m training.data.synthetic --examples examples/
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from training.data.synthetic.rendering import Pose, make_object, render_all, render_cutout
 from training.data.synthetic.scenes import make_light, make_scene
@@ -44,7 +49,7 @@ def draw_examples(folder: Path) -> None:
 def draw_sheet(path: Path, first: int, rows: int = 8, side: int = 160) -> None:
     """Writes a sheet with three views in scenes and two alone of each of `rows` objects."""
     sheet = Image.new("RGB", (5 * side, rows * side), "white")
-    for row in range(rows):
+    for row in tqdm(range(rows), "drawing objects", leave=False):
         for number in range(3):
             view = scene_view(first + row, number, side)
             sheet.paste(Image.fromarray(view.image), (number * side, row * side))
@@ -52,21 +57,36 @@ def draw_sheet(path: Path, first: int, rows: int = 8, side: int = 160) -> None:
             view = reference_view(first + row, number, side)
             place = ((3 + number) * side, row * side)
             sheet.paste(Image.fromarray(view.image), place, Image.fromarray(view.mask))
-    sheet.save(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, "PNG")
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.data.synthetic", description=__doc__)
-    parser.add_argument("--examples", type=Path, metavar="FOLDER")
-    parser.add_argument("--sheet", type=Path, metavar="FILE")
-    parser.add_argument("--first", type=int, default=0, help="seed of the sheet's first object")
-    arguments = parser.parse_args()
-    if arguments.examples:
-        draw_examples(arguments.examples)
-    if arguments.sheet:
-        draw_sheet(arguments.sheet, arguments.first)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 0, or 2 if there is nothing to draw or no way to write it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.data.synthetic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the demo's pictures and box")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="write eight objects as one PNG")
+    parser.add_argument("--first", type=int, default=0, help="seed of the sheet's first object; default: 0")
+    options = parser.parse_args(arguments)
+    if options.first < 0:
+        parser.error(f"--first is {options.first}; seeds start at 0")
+    if not options.examples and not options.sheet:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        if options.examples:
+            draw_examples(options.examples)
+        if options.sheet:
+            draw_sheet(options.sheet, options.first)
+    except OSError as error:
+        print(f"synthetic: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -59,12 +59,6 @@ def scene_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
     return View(image, masks[0])
 
 
-def empty_scene(seed: int, number: int, size: int = VIEW_SIZE) -> Picture:
-    """The room of `scene_view` with everything but the object and its shadow, uint8 (size, size, 3)."""
-    scene, _, others = _stage(seed, number)
-    return render_all(scene, others, (size, size))[0]
-
-
 def reference_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
     """View `number` of object `seed` without any background (black), as it stands in a product picture."""
     rng = np.random.default_rng([seed, 5, number])

@@ -1,0 +1,295 @@
+"""The command: all stages of a recipe that takes seconds, alone and in two processes, and what it refuses."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launch import finish, start_two
+from safetensors.torch import load_file, save_file
+from tiny import TINY
+
+from export.checkpoint import read_checkpoint
+from training.checkpoint import write_model
+from training.data.encoded import EncodedPairs
+from training.data.pairs import PairRules
+from training.model import AnyDoor
+from training.official_keys import SCHEDULE_KEYS, schedule_buffers
+from training.preview import Preview
+from training.preview import main as preview
+from training.train import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STAGE: dict[str, Any] = {"steps": 2, "batch": 2, "save_every": 1, "ema": 0.5}
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(toml, value))}]"
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+
+
+def write_recipe(path: Path, head: str = "", **sections: dict[str, Any]) -> Path:
+    """The example model's way, with hardly any of anything; `sections` change it."""
+    recipe: dict[str, dict[str, Any]] = {
+        "architecture": {each.name: getattr(TINY, each.name) for each in fields(TINY)} | {"prediction": "v"},
+        "data": {"objects": 3, "pairs": 5, "kind": "video", "single": 0.5},
+        "pairs": {"resolution": 32},
+        "denoising": {"hint_block": False, "unet_encoder": True, "attention_guide": 0.05, "drop": 0.1},
+        **dict.fromkeys(("autoencoder", "decoder", "identity", "hint", "diffusion"), STAGE),
+    }
+    for name, values in sections.items():
+        recipe[name] = recipe[name] | values
+    lines = [head]
+    for name, values in recipe.items():
+        lines += [f"[{name}]", *(f"{key} = {toml(value)}" for key, value in values.items())]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def train(recipe: Path, folder: Path, *more: str) -> None:
+    assert main([str(recipe), "--folder", str(folder), *more]) == 0
+
+
+def step_of(folder: Path) -> int:
+    return int(torch.load(folder / "last.pt", weights_only=True)["step"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of all stages; do not write into it."""
+    folder = tmp_path_factory.mktemp("run")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(write_recipe(folder / "tiny.toml", 'checkpoint_dtype = "float16"'), folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it that may be changed. What is trained there draws small sheets."""
+    monkeypatch.setattr("training.train.Preview", lambda recipe, model: Preview(recipe, model, 1, 2))
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_all_stages_make_a_checkpoint_that_can_be_built(run: Path) -> None:
+    checkpoint = read_checkpoint(run / "model.safetensors")
+    assert checkpoint.architecture.prediction == "v"
+    assert checkpoint.dtype == torch.float16
+    written = load_file(run / "model.safetensors")
+    for name, buffer in schedule_buffers().items():  # the original is strict about them
+        assert torch.equal(written[name], buffer)
+    trained = torch.load(run / "diffusion" / "mean.pt", weights_only=True)["projector.weight"]
+    assert torch.equal(written["cond_stage_model.projector.weight"], trained.half())
+
+
+def test_a_run_that_is_given_again_goes_on(run: Path, copy: Path) -> None:
+    """Two steps and two more are four, and the other stages are left as they are."""
+    longer = write_recipe(copy / "longer.toml", diffusion={"steps": 4})
+    train(longer, copy)
+    assert step_of(copy / "diffusion") == 4
+    for stage in ("autoencoder", "identity", "hint", "decoder"):
+        assert (copy / stage / "last.pt").stat().st_mtime == (run / stage / "last.pt").stat().st_mtime
+    resumed = torch.load(copy / "diffusion" / "last.pt", weights_only=True)["module"]
+    shutil.rmtree(copy / "diffusion")
+    train(longer, copy, "--stage", "diffusion")
+    whole = torch.load(copy / "diffusion" / "last.pt", weights_only=True)["module"]
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_two_processes_go_through_all_stages(tmp_path: Path) -> None:
+    """Each stage with its own precision and its own way to hold the weights."""
+    sharded, half = {"batch": 1, "shard": True}, {"batch": 1, "precision": "bf16"}
+    recipe = write_recipe(
+        *(tmp_path / "two.toml", 'checkpoint_dtype = "float32"'),
+        **{
+            "identity": sharded,
+            "autoencoder": half,
+            "decoder": {"batch": 1},
+            "hint": half,
+            "diffusion": sharded,
+        },
+    )
+    finish(*start_two(main, [str(recipe), "--folder", str(tmp_path)]))
+    for stage in ("autoencoder", "identity", "hint", "diffusion", "decoder"):
+        assert step_of(tmp_path / stage) == 2
+    assert read_checkpoint(tmp_path / "model.safetensors").dtype == torch.float32
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, command: Any = main) -> str:
+    assert command([str(argument) for argument in arguments]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"{command.__module__.split('.')[1]}: ")
+    return told
+
+
+def test_what_cannot_be_used_is_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "tiny.toml")
+    assert "cannot read the recipe" in refusal(capsys, tmp_path / "none.toml")
+    assert "there is no checkpoint" in refusal(capsys, recipe, "--start", tmp_path / "none.safetensors")
+    stage = ["--folder", tmp_path, "--stage", "diffusion"]
+    assert "there is no" in refusal(capsys, recipe, *stage)
+    assert "there is no" in refusal(capsys, recipe, tmp_path / "a.png", "--folder", tmp_path, command=preview)
+    missing = write_recipe(tmp_path / "missing.toml", denoising={"attention_guide": 0.0})
+    missing.write_text(missing.read_text() + '\n[[sources]]\nname = "DUT"\nroot = "nowhere"\n')
+    write_model(tmp_path / "start.safetensors", AnyDoor(read_architecture(recipe)))
+    assert "nowhere" in refusal(capsys, missing, *stage, "--start", tmp_path / "start.safetensors")
+
+
+def test_a_stage_without_pairs_says_what_makes_them(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copy / "pairs")
+    shutil.rmtree(copy / "diffusion")
+    told = refusal(capsys, copy / "tiny.toml", "--folder", copy, "--stage", "diffusion")
+    assert "holds 0 encoded pairs, expected some to learn from: run the stage 'encode'" in told
+
+
+def read_architecture(recipe: Path) -> Any:
+    from training.config import read_recipe
+
+    return read_recipe(recipe).architecture
+
+
+@pytest.mark.parametrize("command", [main, preview])
+def test_help_has_examples(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command(["--help"])
+    assert f"\n    python -m {command.__module__} " in capsys.readouterr().out
+
+
+# --- encoded pairs ----------------------------------------------------------------------------------------
+
+
+def test_pairs_of_other_weights_are_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Until they are encoded again; and where it is not known which weights they are of, they are taken."""
+    other = write_recipe(copy / "other.toml", identity={"steps": 3})
+    train(other, copy, "--stage", "identity")
+    for stage in ("encode", "hint", "diffusion"):
+        told = refusal(capsys, other, "--folder", copy, "--stage", stage)
+        assert f"other weights of the autoencoder or the ID encoder: delete '{copy}/pairs/done.txt'" in told
+    (copy / "pairs" / "done.txt").unlink()
+    train(other, copy, "--stage", "encode", "--stage", "diffusion")
+
+    train(
+        write_recipe(copy / "other.toml", hint={"steps": 3}, identity={"steps": 3}), copy, "--stage", "hint"
+    )
+    told = refusal(capsys, other, "--folder", copy, "--stage", "diffusion")
+    assert f"other weights of the hint block: delete '{copy}/pairs/hints_done.txt'" in told
+    (copy / "pairs" / "hints_done.sha256").unlink()
+    train(other, copy, "--stage", "diffusion")
+    assert (copy / "pairs" / "hints_done.sha256").exists()
+
+
+def test_a_start_with_other_encoders_is_refused_too(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # half of the precision is another encoder
+    start = ["--folder", copy, "--start", copy / "model.safetensors"]
+    assert "other weights of the auto" in refusal(capsys, copy / "tiny.toml", *start)
+    (copy / "pairs" / "done.txt").unlink()
+    train(copy / "tiny.toml", *map(str, start[1:]))
+
+
+def test_a_training_keeps_to_the_pairs_that_it_began_with(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if more are encoded by the time that it goes on."""
+    pairs, stage = copy / "pairs", copy / "diffusion"
+    shutil.rmtree(stage)
+    for name in ("done.txt", "hints_done.txt"):
+        (pairs / name).write_text("3")
+    train(copy / "tiny.toml", copy, "--stage", "diffusion")
+    assert "learns from 3 of 5 pairs, those that were encoded when it began" in capsys.readouterr().err
+    few = torch.load(stage / "last.pt", weights_only=True)["module"]
+
+    (stage / "last.pt").unlink()
+    train(copy / "tiny.toml", copy, "--stage", "encode", "--stage", "diffusion")
+    assert (pairs / "hints_done.txt").read_text() == "5"
+    again = torch.load(stage / "last.pt", weights_only=True)["module"]
+    assert all(torch.equal(few[name], value) for name, value in again.items())
+    (pairs / "done.txt").write_text("2")
+    (pairs / "hints_done.txt").write_text("2")
+    told = refusal(capsys, copy / "tiny.toml", "--folder", copy, "--stage", "diffusion")
+    assert "holds 2 encoded pairs, expected 3" in told
+
+
+def test_an_item_follows_from_its_number_and_the_rows(run: Path) -> None:
+    few, all_rows = (EncodedPairs(run / "pairs", 0, PairRules(resolution=32), rows=rows) for rows in (1, 0))
+    latents = [few[number]["features"] for number in range(8)]
+    assert all(np.array_equal(latents[0], each) for each in latents)
+    assert any(not np.array_equal(latents[0], all_rows[number]["features"]) for number in range(8))
+
+
+# --- states and checkpoints -------------------------------------------------------------------------------
+
+
+def test_a_state_with_a_scalar_sharpness_is_gone_on_from(run: Path, copy: Path) -> None:
+    """As earlier versions saved it: in the module, in the optimizer's moments, in the mean."""
+    path = copy / "identity" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    expected = state["module"]["sharpness"].clone()
+    trained = list(state["mean"])
+    moments = state["optimizer"]["state"][trained.index("sharpness")]
+    for values, name in (
+        (state["module"], "sharpness"),
+        (state["mean"], "sharpness"),
+        (moments, "exp_avg"),
+        (moments, "exp_avg_sq"),
+    ):
+        assert values[name].shape == (1,)
+        values[name] = values[name][0]
+    torch.save(state, path)
+    train(write_recipe(copy / "longer.toml", identity={"steps": 3}), copy, "--stage", "identity")
+    assert torch.load(path, weights_only=True)["module"]["sharpness"] != expected
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prediction": "epsilon"}, "prediction = 'v', the recipe's has 'epsilon'"),
+        ({"dino_heads": 2}, "dino_heads = 1, the recipe's has 2"),
+        ({"latent_channels": 8}, "latent_channels = 4, the recipe's has 8"),
+    ],
+)
+def test_a_start_of_another_architecture_is_refused(
+    change: dict[str, Any], says: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "other.toml", architecture=change)
+    assert says in refusal(capsys, recipe, "--folder", tmp_path, "--start", run / "model.safetensors")
+
+
+def test_a_start_that_is_no_checkpoint_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = run / "tiny.toml"
+    tensors = load_file(run / "model.safetensors")
+    del tensors["control_model.zero_convs.0.0.bias"]
+    save_file(tensors, tmp_path / "less.safetensors")
+    assert "1 of" in refusal(capsys, recipe, "--start", tmp_path / "less.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "else.safetensors")
+    assert "is no AnyDoor network" in refusal(capsys, recipe, "--start", tmp_path / "else.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"1234567890")
+    assert "damaged" in refusal(capsys, recipe, "--start", tmp_path / "damaged.safetensors")
+
+
+def test_a_start_of_another_format_is_refused_with_what_converts_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = load_file(run / "model.safetensors")
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "a model.ckpt")
+    told = refusal(capsys, run / "tiny.toml", "--start", tmp_path / "a model.ckpt")
+    python, option, program, *files = shlex.split(told.split("convert it first: ")[1])
+    assert (python, option) == ("python", "-c")
+    monkeypatch.setattr("sys.argv", [option, *files])
+    exec(program, {})
+    converted = load_file(tmp_path / "a model.safetensors")
+    assert converted.keys() == tensors.keys()
+    assert set(SCHEDULE_KEYS) < converted.keys()
