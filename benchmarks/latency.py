@@ -63,7 +63,7 @@ _LARGEST_BATCH = 4
 
 PLANS = {
     # large enough for attention and convolutions to dominate, small enough for two rounds in minutes
-    "small": Plan(steps=5, extra_steps=5, cold_steps=5, rounds=2, pictures=3, extras_in=2, resolution=256),
+    "small": Plan(steps=5, extra_steps=5, cold_steps=5, rounds=2, pictures=2, extras_in=1, resolution=256),
     # a picture takes minutes on a CPU, and building the network takes its share of the half hour
     "full": Plan(
         steps=4, extra_steps=1, cold_steps=1, rounds=1, pictures=1, batch=False, extras_in=1, resolution=512
