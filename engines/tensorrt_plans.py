@@ -13,10 +13,10 @@ import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engines.bundle import Bundle, GraphRecord
+from engines.cache_folder import cache_folder
 from engines.cuda import Card, OutOfDeviceMemoryError
 from engines.errors import BackendError, BundleError
 from engines.graphs import GraphSpec, TensorSpec, largest_sizes
@@ -298,12 +298,12 @@ class Context:
 class JitCache:
     """Kernels that TensorRT for RTX compiled for this card at run time. TensorRT has none.
 
-    Kept per plan in ANYDOOR_CACHE, or in the user's cache folder; without a writable folder it does nothing.
+    Kept per plan in `cache_folder`; without one that can be written it does nothing.
     """
 
     def __init__(self, library: Library, engine: Any, plan_hash: str) -> None:
-        root = os.environ.get("ANYDOOR_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self._path = Path(root) / "anydoor" / f"{plan_hash[:16]}-{library.version}.jit"
+        folder = cache_folder()
+        self._path = folder / f"{plan_hash[:16]}-{library.version}.jit" if folder else None
         self._library = library
         self._engine = engine
         self._cache: Any = None
@@ -320,14 +320,14 @@ class JitCache:
             config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
-                if self._path.is_file():
+                if self._path and self._path.is_file():
                     self._cache.deserialize(self._path.read_bytes())
             config.set_runtime_cache(self._cache)
         return config
 
     def save(self) -> None:
         """Writes the cache beside its place and renames it."""
-        if self._cache is None:
+        if self._cache is None or self._path is None:
             return
         partial = self._path.with_suffix(f".{os.getpid()}")
         try:

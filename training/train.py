@@ -1,9 +1,9 @@
 """Trains a model after a recipe, stage by stage; every stage goes on where it was stopped.
 
 Stages: `views` draws the objects, `autoencoder` and `identity` train what the published model takes from SD
-2.1 and DINOv2, `encode` passes the pairs through both once, `hint` trains the ControlNet's hint block
-and `diffusion` the rest, `decoder` improves the half of the autoencoder
-that no latent depends on, `checkpoint` writes all of it in the official layout.
+2.1 and DINOv2, `encode` passes the pairs through both once, `hint` trains the ControlNet's hint block and
+`diffusion` the rest, `decoder` improves the half of the autoencoder that no latent depends on, `checkpoint`
+writes all of it in the official layout.
 
 examples:
     python -m training.train training/recipes/anydoor-small.toml
