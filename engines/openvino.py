@@ -8,6 +8,7 @@ of the time. Tensors are NumPy arrays in the host's memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -69,13 +70,27 @@ def load_library() -> Any:
     return openvino
 
 
+@functools.cache
+def core() -> openvino.Core:
+    """The library's core, one for all engines of the process, and until it ends.
+
+    With its first use, a core gives the calling thread a new stack for signal handlers; when it is freed, it
+    unmaps that stack and puts back the one that it found. Two of them whose lives overlap, or one that
+    another thread frees, leave a thread with a stack that is no more: the next Ctrl-C would kill the process.
+
+    Raises:
+        BackendError: OpenVINO is not installed.
+    """
+    return load_library().Core()
+
+
 def precisions() -> list[str]:
     """The precisions that this machine's processor has fast arithmetic for.
 
     Raises:
         BackendError: OpenVINO is not installed.
     """
-    capabilities = load_library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [name for name in _PRECISIONS if name.upper() in capabilities]
 
 
@@ -104,7 +119,7 @@ class OpenVinoEngine:
         self.cache_bytes: int | None = residency.cache if residency else None
         self._bundle = bundle
         self._specs = bundle.manifest.specs
-        self._core = load_library().Core()
+        self._core = core()
         self._requests: dict[str, openvino.InferRequest] = {}
         self._lock = threading.RLock()
         self._options: dict[str, Any] = {

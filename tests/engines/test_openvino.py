@@ -189,3 +189,37 @@ def test_neither_converters_nor_telemetry_are_imported(tiny_bundle: Path) -> Non
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("closed_by", ["the thread that opened them", "another thread"])
+def test_signals_are_handled_after_engines_are_closed(closed_by: str, tiny_bundle: Path) -> None:
+    """Two engines at once, the older one closed first: Ctrl-C still arrives, and does not kill."""
+    code = f"""
+import gc, os, signal, threading
+from pathlib import Path
+from engines.bundle import Bundle
+from engines.engine import open_engine
+from engines.graphs import DECODE
+
+arrived = []
+signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+engines = [open_engine(Bundle.open(Path({str(tiny_bundle)!r})), "cpu", backend="openvino") for _ in range(2)]
+
+def close():
+    while engines:
+        engines.pop(0)
+        gc.collect()
+
+for engine in engines:
+    engine.load(DECODE)
+del engine
+if {closed_by == "another thread"}:
+    thread = threading.Thread(target=close)
+    thread.start()
+    thread.join()
+close()
+os.kill(os.getpid(), signal.SIGINT)
+assert arrived == [signal.SIGINT]
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
