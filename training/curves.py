@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from training.replacing import replacing
+
 _MEMORY = 0.98
 """How much of the running mean of a loss stays in a step."""
 
@@ -68,12 +70,10 @@ class Curves:
         row = {_STEP: str(step), _SECONDS: f"{time.monotonic() - self._began:.0f}", **means}
         self._rows.append(row)
         columns = list(dict.fromkeys(name for each in self._rows for name in each))
-        beside = self._table.with_suffix(".part")
-        with beside.open("w", newline="") as file:
+        with replacing(self._table) as beside, beside.open("w", newline="") as file:
             table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             table.writeheader()
             table.writerows(self._rows)
-        beside.replace(self._table)
 
     def close(self) -> None:
         """Puts everything on disk."""

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from training.curves import Curves
+from training.replacing import replacing
 from training.sharding import local, shard, spread, whole
 
 _Arguments = ParamSpec("_Arguments")
@@ -178,10 +179,9 @@ def on_main_process(work: Callable[_Arguments, None]) -> Callable[_Arguments, No
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """Writes beside the place and renames, so that a kill never leaves half a file."""
-    beside = path.with_suffix(".part")
-    torch.save(state, beside)
-    beside.replace(path)
+    """Writes a file that `read_state` reads; a kill never leaves half of one."""
+    with replacing(path) as beside:
+        torch.save(state, beside)
 
 
 def read_state(path: Path) -> dict[str, Any]:

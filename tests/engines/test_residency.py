@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engines import residency
@@ -64,7 +64,6 @@ def smallest(memory: dict[str, GraphMemory], batch: int = 4) -> int:
     return high
 
 
-@settings(deadline=None)
 @given(memories, st.integers(1, 8), st.integers(0, 40_000))
 def test_a_plan_fits_its_budget_or_is_refused(
     memory: dict[str, GraphMemory], batch: int, budget: int
@@ -79,7 +78,6 @@ def test_a_plan_fits_its_budget_or_is_refused(
     assert plan.cache >= 0
 
 
-@settings(deadline=None)
 @given(memories, st.integers(1, 8))
 def test_more_memory_never_makes_more_groups(memory: dict[str, GraphMemory], batch: int) -> None:
     least = smallest(memory, batch)

@@ -120,7 +120,7 @@ def places(draw):
     return (width, height), Box(x0, y0, x1, y1), ratios
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(places(), st.sampled_from(sorted(MODES)), st.booleans())
 def test_any_place_gives_a_hint(place, mode, as_mask):
     size, box, ratios = place

@@ -271,7 +271,7 @@ def test_box_and_its_filled_mask_are_the_same_place(compositor: Compositor, mode
     np.testing.assert_array_equal(pixels(images[0]), pixels(images[1]))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_scene_box_and_ratio_gives_a_picture_unchanged_outside(
     compositor: Compositor, data: st.DataObject

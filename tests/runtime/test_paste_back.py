@@ -95,7 +95,7 @@ def test_a_large_crop_is_pasted_in_bands_without_seams():
     np.testing.assert_array_equal(tall[100:600, 5:30], short[100:600, 5:30])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data(), st.sampled_from(sorted(MODES)), st.sampled_from([np.uint8, np.float32]))
 def test_only_the_region_changes(data, mode, dtype):
     width, height = data.draw(st.tuples(st.integers(1, 120), st.integers(1, 120)))

@@ -46,7 +46,7 @@ def test_the_high_frequency_map_is_computed_once():
     np.testing.assert_array_equal(edges, high_frequency_map(prepared.image, prepared.mask))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_mask_gives_a_reference(data):
     height, width = data.draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))

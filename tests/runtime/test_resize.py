@@ -29,7 +29,7 @@ def padded_by_hand(array, padding, fill):
     return np.pad(array, widths, constant_values=fill)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(SIZES, SIZES, CHANNELS, PADDINGS)
 @example((448, 224), (224, 224), (3,), Padding())
 @example((1, 2), (5463, 3), (), Padding())
@@ -41,7 +41,6 @@ def test_uint8_is_bit_exact(old, new, channels, padding):
     np.testing.assert_array_equal(actual, expected.reshape(actual.shape))
 
 
-@settings(deadline=None)
 @given(SIZES, CHANNELS)
 def test_exact_halving_is_a_mean_of_four(new, channels):
     image = noise((2 * new[0], 2 * new[1]), channels)
@@ -49,7 +48,6 @@ def test_exact_halving_is_a_mean_of_four(new, channels):
     np.testing.assert_array_equal(actual, cv2.resize(image, new).reshape(actual.shape))
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, CHANNELS, st.sampled_from([np.float32, np.float64]))
 def test_floats_agree_closely(old, new, channels, dtype):
     image = noise(old, channels, dtype)
@@ -59,7 +57,6 @@ def test_floats_agree_closely(old, new, channels, dtype):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=FLOAT_TOLERANCE)
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, CHANNELS, PADDINGS)
 def test_nearest_is_exact(old, new, channels, padding):
     image = noise(old, channels)

@@ -34,7 +34,6 @@ ALLOWED = {
 METHOD = "/anydoor.v1.CompositorService/"
 FUZZ = settings(
     max_examples=REQUESTS // 3,
-    deadline=None,
     database=None,
     derandomize="ANYDOOR_FUZZ_REQUESTS" not in os.environ,
     suppress_health_check=list(HealthCheck),

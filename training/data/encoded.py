@@ -40,6 +40,7 @@ from training.data.pairs import (
 from training.data.view_store import REFERENCES, SCENES, ViewStore
 from training.identity import dino_features
 from training.model import AnyDoor
+from training.replacing import replace_text
 
 PACKED_INSIDE = 255
 PAIRS_DONE, HINTS_DONE = "done.txt", "hints_done.txt"
@@ -148,7 +149,7 @@ def encode_pairs(
             arrays["single"][rows] = made["single"]
             bar.update(len(moments))
             done += len(moments)
-            _write(folder / PAIRS_DONE, str(done))
+            replace_text(folder / PAIRS_DONE, str(done))
 
 
 @torch.no_grad()
@@ -171,7 +172,7 @@ def encode_hints(model: AnyDoor, folder: Path, batch: int = 32) -> None:
         rows = slice(start, min(start + batch, count))
         unpacked = torch.from_numpy(np.stack([unpack_hint(hint) for hint in hints[rows]]))
         features[rows] = model.control.hint_features(unpacked).numpy()
-        _write(folder / HINTS_DONE, str(rows.stop))
+        replace_text(folder / HINTS_DONE, str(rows.stop))
 
 
 def rows_done(folder: Path, name: str = PAIRS_DONE) -> int:
@@ -199,7 +200,7 @@ def _hold_to_weights(done: Path, parts: Sequence[nn.Module], name: str) -> None:
             f"'{done.parent}' was encoded with other weights of {name}: delete '{done}' to encode it again, "
             "or give another --folder"
         )
-    _write(note, weights)
+    replace_text(note, weights)
 
 
 def _hash(parts: Sequence[nn.Module]) -> str:
@@ -231,15 +232,8 @@ def settled_rows(path: Path, folder: Path, name: str = PAIRS_DONE) -> int:
         raise EncodedError(
             f"'{folder}' holds {done} encoded pairs, expected {wanted}: run the stage 'encode'"
         )
-    _write(path, str(rows))
+    replace_text(path, str(rows))
     return rows
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.part")  # never to be seen half written
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def _open_rows(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:

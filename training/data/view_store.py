@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
+from training.replacing import replace_text
 
 SCENES, REFERENCES = 3, 2  # views per object
 DONE = "done.txt"
@@ -102,9 +103,7 @@ def draw_views(folder: Path, count: int, workers: int = 1) -> None:
         drawn = pool.map(draw_object, range(start, count), chunksize=4)
         for row, (scenes, references) in enumerate(tqdm(drawn, total=count - start, unit="object"), start):
             arrays[0][row], arrays[1][row] = scenes, references
-            beside = done.with_suffix(".part")  # never to be seen half written
-            beside.write_text(str(row + 1))
-            beside.replace(done)
+            replace_text(done, str(row + 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
