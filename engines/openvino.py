@@ -70,7 +70,9 @@ def load_library() -> Any:
     return openvino
 
 
-@functools.cache
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def core() -> openvino.Core:
     """The library's core, one for all engines of the process, and until it ends.
 
@@ -81,6 +83,12 @@ def core() -> openvino.Core:
     Raises:
         BackendError: OpenVINO is not installed.
     """
+    with _ONE_AT_A_TIME:
+        return _core()
+
+
+@functools.cache
+def _core() -> openvino.Core:
     return load_library().Core()
 
 
