@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import time
 from pathlib import Path
+
+UNUSED_DAYS = 90
+"""What was compiled for a bundle that nobody opened for so long is thrown away."""
 
 
 def cache_folder() -> Path | None:
@@ -16,3 +22,23 @@ def cache_folder() -> Path | None:
         return (Path(root) if root else Path.home() / ".cache") / "anydoor"
     except RuntimeError:
         return None
+
+
+def mark_used(kept: Path) -> None:
+    """Notes that a file or folder is of use, and throws away those beside it that were not for long.
+
+    Does nothing where nothing can be written.
+
+    Args:
+        kept: one of several of its kind, which have a folder of the cache for themselves.
+    """
+    with contextlib.suppress(OSError):
+        os.utime(kept)
+        oldest = time.time() - UNUSED_DAYS * 24 * 3600
+        for other in kept.parent.iterdir():
+            if other.stat().st_mtime >= oldest:
+                continue
+            if other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
+            else:
+                other.unlink()

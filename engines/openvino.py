@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.bundle import Bundle
-from engines.cache_folder import cache_folder
+from engines.cache_folder import cache_folder, mark_used
 from engines.engine import Array, concatenate_rows, require_shape, run_step_by_step
 from engines.errors import BackendError, BundleError
 from engines.residency import HostResidency, plan_host_residency
@@ -184,6 +184,7 @@ class OpenVinoEngine:
             folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             return {}
+        mark_used(folder)
         weights = self._bundle.path / files[1].path
         return {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(weights)}
 

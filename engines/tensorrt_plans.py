@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engines.bundle import Bundle, GraphRecord
-from engines.cache_folder import cache_folder
+from engines.cache_folder import cache_folder, mark_used
 from engines.cuda import Card, OutOfDeviceMemoryError
 from engines.errors import BackendError, BundleError
 from engines.graphs import GraphSpec, TensorSpec, largest_sizes
@@ -303,7 +303,7 @@ class JitCache:
 
     def __init__(self, library: Library, engine: Any, plan_hash: str) -> None:
         folder = cache_folder()
-        self._path = folder / f"{plan_hash[:16]}-{library.version}.jit" if folder else None
+        self._path = folder / "tensorrt" / f"{plan_hash[:16]}-{library.version}.jit" if folder else None
         self._library = library
         self._engine = engine
         self._cache: Any = None
@@ -322,6 +322,7 @@ class JitCache:
                 self._cache = config.create_runtime_cache()
                 if self._path and self._path.is_file():
                     self._cache.deserialize(self._path.read_bytes())
+                    mark_used(self._path)
             config.set_runtime_cache(self._cache)
         return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,15 @@ def test_a_damaged_file_is_made_anew(bundle: Bundle, cache: Path, content: bytes
     again, found = decode(bundle)
     assert found
     np.testing.assert_array_equal(again, expected)
+
+
+def test_what_was_compiled_and_not_used_for_long_is_thrown_away(bundle: Bundle, cache: Path) -> None:
+    decode(bundle)
+    (old,) = blobs(cache)
+    os.utime(old.parent, (0, 0))
+    decode(bundle, threads=1)
+    assert not old.parent.exists()
+    assert decode(bundle, threads=1)[1]
 
 
 def test_nothing_is_kept_where_nothing_can_be_written(bundle: Bundle, cache: Path) -> None:
