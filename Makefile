@@ -16,7 +16,7 @@ demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
 	@$(BIN)/anydoor composite --bundle $(DEMO_BUNDLE) \
 		--reference examples/object.png --scene examples/scene.png --box "$$(cat examples/scene_box.txt)" \
-		--backend onnxruntime --mode keep_background --crop-ratio 1.3 --steps 12 --guidance 2 --seed 7 --output $(DEMO_PICTURE)
+		--backend onnxruntime --mode keep_background --crop-ratio 1.3 --steps 12 --guidance-scale 2 --seed 7 --output $(DEMO_PICTURE)
 
 test: $(VENV)/.dev check
 	$(BIN)/python -m pytest -n 2
@@ -33,7 +33,7 @@ proto: $(VENV)/.dev
 
 # what takes too long for every test run
 nightly: $(VENV)/.dev
-	ANYDOOR_FUZZ_REQUESTS=5000 $(BIN)/python -m pytest tests/runtime/test_server_fuzz.py
+	ANYDOOR_FUZZ_REQUESTS=5000 $(BIN)/python -m pytest tests/runtime/server/test_server_fuzz.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

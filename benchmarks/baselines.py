@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.boxes import Box
+from runtime.imaging.boxes import Box
 
 Picture = NDArray[np.uint8]
 

@@ -71,7 +71,7 @@ def find_or_build(
     except BundleError:
         pass
     from export.build_engines import BuildOptions, build_bundle
-    from export.checkpoint import read_checkpoint
+    from training.network.checkpoint import read_checkpoint
 
     build = BuildOptions(precision=precision, resolution=resolution)
     build_bundle(read_checkpoint(checkpoint, unet_head_width, dino_heads), bundle, build)

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.golden import Array, GoldenRun, read_archive
-from engines.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
+from engines.spec import CONTROL, DECODE, DENOISE, ID_ENCODER
 from runtime import Compositor, Placement, Sampling
-from runtime.boxes import Box
-from runtime.collage import Hint, make_hint
-from runtime.ddim import ddim_schedule
-from runtime.detail_maps import DetailMapCache, DetailMaps
-from runtime.high_frequency_map import high_frequency_map
-from runtime.paste_back import paste_back, pasted_region
-from runtime.reference import PreparedReference, prepare_reference
-from runtime.sampling import StepOfSample, guided_steps, sample, step_inputs
+from runtime.diffusion.ddim import ddim_schedule
+from runtime.imaging.boxes import Box
+from runtime.imaging.collage import Hint, make_hint
+from runtime.imaging.high_frequency_map import high_frequency_map
+from runtime.imaging.paste_back import paste_back, pasted_region
+from runtime.imaging.reference import PreparedReference, prepare_reference
+from runtime.sampling.detail_maps import DetailMapCache, DetailMaps
+from runtime.sampling.running_batch import StepOfSample, guided_steps, sample, step_inputs
 
 TOKENS_TOLERANCE = 1e-4
 DETAIL_TOLERANCE = {"float32": 1e-4, "float16": 1e-3}
@@ -228,7 +228,7 @@ class RunComparison:
             for row in (0, 1)
         ]
         latent = np.repeat(self.run.arrays["x_T"].astype(np.float32), 2, axis=0)
-        inputs = {"latent": latent, "noise": np.zeros_like(latent), "tokens": tokens, **step_inputs(halves)}
+        inputs = {"latent": latent, "carry": np.zeros_like(latent), "tokens": tokens, **step_inputs(halves)}
         epsilon = self.engine.to_host(self.engine.run(DENOISE, {**inputs, **maps}, ["epsilon"])["epsilon"])
         for row, name in enumerate(("eps_cond", "eps_uncond")):
             yield relative(
@@ -240,8 +240,8 @@ class RunComparison:
         timesteps = timesteps or self.run.timesteps
         return Sampling(
             steps=len(timesteps or ()),
-            guidance=float(self.run.arrays["guidance"]),
-            strength=float(self.run.arrays["strength"]),
+            guidance_scale=float(self.run.arrays["guidance"]),
+            control_scale=float(self.run.arrays["strength"]),
             timesteps=timesteps,
         )
 

@@ -7,7 +7,7 @@ would get from below is kept from the last full step (Ma et al., "DeepCache", 20
 step needs a second graph, and only the detail maps of the outermost level.
 
 Prints, for numbers of steps and of steps between full ones, the operations of the UNet relative to 50 full
-steps, and how far the last latents are from the limit: dpm2m with 100 steps, same noise. Reuse pays where
+steps, and how far the last latents are from the limit: dpm_solver_2m with 100 steps, same noise. Reuse pays where
 fewer full steps at the same operations are farther from the limit. Also counts the share of a shallow step
 in the full-size network.
 """
@@ -32,25 +32,25 @@ from benchmarks.machine import describe
 from benchmarks.truth_set import TruthPair, truth_pairs
 from engines.bundle import sha256
 from engines.errors import AnyDoorError
-from export.checkpoint import read_checkpoint
 from export.onnx_bundle import check_resolution
-from runtime.collage import MODES, Ratios, make_hint
-from runtime.ddim import Schedule
+from runtime.diffusion.ddim import Schedule
+from runtime.diffusion.noise_schedule import alphas_cumprod
+from runtime.diffusion.samplers import sampler_schedule
 from runtime.errors import InputError
-from runtime.noise_schedule import alphas_cumprod
-from runtime.reference import prepare_reference
-from runtime.solvers import solver_schedule
-from training.architecture import REFERENCE_SIZE, Architecture
-from training.model import AnyDoor
+from runtime.imaging.collage import MODES, Ratios, make_hint
+from runtime.imaging.reference import prepare_reference
+from training.network.architecture import REFERENCE_SIZE, Architecture
+from training.network.checkpoint import read_checkpoint
+from training.network.modules import AnyDoor
 
 LIMIT_STEPS = 100
 SOLVERS_AND_STEPS = (
     ("ddim", 50, (1, 2, 3, 5)),
-    ("dpm2m", 25, (1, 2, 3)),
-    ("dpm2m", 20, (1, 2)),
-    ("dpm2m", 16, (1, 2)),
-    ("dpm2m", 12, (1, 2)),
-    ("dpm2m", 8, (1,)),
+    ("dpm_solver_2m", 25, (1, 2, 3)),
+    ("dpm_solver_2m", 20, (1, 2)),
+    ("dpm_solver_2m", 16, (1, 2)),
+    ("dpm_solver_2m", 12, (1, 2)),
+    ("dpm_solver_2m", 8, (1,)),
 )
 """Solver, steps, and every how many of them everything is computed."""
 
@@ -120,7 +120,9 @@ def _call_up(block: Any, hidden: Tensor, skips: Any, embedding: Tensor, tokens: 
 class Sampler:
     """Takes one pair from noise to latents, with or without reuse."""
 
-    def __init__(self, model: AnyDoor, pair: TruthPair, resolution: int, guidance: float, seed: int) -> None:
+    def __init__(
+        self, model: AnyDoor, pair: TruthPair, resolution: int, guidance_scale: float, seed: int
+    ) -> None:
         placement = pair.placement()
         reference = prepare_reference(np.asarray(placement.reference), np.asarray(placement.reference_mask))
         hint = make_hint(
@@ -128,7 +130,7 @@ class Sampler:
         ).hint
         pictures = torch.zeros(2, 3, REFERENCE_SIZE, REFERENCE_SIZE)  # the second is black: unconditional
         pictures[0] = torch.from_numpy(reference.image).permute(2, 0, 1) / 255
-        self._model, self._unet, self._guidance = model, ReusingUNet(model), guidance
+        self._model, self._unet, self._guidance = model, ReusingUNet(model), guidance_scale
         self._hint = torch.from_numpy(hint)[None]
         self._tokens = model.encode_reference(pictures)
         self._maps: dict[int, tuple[Tensor, ...]] = {}
@@ -180,7 +182,7 @@ def shallow_share(model: AnyDoor, resolution: int) -> float:
 class Row:
     """One line of the table."""
 
-    solver: str
+    sampler: str
     steps: int
     every: int
     """Everything is computed at every so many steps."""
@@ -190,35 +192,37 @@ class Row:
     """Root mean square of the last latents' difference to the limit, over that of the limit itself."""
 
 
-def measure(model: AnyDoor, pairs: Sequence[TruthPair], resolution: int, guidance: float) -> list[Row]:
+def measure(model: AnyDoor, pairs: Sequence[TruthPair], resolution: int, guidance_scale: float) -> list[Row]:
     """All rows."""
     alphas = alphas_cumprod()
     share = shallow_share(model, resolution)
-    todo = [(solver, steps, every) for solver, steps, all_of in SOLVERS_AND_STEPS for every in all_of]
+    todo = [(sampler, steps, every) for sampler, steps, all_of in SOLVERS_AND_STEPS for every in all_of]
     distances: dict[tuple[str, int, int], list[float]] = {key: [] for key in todo}
     total = len(pairs) * (LIMIT_STEPS + sum(steps for _, steps, _ in todo))
     with tqdm(total=total, unit="step") as progress, torch.no_grad():
         for number, pair in enumerate(pairs):
-            sampler = Sampler(model, pair, resolution, guidance, number)
-            limit = sampler.latents(solver_schedule(alphas, "dpm2m", LIMIT_STEPS), advance=progress.update)
-            for solver, steps, every in todo:
-                schedule = solver_schedule(alphas, solver, steps)
-                found = sampler.latents(schedule, every, progress.update)
-                distances[solver, steps, every].append(float((found - limit).norm() / limit.norm()))
+            run = Sampler(model, pair, resolution, guidance_scale, number)
+            limit = run.latents(
+                sampler_schedule(alphas, "dpm_solver_2m", LIMIT_STEPS), advance=progress.update
+            )
+            for sampler, steps, every in todo:
+                schedule = sampler_schedule(alphas, sampler, steps)
+                found = run.latents(schedule, every, progress.update)
+                distances[sampler, steps, every].append(float((found - limit).norm() / limit.norm()))
     rows = []
-    for (solver, steps, every), own in distances.items():
+    for (sampler, steps, every), own in distances.items():
         full = -(-steps // every)
         operations = (full + (steps - full) * share) / 50
-        rows.append(Row(solver, steps, every, operations, float(np.mean(own))))
+        rows.append(Row(sampler, steps, every, operations, float(np.mean(own))))
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
     """For people."""
-    lines = [f"{'solver':<8} {'steps':>5} {'full every':>10} {'operations':>10} {'distance':>9}"]
+    lines = [f"{'sampler':<8} {'steps':>5} {'full every':>10} {'operations':>10} {'distance':>9}"]
     for row in sorted(rows, key=lambda row: -row.operations):
         lines.append(
-            f"{row.solver:<8} {row.steps:>5} {row.every:>10} {row.operations:>9.1%} {row.distance:>9.3f}"
+            f"{row.sampler:<8} {row.steps:>5} {row.every:>10} {row.operations:>9.1%} {row.distance:>9.3f}"
         )
     return "\n".join(lines)
 
@@ -230,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
         description="How far latents are from the limit if the UNet's deep features are reused.",
         epilog="examples:\n"
         "  python benchmarks/feature_reuse.py --count 2\n"
-        "  python benchmarks/feature_reuse.py --checkpoint small.safetensors --resolution 256 --guidance 4\n",
+        "  python benchmarks/feature_reuse.py --checkpoint small.safetensors --resolution 256 --guidance-scale 4\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument(
@@ -242,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--resolution", type=int, default=96, metavar="PX", help="default: 96")
     result.add_argument("--count", type=int, default=8, metavar="N", help="pairs (default: 8)")
-    result.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default: 2")
+    result.add_argument("--guidance-scale", type=float, default=2.0, metavar="G", help="default: 2")
     result.add_argument(
         "--output",
         type=Path,
@@ -267,14 +271,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with torch.device("meta"):
             full_size = AnyDoor(Architecture(), ("unet",))
         shares = {"this": shallow_share(model, options.resolution), "SD 2.1": shallow_share(full_size, 512)}
-        rows = measure(model, list(truth_pairs(options.count)), options.resolution, options.guidance)
+        rows = measure(model, list(truth_pairs(options.count)), options.resolution, options.guidance_scale)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "command": " ".join(["python benchmarks/feature_reuse.py", *given]),
             "machine": describe(),
             "checkpoint": {"file": options.checkpoint.name, "sha256": sha256(options.checkpoint)},
             "resolution": options.resolution,
-            "guidance": options.guidance,
+            "guidance_scale": options.guidance_scale,
             "count": options.count,
             "shallow_share": shares,
             "rows": [asdict(row) for row in rows],

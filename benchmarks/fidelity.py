@@ -30,10 +30,10 @@ from benchmarks.truth_set import TruthPair
 from engines.engine import DEVICES
 from engines.errors import AnyDoorError
 from runtime import Compositor, Placement
-from runtime.boxes import Box
-from runtime.collage import MODES, Ratios
+from runtime.diffusion.presets import DEFAULT, QUALITIES, preset
 from runtime.errors import InputError
-from runtime.quality import DEFAULT, QUALITIES, preset
+from runtime.imaging.boxes import Box
+from runtime.imaging.collage import MODES, Ratios
 
 Picture = NDArray[np.uint8]
 
@@ -41,7 +41,7 @@ EXAMPLE_CROP_RATIO = 1.3
 
 EXAMPLES = """examples:
   python benchmarks/fidelity.py
-  python benchmarks/fidelity.py --bundle build/engines/anydoor --steps 20 --guidance 5 --count 30
+  python benchmarks/fidelity.py --bundle build/engines/anydoor --steps 20 --guidance-scale 5 --count 30
   python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 """
 
@@ -51,7 +51,7 @@ class Composer:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.compositor = Compositor.load(options.bundle, options.device, options.threads)
-        self.sampling = preset(options.quality, steps=options.steps, guidance=options.guidance)
+        self.sampling = preset(options.quality, steps=options.steps, guidance_scale=options.guidance_scale)
         self.mode, self.seed = options.mode, options.seed
         self.ratios = Ratios(crop=options.crop_ratio)
 
@@ -151,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
         help="default: %(default)s",
     )
     result.add_argument("--steps", type=int, default=20, metavar="N", help="default: %(default)s")
-    result.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default: %(default)s")
+    result.add_argument("--guidance-scale", type=float, default=2.0, metavar="G", help="default: %(default)s")
     result.add_argument(
         "--quality",
         choices=tuple(QUALITIES),
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = measure(options, composer)
         settings = {
             name: getattr(options, name)
-            for name in ("quality", "steps", "guidance", "crop_ratio", "mode", "seed")
+            for name in ("quality", "steps", "guidance_scale", "crop_ratio", "mode", "seed")
         }
         settings["checkpoint"] = dict(composer.compositor.bundle.manifest.checkpoint)
         write_report(report, settings, options.output, options.rows)

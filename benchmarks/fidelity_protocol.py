@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks.baselines import copy_paste, empty_box, fitted, on_white
 from benchmarks.embeddings import Embedder, pairwise_score
 from benchmarks.protocol import ProtocolObject, ProtocolScene
-from runtime.boxes import Box
+from runtime.imaging.boxes import Box
 
 Picture = NDArray[np.uint8]
 Compose = Callable[[ProtocolObject, Picture, Box, int], Picture]

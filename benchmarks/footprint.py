@@ -87,8 +87,8 @@ class MeasuredEngine:
 def build(checkpoint: Path, bundle: Path) -> list[Part]:
     """Builds a bundle and returns its parts."""
     from export.build_engines import BuildOptions, build_bundle
-    from export.checkpoint import read_checkpoint
     from export.progress import Progress
+    from training.network.checkpoint import read_checkpoint
 
     recorder = Recorder()
 

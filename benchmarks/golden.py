@@ -22,12 +22,12 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from engines.errors import AnyDoorError
-from runtime.collage import MODES, Mode, Ratios
+from runtime.imaging.collage import MODES, Mode, Ratios
 
 Array = NDArray[Any]
 
 PICTURES = ("ref_image", "ref_mask", "tar_image", "tar_mask")
-_MODE_OF_SCRIPT = {"box": "box", "shape": "shape", "gradiobox": "keep_background"}
+_MODE_OF_SCRIPT = {"box": "crop", "shape": "shape", "gradiobox": "keep_background"}
 _RUN = re.compile(r"^((?:gradiobox|box|shape)(?:_s\d+g\d+)?)_(.+)$")
 
 

@@ -52,7 +52,7 @@ from benchmarks.roofline import Peak, cores, count_bundle
 from engines.bundle import Bundle
 from engines.engine import BACKENDS, INFERENCE_PRECISIONS, choose_backend
 from engines.errors import AnyDoorError, BackendError
-from engines.graphs import DENOISE
+from engines.spec import DENOISE
 from runtime import huge_pages
 
 BUILD = Path("build/latency")
@@ -104,7 +104,7 @@ def _try_to_open(subject: Subject) -> None:
     Raises:
         BackendError: it cannot be opened.
     """
-    visit = Visit(Plan(), subject, None, threads=1, samples=1, scenarios=(PROBE,), guidance=1.0)
+    visit = Visit(Plan(), subject, None, threads=1, samples=1, scenarios=(PROBE,), guidance_scale=1.0)
     row = Row(subject)
     for _ in _lines(row, visit):
         pass
@@ -135,15 +135,15 @@ def seeded_model(size: str, bundles: Sequence[Path]) -> tuple[Path, list[Path]]:
     """
     from benchmarks.seeded import ARCHITECTURES, seeded_checkpoint
     from export.build_engines import BuildOptions, build_bundle
-    from export.checkpoint import read_checkpoint
+    from training.network.checkpoint import read_checkpoint
 
-    weights = fingerprint("benchmarks/seeded.py", "training/official_keys.py")
+    weights = fingerprint("benchmarks/seeded.py", "training/network/official_keys.py")
     checkpoint = BUILD / f"{size}-{weights}.safetensors"
     if not checkpoint.exists():
         seeded_checkpoint(checkpoint, ARCHITECTURES[size], _SEED, quiet=False)
     if bundles:
         return checkpoint, list(bundles)
-    graphs = fingerprint("training/model.py", "export/*.py", "engines/graphs.py", "engines/bundle.py")
+    graphs = fingerprint("training/network/modules.py", "export/*.py", "engines/spec.py", "engines/bundle.py")
     bundle = BUILD / f"{size}-{weights}-{graphs}"
     if not bundle.exists():
         started = time.monotonic()
@@ -313,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--steps", type=int, metavar="N", help="steps of a picture that are really taken")
     result.add_argument("--rounds", type=int, metavar="N", help="turns of every subject")
     result.add_argument("--pictures", type=int, metavar="N", help="warm pictures per turn")
-    result.add_argument("--guidance", type=float, default=5.0, metavar="G", help="default: 5")
+    result.add_argument("--guidance-scale", type=float, default=5.0, metavar="G", help="default: 5")
     result.add_argument("--threads", type=int, default=cores(), metavar="N", help="default: all cores")
     result.add_argument(
         "--precisions",
@@ -349,8 +349,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
         AnyDoorError: a number is not one.
     """
     plan = PLANS.get(options.size, Plan())
-    if not np.isfinite(options.guidance):
-        raise AnyDoorError(f"--guidance must be a number, not {options.guidance}")
+    if not np.isfinite(options.guidance_scale):
+        raise AnyDoorError(f"--guidance-scale must be a number, not {options.guidance_scale}")
     for name in ("steps", "rounds", "pictures", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -385,7 +385,7 @@ def measure(options: argparse.Namespace) -> Findings:
         threads=options.threads,
         samples=min(_LARGEST_BATCH, *(bundle.manifest.max_batch for bundle in bundles)),
         scenarios=(),
-        guidance=options.guidance,
+        guidance_scale=options.guidance_scale,
     )
     machine = describe()
     measurement = Measurement(visit, subjects, options.quiet)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from benchmarks.machine import peak_memory_gb, reset_peak_memory
 from engines.engine import Array, DeviceTensor
 from engines.errors import AnyDoorError
-from engines.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
-from runtime.ddim import ddim_timesteps
+from engines.spec import CONTROL, DECODE, DENOISE, ID_ENCODER
+from runtime.diffusion.ddim import ddim_timesteps
 from runtime.job import Composite
 from runtime.request import Placement, Request, Sampling
 
@@ -116,7 +116,7 @@ class Visit:
     """Pictures of a batch."""
     scenarios: tuple[str, ...]
     """What to measure besides a cold start and pictures."""
-    guidance: float
+    guidance_scale: float
     started: float = 0.0
     """When the process was started, on the monotonic clock that all processes share."""
     picture: Path | None = None
@@ -393,7 +393,7 @@ class Stand:
         noise = np.random.default_rng(int(reroll)).standard_normal(shape, dtype=np.float32)
         # a shorter re-roll visits timesteps that the picture before it visited
         timesteps = tuple(ddim_timesteps(self._visit.plan.steps)[-steps:].tolist()) if reroll else None
-        sampling = Sampling(steps=steps, guidance=self._visit.guidance, timesteps=timesteps)
+        sampling = Sampling(steps=steps, guidance_scale=self._visit.guidance_scale, timesteps=timesteps)
         return EXAMPLES / "scene.png", [placement(v) for v in variants], noise, sampling
 
 

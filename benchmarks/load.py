@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.machine import describe
 from benchmarks.server_process import ServerProcess, request
 from engines.errors import AnyDoorError
-from runtime.cli import BUNDLE_VARIABLE
+from runtime.cli.composite import BUNDLE_VARIABLE
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 

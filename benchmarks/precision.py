@@ -27,7 +27,7 @@ from benchmarks.rounding import LARGEST_HALF, RoundingEngine
 from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from engines.graphs import DECODE, GRAPHS
+from engines.spec import DECODE, GRAPHS
 from runtime import Compositor
 
 TOKENS_TOLERANCE = 5e-3

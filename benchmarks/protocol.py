@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from benchmarks.baselines import exact_box, on_white
 from engines.errors import AnyDoorError
-from runtime.boxes import Box
-from runtime.pictures import load_mask, load_picture, mask_from_alpha
+from runtime.imaging.boxes import Box
+from runtime.imaging.pictures import load_mask, load_picture, mask_from_alpha
 
 Picture = NDArray[np.uint8]
 

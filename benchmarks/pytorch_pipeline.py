@@ -17,16 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.graphs import DECODE, ID_ENCODER
-from export.checkpoint import read_checkpoint
-from runtime.ddim import ddim_schedule
+from engines.spec import DECODE, ID_ENCODER
+from runtime.diffusion.ddim import ddim_schedule
+from runtime.diffusion.noise_schedule import alphas_cumprod
+from runtime.imaging.pictures import PictureLike, load_picture
 from runtime.job import Composite, Job, Stopwatch, prepare_placement
-from runtime.noise_schedule import alphas_cumprod
-from runtime.pictures import PictureLike, load_picture
 from runtime.request import Placement, Sampling
 from runtime.validation import LARGEST, resolve_placement
-from training.architecture import REFERENCE_SIZE
-from training.official_keys import PREFIXES
+from training.network.architecture import REFERENCE_SIZE
+from training.network.checkpoint import read_checkpoint
+from training.network.official_keys import PREFIXES
 
 
 class PyTorchPipeline:
@@ -146,12 +146,12 @@ class PyTorchPipeline:
             timesteps = torch.full((len(both_hints),), float(timestep), device=self.device)
             with self._measure(watch, "control"):
                 details = control.detail_maps(both_hints, timesteps, tokens)
-                scaled = [detail * sampling.strength for detail in details]
+                scaled = [detail * sampling.control_scale for detail in details]
             with self._measure(watch, "denoise"):
                 both = torch.cat([latent, latent]).to(self._dtype)
                 epsilon = unet.predict_noise(both, timesteps, tokens, scaled).float()
                 conditional, unconditional = epsilon.chunk(2)
-                guided = unconditional + sampling.guidance * (conditional - unconditional)
+                guided = unconditional + sampling.guidance_scale * (conditional - unconditional)
                 latent = from_latent * latent + from_epsilon * guided
         return latent
 

@@ -1,7 +1,7 @@
-"""What speed costs: every lever of `runtime.quality` alone, and the presets, against the exact picture.
+"""What speed costs: every lever of `runtime.diffusion.presets` alone, and the presets, against the exact picture.
 
     python benchmarks/quality.py
-    python benchmarks/quality.py --bundle build/engines/anydoor --guidance 5 --output build/anydoor-quality
+    python benchmarks/quality.py --bundle build/engines/anydoor --guidance-scale 5 --output build/anydoor-quality
 
 Held-out objects in held-out rooms, whose true pictures are known (benchmarks/truth_set.py). Every pair is
 composited with all settings in turn, in one process and from the same noise, with nothing kept from the one
@@ -39,11 +39,11 @@ from benchmarks.truth_set import TruthPair, other_views, truth_pairs
 from engines.bundle import Bundle
 from engines.engine import BACKENDS, DEVICES, Array, DeviceTensor, Engine, open_engine, run_step_by_step
 from engines.errors import AnyDoorError
-from engines.graphs import CONTROL, DENOISE
+from engines.spec import CONTROL, DENOISE
 from runtime import Compositor, Sampling
-from runtime.collage import MODES
+from runtime.diffusion.presets import QUALITIES
 from runtime.errors import InputError
-from runtime.quality import QUALITIES
+from runtime.imaging.collage import MODES
 
 Picture = NDArray[np.uint8]
 
@@ -83,9 +83,9 @@ class Setting:
     seed_offset: int = 0
 
 
-def settings(guidance: float) -> list[Setting]:
+def settings(guidance_scale: float) -> list[Setting]:
     """Everything that is measured, `exact` first."""
-    exact = replace(QUALITIES[EXACT], guidance=guidance)
+    exact = replace(QUALITIES[EXACT], guidance_scale=guidance_scale)
 
     def lever(name: str, label: str, field: str, values: Sequence[Any], **fixed: Any) -> Iterator[Setting]:
         for value in values:
@@ -96,11 +96,17 @@ def settings(guidance: float) -> list[Setting]:
         Setting(EXACT, EXACT, exact),
         Setting(OTHER_SEED, "seed", exact, _SEED_OFFSET),
         *lever("DDIM, fewer steps", "ddim", "steps", (25, 20, 16, 12, 8)),
-        *lever("dpm2m, fewer steps", "dpm2m", "steps", (25, 20, 16, 12, 8), solver="dpm2m"),
+        *lever(
+            "dpm_solver_2m, fewer steps",
+            "dpm_solver_2m",
+            "steps",
+            (25, 20, 16, 12, 8),
+            sampler="dpm_solver_2m",
+        ),
         *lever("guidance interval", "guided", "guidance_interval", ((200, 999), (400, 999), (200, 800))),
         *lever("map timesteps", "maps", "map_steps", (25, 10, 5, 3)),
         *(
-            Setting(name, "presets", replace(sampling, guidance=guidance))
+            Setting(name, "presets", replace(sampling, guidance_scale=guidance_scale))
             for name, sampling in QUALITIES.items()
             if name != EXACT
         ),
@@ -379,7 +385,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--bundle", type=Path, default=Path("examples/anydoor-small"), metavar="DIR")
     result.add_argument("--count", type=int, default=24, metavar="N", help="pairs (default: %(default)s)")
     result.add_argument(
-        "--guidance", type=float, default=2.0, metavar="G", help="of all settings (default: %(default)s)"
+        "--guidance-scale",
+        type=float,
+        default=2.0,
+        metavar="G",
+        help="of all settings (default: %(default)s)",
     )
     result.add_argument("--mode", choices=MODES, default="keep_background", help="default: %(default)s")
     result.add_argument("--seed", type=int, default=7, metavar="S", help="of the first pair (default: 7)")
@@ -417,7 +427,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     compositor = Compositor(bundle, engine)
     for _ in compositor.load_graphs():
         pass
-    todo = settings(options.guidance)
+    todo = settings(options.guidance_scale)
     bar = tqdm(truth_pairs(options.count), "drawing", options.count, leave=False, disable=options.quiet)
     pairs = list(bar)
     meter = Meter(compositor, options.mode, options.seed, lineup_of(pairs, options.among, options.quiet))
@@ -432,7 +442,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
         "backend": engine.backend,
         "device": engine.device,
         "checkpoint": dict(bundle.manifest.checkpoint),
-        "guidance": options.guidance,
+        "guidance_scale": options.guidance_scale,
         "mode": options.mode,
         "seed": options.seed,
         "among": options.among,

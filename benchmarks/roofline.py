@@ -25,8 +25,8 @@ import numpy as np
 
 from engines.bundle import Bundle
 from engines.errors import AnyDoorError, BundleError
-from engines.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER, MAPS, ROWS, SAMPLES
-from runtime.cli import BUNDLE_VARIABLE
+from engines.spec import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER, MAPS, ROWS, SAMPLES
+from runtime.cli.composite import BUNDLE_VARIABLE
 from runtime.errors import InputError
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
 from engines.bundle import Bundle
 from engines.engine import Array, DeviceTensor
-from engines.onnxruntime import OnnxRuntimeEngine
 
 LARGEST_HALF = float(np.finfo(np.float16).max)
 

@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.architecture import Architecture
 from training.checkpoint import write_checkpoint
-from training.model import AnyDoor
-from training.official_keys import schedule_buffers
+from training.network.architecture import Architecture
+from training.network.modules import AnyDoor
+from training.network.official_keys import schedule_buffers
 
 SMALL = Architecture(
     unet_channels=(32, 64, 96, 96),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.boxes import Box
+from runtime.imaging.boxes import Box
 
 Picture = NDArray[np.uint8]
 Array = NDArray[np.float64]

@@ -26,7 +26,7 @@ import psutil
 
 from benchmarks.server_process import ServerProcess, request
 from engines.errors import AnyDoorError
-from runtime.cli import BUNDLE_VARIABLE
+from runtime.cli.composite import BUNDLE_VARIABLE
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 
@@ -100,7 +100,7 @@ class Caller:
             if self._random.random() < 0.5:
                 message.scene = message.scene[: self._random.randrange(len(message.scene) - 20)]
             else:
-                message.sampling.guidance = -1
+                message.sampling.guidance_scale = -1
         return message
 
 

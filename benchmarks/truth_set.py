@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from benchmarks.baselines import empty_box, exact_box, guess_background
 from runtime import Placement
-from runtime.boxes import Box
-from runtime.collage import Ratios, zoom_in
+from runtime.imaging.boxes import Box
+from runtime.imaging.collage import Ratios, zoom_in
 from training.data.pairs import UnfitPairError, check_masks
 from training.data.synthetic.views import HELD_OUT, View, reference_view, scene_view
 

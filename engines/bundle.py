@@ -2,7 +2,7 @@
 
     manifest.json       what this is, what it was made from, and the hash of every other file
     constants.npz       unconditional ID tokens, noise schedule
-    id_encoder.onnx     the graphs (`engines.graphs`), with their weights beside them
+    id_encoder.onnx     the graphs (`engines.spec`), with their weights beside them
     id_encoder.onnx.data
     ...
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BundleError
-from engines.graphs import GRAPHS, GraphSpec, ModelShape, graph_specs
+from engines.spec import GRAPHS, GraphSpec, ModelShape, graph_specs
 from engines.verified import FileState
 
 FORMAT = "anydoor-bundle"

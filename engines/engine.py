@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import BUILD_COMMAND, Bundle
 from engines.errors import BackendError, BundleError
-from engines.graphs import GRAPHS
+from engines.spec import GRAPHS
 
 Array = NDArray[Any]
 DeviceTensor = Any
@@ -28,10 +28,10 @@ DEVICES = ("auto", "cpu", "cuda")
 INFERENCE_PRECISIONS = ("fp32", "bf16")
 
 _BACKENDS = {
-    "onnxruntime": "engines.onnxruntime",
-    "openvino": "engines.openvino",
-    "tensorrt": "engines.tensorrt",
-    "tensorrt_rtx": "engines.tensorrt",
+    "onnxruntime": "engines.backends.onnxruntime.engine",
+    "openvino": "engines.backends.openvino.engine",
+    "tensorrt": "engines.backends.tensorrt.engine",
+    "tensorrt_rtx": "engines.backends.tensorrt.engine",
 }
 """Backend -> module with an `open_engine` like the one below."""
 
@@ -77,7 +77,7 @@ class Engine(Protocol):
         """Runs a graph.
 
         Args:
-            graph: one of `engines.graphs.GRAPHS`.
+            graph: one of `engines.spec.GRAPHS`.
             inputs: input name -> host array, or tensor that this engine returned.
             outputs: names of the outputs to compute; all if None.
         """
@@ -93,7 +93,7 @@ class Engine(Protocol):
         """Runs a graph S times, each time with what the time before left.
 
         Args:
-            graph: one of `engines.graphs.GRAPHS`.
+            graph: one of `engines.spec.GRAPHS`.
             inputs: as for `run`: what stays the same, and what the first step starts with.
             per_step: input name -> (S, ...) host array with the values of every step.
             feedback: input name -> the output whose values it has from the second step on.
@@ -210,7 +210,7 @@ def choose_backend(
 
 def _fits(bundle: Bundle, memory_budget: int | None) -> bool:
     """Whether OpenVINO, which needs more memory to load a graph, has enough of it."""
-    from engines import openvino
+    from engines.backends.openvino import engine as openvino
 
     try:
         return openvino.plan_residency(bundle, memory_budget).fits

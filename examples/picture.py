@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from runtime import Compositor, Placement, Sampling
-from runtime.boxes import Box
-from runtime.collage import MODES, Ratios, make_hint
-from runtime.reference import prepare_reference
+from runtime.imaging.boxes import Box
+from runtime.imaging.collage import MODES, Ratios, make_hint
+from runtime.imaging.reference import prepare_reference
 
 EXAMPLES = Path(__file__).parent
 HEIGHT, GAP = 300, 12
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--mode", default="keep_background")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     options = parser.parse_args()
 
     x0, y0, x1, y1 = (int(v) for v in (EXAMPLES / "scene_box.txt").read_text("utf-8").split(","))
@@ -41,7 +41,7 @@ def main() -> None:
         scene,
         Placement(reference, box=(x0, y0, x1, y1), mode=options.mode, ratios=RATIOS),
         seed=options.seed,
-        sampling=Sampling(steps=options.steps, guidance=options.guidance),
+        sampling=Sampling(steps=options.steps, guidance_scale=options.guidance_scale),
     )
 
     cutout = Image.new("RGB", reference.size, "white")

@@ -20,17 +20,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.backends.tensorrt.library import FLAVOURS, load_library
 from engines.bundle import MANIFEST, Bundle, Manifest
 from engines.cuda import Device
 from engines.errors import AnyDoorError
-from engines.graphs import GRAPHS
-from engines.tensorrt_plans import FLAVOURS, load_library
+from engines.spec import GRAPHS
 from export.plans import build_plans, check_targets
 from export.progress import Progress
 
 if TYPE_CHECKING:
     # PyTorch; a machine that builds plans from ONNX graphs need not have it
-    from export.checkpoint import Checkpoint
+    from training.network.checkpoint import Checkpoint
 
 ONNX = "onnxruntime"
 BACKENDS = ("auto", ONNX, *FLAVOURS)
@@ -277,7 +277,7 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         build = replace(build, max_batch=options.max_batch or bundle.manifest.max_batch)
         return output, build_plan_bundle(bundle, output, build, progress)
     try:
-        from export.checkpoint import read_checkpoint
+        from training.network.checkpoint import read_checkpoint
     except ImportError as error:
         raise AnyDoorError(
             f"a checkpoint needs PyTorch to be exported, and '{error.name}' is not installed: pip install "

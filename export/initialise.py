@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from engines.errors import AnyDoorError
-from export.checkpoint import CheckpointError, compare_shapes, read_tensors
-from training.architecture import Architecture, ArchitectureError, infer_architecture
 from training.checkpoint import write_checkpoint
-from training.model import AnyDoor
-from training.official_keys import PREFIXES, schedule_buffers
+from training.network.architecture import Architecture, ArchitectureError, infer_architecture
+from training.network.checkpoint import CheckpointError, compare_shapes, read_tensors
+from training.network.modules import AnyDoor
+from training.network.official_keys import PREFIXES, schedule_buffers
 
 PROJECTOR = PREFIXES["id_encoder"] + "projector.weight"
 _TOKEN_WIDTH_KEY = PREFIXES["unet"] + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"

@@ -16,15 +16,15 @@ import torch
 from engines.bundle import CONSTANTS, Bundle, FileRecord, GraphRecord, Manifest, file_record, sha256
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from engines.graphs import GRAPHS, ID_ENCODER
-from export.checkpoint import Checkpoint
-from export.graphs import GRAPH_MODULES, PART_OF_GRAPH, export_onnx, model_shape
+from engines.spec import GRAPHS, ID_ENCODER
 from export.precision import DETAIL_DTYPES, PRECISIONS, keep_float32_layers
 from export.progress import Progress
+from export.systems.anydoor import GRAPH_MODULES, PART_OF_GRAPH, export_onnx, model_shape
 from export.verification import verify_graph
 from export.weights import store_exact_halves
-from training.architecture import REFERENCE_SIZE
-from training.model import AnyDoor
+from training.network.architecture import REFERENCE_SIZE
+from training.network.checkpoint import Checkpoint
+from training.network.modules import AnyDoor
 
 if TYPE_CHECKING:
     from export.build_engines import BuildOptions

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engines.backends.tensorrt.library import DTYPES, Library, PlanTensor, check_signature
 from engines.bundle import Bundle, GraphRecord, Manifest, file_record
 from engines.cuda import Device
 from engines.errors import AnyDoorError
-from engines.graphs import CONDITIONS, GRAPHS, MAPS, ROWS, SAMPLES, GraphSpec, TensorSpec, largest_sizes
-from engines.tensorrt_plans import DTYPES, Library, PlanTensor, check_signature
+from engines.spec import CONDITIONS, GRAPHS, MAPS, ROWS, SAMPLES, GraphSpec, TensorSpec, largest_sizes
 from export.progress import Progress
 
 USUAL_SIZES = {SAMPLES: 1, ROWS: 2, CONDITIONS: 2, MAPS: 2}

@@ -8,8 +8,8 @@ from torch import nn
 
 from engines.engine import Array, Engine
 from engines.errors import AnyDoorError
-from engines.graphs import GraphSpec
-from export.graphs import example_inputs
+from engines.spec import GraphSpec
+from export.systems.anydoor import example_inputs
 
 VERIFY_SIZES = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}
 """One picture with guidance: the call that every user makes."""

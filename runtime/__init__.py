@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engines.errors import AnyDoorError, BackendError, BundleError
-    from runtime.collage import Ratios
     from runtime.compositor import Compositor
+    from runtime.diffusion.presets import preset
     from runtime.errors import InputError
+    from runtime.imaging.collage import Ratios
     from runtime.job import Composite
-    from runtime.quality import preset
     from runtime.request import Placement, Sampling
 
 __all__ = [
@@ -41,9 +41,9 @@ _HOMES = {
     "Compositor": "runtime.compositor",
     "InputError": "runtime.errors",
     "Placement": "runtime.request",
-    "Ratios": "runtime.collage",
+    "Ratios": "runtime.imaging.collage",
     "Sampling": "runtime.request",
-    "preset": "runtime.quality",
+    "preset": "runtime.diffusion.presets",
 }
 
 

@@ -8,7 +8,7 @@ from runtime.huge_pages import start_again_with_them
 def main() -> int:
     """Runs a command; returns its exit code."""
     start_again_with_them()  # before anything is loaded that would have to be loaded twice
-    from runtime.cli import main as run
+    from runtime.cli.composite import main as run
 
     return run()
 

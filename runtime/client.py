@@ -22,13 +22,13 @@ from PIL import Image
 
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
+from runtime.imaging.pictures import PictureLike
 from runtime.job import Composite
-from runtime.order import Preview, Queued, StepDone
-from runtime.pictures import PictureLike
 from runtime.request import Placement, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
-from runtime.wire import composites_from_message, message_from_request
+from runtime.server.ticket import Preview, Queued, StepDone
+from runtime.server.wire import composites_from_message, message_from_request
 
 News = Queued | StepDone | Preview | list[Composite]
 """What `stream` yields; the pictures come last."""

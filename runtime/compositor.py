@@ -14,15 +14,15 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.engine import DeviceTensor, Engine, open_engine
-from engines.graphs import DECODE, GRAPHS, ID_ENCODER
-from runtime.detail_maps import DetailMapCache, DetailMaps, default_cache_budget, shared_timesteps
+from engines.spec import DECODE, GRAPHS, ID_ENCODER
+from runtime.diffusion.samplers import sampler_schedule
 from runtime.errors import InputError, in_field
+from runtime.imaging.pictures import PictureLike, load_picture
+from runtime.imaging.reference import PreparedReference
 from runtime.job import Canvas, Composite, Job, Stopwatch, prepare_placement
-from runtime.pictures import PictureLike, load_picture
-from runtime.reference import PreparedReference
 from runtime.request import Placement, Request, Sampling
-from runtime.sampling import Conditions, LatentRow, RunningBatch, Sample, guided_steps
-from runtime.solvers import solver_schedule
+from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, default_cache_budget, shared_timesteps
+from runtime.sampling.running_batch import Conditions, LatentRow, RunningBatch, Sample, guided_steps
 from runtime.validation import (
     LARGEST,
     MAX_SEED,
@@ -250,8 +250,8 @@ class Compositor:
             scene=picture,
             placements=prepared,
             sampling=sampling,
-            schedule=solver_schedule(
-                self._alphas_cumprod, sampling.solver, sampling.steps, sampling.eta, sampling.timesteps
+            schedule=sampler_schedule(
+                self._alphas_cumprod, sampling.sampler, sampling.steps, sampling.eta, sampling.timesteps
             ),
             seeds=[seed + i for i in range(num_images)],
             resolution=self._model.resolution,

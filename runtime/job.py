@@ -17,13 +17,13 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.boxes import Box
-from runtime.collage import MODES, Hint, Mode, Ratios, make_hint
-from runtime.ddim import Schedule
-from runtime.paste_back import paste_back, pasted_region
-from runtime.reference import PreparedReference, prepare_reference
+from runtime.diffusion.ddim import Schedule
+from runtime.imaging.boxes import Box
+from runtime.imaging.collage import MODES, Hint, Mode, Ratios, make_hint
+from runtime.imaging.paste_back import paste_back, pasted_region
+from runtime.imaging.reference import PreparedReference, prepare_reference
 from runtime.request import ResolvedPlacement, Sampling
-from runtime.sampling import Conditions
+from runtime.sampling.running_batch import Conditions
 
 
 @dataclass(frozen=True, eq=False)

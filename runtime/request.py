@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.collage import Ratios
-from runtime.pictures import PictureLike
+from runtime.imaging.collage import Ratios
+from runtime.imaging.pictures import PictureLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +25,8 @@ class Placement:
     """Place: x0, y0, x1, y1 in pixels of the scene, x1 and y1 exclusive. May cross the scene's border."""
     mask: PictureLike | NDArray[np.bool_] | None = None
     """Place: a mask of the scene's size, instead of a box."""
-    mode: str = "box"
-    """How it is placed, one of `runtime.collage.MODES`: "box" generates the surroundings of the box anew;
+    mode: str = "crop"
+    """How it is placed, one of `runtime.imaging.collage.MODES`: "crop" generates the surroundings of the box anew;
     "shape" makes the object fill the mask; "keep_background" changes nothing outside the box."""
     ratios: Ratios = field(default_factory=Ratios)
 
@@ -35,21 +35,21 @@ class Placement:
 class Sampling:
     """How pictures are sampled. The defaults are the original's (run_inference.py).
 
-    `runtime.quality` has named sets that trade some likeness to those pictures for speed.
+    `runtime.diffusion.presets` has named sets that trade some likeness to those pictures for speed.
     """
 
     steps: int = 50
     """Steps, 1 to 999."""
-    guidance: float = 5.0
+    guidance_scale: float = 5.0
     """Classifier-free guidance scale; 1 is without guidance and half the work."""
-    strength: float = 1.0
+    control_scale: float = 1.0
     """Factor of the detail maps; 0 ignores the scene's details and the high-frequency map."""
     eta: float = 0.0
     """0 is deterministic DDIM, 1 adds as much noise as DDPM."""
     timesteps: tuple[int, ...] | None = None
     """Exact timesteps to visit, rising, to follow another implementation; overrides `steps`."""
-    solver: str = "ddim"
-    """What takes the steps, one of `runtime.solvers.SOLVERS`: "ddim", or "dpm2m", which needs fewer of them
+    sampler: str = "ddim"
+    """What takes the steps, one of `runtime.diffusion.samplers.SAMPLERS`: "ddim", or "dpm_solver_2m", which needs fewer of them
     and has no `eta`."""
     guidance_interval: tuple[int, int] = (0, 999)
     """Lowest and highest timestep with guidance, of 0 (picture) to 999 (noise); a step outside of them has
@@ -60,7 +60,7 @@ class Sampling:
     def guided_at(self, timestep: int) -> bool:
         """Whether the unconditional half is needed; at a scale of exactly 1 it cancels out."""
         first, last = self.guidance_interval
-        return self.guidance != 1.0 and first <= timestep <= last
+        return self.guidance_scale != 1.0 and first <= timestep <= last
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.boxes import Box
-from runtime.collage import MODES
-from runtime.ddim import MAX_STEPS
+from runtime.diffusion.ddim import MAX_STEPS
+from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError, in_field
-from runtime.pictures import MAX_PIXELS, load_mask, load_picture, mask_from_alpha
+from runtime.imaging.boxes import Box
+from runtime.imaging.collage import MODES
+from runtime.imaging.pictures import MAX_PIXELS, load_mask, load_picture, mask_from_alpha
 from runtime.request import Placement, ResolvedPlacement, Sampling
-from runtime.solvers import SOLVERS
 
 MAX_IMAGES = 64
 MAX_PLACEMENTS = 16
-MAX_GUIDANCE = 100.0
-MAX_STRENGTH = 10.0
+MAX_GUIDANCE_SCALE = 100.0
+MAX_CONTROL_SCALE = 10.0
 MAX_SEED = 2**63 - 1
 MIN_MASK_PIXELS = 10
 """The original takes a smaller mask for the whole picture; that is a mistake more often than a wish."""
@@ -48,16 +48,16 @@ def check_sampling(sampling: Sampling, limits: Limits = LARGEST) -> None:
         InputError: names the parameter, its value and its range.
     """
     _check_integer("steps", sampling.steps, 1, limits.steps)
-    _check_number("guidance", sampling.guidance, 0.0, MAX_GUIDANCE)
-    _check_number("strength", sampling.strength, 0.0, MAX_STRENGTH)
+    _check_number("guidance_scale", sampling.guidance_scale, 0.0, MAX_GUIDANCE_SCALE)
+    _check_number("control_scale", sampling.control_scale, 0.0, MAX_CONTROL_SCALE)
     _check_number("eta", sampling.eta, 0.0, 1.0)
-    with in_field("solver"):
-        if sampling.solver not in SOLVERS:
-            raise InputError(f"there is no solver '{sampling.solver}': choose one of {', '.join(SOLVERS)}")
+    with in_field("sampler"):
+        if sampling.sampler not in SAMPLERS:
+            raise InputError(f"there is no sampler '{sampling.sampler}': choose one of {', '.join(SAMPLERS)}")
     with in_field("eta"):
-        if sampling.eta > 0 and sampling.solver != "ddim":
+        if sampling.eta > 0 and sampling.sampler != "ddim":
             raise InputError(
-                f"the solver {sampling.solver} adds no noise: eta must be 0 with it, not {sampling.eta:g}"
+                f"the sampler {sampling.sampler} adds no noise: eta must be 0 with it, not {sampling.eta:g}"
             )
     interval = sampling.guidance_interval
     for timestep in interval:

@@ -27,7 +27,12 @@ settings.load_profile("any machine")
 def _fingerprint() -> str:
     """Changes whenever the code that makes checkpoints and bundles does."""
     digest = hashlib.sha256()
-    sources = ["benchmarks/seeded.py", "runtime/noise_schedule.py", "engines/graphs.py", "engines/bundle.py"]
+    sources = [
+        "benchmarks/seeded.py",
+        "runtime/diffusion/noise_schedule.py",
+        "engines/spec.py",
+        "engines/bundle.py",
+    ]
     sources += [f"training/{name}.py" for name in ("architecture", "model", "official_keys")]
     sources += [f"export/{name}.py" for name in ("build_engines", "checkpoint", "graphs", "verification")]
     sources += [f"export/{name}.py" for name in ("onnx_bundle", "plans", "precision")]
@@ -59,8 +64,8 @@ def _checkpoint(name: str) -> Path:
 
 def _bundle(name: str, resolution: int, precision: str = "fp32") -> Path:
     from export.build_engines import BuildOptions, build_bundle
-    from export.checkpoint import read_checkpoint
     from export.progress import Progress
+    from training.network.checkpoint import read_checkpoint
 
     checkpoint = _checkpoint(name)
     path = checkpoint.parent / (name if precision == "fp32" else f"{name}-{precision}")

@@ -33,7 +33,13 @@ UNUSED_TO_COMPOSITE = (
         "email",
         "importlib.metadata",
     ),
-    *("engines.cuda", "engines.tensorrt", "engines.openvino", "runtime.scheduler", "runtime.client"),
+    *(
+        "engines.cuda",
+        "engines.backends.tensorrt.engine",
+        "engines.backends.openvino.engine",
+        "runtime.server.batching",
+        "runtime.client",
+    ),
 )
 """What `anydoor composite --quiet` with ONNX Runtime has no use for."""
 
@@ -57,7 +63,7 @@ def test_compositing_imports_nothing_that_it_does_not_use(tiny_bundle: Path, tmp
     command = ["composite", *arguments, "--output", str(tmp_path / "out.png"), "--quiet"]
     command += ["--bundle", str(tiny_bundle), "--backend", "onnxruntime"]
     code = (
-        f"import sys; from runtime.cli import main; assert main({command}) == 0;"
+        f"import sys; from runtime.cli.composite import main; assert main({command}) == 0;"
         f"print([name for name in {UNUSED_TO_COMPOSITE} if name in sys.modules])"
     )
     result = subprocess.run(

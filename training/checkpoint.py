@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.architecture import (
+from training.network.architecture import (
     HIDDEN,
     Architecture,
     ArchitectureError,
@@ -21,11 +21,11 @@ from training.architecture import (
     hidden_to_metadata,
     infer_architecture,
 )
-from training.model import AnyDoor
-from training.official_keys import schedule_buffers
+from training.network.modules import AnyDoor
+from training.network.official_keys import schedule_buffers
 
 _CONVERT = (
-    "convert it first: python -c 'import sys, pathlib, export.checkpoint as e, safetensors.torch as s; "
+    "convert it first: python -c 'import sys, pathlib, training.network.checkpoint as e, safetensors.torch as s; "
     "s.save_file(dict(e.read_tensors(pathlib.Path(sys.argv[1])).tensors), sys.argv[2])' {} {}"
 )
 

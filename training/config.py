@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from training.architecture import Architecture
 from training.data.pairs import Kind, PairRules
 from training.data.sources import SOURCES
-from training.diffusion import Denoising
 from training.loop import LoopSettings
+from training.network.architecture import Architecture
+from training.systems.anydoor import Denoising
 
 if sys.version_info >= (3, 11):
     import tomllib

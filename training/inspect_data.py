@@ -35,9 +35,9 @@ from training.data.mixture import Mixture
 from training.data.pairs import Pair
 from training.data.sources import SourceError
 from training.data.view_store import StoreError, ViewStore
-from training.diffusion import DiffusionTask
 from training.loop import LoopSettings, NumberedDataset, Numbers
-from training.model import AnyDoor
+from training.network.modules import AnyDoor
+from training.systems.anydoor import DiffusionTask
 
 
 def to_picture(values: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -17,19 +17,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.architecture import REFERENCE_SIZE
 from training.config import Recipe, read_recipe
 from training.data.pairs import Pair, Picture, Shot, UnfitPairError, make_pair
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
-from training.diffusion import Denoiser, DiffusionTask
-from training.identity import dino_features
 from training.inspect_data import column
-from training.model import AnyDoor
+from training.network.architecture import REFERENCE_SIZE
+from training.network.modules import AnyDoor
+from training.systems.anydoor import Denoiser, DiffusionTask
+from training.systems.identity import dino_features
 
 
 @torch.no_grad()
 def sample(
-    model: AnyDoor, tokens: Tensor, hints: Tensor, steps: int = 20, guidance: float = 2.0, seed: int = 0
+    model: AnyDoor, tokens: Tensor, hints: Tensor, steps: int = 20, guidance_scale: float = 2.0, seed: int = 0
 ) -> Tensor:
     """DDIM with eta 0 from pure noise, at the timesteps that the runtime uses.
 
@@ -53,7 +53,7 @@ def sample(
         both = torch.full((2 * count,), timestep, device=hints.device)
         estimate = model(latent.repeat(2, 1, 1, 1), both, tokens, hints.repeat(2, 1, 1, 1))
         wanted, unconditional = estimate.chunk(2)
-        noise = unconditional + guidance * (wanted - unconditional)
+        noise = unconditional + guidance_scale * (wanted - unconditional)
         now, after = alphas[timestep], alphas[max(timestep - 1000 // steps, 0)]
         clean = (latent - (1 - now).sqrt() * noise) / now.sqrt()
         latent = after.sqrt() * clean + (1 - after).sqrt() * noise
@@ -64,10 +64,10 @@ class Preview:
     """Sheets of samples with the weights that training has reached, always of the same held-out pairs."""
 
     def __init__(
-        self, recipe: Recipe, model: AnyDoor, count: int = 6, steps: int = 20, guidance: float = 2.0
+        self, recipe: Recipe, model: AnyDoor, count: int = 6, steps: int = 20, guidance_scale: float = 2.0
     ) -> None:
         """Takes the autoencoder and the ID encoder of `model`, which do not learn while it is used."""
-        self._model, self._steps, self._guidance = model, steps, guidance
+        self._model, self._steps, self._guidance = model, steps, guidance_scale
         self._pairs = held_out_pairs(recipe, count)
         references = np.stack([pair.reference for pair in self._pairs])
         self._references = torch.from_numpy(references).permute(0, 3, 1, 2) / 255
@@ -133,14 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="default: runs/NAME of the recipe")
     parser.add_argument("--count", type=int, default=10, help="of samples; default: 10")
     parser.add_argument("--steps", type=int, default=20, help="of sampling, divides 1000; default: 20")
-    parser.add_argument("--guidance", type=float, default=2.0, help="default: 2")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="default: 2")
     options = parser.parse_args(arguments)
     if options.count < 1 or options.steps < 1 or 1000 % options.steps:
         parser.error("--count is at least 1 and --steps divides 1000")
     try:
         recipe = read_recipe(options.recipe)
         model = trained_model(recipe, options.folder or Path("runs") / options.recipe.stem)
-        preview = Preview(recipe, model, options.count, options.steps, options.guidance)
+        preview = Preview(recipe, model, options.count, options.steps, options.guidance_scale)
         Image.fromarray(preview(Denoiser(model).state_dict())).save(options.output, "PNG")
     except REFUSALS as error:
         print(f"preview: {error}", file=sys.stderr)

@@ -23,8 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.architecture import ArchitectureError
-from training.autoencoder import AutoencoderTask, normalise_latents
 from training.checkpoint import CheckpointError, check_start, read_start, write_model
 from training.config import Recipe, RecipeError, read_recipe
 from training.data.encoded import (
@@ -41,14 +39,16 @@ from training.data.encoded import (
 from training.data.mixture import Mixture
 from training.data.sources import SOURCES, SourceError
 from training.data.view_store import StoreError, ViewStore, draw_views
-from training.diffusion import DiffusionTask
-from training.hint import HintTask
-from training.identity import IdentityTask
 from training.loop import on_main_process, part_processes, train
-from training.model import AnyDoor
+from training.network.architecture import ArchitectureError
+from training.network.modules import AnyDoor
 from training.preview import Preview
 from training.sharding import LaunchError
-from training.small import open_control
+from training.small.hint import HintTask
+from training.small.recipe import open_control
+from training.systems.anydoor import DiffusionTask
+from training.systems.autoencoder import AutoencoderTask, normalise_latents
+from training.systems.identity import IdentityTask
 
 PAIRS_SEED, CALIBRATION, DECODER_SIDE = 3, 64, 64
 

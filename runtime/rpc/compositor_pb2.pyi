@@ -10,7 +10,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class PlacementMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     PLACEMENT_MODE_UNSPECIFIED: _ClassVar[PlacementMode]
-    PLACEMENT_MODE_BOX: _ClassVar[PlacementMode]
+    PLACEMENT_MODE_CROP: _ClassVar[PlacementMode]
     PLACEMENT_MODE_SHAPE: _ClassVar[PlacementMode]
     PLACEMENT_MODE_KEEP_BACKGROUND: _ClassVar[PlacementMode]
 
@@ -21,11 +21,11 @@ class Quality(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     QUALITY_BALANCED: _ClassVar[Quality]
     QUALITY_FAST: _ClassVar[Quality]
 
-class Solver(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class Sampler(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    SOLVER_UNSPECIFIED: _ClassVar[Solver]
-    SOLVER_DDIM: _ClassVar[Solver]
-    SOLVER_DPM2M: _ClassVar[Solver]
+    SAMPLER_UNSPECIFIED: _ClassVar[Sampler]
+    SAMPLER_DDIM: _ClassVar[Sampler]
+    SAMPLER_DPM_SOLVER_2M: _ClassVar[Sampler]
 
 class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -34,16 +34,16 @@ class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     IMAGE_FORMAT_JPEG: _ClassVar[ImageFormat]
     IMAGE_FORMAT_WEBP: _ClassVar[ImageFormat]
 PLACEMENT_MODE_UNSPECIFIED: PlacementMode
-PLACEMENT_MODE_BOX: PlacementMode
+PLACEMENT_MODE_CROP: PlacementMode
 PLACEMENT_MODE_SHAPE: PlacementMode
 PLACEMENT_MODE_KEEP_BACKGROUND: PlacementMode
 QUALITY_UNSPECIFIED: Quality
 QUALITY_EXACT: Quality
 QUALITY_BALANCED: Quality
 QUALITY_FAST: Quality
-SOLVER_UNSPECIFIED: Solver
-SOLVER_DDIM: Solver
-SOLVER_DPM2M: Solver
+SAMPLER_UNSPECIFIED: Sampler
+SAMPLER_DDIM: Sampler
+SAMPLER_DPM_SOLVER_2M: Sampler
 IMAGE_FORMAT_UNSPECIFIED: ImageFormat
 IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_JPEG: ImageFormat
@@ -104,24 +104,24 @@ class Ratios(_message.Message):
     def __init__(self, reference: _Optional[float] = ..., box: _Optional[float] = ..., crop: _Optional[float] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("steps", "guidance", "strength", "eta", "quality", "solver", "guidance_interval", "map_steps")
+    __slots__ = ("steps", "guidance_scale", "control_scale", "eta", "quality", "sampler", "guidance_interval", "map_steps")
     STEPS_FIELD_NUMBER: _ClassVar[int]
-    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
-    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_SCALE_FIELD_NUMBER: _ClassVar[int]
     ETA_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
-    SOLVER_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     MAP_STEPS_FIELD_NUMBER: _ClassVar[int]
     steps: int
-    guidance: float
-    strength: float
+    guidance_scale: float
+    control_scale: float
     eta: float
     quality: Quality
-    solver: Solver
+    sampler: Sampler
     guidance_interval: TimestepInterval
     map_steps: int
-    def __init__(self, steps: _Optional[int] = ..., guidance: _Optional[float] = ..., strength: _Optional[float] = ..., eta: _Optional[float] = ..., quality: _Optional[_Union[Quality, str]] = ..., solver: _Optional[_Union[Solver, str]] = ..., guidance_interval: _Optional[_Union[TimestepInterval, _Mapping]] = ..., map_steps: _Optional[int] = ...) -> None: ...
+    def __init__(self, steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., control_scale: _Optional[float] = ..., eta: _Optional[float] = ..., quality: _Optional[_Union[Quality, str]] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., guidance_interval: _Optional[_Union[TimestepInterval, _Mapping]] = ..., map_steps: _Optional[int] = ...) -> None: ...
 
 class TimestepInterval(_message.Message):
     __slots__ = ("first", "last")

@@ -12,9 +12,9 @@ from grpc_reflection.v1alpha import reflection
 
 from runtime.compositor import Compositor
 from runtime.errors import InputError
-from runtime.scheduler import Scheduler
 from runtime.server import tracing
 from runtime.server.access import TokenInterceptor, credentials, read_tokens
+from runtime.server.batching import Scheduler
 from runtime.server.logs import configure, log
 from runtime.server.metrics import Metrics
 from runtime.server.service import NAME, CompositorService

@@ -18,7 +18,13 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from runtime.errors import InputError, in_field
-from runtime.order import (
+from runtime.rpc import compositor_pb2 as pb
+from runtime.server.access import client_of
+from runtime.server.batching import Scheduler
+from runtime.server.logs import log
+from runtime.server.metrics import Metrics
+from runtime.server.settings import Settings
+from runtime.server.ticket import (
     DeadlineError,
     EngineLostError,
     Event,
@@ -28,14 +34,8 @@ from runtime.order import (
     QueueFullError,
     ShuttingDownError,
 )
-from runtime.rpc import compositor_pb2 as pb
-from runtime.scheduler import Scheduler
-from runtime.server.access import client_of
-from runtime.server.logs import log
-from runtime.server.metrics import Metrics
-from runtime.server.settings import Settings
 from runtime.server.tracing import start_request_span
-from runtime.wire import event_message, request_from_message, response_message
+from runtime.server.wire import event_message, request_from_message, response_message
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]

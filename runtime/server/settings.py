@@ -12,7 +12,7 @@ from typing import Any
 
 from engines.engine import BACKENDS, DEVICES, INFERENCE_PRECISIONS
 from runtime.errors import InputError
-from runtime.order import BATCHING
+from runtime.server.ticket import BATCHING
 from runtime.sizes import parse_size, size_flag
 from runtime.validation import Limits
 

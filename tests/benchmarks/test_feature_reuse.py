@@ -15,8 +15,8 @@ from benchmarks import feature_reuse
 from benchmarks.feature_reuse import ReusingUNet, main, parser
 from benchmarks.seeded import TINY, seeded_tensor
 from engines.bundle import sha256
-from training.architecture import Prediction
-from training.model import AnyDoor
+from training.network.architecture import Prediction
+from training.network.modules import AnyDoor
 
 RESOLUTION = 64
 
@@ -74,7 +74,7 @@ def test_the_command_says_what_it_measured(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(feature_reuse, "LIMIT_STEPS", 4)
-    monkeypatch.setattr(feature_reuse, "SOLVERS_AND_STEPS", (("ddim", 3, (1, 2)), ("dpm2m", 2, (1,))))
+    monkeypatch.setattr(feature_reuse, "SOLVERS_AND_STEPS", (("ddim", 3, (1, 2)), ("dpm_solver_2m", 2, (1,))))
     output = tmp_path / "new" / "reuse.json"
     arguments = ["--checkpoint", str(tiny_checkpoint), "--resolution", "64", "--count", "1"]
     assert main([*arguments, "--output", str(output)]) == 0
@@ -84,8 +84,8 @@ def test_the_command_says_what_it_measured(
     assert content["checkpoint"] == {"file": tiny_checkpoint.name, "sha256": sha256(tiny_checkpoint)}
     assert content["machine"]["processor"]
     assert 0 < content["shallow_share"]["this"] < 1
-    rows = {(row["solver"], row["steps"], row["every"]): row for row in content["rows"]}
-    assert rows.keys() == {("ddim", 3, 1), ("ddim", 3, 2), ("dpm2m", 2, 1)}
+    rows = {(row["sampler"], row["steps"], row["every"]): row for row in content["rows"]}
+    assert rows.keys() == {("ddim", 3, 1), ("ddim", 3, 2), ("dpm_solver_2m", 2, 1)}
     assert rows["ddim", 3, 1]["operations"] == pytest.approx(3 / 50)
     assert rows["ddim", 3, 2]["operations"] == pytest.approx((2 + content["shallow_share"]["this"]) / 50)
     assert all(row["distance"] > 0 for row in rows.values())

@@ -16,7 +16,7 @@ from benchmarks.fidelity import labelled_sheet, main
 from benchmarks.fidelity_truth import EMPTY, GUESS, OURS, PASTE, PASTE_ON_GUESS, TRUTH, WRONG, measure
 from benchmarks.protocol import read_protocol
 from engines.errors import AnyDoorError
-from runtime.boxes import Box
+from runtime.imaging.boxes import Box
 
 Capture = pytest.CaptureFixture[str]
 

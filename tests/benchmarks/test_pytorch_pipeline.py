@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from benchmarks.comparison import psnr
 from benchmarks.pytorch_pipeline import PyTorchPipeline
-from export.checkpoint import CheckpointError, read_checkpoint
 from runtime import Compositor, Placement, Sampling
 from training.checkpoint import write_checkpoint
+from training.network.checkpoint import CheckpointError, read_checkpoint
 
-SAMPLING = Sampling(steps=3, guidance=4.0)
+SAMPLING = Sampling(steps=3, guidance_scale=4.0)
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def test_different_placements_in_a_batch(tiny_checkpoint: Path, scene: np.ndarra
         assert psnr(composite.image, alone.image, peak=255) > 50
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.0])
+@pytest.mark.parametrize("control_scale", [1.0, 0.0])
 def test_every_step_runs_the_controlnet(
     tiny_checkpoint: Path,
     scene: np.ndarray,  # type: ignore[type-arg]
-    strength: float,
+    control_scale: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For both halves, and even where strength 0 makes nothing of it: it is the baseline's way."""
@@ -72,7 +72,7 @@ def test_every_step_runs_the_controlnet(
 
     monkeypatch.setattr(control, "detail_maps", counted)
     noise = np.random.default_rng(1).standard_normal((1, *pipeline.latent_shape), dtype=np.float32)
-    sampling = Sampling(steps=3, guidance=4.0, strength=strength)
+    sampling = Sampling(steps=3, guidance_scale=4.0, control_scale=control_scale)
     for _ in range(2):  # and nothing is kept for the next picture
         pipeline.run(scene, [placement(90)], noise, sampling)
     assert rows == [2] * 3 * 2
@@ -82,7 +82,9 @@ def test_strength_draws_another_picture(tiny_checkpoint: Path, scene: np.ndarray
     pipeline = PyTorchPipeline(tiny_checkpoint, resolution=64)
     noise = np.random.default_rng(1).standard_normal((1, *pipeline.latent_shape), dtype=np.float32)
     full = pipeline.run(scene, [placement(90)], noise, SAMPLING)[0]
-    without = pipeline.run(scene, [placement(90)], noise, Sampling(steps=3, guidance=4.0, strength=0.0))[0]
+    without = pipeline.run(
+        scene, [placement(90)], noise, Sampling(steps=3, guidance_scale=4.0, control_scale=0.0)
+    )[0]
     assert not np.array_equal(full.image, without.image)
     stages = {"read", "prepare", "id_encoder", "sample", "control", "denoise", "decode", "paste"}
     assert full.seconds.keys() == without.seconds.keys() == stages

@@ -19,7 +19,7 @@ from benchmarks.quality import (
     table,
     verdicts,
 )
-from runtime.quality import QUALITIES
+from runtime.diffusion.presets import QUALITIES
 
 EXACTLY = Measurement(8.0, 8.0, 100, 100, 0.80, 20.0, True, 0.0)
 OTHERWISE = replace(EXACTLY, ssim=0.76, change=10.0)
@@ -32,7 +32,7 @@ def rows_with(balanced: Measurement, fast: Measurement):  # type: ignore[no-unty
 
 def test_every_quality_is_measured_with_the_same_guidance() -> None:
     todo = settings(3.5)
-    assert {setting.sampling.guidance for setting in todo} == {3.5}
+    assert {setting.sampling.guidance_scale for setting in todo} == {3.5}
     assert QUALITIES.keys() <= {setting.name for setting in todo}
     assert todo[0].name == EXACT
     assert len({setting.name for setting in todo}) == len(todo)

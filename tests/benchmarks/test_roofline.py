@@ -26,9 +26,9 @@ from benchmarks.roofline import (
 )
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from engines.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
-from export.checkpoint import read_checkpoint
-from export.graphs import GRAPH_MODULES, PART_OF_GRAPH, example_inputs
+from engines.spec import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
+from export.systems.anydoor import GRAPH_MODULES, PART_OF_GRAPH, example_inputs
+from training.network.checkpoint import read_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 

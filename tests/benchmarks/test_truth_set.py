@@ -10,7 +10,7 @@ import pytest
 from benchmarks.baselines import guess_background
 from benchmarks.similarity import region_psnr, region_ssim, ssim_map
 from benchmarks.truth_set import Picture, TruthPair, truth_pairs
-from runtime.boxes import Box
+from runtime.imaging.boxes import Box
 from training.data.synthetic.views import HELD_OUT
 
 EVERYTHING = Box(0, 0, 24, 20)

@@ -14,7 +14,7 @@ import pytest
 from engines.bundle import MANIFEST, Bundle, Manifest
 from engines.engine import open_engine
 from engines.errors import BackendError, BundleError
-from engines.graphs import DENOISE, GRAPHS
+from engines.spec import DENOISE, GRAPHS
 
 Content = dict[str, Any]
 

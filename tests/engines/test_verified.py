@@ -13,7 +13,7 @@ import pytest
 from engines.bundle import Bundle
 from engines.cache_folder import cache_folder
 from engines.errors import BundleError
-from engines.graphs import CONTROL, DENOISE
+from engines.spec import CONTROL, DENOISE
 from engines.verified import FileState
 
 SIZE = 1000

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.seeded import TINY
-from export.checkpoint import read_checkpoint
 from export.initialise import main
-from training.model import AnyDoor
+from training.network.checkpoint import read_checkpoint
+from training.network.modules import AnyDoor
 
 DINO = "cond_stage_model.model."
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.backends.tensorrt.library import Library, check_signature, load_library
 from engines.bundle import Bundle, Manifest
 from engines.errors import AnyDoorError, BundleError
-from engines.graphs import CONTROL, GRAPHS, ID_ENCODER, GraphSpec
-from engines.tensorrt_plans import Library, check_signature, load_library
+from engines.spec import CONTROL, GRAPHS, ID_ENCODER, GraphSpec
 from export.build_engines import BuildOptions, best_backend, build_plan_bundle, main
 from export.plans import _Phase, build_plan, check_targets, completed, network_signature, scratch_bytes
 from export.progress import Progress

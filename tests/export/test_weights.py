@@ -10,10 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from engines.graphs import ID_ENCODER, graph_specs
-from export.checkpoint import read_checkpoint
-from export.graphs import GRAPH_MODULES, export_onnx, model_shape
+from engines.spec import ID_ENCODER, graph_specs
+from export.systems.anydoor import GRAPH_MODULES, export_onnx, model_shape
 from export.weights import store_exact_halves
+from training.network.checkpoint import read_checkpoint
 
 
 def export_id_encoder(checkpoint: Path, path: Path, round_trip: torch.dtype) -> None:

@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from serving import (
+
+from runtime.cli.composite import main
+from runtime.client import AsyncClient, Client, ServerError, Tls
+from runtime.errors import InputError
+from runtime.imaging.pictures import load_picture
+from runtime.job import Composite
+from runtime.request import Placement, Request, Sampling
+from runtime.server.ticket import Preview, Queued, StepDone
+from tests.support.serving import (
     BOX,
     OBJECT,
     PATIENCE,
@@ -30,14 +38,6 @@ from serving import (
     png,
     scene_array,
 )
-
-from runtime.cli import main
-from runtime.client import AsyncClient, Client, ServerError, Tls
-from runtime.errors import InputError
-from runtime.job import Composite
-from runtime.order import Preview, Queued, StepDone
-from runtime.pictures import load_picture
-from runtime.request import Placement, Request, Sampling
 
 PLACEMENT = Placement(OBJECT, box=BOX)
 REQUEST = Request(SCENE, [PLACEMENT], 7, Sampling(steps=3))

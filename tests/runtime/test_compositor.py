@@ -11,16 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from tests.runtime.test_detail_maps import CountingEngine
 
+from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
 from engines.bundle import Bundle
 from engines.engine import open_engine
-from engines.graphs import CONTROL, DENOISE, ID_ENCODER
-from engines.onnxruntime import OnnxRuntimeEngine
+from engines.spec import CONTROL, DENOISE, ID_ENCODER
 from runtime import Compositor, InputError, Placement, Ratios, Sampling
-from runtime.collage import MODES
 from runtime.compositor import Composite
-from runtime.detail_maps import default_cache_budget
-from tests.runtime.test_detail_maps import CountingEngine
+from runtime.imaging.collage import MODES
+from runtime.sampling.detail_maps import default_cache_budget
 
 FAST = Sampling(steps=2)
 Pixels = NDArray[np.uint8]
@@ -127,7 +127,9 @@ def test_initial_noise_replaces_the_seeds(compositor: Compositor) -> None:
 def test_reroll_runs_neither_id_encoder_nor_control_net(compositor: Compositor) -> None:
     compositor.composite(SCENE, PLACEMENT, seed=1, sampling=FAST)
     before = {graph: runs(compositor, graph) for graph in (ID_ENCODER, CONTROL, DENOISE)}
-    compositor.composite(SCENE, PLACEMENT, seed=2, sampling=Sampling(steps=2, guidance=3.0, strength=0.5))
+    compositor.composite(
+        SCENE, PLACEMENT, seed=2, sampling=Sampling(steps=2, guidance_scale=3.0, control_scale=0.5)
+    )
     assert runs(compositor, ID_ENCODER) == before[ID_ENCODER]
     assert runs(compositor, CONTROL) == before[CONTROL]
     assert runs(compositor, DENOISE) == before[DENOISE] + 2
@@ -142,7 +144,7 @@ def test_samples_of_one_placement_share_their_detail_maps(compositor: Compositor
 
 def test_strength_zero_is_blind_to_the_scene(compositor: Compositor) -> None:
     """With no detail maps only the ID tokens count: two scenes give the same picture inside the crop."""
-    blind = Sampling(steps=2, strength=0.0)
+    blind = Sampling(steps=2, control_scale=0.0)
     whole = Placement(cutout(), box=(0, 0, 64, 64))
     images = [compositor.composite(picture(64, 64, seed), whole, seed=3, sampling=blind) for seed in (10, 11)]
     inner = [pixels(image)[8:-8, 8:-8] for image in images]
@@ -177,9 +179,9 @@ LAST_WITHOUT_GUIDANCE = Sampling(steps=5, guidance_interval=(300, 999))  # times
         (PLAIN, 4, [(4, LATENT)]),
         (replace(PLAIN, map_steps=1), 1, [(5, LATENT)]),
         (replace(PLAIN, map_steps=2), 1, [(3, LATENT), (2, LATENT)]),
-        (replace(PLAIN, map_steps=1, solver="dpm2m"), 1, [(5, {"latent", "noise"})]),
+        (replace(PLAIN, map_steps=1, sampler="dpm_solver_2m"), 1, [(5, {"latent", "carry"})]),
         (replace(LAST_WITHOUT_GUIDANCE, map_steps=1), 1, [(3, LATENT), (2, LATENT)]),
-        (replace(LAST_WITHOUT_GUIDANCE, map_steps=1, solver="dpm2m"), 2, [(4, {"latent", "noise"})]),
+        (replace(LAST_WITHOUT_GUIDANCE, map_steps=1, sampler="dpm_solver_2m"), 2, [(4, {"latent", "carry"})]),
         (replace(PLAIN, map_steps=1, eta=0.5), 1, []),
     ],
 )
@@ -284,7 +286,7 @@ def test_any_scene_box_and_ratio_gives_a_picture_unchanged_outside(
     mode = data.draw(st.sampled_from(list(MODES)))
     scene = picture(height, width, seed=height)
     placement = Placement(cutout(), box=(x0, y0, x1, y1), mode=mode, ratios=ratios)
-    (result,) = compositor.run(scene, placement, seed=0, sampling=Sampling(steps=1, guidance=1.0))
+    (result,) = compositor.run(scene, placement, seed=0, sampling=Sampling(steps=1, guidance_scale=1.0))
     assert result.image.shape == scene.shape
     np.testing.assert_array_equal(result.image[outside(result)], scene[outside(result)])
 
@@ -328,9 +330,9 @@ def test_placements_that_cannot_be_used(compositor: Compositor, placement: Place
     [
         (Sampling(steps=0), "steps must be a whole number from 1 to 999, not 0"),
         (Sampling(steps=1000), "steps must be"),
-        (Sampling(guidance=float("nan")), "guidance must be a number from 0 to 100, not nan"),
-        (Sampling(guidance=-1), "guidance must be"),
-        (Sampling(strength=11), "strength must be a number from 0 to 10, not 11"),
+        (Sampling(guidance_scale=float("nan")), "guidance_scale must be a number from 0 to 100, not nan"),
+        (Sampling(guidance_scale=-1), "guidance_scale must be"),
+        (Sampling(control_scale=11), "control_scale must be a number from 0 to 10, not 11"),
         (Sampling(eta=2), "eta must be a number from 0 to 1, not 2"),
     ],
 )

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import TINY
 
+from tests.support.tiny import TINY
 from training.data import view_store
 from training.data.encoded import ViewPairs, encode_pairs, rows_done
 from training.data.pairs import PairRules
 from training.data.view_store import ViewStore, draw_views
 from training.inspect_data import feed_rate, main, rate
 from training.loop import LoopSettings
-from training.model import AnyDoor
+from training.network.modules import AnyDoor
 
 RECIPE = """
 [architecture]

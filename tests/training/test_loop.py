@@ -14,18 +14,18 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import TINY, RandomPairs, open_zero_convolutions
 from torch import Tensor
 
-from training.architecture import LATENT_SCALE
-from training.autoencoder import normalise_latents
+from tests.support.tiny import TINY, RandomPairs, open_zero_convolutions
 from training.config import Recipe
 from training.curves import Curves
 from training.data.pairs import PairRules
-from training.diffusion import Denoising, DiffusionTask, noisy_latents
 from training.loop import LoopSettings, Numbers, join_processes, save_atomically, train
-from training.model import AnyDoor, build_vae
+from training.network.architecture import LATENT_SCALE
+from training.network.modules import AnyDoor, build_vae
 from training.preview import Preview
+from training.systems.anydoor import Denoising, DiffusionTask, noisy_latents
+from training.systems.autoencoder import normalise_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

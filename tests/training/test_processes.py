@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import finish, start, start_two, train_tiny
-from tiny import TINY, RandomPairs
 
-from training.diffusion import Denoising, DiffusionTask
+from tests.support.launch import finish, start, start_two, train_tiny
+from tests.support.tiny import TINY, RandomPairs
 from training.loop import LoopSettings, train
-from training.model import AnyDoor
+from training.network.modules import AnyDoor
 from training.sharding import LaunchError
+from training.systems.anydoor import Denoising, DiffusionTask
 
 
 def weights(folder: Path, file: str = "last.pt") -> dict[str, torch.Tensor]:

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import TINY
 
-from training.architecture import infer_architecture
+from tests.support.tiny import TINY
 from training.checkpoint import write_model
 from training.config import Recipe, RecipeError, read_recipe
 from training.data.mixture import Mixture
 from training.data.pairs import PairRules, Shot
 from training.data.sources import Source, SourceError
-from training.diffusion import Denoising, DiffusionTask
 from training.loop import LoopSettings, train
-from training.model import AnyDoor
-from training.small import open_control
+from training.network.architecture import infer_architecture
+from training.network.modules import AnyDoor
+from training.small.recipe import open_control
+from training.systems.anydoor import Denoising, DiffusionTask
 from training.train import frozen_parts
 
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))

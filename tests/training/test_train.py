@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import finish, start_two
 from safetensors.torch import load_file, save_file
-from tiny import TINY
 
-from export.checkpoint import read_checkpoint
+from tests.support.launch import finish, start_two
+from tests.support.tiny import TINY
 from training.checkpoint import write_model
 from training.data.encoded import EncodedPairs
 from training.data.pairs import PairRules
-from training.model import AnyDoor
-from training.official_keys import SCHEDULE_KEYS, schedule_buffers
+from training.network.checkpoint import read_checkpoint
+from training.network.modules import AnyDoor
+from training.network.official_keys import SCHEDULE_KEYS, schedule_buffers
 from training.preview import Preview
 from training.preview import main as preview
 from training.train import main

@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TINY, RandomPairs
 
 from benchmarks.comparison import COMPOSITE_SHARE, TOKENS_TOLERANCE, at_least, relative
 from export.build_engines import BuildOptions, build_bundle
-from export.checkpoint import read_checkpoint
 from export.progress import Progress
 from runtime import Compositor, Placement, Sampling
-from runtime.boxes import Box
-from runtime.collage import MODES, Ratios, make_hint
-from runtime.paste_back import paste_back, pasted_region
-from runtime.reference import prepare_reference
+from runtime.imaging.boxes import Box
+from runtime.imaging.collage import MODES, Ratios, make_hint
+from runtime.imaging.paste_back import paste_back, pasted_region
+from runtime.imaging.reference import prepare_reference
+from tests.support.tiny import TINY, RandomPairs
 from training.checkpoint import write_model
-from training.diffusion import Denoising, DiffusionTask
 from training.loop import LoopSettings, train
-from training.model import AnyDoor
+from training.network.checkpoint import read_checkpoint
+from training.network.modules import AnyDoor
 from training.preview import sample
-from training.small import open_control
+from training.small.recipe import open_control
+from training.systems.anydoor import Denoising, DiffusionTask
 
 SIDE, STEPS, GUIDANCE, SEED = 64, 4, 2.0, 3
 
@@ -61,7 +61,7 @@ def test_what_was_trained_is_what_is_served(prediction: Any, tmp_path: Path) -> 
     compositor = Compositor.load(tmp_path / "bundle", threads=1)
     noise = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
     placement = Placement(picture, mask, box=tuple(box), mode="keep_background")
-    sampling = Sampling(steps=STEPS, guidance=GUIDANCE)
+    sampling = Sampling(steps=STEPS, guidance_scale=GUIDANCE)
     found = compositor.run(scene, placement, 0, sampling, initial_noise=noise.numpy())[0].image
 
     served = compositor.encode_reference(reference)

@@ -25,8 +25,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from training.architecture import HINT_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
-from training.attention_guide import matching_places
 from training.data.pairs import (
     Kind,
     Pair,
@@ -38,9 +36,11 @@ from training.data.pairs import (
     sample_timestep,
 )
 from training.data.view_store import REFERENCES, SCENES, ViewStore
-from training.identity import dino_features
-from training.model import AnyDoor
+from training.network.architecture import HINT_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
+from training.network.modules import AnyDoor
 from training.replacing import replace_text
+from training.small.attention_guide import matching_places
+from training.systems.identity import dino_features
 
 PACKED_INSIDE = 255
 PAIRS_DONE, HINTS_DONE = "done.txt", "hints_done.txt"
@@ -260,7 +260,7 @@ class EncodedPairs:
     hint_features: bool = False
     """Whether hints come as what the hint block makes of them."""
     places: bool = False
-    """Whether `training.attention_guide.matching_places` come along; unknown ones for black references."""
+    """Whether `training.small.attention_guide.matching_places` come along; unknown ones for black references."""
     rows: int = 0
     """How many rows to draw from, the first ones; 0 for all that are written when the folder is opened. Item
     n is a function of n as long as this number stays (see `settled_rows`)."""

@@ -13,10 +13,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from runtime.boxes import Box, box_in_box, expand, mask_extent
-from runtime.collage import MODES, Geometry, Ratios, collage, crop_scene, zoom_in
-from runtime.noise_schedule import TRAIN_TIMESTEPS
-from runtime.reference import prepare_reference
+from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
+from runtime.imaging.boxes import Box, box_in_box, expand, mask_extent
+from runtime.imaging.collage import MODES, Geometry, Ratios, collage, crop_scene, zoom_in
+from runtime.imaging.reference import prepare_reference
 
 Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -57,7 +57,7 @@ class Pair:
     """One training sample; R is the resolution."""
 
     reference: Picture  # (224, 224, 3), for the ID encoder
-    hint: NDArray[np.float32]  # (4, R, R), see runtime.collage
+    hint: NDArray[np.float32]  # (4, R, R), see runtime.imaging.collage
     picture: NDArray[np.float32]  # (3, R, R), -1..1, what the model shall draw
     timestep: int  # 0..999
     kind: Kind

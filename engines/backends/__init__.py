@@ -1,0 +1,1 @@
+"""Backends, one folder each: what executes the graphs of a bundle."""

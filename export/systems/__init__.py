@@ -1,0 +1,1 @@
+"""Which graphs a system has, with their signatures."""

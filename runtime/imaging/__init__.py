@@ -1,0 +1,1 @@
+"""Pictures before and after the networks: NumPy and Pillow alone."""

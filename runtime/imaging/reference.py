@@ -1,0 +1,58 @@
+"""The reference object as the networks see it: background removed, centred in a square, small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.imaging.boxes import Padding, bounding_box, expansion_padding, square_padding
+from runtime.imaging.high_frequency_map import high_frequency_map
+from runtime.imaging.resize import resize_linear
+
+_BACKGROUND = 255
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedReference:
+    """A reference ready for the ID encoder and for the collage; S is its size, 224 unless asked otherwise."""
+
+    image: NDArray[np.uint8]  # (S, S, 3) RGB on white; the ID encoder takes image / 255
+    mask: NDArray[np.uint8]  # (S, S), 0 outside to 255 inside, grey at the edges
+
+    @cached_property
+    def high_frequency_map(self) -> NDArray[np.uint8]:
+        """(S, S, 3) uint8 RGB, computed when first asked for."""
+        return high_frequency_map(self.image, self.mask)
+
+
+def prepare_reference(
+    image: NDArray[np.uint8], mask: NDArray[Any], expand_ratio: float = 1.2, size: int = 224
+) -> PreparedReference:
+    """Cuts the object out, puts it on white, leaves room around it and makes it a small square.
+
+    Source: run_inference.py, `process_pairs` (expand_ratio 1.2); run_gradio_demo.py and the training data
+    draw the ratio from 1.1, 1.2, 1.3, 1.4.
+
+    image: (H, W, 3) uint8 RGB. mask: (H, W), bool or 0/1; fewer than 10 pixels count as "everything is
+    the object" for the crop. expand_ratio: at least 1.
+    """
+    assert image.shape[:2] == mask.shape
+    crop = bounding_box(mask).slices
+    inside = mask[crop].astype(bool, copy=False)
+    on_white = np.where(inside[..., None], image[crop], np.uint8(_BACKGROUND))
+    padding = _padding(inside.shape[1], inside.shape[0], expand_ratio)
+    return PreparedReference(
+        resize_linear(on_white, (size, size), padding, _BACKGROUND),
+        resize_linear(inside * np.uint8(255), (size, size), padding),
+    )
+
+
+def _padding(width: int, height: int, expand_ratio: float) -> Padding:
+    """Room around the object first, then the square: the two paddings round separately."""
+    room = expansion_padding(width, height, expand_ratio)
+    rest = square_padding(room.left + width + room.right, room.top + height + room.bottom)
+    return Padding(*(a + b for a, b in zip(room, rest, strict=True)))

@@ -1,0 +1,1 @@
+"""Takes latents from noise to picture on an engine."""

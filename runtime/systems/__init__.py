@@ -1,0 +1,1 @@
+"""Compositing systems: from a request to what the networks need, and back."""

@@ -1,0 +1,235 @@
+"""OpenVINO beside ONNX Runtime on the same bundle: what only it has, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from engines import memory_plan as residency
+from engines.backends.openvino.engine import OpenVinoEngine, plan_residency, precisions
+from engines.bundle import Bundle, file_record
+from engines.engine import open_engine
+from engines.errors import BackendError, BundleError
+from engines.spec import DECODE, DENOISE, ID_ENCODER
+from export.systems.anydoor import example_inputs
+
+pytest.importorskip("openvino", reason="needs pip install 'anydoor-runtime[openvino]'")
+
+SIZES = {"samples": 1, "rows": 1, "conditions": 1, "maps": 1}
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+def test_every_processor_computes_in_float32() -> None:
+    assert "fp32" in precisions()
+
+
+def test_bfloat16_runs_where_the_processor_has_it_and_is_refused_elsewhere(bundle: Bundle) -> None:
+    inputs = example_inputs(bundle.manifest.specs[ID_ENCODER], SIZES)
+    if "bf16" not in precisions():
+        with pytest.raises(BackendError, match="no bf16 arithmetic: run with --inference-precision fp32"):
+            open_engine(bundle, "cpu", backend="openvino", inference_precision="bf16")
+        return
+    exact, rounded = (
+        open_engine(bundle, "cpu", backend="openvino", inference_precision=precision).run(ID_ENCODER, inputs)
+        for precision in ("fp32", "bf16")
+    )
+    difference = np.linalg.norm(exact["tokens"] - rounded["tokens"]) / np.linalg.norm(exact["tokens"])
+    assert 0 < difference < 0.1
+
+
+def test_a_result_survives_the_next_call(bundle: Bundle) -> None:
+    engine = open_engine(bundle, "cpu", backend="openvino")
+    first, second = (example_inputs(bundle.manifest.specs[DECODE], SIZES, seed) for seed in (0, 1))
+    picture = engine.run(DECODE, first, ["image"])["image"]
+    before = engine.to_host(picture)
+    engine.run(DECODE, second, ["image"])
+    np.testing.assert_array_equal(engine.to_host(picture), before)
+
+
+def test_inputs_that_have_to_be_copied_live_until_the_call_has_run(bundle: Bundle) -> None:
+    """The library points into arrays without keeping them: copies of views must not be freed too early."""
+    engine = open_engine(bundle, "cpu", backend="openvino")
+    inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
+    views = {
+        name: np.repeat(array, 2, axis=-1)[..., ::2] if array.ndim else array
+        for name, array in inputs.items()
+    }
+    assert any(not view.flags.c_contiguous for view in views.values())
+    expected, found = engine.run(DENOISE, inputs), engine.run(DENOISE, views)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_number_of_threads_is_the_libraries(bundle: Bundle) -> None:
+    engine = OpenVinoEngine(bundle, threads=1)
+    engine.load(ID_ENCODER)
+    compiled = engine._requests[ID_ENCODER].get_compiled_model()
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_graph_that_it_cannot_read(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    copy.verify(DECODE)
+    copy.graph_file(DECODE).write_bytes(b"no graph")
+    with pytest.raises(BundleError, match="OpenVINO cannot load the graph 'decode'"):
+        open_engine(copy, "cpu", backend="openvino").load(DECODE)
+
+
+def test_the_pages_of_its_files_count_against_a_budget_only(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may take them back, so they are no reason to take turns where nobody promised a size."""
+    together = plan_residency(bundle, None)
+    monkeypatch.setattr(residency, "free_host_memory", lambda: int(together.total / 0.9) + 1)
+    assert len(plan_residency(bundle, None).groups) == 1
+    files = sum(file.bytes for record in bundle.manifest.graphs.values() for file in record.files)
+    promised = plan_residency(bundle, 10**12)
+    assert promised.total - together.total == pytest.approx(files, abs=len(together.graphs))
+    assert len(plan_residency(bundle, promised.total).groups) == 1
+    assert len(plan_residency(bundle, promised.total - 1).groups) > 1
+
+
+# --- what is kept for the next start ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for what is kept."""
+    monkeypatch.setenv("ANYDOOR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def blobs(cache: Path) -> list[Path]:
+    return sorted(cache.glob("anydoor/openvino/*/*.blob"))
+
+
+def decode(bundle: Bundle, **options: Any) -> tuple[NDArray[np.uint8], bool]:
+    """A picture drawn by a new engine, and whether that found its graph compiled."""
+    engine = OpenVinoEngine(bundle, **options)
+    picture = engine.run(DECODE, example_inputs(bundle.manifest.specs[DECODE], SIZES), ["image"])["image"]
+    compiled = engine._requests[DECODE].get_compiled_model()
+    return picture, bool(compiled.get_property("LOADED_FROM_CACHE"))
+
+
+def test_the_second_start_takes_what_the_first_compiled_and_draws_the_same(
+    bundle: Bundle, cache: Path
+) -> None:
+    first, second = decode(bundle), decode(bundle)
+    assert [first[1], second[1]] == [False, True]
+    np.testing.assert_array_equal(first[0], second[0])
+    weights = (bundle.path / "decode.onnx.data").stat().st_size
+    assert sum(blob.stat().st_size for blob in blobs(cache)) < weights / 2
+
+
+def test_other_options_are_compiled_anew(bundle: Bundle, cache: Path) -> None:
+    assert not decode(bundle)[1]
+    assert not decode(bundle, threads=1)[1]
+    assert decode(bundle, threads=1)[1]
+
+
+def test_other_weights_are_compiled_anew(bundle: Bundle, cache: Path, tmp_path: Path) -> None:
+    """Even where the graph's own file is the same, with its time, and in the same place."""
+    place = tmp_path / "bundle"
+    shutil.copytree(bundle.path, place)
+    before = decode(Bundle.open(place))[0]
+    weights = place / "decode.onnx.data"
+    values = np.fromfile(weights, np.float32)
+    (values * np.float32(0.9)).tofile(weights)
+    manifest = Bundle.open(place).manifest
+    record = manifest.graphs[DECODE]
+    files = (record.files[0], file_record(place, weights.name))
+    graphs = {**manifest.graphs, DECODE: replace(record, files=files)}
+    after, found = decode(Bundle(place, replace(manifest, graphs=graphs)))
+    assert not found
+    assert not np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, None])
+def test_a_damaged_file_is_made_anew(bundle: Bundle, cache: Path, content: bytes | None) -> None:
+    expected = decode(bundle)[0]
+    (blob,) = blobs(cache)
+    blob.chmod(0o600)
+    blob.write_bytes(blob.read_bytes()[: blob.stat().st_size // 2] if content is None else content)
+    np.testing.assert_array_equal(decode(bundle)[0], expected)
+    again, found = decode(bundle)
+    assert found
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_what_was_compiled_and_not_used_for_long_is_thrown_away(bundle: Bundle, cache: Path) -> None:
+    decode(bundle)
+    (old,) = blobs(cache)
+    os.utime(old.parent, (0, 0))
+    decode(bundle, threads=1)
+    assert not old.parent.exists()
+    assert decode(bundle, threads=1)[1]
+
+
+def test_nothing_is_kept_where_nothing_can_be_written(bundle: Bundle, cache: Path) -> None:
+    cache.write_bytes(b"in place of the folder")
+    for _ in range(2):
+        picture, found = decode(bundle)
+        assert not found
+    assert picture.any()
+
+
+def test_nvidia_cards_are_for_others(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match="OpenVINO does not run on NVIDIA cards"):
+        open_engine(bundle, "cuda", backend="openvino")
+
+
+def test_neither_converters_nor_telemetry_are_imported(tiny_bundle: Path) -> None:
+    code = (
+        "import sys; from engines.bundle import Bundle; from engines.engine import open_engine;"
+        f"open_engine(Bundle.open({str(tiny_bundle)!r}), 'cpu', backend='openvino').load('decode');"
+        "print(sorted(name for name in sys.modules if 'telemetry' in name or 'ovc' in name))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("closed_by", ["the thread that opened them", "another thread"])
+def test_signals_are_handled_after_engines_are_closed(closed_by: str, tiny_bundle: Path) -> None:
+    """Two engines at once, the older one closed first: Ctrl-C still arrives, and does not kill."""
+    code = f"""
+import gc, os, signal, threading
+from pathlib import Path
+from engines.bundle import Bundle
+from engines.engine import open_engine
+from engines.spec import DECODE
+
+arrived = []
+signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+engines = [open_engine(Bundle.open(Path({str(tiny_bundle)!r})), "cpu", backend="openvino") for _ in range(2)]
+
+def close():
+    while engines:
+        engines.pop(0)
+        gc.collect()
+
+for engine in engines:
+    engine.load(DECODE)
+del engine
+if {closed_by == "another thread"}:
+    thread = threading.Thread(target=close)
+    thread.start()
+    thread.join()
+close()
+os.kill(os.getpid(), signal.SIGINT)
+assert arrived == [signal.SIGINT]
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

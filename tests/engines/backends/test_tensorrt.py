@@ -1,0 +1,271 @@
+"""What TensorRT bundles refuse, in which words: all that can be found out without a card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.backends.tensorrt.engine import check_plans, residency_of
+from engines.backends.tensorrt.library import FLAVOURS, Library, load_library
+from engines.bundle import Bundle, file_record
+from engines.cuda import Card, Device, OutOfDeviceMemoryError, cuda_error, load_cuda_python
+from engines.engine import open_engine
+from engines.errors import AnyDoorError, BackendError, BundleError
+from engines.spec import DECODE, DENOISE, GRAPHS
+from runtime.cli.composite import main
+
+RTX = "tensorrt_rtx"
+
+
+def no_card() -> str:
+    """What the driver of this machine says; empty if there is a card."""
+    try:
+        Device()
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+without_card = pytest.mark.skipif(not no_card(), reason="there is a card")
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    pytest.importorskip(RTX, reason="needs pip install 'anydoor-runtime[tensorrt]'")
+    return load_library(RTX)
+
+
+@pytest.fixture
+def plans(small_plan_bundle: Path, tmp_path: Path) -> Bundle:
+    """A copy whose files may be replaced."""
+    path = tmp_path / "plans"
+    shutil.copytree(small_plan_bundle, path, copy_function=os.symlink)
+    return Bundle.open(path)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """What is linked to stays as it is."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+def with_plan(bundle: Bundle, graph: str, content: bytes) -> Bundle:
+    """The bundle with another plan, and a manifest that knows it."""
+    record = bundle.manifest.graphs[graph]
+    replace_file(bundle.graph_file(graph), content)
+    record = replace(record, files=(file_record(bundle.path, record.files[0].path),))
+    return Bundle(bundle.path, replace(bundle.manifest, graphs={**bundle.manifest.graphs, graph: record}))
+
+
+def with_record(bundle: Bundle, **changes: Any) -> Bundle:
+    """The bundle with other entries for all graphs."""
+    graphs = {name: replace(record, **changes) for name, record in bundle.manifest.graphs.items()}
+    return Bundle(bundle.path, replace(bundle.manifest, graphs=graphs))
+
+
+# --- plans ------------------------------------------------------------------------------------------------
+
+
+def test_sound_plans_pass(plans: Bundle, library: Library) -> None:
+    assert check_plans(plans, RTX) is library
+    for graph in GRAPHS:
+        plans.verify(graph)
+
+
+def test_a_corrupted_plan_is_refused(plans: Bundle) -> None:
+    path = plans.graph_file(DENOISE)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    replace_file(path, content)
+    with pytest.raises(
+        BundleError, match=r"denoise\.plan is not the file that was built \(its hash differs\)"
+    ):
+        Bundle.open(plans.path).verify(DENOISE)
+
+
+def test_a_truncated_plan_is_refused(plans: Bundle) -> None:
+    path = plans.graph_file(DECODE)
+    size = path.stat().st_size
+    replace_file(path, path.read_bytes()[: size // 2])
+    with pytest.raises(BundleError, match=f"decode.plan has {size // 2} bytes instead of {size}"):
+        Bundle.open(plans.path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"vgrt", bytes(64), b"this is not a plan of any version of anything" * 3],
+    ids=["empty", "cut off", "zeros", "text"],
+)
+def test_a_foreign_file_is_refused_by_its_header(plans: Bundle, library: Library, content: bytes) -> None:
+    foreign = with_plan(plans, DENOISE, content)
+    with pytest.raises(
+        BundleError, match=r"denoise\.plan' cannot be used: it is damaged, or is not a plan of"
+    ):
+        check_plans(foreign, RTX)
+
+
+def test_an_onnx_graph_is_not_a_plan(plans: Bundle, small_bundle: Path, library: Library) -> None:
+    onnx_graph = (small_bundle / "denoise.onnx").read_bytes()
+    with pytest.raises(BundleError, match=r"not a plan of TensorRT for RTX.*--backend tensorrt_rtx"):
+        check_plans(with_plan(plans, DENOISE, onnx_graph), RTX)
+
+
+def test_another_version_is_refused(plans: Bundle, library: Library) -> None:
+    other = with_record(plans, backend_version="1.2.0.54")
+    sentence = (
+        rf"built with TensorRT for RTX 1\.2\.0\.54 and {library.version} is installed: .*"
+        r"pip install tensorrt_rtx==1\.2\.0\.54.*--targets sm86,sm89,sm120"
+    )
+    with pytest.raises(BundleError, match=sentence):
+        open_engine(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("MALFORMED_ENGINE", "is damaged, or is not a plan"),
+        ("VERSION_MISMATCH", "another version of TensorRT for RTX built it: rebuild it with 'python export"),
+        ("UNSUPPORTED_CC", "it is for sm86,sm89,sm120 and this card is another: .*--targets"),
+        ("OLD_CUDA_DRIVER", "driver is too old for it: .*ubuntu-drivers install"),
+        ("OLD_CUDA_RUNTIME", "pip install -U cuda-python tensorrt_rtx"),
+        ("INSUFFICIENT_GPU_MEMORY", "too little memory for it: .*--max-batch 1"),
+        ("CUDA_ERROR", "'anydoor doctor'"),
+    ],
+)
+def test_every_diagnosis_of_the_library_has_its_sentence(
+    plans: Bundle, library: Library, name: str, sentence: str
+) -> None:
+    """The library's own names: a new version that knows more of them fails here."""
+    bits = library.module.EngineInvalidityDiagnostics
+    with pytest.raises(BundleError, match=sentence):
+        raise library.header_refusal(plans, DENOISE, int(getattr(bits, name)))
+
+
+def test_several_diagnoses_are_all_told(plans: Bundle, library: Library) -> None:
+    bits = library.module.EngineInvalidityDiagnostics
+    both = int(bits.UNSUPPORTED_CC) | int(bits.OLD_CUDA_DRIVER)
+    text = str(library.header_refusal(plans, DENOISE, both))
+    assert "this card is another" in text
+    assert "driver is too old" in text
+    assert "the library says 0x400" in str(library.header_refusal(plans, DENOISE, 1 << 10))
+
+
+def test_plans_of_tensorrt_are_for_the_card_that_built_them(
+    plans: Bundle, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT itself is not needed for that: only what the manifest says of its plans."""
+    card = Card("NVIDIA L4", "sm89", 24 << 30, 24 << 30, "12.8")
+    library.check_card(with_record(plans, target="sm75"), card)  # TensorRT for RTX decides by the header
+    monkeypatch.setattr(library, "backend", "tensorrt")
+    monkeypatch.setattr(library, "flavour", FLAVOURS["tensorrt"])
+    library.check_card(with_record(plans, target="sm89"), card)
+    with pytest.raises(BundleError, match="is for sm87 and this card, NVIDIA L4, is sm89: build plans on"):
+        library.check_card(with_record(plans, target="sm87"), card)
+
+
+@without_card
+def test_opening_a_plan_without_a_driver_gives_the_librarys_reason(plans: Bundle, library: Library) -> None:
+    with pytest.raises(BundleError, match=r"cannot open the plan .*CUDA driver version is insufficient"):
+        library.open_plan(plans, DECODE)
+
+
+def test_what_the_library_logs_when_memory_is_short(plans: Bundle, library: Library) -> None:
+    library.messages[:] = [("ERROR", "[defaultAllocator] Error Code 1: Cuda Runtime (out of memory)")]
+    refusal = library.loading_refusal(plans, DENOISE)
+    library.forget_messages()
+    assert isinstance(refusal, OutOfDeviceMemoryError)
+    assert "'denoise': give a smaller --memory-budget" in str(refusal)
+
+
+# --- the machine ------------------------------------------------------------------------------------------
+
+
+@without_card
+def test_without_a_driver_the_sentence_says_what_to_do(plans: Bundle, library: Library) -> None:
+    with pytest.raises(BackendError, match="driver") as refusal:
+        open_engine(plans)
+    assert "python export/build_engines.py" in str(refusal.value) or "install" in str(refusal.value)
+
+
+def test_plans_do_not_run_on_the_cpu(plans: Bundle) -> None:
+    with pytest.raises(BackendError, match=r"for the CPU build one with .*--backend onnxruntime"):
+        open_engine(plans, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "driver", "sentence"),
+    [
+        ("cudaErrorInsufficientDriver", 0, "there is no NVIDIA driver: install one"),
+        ("cudaErrorInsufficientDriver", 11040, r"too old: it supports CUDA 11\.4 .*ubuntu-drivers install"),
+        ("cudaErrorNoDevice", 12080, "finds no NVIDIA card: .*--gpus all"),
+        ("cudaErrorSystemDriverMismatch", 12080, "reboot"),
+        ("cudaErrorNoKernelImageForDevice", 12080, "--backend tensorrt"),
+        ("cudaErrorIllegalAddress", 12080, "failed with cudaErrorIllegalAddress while copying.*doctor"),
+    ],
+)
+def test_cuda_errors_have_sentences(name: str, driver: int, sentence: str) -> None:
+    cuda = pytest.importorskip(
+        "cuda.bindings.runtime", reason="needs pip install 'anydoor-runtime[tensorrt]'"
+    )
+    assert hasattr(cuda.cudaError_t, name)
+    with pytest.raises(BackendError, match=sentence):
+        raise cuda_error(name, "copying", driver)
+
+
+@pytest.mark.parametrize(("free", "left"), [(None, ""), (3_000_000, ", 3 MB are free")])
+def test_a_full_card_is_told_apart(free: int | None, left: str) -> None:
+    with pytest.raises(
+        OutOfDeviceMemoryError, match=f"out of memory while allocating 5 MB{left}: .*--memory-budget"
+    ):
+        raise cuda_error("cudaErrorMemoryAllocation", "allocating 5 MB", 12080, free)
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda.bindings.runtime", "cuda.cudart", "tensorrt", RTX):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BackendError, match=r"cuda-python is not installed; .*\[tensorrt\]"):
+        load_cuda_python()
+    for backend, flavour in FLAVOURS.items():
+        with pytest.raises(BackendError, match=f"{flavour.title} is not installed"):
+            Library(backend)
+
+
+def test_an_unknown_backend_is_refused(plans: Bundle) -> None:
+    with pytest.raises(
+        BundleError, match=r"is for openvino; this version .* onnxruntime, tensorrt, tensorrt_rtx"
+    ):
+        open_engine(with_record(plans, backend="openvino"))
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def test_residency_is_planned_from_the_manifest(plans: Bundle) -> None:
+    plan = residency_of(plans, 8 << 30)
+    for name, record in plans.manifest.graphs.items():
+        assert plan.graphs[name].weights == record.files[0].bytes
+        assert plan.graphs[name].scratch == record.scratch_bytes
+    with pytest.raises(AnyDoorError, match=r"at least .* MB of device memory and 1 MB may be used"):
+        residency_of(plans, 1 << 20)
+
+
+def test_doctor_tells_what_would_live_where(plans: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", str(plans.path), "--memory-budget", "8G"])
+    printed = capsys.readouterr().out
+    assert "plans of TensorRT for RTX" in printed
+    assert "of a budget of 8000.0 MB" in printed
+    assert code == (2 if no_card() else 0)
+    assert not no_card() or f"unusable: {no_card()}" in printed
+
+
+@pytest.mark.parametrize("size", ["6X", "G", "-1G", "nan", "inf"])
+def test_a_budget_that_is_no_size_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", f"--memory-budget={size}"])
+    assert "is not a size" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""The contract: its stubs are current, its style is kept, and the runtime's types survive the wire."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.protobuf.descriptor import Descriptor
+from PIL import Image
+
+from runtime.errors import InputError
+from runtime.imaging.collage import MODES, Ratios
+from runtime.imaging.pictures import WRITABLE_FORMATS, load_mask, load_picture
+from runtime.request import Placement, Request, Sampling
+from runtime.rpc import compositor_pb2 as pb
+from runtime.rpc import generate
+from runtime.server.wire import FORMATS, message_from_request, request_from_message
+from runtime.server.wire import MODES as WIRE_MODES
+from tests.support.serving import BOX, OBJECT, SCENE
+
+FILE = pb.DESCRIPTOR
+SOURCE = (generate.PROTO / generate.SOURCE).read_text("utf-8")
+
+
+def test_stubs_are_current() -> None:
+    for name, text in generate.generate().items():
+        assert (generate.HERE / name).read_text("utf-8") == text, "run: python -m runtime.rpc.generate"
+
+
+# --- style: the rules of `buf lint` that can be seen from here --------------------------------------------
+
+
+def test_package_is_versioned_and_lies_where_its_name_says() -> None:
+    assert FILE.package == "anydoor.v1"
+    assert FILE.name == "anydoor/v1/compositor.proto"
+
+
+def messages(descriptors: list[Descriptor]) -> list[Descriptor]:
+    return [one for each in descriptors for one in (each, *messages(list(each.nested_types)))]
+
+
+def test_names_follow_the_conventions() -> None:
+    for descriptor in messages(list(FILE.message_types_by_name.values())):
+        assert re.fullmatch(r"([A-Z][a-z0-9]*)+", descriptor.name)
+        for field in descriptor.fields:
+            assert re.fullmatch(r"[a-z][a-z0-9_]*", field.name)
+    for enum in FILE.enum_types_by_name.values():
+        prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.name).upper()
+        assert enum.values_by_number[0].name == f"{prefix}_UNSPECIFIED"
+        assert all(value.name.startswith(f"{prefix}_") for value in enum.values)
+
+
+def test_every_method_has_messages_of_its_own() -> None:
+    for service in FILE.services_by_name.values():
+        assert service.name.endswith("Service")
+        for method in service.methods:
+            assert method.input_type.name == f"{method.name}Request"
+            assert method.output_type.name == f"{method.name}Response"
+
+
+def test_everything_is_documented() -> None:
+    declaration = re.compile(r"^\s*(message|enum|service|rpc|oneof)\b|^\s*[\w<>., ]+ \w+ = \d+;")
+    lines = SOURCE.splitlines()
+    for number, line in enumerate(lines):
+        if declaration.match(line):
+            assert lines[number - 1].strip().startswith("//"), f"line {number + 1} has no comment: {line}"
+
+
+# --- the runtime's types and the wire's -------------------------------------------------------------------
+
+
+def test_wire_knows_every_mode_and_format() -> None:
+    assert WIRE_MODES.keys() == MODES.keys()
+    assert FORMATS.keys() == set(WRITABLE_FORMATS.values())
+
+
+def test_request_survives_the_wire() -> None:
+    request = Request(
+        scene=SCENE,
+        placements=[
+            Placement(OBJECT, box=(-3, 4, 50, 60), mode="keep_background", ratios=Ratios(1.3, 1.0, 2.5)),
+            Placement(OBJECT, OBJECT, mask=SCENE, mode="shape"),
+        ],
+        seed=2**62,
+        sampling=Sampling(steps=17, guidance_scale=0.0, control_scale=0.1, eta=0.3),
+        num_images=3,
+    )
+    content = message_from_request(request, "WEBP").SerializeToString()
+    back, file_format = request_from_message(pb.CompositeRequest.FromString(content))
+    assert file_format == "WEBP"
+    assert (back.seed, back.num_images, back.sampling) == (request.seed, 3, request.sampling)
+    for sent, received in zip(request.placements, back.placements):
+        assert vars(received) == vars(sent)
+
+
+def test_unset_fields_mean_the_defaults() -> None:
+    request, file_format = request_from_message(pb.CompositeRequest(placements=[pb.Placement()]))
+    assert (request.seed, request.num_images, request.sampling) == (None, 1, Sampling())
+    assert (request.placements[0].mode, request.placements[0].ratios) == ("crop", Ratios())
+    assert file_format == "PNG"
+
+
+def test_pictures_in_memory_become_files(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (9, 7, 4), np.uint8)
+    mask = np.zeros((9, 7), bool)
+    mask[2:6, 2:6] = True
+    Image.fromarray(array).save(tmp_path / "object.png")
+    for picture in (array, Image.fromarray(array), tmp_path / "object.png", str(tmp_path / "object.png")):
+        message = message_from_request(Request(SCENE, [Placement(picture, mask, BOX)]))
+        np.testing.assert_array_equal(load_picture(message.placements[0].reference, "").rgb, array[..., :3])
+        np.testing.assert_array_equal(load_mask(message.placements[0].reference_mask, ""), mask)
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (Request(Path("none.png"), [Placement(OBJECT, box=BOX)]), "cannot read the scene 'none.png'"),
+        (Request(np.zeros((3, 3, 9), np.uint8), []), "the scene must be an array"),
+        (Request(SCENE, [Placement(OBJECT, box=(0, 0, 2**40, 9))]), "cannot be sent"),
+        (Request(SCENE, [Placement(OBJECT, box=(0, 0, 9))]), "cannot be sent"),  # type: ignore[arg-type]
+        (Request(SCENE, [Placement(OBJECT, box=BOX, mode="abacus")]), "no mode 'abacus'"),
+        (Request(SCENE, [Placement(OBJECT, box=BOX, mask=SCENE)]), "not both"),
+        (Request(SCENE, [], seed=-1), "cannot be sent"),
+        (Request(SCENE, [], initial_noise=np.zeros((1, 4, 8, 8), np.float32)), "no initial noise"),
+        (Request(SCENE, [], sampling=Sampling(timesteps=(1, 2))), "no exact timesteps"),
+    ],
+)
+def test_requests_that_cannot_be_sent(request_: Request, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        message_from_request(request_)

@@ -1,0 +1,113 @@
+"""Who is let in: TLS, client certificates, bearer tokens; each accepted and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from runtime.client import Client, ServerError, Tls
+from runtime.errors import InputError
+from runtime.request import Placement, Sampling
+from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from runtime.server.access import read_tokens
+from tests.support.serving import BOX, OBJECT, PATIENCE, SCENE, ServerThread, message
+
+
+class Certificates:
+    """Files of an authority, a server and a client."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        authority = trustme.CA()
+        self.ca = folder / "ca.pem"
+        authority.cert_pem.write_to_path(self.ca)
+        self.server = self._issue(authority, folder / "server", "localhost", "127.0.0.1")
+        self.client = self._issue(authority, folder / "client", "studio.example")
+
+    def _issue(self, authority: trustme.CA, path: Path, *names: str) -> tuple[Path, Path]:
+        issued = authority.issue_cert(*names)
+        certificate, key = path.with_suffix(".pem"), path.with_suffix(".key")
+        issued.private_key_pem.write_to_path(key)
+        certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        return certificate, key
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("tls") / "ours")
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("tls") / "strangers")
+
+
+def composite(client: Client) -> Any:
+    with client:
+        return client.composite(SCENE, Placement(OBJECT, box=BOX), seed=7, sampling=Sampling(steps=1))
+
+
+def test_tls(tiny_bundle: Path, ours: Certificates, strangers: Certificates) -> None:
+    certificate, key = map(str, ours.server)
+    with ServerThread(tiny_bundle, tls_certificate=certificate, tls_key=key) as server:
+        assert composite(server.client(tls=Tls(ours.ca)))
+        with pytest.raises(ServerError, match="cannot be reached"):
+            composite(server.client(tls=Tls(strangers.ca)))
+        with pytest.raises(ServerError, match="cannot be reached"):
+            composite(server.client())
+
+
+def test_mutual_tls(tiny_bundle: Path, ours: Certificates, strangers: Certificates) -> None:
+    certificate, key = map(str, ours.server)
+    settings = {"tls_certificate": certificate, "tls_key": key, "tls_client_ca": str(ours.ca)}
+    with ServerThread(tiny_bundle, **settings) as server:
+        assert composite(server.client(tls=Tls(ours.ca, *ours.client)))
+        with pytest.raises(ServerError, match="cannot be reached"):
+            composite(server.client(tls=Tls(ours.ca, *strangers.client)))
+        with pytest.raises(ServerError, match="cannot be reached"):
+            composite(server.client(tls=Tls(ours.ca)))
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    path.write_text("# the studio\nopen-sesame\n\nshazam\n")
+    return path
+
+
+def test_bearer_tokens(tiny_bundle: Path, token_file: Path) -> None:
+    with ServerThread(tiny_bundle, tokens=str(token_file)) as server:
+        for token in ("open-sesame", "shazam"):
+            assert composite(server.client(token=token))
+        for token in (None, "", "open", "open-sesame2", "# the studio"):
+            with pytest.raises(ServerError, match="does not let you in") as refusal:
+                composite(server.client(token=token))
+            assert refusal.value.code == "UNAUTHENTICATED"
+
+
+def test_tokens_guard_every_method_but_health(tiny_bundle: Path, token_file: Path) -> None:
+    with ServerThread(tiny_bundle, tokens=str(token_file)) as server:
+        with server.client() as client, pytest.raises(ServerError, match="does not let you in"):
+            client.model_info()
+        with grpc.insecure_channel(server.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE).status == 1
+            stub: Any = CompositorServiceStub(channel)
+            for value in ("Basic open-sesame", "open-sesame", "Bearer", "bearer  "):
+                with pytest.raises(grpc.RpcError) as refusal:
+                    stub.Composite(message(), timeout=PATIENCE, metadata=(("authorization", value),))
+                error: Any = refusal.value
+                assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_token_file_without_tokens(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("# nothing yet\n\n")
+    with pytest.raises(InputError, match="no token"):
+        read_tokens(str(tmp_path / "tokens"))
+    with pytest.raises(InputError, match="cannot read"):
+        read_tokens(str(tmp_path / "none"))

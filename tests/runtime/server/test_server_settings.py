@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from runtime.cli.composite import parser
+from runtime.errors import InputError
+from runtime.server.settings import Settings, add_flags, settings_from
+
+
+def settings(*flags: str) -> Settings:
+    command = argparse.ArgumentParser()
+    add_flags(command)
+    return settings_from(command.parse_args(flags), "the-bundle")
+
+
+def config(tmp_path: Path, text: str) -> str:
+    (tmp_path / "anydoor.toml").write_text(text)
+    return f"--config={tmp_path / 'anydoor.toml'}"
+
+
+def test_defaults() -> None:
+    assert settings() == Settings(bundle="the-bundle")
+
+
+def test_flags_come_before_the_file_before_the_defaults(tmp_path: Path) -> None:
+    file = config(tmp_path, 'queue = 5\nmax_steps = 30\nlisten = ["unix:/a"]\ndrain_seconds = 3\n')
+    given = settings(file, "--max-steps=20", "--listen=b:1", "--listen=c:2")
+    assert (given.queue, given.max_steps, given.max_images) == (5, 20, Settings.max_images)
+    assert given.listen == ("b:1", "c:2")
+    assert settings(file).listen == ("unix:/a",)
+    assert given.limits.steps == 20
+
+
+def test_sizes_are_written_the_same_everywhere(tmp_path: Path) -> None:
+    file = config(tmp_path, 'memory_budget = "6G"\nmax_message_bytes = 5000\ncache_bytes = "0.5G"\n')
+    assert (settings(file).memory_budget, settings(file).max_message_bytes) == (6 * 10**9, 5000)
+    assert settings(file, "--memory-budget=800M").memory_budget == 800 * 10**6
+    assert settings(file, "--cache-bytes=0").cache_bytes == 0
+    assert parser().parse_args(["doctor", "--memory-budget=6G"]).memory_budget == 6 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("memory_budget = '6X'", "memory_budget: '6X' is not a size: .* like 6G"),
+        ("memory_budget = 1.5", "memory_budget must be of the type int"),
+        ("quue = 5", "'quue' that is not known; did you mean 'queue'"),
+        ("queue = 'many'", "queue must be of the type int"),
+        ("queue = true", "queue must be of the type int"),
+        ("listen = 'b:1'", "listen must be of the type list of strings"),
+        ("queue = -1", "queue must be at least 0"),
+        ("workers = 0", "workers must be at least 1"),
+        ("control_window = 0", "control_window must be at least 1"),
+        ("batching = 'magic'", "batching must be one of continuous, static"),
+        ("tls_key = 'key.pem'", "only of use together"),
+        ("tls_client_ca = 'ca.pem'", "needs tls_certificate"),
+        ("listen = []", "at least one address"),
+        ("queue 5", "is not TOML"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        settings(config(tmp_path, text))
+
+
+def test_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read"):
+        settings(f"--config={tmp_path / 'none.toml'}")

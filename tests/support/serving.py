@@ -1,0 +1,214 @@
+"""A real server for tests: in a thread of this process, on a real socket, with an engine that can be held."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from engines.bundle import Bundle
+from engines.engine import Engine, open_engine
+from engines.spec import DENOISE
+from runtime.client import Client
+from runtime.compositor import Compositor
+from runtime.rpc import compositor_pb2 as pb
+from runtime.server.serve import Server
+from runtime.server.settings import Settings
+
+PATIENCE = 60.0
+"""Seconds after which a test that waits for something gives up."""
+
+
+def png(array: NDArray[np.uint8]) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def scene_array(seed: int = 0, width: int = 80, height: int = 64) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def object_array(seed: int = 1) -> NDArray[np.uint8]:
+    """A picture with an opaque rectangle."""
+    rgba = np.random.default_rng(seed).integers(0, 256, (40, 36, 4), np.uint8)
+    rgba[..., 3] = 0
+    rgba[8:32, 6:30, 3] = 255
+    return rgba
+
+
+SCENE = png(scene_array())
+OBJECT = png(object_array())
+BOX = (10, 8, 60, 50)
+
+
+def message(steps: int = 2, **fields: Any) -> pb.CompositeRequest:
+    """A request that any server accepts."""
+    placement = pb.Placement(reference=OBJECT, box=pb.Box(x0=10, y0=8, x1=60, y1=50))
+    given = {"scene": SCENE, "placements": [placement], "sampling": pb.Sampling(steps=steps), "seed": 7}
+    return pb.CompositeRequest(**{**given, **fields})
+
+
+def refusal(call: Any, *arguments: Any, **options: Any) -> Any:
+    """The error of a call that must fail."""
+
+    def outcome() -> object:
+        result = call(*arguments, **{"timeout": PATIENCE, **options})
+        return list(result) if hasattr(result, "__next__") else result
+
+    with pytest.raises(grpc.RpcError) as caught:
+        outcome()
+    return caught.value
+
+
+def trailing(error: Any) -> dict[str, str]:
+    return dict(error.trailing_metadata())
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Polls, because what the server has received is nobody's event."""
+    waited = threading.Event()
+    for _ in range(int(PATIENCE / 0.005)):
+        if condition():
+            return
+        waited.wait(0.005)
+    raise AssertionError("it never happened")
+
+
+class HeldEngine:
+    """The real engine, whose denoising steps can be held, counted, and made to fail."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._held = False
+        self._lost = False
+        self._allowed = 0
+        self._changed = threading.Condition()
+        self.fails: Callable[[str, Mapping[str, Any]], bool] = lambda graph, inputs: False
+        """Told the graph and its inputs before every call."""
+        self.calls: list[tuple[str, list[float]]] = []
+        """Graph, and the timesteps of the samples, of every call that has begun."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def to_device(self, array: NDArray[Any]) -> Any:
+        return self._present().to_device(array)
+
+    def to_host(self, tensor: Any) -> NDArray[Any]:
+        return self._present().to_host(tensor)
+
+    def _present(self) -> Engine:
+        if self._lost:
+            raise RuntimeError("the device fell off the bus")
+        return self._engine
+
+    def lose(self) -> None:
+        """Lets nothing succeed any more, as a card does after a fault."""
+        self._lost = True
+
+    def hold(self) -> None:
+        """Lets no further denoising step begin."""
+        with self._changed:
+            self._held, self._allowed = True, 0
+
+    def allow(self, steps: int) -> None:
+        """Lets so many more begin."""
+        with self._changed:
+            self._allowed += steps
+            self._changed.notify_all()
+
+    def release(self) -> None:
+        """Lets all begin."""
+        with self._changed:
+            self._held = False
+            self._changed.notify_all()
+
+    def run(
+        self, graph: str, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        with self._changed:
+            timesteps = inputs["timestep"].tolist() if graph == DENOISE else []
+            self.calls.append((graph, timesteps))
+            self._changed.notify_all()
+            if graph == DENOISE and self._held:
+                assert self._changed.wait_for(lambda: not self._held or self._allowed, PATIENCE)
+                self._allowed -= 1
+        if self.fails(graph, inputs):
+            raise RuntimeError("the device caught fire")
+        return self._present().run(graph, inputs, outputs)
+
+    @property
+    def steps(self) -> list[list[float]]:
+        """The timesteps of the samples, of every denoising step that has begun."""
+        with self._changed:
+            return [timesteps for graph, timesteps in self.calls if graph == DENOISE]
+
+    def count(self, graph: str) -> int:
+        with self._changed:
+            return sum(name == graph for name, _ in self.calls)
+
+    def wait_for_steps(self, count: int) -> None:
+        """Until so many denoising steps have begun."""
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: sum(graph == DENOISE for graph, _ in self.calls) >= count, PATIENCE
+            )
+
+
+def held_compositor(bundle: Path, cache_bytes: int | None = None) -> tuple[Compositor, HeldEngine]:
+    opened = Bundle.open(bundle)
+    engine = HeldEngine(open_engine(opened, "cpu", 1))
+    return Compositor(opened, engine, cache_bytes), engine  # type: ignore[arg-type]
+
+
+class ServerThread:
+    """A server in a thread of its own; a context manager that is ready when entered."""
+
+    def __init__(self, bundle: Path, **settings: Any) -> None:
+        self.settings = Settings(bundle=str(bundle), **{"listen": ("127.0.0.1:0",), **settings})
+        self.compositor, self.engine = held_compositor(bundle)
+        self._loop = asyncio.new_event_loop()
+        self._ready: threading.Event = threading.Event()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> ServerThread:
+        self._thread.start()
+        self.server: Server = self.run(self._start())
+        self.address = self.server.addresses[0]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.engine.release()
+        self.run(self.server.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(PATIENCE)
+        self._loop.close()
+
+    def run(self, work: Any) -> Any:
+        """Runs a coroutine in the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
+
+    def client(self, **settings: Any) -> Client:
+        return Client(self.address, **{"timeout": PATIENCE, **settings})
+
+    async def _start(self) -> Server:
+        server = Server(self.compositor, self.settings)
+        await server.start()
+        return server

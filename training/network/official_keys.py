@@ -1,0 +1,256 @@
+"""The official checkpoint's tensor names, and how they map to the modules of `training.network.modules`.
+
+A table of renamings, applied to our names. Two things are more than a new name: DINOv2 keeps query, key and
+value in one tensor, and the SwiGLU's two inputs in another; and the VAE's attention stores its linear layers
+as 1 x 1 convolutions. Both ways are exact, so a checkpoint survives the round trip bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from runtime.diffusion.noise_schedule import betas
+from training.network.architecture import Architecture
+
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "control": "control_model.",
+    "vae": "first_stage_model.",
+    "id_encoder": "cond_stage_model.",
+}
+"""Part of `AnyDoor` -> prefix of its official keys."""
+
+SCHEDULE_KEYS = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "logvar",
+)
+"""Buffers of the noise schedule at the top of an official checkpoint; all follow from `alphas_cumprod`."""
+
+_RESIDUAL_BLOCK = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+_VAE_RULES = (
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
+    (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+)
+
+_DINO_RULES = (
+    (r"^dino\.embeddings\.cls_token$", "model.cls_token"),
+    (r"^dino\.embeddings\.mask_token$", "model.mask_token"),
+    (r"^dino\.embeddings\.position_embeddings$", "model.pos_embed"),
+    (r"^dino\.embeddings\.patch_embeddings\.projection\.", "model.patch_embed.proj."),
+    (r"^dino\.encoder\.layer\.", "model.blocks."),
+    (r"^dino\.layernorm\.", "model.norm."),
+    (r"\.attention\.[qkv]_proj\.", ".attn.qkv."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.(gate|up)_proj\.", ".mlp.w12."),
+    (r"\.mlp\.down_proj\.", ".mlp.w3."),
+)
+
+_PARTS_OF_FUSED = {
+    "q_proj": (0, 3),
+    "k_proj": (1, 3),
+    "v_proj": (2, 3),
+    "gate_proj": (0, 2),
+    "up_proj": (1, 2),
+}
+
+
+@dataclass(frozen=True)
+class OfficialTensor:
+    """Where one of our tensors lives in an official checkpoint."""
+
+    key: str
+    part: int = 0
+    parts: int = 1
+    """Our tensor is part `part` of `parts` equal ones along the first axis."""
+
+
+def official_tensor(part: str, name: str, architecture: Architecture) -> OfficialTensor:
+    """The official place of a tensor.
+
+    Args:
+        part: a key of `PREFIXES`.
+        name: the tensor's name in the state_dict of that part.
+        architecture: tells which blocks have attention.
+    """
+    if part == "id_encoder":
+        official = _substitute(name, _DINO_RULES)
+        fused = next((v for k, v in _PARTS_OF_FUSED.items() if f".{k}." in name), (0, 1))
+        return OfficialTensor(PREFIXES[part] + official, *fused)
+    if part == "vae":
+        return OfficialTensor(PREFIXES[part] + _vae_name(name, len(architecture.vae_channels)))
+    return OfficialTensor(PREFIXES[part] + _unet_name(name, architecture))
+
+
+def to_official(
+    part: str, tensors: Mapping[str, torch.Tensor], architecture: Architecture
+) -> dict[str, torch.Tensor]:
+    """The state_dict of one part under its official names."""
+    pieces: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        place = official_tensor(part, name, architecture)
+        is_convolution = part == "vae" and re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", place.key)
+        piece = tensor[:, :, None, None] if is_convolution else tensor
+        pieces.setdefault(place.key, {})[place.part] = piece
+    return {
+        key: torch.cat([parts[i] for i in range(len(parts))]) if len(parts) > 1 else parts[0]
+        for key, parts in pieces.items()
+    }
+
+
+def from_official(
+    part: str,
+    names: Mapping[str, torch.Size],
+    tensors: Mapping[str, torch.Tensor],
+    architecture: Architecture,
+) -> dict[str, torch.Tensor]:
+    """The tensors of one part under our names, as views of the official ones where possible.
+
+    Args:
+        part: a key of `PREFIXES`.
+        names: our tensor name -> shape, as in the state_dict of the part.
+        tensors: official key -> tensor; has every key that is needed.
+        architecture: sizes of the network.
+    """
+    result = {}
+    for name, shape in names.items():
+        place = official_tensor(part, name, architecture)
+        result[name] = tensors[place.key].chunk(place.parts)[place.part].reshape(shape)
+    return result
+
+
+def expected_shapes(
+    part: str, names: Mapping[str, torch.Size], architecture: Architecture
+) -> dict[str, tuple[int, ...]]:
+    """Official key -> shape of one part of a network of this architecture."""
+    with torch.device("meta"):
+        empty = {name: torch.empty(shape) for name, shape in names.items()}
+    return {k: tuple(v.shape) for k, v in to_official(part, empty, architecture).items()}
+
+
+def _substitute(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _vae_name(name: str, levels: int) -> str:
+    def count_from_the_top(match: re.Match[str]) -> str:
+        kind = "block." if match[2] == "resnets." else "upsample."
+        return f".up.{levels - 1 - int(match[1])}.{kind}"
+
+    # the original numbers the decoder's levels as it numbers the encoder's, diffusers in order of execution
+    name = re.sub(r"\.up_blocks\.(\d+)\.(resnets\.|upsamplers\.0\.)", count_from_the_top, name)
+    return _substitute(name, _VAE_RULES)
+
+
+def _unet_name(name: str, architecture: Architecture) -> str:
+    """UNet and ControlNet: the original numbers all blocks of a side in one row."""
+    per_level = architecture.unet_layers + 1
+    stem, _, rest = name.partition(".")
+    if stem == "time_embedding":
+        return rest.replace("linear_1", "time_embed.0").replace("linear_2", "time_embed.2")
+    flat = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    flat["controlnet_mid_block"] = "middle_block_out.0"
+    if stem in flat:
+        return f"{flat[stem]}.{rest}"
+    if stem == "controlnet_down_blocks":
+        index, _, leaf = rest.partition(".")
+        return f"zero_convs.{index}.0.{leaf}"
+    if stem == "controlnet_cond_embedding":
+        return _hint_block_name(rest)
+    if stem == "mid_block":
+        kind, index, leaf = rest.split(".", 2)
+        position = 1 if kind == "attentions" else 2 * int(index)
+        return f"middle_block.{position}.{_inside(kind, leaf)}"
+    level, kind, index, leaf = rest.split(".", 3)
+    if stem == "down_blocks":
+        if kind == "downsamplers":
+            return f"input_blocks.{(int(level) + 1) * per_level}.0.op.{leaf.removeprefix('conv.')}"
+        block = 1 + int(level) * per_level + int(index)
+        return f"input_blocks.{block}.{int(kind == 'attentions')}.{_inside(kind, leaf)}"
+    if kind == "upsamplers":
+        position = 2 if architecture.unet_attention[::-1][int(level)] else 1
+        return f"output_blocks.{(int(level) + 1) * per_level - 1}.{position}.{leaf}"
+    block = int(level) * per_level + int(index)
+    return f"output_blocks.{block}.{int(kind == 'attentions')}.{_inside(kind, leaf)}"
+
+
+def _inside(kind: str, leaf: str) -> str:
+    """Names inside a residual block; those inside a transformer are the same on both sides."""
+    if kind == "attentions":
+        return leaf
+    layer, _, tensor = leaf.partition(".")
+    return f"{_RESIDUAL_BLOCK[layer]}.{tensor}"
+
+
+def _hint_block_name(rest: str) -> str:
+    """The hint block is one row of convolutions with an activation after each but the last."""
+    stem, _, leaf = rest.partition(".")
+    if stem == "conv_in":
+        return f"input_hint_block.0.{leaf}"
+    if stem == "conv_out":
+        return f"input_hint_block.14.{leaf}"
+    index, _, leaf = leaf.partition(".")
+    return f"input_hint_block.{2 * (int(index) + 1)}.{leaf}"
+
+
+def schedule_buffers() -> dict[str, torch.Tensor]:
+    """The noise schedule's buffers as an official checkpoint has them, each (1000,) float32.
+
+    The original computes them in float64 from the betas and rounds at the end (ldm/models/diffusion/ddpm.py,
+    register_schedule), and refuses a checkpoint without them.
+    """
+    beta = betas()
+    alpha = 1.0 - beta
+    now = np.cumprod(alpha)
+    before = np.append(1.0, now[:-1])
+    variance = beta * (1.0 - before) / (1.0 - now)
+    buffers = {
+        "betas": beta,
+        "alphas_cumprod": now,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": np.sqrt(now),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - now),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - now),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / now),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / now - 1),
+        "posterior_variance": variance,
+        # the first variance is 0, and its logarithm is cut off
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": beta * np.sqrt(before) / (1.0 - now),
+        "posterior_mean_coef2": (1.0 - before) * np.sqrt(alpha) / (1.0 - now),
+        "logvar": np.zeros_like(beta),
+    }
+    return {key: torch.from_numpy(value.astype(np.float32)) for key, value in buffers.items()}

@@ -1,0 +1,1 @@
+"""What only the small example models need."""

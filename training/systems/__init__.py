@@ -1,0 +1,1 @@
+"""Training stages and losses of each system."""

@@ -1,0 +1,138 @@
+"""Stage 3, and the only one of the published model: denoising with a reference and a hint (equation 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
+from training.loop import Batch, NumberedDataset
+from training.network.architecture import LATENT_SCALE
+from training.network.modules import AnyDoor
+from training.small.attention_guide import AttentionGuide
+from training.systems.identity import dino_features
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """What learns, and how. The defaults are section 4.1's: detail extractor, UNet decoder and projector."""
+
+    control: bool = True
+    unet_encoder: bool = False
+    unet_decoder: bool = True
+    projector: bool = True
+    drop: float = 0.0
+    """Probability of a black reference, for classifier-free guidance; the released code has none."""
+    hint_block: bool = True
+    """Whether the ControlNet's hint block learns with it. If not, hints are taken through it once, before
+    training (`encode_hints`): it works at full resolution and costs as much as all the rest."""
+    attention_guide: float = 0.0
+    """Weight of a second loss, for small models and encoded pairs: see `training.small.attention_guide`."""
+    checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
+
+    def apply(self, model: AnyDoor) -> None:
+        """Sets `requires_grad` of every weight; the autoencoder and DINOv2 never learn here."""
+        if self.checkpointing:
+            model.unet.enable_gradient_checkpointing()
+            model.control.enable_gradient_checkpointing()
+        model.requires_grad_(False)
+        model.control.requires_grad_(self.control)
+        # in every official checkpoint, and never used
+        model.control.conv_in.requires_grad_(False)
+        if not self.hint_block:
+            model.control.controlnet_cond_embedding.requires_grad_(False)
+            model.control.controlnet_cond_embedding.conv_out.requires_grad_(self.control)
+        for name, weight in model.unet.named_parameters():
+            decoder = name.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))
+            weight.requires_grad_(self.unet_decoder if decoder else self.unet_encoder)
+        model.id_encoder.projector.requires_grad_(self.projector)
+
+
+class Denoiser(nn.Module):
+    """The parts that learn, as one module with one forward pass (which DDP asks for)."""
+
+    def __init__(self, model: AnyDoor, guided: bool = False) -> None:
+        super().__init__()
+        self.unet, self.control, self.projector = model.unet, model.control, model.id_encoder.projector
+        # a plain reference, so that the network is not a second owner of these weights
+        self._call = model.forward
+        self._guide = AttentionGuide((self.unet, self.control)) if guided else None
+
+    def forward(
+        self, latent: Tensor, timestep: Tensor, features: Tensor, hint: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The noise that is estimated to be in `latent`, and how far off the attention looks.
+
+        `features` are DINOv2's, before the projector. The second is 0 unless the module is guided.
+        """
+        tokens = self.projector(features)
+        if self._guide is None or places is None:
+            return self._call(latent, timestep, tokens, hint), latent.new_zeros(())
+        self._guide.forget()
+        estimate: Tensor = self._call(latent, timestep, tokens, hint)
+        return estimate, self._guide.loss(places)
+
+
+def noisy_latents(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """The forward process: sqrt(a_t) latents + sqrt(1 - a_t) noise, with one timestep (N,) per sample."""
+    signal = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+    return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+
+
+class DiffusionTask:
+    """Mean squared error of what the UNet predicts.
+
+    As in the released code, whose logvar is 0 and which has no variational term. An error of the noise is
+    sqrt(a_t) times the error of v that it comes from.
+    """
+
+    def __init__(self, model: AnyDoor, pairs: NumberedDataset, rules: Denoising) -> None:
+        rules.apply(model)
+        self.module = Denoiser(model, guided=rules.attention_guide > 0)
+        self._guide_weight = rules.attention_guide
+        self._model = model
+        self.alphas_cumprod = model.alphas_cumprod
+        epsilon = model.architecture.prediction == "epsilon"
+        self.weights = torch.ones(TRAIN_TIMESTEPS) if epsilon else 1 / model.alphas_cumprod
+        self._data = pairs
+
+    def dataset(self) -> NumberedDataset:
+        """Pairs, encoded or not."""
+        return self._data
+
+    @staticmethod
+    def load(model: AnyDoor, weights: Mapping[str, Tensor]) -> None:
+        """Puts what this task trained into a network."""
+        Denoiser(model).load_state_dict(weights)
+
+    def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The batch holds latents, noise, timestep, features and hint, or what they are computed from.
+
+        See `EncodedPairs` for the former and `Mixture` for the latter.
+        """
+        if "picture" in batch:
+            batch = self.encoded(batch)
+        alphas = self.alphas_cumprod.to(batch["noise"].device)
+        noisy = noisy_latents(batch["latents"], batch["noise"], batch["timestep"], alphas)
+        inputs = (batch[name] for name in ("timestep", "features", "hint"))
+        estimate, guide = module(noisy, *inputs, batch.get("places"))
+        error = F.mse_loss(estimate.float(), batch["noise"], reduction="none").mean((1, 2, 3))
+        weights = self.weights.to(error.device)[batch["timestep"]]
+        denoising = (weights * error).mean()
+        shown = {"noise": error.detach().mean()}
+        if self._guide_weight:
+            shown |= {"denoising": denoising.detach(), "guide": guide.detach()}
+        return {"loss": denoising + self._guide_weight * guide, **shown}
+
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> Batch:
+        """A batch of pictures and references as latents, a sample of the posterior, and features."""
+        model = self._model.to(batch["picture"].device)
+        posterior = model.encode(batch["picture"])
+        latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * LATENT_SCALE
+        return {**batch, "latents": latents, "features": dino_features(model.id_encoder, batch["reference"])}

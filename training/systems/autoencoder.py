@@ -1,0 +1,114 @@
+"""Stage 1 of a small model: its autoencoder. (The published model takes SD 2.1's as it is.)"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from runtime.imaging.resize import resize_linear
+from training.data.view_store import SCENES, ViewStore
+from training.loop import Batch
+from training.network.architecture import LATENT_SCALE, Architecture
+from training.network.modules import build_vae
+
+POSTERIOR_STD = 0.01  # of the latents in units of their own spread
+SKELETON = ("samplers.0.conv", "conv_in", "conv_shortcut", "conv_out", "quant_conv")
+
+
+@dataclass(frozen=True)
+class SceneCrops:
+    """Square pieces of rendered scenes at any scale, mirrored half of the time."""
+
+    store: ViewStore
+    side: int
+    seed: int
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Picture (3, side, side), float32, -1..1."""
+        rng = np.random.default_rng([self.seed, number])
+        image = self.store.scene(int(rng.integers(len(self.store))), int(rng.integers(SCENES))).image
+        size = int(rng.integers(self.side, image.shape[0] + 1))
+        top, left = rng.integers(0, image.shape[0] - size + 1, 2)
+        crop = resize_linear(image[top : top + size, left : left + size], (self.side, self.side))
+        if rng.random() < 0.5:
+            crop = crop[:, ::-1]
+        return {"picture": np.ascontiguousarray(crop.transpose(2, 0, 1), np.float32) / 127.5 - 1}
+
+
+@torch.no_grad()
+def start_linear(vae: AutoencoderKL) -> None:
+    """Starts as a nearly linear network that keeps colours: else it learns grey pictures first, and for long.
+
+    Residual branches are silent; the convolutions that change the size start near averaging and repeating,
+    those that change the number of channels near a rotation.
+    """
+    for name, layer in vae.named_modules():
+        if name.endswith((".conv2", ".to_out.0")):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Conv2d) and name.endswith(SKELETON):
+            outputs, inputs, side, _ = layer.weight.shape
+            passing = torch.zeros_like(layer.weight)
+            if "downsamplers" in name:  # the padding is on the right and below: these taps are a 2 x 2 mean
+                passing[:, :, :2, :2] = torch.eye(outputs)[:, :, None, None] / 4
+            elif "upsamplers" in name:
+                passing[:, :, 1, 1] = torch.eye(outputs)
+            else:
+                passing[:, :, side // 2, side // 2] = nn.init.orthogonal_(torch.empty(outputs, inputs))
+            layer.weight.mul_(0.3).add_(passing)
+
+
+class AutoencoderTask:
+    """Reconstruction: absolute and squared differences of pixels, absolute ones of the steps between them."""
+
+    def __init__(self, architecture: Architecture, store: ViewStore, side: int = 48, seed: int = 0) -> None:
+        self.module = build_vae(architecture)
+        start_linear(self.module)
+        self._data = SceneCrops(store, side, seed)
+
+    def dataset(self) -> SceneCrops:
+        """Pieces of scenes."""
+        return self._data
+
+    def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The picture is decoded from the posterior's mode: the noise of a sample would only blur it."""
+        picture = batch["picture"]
+        error = module(picture).sample - picture
+        # grey and colour apart, or the colours, whose differences are small, are learned last
+        grey = error.mean(1, keepdim=True)
+        colour = error - grey
+        steps = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        squares = error.square().mean() + 2 * colour.square().mean()
+        loss = error.abs().mean() + 2 * colour.abs().mean() + 0.5 * steps + squares
+        return {"loss": loss, "grey": grey.detach().abs().mean(), "colour": colour.detach().abs().mean()}
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+    """Folds mean and spread of the latents into the weights: times `LATENT_SCALE` they have variance 1.
+
+    The decoder sees what it saw before; only the latents in between change their units, per channel.
+
+    Args:
+        vae: changed in place.
+        pictures: what to measure them on, (N, 3, H, W), -1..1.
+    """
+    latents = vae.encode(pictures).latent_dist.mean
+    shift = latents.mean((0, 2, 3))
+    factor = 1 / (latents.std((0, 2, 3)) * LATENT_SCALE)
+    # mean' = (mean - shift) * factor; the second half of the channels is the log variance
+    vae.quant_conv.weight[: len(shift)] *= factor[:, None, None, None]
+    vae.quant_conv.bias[: len(shift)] = (vae.quant_conv.bias[: len(shift)] - shift) * factor
+    # this autoencoder was trained without noise and never learned a variance: make it small
+    vae.quant_conv.weight[len(shift) :] = 0
+    vae.quant_conv.bias[len(shift) :] = 2 * math.log(POSTERIOR_STD / LATENT_SCALE)
+    # z = z' / factor + shift, then the convolution
+    vae.post_quant_conv.bias += F.conv2d(shift[None, :, None, None], vae.post_quant_conv.weight).flatten()
+    vae.post_quant_conv.weight /= factor[None, :, None, None]
