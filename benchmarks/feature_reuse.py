@@ -7,10 +7,9 @@ would get from below is kept from the last full step (Ma et al., "DeepCache", 20
 step needs a second graph, and only the detail maps of the outermost level.
 
 Prints, for numbers of steps and of steps between full ones, the operations of the UNet relative to 50 full
-steps, and how far the last latents are from the limit: dpm_solver_2m with 100 steps, same noise. Reuse pays where
-fewer full steps at the same operations are farther from the limit. Also counts the share of a shallow step
-in the full-size network.
-"""
+steps, and how far the last latents are from the limit: dpm_solver_2m with 100 steps, same noise. Reuse pays
+where fewer full steps at the same operations are farther from the limit. Also counts the share of a shallow
+step in the full-size network."""
 
 from __future__ import annotations
 

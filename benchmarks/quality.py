@@ -1,7 +1,8 @@
-"""What speed costs: every lever of `runtime.diffusion.presets` alone, and the presets, against the exact picture.
+"""What speed costs: every lever of `runtime.diffusion.presets` alone, and the presets, against the exact
+picture.
 
-    python benchmarks/quality.py
-    python benchmarks/quality.py --bundle build/engines/anydoor --guidance-scale 5 --output build/anydoor-quality
+    python benchmarks/quality.py python benchmarks/quality.py --bundle build/engines/anydoor --guidance-scale
+    5 --output build/anydoor-quality
 
 Held-out objects in held-out rooms, whose true pictures are known (benchmarks/truth_set.py). Every pair is
 composited with all settings in turn, in one process and from the same noise, with nothing kept from the one

@@ -1,49 +1,30 @@
-"""What every execution backend offers, and how one is chosen. An engine runs graphs and knows no diffusion.
-
-To add a backend: write a module beside this one with a class that is an `Engine` and an `open_engine`, and
-name it in `_BACKENDS` and `_EXECUTED_BY`.
-"""
+"""What every execution backend offers, and how one is chosen. An engine runs graphs, whatever they
+compute."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bundle import BUILD_COMMAND, Bundle
+from engines.bundle import Bundle
 from engines.errors import BackendError, BundleError
-from engines.spec import GRAPHS
+from engines.manifest import BUILD_COMMAND
+from engines.options import AUTO, EngineOptions
+from engines.registry import REGISTRY, Backend
 
 Array = NDArray[Any]
 DeviceTensor = Any
 """A tensor where the engine keeps it: opaque outside the engine that made it."""
 
-DEVICES = ("auto", "cpu", "cuda")
-
-INFERENCE_PRECISIONS = ("fp32", "bf16")
-
-_BACKENDS = {
-    "onnxruntime": "engines.backends.onnxruntime.engine",
-    "openvino": "engines.backends.openvino.engine",
-    "tensorrt": "engines.backends.tensorrt.engine",
-    "tensorrt_rtx": "engines.backends.tensorrt.engine",
-}
-"""Backend -> module with an `open_engine` like the one below."""
-
-BACKENDS = ("auto", *_BACKENDS)
-
-_EXECUTED_BY = {
-    "onnxruntime": ("openvino", "onnxruntime"),
-    "tensorrt": ("tensorrt",),
-    "tensorrt_rtx": ("tensorrt_rtx",),
-}
-"""Backend named in a manifest -> backends that execute its graphs, the fastest on a CPU first. The name for
-ONNX graphs is onnxruntime."""
+Observer = Callable[[Literal["load", "run"], str, Mapping[str, Any]], AbstractContextManager[object]]
+"""Called with what an engine is about to do, the graph, and the inputs of a run; wraps it. For measurements
+and
+tests: it may time, count, wait or raise."""
 
 
 class Engine(Protocol):
@@ -55,18 +36,20 @@ class Engine(Protocol):
     device: str
     """cpu or cuda."""
     backend: str
-    """One of `BACKENDS`."""
+    """Name of the backend."""
     cache_bytes: int | None
     """Device memory for tensors that are kept for later; None if it is the host's memory."""
+    observer: Observer | None
+    """Wraps every load and every run, if set."""
 
     def describe(self) -> str:
-        """What lives where, as a table for people; empty if there is nothing to tell."""
+        """The memory plan as a table for people; empty if everything is loaded together."""
 
     def load(self, graph: str) -> None:
         """Makes a graph ready to run; `run` does it on first use."""
 
     def unload(self, graph: str) -> None:
-        """Gives the memory of a graph back."""
+        """Frees the memory of a graph."""
 
     def run(
         self,
@@ -77,7 +60,7 @@ class Engine(Protocol):
         """Runs a graph.
 
         Args:
-            graph: one of `engines.spec.GRAPHS`.
+            graph: its name in the manifest.
             inputs: input name -> host array, or tensor that this engine returned.
             outputs: names of the outputs to compute; all if None.
         """
@@ -93,7 +76,7 @@ class Engine(Protocol):
         """Runs a graph S times, each time with what the time before left.
 
         Args:
-            graph: one of `engines.spec.GRAPHS`.
+            graph: its name in the manifest.
             inputs: as for `run`: what stays the same, and what the first step starts with.
             per_step: input name -> (S, ...) host array with the values of every step.
             feedback: input name -> the output whose values it has from the second step on.
@@ -120,114 +103,114 @@ class Engine(Protocol):
         """The memory that a tensor occupies."""
 
 
-def open_engine(
-    bundle: Bundle,
-    device: str = "auto",
-    threads: int | None = None,
-    memory_budget: int | None = None,
-    backend: str = "auto",
-    inference_precision: str = "fp32",
-    cuda_graphs: bool = False,
-) -> Engine:
+class BackendModule(Protocol):
+    """The functions that the engine module of every backend has."""
+
+    def open_engine(self, bundle: Bundle, options: EngineOptions) -> Engine:
+        """The engine for a bundle.
+
+        Raises:
+            AnyDoorError: it cannot run here, and why.
+        """
+
+    def fits(self, bundle: Bundle, options: EngineOptions) -> bool:
+        """Whether the device has the memory that this backend needs for a bundle."""
+
+    def usable_devices(self) -> dict[str, str]:
+        """Device -> what of it people should know, for each that the installed library can use.
+
+        Raises:
+            BackendError: the library is not installed, or does not work.
+        """
+
+    def examine(self, bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
+        """The device that would run a bundle, and the memory plan as a table; loads nothing.
+
+        Raises:
+            AnyDoorError: it cannot run here, and why.
+        """
+
+
+def load_backend(name: str) -> BackendModule:
+    """The engine module of a backend."""
+    module: Any = importlib.import_module(REGISTRY[name].module)
+    backend: BackendModule = module
+    return backend
+
+
+def open_engine(bundle: Bundle, options: EngineOptions = EngineOptions()) -> Engine:
     """The engine for a bundle.
 
     Args:
         bundle: an opened bundle; its manifest says what kind of graphs it holds.
-        device: cpu, cuda, or auto for the best that this machine has.
-        threads: CPU threads of one operator; as many as there are cores if None.
-        memory_budget: bytes of the device's memory to use at the most; nearly all that is free if None.
-        backend: one of `BACKENDS`; auto for the fastest that is installed and runs the bundle.
-        inference_precision: one of `INFERENCE_PRECISIONS`, of graphs that are in float32. With bf16, matrix
-            products and convolutions have operands of 8 significant bits.
-        cuda_graphs: whether ONNX Runtime captures the denoise graph as a CUDA graph; TensorRT always does.
+        options: where and how they run.
 
     Raises:
-        BackendError: the backend is not installed, has no such device, or needs more memory.
-        BundleError: the bundle was built for a backend that this version does not know.
+        BackendError: the backend is not installed, has no such device or precision, or needs more memory.
+        BundleError: the bundle was built for a backend that this version does not have.
     """
-    if device not in DEVICES:
-        raise BackendError(f"there is no device '{device}': choose one of {', '.join(DEVICES)}")
-    if inference_precision not in INFERENCE_PRECISIONS:
+    name = choose_backend(bundle, options)
+    backend = REGISTRY[name]
+    if options.inference_precision not in backend.precisions:
+        able = [other.name for other in REGISTRY.values() if options.inference_precision in other.precisions]
         raise BackendError(
-            f"there is no inference precision '{inference_precision}': choose one of "
-            f"{', '.join(INFERENCE_PRECISIONS)}"
+            f"only the backend {' or '.join(able)} has the inference precision {options.inference_precision}"
         )
-    backend = choose_backend(bundle, device, backend, inference_precision, memory_budget)
-    if inference_precision != "fp32" and backend != "openvino":
-        raise BackendError(f"only the backend openvino has the inference precision {inference_precision}")
-    module = importlib.import_module(_BACKENDS[backend])
-    options: dict[str, Any] = {}
-    if backend == "openvino":
-        options["inference_precision"] = inference_precision
-    if backend == "onnxruntime":
-        options["cuda_graphs"] = cuda_graphs
-    engine: Engine = module.open_engine(bundle, device, threads, memory_budget, **options)
-    return engine
+    return load_backend(name).open_engine(bundle, options)
 
 
-def choose_backend(
-    bundle: Bundle,
-    device: str = "auto",
-    backend: str = "auto",
-    inference_precision: str = "fp32",
-    memory_budget: int | None = None,
-) -> str:
-    """The backend that executes a bundle: the one that is asked for, or the fastest that is there and fits.
+def choose_backend(bundle: Bundle, options: EngineOptions = EngineOptions()) -> str:
+    """Name of the backend that executes a bundle: the one in the options, or the fastest that fits.
 
     Raises:
-        BackendError: the one that is asked for does not execute this bundle.
-        BundleError: this version has none for it.
+        BackendError: the one in the options does not execute this bundle.
+        BundleError: no backend does.
     """
-    kinds = {bundle.manifest.graphs[graph].backend for graph in GRAPHS}
-    if len(kinds) != 1 or not kinds <= _EXECUTED_BY.keys():
+    candidates = [backend for backend in REGISTRY.values() if backend.runs == bundle.manifest.backend]
+    names = [backend.name for backend in candidates]
+    if not candidates:
+        kinds = dict.fromkeys(backend.runs for backend in REGISTRY.values())
         raise BundleError(
-            f"the bundle at '{bundle.path}' is for {', '.join(sorted(kinds))}; this version of "
-            f"anydoor-runtime runs bundles for {', '.join(_EXECUTED_BY)}"
+            f"the bundle at '{bundle.path}' is for {bundle.manifest.backend}; this version of "
+            f"anydoor-runtime runs bundles for {', '.join(kinds)}"
         )
-    candidates = _EXECUTED_BY[kinds.pop()]
-    if backend not in BACKENDS:
-        raise BackendError(f"there is no backend '{backend}': choose one of {', '.join(BACKENDS)}")
-    if backend != "auto":
-        if backend not in candidates:
-            raise BackendError(
-                f"the bundle at '{bundle.path}' runs with the backend {' or '.join(candidates)}, not with "
-                f"{backend}: build one for it with '{BUILD_COMMAND} --backend {backend}'"
-            )
-        return backend
+    if options.backend == AUTO:
+        return _fastest(candidates, bundle, options).name
+    if options.backend not in names:
+        raise BackendError(
+            f"the bundle at '{bundle.path}' runs with the backend {' or '.join(names)}, not with "
+            f"{options.backend}: build one for it with '{BUILD_COMMAND} --backend {options.backend}'"
+        )
+    return options.backend
+
+
+def _fastest(candidates: Sequence[Backend], bundle: Bundle, options: EngineOptions) -> Backend:
     if len(candidates) == 1:
         return candidates[0]
-    if inference_precision == "fp32" and _has_card(device):
-        return "onnxruntime"
-    installed = [name for name in candidates if find_spec(name)]
-    if (
-        len(installed) == len(candidates)
-        and inference_precision == "fp32"
-        and not _fits(bundle, memory_budget)
-    ):
-        return "onnxruntime"
-    return installed[0] if installed else candidates[-1]
+    if options.inference_precision == "fp32":
+        for backend in candidates:
+            if "cuda" in backend.devices and _wants_card(backend, options.device):
+                return backend
+    installed = [backend for backend in candidates if backend.installed]
+    usable = [backend for backend in installed if options.inference_precision in backend.precisions]
+    for backend in usable[:-1]:
+        if load_backend(backend.name).fits(bundle, options):
+            return backend
+    return (usable or installed or candidates)[-1]
 
 
-def _fits(bundle: Bundle, memory_budget: int | None) -> bool:
-    """Whether OpenVINO, which needs more memory to load a graph, has enough of it."""
-    from engines.backends.openvino import engine as openvino
-
-    try:
-        return openvino.plan_residency(bundle, memory_budget).fits
-    except BackendError:
-        return False
+def _wants_card(backend: Backend, device: str) -> bool:
+    return device == "cuda" or (device == AUTO and backend.has_card_files)
 
 
-def _has_card(device: str) -> bool:
-    """Whether ONNX graphs are to run on a card, which only ONNX Runtime can."""
-    if device == "cpu":
-        return False
-    if device == "cuda":
-        return True
-    # importing the library to ask it takes longer than looking for the file
-    found = find_spec("onnxruntime")
-    folders = (found.submodule_search_locations or []) if found else []
-    return any(True for folder in folders for _ in Path(folder).glob("capi/*onnxruntime_providers_cuda.*"))
+def observed(
+    engine: Engine,
+    action: Literal["load", "run"],
+    graph: str,
+    inputs: Mapping[str, DeviceTensor | Array] | None = None,
+) -> AbstractContextManager[object]:
+    """The observer's context for an action of an engine; an empty one without an observer."""
+    return engine.observer(action, graph, inputs or {}) if engine.observer else nullcontext()
 
 
 def run_step_by_step(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a path beside `path`; what is written there takes its place when the block ends without an error.
+    """Yields a path beside `path`; what is written there takes its place when the block ends without an
+    error.
 
     Works for a file and for a folder. After an error `path` is as it was before. The folder that holds `path`
     is made if it does not exist.

@@ -1,9 +1,8 @@
 """Which graphs stay in memory together, on a card or on the host. Pure functions of sizes.
 
-Every picture calls the denoise and the control graph at every step, the VAE once, and the ID encoder once per
-new reference. Where memory is short the graphs take turns in groups: loading one group makes the other leave.
-That costs a second or two per turn, so as few groups as fit are made.
-"""
+Every picture calls the step and window graphs at every step, the decoder once, and a condition graph once per
+new reference or prompt. Where memory is short the graphs are swapped in groups: loading one group evicts the
+other. That costs a second or two per swap, so as few groups as fit are made."""
 
 from __future__ import annotations
 
@@ -12,29 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.arena import ALIGNMENT, Buffer, Layout, aligned, layout
-from engines.bundle import Bundle, Manifest
+from engines.bundle import Bundle
 from engines.errors import BackendError
-from engines.spec import (
-    CONTROL,
-    DECODE,
-    DENOISE,
-    GRAPHS,
-    ID_ENCODER,
-    STEP_INPUTS,
-    GraphSpec,
-    largest_sizes,
-)
+from engines.manifest import BUILD_COMMAND, Manifest
+from engines.spec import SAMPLING_ROLES, GraphSpec
 
-GROUPINGS = (
-    ((DENOISE, CONTROL, DECODE, ID_ENCODER),),
-    ((DENOISE, CONTROL, DECODE), (ID_ENCODER,)),
-    ((DENOISE, CONTROL), (DECODE,), (ID_ENCODER,)),
-)
-"""Groups of graphs that are loaded together, best first. The ID encoder is the largest graph and is needed
-least; denoise and control graph alternate at every step and never part."""
+Groups = tuple[tuple[str, ...], ...]
+"""Graphs that are loaded together; every graph is in one group."""
 
 LARGEST_CACHE = 4 << 30
-"""Bytes of detail maps worth keeping: three placements of 50 steps at full size."""
+"""Bytes of kept tensors worth having: at full size, three placements of 50 steps."""
 
 MOST_STEPS = 64
 """Steps whose small inputs have room on the card at once, and so can be one CUDA graph."""
@@ -50,16 +36,32 @@ class GraphMemory:
     """Bytes of intermediate results, while it runs at the largest batch."""
 
 
+def groupings(specs: Mapping[str, GraphSpec]) -> list[Groups]:
+    """Ways to group graphs, best first.
+
+    The graphs of sampling alternate and are never parted. The decoder is needed once per picture. The others
+    are the largest and are needed least."""
+    names = list(specs)
+    sampling = tuple(name for name in names if specs[name].role in SAMPLING_ROLES)
+    decoders = tuple(name for name in names if specs[name].role == "decode")
+    others = tuple(name for name in names if name not in sampling + decoders)
+    ways: list[Groups] = [
+        (sampling + decoders + others,),
+        (sampling + decoders, others),
+        (sampling, decoders, *((name,) for name in others)),
+    ]
+    return list(dict.fromkeys(tuple(group for group in way if group) for way in ways))
+
+
 @dataclass(frozen=True)
-class ResidencyPlan:
-    """What lives where. All sizes are in bytes."""
+class DeviceMemoryPlan:
+    """What lives where on a card. All sizes are in bytes."""
 
     graphs: Mapping[str, GraphMemory]
-    groups: tuple[tuple[str, ...], ...]
-    """Graphs that are loaded together; every graph is in one group."""
+    groups: Groups
     fixed: Layout
-    """The part of the arena whose use never changes: scratch memory, the places of the denoise inputs, and
-    the tables of those that are others at every step."""
+    """The part of the arena whose use never changes: scratch memory, the places of the step graph's inputs
+    and outputs, and tables of the inputs that change at every step."""
     pool: int
     """The part of the arena where tensors come and go, without those that are kept for re-rolls."""
     cache: int
@@ -88,68 +90,64 @@ class ResidencyPlan:
     def table(self) -> str:
         """The plan as it is printed before loading."""
         lines = [f"{'graph':<12} {'weights MB':>11} {'scratch MB':>11}  loaded"]
-        for group in self.groups:
-            others = "; the other groups leave" if len(self.groups) > 1 else ", all the time"
+        for number, group in enumerate(self.groups, 1):
+            swap = "; evicts the other groups" if len(self.groups) > 1 else ", all the time"
             for name in group:
                 memory = self.graphs[name]
-                loaded = f"as group {self.groups.index(group) + 1}{others}"
-                lines.append(
-                    f"{name:<12} {memory.weights / 1e6:>11.1f} {memory.scratch / 1e6:>11.1f}  {loaded}"
-                )
+                sizes = f"{memory.weights / 1e6:>11.1f} {memory.scratch / 1e6:>11.1f}"
+                lines.append(f"{name:<12} {sizes}  as group {number}{swap}")
         lines += [
             f"{'weights':<12} {self.weights / 1e6:>11.1f} MB in the largest group",
-            f"{'shared':<12} {self.fixed.nbytes / 1e6:>11.1f} MB scratch and inputs of the denoise graph",
+            f"{'shared':<12} {self.fixed.nbytes / 1e6:>11.1f} MB scratch, and inputs of the step graph",
             f"{'tensors':<12} {self.pool / 1e6:>11.1f} MB in use, and {self.cache / 1e6:.1f} MB kept",
             f"{'in all':<12} {self.total / 1e6:>11.1f} MB of a budget of {self.budget / 1e6:.1f} MB",
         ]
         return "\n".join(lines)
 
 
-def plan_residency(
-    graphs: Mapping[str, GraphMemory], specs: Mapping[str, GraphSpec], max_batch: int, budget: int
-) -> ResidencyPlan:
-    """The plan with the fewest groups that fits a budget.
+def plan_device_memory(manifest: Manifest, budget: int) -> DeviceMemoryPlan:
+    """The plan with the fewest groups that fits a card.
 
     Args:
-        graphs: what each graph takes.
-        specs: their signatures.
-        max_batch: most samples in one call.
-        budget: bytes of device memory to use at the most.
+        manifest: of a bundle of plans.
+        budget: bytes of device memory to use at most.
 
     Raises:
         BackendError: even the smallest plan does not fit; says what would.
     """
-    fixed = layout(fixed_buffers(graphs, specs, max_batch))
-    pool = working_bytes(specs, max_batch)
-    for groups in GROUPINGS:
+    graphs = {
+        name: GraphMemory(record.nbytes, record.scratch_bytes.get(manifest.backend, 0))
+        for name, record in manifest.graphs.items()
+    }
+    fixed = layout(fixed_buffers(graphs, manifest))
+    pool = working_bytes(manifest)
+    needed = 0
+    for groups in groupings(manifest.specs):
         needed = _largest_group(graphs, groups) + fixed.nbytes + aligned(pool)
         if needed <= budget:
             cache = min(budget - needed, LARGEST_CACHE) // ALIGNMENT * ALIGNMENT
-            return ResidencyPlan(dict(graphs), groups, fixed, pool, cache, budget)
+            return DeviceMemoryPlan(graphs, groups, fixed, pool, cache, budget)
     raise BackendError(
         f"the bundle needs at least {megabytes(needed)} MB of device memory and {budget // 1_000_000} MB may "
         "be used: free some, raise --memory-budget, or build a bundle that needs less with "
-        "'python export/build_engines.py CHECKPOINT --max-batch 1'"
+        f"'{BUILD_COMMAND} --max-batch 1'"
     )
 
 
-def fixed_buffers(
-    graphs: Mapping[str, GraphMemory], specs: Mapping[str, GraphSpec], max_batch: int
-) -> list[Buffer]:
-    """Scratch memory of every graph, one place for every input and output of the denoise graph, and tables.
+def fixed_buffers(graphs: Mapping[str, GraphMemory], manifest: Manifest) -> list[Buffer]:
+    """Scratch memory of every graph, one place for every input and output of the step graph, and tables.
 
-    Graphs run one after the other, so each is a phase of its own. What the denoise graph is given stays in
-    place while the control graph runs for the next step; encoding or decoding in between may overwrite it.
-    A table holds the values of a small input for all steps of a loop, and is filled anew for each loop.
+    Graphs run one after the other, so each is a phase of its own. What the step graph is given stays in place
+    while a window graph runs for the next step; other graphs may overwrite it. A table holds the values of a
+    small input for all steps of a loop, and is filled anew for each loop.
     """
-    scratch = [Buffer(scratch_name(g), graphs[g].scratch, frozenset({g})) for g in GRAPHS]
-    sizes = largest_sizes(max_batch)
-    sampling = frozenset({DENOISE, CONTROL})
-    places = [Buffer(tensor.name, tensor.nbytes(sizes), sampling) for tensor in specs[DENOISE].tensors]
+    step, sizes = manifest.step, manifest.largest_sizes
+    sampling = frozenset(spec.name for spec in manifest.specs.values() if spec.role in SAMPLING_ROLES)
+    scratch = [Buffer(scratch_name(name), graphs[name].scratch, frozenset({name})) for name in graphs]
+    places = [Buffer(tensor.name, tensor.nbytes(sizes), sampling) for tensor in step.tensors]
     tables = [
-        Buffer(table_name(tensor.name), MOST_STEPS * tensor.nbytes(sizes), frozenset({DENOISE}))
-        for tensor in specs[DENOISE].inputs
-        if tensor.name in STEP_INPUTS
+        Buffer(table_name(name), MOST_STEPS * step.tensor(name).nbytes(sizes), frozenset({step.name}))
+        for name in step.per_step
     ]
     return scratch + places + tables
 
@@ -164,15 +162,14 @@ def table_name(tensor: str) -> str:
     return f"{tensor} table"
 
 
-def working_bytes(specs: Mapping[str, GraphSpec], max_batch: int) -> int:
+def working_bytes(manifest: Manifest) -> int:
     """Tensors in use at the worst moment of sampling or decoding.
 
-    That is the outputs of all graphs, and once more the inputs of the denoise graph: detail maps of several
-    requests are gathered while the window that they come from still exists.
-    """
-    sizes = largest_sizes(max_batch)
-    tensors = [tensor for spec in specs.values() for tensor in spec.outputs]
-    return sum(aligned(tensor.nbytes(sizes)) for tensor in (*tensors, *specs[DENOISE].inputs))
+    That is the outputs of all graphs, and once more the inputs of the step graph: banks of several requests
+    are gathered while the window that they come from still exists."""
+    sizes = manifest.largest_sizes
+    tensors = [tensor for spec in manifest.specs.values() for tensor in spec.outputs]
+    return sum(aligned(tensor.nbytes(sizes)) for tensor in (*tensors, *manifest.step.inputs))
 
 
 def megabytes(nbytes: int) -> int:
@@ -187,24 +184,16 @@ def _largest_group(graphs: Mapping[str, GraphMemory], groups: Sequence[Sequence[
 HOST_PROGRAM = 300_000_000
 """Bytes for what is not a graph: the interpreter, the libraries, pictures."""
 
-_MAPS_AT_ONCE = 8
-
-_SCORES_AT_ONCE = 3
-
-_FLOAT = 4
-"""Bytes of a float32."""
-
 SHARE_OF_FREE_HOST_MEMORY = 0.9
 """What is used of the host's free memory without a budget."""
 
 
 @dataclass(frozen=True)
-class HostResidency:
+class HostMemoryPlan:
     """Which graphs are loaded together in the host's memory. All sizes are in bytes."""
 
     graphs: Mapping[str, GraphMemory]
-    groups: tuple[tuple[str, ...], ...]
-    """Graphs that are loaded together; every graph is in one group."""
+    groups: Groups
     cache: int
     """What is left for tensors that are kept, however much that is."""
     budget: int
@@ -219,7 +208,18 @@ class HostResidency:
         """Most memory in use at any time, without what is kept."""
         return HOST_PROGRAM + max(_group_bytes(self.graphs, group) for group in self.groups)
 
-    def leaving(self, graph: str, loaded: Iterable[str]) -> list[str]:
+    def require_fit(self) -> None:
+        """Refuses a plan that does not stay within the budget.
+
+        Raises:
+            BackendError: says how much is missing.
+        """
+        if not self.fits:
+            raise BackendError(
+                f"it needs {self.total / 1e9:.1f} GB of memory, and {self.budget / 1e9:.1f} GB of it are free"
+            )
+
+    def evicted_by(self, graph: str, loaded: Iterable[str]) -> list[str]:
         """The loaded graphs that make room for another."""
         group = next(group for group in self.groups if graph in group)
         return [other for other in loaded if other not in group]
@@ -237,69 +237,45 @@ class HostResidency:
         return "\n".join(lines)
 
 
-def plan_host_residency(
+def plan_host_memory(
     bundle: Bundle,
+    backend: str,
     budget: int | None,
-    fused_attention: bool = False,
     copies: float = 1.0,
     load_factor: float = 0.0,
-) -> HostResidency:
+) -> HostMemoryPlan:
     """The plan with the fewest groups that fits the host's memory, for one picture at a time.
 
     Args:
         bundle: its files are the weights.
-        budget: bytes to use at the most, kept tensors included; nearly all that is free if None. Then the
-            plan with the most groups is taken if none fits: files that are mapped into memory may leave it.
-        fused_attention: whether the backend computes attention without its matrix of scores.
+        backend: whose scratch memory counts.
+        budget: bytes to use at most, kept tensors included; nearly all that is free if None. Then the plan
+            with the most groups is taken if none fits: files that are mapped into memory may leave it.
         copies: memory that a loaded graph takes, as a multiple of its file.
         load_factor: what loading it takes beside that, likewise.
 
     Raises:
         BackendError: even the smallest plan does not fit the budget.
     """
-    scratch = host_scratch(bundle.manifest, fused_attention)
     graphs = {}
     for name, record in bundle.manifest.graphs.items():
-        size = sum(file.bytes for file in record.files)
         # nothing runs while a graph is loaded
-        graphs[name] = GraphMemory(int(size * copies), max(scratch[name], int(size * load_factor)))
+        scratch = max(record.scratch_bytes.get(backend, 0), int(record.nbytes * load_factor))
+        graphs[name] = GraphMemory(int(record.nbytes * copies), scratch)
     available = int(free_host_memory() * SHARE_OF_FREE_HOST_MEMORY) if budget is None else budget
-    for groups in GROUPINGS:
-        plan = HostResidency(graphs, groups, 0, available)
-        if plan.fits:
-            break
-    else:
-        if budget is not None:
-            raise BackendError(
-                f"the bundle at '{bundle.path}' needs about {megabytes(plan.total)} MB of memory and "
-                f"{budget // 1_000_000} MB may be used: raise --memory-budget"
-            )
+    plans = [HostMemoryPlan(graphs, groups, 0, available) for groups in groupings(bundle.manifest.specs)]
+    plan = next((plan for plan in plans if plan.fits), plans[-1])
+    if budget is not None and not plan.fits:
+        raise BackendError(
+            f"the bundle at '{bundle.path}' needs about {megabytes(plan.total)} MB of memory and "
+            f"{budget // 1_000_000} MB may be used: raise --memory-budget"
+        )
     return replace(plan, cache=max(0, available - plan.total))
 
 
-def host_scratch(manifest: Manifest, fused_attention: bool) -> dict[str, int]:
-    """Estimate of the intermediate results of each graph for one picture with guidance, in bytes.
-
-    The largest are the feature maps at the full size, of which a few are needed at once, and the scores of
-    the attention there, several times over around the softmax.
-    """
-    model, network = manifest.model, manifest.architecture
-    rows, pixels = 2, model.latent_size**2
-    heads = network["unet_channels"][0] // network["unet_head_width"]
-    maps = _MAPS_AT_ONCE * rows * pixels * max(network["unet_channels"]) * _FLOAT
-    picture = _MAPS_AT_ONCE * model.resolution**2 * max(network["vae_channels"][:2]) * _FLOAT
-    tokens = _MAPS_AT_ONCE * model.token_count * network["dino_width"] * network["dino_mlp_ratio"] * _FLOAT
-    scores = 0 if fused_attention else _SCORES_AT_ONCE * pixels**2 * _FLOAT
-    return {
-        ID_ENCODER: tokens,
-        CONTROL: maps + rows * heads * scores,
-        DENOISE: maps + rows * heads * scores,
-        DECODE: picture + scores,
-    }
-
-
 def free_host_memory() -> int:
-    """Bytes that programs can still take, as Linux estimates it; a great many where nobody tells."""
+    """Bytes that programs can still take, as Linux estimates it; a great many where the system does not
+    say."""
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))

@@ -4,134 +4,110 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 
-from engines.bundle import CONSTANTS, Bundle, FileRecord, GraphRecord, Manifest, file_record, sha256
+from engines.bundle import CONSTANTS, Bundle, file_record, sha256
 from engines.engine import open_engine
-from engines.errors import AnyDoorError
-from engines.spec import GRAPHS, ID_ENCODER
-from export.precision import DETAIL_DTYPES, PRECISIONS, keep_float32_layers
+from engines.manifest import ANY_TARGET, FileRecord, GraphRecord, Manifest
+from engines.options import EngineOptions
+from export.onnx_graph import export_onnx
+from export.options import ONNX, BuildOptions
+from export.precision import TORCH_DTYPES
 from export.progress import Progress
-from export.systems.anydoor import GRAPH_MODULES, PART_OF_GRAPH, export_onnx, model_shape
+from export.scratch import scratch_bytes
+from export.systems.system import ExportSource, GraphExport
 from export.verification import verify_graph
 from export.weights import store_exact_halves
-from training.network.architecture import REFERENCE_SIZE
-from training.network.checkpoint import Checkpoint
-from training.network.modules import AnyDoor
 
-if TYPE_CHECKING:
-    from export.build_engines import BuildOptions
+_ON_THE_CPU = EngineOptions(backend=ONNX, device="cpu")
 
-STEPS = 2 + 4 * len(GRAPHS)
-"""What `export_graphs` reports as progress."""
+_STEPS_PER_GRAPH = 4
 
 
-def check_resolution(checkpoint: Checkpoint, resolution: int) -> None:
-    """Refuses a picture size that the network cannot halve often enough.
-
-    Raises:
-        AnyDoorError: it cannot.
-    """
-    a = checkpoint.architecture
-    step = a.latent_factor * 2 ** (len(a.unet_channels) - 1)
-    if resolution < step or resolution % step:
-        raise AnyDoorError(f"--resolution must be a multiple of {step} for this network, not {resolution}")
+def step_count(graphs: int) -> int:
+    """How many steps `export_graphs` reports as progress."""
+    return 2 + _STEPS_PER_GRAPH * graphs
 
 
-def export_graphs(
-    checkpoint: Checkpoint, output: Path, options: BuildOptions, progress: Progress
-) -> Manifest:
+def export_graphs(source: ExportSource, output: Path, options: BuildOptions, progress: Progress) -> Manifest:
     """Exports all graphs and compares each with PyTorch.
 
     They are built one after the other, each from its own part of the network, so that memory holds one part
     at a time.
 
     Args:
-        checkpoint: an opened checkpoint.
+        source: an opened checkpoint.
         output: directory to write to; gets everything but the manifest.
         options: how to build.
-        progress: gets `STEPS` steps.
+        progress: gets `step_count` steps.
 
     Raises:
         AnyDoorError: a graph does not compute what PyTorch does.
     """
     progress.step("reading the checkpoint")
     manifest = Manifest(
-        producer=f"anydoor-runtime {version('anydoor-runtime')}",
-        checkpoint={"file": checkpoint.path.name, "sha256": sha256(checkpoint.path)},
-        architecture=asdict(checkpoint.architecture),
-        model=model_shape(checkpoint.architecture, options.resolution, DETAIL_DTYPES[options.precision]),
-        schedule={"kind": "ddpm", "prediction": "epsilon"},
+        system=source.system,
+        backend=ONNX,
+        backend_version=version("onnxruntime"),
+        target=ANY_TARGET,
         precision=options.precision,
         max_batch=options.max_batch,
+        dimensions=source.dimensions,
         graphs={},
         constants=FileRecord(CONSTANTS, 0, ""),
+        defaults={**source.defaults, **options.defaults},
+        checkpoint={"file": source.path.name, "sha256": sha256(source.path)},
+        architecture=source.architecture,
+        schedule={"kind": "ddpm", "prediction": "epsilon"},
+        producer=f"anydoor-runtime {version('anydoor-runtime')}",
     )
-    for graph in GRAPHS:
-        record = _build_graph(checkpoint, graph, output, manifest, progress)
-        manifest = replace(manifest, graphs={**manifest.graphs, graph: record})
+    for graph in source.graphs(options.resolution, options.precision):
+        record = _build_graph(source, graph, output, manifest, progress)
+        manifest = replace(manifest, graphs={**manifest.graphs, graph.spec.name: record})
     progress.step("computing constants")
-    return replace(manifest, constants=_write_constants(checkpoint, output, manifest))
+    constants: dict[str, Any] = {**source.constants(open_engine(Bundle(output, manifest), _ON_THE_CPU))}
+    np.savez(output / CONSTANTS, **constants)
+    return replace(manifest, constants=file_record(output, CONSTANTS))
 
 
 def _build_graph(
-    checkpoint: Checkpoint, graph: str, output: Path, manifest: Manifest, progress: Progress
+    source: ExportSource, graph: GraphExport, output: Path, manifest: Manifest, progress: Progress
 ) -> GraphRecord:
     started = time.monotonic()
-    spec = manifest.specs[graph]
-    name = f"{graph}.onnx"
-    progress.step(f"{graph}: reading weights")
-    module = _module(checkpoint, graph, PRECISIONS[manifest.precision])
-    progress.step(f"{graph}: exporting")
-    export_onnx(module, spec, output / name)
-    _strip(output / name)
-    if manifest.precision == "fp32" and checkpoint.dtype == torch.float16:
-        store_exact_halves(output / name)
+    spec, name = graph.spec, graph.spec.name
+    path = output / f"{name}.onnx"
+    progress.step(f"{name}: reading weights")
+    module = graph.load(TORCH_DTYPES[manifest.precision])
+    progress.step(f"{name}: exporting")
+    export_onnx(module, spec, path)
+    _strip(path)
+    if manifest.precision == "fp32" and source.dtype == torch.float16:
+        store_exact_halves(path)
     del module
     gc.collect()
-    progress.step(f"{graph}: hashing")
+    progress.step(f"{name}: hashing")
+    data = path.with_name(f"{path.name}.data")
     record = GraphRecord(
-        files=tuple(file_record(output, file) for file in (name, f"{name}.data")),
-        backend="onnxruntime",
-        backend_version=version("onnxruntime"),
-        target="any",
-        error={},
+        spec,
+        files=tuple(file_record(output, file.name) for file in (path, data) if file.exists()),
+        scratch_bytes=scratch_bytes(path, manifest.typical_sizes),
     )
-    progress.step(f"{graph}: comparing with PyTorch")
-    engine = open_engine(
-        Bundle(output, replace(manifest, graphs=dict.fromkeys(GRAPHS, record))), "cpu", backend="onnxruntime"
-    )
-    reference = _module(checkpoint, graph, torch.float32)
-    error = verify_graph(reference, spec, engine, manifest.precision)
-    engine.unload(graph)
+    progress.step(f"{name}: comparing with PyTorch")
+    alone = replace(manifest, graphs={name: record})
+    engine = open_engine(Bundle(output, alone), _ON_THE_CPU)
+    reference = graph.load(torch.float32)
+    error = verify_graph(reference, graph, engine, manifest)
+    engine.unload(name)
     del reference
     gc.collect()
     return replace(record, error=error, build_seconds=round(time.monotonic() - started, 1))
-
-
-def _module(checkpoint: Checkpoint, graph: str, dtype: torch.dtype) -> torch.nn.Module:
-    part = checkpoint.load_part(PART_OF_GRAPH[graph], dtype)
-    if dtype != torch.float32:
-        keep_float32_layers(part)
-    return GRAPH_MODULES[graph](part).eval()
-
-
-def _write_constants(checkpoint: Checkpoint, output: Path, manifest: Manifest) -> FileRecord:
-    engine = open_engine(Bundle(output, manifest), "cpu", backend="onnxruntime")
-    black = np.zeros((1, 3, REFERENCE_SIZE, REFERENCE_SIZE), np.float32)
-    tokens = engine.to_host(engine.run(ID_ENCODER, {"reference": black})["tokens"])
-    schedule = checkpoint.alphas_cumprod
-    if schedule is None:
-        schedule = AnyDoor(checkpoint.architecture, parts=[]).alphas_cumprod
-    np.savez(output / CONSTANTS, unconditional_tokens=tokens, alphas_cumprod=schedule.float().numpy())
-    return file_record(output, CONSTANTS)
 
 
 def _strip(path: Path) -> None:

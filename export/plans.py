@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from engines.backends.tensorrt.library import DTYPES, Library, PlanTensor, check_signature
-from engines.bundle import Bundle, GraphRecord, Manifest, file_record
+from engines.bundle import Bundle, file_record
 from engines.cuda import Device
 from engines.errors import AnyDoorError
-from engines.spec import CONDITIONS, GRAPHS, MAPS, ROWS, SAMPLES, GraphSpec, TensorSpec, largest_sizes
+from engines.manifest import GraphRecord, Manifest
+from engines.spec import GraphSpec, TensorSpec
 from export.progress import Progress
-
-USUAL_SIZES = {SAMPLES: 1, ROWS: 2, CONDITIONS: 2, MAPS: 2}
-"""One picture with guidance: what kernels are chosen for."""
 
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")
 """RTX 30, 40 and 50. Several targets in one plan take no more room than one."""
@@ -64,7 +62,7 @@ def build_plans(
     manifest = replace(source.manifest, max_batch=max_batch)
     target = ",".join(check_targets(library, targets))
     records = {}
-    for graph in GRAPHS:
+    for graph in manifest.graphs:
         progress.step(f"{graph}: building the plan")
         started = time.monotonic()
         source.verify(graph)
@@ -72,16 +70,20 @@ def build_plans(
         name = f"{graph}.plan"
         (output / name).write_bytes(plan.content)
         records[graph] = GraphRecord(
+            manifest.specs[graph],
             files=(file_record(output, name),),
-            backend=library.backend,
-            backend_version=library.version,
-            target=target,
             error=manifest.graphs[graph].error,
             build_seconds=round(time.monotonic() - started, 1),
-            scratch_bytes=plan.scratch_bytes,
+            scratch_bytes={library.backend: plan.scratch_bytes},
         )
     shutil.copyfile(source.path / manifest.constants.path, output / manifest.constants.path)
-    return replace(manifest, graphs=records)
+    return replace(
+        manifest,
+        backend=library.backend,
+        backend_version=library.version,
+        target=target,
+        graphs=records,
+    )
 
 
 def check_targets(library: Library, targets: Sequence[str]) -> Sequence[str]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-DETAIL_DTYPES = {"fp32": "float32", "fp16": "float16"}
-"""Precision -> dtype of the detail maps, the only inputs and outputs that are not always float32."""
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+BANK_DTYPES = {"fp32": "float32", "fp16": "float16"}
+"""Precision -> dtype of banks that a graph computes, the only inputs and outputs not always float32."""
 
 FLOAT32_LAYERS = (nn.GroupNorm, nn.LayerNorm)
 

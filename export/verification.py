@@ -8,11 +8,9 @@ from torch import nn
 
 from engines.engine import Array, Engine
 from engines.errors import AnyDoorError
-from engines.spec import GraphSpec
-from export.systems.anydoor import example_inputs
-
-VERIFY_SIZES = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}
-"""One picture with guidance: the call that every user makes."""
+from engines.manifest import Manifest
+from export.onnx_graph import example_inputs
+from export.systems.system import GraphExport
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
 """Precision -> largest relative error of any output that a build accepts."""
@@ -23,15 +21,15 @@ class VerificationError(AnyDoorError):
 
 
 def verify_graph(
-    module: nn.Module, spec: GraphSpec, engine: Engine, precision: str, seed: int = 0
+    module: nn.Module, graph: GraphExport, engine: Engine, manifest: Manifest, seed: int = 0
 ) -> dict[str, float]:
-    """Runs a graph and the float32 module it was made from on the same inputs.
+    """Runs a graph and the float32 module it was made from on the same inputs: one picture with guidance.
 
     Args:
         module: the graph in PyTorch, with float32 weights.
-        spec: its signature.
+        graph: its signature, and how its inputs are drawn.
         engine: runs the built graph.
-        precision: fp32 or fp16; sets the tolerance.
+        manifest: sizes, and the precision that sets the tolerance.
         seed: of the inputs.
 
     Returns:
@@ -40,7 +38,8 @@ def verify_graph(
     Raises:
         VerificationError: an output is out of tolerance or not finite.
     """
-    inputs = example_inputs(spec, VERIFY_SIZES, seed)
+    spec, precision = graph.spec, manifest.precision
+    inputs = example_inputs(spec, manifest.typical_sizes, seed, graph.examples)
     built = {name: engine.to_host(tensor) for name, tensor in engine.run(spec.name, inputs).items()}
     with torch.no_grad():
         result = module(*(torch.from_numpy(array.astype(_full(array))) for array in inputs.values()))

@@ -26,8 +26,8 @@ class Placement:
     mask: PictureLike | NDArray[np.bool_] | None = None
     """Place: a mask of the scene's size, instead of a box."""
     mode: str = "crop"
-    """How it is placed, one of `runtime.imaging.collage.MODES`: "crop" generates the surroundings of the box anew;
-    "shape" makes the object fill the mask; "keep_background" changes nothing outside the box."""
+    """How it is placed, one of `runtime.imaging.collage.MODES`: "crop" generates the surroundings of the box
+    anew; "shape" makes the object fill the mask; "keep_background" changes nothing outside the box."""
     ratios: Ratios = field(default_factory=Ratios)
 
 
@@ -49,8 +49,8 @@ class Sampling:
     timesteps: tuple[int, ...] | None = None
     """Exact timesteps to visit, rising, to follow another implementation; overrides `steps`."""
     sampler: str = "ddim"
-    """What takes the steps, one of `runtime.diffusion.samplers.SAMPLERS`: "ddim", or "dpm_solver_2m", which needs fewer of them
-    and has no `eta`."""
+    """What takes the steps, one of `runtime.diffusion.samplers.SAMPLERS`: "ddim", or "dpm_solver_2m", which
+    needs fewer of them and has no `eta`."""
     guidance_interval: tuple[int, int] = (0, 999)
     """Lowest and highest timestep with guidance, of 0 (picture) to 999 (noise); a step outside of them has
     none, and half the work. Source: Kynkäänniemi et al., 2024."""

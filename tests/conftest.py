@@ -63,16 +63,17 @@ def _checkpoint(name: str) -> Path:
 
 
 def _bundle(name: str, resolution: int, precision: str = "fp32") -> Path:
-    from export.build_engines import BuildOptions, build_bundle
+    from export.build import build_bundle
+    from export.options import BuildOptions
     from export.progress import Progress
-    from training.network.checkpoint import read_checkpoint
+    from export.systems import open_source
 
     checkpoint = _checkpoint(name)
     path = checkpoint.parent / (name if precision == "fp32" else f"{name}-{precision}")
     with _lock(path.with_suffix(".bundle.lock")):
         if not path.exists():
             options = BuildOptions(precision=precision, resolution=resolution)
-            build_bundle(read_checkpoint(checkpoint), path, options, Progress(quiet=True))
+            build_bundle(open_source(checkpoint), path, options, Progress(quiet=True))
     return path
 
 

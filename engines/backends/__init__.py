@@ -1,1 +1,1 @@
-"""Backends, one folder each: what executes the graphs of a bundle."""
+"""Backends, one folder each: what executes the graphs of a bundle. `engines.registry` finds them."""

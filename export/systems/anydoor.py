@@ -1,30 +1,179 @@
-"""The four graphs as PyTorch modules with the signatures of `engines.spec`, and their ONNX export."""
+"""AnyDoor's graphs: PyTorch modules and their signatures.
+
+    reference ------------------> [id_encoder] --> tokens
+    hint, timesteps, tokens ----> [control] -----> detail maps
+    latent, tokens, details ----> [denoise] -----> latent one step further
+    latent ---------------------> [decode] ------> picture
+
+Value ranges: `reference` 0..1 RGB; `hint` three channels of collage in -1..1 RGB and the mask channel (-1, 0
+or 1); `timestep` 0..999; `coefficients` as `runtime.diffusion.ddim` defines them; `carry` noise, or what the
+sampler keeps of the step before; `decoded` -1..1 before clipping; `image` 0..255 RGB. Index inputs count from
+0.
+
+The decode graph takes one picture at a time: a single one keeps a card busy, and its intermediate results, by
+far the largest of all graphs, would grow with the batch.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engines.spec import CONTROL, DECODE, DENOISE, ID_ENCODER, GraphSpec, ModelShape, TensorSpec
+from engines.engine import Array, Engine
+from engines.errors import AnyDoorError
+from engines.spec import ROWS, SAMPLES, BankSpec, Dimension, GraphSpec, TensorSpec
+from export.precision import BANK_DTYPES, keep_float32_layers
+from export.systems.system import GraphExport
 from training.network.architecture import REFERENCE_SIZE, Architecture
+from training.network.checkpoint import Checkpoint
 from training.network.modules import AnyDoor
 
-OPSET = 18
+ID_ENCODER = "id_encoder"
+CONTROL = "control"
+DENOISE = "denoise"
+DECODE = "decode"
 
-PART_OF_GRAPH = {ID_ENCODER: "id_encoder", CONTROL: "control", DENOISE: "unet", DECODE: "vae"}
+CONDITIONS = "conditions"
+"""Dimension: sets of ID tokens in a call, of references and of the black picture."""
+MAPS = "maps"
+"""Dimension: sets of detail maps in a call, one per hint, timestep and set of ID tokens."""
+
+DIMENSIONS = {SAMPLES: 1, ROWS: 2, CONDITIONS: 2, MAPS: 2}
+
+PARTS = {ID_ENCODER: "id_encoder", CONTROL: "control", DENOISE: "unet", DECODE: "vae"}
 """Graph -> the part of `AnyDoor` whose weights it holds."""
 
-EXAMPLE_SIZES = {"samples": 2, "rows": 3, "conditions": 4, "maps": 5}
-"""Sizes to trace with. All differ and none is 1, so that the export takes no two dimensions for the same."""
+
+class AnyDoorSource:
+    """An AnyDoor checkpoint, ready for export; see `export.systems.system.ExportSource`."""
+
+    system = "anydoor"
+    dimensions: Mapping[str, int] = DIMENSIONS
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.path = checkpoint.path
+        self.dtype = checkpoint.dtype
+        self.defaults: Mapping[str, Any] = {}
+        self.architecture: Mapping[str, Any] = asdict(checkpoint.architecture)
+        self._checkpoint = checkpoint
+
+    def check_resolution(self, resolution: int) -> None:
+        """Refuses a picture size that the network cannot halve often enough.
+
+        Raises:
+            AnyDoorError: it cannot.
+        """
+        a = self._checkpoint.architecture
+        step = a.latent_factor * 2 ** (len(a.unet_channels) - 1)
+        if resolution < step or resolution % step:
+            raise AnyDoorError(
+                f"--resolution must be a multiple of {step} for this network, not {resolution}"
+            )
+
+    def graphs(self, resolution: int, precision: str) -> Sequence[GraphExport]:
+        """The four graphs, the largest first."""
+        specs = graph_specs(self._checkpoint.architecture, resolution, BANK_DTYPES[precision])
+        examples = {"reference": lambda rng, shape: rng.random(shape, dtype=np.float32)}
+        return [GraphExport(spec, partial(self._load, name), examples) for name, spec in specs.items()]
+
+    def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
+        """The noise schedule, and the tokens of the black picture that stand for no reference (1, T, D)."""
+        black: Array = np.zeros((1, 3, REFERENCE_SIZE, REFERENCE_SIZE), np.float32)
+        tokens = engine.to_host(engine.run(ID_ENCODER, {"reference": black})["tokens"])
+        schedule = self._checkpoint.alphas_cumprod
+        if schedule is None:
+            schedule = AnyDoor(self._checkpoint.architecture, parts=[]).alphas_cumprod
+        return {"unconditional_tokens": tokens, "alphas_cumprod": schedule.float().numpy()}
+
+    def _load(self, graph: str, dtype: torch.dtype) -> nn.Module:
+        part = self._checkpoint.load_part(PARTS[graph], dtype)
+        if dtype != torch.float32:
+            keep_float32_layers(part)
+        return GRAPH_MODULES[graph](part).eval()
+
+
+def graph_specs(
+    architecture: Architecture, resolution: int, detail_dtype: str = "float32"
+) -> dict[str, GraphSpec]:
+    """Graph -> its signature.
+
+    Args:
+        architecture: sizes of the network.
+        resolution: side of the picture and of the hint, in pixels.
+        detail_dtype: float16 in an fp16 bundle: the detail maps of all steps are what fills the memory.
+    """
+    size, side = resolution, resolution // architecture.latent_factor
+    latent = (architecture.latent_channels, side, side)
+    tokens = (architecture.token_count, architecture.token_width)
+    shapes = architecture.detail_shapes(resolution)
+    details = {f"detail_{index:02d}": shape for index, shape in enumerate(shapes)}
+
+    def f32(name: str, *shape: Dimension) -> TensorSpec:
+        return TensorSpec(name, "float32", shape)
+
+    def index(name: str, dimension: str) -> TensorSpec:
+        return TensorSpec(name, "int32", (dimension,))
+
+    detail_maps = tuple(TensorSpec(name, detail_dtype, (MAPS, *shape)) for name, shape in details.items())
+    # of the step: a few numbers per sample or row
+    numbers = (
+        f32("timestep", SAMPLES),
+        f32("guidance_scale", SAMPLES),
+        f32("control_scale", SAMPLES),
+        f32("coefficients", SAMPLES, 3),
+        index("conditional_row", SAMPLES),
+        index("unconditional_row", SAMPLES),
+        index("row_sample", ROWS),
+        index("row_condition", ROWS),
+        index("row_map", ROWS),
+    )
+    specs = (
+        GraphSpec(
+            ID_ENCODER,
+            "condition",
+            inputs=(f32("reference", SAMPLES, 3, REFERENCE_SIZE, REFERENCE_SIZE),),
+            outputs=(f32("tokens", SAMPLES, *tokens),),
+        ),
+        GraphSpec(
+            CONTROL,
+            "window",
+            # one hint, embedded once, for any number of (timestep, tokens) pairs
+            inputs=(f32("hint", 1, 4, size, size), f32("timestep", MAPS), f32("tokens", MAPS, *tokens)),
+            outputs=detail_maps,
+        ),
+        GraphSpec(
+            DENOISE,
+            "step",
+            inputs=(
+                f32("latent", SAMPLES, *latent),
+                f32("carry", SAMPLES, *latent),
+                *numbers,
+                f32("tokens", CONDITIONS, *tokens),
+                *detail_maps,
+            ),
+            outputs=(f32("next_latent", SAMPLES, *latent), f32("epsilon", SAMPLES, *latent)),
+            banks=(
+                BankSpec("tokens", ("tokens",), "row_condition"),
+                BankSpec("detail_maps", tuple(details), "row_map"),
+            ),
+            per_step=tuple(tensor.name for tensor in numbers),
+            feedback={"latent": "next_latent", "carry": "epsilon"},
+        ),
+        GraphSpec(
+            DECODE,
+            "decode",
+            inputs=(f32("latent", 1, *latent),),
+            outputs=(TensorSpec("image", "uint8", (1, size, size, 3)), f32("decoded", 1, 3, size, size)),
+        ),
+    )
+    return {spec.name: spec for spec in specs}
 
 
 class IDEncoderGraph(nn.Module):
@@ -88,7 +237,7 @@ class DenoiseGraph(nn.Module):
         tokens: Tensor,
         *details: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """See `engines.spec`; returns the next latent and the guided epsilon, both (N, C, h, w)."""
+        """Takes a step. Returns the next latent and the guided epsilon, both (N, C, h, w)."""
         row_scale = _per_sample(control_scale).index_select(0, row_sample)
         row_epsilon = self.model.predict_noise(
             latent.index_select(0, row_sample).to(self.dtype),
@@ -134,100 +283,5 @@ GRAPH_MODULES: Mapping[str, type[nn.Module]] = {
 }
 
 
-def model_shape(architecture: Architecture, resolution: int, detail_dtype: str = "float32") -> ModelShape:
-    """The sizes that the signatures of the graphs depend on."""
-    return ModelShape(
-        resolution=resolution,
-        latent_channels=architecture.latent_channels,
-        latent_size=resolution // architecture.latent_factor,
-        token_count=architecture.token_count,
-        token_width=architecture.token_width,
-        reference_size=REFERENCE_SIZE,
-        detail_shapes=architecture.detail_shapes(resolution),
-        detail_dtype=detail_dtype,
-    )
-
-
-def example_inputs(
-    spec: GraphSpec, sizes: Mapping[str, int], seed: int = 0
-) -> dict[str, NDArray[np.float32] | NDArray[np.int32]]:
-    """Seeded inputs of plausible size: pictures in 0..1, timesteps in 0..999, the rest normal.
-
-    Index inputs name valid rows, samples, conditions and maps.
-    """
-    rng = np.random.default_rng(seed)
-    limits = {
-        "conditional_row": sizes.get("rows", 1),
-        "unconditional_row": sizes.get("rows", 1),
-        "row_sample": sizes.get("samples", 1),
-        "row_condition": sizes.get("conditions", 1),
-        "row_map": sizes.get("maps", 1),
-    }
-
-    def draw(tensor: TensorSpec) -> NDArray[np.float32] | NDArray[np.int32]:
-        shape = tensor.resolve(dict(sizes))
-        if tensor.name in limits:
-            return (np.arange(shape[0]) % limits[tensor.name]).astype(np.int32)
-        if tensor.name == "timestep":
-            return rng.integers(0, 1000, shape).astype(np.float32)
-        if tensor.name == "reference":
-            return rng.random(shape, dtype=np.float32)
-        return rng.standard_normal(shape, dtype=np.float32).astype(tensor.dtype)
-
-    return {tensor.name: draw(tensor) for tensor in spec.inputs}
-
-
-def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, opset: int = OPSET) -> None:
-    """Writes a graph as ONNX, its weights beside it in `PATH.data`.
-
-    Args:
-        module: one of `GRAPH_MODULES`.
-        spec: its signature.
-        path: where to.
-        opset: version of the ONNX operators.
-    """
-    inputs = example_inputs(spec, EXAMPLE_SIZES)
-    arguments = tuple(torch.from_numpy(array) for array in inputs.values())
-    dims = {name: torch.export.Dim(name, min=1) for name in EXAMPLE_SIZES}
-    shapes = [
-        {axis: dims[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
-        for tensor in spec.inputs
-    ]
-    variadic = sum(tensor.name.startswith("detail_") for tensor in spec.inputs)
-    named = len(shapes) - variadic
-    dynamic = (*shapes[:named], tuple(shapes[named:])) if variadic else tuple(shapes)
-    with _quiet(), torch.no_grad():
-        torch.onnx.export(
-            module,
-            arguments,
-            path,
-            dynamo=True,
-            opset_version=opset,
-            external_data=True,
-            optimize=True,
-            verify=False,
-            verbose=False,
-            input_names=[tensor.name for tensor in spec.inputs],
-            output_names=[tensor.name for tensor in spec.outputs],
-            dynamic_shapes=dynamic,
-        )
-
-
 def _per_sample(values: Tensor) -> Tensor:
     return values[:, None, None, None]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's chatter out of the progress bars; what goes wrong is raised all the same."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)

@@ -32,7 +32,8 @@ class Schedule:
     alphas: NDArray[np.float64]
     """(S,) fraction of signal variance in the latent before each step."""
     multistep: bool = False
-    """Whether the epsilon of the step before takes the place of the noise; see `runtime.diffusion.samplers`."""
+    """Whether the epsilon of the step before takes the place of the noise; see
+    `runtime.diffusion.samplers`."""
 
     @property
     def steps(self) -> int:

@@ -42,7 +42,8 @@ def sampler_schedule(
     eta: float = 0.0,
     timesteps: Sequence[int] | None = None,
 ) -> Schedule:
-    """The schedule of a sampling run with one of `SAMPLERS`; the other arguments are those of `ddim_schedule`.
+    """The schedule of a sampling run with one of `SAMPLERS`; the other arguments are those of
+    `ddim_schedule`.
 
     Raises:
         InputError: a parameter is out of range, or the sampler has no eta.

@@ -260,7 +260,8 @@ class EncodedPairs:
     hint_features: bool = False
     """Whether hints come as what the hint block makes of them."""
     places: bool = False
-    """Whether `training.small.attention_guide.matching_places` come along; unknown ones for black references."""
+    """Whether `training.small.attention_guide.matching_places` come along; unknown ones for black
+    references."""
     rows: int = 0
     """How many rows to draw from, the first ones; 0 for all that are written when the folder is opened. Item
     n is a function of n as long as this number stays (see `settled_rows`)."""

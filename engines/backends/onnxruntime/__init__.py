@@ -1,1 +1,17 @@
-"""ONNX Runtime."""
+"""ONNX Runtime: ONNX graphs on the CPU, or on an NVIDIA card."""
+
+from engines.registry import Backend
+
+BACKENDS = (
+    Backend(
+        name="onnxruntime",
+        title="ONNX Runtime",
+        runs="onnxruntime",
+        package="onnxruntime",
+        extra="cpu",
+        devices=("cpu", "cuda"),
+        rank=1,
+        card_files="capi/*onnxruntime_providers_cuda.*",
+        module="engines.backends.onnxruntime.engine",
+    ),
+)

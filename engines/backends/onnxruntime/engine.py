@@ -1,8 +1,8 @@
 """ONNX Runtime: runs a bundle's graphs on the CPU, or on an NVIDIA card through the CUDA execution provider.
 
 Both go the same way: inputs and outputs are values on the device, bound to the call, so what one graph leaves
-there the next one takes without a copy. On a card the denoise graph, which runs at every step, can be
-captured as a CUDA graph and replayed; its inputs and outputs then have fixed places, for each set of shapes.
+there the next one takes without a copy. On a card the graph that runs at every step can be captured as a CUDA
+graph and replayed; its inputs and outputs then have fixed places, for each set of shapes.
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.bundle import Bundle
-from engines.engine import Array, DeviceTensor, concatenate_rows, require_shape, run_step_by_step
+from engines.engine import (
+    Array,
+    DeviceTensor,
+    Observer,
+    concatenate_rows,
+    observed,
+    require_shape,
+    run_step_by_step,
+)
 from engines.errors import BackendError, BundleError
-from engines.memory_plan import HostResidency, plan_host_residency
-from engines.spec import DENOISE, GraphSpec, TensorSpec
+from engines.memory_plan import HostMemoryPlan, plan_host_memory
+from engines.options import AUTO, EngineOptions
+from engines.spec import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime
 
-INSTALL = "install it with: pip install 'anydoor-runtime[cpu]' (or [cuda] for an NVIDIA card)"
+INSTALL = "install it with: pip install '.[cpu]' (or '.[cuda]' for an NVIDIA card)"
+
+NAME = "onnxruntime"
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _SHARE_FOR_KEPT_TENSORS = 8
 """Part of a card's memory for tensors that are kept; the rest is for weights and intermediate results."""
-
-CAPTURED = DENOISE
-"""The graph that is captured as a CUDA graph."""
 
 MOST_CAPTURED = 16
 """Sets of shapes that are captured; ONNX Runtime keeps each until the graph is unloaded."""
@@ -111,9 +119,9 @@ class FixedCall:
         """Input -> the tensor or array whose values were brought to its place."""
         self._binding = session.io_binding()
         for name, place in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, place)
+            self._binding.bind_ortvalue_input(self._specs[name].stored_name, place)
         for name, place in self._outputs.items():
-            self._binding.bind_ortvalue_output(name, place)
+            self._binding.bind_ortvalue_output(self._specs[name].stored_name, place)
         self._options = self._library.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(number))
 
@@ -138,36 +146,33 @@ class FixedCall:
 
 
 class OnnxRuntimeEngine:
-    """Runs graphs with ONNX Runtime; see `engines.engine.Engine`."""
+    """Runs graphs with ONNX Runtime."""
 
-    backend = "onnxruntime"
+    backend = NAME
 
     def __init__(
         self,
         bundle: Bundle,
         device: str,
-        threads: int | None = None,
-        memory_budget: int | None = None,
-        residency: HostResidency | None = None,
-        cuda_graphs: bool = False,
+        options: EngineOptions = EngineOptions(),
+        plan: HostMemoryPlan | None = None,
     ) -> None:
         """Loads nothing yet.
 
         Args:
             bundle: holds ONNX graphs.
             device: cpu or cuda.
-            threads: CPU threads of one operator; as many as there are cores if None.
-            memory_budget: bytes of a card's memory to use at the most.
-            residency: on the CPU, which graphs are loaded together; all if None.
-            cuda_graphs: whether the denoise graph is captured and replayed on a card.
+            options: threads, memory budget of a card, and whether the step graph is captured there.
+            plan: on the CPU, which graphs are loaded together; all if None.
         """
         self.device = device
-        self.residency = residency
-        self.cache_bytes: int | None = residency.cache if residency else None
-        if device == "cuda" and memory_budget is not None:
-            self.cache_bytes = memory_budget // _SHARE_FOR_KEPT_TENSORS
-        self._memory_budget = memory_budget
-        self._captured = frozenset({CAPTURED} if cuda_graphs else ())
+        self.observer: Observer | None = None
+        self.plan = plan
+        self.cache_bytes: int | None = plan.cache if plan else None
+        if device == "cuda" and options.memory_budget is not None:
+            self.cache_bytes = options.memory_budget // _SHARE_FOR_KEPT_TENSORS
+        self._memory_budget = options.memory_budget
+        self._captured = frozenset({bundle.manifest.step.name} if options.cuda_graphs else ())
         self._fixed_calls: dict[tuple[str, tuple[tuple[int, ...], ...]], FixedCall] = {}
         self._numbers = itertools.count(1)
         self._library = load_library()
@@ -183,21 +188,25 @@ class OnnxRuntimeEngine:
         self._options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.path)
         )
-        if threads:
-            self._options.intra_op_num_threads = threads
+        if options.threads:
+            self._options.intra_op_num_threads = options.threads
 
     def describe(self) -> str:
         """What is loaded together, if not everything is."""
-        return self.residency.table() if self.residency else ""
+        return self.plan.table() if self.plan else ""
 
     def load(self, graph: str) -> None:
-        """Loads a graph's weights; graphs of other groups leave. See `Engine.load`."""
+        """Loads a graph's weights; graphs of other groups are evicted."""
         if graph in self._sessions:
             return
-        if self.residency:
-            for other in self.residency.leaving(graph, self._sessions):
-                self.unload(other)
-        self._bundle.verify(graph)
+        with observed(self, "load", graph):
+            if self.plan:
+                for other in self.plan.evicted_by(graph, self._sessions):
+                    self.unload(other)
+            self._bundle.verify(graph)
+            self._sessions[graph] = self._new_session(graph)
+
+    def _new_session(self, graph: str) -> onnxruntime.InferenceSession:
         options = provider_options(self.device, self._memory_budget, graph in self._captured)
         try:
             session = self._library.InferenceSession(
@@ -214,14 +223,14 @@ class OnnxRuntimeEngine:
                 f"ONNX Runtime could not start its {self.device} provider: the NVIDIA driver or the CUDA and "
                 "cuDNN libraries are missing; check with 'anydoor doctor', or run with --device cpu"
             )
-        self._sessions[graph] = session
+        return session
 
     def model(self, graph: str, path: Path) -> str | bytes:
         """What to run for a graph: the file, or a model in memory whose weights lie beside the file."""
         return str(path)
 
     def unload(self, graph: str) -> None:
-        """Frees a graph's weights; see `Engine.unload`."""
+        """Frees a graph's weights."""
         for key in [key for key in self._fixed_calls if key[0] == graph]:
             del self._fixed_calls[key]
         self._sessions.pop(graph, None)
@@ -232,21 +241,23 @@ class OnnxRuntimeEngine:
         inputs: Mapping[str, DeviceTensor | Array],
         outputs: Sequence[str] | None = None,
     ) -> dict[str, DeviceTensor]:
-        """Runs a graph; see `Engine.run`."""
+        """Runs a graph."""
         self.load(graph)
-        names = list(outputs or (spec.name for spec in self._specs[graph].outputs))
-        if graph in self._captured:
-            return self._run_in_place(graph, inputs, names)
-        session = self._sessions[graph]
-        binding = session.io_binding()
-        # a value on the CPU only points into its array, and the binding keeps neither alive
-        values = {spec.name: self._value(spec, inputs[spec.name]) for spec in self._specs[graph].inputs}
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in names:
-            binding.bind_output(name, self.device)
-        session.run_with_iobinding(binding)
-        return dict(zip(names, binding.get_outputs()))
+        spec = self._specs[graph]
+        names = list(outputs or (output.name for output in spec.outputs))
+        with observed(self, "run", graph, inputs):
+            if graph in self._captured:
+                return self._run_in_place(graph, inputs, names)
+            session = self._sessions[graph]
+            binding = session.io_binding()
+            # a value on the CPU only points into its array, and the binding keeps neither alive
+            values = {of.stored_name: self._value(of, inputs[of.name]) for of in spec.inputs}
+            for name, value in values.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in names:
+                binding.bind_output(spec.tensor(name).stored_name, self.device)
+            session.run_with_iobinding(binding)
+            return dict(zip(names, binding.get_outputs()))
 
     def run_steps(
         self,
@@ -256,7 +267,7 @@ class OnnxRuntimeEngine:
         feedback: Mapping[str, str],
         outputs: Sequence[str] | None = None,
     ) -> dict[str, DeviceTensor]:
-        """Runs a graph several times; see `Engine.run_steps`."""
+        """Runs a graph several times."""
         return run_step_by_step(self, graph, inputs, per_step, feedback, outputs)
 
     def _run_in_place(
@@ -287,35 +298,50 @@ class OnnxRuntimeEngine:
         return given
 
     def to_device(self, array: Array) -> DeviceTensor:
-        """See `Engine.to_device`."""
+        """Copies a host array to the device; on the CPU the value points into it."""
         return self._library.OrtValue.ortvalue_from_numpy(array, self.device)
 
     def to_host(self, tensor: DeviceTensor) -> Array:
-        """See `Engine.to_host`."""
+        """Copies a tensor to the host."""
         return tensor.numpy()  # type: ignore[no-any-return]
 
     def concatenate(self, pieces: Sequence[tuple[DeviceTensor, int, int]]) -> DeviceTensor:
-        """See `Engine.concatenate`. ONNX Runtime copies between tensors through the host only."""
+        """Joins rows of tensors. ONNX Runtime copies between tensors through the host only."""
         host = {id(tensor): self.to_host(tensor) for tensor, _, _ in pieces}
         return self.to_device(concatenate_rows([(host[id(t)], start, stop) for t, start, stop in pieces]))
 
     def nbytes(self, tensor: DeviceTensor) -> int:
-        """See `Engine.nbytes`."""
+        """The memory that a tensor occupies."""
         return int(tensor.tensor_size_in_bytes())
 
 
-def open_engine(
-    bundle: Bundle,
-    device: str,
-    threads: int | None,
-    memory_budget: int | None = None,
-    cuda_graphs: bool = False,
-) -> OnnxRuntimeEngine:
+def usable_devices() -> dict[str, str]:
+    """Device -> a remark, for each that the installed ONNX Runtime was built for."""
+    return dict.fromkeys(devices(), "")
+
+
+def fits(bundle: Bundle, options: EngineOptions) -> bool:
+    """Whether the host has the memory for a bundle; graphs are swapped if it is short."""
+    return plan_host_memory(bundle, NAME, options.memory_budget).fits
+
+
+def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
+    """The device that would run a bundle, and the memory plan.
+
+    Raises:
+        BackendError: there is no such device, or not enough memory.
+    """
+    engine = open_engine(bundle, options)
+    if engine.plan:
+        engine.plan.require_fit()
+    return engine.device, engine.describe()
+
+
+def open_engine(bundle: Bundle, options: EngineOptions) -> OnnxRuntimeEngine:
     """The engine for a bundle; see `engines.engine.open_engine`."""
     available = devices()
-    if device == "auto":
-        device = available[0]
+    device = available[0] if options.device == AUTO else options.device
     if device not in available:
         raise BackendError(f"the installed ONNX Runtime has no {device} provider; {INSTALL}")
-    residency = plan_host_residency(bundle, memory_budget) if device == "cpu" else None
-    return OnnxRuntimeEngine(bundle, device, threads, memory_budget, residency, cuda_graphs)
+    plan = plan_host_memory(bundle, NAME, options.memory_budget) if device == "cpu" else None
+    return OnnxRuntimeEngine(bundle, device, options, plan)

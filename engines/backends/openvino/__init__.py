@@ -1,1 +1,16 @@
-"""OpenVINO."""
+"""OpenVINO: ONNX graphs on the CPU."""
+
+from engines.registry import Backend
+
+BACKENDS = (
+    Backend(
+        name="openvino",
+        title="OpenVINO",
+        runs="onnxruntime",
+        package="openvino",
+        extra="openvino",
+        devices=("cpu",),
+        precisions=("fp32", "bf16"),
+        module="engines.backends.openvino.engine",
+    ),
+)

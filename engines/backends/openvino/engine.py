@@ -1,4 +1,4 @@
-"""OpenVINO: runs a bundle's ONNX graphs on the CPU. See `engines.engine.Engine`.
+"""OpenVINO: runs a bundle's ONNX graphs on the CPU.
 
 Each graph is compiled once, with its variable dimensions left open: a call of another batch costs no new
 compilation. What compiling found out is kept for the next start, without the weights: a few MB, for a fifth
@@ -20,14 +20,24 @@ import numpy as np
 
 from engines.bundle import Bundle
 from engines.cache_folder import cache_folder, mark_used
-from engines.engine import Array, concatenate_rows, require_shape, run_step_by_step
+from engines.engine import (
+    Array,
+    Observer,
+    concatenate_rows,
+    observed,
+    require_shape,
+    run_step_by_step,
+)
 from engines.errors import BackendError, BundleError
-from engines.memory_plan import HostResidency, plan_host_residency
+from engines.memory_plan import HostMemoryPlan, plan_host_memory
+from engines.options import EngineOptions
 
 if TYPE_CHECKING:
     import openvino
 
-INSTALL = "install it with: pip install 'anydoor-runtime[openvino]'"
+NAME = "openvino"
+
+INSTALL = "install it with: pip install '.[openvino]'"
 
 _CONVERTERS = "openvino.tools"
 """The package's model converters: of no use to a runtime, and half of the time that importing it takes."""
@@ -35,14 +45,14 @@ _CONVERTERS = "openvino.tools"
 _COPIES = 1.0
 """Memory that a loaded graph takes, as a multiple of its file: the weights in their final layout. The file
 stays mapped beside them, but it was only read, and the system may take its pages back at any time. To count
-them too would make graphs take turns, which costs seconds at each new reference, where all of them fit."""
+them too would swap graphs, which costs seconds at each new reference, where all of them fit."""
 
 _RESIDENT_COPIES = 2.0
 """The same with the pages of the file. A budget is a promise of how large the process will be seen to be, and
 pages that nobody takes back are part of that."""
 
 _LOAD_FACTOR = 0.4
-"""What loading takes beside that (the ID encoder's)."""
+"""What loading takes beside that, as a multiple of the file; measured on the largest graph."""
 
 _PROCESSOR = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
 """What tells processors apart for which graphs are compiled differently."""
@@ -103,28 +113,28 @@ def precisions() -> list[str]:
 
 
 class OpenVinoEngine:
-    """Runs graphs with OpenVINO; see `engines.engine.Engine`. Threads may share it; they take turns."""
+    """Runs graphs with OpenVINO. Threads may share it; one runs at a time."""
 
     device = "cpu"
-    backend = "openvino"
+    backend = NAME
 
     def __init__(
         self,
         bundle: Bundle,
-        threads: int | None = None,
-        residency: HostResidency | None = None,
-        inference_precision: str = "fp32",
+        options: EngineOptions = EngineOptions(),
+        plan: HostMemoryPlan | None = None,
     ) -> None:
         """Loads nothing yet.
 
         Args:
             bundle: holds ONNX graphs.
-            threads: CPU threads of one call; as many as there are cores if None.
-            residency: which graphs are loaded together; all if None.
-            inference_precision: fp32, or bf16 for matrix products and convolutions in bfloat16.
+            options: threads, and the inference precision: bf16 for matrix products and convolutions in
+                bfloat16.
+            plan: which graphs are loaded together; all if None.
         """
-        self.residency = residency
-        self.cache_bytes: int | None = residency.cache if residency else None
+        self.observer: Observer | None = None
+        self.plan = plan
+        self.cache_bytes: int | None = plan.cache if plan else None
         self._bundle = bundle
         self._specs = bundle.manifest.specs
         self._core = core()
@@ -133,30 +143,31 @@ class OpenVinoEngine:
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[inference_precision],
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[options.inference_precision],
         }
-        if threads:
-            self._options["INFERENCE_NUM_THREADS"] = threads
+        if options.threads:
+            self._options["INFERENCE_NUM_THREADS"] = options.threads
 
     def describe(self) -> str:
         """What is loaded together, if not everything is."""
-        return self.residency.table() if self.residency else ""
+        return self.plan.table() if self.plan else ""
 
     def load(self, graph: str) -> None:
-        """Loads and compiles a graph; graphs of other groups leave. See `Engine.load`."""
+        """Loads and compiles a graph; graphs of other groups are evicted."""
         with self._lock:
             if graph in self._requests:
                 return
-            if self.residency:
-                for other in self.residency.leaving(graph, self._requests):
-                    self.unload(other)
-            self._bundle.verify(graph)
-            try:
-                compiled = self._compile(graph)
-            except RuntimeError as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise BundleError(f"OpenVINO cannot load the graph '{graph}': {reason}") from error
-            self._requests[graph] = compiled.create_infer_request()
+            with observed(self, "load", graph):
+                if self.plan:
+                    for other in self.plan.evicted_by(graph, self._requests):
+                        self.unload(other)
+                self._bundle.verify(graph)
+                try:
+                    compiled = self._compile(graph)
+                except RuntimeError as error:
+                    reason = str(error).strip().splitlines()[-1]
+                    raise BundleError(f"OpenVINO cannot load the graph '{graph}': {reason}") from error
+                self._requests[graph] = compiled.create_infer_request()
 
     def _compile(self, graph: str) -> openvino.CompiledModel:
         file = str(self._bundle.graph_file(graph))
@@ -189,7 +200,7 @@ class OpenVinoEngine:
         return {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(weights)}
 
     def unload(self, graph: str) -> None:
-        """Frees a graph's weights; see `Engine.unload`."""
+        """Frees a graph's weights."""
         with self._lock:
             self._requests.pop(graph, None)
 
@@ -199,19 +210,21 @@ class OpenVinoEngine:
         inputs: Mapping[str, Array],
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Array]:
-        """Runs a graph; see `Engine.run`."""
+        """Runs a graph."""
         library = load_library()
+        spec = self._specs[graph]
         with self._lock:
             self.load(graph)
-            request = self._requests[graph]
-            # the request only points into the arrays: they live until it has run
-            arrays = [require_shape(s.name, inputs[s.name], s.dtype) for s in self._specs[graph].inputs]
-            for spec, array in zip(self._specs[graph].inputs, arrays):
-                request.set_tensor(spec.name, library.Tensor(array, shared_memory=True))
-            request.infer()
-            names = outputs or [spec.name for spec in self._specs[graph].outputs]
-            # the next call writes into the same memory
-            return {name: np.array(request.get_tensor(name).data) for name in names}
+            with observed(self, "run", graph, inputs):
+                request = self._requests[graph]
+                # the request only points into the arrays: they live until it has run
+                arrays = [require_shape(of.name, inputs[of.name], of.dtype) for of in spec.inputs]
+                for of, array in zip(spec.inputs, arrays):
+                    request.set_tensor(of.stored_name, library.Tensor(array, shared_memory=True))
+                request.infer()
+                wanted = [spec.tensor(name) for name in outputs] if outputs else spec.outputs
+                # the next call writes into the same memory
+                return {of.name: np.array(request.get_tensor(of.stored_name).data) for of in wanted}
 
     def run_steps(
         self,
@@ -221,50 +234,67 @@ class OpenVinoEngine:
         feedback: Mapping[str, str],
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Array]:
-        """Runs a graph several times; see `Engine.run_steps`."""
+        """Runs a graph several times."""
         return run_step_by_step(self, graph, inputs, per_step, feedback, outputs)
 
     def to_device(self, array: Array) -> Array:
-        """See `Engine.to_device`."""
+        """Copies an array: tensors are arrays in the host's memory."""
         return np.array(array)
 
     def to_host(self, tensor: Array) -> Array:
-        """See `Engine.to_host`."""
+        """Copies a tensor."""
         return np.array(tensor)
 
     def concatenate(self, pieces: Sequence[tuple[Array, int, int]]) -> Array:
-        """See `Engine.concatenate`."""
+        """Joins rows of tensors."""
         return concatenate_rows(pieces)
 
     def nbytes(self, tensor: Array) -> int:
-        """See `Engine.nbytes`."""
+        """The memory that a tensor occupies."""
         return tensor.nbytes
 
 
-def plan_residency(bundle: Bundle, memory_budget: int | None) -> HostResidency:
-    """Which graphs are loaded together; see `plan_host_residency`."""
+def plan_memory(bundle: Bundle, memory_budget: int | None) -> HostMemoryPlan:
+    """Which graphs are loaded together; see `plan_host_memory`."""
     copies = _COPIES if memory_budget is None else _RESIDENT_COPIES
-    return plan_host_residency(
-        bundle, memory_budget, fused_attention=True, copies=copies, load_factor=_LOAD_FACTOR
-    )
+    return plan_host_memory(bundle, NAME, memory_budget, copies=copies, load_factor=_LOAD_FACTOR)
 
 
-def open_engine(
-    bundle: Bundle,
-    device: str,
-    threads: int | None,
-    memory_budget: int | None = None,
-    inference_precision: str = "fp32",
-) -> OpenVinoEngine:
+def usable_devices() -> dict[str, str]:
+    """The CPU, with the inference precisions that it has fast arithmetic for."""
+    return {"cpu": f"inference precision {' or '.join(precisions())}"}
+
+
+def fits(bundle: Bundle, options: EngineOptions) -> bool:
+    """Whether the host has the memory: loading a graph takes more of it than running it."""
+    try:
+        return plan_memory(bundle, options.memory_budget).fits
+    except BackendError:
+        return False
+
+
+def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
+    """The device that would run a bundle, and the memory plan.
+
+    Raises:
+        BackendError: there is no such device, or not enough memory.
+    """
+    engine = open_engine(bundle, options)
+    if engine.plan:
+        engine.plan.require_fit()
+    return engine.device, engine.describe()
+
+
+def open_engine(bundle: Bundle, options: EngineOptions) -> OpenVinoEngine:
     """The engine for a bundle; see `engines.engine.open_engine`."""
     available = precisions()
-    if device == "cuda":
+    if options.device == "cuda":
         raise BackendError(
             "OpenVINO does not run on NVIDIA cards: use --backend onnxruntime, or --device cpu"
         )
-    if inference_precision not in available:
+    if options.inference_precision not in available:
         raise BackendError(
-            f"this processor has no {inference_precision} arithmetic: run with --inference-precision fp32"
+            f"this processor has no {options.inference_precision} arithmetic: run with "
+            "--inference-precision fp32"
         )
-    residency = plan_residency(bundle, memory_budget)
-    return OpenVinoEngine(bundle, threads, residency, inference_precision)
+    return OpenVinoEngine(bundle, options, plan_memory(bundle, options.memory_budget))

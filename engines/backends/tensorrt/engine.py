@@ -1,8 +1,9 @@
 """TensorRT and TensorRT for RTX: runs a bundle's plans on an NVIDIA card. See `engines.engine.Engine`.
 
-All device memory but the weights is one arena: a fixed part (`engines.memory_plan`) and a pool for the tensors
-that come and go. All work goes into one stream, so a piece of the pool may be taken again as soon as nobody
-holds its tensor: whatever still reads it comes first in the stream. Nothing is allocated after warm-up.
+All device memory but the weights is one arena: a fixed part (`engines.memory_plan`) and a pool for the
+tensors that come and go. All work goes into one stream, so a piece of the pool may be taken again as soon as
+nobody holds its tensor: whatever still reads it comes first in the stream. Nothing is allocated after
+warm-up.
 
 The denoise graph runs at every step. Its inputs have fixed places, to which they are copied unless they are
 there already, so that the call can be captured as a CUDA graph, one per set of shapes. Several steps that

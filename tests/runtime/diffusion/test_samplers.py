@@ -1,4 +1,5 @@
-"""The multistep sampler: of second order where the true epsilon is known, and DDIM where it has no history."""
+"""The multistep sampler: of second order where the true epsilon is known, and DDIM where it has no
+history."""
 
 from __future__ import annotations
 

@@ -1,0 +1,234 @@
+"""The manifest: what a bundle says of itself. docs/model-format.md describes every field of the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engines import format_1
+from engines.errors import BundleError
+from engines.spec import ROLES, BankSpec, GraphSpec, Role, TensorSpec, sizes_for
+
+FORMAT = "anydoor-bundle"
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+BUILD_COMMAND = "anydoor build CHECKPOINT"
+
+ANY_TARGET = "any"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the bundle."""
+
+    path: str
+    """Relative to the bundle."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One graph of the bundle."""
+
+    spec: GraphSpec
+    files: tuple[FileRecord, ...]
+    """The first is the one to load; others hold its weights."""
+    error: Mapping[str, float] = field(default_factory=dict)
+    """Output -> relative error against PyTorch, measured when it was built."""
+    build_seconds: float = 0.0
+    scratch_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Backend -> memory for intermediate results: of a typical call on a CPU, of the largest call for
+    plans."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files."""
+        return sum(file.bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of manifest.json."""
+
+    system: str
+    """Which compositing system it is, as `runtime.systems` names them."""
+    backend: str
+    """Kind of the graphs: onnxruntime for ONNX files, or the TensorRT that built the plans."""
+    backend_version: str
+    target: str
+    """"any", "cuda", or the GPU architectures of plans, like "sm86,sm89"."""
+    precision: str
+    """fp32 or fp16, of weights and activations."""
+    max_batch: int
+    """Most samples in one call."""
+    dimensions: Mapping[str, int]
+    """Variable dimension -> its size for one sample with guidance."""
+    graphs: Mapping[str, GraphRecord]
+    constants: FileRecord
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Parameter -> the value that the model was trained for; what a request leaves open comes from here."""
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    """File name and sha256 of the checkpoint."""
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    """Sizes of the network that was exported, for information."""
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    """Kind of noise schedule and prediction; the values are in constants.npz."""
+    producer: str = ""
+
+    @property
+    def specs(self) -> dict[str, GraphSpec]:
+        """Graph -> its signature."""
+        return {name: record.spec for name, record in self.graphs.items()}
+
+    @property
+    def largest_sizes(self) -> dict[str, int]:
+        """Variable dimension -> its size in the largest call."""
+        return sizes_for(self.dimensions, self.max_batch)
+
+    @property
+    def typical_sizes(self) -> dict[str, int]:
+        """Variable dimension -> its size for one picture with guidance."""
+        return sizes_for(self.dimensions, 1)
+
+    def with_role(self, role: Role) -> list[GraphSpec]:
+        """The graphs with a role."""
+        return [spec for spec in self.specs.values() if spec.role == role]
+
+    @property
+    def step(self) -> GraphSpec:
+        """The graph that takes a step."""
+        return self.with_role("step")[0]
+
+    @property
+    def decoder(self) -> GraphSpec:
+        """The graph that makes a picture of a latent."""
+        return self.with_role("decode")[0]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent."""
+        channels, height, width = self.step.tensor("latent").resolve(self.typical_sizes)[1:]
+        return channels, height, width
+
+    @property
+    def resolution(self) -> int:
+        """Side of the generated picture, in pixels."""
+        return self.decoder.tensor("image").resolve(self.typical_sizes)[1]
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        content = asdict(self)
+        for name, record in self.graphs.items():
+            content["graphs"][name] = _spec_to_json(record.spec) | {
+                key: value for key, value in content["graphs"][name].items() if key != "spec"
+            }
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "producer": content.pop("producer")}
+        return json.dumps(head | content, indent=1) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads manifest.json, of this format version or an older one.
+
+    Raises:
+        BundleError: it is missing, is not a manifest, or is of a newer version.
+    """
+    where = f"'{path.parent}'"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{where} is not a bundle: it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"the bundle at {where} is damaged: {MANIFEST} is not readable JSON") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BundleError(f"{where} is not a bundle: its {MANIFEST} does not say format '{FORMAT}'")
+    version = content.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise BundleError(
+            f"the bundle at {where} has format version {version} and this runtime reads up to "
+            f"{FORMAT_VERSION}: upgrade anydoor-runtime, or rebuild the bundle with '{BUILD_COMMAND}'"
+        )
+    try:
+        return _parse(format_1.upgrade(content) if version == 1 else content)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BundleError(
+            f"the bundle at {where} is damaged: {MANIFEST} is incomplete ({error!r}); "
+            f"rebuild it with '{BUILD_COMMAND}'"
+        ) from error
+
+
+def _parse(content: Mapping[str, Any]) -> Manifest:
+    manifest = Manifest(
+        system=str(content["system"]),
+        backend=str(content["backend"]),
+        backend_version=str(content["backend_version"]),
+        target=str(content["target"]),
+        precision=str(content["precision"]),
+        max_batch=int(content["max_batch"]),
+        dimensions={name: int(size) for name, size in content["dimensions"].items()},
+        graphs={name: _parse_graph(name, record) for name, record in content["graphs"].items()},
+        constants=_parse_file(content["constants"]),
+        defaults=dict(content["defaults"]),
+        checkpoint=dict(content["checkpoint"]),
+        architecture=dict(content["architecture"]),
+        schedule=dict(content["schedule"]),
+        producer=str(content["producer"]),
+    )
+    for role in ("step", "decode"):
+        if len([spec for spec in manifest.specs.values() if spec.role == role]) != 1:
+            raise ValueError(f"one graph must have the role '{role}'")
+    return manifest
+
+
+def _parse_graph(name: str, content: Mapping[str, Any]) -> GraphRecord:
+    if content["role"] not in ROLES:
+        raise ValueError(f"'{name}' has the unknown role '{content['role']}'")
+    spec = GraphSpec(
+        name=name,
+        role=content["role"],
+        inputs=tuple(_parse_tensor(tensor) for tensor in content["inputs"]),
+        outputs=tuple(_parse_tensor(tensor) for tensor in content["outputs"]),
+        banks=tuple(
+            BankSpec(str(bank["name"]), tuple(bank["tensors"]), str(bank["index"]))
+            for bank in content["banks"]
+        ),
+        per_step=tuple(content["per_step"]),
+        feedback=dict(content["feedback"]),
+    )
+    return GraphRecord(
+        spec=spec,
+        files=tuple(_parse_file(record) for record in content["files"]),
+        error={output: float(error) for output, error in content["error"].items()},
+        build_seconds=float(content["build_seconds"]),
+        scratch_bytes={backend: int(size) for backend, size in content["scratch_bytes"].items()},
+    )
+
+
+def _parse_tensor(content: Mapping[str, Any]) -> TensorSpec:
+    shape = tuple(size if isinstance(size, str) else int(size) for size in content["shape"])
+    return TensorSpec(str(content["name"]), str(content["dtype"]), shape, str(content.get("file_name", "")))
+
+
+def _parse_file(record: Mapping[str, Any]) -> FileRecord:
+    relative = Path(record["path"])
+    if relative.is_absolute() or ".." in relative.parts:
+        raise ValueError(f"path '{relative}' leaves the bundle")
+    return FileRecord(str(record["path"]), int(record["bytes"]), str(record["sha256"]))
+
+
+def _spec_to_json(spec: GraphSpec) -> dict[str, Any]:
+    def tensor(of: TensorSpec) -> dict[str, Any]:
+        content: dict[str, Any] = {"name": of.name, "dtype": of.dtype, "shape": list(of.shape)}
+        return content | ({"file_name": of.file_name} if of.file_name else {})
+
+    return {
+        "role": spec.role,
+        "inputs": [tensor(of) for of in spec.inputs],
+        "outputs": [tensor(of) for of in spec.outputs],
+        "banks": [asdict(bank) for bank in spec.banks],
+        "per_step": list(spec.per_step),
+        "feedback": dict(spec.feedback),
+    }

@@ -1,0 +1,137 @@
+"""Builds bundles: a checkpoint or a bundle of ONNX graphs -> a bundle for one backend."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.backends.tensorrt.library import FLAVOURS, load_library
+from engines.bundle import Bundle
+from engines.cuda import Device
+from engines.errors import AnyDoorError
+from engines.files import replacing
+from engines.manifest import MANIFEST, Manifest
+from export.options import BACKENDS, ONNX, BuildOptions
+from export.plans import build_plans, check_targets
+from export.progress import Progress
+
+if TYPE_CHECKING:
+    # PyTorch; a machine that builds plans from ONNX graphs need not have it
+    from export.systems.system import ExportSource
+
+
+def build_bundle(
+    source: ExportSource, output: Path, options: BuildOptions, progress: Progress | None = None
+) -> Manifest:
+    """Builds a bundle beside its place and puts it there when it is complete and verified.
+
+    Args:
+        source: an opened checkpoint; see `export.systems.open_source`.
+        output: directory of the bundle; what is there is replaced.
+        options: how to build.
+        progress: told of every step; a bar on the terminal if None.
+
+    Raises:
+        AnyDoorError: an option or the checkpoint is unusable, or a graph does not compute what PyTorch does.
+    """
+    from export import onnx_bundle
+
+    _check(output, options)
+    source.check_resolution(options.resolution)
+    count = len(source.graphs(options.resolution, options.precision))
+
+    def build(folder: Path, progress: Progress) -> Manifest:
+        progress.steps = onnx_bundle.step_count(count)
+        if options.backend == ONNX:
+            return onnx_bundle.export_graphs(source, folder, options, progress)
+        progress.steps += count
+        graphs = folder / "onnx"
+        graphs.mkdir()
+        manifest = onnx_bundle.export_graphs(source, graphs, options, progress)
+        manifest = _build_plans(Bundle(graphs, manifest), folder, output, options, progress)
+        shutil.rmtree(graphs)
+        return manifest
+
+    return _build_beside(output, build, progress)
+
+
+def build_plan_bundle(
+    source: Bundle, output: Path, options: BuildOptions, progress: Progress | None = None
+) -> Manifest:
+    """Builds a bundle of TensorRT plans from a bundle of ONNX graphs, like `build_bundle`.
+
+    Args:
+        source: an opened bundle; precision and resolution are its own.
+        output: directory of the new bundle; what is there is replaced.
+        options: backend, batch and targets.
+        progress: told of every step; a bar on the terminal if None.
+
+    Raises:
+        AnyDoorError: an option or the source is unusable.
+    """
+    _check(output, options)
+    if options.backend == ONNX:
+        raise AnyDoorError(
+            f"'{source.path}' is a bundle already: give a checkpoint, or a --backend to build plans for "
+            f"({' or '.join(name for name in BACKENDS if name != ONNX)})"
+        )
+    if source.manifest.backend != ONNX:
+        raise AnyDoorError(f"'{source.path}' holds plans: plans are built from a bundle of ONNX graphs")
+    if output.resolve() == source.path.resolve():
+        raise AnyDoorError(f"'{output}' is the bundle to build from: give another --output")
+
+    def build(folder: Path, progress: Progress) -> Manifest:
+        progress.steps = len(source.manifest.graphs)
+        return _build_plans(source, folder, output, options, progress)
+
+    return _build_beside(output, build, progress)
+
+
+def _build_plans(
+    source: Bundle, folder: Path, output: Path, options: BuildOptions, progress: Progress
+) -> Manifest:
+    return build_plans(
+        source,
+        folder,
+        load_library(options.backend),
+        progress,
+        options.max_batch,
+        options.targets,
+        timing_cache=output.with_name(f"{output.name}.timings"),
+    )
+
+
+def _build_beside(
+    output: Path, build: Callable[[Path, Progress], Manifest], progress: Progress | None
+) -> Manifest:
+    """Builds into a folder beside `output`; nobody ever sees half a bundle."""
+    with replacing(output) as partial:
+        partial.mkdir()
+        with progress or Progress() as shown:
+            manifest = build(partial, shown)
+        (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def _check(output: Path, options: BuildOptions) -> None:
+    if output.exists() and not (output / MANIFEST).is_file() and any(output.iterdir()):
+        raise AnyDoorError(f"'{output}' is a directory with other things in it: give another --output")
+    if options.backend != ONNX:
+        # before an export of minutes
+        check_targets(load_library(options.backend), options.targets)
+    elif options.targets:
+        raise AnyDoorError("--targets names architectures of plans: it goes with --backend tensorrt_rtx")
+
+
+def best_backend() -> str:
+    """What runs fastest on this machine: TensorRT where there is a card and the library, or ONNX Runtime."""
+    with suppress(AnyDoorError):
+        architecture = Device().card().architecture
+        for backend, flavour in FLAVOURS.items():
+            if find_spec(backend) and (not flavour.targets or architecture in flavour.targets):
+                return backend
+    return ONNX

@@ -1,0 +1,48 @@
+"""How a bundle is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engines.errors import AnyDoorError
+from engines.registry import REGISTRY
+
+ONNX = "onnxruntime"
+"""Backend of bundles of ONNX graphs."""
+
+BACKENDS = tuple(dict.fromkeys(backend.runs for backend in REGISTRY.values()))
+
+PRECISIONS = ("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a bundle is built."""
+
+    backend: str = ONNX
+    precision: str = "fp32"
+    max_batch: int = 4
+    """Most samples in one call."""
+    resolution: int = 512
+    """Side of the generated picture, in pixels."""
+    targets: tuple[str, ...] = ()
+    """GPU architectures of plans, like sm89; what suits the library if empty."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters for the manifest's `defaults`, beside those of the checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no build has.
+
+        Raises:
+            AnyDoorError: names the option.
+        """
+        for what, chosen, known in (
+            ("backend", self.backend, BACKENDS),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if chosen not in known:
+                raise AnyDoorError(f"there is no {what} '{chosen}': choose one of {', '.join(known)}")
+        if self.max_batch < 1:
+            raise AnyDoorError(f"--max-batch must be at least 1, not {self.max_batch}")
