@@ -133,7 +133,7 @@ def build_plan(
         raise AnyDoorError(f"{library.flavour.title} cannot read the graph '{graph}': {reason}")
     check_signature(network_signature(network), spec, manifest.max_batch)
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, spec, manifest.max_batch))
+    config.add_optimization_profile(_profile(builder, spec, manifest))
     config.progress_monitor = _monitor(trt, progress.percent)
     for flag in library.flavour.builder_flags:
         config.set_flag(getattr(trt.BuilderFlag, flag))
@@ -167,12 +167,14 @@ def scratch_bytes(messages: Sequence[tuple[str, str]]) -> int:
     return max((int(match[1]) for match in sizes if match), default=0)
 
 
-def _profile(builder: Any, spec: GraphSpec, max_batch: int) -> Any:
+def _profile(builder: Any, spec: GraphSpec, manifest: Manifest) -> Any:
     profile = builder.create_optimization_profile()
-    smallest, largest = dict.fromkeys(USUAL_SIZES, 1), largest_sizes(max_batch)
+    smallest = dict.fromkeys(manifest.dimensions, 1)
     for tensor in spec.inputs:
-        shapes = (tensor.resolve(sizes) for sizes in (smallest, USUAL_SIZES, largest))
-        profile.set_shape(tensor.name, *shapes)
+        shapes = (
+            tensor.resolve(sizes) for sizes in (smallest, manifest.typical_sizes, manifest.largest_sizes)
+        )
+        profile.set_shape(tensor.stored_name, *shapes)
     return profile
 
 

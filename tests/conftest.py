@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 
 CACHE = ROOT / "build" / "tests"
 TINY_RESOLUTION = 64
@@ -27,17 +26,10 @@ settings.load_profile("any machine")
 def _fingerprint() -> str:
     """Changes whenever the code that makes checkpoints and bundles does."""
     digest = hashlib.sha256()
-    sources = [
-        "benchmarks/seeded.py",
-        "runtime/diffusion/noise_schedule.py",
-        "engines/spec.py",
-        "engines/bundle.py",
-    ]
-    sources += [f"training/{name}.py" for name in ("architecture", "model", "official_keys")]
-    sources += [f"export/{name}.py" for name in ("build_engines", "checkpoint", "graphs", "verification")]
-    sources += [f"export/{name}.py" for name in ("onnx_bundle", "plans", "precision")]
-    for source in sources:
-        digest.update((ROOT / source).read_bytes())
+    folders = ("engines", "export", "training/network", "runtime/diffusion")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for source in sorted([ROOT / "benchmarks/seeded.py", *sources]):
+        digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
 
 
