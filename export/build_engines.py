@@ -29,9 +29,10 @@ def summary(manifest: Manifest) -> str:
     """A table of the graphs of a bundle."""
     lines = [f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {'error against PyTorch':>22}"]
     for name, graph in manifest.graphs.items():
-        scratch = f"{max(graph.scratch_bytes.values(), default=0) / 1e6:.1f}" error =
-        max(graph.error.values()) lines.append(f"{name:<12} {graph.nbytes / 1e6:>8.1f} {scratch:>11}
-        {graph.build_seconds:>8.1f} {error:>22.1e}")
+        scratch = f"{max(graph.scratch_bytes.values(), default=0) / 1e6:.1f}"
+        error = max(graph.error.values())
+        sizes = f"{graph.nbytes / 1e6:>8.1f} {scratch:>11}"
+        lines.append(f"{name:<12} {sizes} {graph.build_seconds:>8.1f} {error:>22.1e}")
     return "\n".join(lines)
 
 
