@@ -203,11 +203,11 @@ def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._phases: dict[str, _Phase] = {}
+            self._phases: dict[str, Phase] = {}
             self._done = 0.0
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self._phases[name] = _Phase(parent, steps)
+            self._phases[name] = Phase(parent, steps)
 
         def phase_finish(self, name: str) -> None:
             phase = self._phases.pop(name, None)
@@ -225,7 +225,7 @@ def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
 
 
 @dataclass
-class _Phase:
+class Phase:
     """A phase of a build."""
 
     parent: str | None
@@ -233,7 +233,7 @@ class _Phase:
     done: int = 0
 
 
-def completed(phases: Mapping[str, _Phase], name: str | None) -> float:
+def completed(phases: Mapping[str, Phase], name: str | None) -> float:
     """Part of the whole that is done, 0..1, as far as a phase knows."""
     part = 0.0
     while name is not None and name in phases:
