@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from engines.backends.tensorrt.library import Library, check_signature, load_library
 from engines.bundle import Bundle, Manifest
 from engines.errors import AnyDoorError, BundleError
-from engines.spec import CONTROL, GRAPHS, ID_ENCODER, GraphSpec
+from engines.spec import GRAPHS, GraphSpec
 from export.build_engines import BuildOptions, best_backend, build_plan_bundle, main
 from export.plans import _Phase, build_plan, check_targets, completed, network_signature, scratch_bytes
 from export.progress import Progress
+from tests.support.anydoor import CONTROL, ID_ENCODER
 
 RTX = "tensorrt_rtx"
 ROOT = Path(__file__).parents[2]

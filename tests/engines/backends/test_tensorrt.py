@@ -17,8 +17,9 @@ from engines.bundle import Bundle, file_record
 from engines.cuda import Card, Device, OutOfDeviceMemoryError, cuda_error, load_cuda_python
 from engines.engine import open_engine
 from engines.errors import AnyDoorError, BackendError, BundleError
-from engines.spec import DECODE, DENOISE, GRAPHS
+from engines.spec import GRAPHS
 from runtime.cli.composite import main
+from tests.support.anydoor import DECODE, DENOISE
 
 RTX = "tensorrt_rtx"
 

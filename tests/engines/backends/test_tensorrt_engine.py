@@ -16,9 +16,10 @@ from engines.cuda import OutOfDeviceMemoryError
 from engines.engine import Engine, open_engine
 from engines.errors import BackendError
 from engines.memory_plan import GraphMemory, ResidencyPlan, plan_residency
-from engines.spec import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER, STEP_INPUTS, largest_sizes
+from engines.spec import GRAPHS, STEP_INPUTS, largest_sizes
 from export.systems.anydoor import example_inputs
 from runtime import Compositor, Placement, Sampling
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from tests.support.simulated_card import SimulatedDevice, SimulatedPlans
 
 # the decoder needs far more than the others, and so what the denoise graph has in place lies in its way
