@@ -2,8 +2,8 @@
 # your JetPack (JetPack 6: r36.x, JetPack 7: r38.x).
 #
 #   docker build -f docker/jetson.Dockerfile --build-arg BASE=nvcr.io/nvidia/l4t-tensorrt:TAG -t anydoor-jetson .
-#   docker run --runtime nvidia -v $PWD/engines:/engines --entrypoint python3 anydoor-jetson \
-#       export/build_engines.py /engines/half --backend tensorrt --output /engines/orin
+#   docker run --runtime nvidia -v $PWD/engines:/engines anydoor-jetson \
+#       build /engines/half --backend tensorrt --output /engines/orin
 #   docker run --runtime nvidia -p 50051:50051 -v $PWD/engines/orin:/bundle:ro anydoor-jetson
 ARG BASE
 FROM ${BASE}

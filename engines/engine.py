@@ -15,7 +15,7 @@ from engines.bundle import Bundle
 from engines.errors import BackendError, BundleError
 from engines.manifest import BUILD_COMMAND
 from engines.options import AUTO, EngineOptions
-from engines.registry import REGISTRY, Backend
+from engines.registry import Backend, backends
 
 Array = NDArray[Any]
 DeviceTensor = Any
@@ -133,7 +133,7 @@ class BackendModule(Protocol):
 
 def load_backend(name: str) -> BackendModule:
     """The engine module of a backend."""
-    module: Any = importlib.import_module(REGISTRY[name].module)
+    module: Any = importlib.import_module(backends()[name].module)
     backend: BackendModule = module
     return backend
 
@@ -150,9 +150,11 @@ def open_engine(bundle: Bundle, options: EngineOptions = EngineOptions()) -> Eng
         BundleError: the bundle was built for a backend that this version does not have.
     """
     name = choose_backend(bundle, options)
-    backend = REGISTRY[name]
+    backend = backends()[name]
     if options.inference_precision not in backend.precisions:
-        able = [other.name for other in REGISTRY.values() if options.inference_precision in other.precisions]
+        able = [
+            other.name for other in backends().values() if options.inference_precision in other.precisions
+        ]
         raise BackendError(
             f"only the backend {' or '.join(able)} has the inference precision {options.inference_precision}"
         )
@@ -166,10 +168,10 @@ def choose_backend(bundle: Bundle, options: EngineOptions = EngineOptions()) -> 
         BackendError: the one in the options does not execute this bundle.
         BundleError: no backend does.
     """
-    candidates = [backend for backend in REGISTRY.values() if backend.runs == bundle.manifest.backend]
+    candidates = [backend for backend in backends().values() if backend.runs == bundle.manifest.backend]
     names = [backend.name for backend in candidates]
     if not candidates:
-        kinds = dict.fromkeys(backend.runs for backend in REGISTRY.values())
+        kinds = dict.fromkeys(backend.runs for backend in backends().values())
         raise BundleError(
             f"the bundle at '{bundle.path}' is for {bundle.manifest.backend}; this version of "
             f"anydoor-runtime runs bundles for {', '.join(kinds)}"

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engines.errors import BackendError
-from engines.registry import BACKEND_NAMES
+from engines.registry import backends
 
 AUTO = "auto"
+
+BACKENDS = (AUTO, *backends())
 
 DEVICES = (AUTO, "cpu", "cuda")
 
@@ -26,7 +28,7 @@ class EngineOptions:
     """Where and how the graphs of a bundle run."""
 
     backend: str = _option(
-        AUTO, "what executes the graphs; auto: the fastest that is installed", choices=(AUTO, *BACKEND_NAMES)
+        AUTO, "what executes the graphs; auto: the fastest that is installed", choices=BACKENDS
     )
     device: str = _option(AUTO, "where the graphs run; auto: the best of this machine", choices=DEVICES)
     inference_precision: str = _option(
@@ -52,7 +54,7 @@ class EngineOptions:
             BackendError: names the option and its values.
         """
         for what, chosen, known in (
-            ("backend", self.backend, (AUTO, *BACKEND_NAMES)),
+            ("backend", self.backend, BACKENDS),
             ("device", self.device, DEVICES),
             ("inference precision", self.inference_precision, INFERENCE_PRECISIONS),
         ):

@@ -7,6 +7,7 @@ library goes into an extra of pyproject.toml.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -53,8 +54,9 @@ class Backend:
         return any(True for folder in folders for _ in Path(folder).glob(self.card_files))
 
 
-def _find() -> dict[str, Backend]:
-    """Every backend, by name, in the order of `Backend.rank`."""
+@functools.cache
+def backends() -> Mapping[str, Backend]:
+    """Name -> backend, for every backend, in the order of `Backend.rank`."""
     package = importlib.import_module("engines.backends")
     folders = sorted(folder.name for folder in pkgutil.iter_modules(package.__path__) if folder.ispkg)
     found = [
@@ -63,9 +65,3 @@ def _find() -> dict[str, Backend]:
         for backend in importlib.import_module(f"engines.backends.{folder}").BACKENDS
     ]
     return {backend.name: backend for backend in sorted(found, key=lambda backend: backend.rank)}
-
-
-REGISTRY: Mapping[str, Backend] = _find()
-"""Name -> backend."""
-
-BACKEND_NAMES = tuple(REGISTRY)

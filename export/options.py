@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engines.errors import AnyDoorError
-from engines.registry import REGISTRY
+from engines.registry import backends
 
 ONNX = "onnxruntime"
 """Backend of bundles of ONNX graphs."""
 
-BACKENDS = tuple(dict.fromkeys(backend.runs for backend in REGISTRY.values()))
+BACKENDS = tuple(dict.fromkeys(backend.runs for backend in backends().values()))
 
 PRECISIONS = ("fp32", "fp16")
 

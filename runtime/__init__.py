@@ -13,12 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engines.errors import AnyDoorError, BackendError, BundleError
+    from engines.options import EngineOptions
     from runtime.compositor import Compositor
-    from runtime.diffusion.presets import preset
     from runtime.errors import InputError
-    from runtime.imaging.collage import Ratios
-    from runtime.job import Composite
-    from runtime.request import Placement, Sampling
+    from runtime.request import Placement, Request, Sampling
+    from runtime.result import Composite
+
+_HOMES = {
+    "AnyDoorError": "engines.errors",
+    "BackendError": "engines.errors",
+    "BundleError": "engines.errors",
+    "Composite": "runtime.result",
+    "Compositor": "runtime.compositor",
+    "EngineOptions": "engines.options",
+    "InputError": "runtime.errors",
+    "Placement": "runtime.request",
+    "Request": "runtime.request",
+    "Sampling": "runtime.request",
+}
 
 __all__ = [
     "AnyDoorError",
@@ -26,25 +38,12 @@ __all__ = [
     "BundleError",
     "Composite",
     "Compositor",
+    "EngineOptions",
     "InputError",
     "Placement",
-    "Ratios",
+    "Request",
     "Sampling",
-    "preset",
 ]
-
-_HOMES = {
-    "AnyDoorError": "engines.errors",
-    "BackendError": "engines.errors",
-    "BundleError": "engines.errors",
-    "Composite": "runtime.job",
-    "Compositor": "runtime.compositor",
-    "InputError": "runtime.errors",
-    "Placement": "runtime.request",
-    "Ratios": "runtime.imaging.collage",
-    "Sampling": "runtime.request",
-    "preset": "runtime.diffusion.presets",
-}
 
 
 def __getattr__(name: str) -> Any:

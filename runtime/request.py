@@ -1,15 +1,17 @@
-"""What a caller asks for: where an object goes, and how the picture is sampled."""
+"""What a caller asks for: where an object goes, and how the picture is sampled.
+
+A field that is None is open. It then comes from the quality preset, from the bundle's manifest, or from the
+system, in this order; see `runtime.parameters`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.imaging.collage import Ratios
 from runtime.imaging.pictures import PictureLike
 
 
@@ -25,63 +27,71 @@ class Placement:
     """Place: x0, y0, x1, y1 in pixels of the scene, x1 and y1 exclusive. May cross the scene's border."""
     mask: PictureLike | NDArray[np.bool_] | None = None
     """Place: a mask of the scene's size, instead of a box."""
-    mode: str = "crop"
-    """How it is placed, one of `runtime.imaging.collage.MODES`: "crop" generates the surroundings of the box
+    mode: str | None = None
+    """How it is placed, one of `runtime.imaging.modes.MODES`: "crop" generates the surroundings of the box
     anew; "shape" makes the object fill the mask; "keep_background" changes nothing outside the box."""
-    ratios: Ratios = field(default_factory=Ratios)
+    reference_ratio: float | None = None
+    """White around the reference object, a factor from 1 to 100."""
+    box_ratio: float | None = None
+    """Target box around the place, likewise."""
+    crop_ratio: float | None = None
+    """Zoom-in crop around the target box, likewise."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are sampled. The defaults are the original's (run_inference.py).
+    """How pictures are sampled."""
 
-    `runtime.diffusion.presets` has named sets that trade some likeness to those pictures for speed.
-    """
-
-    steps: int = 50
+    quality: str | None = None
+    """A preset, one of `runtime.diffusion.presets.QUALITIES`: values for the fields that are open."""
+    steps: int | None = None
     """Steps, 1 to 999."""
-    guidance_scale: float = 5.0
-    """Classifier-free guidance scale; 1 is without guidance and half the work."""
-    control_scale: float = 1.0
-    """Factor of the detail maps; 0 ignores the scene's details and the high-frequency map."""
-    eta: float = 0.0
+    guidance_scale: float | None = None
+    """Classifier-free guidance scale, 0 to 100; 1 is without guidance and half the work."""
+    control_scale: float | None = None
+    """Factor of the detail maps, 0 to 10; 0 ignores the scene's details and the high-frequency map."""
+    eta: float | None = None
     """0 is deterministic DDIM, 1 adds as much noise as DDPM."""
-    timesteps: tuple[int, ...] | None = None
-    """Exact timesteps to visit, rising, to follow another implementation; overrides `steps`."""
-    sampler: str = "ddim"
+    sampler: str | None = None
     """What takes the steps, one of `runtime.diffusion.samplers.SAMPLERS`: "ddim", or "dpm_solver_2m", which
     needs fewer of them and has no `eta`."""
-    guidance_interval: tuple[int, int] = (0, 999)
+    guidance_interval: tuple[int, int] | None = None
     """Lowest and highest timestep with guidance, of 0 (picture) to 999 (noise); a step outside of them has
     none, and half the work. Source: Kynkäänniemi et al., 2024."""
     map_steps: int | None = None
-    """At how many timesteps detail maps are computed; neighbouring steps share them. None: at every step."""
-
-    def guided_at(self, timestep: int) -> bool:
-        """Whether the unconditional half is needed; at a scale of exactly 1 it cancels out."""
-        first, last = self.guidance_interval
-        return self.guidance_scale != 1.0 and first <= timestep <= last
+    """At how many timesteps detail maps are computed; neighbouring steps share them."""
+    timesteps: tuple[int, ...] | None = None
+    """Exact timesteps to visit, rising, to follow another implementation; overrides `steps`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Everything that makes a picture; `Compositor.composite` describes the fields."""
+    """Everything that makes a picture."""
 
     scene: PictureLike
+    """File, bytes, Pillow image or array."""
     placements: Sequence[Placement]
+    """The objects and their places; placed one after the other, each into the result of the one before."""
     seed: int | None = None
+    """The same seed gives the same picture bit for bit on one machine; random if None. Picture i of several
+    has the seed `seed + i`."""
     sampling: Sampling = field(default_factory=Sampling)
     num_images: int = 1
+    """How many pictures to make."""
     initial_noise: NDArray[np.float32] | None = None
+    """(N, C, h, w) standard normal latents to start from instead of those of the seeds."""
 
-
-@dataclass(frozen=True, eq=False)
-class ResolvedPlacement:
-    """A placement whose pictures are decoded and checked; see `runtime.validation`."""
-
-    reference: NDArray[np.uint8]
-    reference_mask: NDArray[np.bool_]
-    target: Any
-    """A `Box`, or a mask (H, W) of bool."""
-    mode: str
-    ratios: Ratios
+    @classmethod
+    def of(
+        cls,
+        scene: PictureLike,
+        placements: Placement | Sequence[Placement],
+        seed: int | None = None,
+        sampling: Sampling | None = None,
+        num_images: int | None = None,
+        initial_noise: NDArray[np.float32] | None = None,
+    ) -> Request:
+        """A request from loose arguments: one placement or several, and None for what is left to the
+        defaults."""
+        listed = [placements] if isinstance(placements, Placement) else list(placements)
+        return cls(scene, listed, seed, sampling or Sampling(), num_images or 1, initial_noise)

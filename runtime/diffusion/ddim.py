@@ -2,10 +2,11 @@
 
 One step is linear in what it is given:
 
-    next latent = coefficients[0] * latent + coefficients[1] * epsilon + coefficients[2] * noise
+    next latent = coefficients[0] * latent + coefficients[1] * epsilon + coefficients[2] * carry
 
-so the denoise graph needs three numbers per sample and knows nothing of schedules. Source: DDIM (Song et al.,
-2021), equation 12; timesteps and last alpha as in the original's cldm/ddim_hacked.py.
+where `carry` is noise (or what another sampler keeps of the step before), so the step graph needs three
+numbers per sample and no schedule. Source: DDIM (Song et al., 2021), equation 12; timesteps and last alpha as
+in the original's cldm/ddim_hacked.py.
 """
 
 from __future__ import annotations
@@ -47,12 +48,7 @@ def ddim_timesteps(steps: int, train_timesteps: int = 1000) -> NDArray[np.int64]
     Where a constant stride gives that many, these are the timesteps that the original takes when it runs as
     many steps: 1, 21, ..., 981 for 50. (The original derives the stride from the number asked for and may run
     more: asked for 30 it runs 31.) Otherwise they are spread evenly.
-
-    Raises:
-        InputError: `steps` is not in 1..999.
     """
-    if not 1 <= steps <= MAX_STEPS:
-        raise InputError(f"steps must be between 1 and {MAX_STEPS}, not {steps}")
     stride = -(-train_timesteps // steps)
     strided = np.arange(0, train_timesteps, stride, dtype=np.int64)
     # a stride that divides 999 would end at timestep 1000, which does not exist: the original fails there
@@ -76,10 +72,8 @@ def ddim_schedule(
         timesteps: exact timesteps to visit, rising, instead of `steps` spread ones.
 
     Raises:
-        InputError: a parameter is out of range.
+        InputError: the exact timesteps do not rise, or do not exist.
     """
-    if not 0.0 <= eta <= 1.0:
-        raise InputError(f"eta must be between 0 and 1, not {eta}")
     if timesteps is None:
         rising = ddim_timesteps(steps, len(alphas_cumprod))
     else:

@@ -13,45 +13,35 @@ h_before in lambda it takes the value half-way,
 
 whose error falls with the square of the step. Source: DPM-Solver (Lu et al., 2022), second order, as a
 multistep method for the predicted noise. The update is linear in (latent, epsilon, epsilon before), as DDIM's
-is in (latent, epsilon, noise), and it adds no noise: the same denoise graph takes it. The first step has
+is in (latent, epsilon, noise), and it adds no noise: the same step graph takes it. The first step has
 nothing before it and is DDIM's. The last one, to where next to no noise is left, is two to five times as long
 in lambda as the one before: no step looks farther ahead than the one before it was long (`_FARTHEST`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.diffusion.ddim import MAX_STEPS, Schedule, ddim_schedule, exact_timesteps
-from runtime.errors import InputError
-
-SAMPLERS = ("ddim", "dpm_solver_2m")
+from runtime.diffusion.ddim import Schedule, ddim_schedule, exact_timesteps
 
 _FARTHEST = 1.0
 """How far ahead epsilon is extrapolated at the most, in lengths of the step before; half a length where steps
 are of one length. A line through two points says little about what is farther away."""
 
 
-def sampler_schedule(
+def dpm_solver_2m_schedule(
     alphas_cumprod: NDArray[np.float32],
-    sampler: str,
     steps: int,
     eta: float = 0.0,
     timesteps: Sequence[int] | None = None,
 ) -> Schedule:
-    """The schedule of a sampling run with one of `SAMPLERS`; the other arguments are those of
-    `ddim_schedule`.
+    """The schedule of a run with the second-order solver; the arguments are those of `ddim_schedule`.
 
-    Raises:
-        InputError: a parameter is out of range, or the sampler has no eta.
+    It adds no noise, whatever `eta` is: requests with another one are refused in `runtime.validation`.
     """
-    if sampler == "ddim":
-        return ddim_schedule(alphas_cumprod, steps, eta, timesteps)
-    if eta != 0:
-        raise InputError(f"the sampler {sampler} adds no noise: eta must be 0, not {eta:g}")
     alphas = alphas_cumprod.astype(np.float64)
     if timesteps is None:
         rising = trailing_timesteps(steps, len(alphas))
@@ -63,18 +53,24 @@ def sampler_schedule(
     return Schedule(falling, dpm_solver_2m_coefficients(path).astype(np.float32), path[:-1], multistep=True)
 
 
+SamplerSchedule = Callable[[NDArray[np.float32], int, float, Sequence[int] | None], Schedule]
+"""(alphas_cumprod, steps, eta, exact timesteps) -> the steps of a run."""
+
+SAMPLERS: Mapping[str, SamplerSchedule] = {
+    "ddim": ddim_schedule,
+    "dpm_solver_2m": dpm_solver_2m_schedule,
+}
+"""Name -> what makes its schedule. A sampler is linear in latent, epsilon and carry, so it needs no graph of
+its own."""
+
+
 def trailing_timesteps(steps: int, train_timesteps: int = 1000) -> NDArray[np.int64]:
     """The last timestep of each of `steps` equal parts of the schedule, in rising order.
 
     The first step then starts where the latent is noise. DDIM's usual timesteps are the first ones of each
     part: 1 to 925 for 12 steps, where a trained network expects to see some of the picture already. Source:
     Lin et al., 2024, section 3.3.
-
-    Raises:
-        InputError: `steps` is not in 1..999.
     """
-    if not 1 <= steps <= MAX_STEPS:
-        raise InputError(f"steps must be between 1 and {MAX_STEPS}, not {steps}")
     return np.arange(1, steps + 1, dtype=np.int64) * train_timesteps // steps - 1
 
 

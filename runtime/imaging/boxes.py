@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_SMALLEST_MASK_AREA = 10
+SMALLEST_MASK_AREA = 10
+"""Pixels. The original takes a smaller mask for the whole picture, which is a mistake more often than a
+wish."""
 
 
 class Box(NamedTuple):
@@ -85,7 +87,7 @@ def mask_extent(mask: NDArray[Any]) -> Box:
     """
     height, width = mask.shape
     inside = mask.astype(bool, copy=False)
-    if np.count_nonzero(inside) < _SMALLEST_MASK_AREA:
+    if np.count_nonzero(inside) < SMALLEST_MASK_AREA:
         return Box(0, 0, width, height)
     columns = np.flatnonzero(inside.any(axis=0))
     rows = np.flatnonzero(inside.any(axis=1))

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.imaging.boxes import Box, box_in_box
-from runtime.imaging.collage import Geometry, Mode
+from runtime.imaging.geometry import Geometry
 from runtime.imaging.resize import resize_linear
 
 _BAND_ROWS = 256
 
 
-def pasted_region(geometry: Geometry, mode: Mode) -> Box:
+@dataclass(frozen=True)
+class PasteRule:
+    """What of the networks' picture goes back into the scene."""
+
+    margin: int
+    """Pixels at the crop's border that are never pasted."""
+    keep_background: bool
+    """Whether only the target box is pasted, not the whole crop."""
+
+
+WHOLE_CROP = PasteRule(margin=5, keep_background=False)
+"""run_inference.py."""
+
+TARGET_BOX = PasteRule(margin=3, keep_background=True)
+"""run_gradio_demo.py."""
+
+
+def pasted_region(geometry: Geometry, rule: PasteRule) -> Box:
     """The only part of the scene that may change, in scene coordinates; at least one pixel.
 
-    The crop without its margin, or what of the target box lies in that, if the mode keeps the background.
+    The crop without its margin, or what of the target box lies in that, if the rule keeps the background.
     Where the margin would leave nothing it is made smaller; the original then pastes nothing.
     """
-    target = geometry.box if mode.keep_background else geometry.crop
-    margin = mode.margin
+    target = geometry.box if rule.keep_background else geometry.crop
+    margin = rule.margin
     while (region := geometry.crop.shrink(margin).intersection(target)).is_empty:
         margin -= 1
     return region
@@ -31,7 +49,7 @@ def paste_back(
     picture: NDArray[np.uint8] | NDArray[np.float32],
     scene: NDArray[np.uint8],
     geometry: Geometry,
-    mode: Mode,
+    rule: PasteRule,
 ) -> NDArray[np.uint8]:
     """A copy of the scene with the picture at its place.
 
@@ -43,7 +61,7 @@ def paste_back(
     """
     without_first_row = picture[1:].astype(np.float32)
     composite: NDArray[np.uint8] = scene.copy()
-    for band in _bands(pasted_region(geometry, mode)):
+    for band in _bands(pasted_region(geometry, rule)):
         in_padded_crop = box_in_box(band, geometry.crop).shift(geometry.padding.left, geometry.padding.top)
         pixels = resize_linear(without_first_row, geometry.padded_size, window=in_padded_crop)
         composite[band.slices] = pixels.astype(np.uint8)

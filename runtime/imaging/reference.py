@@ -1,4 +1,4 @@
-"""The reference object as the networks see it: background removed, centred in a square, small."""
+"""The reference object: read, background removed, centred in a square, small."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.errors import InputError, in_field
 from runtime.imaging.boxes import Padding, bounding_box, expansion_padding, square_padding
 from runtime.imaging.high_frequency_map import high_frequency_map
+from runtime.imaging.pictures import MAX_PIXELS, PictureLike, load_mask, load_picture, mask_from_alpha
 from runtime.imaging.resize import resize_linear
+from runtime.imaging.target import check_mask
 
 _BACKGROUND = 255
 
@@ -27,6 +30,39 @@ class PreparedReference:
     def high_frequency_map(self) -> NDArray[np.uint8]:
         """(S, S, 3) uint8 RGB, computed when first asked for."""
         return high_frequency_map(self.image, self.mask)
+
+
+def load_reference(
+    source: PictureLike, mask: PictureLike | NDArray[np.bool_] | None, max_pixels: int = MAX_PIXELS
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Decodes the picture of an object, and where the object is in it.
+
+    Args:
+        source: the picture.
+        mask: where the object is; the picture's opaque part if None.
+        max_pixels: of each picture.
+
+    Returns:
+        (H, W, 3) uint8 RGB and the mask (H, W).
+
+    Raises:
+        InputError: a picture cannot be used, or nothing says where the object is.
+    """
+    with in_field("reference"):
+        picture = load_picture(source, "the reference", max_pixels)
+    with in_field("reference_mask"):
+        if mask is not None:
+            inside = load_mask(mask, "the reference mask", max_pixels)
+            check_mask(inside, picture.rgb.shape, "the reference mask", "the reference")
+        elif picture.alpha is not None:
+            inside = mask_from_alpha(picture.alpha)
+            check_mask(inside, picture.rgb.shape, "the reference's opaque part", "the reference")
+        else:
+            raise InputError(
+                "the reference has no transparency, so where the object is must be said: "
+                "give a reference mask"
+            )
+    return picture.rgb, inside
 
 
 def prepare_reference(

@@ -2,14 +2,13 @@
 
 The ControlNet never looks at the latent, so its maps depend on the hint, the timestep and the ID tokens only
 (docs/model-format.md). All samples of a placement share them, and a re-roll with another seed, guidance or
-strength needs no ControlNet at all.
+control scale needs no ControlNet at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,30 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.engine import DeviceTensor, Engine
-from engines.spec import CONTROL
-
-_SHARE_OF_MEMORY = 8
-_LARGEST_DEFAULT = 4 << 30
+from runtime.sampling.conditions import BankRows
 
 
 @dataclass(frozen=True, eq=False)
 class MapWindow:
-    """Detail maps of some neighbouring steps, as the control graph left them on the device."""
+    """Detail maps of some neighbouring steps, as the ControlNet left them on the device."""
 
     tensors: Mapping[str, DeviceTensor]
     """Map name -> (M, C, h, w); the rows of a step lie together, conditional first."""
     nbytes: int
-
-
-@dataclass(frozen=True, eq=False)
-class StepMaps:
-    """Where the detail maps of one step are."""
-
-    tensors: Mapping[str, DeviceTensor]
-    conditional: int
-    """Row of the maps for the reference's ID tokens."""
-    unconditional: int
-    """Row of the maps for the unconditional ID tokens; the same row if they were not computed."""
 
 
 WindowKey = tuple[tuple[int, bool], ...]
@@ -104,7 +89,7 @@ class DetailMapCache:
         self.nbytes += window.nbytes
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drops everything."""
         self._placements.clear()
         self.nbytes = 0
 
@@ -115,6 +100,7 @@ class DetailMaps:
     def __init__(
         self,
         engine: Engine,
+        graph: str,
         cache: DetailMapCache,
         hint: NDArray[np.float32],
         tokens: NDArray[np.float32],
@@ -125,7 +111,8 @@ class DetailMaps:
         """Computes nothing yet.
 
         Args:
-            engine: runs the control graph.
+            engine: runs the graph.
+            graph: name of the ControlNet's graph.
             cache: keeps windows for later runs.
             hint: (4, H, W).
             tokens: (1, T, D) without guidance; (2, T, D) with it, the unconditional ones last.
@@ -135,6 +122,7 @@ class DetailMaps:
                 any, the unconditional maps are not computed.
         """
         self._engine = engine
+        self._graph = graph
         self._cache = cache
         self._hint = np.ascontiguousarray(hint[None])
         self._tokens = tokens
@@ -150,7 +138,7 @@ class DetailMaps:
         self._placement = _digest(hint, tokens[0])
         self._current: tuple[int, MapWindow] | None = None
 
-    def at(self, step: int) -> StepMaps:
+    def at(self, step: int) -> BankRows:
         """The maps of a step, counted from 0."""
         index, offset = divmod(self._entry_of_step[step], self._window)
         if self._current is None or self._current[0] != index:
@@ -159,9 +147,9 @@ class DetailMaps:
             self._current = (index, self._window_of(index))
         entries = self._entries_of(index)
         row = sum(_rows(guided) for _, guided in entries[:offset])
-        return StepMaps(self._current[1].tensors, row, row + _rows(entries[offset][1]) - 1)
+        return BankRows(self._current[1].tensors, row, row + _rows(entries[offset][1]) - 1)
 
-    def steps_at_hand(self, step: int) -> int:
+    def steps_ready(self, step: int) -> int:
         """How many steps from this one on have their maps in the same tensors."""
         window = self._entry_of_step[step] // self._window
         return sum(entry // self._window == window for entry in self._entry_of_step[step:])
@@ -180,7 +168,7 @@ class DetailMaps:
     def _compute(self, entries: Sequence[tuple[int, bool]]) -> MapWindow:
         timesteps = [timestep for timestep, guided in entries for _ in range(_rows(guided))]
         tensors = self._engine.run(
-            CONTROL,
+            self._graph,
             {
                 "hint": self._hint,
                 "timestep": np.array(timesteps, np.float32),
@@ -193,18 +181,6 @@ class DetailMaps:
 def _rows(guided: bool) -> int:
     """Sets of detail maps of one timestep."""
     return 2 if guided else 1
-
-
-def default_cache_budget() -> int:
-    """An eighth of the machine's memory, at most 4 GiB.
-
-    Full size, 512 px, 50 steps with guidance take 2.7 GB in fp32 and 1.3 GB in fp16.
-    """
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return _LARGEST_DEFAULT // 4
-    return min(memory // _SHARE_OF_MEMORY, _LARGEST_DEFAULT)
 
 
 def _digest(*arrays: NDArray[np.float32]) -> bytes:

@@ -1,19 +1,25 @@
-"""Sampling: takes latents from noise to picture, one call of the denoise graph per step."""
+"""Sampling: takes latents from noise to picture, one call of the step graph per step."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.engine import Array, DeviceTensor, Engine
-from engines.spec import DENOISE, STEP_INPUTS
+from engines.spec import BankSpec, GraphSpec
 from runtime.diffusion.ddim import Schedule, predicted_clean_latent
-from runtime.request import Sampling
-from runtime.sampling.detail_maps import DetailMaps
+from runtime.parameters import SamplingParameters
+from runtime.sampling.conditions import BankRows, Conditions
+
+LATENT, CARRY = "latent", "carry"
+"""Inputs of every step graph: the latent, and noise or what the sampler keeps of the step before."""
+
+NEXT_LATENT, EPSILON = "next_latent", "epsilon"
+"""Its outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,41 +29,41 @@ class StepOfSample:
     timestep: int
     coefficients: NDArray[np.float32]
     """(3,), see `runtime.diffusion.ddim` and `runtime.diffusion.samplers`."""
-    guidance_scale: float
-    control_scale: float
-    conditional: tuple[int, int]
-    """Index of the ID tokens, and of the detail maps, for the conditional half."""
-    unconditional: tuple[int, int] | None
+    sampling: SamplingParameters
+    conditional: Mapping[str, int]
+    """Bank -> its row for the conditional half."""
+    unconditional: Mapping[str, int] | None
     """The same for the unconditional half; None if the step has no guidance."""
 
 
-def step_inputs(samples: Sequence[StepOfSample]) -> dict[str, Array]:
-    """The inputs of the denoise graph that say what each sample is and where its conditions are.
+def step_inputs(samples: Sequence[StepOfSample], spec: GraphSpec) -> dict[str, Array]:
+    """The inputs of the step graph that change at every step: what each sample is, and which rows it needs.
 
     The conditional halves come first, one row per sample; then the unconditional halves of those samples
-    that have guidance.
+    that have guidance. An input that is none of the sampler's own is a parameter, like `guidance_scale`.
     """
-    rows = [(i, *sample.conditional) for i, sample in enumerate(samples)]
+    rows = [(i, sample.conditional) for i, sample in enumerate(samples)]
     unconditional_row = list(range(len(samples)))
     for i, sample in enumerate(samples):
         if sample.unconditional is not None:
             unconditional_row[i] = len(rows)
-            rows.append((i, *sample.unconditional))
-    row_sample, row_condition, row_map = np.array(rows, np.int32).T
-    return {
+            rows.append((i, sample.unconditional))
+    inputs: dict[str, Array] = {
         "timestep": np.array([sample.timestep for sample in samples], np.float32),
-        "guidance_scale": np.array([sample.guidance_scale for sample in samples], np.float32),
-        "control_scale": np.array([sample.control_scale for sample in samples], np.float32),
         "coefficients": np.stack([sample.coefficients for sample in samples]),
         "conditional_row": np.arange(len(samples), dtype=np.int32),
         "unconditional_row": np.array(unconditional_row, np.int32),
-        "row_sample": row_sample,
-        "row_condition": row_condition,
-        "row_map": row_map,
+        "row_sample": np.array([i for i, _ in rows], np.int32),
     }
+    for bank in spec.banks:
+        inputs[bank.index] = np.array([of_banks[bank.name] for _, of_banks in rows], np.int32)
+    for name in spec.per_step:
+        if name not in inputs:
+            inputs[name] = np.array([getattr(sample.sampling, name) for sample in samples], np.float32)
+    return {name: inputs[name] for name in spec.per_step}
 
 
-def guided_steps(sampling: Sampling, schedule: Schedule) -> list[bool]:
+def guided_steps(sampling: SamplingParameters, schedule: Schedule) -> list[bool]:
     """For every step, whether the unconditional half is needed."""
     return [sampling.guided_at(timestep) for timestep in schedule.timesteps.tolist()]
 
@@ -73,22 +79,13 @@ class LatentRow:
     """N."""
 
 
-@dataclass(frozen=True, eq=False)
-class Conditions:
-    """What the samples of one placement have in common."""
-
-    maps: DetailMaps
-    tokens: NDArray[np.float32]
-    """(1, T, D) without guidance; (2, T, D) with it, the unconditional ones last."""
-
-
 @dataclass(eq=False)
 class Sample:
     """One picture in the making, on its way from noise to latent. It may share calls with any others."""
 
     conditions: Conditions
     schedule: Schedule
-    sampling: Sampling
+    sampling: SamplingParameters
     latent: LatentRow
     """Where its latent is; noise before the first step."""
     generator: np.random.Generator | None = None
@@ -117,12 +114,12 @@ class Sample:
 
     @property
     def steps_alike(self) -> int:
-        """How many steps to come differ in a few numbers only: they have the same rows, their detail maps are
-        at hand together, and nothing comes in or goes out between them."""
+        """How many steps to come differ in a few numbers only: they have the same rows, their banks are ready
+        together, and nothing comes in or goes out between them."""
         if self.wants_clean_latent or self.sampling.eta > 0:
             return 1
-        at_hand = self.conditions.maps.steps_at_hand(self.step)
-        guided = guided_steps(self.sampling, self.schedule)[self.step : self.step + at_hand]
+        ready = self.conditions.steps_ready(self.step)
+        guided = guided_steps(self.sampling, self.schedule)[self.step : self.step + ready]
         return len(list(itertools.takewhile(lambda step: step == guided[0], guided)))
 
     def keeps_epsilon(self, steps: int) -> bool:
@@ -144,28 +141,28 @@ class Sample:
 
 
 class RunningBatch:
-    """Samples that take their steps together, each at its own step and settings: in one call of the denoise
+    """Samples that take their steps together, each at its own step and settings: in one call of the step
     graph, or in as few as the device makes good use of.
 
     Samples may be added to `samples` and removed from it between any two steps.
     """
 
-    def __init__(
-        self, engine: Engine, latent_shape: tuple[int, int, int], samples_per_call: int | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, spec: GraphSpec, samples_per_call: int | None = None) -> None:
         """Starts empty.
 
         Args:
             engine: runs the graphs.
-            latent_shape: (C, h, w).
-            samples_per_call: most samples in one call of the denoise graph; all if None.
+            spec: signature of the step graph.
+            samples_per_call: most samples in one call of the step graph; all if None.
         """
         self.samples_per_call = samples_per_call
         self.samples: list[Sample] = []
         self._engine = engine
-        self._shape = latent_shape
-        self._no_noise: dict[int, DeviceTensor] = {}
-        self._tokens: tuple[list[NDArray[np.float32]], DeviceTensor] = ([], None)
+        self._spec = spec
+        self._shape: tuple[int, ...] = spec.tensor(LATENT).resolve({"samples": 1})[1:]
+        self._no_carry: dict[int, DeviceTensor] = {}
+        self._from_host: dict[str, tuple[list[BankRows], Mapping[str, DeviceTensor]]] = {}
+        """Bank -> rows that came from the host, and where they are on the device."""
 
     def steps_alike(self) -> int:
         """How many steps `step` can take at once; one if the samples are at different ones."""
@@ -215,74 +212,91 @@ class RunningBatch:
         return self._engine.concatenate([(row.tensor, row.row, row.row + 1) for row in rows])
 
     def _advance(self, samples: Sequence[Sample], steps: int) -> None:
-        tensors, map_rows = self._maps(samples)
-        tokens, token_rows = self._condition_tokens(samples)
+        spec = self._spec
+        here = self._banks(samples)
+        gathered = {bank.name: self._gather_bank(bank, [of[bank.name] for of in here]) for bank in spec.banks}
+        rows = [{name: of[index] for name, (_, of) in gathered.items()} for index in range(len(samples))]
         latents = self.latents(samples)
         wants_clean_latents = any(sample.wants_clean_latent for sample in samples)
         wants_epsilon = wants_clean_latents or any(sample.keeps_epsilon(steps) for sample in samples)
-        names = ["next_latent", "epsilon"] if wants_epsilon else ["next_latent"]
-        inputs = {"latent": latents, "carry": self._carry(samples), "tokens": tokens, **tensors}
+        names = [NEXT_LATENT, EPSILON] if wants_epsilon else [NEXT_LATENT]
+        inputs: dict[str, DeviceTensor | Array] = {LATENT: latents, CARRY: self._carry(samples)}
+        for tensors, _ in gathered.values():
+            inputs |= tensors
         numbers = [
-            step_inputs([_step_of_sample(*of, ahead) for of in zip(samples, token_rows, map_rows)])
+            step_inputs([_step_of_sample(*of, ahead) for of in zip(samples, here, rows)], spec)
             for ahead in range(steps)
         ]
         if steps == 1:
-            outputs = self._engine.run(DENOISE, inputs | numbers[0], names)
+            outputs = self._engine.run(spec.name, inputs | numbers[0], names)
         else:
-            per_step = {name: np.stack([of_step[name] for of_step in numbers]) for name in STEP_INPUTS}
-            feedback = {"latent": "next_latent"}
-            if samples[0].schedule.multistep:
-                feedback["carry"] = "epsilon"
-            outputs = self._engine.run_steps(DENOISE, inputs, per_step, feedback, names)
+            per_step = {name: np.stack([of_step[name] for of_step in numbers]) for name in spec.per_step}
+            multistep = samples[0].schedule.multistep
+            feedback = {into: of for into, of in spec.feedback.items() if multistep or into != CARRY}
+            outputs = self._engine.run_steps(spec.name, inputs, per_step, feedback, names)
         if wants_clean_latents:
-            self._predict_clean_latents(samples, latents, outputs["epsilon"])
+            self._predict_clean_latents(samples, latents, outputs[EPSILON])
         for row, sample in enumerate(samples):
-            epsilon = LatentRow(outputs["epsilon"], row, len(samples)) if wants_epsilon else None
-            sample.advance(steps, LatentRow(outputs["next_latent"], row, len(samples)), epsilon)
+            epsilon = LatentRow(outputs[EPSILON], row, len(samples)) if wants_epsilon else None
+            sample.advance(steps, LatentRow(outputs[NEXT_LATENT], row, len(samples)), epsilon)
 
-    def _maps(self, samples: Sequence[Sample]) -> tuple[Mapping[str, DeviceTensor], list[int]]:
-        """Detail maps for one call, and the first row of each sample."""
-        by_step = {(id(sample.conditions.maps), sample.step): sample for sample in samples}
-        here = {key: sample.conditions.maps.at(sample.step) for key, sample in by_step.items()}
-        # different requests for one placement have the same maps from the cache
-        distinct = {(id(maps.tensors), maps.conditional): maps for maps in here.values()}
-        of_samples = [here[id(sample.conditions.maps), sample.step] for sample in samples]
-        if len(distinct) == 1:
-            return of_samples[0].tensors, [maps.conditional for maps in of_samples]
-        tensors = {
-            name: self._engine.concatenate(
-                [(maps.tensors[name], maps.conditional, maps.unconditional + 1) for maps in distinct.values()]
-            )
-            for name in of_samples[0].tensors
-        }
-        counts = [maps.unconditional + 1 - maps.conditional for maps in distinct.values()]
+    def _banks(self, samples: Sequence[Sample]) -> list[Mapping[str, BankRows]]:
+        """The banks of each sample; samples of one placement at one step share theirs."""
+        by_step = {(id(sample.conditions), sample.step): sample for sample in samples}
+        banks = {key: sample.conditions.banks(sample.step) for key, sample in by_step.items()}
+        return [banks[id(sample.conditions), sample.step] for sample in samples]
+
+    def _gather_bank(
+        self, bank: BankSpec, rows: Sequence[BankRows]
+    ) -> tuple[Mapping[str, DeviceTensor | Array], list[int]]:
+        """A bank for one call, and the conditional row of each sample in it.
+
+        Rows that lie in one tensor are taken as they are, others are brought together. What comes from the
+        host is sent to the device when it changes.
+
+        Args:
+            bank: which one.
+            rows: of each sample.
+        """
+        # different requests for one placement may have the same rows
+        distinct = {_place(of): of for of in rows}
+        counts = [of.count for of in distinct.values()]
         first = dict(zip(distinct, itertools.accumulate([0, *counts])))
-        return tensors, [first[id(maps.tensors), maps.conditional] for maps in of_samples]
+        of_samples = [first[_place(of)] for of in rows]
+        if rows[0].on_host:
+            return self._send_bank(bank, list(distinct.values())), of_samples
+        if len(distinct) == 1:
+            return rows[0].tensors, [of.conditional for of in rows]
+        return {
+            name: self._engine.concatenate(
+                [(of.tensors[name], of.conditional, of.unconditional + 1) for of in distinct.values()]
+            )
+            for name in bank.tensors
+        }, of_samples
 
-    def _condition_tokens(self, samples: Sequence[Sample]) -> tuple[DeviceTensor, list[int]]:
-        """ID tokens for one call, and the first row of each sample; sent to the device when they change."""
-        distinct = list(
-            {id(sample.conditions.tokens): sample.conditions.tokens for sample in samples}.values()
-        )
-        known, tensor = self._tokens
-        if [id(tokens) for tokens in known] != [id(tokens) for tokens in distinct]:
-            tensor = self._engine.to_device(np.concatenate(distinct))
-            self._tokens = (distinct, tensor)
-        first = dict(zip(map(id, distinct), itertools.accumulate([0, *(len(tokens) for tokens in distinct)])))
-        return tensor, [first[id(sample.conditions.tokens)] for sample in samples]
+    def _send_bank(self, bank: BankSpec, rows: list[BankRows]) -> Mapping[str, DeviceTensor]:
+        known, tensors = self._from_host.get(bank.name, ([], {}))
+        if [_place(of) for of in known] != [_place(of) for of in rows]:
+            pieces = {
+                name: [of.tensors[name][of.conditional : of.unconditional + 1] for of in rows]
+                for name in bank.tensors
+            }
+            tensors = {name: self._engine.to_device(np.concatenate(of)) for name, of in pieces.items()}
+            self._from_host[bank.name] = (rows, tensors)
+        return tensors
 
     def _carry(self, samples: Sequence[Sample]) -> DeviceTensor:
         """What a step adds beside latent and epsilon: noise, the epsilon of the step before, or nothing."""
         count = len(samples)
-        if count not in self._no_noise:
-            self._no_noise[count] = self._engine.to_device(np.zeros((count, *self._shape), np.float32))
+        if count not in self._no_carry:
+            self._no_carry[count] = self._engine.to_device(np.zeros((count, *self._shape), np.float32))
         rows = []
         for row, sample in enumerate(samples):
             noise = sample.noise(self._shape)
             if noise is not None:
                 rows.append(LatentRow(self._engine.to_device(noise[None]), 0, 1))
             else:
-                rows.append(sample.epsilon or LatentRow(self._no_noise[count], row, count))
+                rows.append(sample.epsilon or LatentRow(self._no_carry[count], row, count))
         return self._gather(rows)
 
     def _predict_clean_latents(
@@ -296,54 +310,32 @@ class RunningBatch:
                 sample.wants_clean_latent = False
 
 
-def sample(
-    engine: Engine,
-    maps: DetailMaps,
-    tokens: NDArray[np.float32],
-    schedule: Schedule,
-    sampling: Sampling,
-    latents: NDArray[np.float32],
-    generators: Sequence[np.random.Generator] = (),
-) -> Iterator[DeviceTensor]:
-    """Takes samples of one placement through all steps, and stops between them.
+def _place(rows: BankRows) -> tuple[int, int]:
+    """Tells the rows of one bank apart."""
+    return id(rows.tensors), rows.conditional
+
+
+def _step_of_sample(
+    sample: Sample, here: Mapping[str, BankRows], rows: Mapping[str, int], ahead: int
+) -> StepOfSample:
+    """The step to come, or one that is further ahead and has its banks in the same tensors.
 
     Args:
-        engine: runs the denoise graph.
-        maps: the placement's detail maps.
-        tokens: (1, T, D) without guidance; (2, T, D) with it, the unconditional ones last.
-        schedule: timesteps and coefficients.
-        sampling: guidance, strength and eta.
-        latents: (N, C, h, w) noise to start from.
-        generators: one per sample, for the noise of steps with eta > 0.
-
-    Yields:
-        After every step, the (N, C, h, w) latents on the device.
+        sample: which one.
+        here: its banks at the step to come.
+        rows: bank -> the row of the call's tensors where its conditional half is.
+        ahead: steps further ahead.
     """
-    batch = RunningBatch(engine, latents.shape[1:])
-    start = engine.to_device(latents)
-    conditions = Conditions(maps, tokens)
-    batch.samples = [
-        Sample(conditions, schedule, sampling, LatentRow(start, row, len(latents)), generator)
-        for row, generator in itertools.zip_longest(range(len(latents)), generators)
-    ]
-    for _ in range(schedule.steps):
-        batch.step()
-        for error in (sample.error for sample in batch.samples if sample.error):
-            raise error
-        yield batch.latents(batch.samples)
-
-
-def _step_of_sample(sample: Sample, token_row: int, map_row: int, ahead: int) -> StepOfSample:
-    """The step to come, or one that is further ahead and has its maps in the same tensors."""
-    step, maps = sample.step + ahead, sample.conditions.maps
-    if ahead:  # only then are the maps at hand: another sample of the placement may be at another step
-        map_row += maps.at(step).conditional - maps.at(sample.step).conditional
+    step = sample.step + ahead
+    there = sample.conditions.banks(step) if ahead else here
+    conditional = {name: row + there[name].conditional - here[name].conditional for name, row in rows.items()}
+    unconditional = {name: row + there[name].count - 1 for name, row in conditional.items()}
     timestep = int(sample.schedule.timesteps[step])
+    guided = sample.sampling.guided_at(timestep)
     return StepOfSample(
         timestep=timestep,
         coefficients=sample.schedule.coefficients[step],
-        guidance_scale=sample.sampling.guidance_scale,
-        control_scale=sample.sampling.control_scale,
-        conditional=(token_row, map_row),
-        unconditional=(token_row + 1, map_row + 1) if sample.sampling.guided_at(timestep) else None,
+        sampling=sample.sampling,
+        conditional=conditional,
+        unconditional=unconditional if guided else None,
     )

@@ -32,7 +32,7 @@ from benchmarks.latency_report import LEAST_PSNR, Findings, Row, report, speedup
 from benchmarks.roofline import GraphCost, Peak
 from benchmarks.seeded import TINY, seeded_checkpoint
 from engines.errors import AnyDoorError
-from engines.spec import CONTROL, DECODE, DENOISE
+from tests.support.anydoor import CONTROL, DECODE, DENOISE
 
 Capture = pytest.CaptureFixture[str]
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.golden import read_case
 from benchmarks.parity import main
 
-DRAWN = Path(__file__).parents[2] / "data" / "drawn.npz"
+DRAWN = Path(__file__).parents[1] / "data" / "drawn.npz"
 
 Capture = pytest.CaptureFixture[str]
 

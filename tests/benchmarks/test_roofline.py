@@ -26,8 +26,9 @@ from benchmarks.roofline import (
 )
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from engines.spec import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
+from engines.spec import GRAPHS
 from export.systems.anydoor import GRAPH_MODULES, PART_OF_GRAPH, example_inputs
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from training.network.checkpoint import read_checkpoint
 
 Capture = pytest.CaptureFixture[str]

@@ -14,7 +14,8 @@ import pytest
 from engines.bundle import MANIFEST, Bundle, Manifest
 from engines.engine import open_engine
 from engines.errors import BackendError, BundleError
-from engines.spec import DENOISE, GRAPHS
+from engines.spec import GRAPHS
+from tests.support.anydoor import DENOISE
 
 Content = dict[str, Any]
 

@@ -24,17 +24,9 @@ from engines.memory_plan import (
     plan_residency,
     scratch_name,
 )
-from engines.spec import (
-    CONTROL,
-    DECODE,
-    DENOISE,
-    GRAPHS,
-    ID_ENCODER,
-    ModelShape,
-    graph_specs,
-    largest_sizes,
-)
+from engines.spec import GRAPHS, ModelShape, graph_specs, largest_sizes
 from export.systems.anydoor import example_inputs
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 
 MB = 1_000_000
 SHAPE = ModelShape(512, 4, 64, 257, 1024, 224, ((320, 64, 64), (640, 32, 32), (1280, 8, 8)), "float16")

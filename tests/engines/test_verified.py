@@ -13,8 +13,8 @@ import pytest
 from engines.bundle import Bundle
 from engines.cache_folder import cache_folder
 from engines.errors import BundleError
-from engines.spec import CONTROL, DENOISE
 from engines.verified import FileState
+from tests.support.anydoor import CONTROL, DENOISE
 
 SIZE = 1000
 

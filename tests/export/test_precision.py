@@ -17,12 +17,13 @@ from benchmarks.precision import HEADROOM, GraphExtremes, RunError, graph_extrem
 from benchmarks.rounding import LARGEST_HALF, RoundingEngine, round_every_result
 from engines.bundle import Bundle
 from engines.engine import Engine, open_engine
-from engines.spec import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
+from engines.spec import GRAPHS
 from export.precision import InFloat32, keep_float32_layers
 from runtime import Compositor, Sampling
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps
 from runtime.sampling.running_batch import sample
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 
 
 def run_networks(bundle: Bundle, engine: Engine) -> dict[str, np.ndarray]:

@@ -10,9 +10,10 @@ import torch
 
 from engines.bundle import Bundle
 from engines.engine import Array, Engine, open_engine
-from engines.spec import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
+from engines.spec import GRAPHS
 from export.systems.anydoor import GRAPH_MODULES, PART_OF_GRAPH, example_inputs
 from export.verification import output_error, relative_error
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from training.network.checkpoint import read_checkpoint
 
 SHAPES = [

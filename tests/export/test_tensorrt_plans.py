@@ -24,7 +24,7 @@ from export.build_engines import main
 from export.options import BuildOptions
 from export.plans import Phase, build_plan, check_targets, completed, network_signature, scratch_bytes
 from export.progress import Progress
-from export.systems.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 
 RTX = "tensorrt_rtx"
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from engines.spec import ID_ENCODER, graph_specs
+from engines.spec import graph_specs
 from export.systems.anydoor import GRAPH_MODULES, export_onnx, model_shape
 from export.weights import store_exact_halves
+from tests.support.anydoor import ID_ENCODER
 from training.network.checkpoint import read_checkpoint
 
 

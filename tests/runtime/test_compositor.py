@@ -16,11 +16,11 @@ from tests.runtime.test_detail_maps import CountingEngine
 from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
 from engines.bundle import Bundle
 from engines.engine import open_engine
-from engines.spec import CONTROL, DENOISE, ID_ENCODER
 from runtime import Compositor, InputError, Placement, Ratios, Sampling
 from runtime.compositor import Composite
-from runtime.imaging.collage import MODES
+from runtime.imaging.modes import MODES
 from runtime.sampling.detail_maps import default_cache_budget
+from tests.support.anydoor import CONTROL, DENOISE, ID_ENCODER
 
 FAST = Sampling(steps=2)
 Pixels = NDArray[np.uint8]

@@ -18,12 +18,12 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.engine import Engine, open_engine
-from engines.spec import DENOISE
 from runtime.client import Client
 from runtime.compositor import Compositor
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.serve import Server
 from runtime.server.settings import Settings
+from tests.support.anydoor import DENOISE
 
 PATIENCE = 60.0
 """Seconds after which a test that waits for something gives up."""

@@ -14,7 +14,7 @@ from engines.engine import DeviceTensor, Engine, open_engine
 from engines.memory_plan import DeviceMemoryPlan, plan_device_memory
 from engines.options import EngineOptions
 from engines.spec import GraphSpec
-from export.systems.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from tests.support.simulated_card import SimulatedDevice, SimulatedPlans
 
 # the decoder needs far more than the others, and so what the denoise graph has in place lies in its way

@@ -13,8 +13,8 @@ import pytest
 
 from engines.backends.onnxruntime.engine import MOST_CAPTURED, FixedCall, OnnxRuntimeEngine, provider_options
 from engines.bundle import Bundle
-from engines.spec import CONTROL, DENOISE
 from export.systems.anydoor import example_inputs
+from tests.support.anydoor import CONTROL, DENOISE
 
 SIZES = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}
 

@@ -19,8 +19,8 @@ from engines.backends.openvino.engine import OpenVinoEngine, plan_residency, pre
 from engines.bundle import Bundle, file_record
 from engines.engine import open_engine
 from engines.errors import BackendError, BundleError
-from engines.spec import DECODE, DENOISE, ID_ENCODER
 from export.systems.anydoor import example_inputs
+from tests.support.anydoor import DECODE, DENOISE, ID_ENCODER
 
 pytest.importorskip("openvino", reason="needs pip install 'anydoor-runtime[openvino]'")
 
@@ -209,7 +209,7 @@ import gc, os, signal, threading
 from pathlib import Path
 from engines.bundle import Bundle
 from engines.engine import open_engine
-from engines.spec import DECODE
+from tests.support.anydoor import DECODE
 
 arrived = []
 signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))

@@ -28,7 +28,7 @@ from engines.engine import open_engine
 from engines.errors import AnyDoorError, BackendError, BundleError
 from engines.memory_plan import plan_device_memory
 from engines.options import EngineOptions
-from export.systems.anydoor import DECODE, DENOISE
+from tests.support.anydoor import DECODE, DENOISE
 from tests.support.simulated_card import SimulatedDevice
 
 RTX = "tensorrt_rtx"

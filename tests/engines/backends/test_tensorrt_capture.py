@@ -13,7 +13,7 @@ import pytest
 from engines.bundle import Bundle
 from engines.engine import Engine
 from export.onnx_graph import example_inputs
-from export.systems.anydoor import CONTROL, DENOISE
+from tests.support.anydoor import CONTROL, DENOISE
 from tests.support.simulated_engine import Simulation, on_onnxruntime, renamed
 
 

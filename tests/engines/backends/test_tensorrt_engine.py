@@ -13,7 +13,7 @@ from engines.bundle import Bundle
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError
 from export.onnx_graph import example_inputs
-from export.systems.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from tests.support.simulated_card import SimulatedDevice
 from tests.support.simulated_engine import GRAPHS, Painter, Simulation, memory_plan, on_onnxruntime, renamed
 

@@ -14,7 +14,7 @@ from runtime.diffusion.noise_schedule import alphas_cumprod
 from runtime.errors import InputError
 
 ALPHAS = alphas_cumprod()
-DRAWN = Path(__file__).parents[3] / "data" / "drawn.npz"
+DRAWN = Path(__file__).parents[2] / "data" / "drawn.npz"
 
 
 @pytest.mark.parametrize(

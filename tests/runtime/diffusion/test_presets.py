@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
-from engines.spec import CONTROL, DENOISE
 from runtime import Compositor, InputError, Placement, Sampling, preset
 from runtime.cli.composite import main
 from runtime.diffusion.ddim import ddim_timesteps
@@ -25,6 +24,7 @@ from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server.wire import QUALITIES as WIRE_QUALITIES
 from runtime.server.wire import SAMPLERS as WIRE_SOLVERS
 from runtime.server.wire import message_from_request, request_from_message
+from tests.support.anydoor import CONTROL, DENOISE
 from tests.support.serving import BOX, OBJECT, PATIENCE, SCENE, ServerThread, message, refusal, trailing
 
 PLACEMENT = Placement(OBJECT, box=BOX)

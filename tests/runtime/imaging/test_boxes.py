@@ -19,7 +19,7 @@ from runtime.imaging.boxes import (
     square_padding,
 )
 
-GOLDEN = np.load(Path(__file__).parents[3] / "data" / "geometry.npz")
+GOLDEN = np.load(Path(__file__).parents[2] / "data" / "geometry.npz")
 
 
 def from_yyxx(numbers):

@@ -9,19 +9,14 @@ from hypothesis import strategies as st
 
 from runtime.errors import InputError
 from runtime.imaging.boxes import Box
-from runtime.imaging.collage import (
-    MODES,
-    Geometry,
-    Ratios,
-    collage,
-    crop_scene,
-    make_hint,
-    shape_mask,
-    zoom_in,
-)
+from runtime.imaging.collage import collage, crop_scene, make_hint, shape_mask
+from runtime.imaging.geometry import Geometry, Ratios, zoom_in
+from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
 
-GOLDEN = np.load(Path(__file__).parents[3] / "data" / "drawn.npz")
+GOLDEN = np.load(Path(__file__).parents[2] / "data" / "drawn.npz")
+MODE_OF_RUN = {"box": "crop", "shape": "shape"}
+"""Prefix of a recorded run -> the mode that it was recorded with."""
 REFERENCE = prepare_reference(GOLDEN["ref_image"], GOLDEN["ref_mask"])
 
 
@@ -39,7 +34,7 @@ def filled_mask(box, width, height):
 def test_equals_the_original(run):
     ratios = Ratios(*(float(ratio) for ratio in GOLDEN[f"{run}_ratios"]))
     reference = prepare_reference(GOLDEN["ref_image"], GOLDEN["ref_mask"], ratios.reference)
-    hint = make_hint(GOLDEN["tar_image"], GOLDEN["tar_mask"], reference, ratios, MODES[run])
+    hint = make_hint(GOLDEN["tar_image"], GOLDEN["tar_mask"], reference, ratios, MODES[MODE_OF_RUN[run]])
 
     crop = hint.geometry.crop
     assert [crop.y0, crop.y1, crop.x0, crop.x1] == GOLDEN[f"{run}_tar_box_yyxx_crop"].tolist()

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.imaging.high_frequency_map import high_frequency_map
 
-GOLDEN = np.load(Path(__file__).parents[3] / "data" / "geometry.npz")
+GOLDEN = np.load(Path(__file__).parents[2] / "data" / "geometry.npz")
 CASES = sorted(
     name.removesuffix("_image") for name in GOLDEN.files if name.startswith("sobel") and "image" in name
 )

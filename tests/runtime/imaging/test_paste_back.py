@@ -8,10 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.imaging.boxes import Box
-from runtime.imaging.collage import MODES, Geometry, Ratios, crop_scene, zoom_in
-from runtime.imaging.paste_back import paste_back, pasted_region
+from runtime.imaging.collage import crop_scene
+from runtime.imaging.geometry import Geometry, Ratios, zoom_in
+from runtime.imaging.modes import MODES
+from runtime.imaging.paste_back import TARGET_BOX, WHOLE_CROP, paste_back, pasted_region
 
-GOLDEN = np.load(Path(__file__).parents[3] / "data" / "drawn.npz")
+GOLDEN = np.load(Path(__file__).parents[2] / "data" / "drawn.npz")
+RULES = {"box": WHOLE_CROP, "shape": TARGET_BOX}
+"""Prefix of a recorded run -> the rule that it was recorded with."""
 
 
 def scene_of(width, height):
@@ -30,10 +34,10 @@ def test_equals_the_original_where_its_picture_is_known(run):
     picture = np.zeros((512, 512, 3), np.float32)
     middle = GOLDEN[f"{run}_decoded_crop"][0].astype(np.float32).transpose(1, 2, 0)
     picture[128:384, 128:384] = (middle * 127.5 + 127.5).clip(0, 255)
-    composite = paste_back(picture, GOLDEN["tar_image"], geometry, MODES[run])
+    composite = paste_back(picture, GOLDEN["tar_image"], geometry, RULES[run])
 
     quarter = geometry.padded_size[0] // 4
-    known = geometry.crop.shrink(quarter + 2).intersection(pasted_region(geometry, MODES[run]))
+    known = geometry.crop.shrink(quarter + 2).intersection(pasted_region(geometry, RULES[run]))
     difference = composite[known.slices].astype(int) - GOLDEN[f"{run}_composite"][known.slices]
     assert known.width * known.height > 5000
     assert np.abs(difference).max() <= 1
@@ -42,7 +46,7 @@ def test_equals_the_original_where_its_picture_is_known(run):
 @pytest.mark.parametrize("run", ["box", "shape"])
 def test_changes_the_pixels_that_the_original_changes(run):
     ratios = Ratios(*(float(ratio) for ratio in GOLDEN[f"{run}_ratios"]))
-    region = pasted_region(zoom_in(GOLDEN["tar_mask"], (400, 300), ratios), MODES[run])
+    region = pasted_region(zoom_in(GOLDEN["tar_mask"], (400, 300), ratios), RULES[run])
     rows, columns = np.nonzero((GOLDEN[f"{run}_composite"] != GOLDEN["tar_image"]).any(axis=-1))
     assert region == Box(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
 
@@ -51,20 +55,20 @@ def test_the_first_row_is_dropped_and_values_are_truncated():
     geometry = Geometry(crop=Box(0, 0, 64, 63), box=Box(10, 10, 40, 40))  # 64 x 64 after padding
     picture = np.full((65, 64, 3), 99.9, np.float32)
     picture[0] = 255
-    composite = paste_back(picture, np.zeros((63, 64, 3), np.uint8), geometry, MODES["crop"])
+    composite = paste_back(picture, np.zeros((63, 64, 3), np.uint8), geometry, MODES["crop"].paste)
     assert set(np.unique(composite[5:-5, 5:-5])) == {99}
 
 
 def test_the_mode_decides_what_is_pasted():
     geometry = Geometry(crop=Box(10, 20, 110, 120), box=Box(10, 50, 60, 90))
-    assert pasted_region(geometry, MODES["crop"]) == Box(15, 25, 105, 115)
-    assert pasted_region(geometry, MODES["shape"]) == Box(13, 50, 60, 90)
+    assert pasted_region(geometry, MODES["crop"].paste) == Box(15, 25, 105, 115)
+    assert pasted_region(geometry, MODES["shape"].paste) == Box(13, 50, 60, 90)
 
 
 def test_a_small_crop_gets_a_smaller_margin():
     geometry = Geometry(crop=Box(3, 3, 8, 8), box=Box(3, 4, 4, 7))
-    assert pasted_region(geometry, MODES["crop"]) == Box(5, 5, 6, 6)
-    assert pasted_region(geometry, MODES["shape"]) == Box(3, 4, 4, 7)
+    assert pasted_region(geometry, MODES["crop"].paste) == Box(5, 5, 6, 6)
+    assert pasted_region(geometry, MODES["shape"].paste) == Box(3, 4, 4, 7)
 
 
 @pytest.mark.parametrize("crop", [Box(20, 10, 84, 74), Box(20, 10, 84, 70), Box(31, 10, 84, 74)])
@@ -73,7 +77,7 @@ def test_what_was_cropped_at_native_scale_comes_back(crop):
     scene = np.broadcast_to(scene_of(100, 1), (80, 100, 3))
     geometry = Geometry(crop, box=Box(40, 30, 60, 50))
     rounded = np.rint(as_picture(crop_scene(scene, geometry, resolution=64))).astype(np.uint8)
-    composite = paste_back(rounded, scene, geometry, MODES["crop"])
+    composite = paste_back(rounded, scene, geometry, MODES["crop"].paste)
     np.testing.assert_array_equal(composite, scene)
 
 
@@ -82,7 +86,7 @@ def test_a_smooth_scene_survives_the_way_there_and_back():
     scene = np.stack([x, y, (x + y) // 2], axis=-1).astype(np.uint8)
     geometry = zoom_in(Box(70, 50, 120, 110), (200, 150), Ratios())
     picture = as_picture(crop_scene(scene, geometry, resolution=256))
-    composite = paste_back(picture, scene, geometry, MODES["crop"])
+    composite = paste_back(picture, scene, geometry, MODES["crop"].paste)
     assert np.abs(composite.astype(int) - scene).max() <= 3
 
 
@@ -90,8 +94,8 @@ def test_a_large_crop_is_pasted_in_bands_without_seams():
     picture = np.random.default_rng(0).uniform(0, 255, (64, 64, 3)).astype(np.float32)
     geometry = Geometry(crop=Box(0, 0, 40, 700), box=Box(5, 100, 30, 600))
     scene = np.zeros((700, 40, 3), np.uint8)
-    tall = paste_back(picture, scene, geometry, MODES["crop"])
-    short = paste_back(picture, scene, geometry, MODES["keep_background"])
+    tall = paste_back(picture, scene, geometry, MODES["crop"].paste)
+    short = paste_back(picture, scene, geometry, MODES["keep_background"].paste)
     np.testing.assert_array_equal(tall[100:600, 5:30], short[100:600, 5:30])
 
 
@@ -107,9 +111,9 @@ def test_only_the_region_changes(data, mode, dtype):
     scene.setflags(write=False)
     picture = np.random.default_rng(1).uniform(0, 255, (64, 64, 3)).astype(dtype)
 
-    composite = paste_back(picture, scene, geometry, MODES[mode])
+    composite = paste_back(picture, scene, geometry, MODES[mode].paste)
 
-    region = pasted_region(geometry, MODES[mode])
+    region = pasted_region(geometry, MODES[mode].paste)
     untouched = np.ones((height, width), bool)
     untouched[region.slices] = False
     assert not region.is_empty

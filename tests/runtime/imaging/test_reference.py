@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from runtime.imaging.high_frequency_map import high_frequency_map
 from runtime.imaging.reference import prepare_reference
 
-GOLDEN = np.load(Path(__file__).parents[3] / "data" / "drawn.npz")
+GOLDEN = np.load(Path(__file__).parents[2] / "data" / "drawn.npz")
 
 
 @pytest.mark.parametrize("run", ["box", "shape"])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
 from engines.bundle import Bundle
 from engines.engine import Array, DeviceTensor
-from engines.spec import CONTROL
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, MapWindow, shared_timesteps
+from tests.support.anydoor import CONTROL
 
 TIMESTEPS = [801, 601, 401, 201, 1]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines.spec import CONTROL
 from runtime.request import Request, Sampling
+from tests.support.anydoor import CONTROL
 from tests.support.scheduling import PLACEMENT
 from tests.support.serving import SCENE, held_compositor
 

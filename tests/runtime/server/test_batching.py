@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engines.spec import CONTROL, DECODE, ID_ENCODER
 from runtime.compositor import Compositor
 from runtime.request import Placement, Request, Sampling
 from runtime.server.ticket import DeadlineError, Failed, Finished, Preview, Queued, StepDone
+from tests.support.anydoor import CONTROL, DECODE, ID_ENCODER
 from tests.support.scheduling import PLACEMENT, TOLERANCE, Bench, request
 from tests.support.serving import BOX, PATIENCE, SCENE, object_array, scene_array, wait_until
 

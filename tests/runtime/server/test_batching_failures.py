@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.spec import CONTROL, DECODE, ID_ENCODER
 from runtime.compositor import Compositor
 from runtime.errors import InputError
 from runtime.request import Placement, Request, Sampling
+from tests.support.anydoor import CONTROL, DECODE, ID_ENCODER
 from tests.support.scheduling import TOLERANCE, Bench, request
 from tests.support.serving import OBJECT, SCENE, HeldEngine, object_array, wait_until
 

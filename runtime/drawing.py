@@ -1,0 +1,98 @@
+"""Pictures while the networks draw them: from a prepared placement to the drawn picture.
+
+The part of a request's life cycle that needs the engine. `Compositor.run` and the server's batcher both use
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.engine import DeviceTensor
+from runtime.job import ImageJob
+from runtime.sampling.running_batch import LatentRow, RunningBatch, Sample
+from runtime.systems.system import Model, System
+
+_FILLS_A_CPU = 32 * 32
+"""Cells of a latent from which on one sample keeps a CPU busy: more in a call cost more than they share, in
+time and in memory (docs/studies/samples-per-call.md)."""
+
+Picture = NDArray[np.uint8]
+"""(R, R, 3) RGB, as the networks draw it."""
+
+
+class Drawing:
+    """The pictures that share the engine, each at its own step."""
+
+    def __init__(self, model: Model, system: System) -> None:
+        """Starts empty."""
+        self.running: dict[Sample, ImageJob] = {}
+        self._engine = model.engine
+        self._system = system
+        manifest = model.bundle.manifest
+        self._shape = manifest.latent_shape
+        self._decoder = manifest.decoder.name
+        _, height, width = self._shape
+        alone = self._engine.device == "cpu" and height * width >= _FILLS_A_CPU
+        self._batch = RunningBatch(self._engine, manifest.step, 1 if alone else None)
+
+    def start(self, image: ImageJob) -> Sample:
+        """Lets a picture join: encodes the conditions of its next placement and draws the first latent."""
+        job = image.job
+        if image.regions:
+            conditions = self._system.conditions(image.prepared, job.sampling, job.schedule, job.watch)
+        else:
+            # the first object meets the same scene in all pictures
+            conditions = job.first_conditions = job.first_conditions or self._system.conditions(
+                image.prepared, job.sampling, job.schedule, job.watch
+            )
+        generator = image.new_generator()
+        if job.initial_noise is not None:
+            latent = job.initial_noise[image.index]
+        else:
+            latent = generator.standard_normal(self._shape, dtype=np.float32)
+        row = LatentRow(self._engine.to_device(latent[None]), 0, 1)
+        sample = Sample(conditions, job.schedule, job.sampling, row, generator)
+        self.running[sample] = image
+        return sample
+
+    def steps_alike(self) -> int:
+        """How many steps `step` can take at once; one if the pictures are at different ones."""
+        self._batch.samples = list(self.running)
+        return self._batch.steps_alike()
+
+    def step(self, steps: int = 1) -> list[Sample]:
+        """Takes steps with all pictures; returns their samples. One that fails gets its `error`."""
+        self._batch.samples = samples = list(self.running)
+        self._batch.step(steps)
+        return samples
+
+    def finished(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Picture]]:
+        """Decodes the samples that are done. One that cannot be decoded gets its `error`, and is not
+        yielded."""
+        done = [sample for sample in samples if sample.done and not sample.error]
+        return self._decode([(sample, self._batch.latents([sample])) for sample in done])
+
+    def previews(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Picture]]:
+        """Decodes what the samples that were asked for it look like so far; likewise."""
+        asked = [(sample, sample.clean_latent) for sample in samples]
+        latents = [(sample, latent[None]) for sample, latent in asked if latent is not None]
+        for sample, _ in latents:
+            sample.clean_latent = None
+        return self._decode(latents)
+
+    def _decode(
+        self, latents: Sequence[tuple[Sample, DeviceTensor | NDArray[np.float32]]]
+    ) -> Iterator[tuple[Sample, Picture]]:
+        for sample, latent in latents:
+            with self.running[sample].job.watch.measure("decode"):
+                try:
+                    image = self._engine.run(self._decoder, {"latent": latent}, ["image"])["image"]
+                    picture: Picture = self._engine.to_host(image)[0]
+                except Exception as error:
+                    sample.error = error
+                    continue
+            yield sample, picture

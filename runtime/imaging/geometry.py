@@ -1,0 +1,75 @@
+"""Where in the scene the networks look: the target box, and the zoom-in crop around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from runtime.errors import InputError
+from runtime.imaging.boxes import Box, Padding, box_extent, expand, mask_extent, square, square_padding
+
+_LARGEST_RATIO = 100
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """How much room is left around things, each 1 to 100.
+
+    The original draws them at random, in steps of 0.1. run_inference.py: reference 1.2, box 1.1,
+    crop 1.5..2.9. run_gradio_demo.py and training: reference 1.1..1.4, box 1.1, crop 1.3..2.9.
+    """
+
+    reference: float = 1.2  # white around the reference object
+    box: float = 1.1  # target box around the mask
+    crop: float = 2.0  # zoom-in crop around the target box
+
+    def __post_init__(self) -> None:
+        for name, ratio in vars(self).items():
+            if not 1 <= ratio <= _LARGEST_RATIO:
+                raise InputError(f"the {name} ratio is {ratio}; expected 1 to {_LARGEST_RATIO}")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the picture that the networks see lies in the scene."""
+
+    crop: Box  # the zoom-in crop, in scene coordinates
+    box: Box  # the expanded target box, in scene coordinates; always inside the crop
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """(width, height) of the crop before padding."""
+        return self.crop.width, self.crop.height
+
+    @property
+    def padding(self) -> Padding:
+        """What makes the crop square."""
+        return square_padding(*self.crop_size)
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """(width, height) of the crop after padding to a square."""
+        side = max(self.crop_size)
+        return side, side
+
+
+def zoom_in(target: NDArray[Any] | Box, size: tuple[int, int], ratios: Ratios) -> Geometry:
+    """Target box and zoom-in crop for a place in a scene of `size` (width, height).
+
+    target: (H, W) mask, bool or 0/1, of which fewer than 10 pixels stand for the whole scene; or a box in
+    scene coordinates, which is clipped to the scene and then treated like its filled mask, however small.
+    """
+    extent = box_extent(_clip(target, size)) if isinstance(target, Box) else mask_extent(target)
+    box = expand(extent, ratios.box, size)
+    crop = square(expand(box, ratios.crop, size), size)
+    # Ratios near 1 and odd sides can cost the crop a column or row of the box, which the original fails on.
+    return Geometry(crop.union(box), box)
+
+
+def _clip(box: Box, size: tuple[int, int]) -> Box:
+    clipped = box.clip(size)
+    if clipped.is_empty:
+        raise InputError(f"the box {tuple(box)} has no pixel inside the scene of {size[0]}x{size[1]} pixels")
+    return clipped

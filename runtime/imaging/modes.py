@@ -1,0 +1,34 @@
+"""The modes of a placement: what the original's two entry scripts do differently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from runtime.imaging.paste_back import TARGET_BOX, WHOLE_CROP, PasteRule
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How an object is placed."""
+
+    shape_control: bool
+    """The mask channel is the target mask itself, not the filled box."""
+    smooth_mask: bool
+    """The mask channel is resized linearly and is 1 in the padding, instead of nearest and -1 in the
+    padding."""
+    paste: PasteRule
+    """What of the networks' picture goes back into the scene."""
+
+
+MODES: Mapping[str, Mode] = MappingProxyType(
+    {
+        # run_inference.py
+        "crop": Mode(shape_control=False, smooth_mask=True, paste=WHOLE_CROP),
+        # run_gradio_demo.py with shape control
+        "shape": Mode(shape_control=True, smooth_mask=False, paste=TARGET_BOX),
+        # run_gradio_demo.py without shape control
+        "keep_background": Mode(shape_control=False, smooth_mask=False, paste=TARGET_BOX),
+    }
+)

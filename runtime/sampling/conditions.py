@@ -1,0 +1,39 @@
+"""What a system gives the sampler for a placement: banks of tensors, and which of their rows a sample
+needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from engines.engine import Array, DeviceTensor
+
+
+@dataclass(frozen=True, eq=False)
+class BankRows:
+    """A bank, and the rows in it that one sample needs at one step."""
+
+    tensors: Mapping[str, DeviceTensor | Array]
+    """Input of the step graph -> (N, ...)."""
+    conditional: int
+    """Row of the conditional half."""
+    unconditional: int
+    """Row of the unconditional half, not before the conditional one; the same row if there is no other."""
+    on_host: bool = False
+    """Whether the tensors are arrays that are still to be sent to the device."""
+
+    @property
+    def count(self) -> int:
+        """Rows from the conditional to the unconditional one."""
+        return self.unconditional + 1 - self.conditional
+
+
+class Conditions(Protocol):
+    """What the samples of one placement have in common."""
+
+    def banks(self, step: int) -> Mapping[str, BankRows]:
+        """Bank -> its rows at a step, counted from 0. The tensors stay as they are when they are the same."""
+
+    def steps_ready(self, step: int) -> int:
+        """How many steps from this one on have all their banks in the same tensors."""

@@ -1,0 +1,194 @@
+"""AnyDoor: ID tokens of the reference, and detail maps of a collage, steer the sampling.
+
+Source: AnyDoor (Chen et al., CVPR 2024), section 3; the released code, run_inference.py and
+run_gradio_demo.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import BundleError
+from runtime.diffusion.ddim import Schedule
+from runtime.errors import InputError, in_field
+from runtime.imaging.boxes import Box
+from runtime.imaging.collage import Hint, make_hint
+from runtime.imaging.geometry import Ratios
+from runtime.imaging.modes import MODES, Mode
+from runtime.imaging.paste_back import paste_back, pasted_region
+from runtime.imaging.reference import PreparedReference, load_reference, prepare_reference
+from runtime.imaging.target import load_target
+from runtime.parameters import PlacementParameters, SamplingParameters
+from runtime.request import Placement
+from runtime.result import Stopwatch
+from runtime.sampling.conditions import BankRows
+from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, shared_timesteps
+from runtime.sampling.running_batch import guided_steps
+from runtime.systems.system import Model
+from runtime.validation import Limits
+
+ID_ENCODER = "id_encoder"
+CONTROL = "control"
+
+DEFAULTS: Mapping[str, Any] = {
+    "steps": 50,
+    "guidance_scale": 5.0,
+    "control_scale": 1.0,
+    "eta": 0.0,
+    "sampler": "ddim",
+    "guidance_interval": (0, 999),
+    "map_steps": None,
+    "timesteps": None,
+    "mode": "crop",
+    "reference_ratio": 1.2,
+    "box_ratio": 1.1,
+    "crop_ratio": 2.0,
+}
+"""The original's (run_inference.py)."""
+
+_KEPT_TOKENS = 32
+"""References whose ID tokens are remembered; 1 MB each at full size."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnyDoorPlacement:
+    """A placement without its full-size reference: a job that waits keeps no more than it needs."""
+
+    reference: PreparedReference
+    target: Box | NDArray[np.bool_]
+    mode: Mode
+    ratios: Ratios
+    hint: Hint
+
+    @property
+    def region(self) -> Box:
+        """The only part of the scene that the placement may change."""
+        return pasted_region(self.hint.geometry, self.mode.paste)
+
+
+@dataclass(frozen=True, eq=False)
+class AnyDoorConditions:
+    """ID tokens, and detail maps along the schedule."""
+
+    tokens: BankRows
+    maps: DetailMaps
+
+    def banks(self, step: int) -> Mapping[str, BankRows]:
+        """Bank -> its rows at a step."""
+        return {"tokens": self.tokens, "detail_maps": self.maps.at(step)}
+
+    def steps_ready(self, step: int) -> int:
+        """How many steps from this one on have their detail maps in the same tensors."""
+        return self.maps.steps_ready(step)
+
+
+class AnyDoor:
+    """The system with a model; see `runtime.systems.system.System`."""
+
+    defaults = DEFAULTS
+
+    def __init__(self, model: Model) -> None:
+        """Looks up what the model has.
+
+        Raises:
+            BundleError: a graph is missing.
+        """
+        manifest = model.bundle.manifest
+        missing = [graph for graph in (ID_ENCODER, CONTROL) if graph not in manifest.graphs]
+        if missing:
+            raise BundleError(f"the bundle at '{model.bundle.path}' has no graph '{missing[0]}'")
+        self._engine = model.engine
+        self._resolution = manifest.resolution
+        self._reference_size = (
+            manifest.specs[ID_ENCODER].tensor("reference").resolve(manifest.typical_sizes)[-1]
+        )
+        self._unconditional_tokens = model.constants["unconditional_tokens"]
+        self._window = model.control_window
+        self.cache = DetailMapCache(model.cache_bytes)
+        """Detail maps that are kept for re-rolls."""
+        self._tokens: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+
+    def prepare(
+        self,
+        scene: NDArray[np.uint8],
+        placement: Placement,
+        parameters: PlacementParameters,
+        limits: Limits,
+        watch: Stopwatch,
+    ) -> AnyDoorPlacement:
+        """Reads the reference and its place, and makes the collage of both and the scene.
+
+        Raises:
+            InputError: a picture, a mask, the place or a parameter cannot be used.
+        """
+        with in_field("mode"):
+            if parameters.mode not in MODES:
+                raise InputError(f"there is no mode '{parameters.mode}': choose one of {', '.join(MODES)}")
+        mode, ratios = MODES[parameters.mode], parameters.ratios
+        with watch.measure("read"):
+            picture, mask = load_reference(placement.reference, placement.reference_mask, limits.pixels)
+            target = load_target(placement.box, placement.mask, scene, limits.pixels)
+        with watch.measure("prepare"):
+            reference = prepare_reference(picture, mask, ratios.reference, self._reference_size)
+            hint = make_hint(scene, target, reference, ratios, mode, self._resolution)
+        return AnyDoorPlacement(reference, target, mode, ratios, hint)
+
+    def renew(
+        self, prepared: AnyDoorPlacement, scene: NDArray[np.uint8], watch: Stopwatch
+    ) -> AnyDoorPlacement:
+        """The same placement in another scene of the same size."""
+        p = prepared
+        with watch.measure("prepare"):
+            hint = make_hint(scene, p.target, p.reference, p.ratios, p.mode, self._resolution)
+        return replace(prepared, hint=hint)
+
+    def conditions(
+        self, prepared: AnyDoorPlacement, sampling: SamplingParameters, schedule: Schedule, watch: Stopwatch
+    ) -> AnyDoorConditions:
+        """Encodes the reference, unless its ID tokens are remembered; detail maps are computed when
+        needed."""
+        image = prepared.reference.image
+        key = image.tobytes()
+        if key not in self._tokens:
+            with watch.measure("condition"):
+                network_input = (image.astype(np.float32) / 255).transpose(2, 0, 1)[None]
+                outputs = self._engine.run(ID_ENCODER, {"reference": network_input})
+                self._tokens[key] = self._engine.to_host(outputs["tokens"])
+            if len(self._tokens) > _KEPT_TOKENS:
+                self._tokens.popitem(last=False)
+        self._tokens.move_to_end(key)
+        tokens = self._tokens[key]
+        guided = guided_steps(sampling, schedule)
+        if any(guided):
+            tokens = np.concatenate([tokens, self._unconditional_tokens])
+        timesteps = shared_timesteps(schedule.timesteps.tolist(), sampling.map_steps)
+        maps = DetailMaps(
+            self._engine, CONTROL, self.cache, prepared.hint.hint, tokens, timesteps, self._window, guided
+        )
+        return AnyDoorConditions(BankRows({"tokens": tokens}, 0, len(tokens) - 1, on_host=True), maps)
+
+    def finish(
+        self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: AnyDoorPlacement
+    ) -> NDArray[np.uint8]:
+        """Pastes the picture back by the rule of the placement's mode."""
+        return paste_back(picture, scene, prepared.hint.geometry, prepared.mode.paste)
+
+    def kept_bytes(self) -> int:
+        """Memory of the detail maps that are kept."""
+        return self.cache.nbytes
+
+    def clear(self) -> None:
+        """Drops detail maps and ID tokens."""
+        self.cache.clear()
+        self._tokens.clear()
+
+
+def create(model: Model) -> AnyDoor:
+    """The system at work with a model."""
+    return AnyDoor(model)

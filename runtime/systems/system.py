@@ -1,0 +1,96 @@
+"""What a compositing system does: it makes of a placement what the networks need, and of their picture the
+result.
+
+Everything else is shared: engines, sampler, batching, server, memory plan, presets. A system is one module in
+this folder with a function `create(model) -> System`, one in `export/systems` and one in `training/systems`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle import Bundle
+from engines.engine import Engine
+from runtime.diffusion.ddim import Schedule
+from runtime.imaging.boxes import Box
+from runtime.parameters import PlacementParameters, SamplingParameters
+from runtime.request import Placement
+from runtime.result import Stopwatch
+from runtime.sampling.conditions import Conditions
+from runtime.validation import Limits
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A bundle at work."""
+
+    bundle: Bundle
+    engine: Engine
+    constants: Mapping[str, NDArray[np.float32]]
+    """The arrays of constants.npz."""
+    cache_bytes: int
+    """Memory for tensors that are kept for later pictures."""
+    control_window: int
+    """Sampling steps that a window graph computes in one call."""
+
+
+class Prepared(Protocol):
+    """A placement in its scene, ready for the networks. What else it holds is the system's own."""
+
+    @property
+    def region(self) -> Box:
+        """The only part of the scene that the placement may change."""
+
+
+class System(Protocol):
+    """One compositing system with its model. `prepare`, `renew` and `finish` may run in any thread."""
+
+    defaults: Mapping[str, Any]
+    """Parameter -> value, for what neither the request nor the manifest says; see `runtime.parameters`."""
+
+    def prepare(
+        self,
+        scene: NDArray[np.uint8],
+        placement: Placement,
+        parameters: PlacementParameters,
+        limits: Limits,
+        watch: Stopwatch,
+    ) -> Prepared:
+        """Decodes, checks and prepares a placement. Uses no engine.
+
+        Args:
+            scene: (H, W, 3) RGB.
+            placement: as the caller gave it.
+            parameters: its parameters, with nothing left open.
+            limits: what a request may ask for.
+            watch: counts the stages read and prepare.
+
+        Raises:
+            InputError: something about the placement cannot be used by this model, in one sentence.
+        """
+
+    def renew(self, prepared: Any, scene: NDArray[np.uint8], watch: Stopwatch) -> Prepared:
+        """The same placement in another scene of the same size: that with the objects placed before."""
+
+    def conditions(
+        self, prepared: Any, sampling: SamplingParameters, schedule: Schedule, watch: Stopwatch
+    ) -> Conditions:
+        """What the samples of a placement have in common. Runs the condition graphs, on the engine's
+        thread."""
+
+    def finish(
+        self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: Any
+    ) -> NDArray[np.uint8]:
+        """The result: a copy of the scene, (H, W, 3), with the networks' picture, (R, R, 3) RGB, at its
+        place."""
+
+    def kept_bytes(self) -> int:
+        """Memory of tensors that are kept for later pictures."""
+
+    def clear(self) -> None:
+        """Drops what is kept for later pictures."""
