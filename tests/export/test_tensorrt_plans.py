@@ -136,8 +136,8 @@ def test_a_plan_keeps_the_names_of_the_file_that_it_is_built_from(half: Bundle, 
     with Progress(quiet=True) as progress:
         assert build_plan(library, manifest, ID_ENCODER, onnx_file, "sm89", progress).content is not None
     network, *_ = parse(library, onnx_file)
+    unnamed = replace(spec, inputs=(replace(spec.inputs[0], name="picture"),))
     with pytest.raises(BundleError, match="has other inputs and outputs"):
-        unnamed = replace(spec, inputs=(replace(spec.inputs[0], name="picture"),))
         check_signature(network_signature(network), unnamed, manifest.largest_sizes)
 
 

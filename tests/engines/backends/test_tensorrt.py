@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -21,17 +22,20 @@ from engines.backends.tensorrt.library import (
     load_library,
     loading_refusal,
 )
-from engines.backends.tensorrt.plans import open_plan
+from engines.backends.tensorrt.plans import PlanTensor, check_signature, open_plan
 from engines.bundle import Bundle, file_record
 from engines.cuda import Card, Device, OutOfDeviceMemoryError, cuda_error, load_cuda_python
 from engines.engine import open_engine
 from engines.errors import AnyDoorError, BackendError, BundleError
+from engines.manifest import MANIFEST, read_manifest
 from engines.memory_plan import plan_device_memory
 from engines.options import EngineOptions
+from engines.spec import TensorSpec
 from tests.support.anydoor import DECODE, DENOISE
 from tests.support.simulated_card import SimulatedDevice
 
 RTX = "tensorrt_rtx"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "anydoor-small"
 
 
 def no_card() -> str:
@@ -140,7 +144,10 @@ def test_another_version_is_refused(plans: Bundle, library: Library) -> None:
     ("name", "sentence"),
     [
         ("MALFORMED_ENGINE", "is damaged, or is not a plan"),
-        ("VERSION_MISMATCH", "another version of TensorRT for RTX built it: rebuild it with 'anydoor build CHECK"),
+        (
+            "VERSION_MISMATCH",
+            "another version of TensorRT for RTX built it: rebuild it with 'anydoor build CHECK",
+        ),
         ("UNSUPPORTED_CC", "it is for sm86,sm89,sm120 and this card is another: .*--targets"),
         ("OLD_CUDA_DRIVER", "driver is too old for it: .*ubuntu-drivers install"),
         ("OLD_CUDA_RUNTIME", "pip install -U cuda-python tensorrt_rtx"),
@@ -193,6 +200,33 @@ def test_what_the_library_logs_when_memory_is_short(plans: Bundle, library: Libr
     assert "'denoise': give a smaller --memory-budget" in str(refusal)
 
 
+def test_plans_of_format_version_1_are_found_by_the_names_that_they_have(tmp_path: Path) -> None:
+    """They were built with inputs that are called otherwise today: noise, guidance and strength."""
+    content = json.loads((EXAMPLE / MANIFEST).read_text())
+    content["format_version"] = 1
+    record = content["graphs"][DENOISE]
+    for graph in content["graphs"].values():
+        graph |= {"backend": RTX, "backend_version": "1.2", "target": "sm89", "scratch_bytes": 5_000_000}
+        for tensor in graph["inputs"]:
+            tensor["name"] = tensor.pop("file_name", tensor["name"])
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    manifest = read_manifest(tmp_path / MANIFEST)
+    assert (manifest.backend, manifest.backend_version, manifest.target) == (RTX, "1.2", "sm89")
+    assert plan_device_memory(manifest, 8 << 30).graphs[DENOISE].scratch == 5_000_000
+
+    def in_plan(tensor: dict[str, Any], is_input: bool) -> PlanTensor:
+        shape = tuple(-1 if isinstance(size, str) else size for size in tensor["shape"])
+        return PlanTensor(TensorSpec(tensor["name"], tensor["dtype"], shape), is_input)
+
+    plan = [in_plan(of, True) for of in record["inputs"]] + [in_plan(of, False) for of in record["outputs"]]
+    assert {"noise", "guidance", "strength"} < {tensor.spec.name for tensor in plan}
+    assert {"carry", "guidance_scale", "control_scale"} < {tensor.name for tensor in manifest.step.inputs}
+    check_signature(plan, manifest.step, manifest.largest_sizes)
+    nameless = tuple(replace(tensor, file_name="") for tensor in manifest.step.inputs)
+    with pytest.raises(BundleError, match="has other inputs and outputs than the manifest says"):
+        check_signature(plan, replace(manifest.step, inputs=nameless), manifest.largest_sizes)
+
+
 # --- the machine ------------------------------------------------------------------------------------------
 
 
@@ -220,9 +254,7 @@ def test_plans_do_not_run_on_the_cpu(plans: Bundle) -> None:
     ],
 )
 def test_cuda_errors_have_sentences(name: str, driver: int, sentence: str) -> None:
-    cuda = pytest.importorskip(
-        "cuda.bindings.runtime", reason="needs pip install '.[tensorrt]'"
-    )
+    cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs pip install '.[tensorrt]'")
     assert hasattr(cuda.cudaError_t, name)
     with pytest.raises(BackendError, match=sentence):
         raise cuda_error(name, "copying", driver)
@@ -282,7 +314,7 @@ def test_memory_is_planned_from_the_manifest(plans: Bundle) -> None:
 def test_examining_refuses_the_bundle_before_it_needs_a_card(plans: Bundle, library: Library) -> None:
     with pytest.raises(BundleError, match="not a plan of TensorRT for RTX"):
         tensorrt.examine(with_plan(plans, DENOISE, b"vgrt"), EngineOptions())
-    with pytest.raises(BackendError, match="at least .* MB of device memory and 1 MB may be used"):
+    with pytest.raises(BackendError, match=r"at least .* MB of device memory and 1 MB may be used"):
         tensorrt.examine(plans, EngineOptions(memory_budget=1 << 20))
     with pytest.raises(BackendError) as refusal:
         tensorrt.examine(plans, EngineOptions(memory_budget=8 << 30))
@@ -310,5 +342,3 @@ def test_whether_a_bundle_fits_the_card(
 @without_card
 def test_without_a_card_nothing_fits(plans: Bundle) -> None:
     assert not tensorrt.fits(plans, EngineOptions())
-
-
