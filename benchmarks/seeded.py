@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.checkpoint import write_checkpoint
 from training.network.architecture import Architecture
+from training.network.checkpoint import write_checkpoint
 from training.network.modules import AnyDoor
 from training.network.official_keys import schedule_buffers
 

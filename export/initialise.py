@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from engines.errors import AnyDoorError
-from training.checkpoint import write_checkpoint
 from training.network.architecture import Architecture, ArchitectureError, infer_architecture
-from training.network.checkpoint import CheckpointError, compare_shapes, read_tensors
+from training.network.checkpoint import CheckpointError, compare_shapes, write_checkpoint
+from training.network.checkpoint_file import read_tensors
 from training.network.modules import AnyDoor
 from training.network.official_keys import PREFIXES, schedule_buffers
 

@@ -24,7 +24,8 @@ MAX_SIDE = 65_535
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
-_MASK_THRESHOLD = 128
+MASK_THRESHOLD = 128
+"""A pixel of a mask or of an alpha channel (0..255) is covered above this value, as in the original."""
 
 PictureLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A file, the bytes of one, a Pillow image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8."""
@@ -78,12 +79,12 @@ def load_mask(
     if isinstance(source, np.ndarray) and source.dtype == np.bool_:
         source = source.astype(np.uint8)
     values = load_picture(source, name, max_pixels).rgb[..., 0]
-    return values > (_MASK_THRESHOLD if values.max() > 1 else 0)
+    return values > (MASK_THRESHOLD if values.max() > 1 else 0)
 
 
 def mask_from_alpha(alpha: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """The mask of a picture's opaque part, as the original takes it: more than 128."""
-    return alpha > _MASK_THRESHOLD
+    return alpha > MASK_THRESHOLD
 
 
 def encode_picture(image: NDArray[np.uint8], file_format: str) -> bytes:

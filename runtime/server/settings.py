@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import sys
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from engines.engine import BACKENDS, DEVICES, INFERENCE_PRECISIONS
 from runtime.errors import InputError
 from runtime.server.ticket import BATCHING
-from runtime.sizes import parse_size, size_flag
+from runtime.sizes import size_flag
+from runtime.toml_file import read_values
 from runtime.validation import Limits
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -140,53 +138,10 @@ def settings_from(options: argparse.Namespace, default_bundle: str) -> Settings:
     """
     values: dict[str, Any] = {"bundle": default_bundle}
     if options.config is not None:
-        values |= read_config(options.config)
+        values |= read_values(options.config, Settings, "the configuration")
     names = (setting.name for setting in fields(Settings))
     values |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     values["listen"] = tuple(values.get("listen", Settings.listen))
     settings = Settings(**values)
     settings.check()
     return settings
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file.
-
-    Raises:
-        InputError: it cannot be read, is no TOML, or has a key or value that no setting has.
-    """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read '{path}': {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"'{path}' is not TOML: {error}") from error
-    known = {setting.name: setting for setting in fields(Settings)}
-    return {key: _checked(key, value, known, path) for key, value in content.items()}
-
-
-def _checked(key: str, value: object, known: Mapping[str, Field[Any]], path: Path) -> object:
-    if key not in known:
-        close = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise InputError(f"'{path}' has a setting '{key}' that is not known{hint}")
-    default = known[key].default
-    if isinstance(value, str) and known[key].metadata.get("type") is size_flag:
-        try:
-            return parse_size(value)
-        except InputError as error:
-            raise InputError(f"'{path}': {key}: {error}") from error
-    if isinstance(default, tuple):
-        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    elif isinstance(default, float):
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        fits = type(value) is type(default)
-    if not fits:
-        kind = "list of strings" if isinstance(default, tuple) else type(default).__name__
-        raise InputError(f"'{path}': {key} must be of the type {kind}, not {value!r}")
-    return value

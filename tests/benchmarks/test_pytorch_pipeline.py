@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from benchmarks.comparison import psnr
 from benchmarks.pytorch_pipeline import PyTorchPipeline
 from runtime import Compositor, Placement, Sampling
-from training.checkpoint import write_checkpoint
-from training.network.checkpoint import CheckpointError, read_checkpoint
+from training.network.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 
 SAMPLING = Sampling(steps=3, guidance_scale=4.0)
 

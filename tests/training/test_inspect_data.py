@@ -13,12 +13,14 @@ from PIL import Image
 
 from tests.support.tiny import TINY
 from training.data import view_store
-from training.data.encoded import ViewPairs, encode_pairs, rows_done
+from training.data.encoded import rows_done
 from training.data.pairs import PairRules
+from training.data.view_pairs import ViewPairs
 from training.data.view_store import ViewStore, draw_views
 from training.inspect_data import feed_rate, main, rate
 from training.loop import LoopSettings
 from training.network.modules import AnyDoor
+from training.small.encoding import encode_pairs
 
 RECIPE = """
 [architecture]

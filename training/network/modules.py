@@ -20,7 +20,7 @@ from transformers import Dinov2Config, Dinov2Model
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 
 from runtime.diffusion.noise_schedule import alphas_cumprod
-from training.network.architecture import HINT_CHANNELS, LATENT_SCALE, Architecture
+from training.network.architecture import HINT_BLOCK_CHANNELS, LATENT_SCALE, Architecture
 from training.network.official_keys import PREFIXES, expected_shapes, from_official, to_official
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -87,7 +87,7 @@ class DetailControlNet(ControlNetModel):  # type: ignore[misc]
             One map per skip connection of the UNet and one for its middle, each (N, C, h, w).
         """
         embedding = self.time_embedding(self.time_proj(timestep).to(hint.dtype))
-        features = hint if hint.shape[1] == HINT_CHANNELS[-1] else self.hint_features(hint)
+        features = hint if hint.shape[1] == HINT_BLOCK_CHANNELS[-1] else self.hint_features(hint)
         hidden = self.controlnet_cond_embedding.conv_out(features).expand(timestep.shape[0], -1, -1, -1)
         skips = [hidden]
         for block in self.down_blocks:
@@ -114,7 +114,7 @@ def build_control(architecture: Architecture) -> DetailControlNet:
     return DetailControlNet(
         **_unet_settings(architecture),
         conditioning_channels=4,
-        conditioning_embedding_out_channels=HINT_CHANNELS,
+        conditioning_embedding_out_channels=HINT_BLOCK_CHANNELS,
     )
 
 
@@ -161,9 +161,13 @@ class IDEncoder(nn.Module):
 
         A black picture gives the unconditional tokens of classifier-free guidance.
         """
+        return self.projector(self.features(reference))  # type: ignore[no-any-return]
+
+    def features(self, reference: Tensor) -> Tensor:
+        """DINOv2's tokens (N, T, width) of references (N, 3, 224, 224) in 0..1 RGB, before the projector."""
         mean, std = (reference.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        features: Tensor = self.dino((reference - mean) / std).last_hidden_state
-        return self.projector(features)  # type: ignore[no-any-return]
+        tokens: Tensor = self.dino((reference - mean) / std).last_hidden_state
+        return tokens
 
     @torch.no_grad()
     def fix_positions(self, size: int) -> None:
@@ -212,7 +216,7 @@ class AnyDoor(nn.Module):
         return self.id_encoder(reference)  # type: ignore[no-any-return]
 
     def detail_maps(self, hint: Tensor, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """See `DetailControlNet.forward`."""
+        """Computes detail maps; see `DetailControlNet.forward`."""
         return self.control(hint, timestep, tokens)  # type: ignore[no-any-return]
 
     def predict_noise(

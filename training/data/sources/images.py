@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.random import Generator
 
-from training.data.pairs import Mask, Shot
+from training.data.masks import shrink
+from training.data.pairs import Shot
 from training.data.sources.base import (
     Source,
     SourceError,
@@ -26,7 +26,8 @@ from training.data.sources.base import (
 )
 from training.data.sources.videos import choose_frames
 
-LEAST_AREA = 0.02  # of the image, for masks of objects that nobody chose as the image's subject
+LEAST_AREA = 0.02
+"""Share of the image that a mask must cover where nobody chose the object as the image's subject."""
 
 
 class SalientObjects(Source):
@@ -221,11 +222,3 @@ class FashionTryon(Source):
         worn = np.asarray(read_labels(segment) % 256 == self.CLOTHES)
         person = read_picture(segment.parent.with_suffix(".jpg"))
         return garment, Shot(person, shrink(worn, self.RIM))
-
-
-def shrink(mask: Mask, rim: int) -> Mask:
-    """The mask (H, W) without what is closer than `rim` pixels to its outside; the picture's end is none."""
-    side = 2 * rim + 1
-    windows = sliding_window_view(np.pad(mask, rim, constant_values=True), (side, side))
-    inner: Mask = np.all(windows, axis=(2, 3))
-    return inner

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from training.data.pairs import Kind, Mask, Shot
+from training.data.masks import Mask
+from training.data.pairs import Kind, Shot
 from training.data.sources.base import (
     Source,
     SourceError,
@@ -21,11 +22,12 @@ from training.data.sources.base import (
     read_picture,
 )
 
-LEAST_AREA = 0.005  # an instance smaller than this part of a frame is not worth looking at
+LEAST_AREA = 0.005
+"""Share of a frame that an instance must cover."""
 
 
 def choose_frames(count: int, rng: Generator) -> tuple[int, int]:
-    """Two frames, not next to each other if there is a choice: the object shall have moved."""
+    """Two frames, not next to each other if there is a choice: so that the object has moved."""
     gap = int(rng.integers(max(1, count // 4), max(2, count)))
     first = int(rng.integers(count - gap)) if gap < count else 0
     pair = (first, min(first + gap, count - 1))

@@ -9,14 +9,14 @@ import torch
 from tests.support.tiny import TINY, RandomPairs
 from training.loop import LoopSettings, train
 from training.network.modules import AnyDoor
-from training.small.hint import HintTask
+from training.small.hint_block import HintBlockTask
 
 
 def test_the_hint_block_learns_what_a_hint_became_and_nothing_else_learns(tmp_path: Path) -> None:
     torch.manual_seed(0)
     control = AnyDoor(TINY, parts=["control"]).control
     before = {name: value.clone() for name, value in control.state_dict().items()}
-    task = HintTask(control, RandomPairs(different=2))
+    task = HintBlockTask(control, RandomPairs(different=2))
     batch = {
         name: torch.stack([torch.as_tensor(task.dataset()[n][name]) for n in (0, 1)])
         for name in ("hint", "latents")
@@ -31,6 +31,6 @@ def test_the_hint_block_learns_what_a_hint_became_and_nothing_else_learns(tmp_pa
         assert torch.equal(value, before[name]) != learns, name
 
     again = AnyDoor(TINY, parts=["control"]).control
-    HintTask.load(again, torch.load(tmp_path / "mean.pt", weights_only=True))
+    HintBlockTask.load(again, torch.load(tmp_path / "mean.pt", weights_only=True))
     kept = again.controlnet_cond_embedding.blocks[0].weight
     torch.testing.assert_close(kept, control.controlnet_cond_embedding.blocks[0].weight, rtol=0.1, atol=1e-2)

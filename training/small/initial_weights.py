@@ -1,4 +1,4 @@
-"""What a network needs that is small and starts from nothing; the published one is large and inherits."""
+"""Initial weights of a small ControlNet, which starts from nothing; the published one starts as a copy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from training.network.modules import DetailControlNet
 def open_control(control: DetailControlNet) -> None:
     """Lets the hint through from the first step on.
 
-    Zero convolutions protect a trained UNet from an untrained ControlNet. Here nothing is trained: they would
-    only hold the hint back, and so would a hint block without normalisation whose default weights shrink the
-    signal with every layer.
+    Zero convolutions protect a trained UNet from an untrained ControlNet. Here nothing is trained yet: they
+    would only hold the hint back, and so would a hint block without normalisation whose default weights
+    shrink the signal with every layer.
     """
     for layer in control.controlnet_cond_embedding.modules():
         if isinstance(layer, nn.Conv2d):
