@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from benchmarks.support.fingerprint import fingerprint
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -22,23 +23,6 @@ TINY_RESOLUTION = 64
 # no test depends on how busy the machine is
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-
-
-def _fingerprint() -> str:
-    """Changes whenever the code that makes checkpoints and bundles does."""
-    digest = hashlib.sha256()
-    sources = [
-        "benchmarks/seeded.py",
-        "runtime/diffusion/noise_schedule.py",
-        "engines/spec.py",
-        "engines/bundle.py",
-    ]
-    sources += [f"training/{name}.py" for name in ("architecture", "model", "official_keys")]
-    sources += [f"export/{name}.py" for name in ("build_engines", "checkpoint", "graphs", "verification")]
-    sources += [f"export/{name}.py" for name in ("onnx_bundle", "plans", "precision")]
-    for source in sources:
-        digest.update((ROOT / source).read_bytes())
-    return digest.hexdigest()[:12]
 
 
 @contextmanager
@@ -55,7 +39,7 @@ def _lock(path: Path) -> Iterator[None]:
 def _checkpoint(name: str) -> Path:
     from benchmarks.seeded import ARCHITECTURES, seeded_checkpoint
 
-    path = CACHE / _fingerprint() / f"{name}.safetensors"
+    path = CACHE / fingerprint() / f"{name}.safetensors"
     with _lock(path.with_suffix(".lock")):
         if not path.exists():
             seeded_checkpoint(path, ARCHITECTURES[name], seed=0)

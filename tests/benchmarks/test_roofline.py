@@ -14,16 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.roofline import (
-    ONE_PICTURE,
-    PUBLISHED,
-    GraphCost,
-    Peak,
-    count_bundle,
-    count_graph,
-    main,
-    picture_limit,
-)
+from benchmarks.roofline import main
+from benchmarks.support.graph_costs import ONE_PICTURE, GraphCost, count_bundle, count_graph
+from benchmarks.support.limits import picture_limit
+from benchmarks.support.peaks import PUBLISHED, Peak
 from engines.bundle import Bundle
 from engines.errors import BundleError
 from engines.spec import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
