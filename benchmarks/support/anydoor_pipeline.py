@@ -42,7 +42,7 @@ class GraphTimer:
             # a copy to the host waits for all work before it
             self._engine.to_host(self._engine.to_device(np.zeros(1, np.float32)))
         elapsed = time.perf_counter() - started
-        # where graphs take turns a run loads first, which says nothing about the next run
+        # where the memory plan swaps graphs, some runs load first: that time is no part of a step
         self._add(LOAD if action == "load" else graph, elapsed - self._inside)
         if action == "load" and graph in (CONTROL, DENOISE):
             self._add(_SAMPLING_LOAD, elapsed)

@@ -1,4 +1,4 @@
-"""The flag `--bundle` of the commands that measure the example model unless they are told otherwise."""
+"""The flag `--bundle` of the commands that measure the example model by default."""
 
 from __future__ import annotations
 

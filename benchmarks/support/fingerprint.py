@@ -1,4 +1,4 @@
-"""Tells when something made by this repository's code is out of date: a hash of that code."""
+"""A hash of the code that makes checkpoints and bundles; when it changes, older ones are out of date."""
 
 from __future__ import annotations
 

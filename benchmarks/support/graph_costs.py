@@ -115,7 +115,7 @@ def count_graph(path: Path, name: str, sizes: Mapping[str, int] = ONE_PICTURE) -
     def shape(name: str) -> Shape:
         found = shapes.get(name)
         if found is None:
-            raise BundleError(f"the shape of '{name}' in '{path}' cannot be told: it cannot be counted")
+            raise BundleError(f"cannot count '{path}': the shape of '{name}' cannot be inferred")
         return found
 
     def nbytes(names: set[str]) -> int:

@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.speed_vs_quality import main
 from benchmarks.support.speed_vs_quality_report import LIMITS, table, verdicts
-from benchmarks.support.trials import EXACT, OTHER_SEED, Trial, settings, summarise
+from benchmarks.support.trials import EXACT, OTHER_SEED, RowCounter, Trial, settings, summarise
+from engines.spec import CONTROL, DECODE, DENOISE
 from runtime.diffusion.presets import QUALITIES
 
 EXACTLY = Trial(8.0, 8.0, 100, 100, 0.80, 20.0, True, 0.0)
@@ -38,6 +40,23 @@ def test_loss_and_change_are_parts_of_what_another_seed_does() -> None:
     assert row.loss == pytest.approx(0.01 / 0.04)
     assert row.ssim_loss == pytest.approx(0.01)
     assert row.recognised == 1.0
+
+
+def test_rows_are_counted_also_where_an_engine_takes_several_steps_at_once() -> None:
+    counter = RowCounter()
+    one_step, three_steps = np.zeros(4, np.int32), np.zeros((3, 4), np.int32)
+    for action, graph, inputs in (
+        ("load", DENOISE, {}),
+        ("run", DENOISE, {"row_sample": one_step}),
+        ("run", DENOISE, {"row_sample": three_steps}),
+        ("run", CONTROL, {"timestep": np.zeros(2, np.float32)}),
+        ("run", DECODE, {"latent": np.zeros(1)}),
+    ):
+        with counter(action, graph, inputs):
+            pass
+    assert counter.rows == {CONTROL: 2, DENOISE: 4 + 12}
+    counter.reset()
+    assert counter.rows == {CONTROL: 0, DENOISE: 0}
 
 
 @pytest.mark.parametrize(
