@@ -12,9 +12,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from benchmarks.comparison import psnr
-from benchmarks.precision import HEADROOM, GraphExtremes, RunError, graph_extremes, relative_error
-from benchmarks.rounding import LARGEST_HALF, RoundingEngine, round_every_result
+from benchmarks.precision import HEADROOM, GraphExtremes, RunError, graph_extremes
+from benchmarks.support.rounding import LARGEST_FP16, RoundingEngine, round_every_result
+from benchmarks.support.similarity import psnr, relative_error
 from engines.bundle import Bundle
 from engines.engine import Engine, open_engine
 from engines.spec import GRAPHS
@@ -136,11 +136,11 @@ def test_overflow_is_measured_before_it_happens() -> None:
     assert np.isinf(y)
     row = GraphExtremes("graph", len(names), float(largest), "product")
     assert row.largest == 120_000
-    assert row.headroom == pytest.approx(LARGEST_HALF / 120_000)
+    assert row.headroom == pytest.approx(LARGEST_FP16 / 120_000)
     assert not row.passed
 
 
-@pytest.mark.parametrize("largest", [math.nan, math.inf, LARGEST_HALF / HEADROOM * 1.01])
+@pytest.mark.parametrize("largest", [math.nan, math.inf, LARGEST_FP16 / HEADROOM * 1.01])
 def test_too_little_headroom_fails(largest: float) -> None:
     (row,) = graph_extremes({"decode": {"a": 1.0, "b": largest, "c": 2.0}})
     assert (row.where, row.passed) == ("b", False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.comparison import COMPOSITE_SHARE, TOKENS_TOLERANCE, at_least, relative
+from benchmarks.support.checks import COMPOSITE_SHARE, TOKENS_TOLERANCE, at_least, relative
 from export.build_engines import BuildOptions, build_bundle
 from export.progress import Progress
 from runtime import Compositor, Placement, Sampling
