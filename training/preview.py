@@ -21,9 +21,11 @@ from torch import Tensor
 from engines.errors import AnyDoorError
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.errors import InputError
-from runtime.imaging.collage import MODES, Ratios, crop_scene, make_hint
+from runtime.imaging.collage import crop_scene, make_hint
+from runtime.imaging.geometry import Ratios
+from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
-from runtime.request import Placement, Sampling
+from runtime.systems.anydoor import DEFAULTS
 from training.assemble import trained_model
 from training.config import Default, Recipe, read_recipe
 from training.data.pairs import LARGEST_BOX, Picture, UnfitPairError, check_masks
@@ -107,7 +109,7 @@ class Preview:
         self._guidance_scale = (
             guidance_scale
             if guidance_scale is not None
-            else _number(defaults, "guidance_scale", Sampling.guidance_scale)
+            else _number(defaults, "guidance_scale", DEFAULTS["guidance_scale"])
         )
         self._pairs = held_out_pairs(recipe, count)
         references = np.stack([pair.reference for pair in self._pairs])
@@ -153,7 +155,7 @@ def held_out_pairs(recipe: Recipe, count: int) -> list[HeldOutPair]:
     defaults, usual = recipe.defaults, Ratios()
     names = {"reference_ratio": usual.reference, "box_ratio": usual.box, "crop_ratio": usual.crop}
     ratios = Ratios(*(_number(defaults, name, ratio) for name, ratio in names.items()))
-    mode = defaults.get("mode", Placement.mode)
+    mode = defaults.get("mode", DEFAULTS["mode"])
     if mode not in MODES:
         raise InputError(f"[defaults] mode is {mode!r}; expected one of {', '.join(MODES)}")
     pairs: list[HeldOutPair] = []
@@ -191,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=10, help="of samples; default: 10")
     parser.add_argument("--steps", type=int, help=f"of sampling; default: the recipe's, else {STEPS}")
     parser.add_argument(
-        "--guidance-scale", type=float, help=f"default: the recipe's, else {Sampling.guidance_scale}"
+        "--guidance-scale", type=float, help=f"default: the recipe's, else {DEFAULTS['guidance_scale']:g}"
     )
     options = parser.parse_args(arguments)
     if options.count < 1:

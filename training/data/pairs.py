@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
 from runtime.imaging.boxes import Box, box_in_box, expand, mask_extent
-from runtime.imaging.collage import MODES, Geometry, Ratios, collage, crop_scene, zoom_in
+from runtime.imaging.collage import collage, crop_scene
+from runtime.imaging.geometry import Geometry, Ratios, zoom_in
+from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
 from training.data.masks import Mask, largest_piece, perturb_mask
 
