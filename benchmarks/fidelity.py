@@ -28,17 +28,15 @@ from benchmarks.support.machine import describe
 from benchmarks.support.protocol import ProtocolObject, read_protocol
 from benchmarks.support.results import require_writable, write_results
 from benchmarks.support.truth_set import TruthPair
-from engines.engine import DEVICES
 from engines.errors import AnyDoorError
-from runtime import Compositor, Placement
-from runtime.diffusion.presets import DEFAULT, QUALITIES, preset
+from engines.options import DEVICES, EngineOptions
+from runtime import Compositor, Placement, Request, Sampling
+from runtime.diffusion.presets import QUALITIES
 from runtime.errors import InputError
 from runtime.imaging.boxes import Box
-from runtime.imaging.collage import MODES, Ratios
+from runtime.imaging.modes import MODES
 
 Picture = NDArray[np.uint8]
-
-EXAMPLE_CROP_RATIO = 1.3
 
 EXAMPLES = """examples:
   python benchmarks/fidelity.py
@@ -51,15 +49,17 @@ class Composer:
     """Composites with the settings of the command line."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.compositor = Compositor.load(options.bundle, options.device, options.threads)
-        self.sampling = preset(options.quality, steps=options.steps, guidance_scale=options.guidance_scale)
+        engine_options = EngineOptions(device=options.device, threads=options.threads)
+        self.compositor = Compositor.load(options.bundle, engine_options)
+        self.sampling = Sampling(options.quality, options.steps, options.guidance_scale)
         self.mode, self.seed = options.mode, options.seed
-        self.ratios = Ratios(crop=options.crop_ratio)
+        self.crop_ratio = options.crop_ratio
 
     def draw(self, scene: Picture, placement: Placement, number: int) -> Picture:
         """Return the composite; every pair has its own noise."""
-        placement = replace(placement, ratios=self.ratios)
-        return self.compositor.run(scene, placement, self.seed + number, self.sampling)[0].image
+        placement = replace(placement, crop_ratio=self.crop_ratio)
+        request = Request(scene, [placement], self.seed + number, self.sampling)
+        return self.compositor.run(request)[0].image
 
     def truth_pair(self, pair: TruthPair, number: int) -> Picture:
         """Return the scene of a pair with its object."""
@@ -151,21 +151,19 @@ def parser() -> argparse.ArgumentParser:
         help="default: %(default)s",
     )
     result.add_argument("--steps", type=int, default=20, metavar="N", help="default: %(default)s")
-    result.add_argument("--guidance-scale", type=float, default=2.0, metavar="G", help="default: %(default)s")
+    result.add_argument("--guidance-scale", type=float, metavar="G", help="default: the model's")
     result.add_argument(
         "--quality",
         choices=tuple(QUALITIES),
-        default=DEFAULT,
-        help="preset of all sampling parameters but steps (default: %(default)s)",
+        help="preset of all sampling parameters but steps (default: the model's)",
     )
     result.add_argument(
         "--crop-ratio",
         type=float,
-        default=EXAMPLE_CROP_RATIO,
         metavar="R",
-        help="zoom-in crop around the box; the example model learned 1.2 to 1.6 (default: %(default)s)",
+        help="zoom-in crop around the box; the example model learned 1.2 to 1.6 (default: the model's)",
     )
-    result.add_argument("--mode", choices=MODES, default="keep_background", help="default: %(default)s")
+    result.add_argument("--mode", choices=MODES, help="default: the model's")
     result.add_argument("--seed", type=int, default=7, metavar="S", help="of the first pair (default: 7)")
     result.add_argument(
         "--count", type=int, default=100, metavar="N", help="pairs of the synthetic set (default: 100)"
@@ -201,10 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_writable(options.output / "fidelity.json")
         composer = Composer(options)
         report = measure(options, composer)
-        settings = {
-            name: getattr(options, name)
-            for name in ("quality", "steps", "guidance_scale", "crop_ratio", "mode", "seed")
-        }
+        names = ("quality", "steps", "guidance_scale", "crop_ratio", "mode", "seed")
+        given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        defaults = composer.compositor.defaults
+        settings = {name: defaults[name] for name in names if name in defaults} | given
         settings["checkpoint"] = dict(composer.compositor.bundle.manifest.checkpoint)
         write_report(report, settings, options.output, options.rows)
     except (AnyDoorError, OSError) as error:

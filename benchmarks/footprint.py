@@ -21,9 +21,10 @@ from benchmarks.support import example
 from benchmarks.support.machine import describe, peak_memory_gb, reset_peak_memory
 from benchmarks.support.results import require_writable, write_results
 from engines.bundle import Bundle
-from engines.engine import BACKENDS, open_engine
+from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from runtime import Compositor, Sampling
+from engines.options import BACKENDS, EngineOptions
+from runtime import Compositor, Request, Sampling
 from runtime.sizes import size_flag
 
 ALREADY_LOADED = 0.01
@@ -72,9 +73,10 @@ class Recorder:
 
 def build(checkpoint: Path, bundle: Path) -> list[Part]:
     """Build a bundle; returns its parts."""
-    from export.build_engines import BuildOptions, build_bundle
+    from export.build import build_bundle
+    from export.options import BuildOptions
     from export.progress import Progress
-    from training.network.checkpoint import read_checkpoint
+    from export.systems import open_source
 
     recorder = Recorder()
 
@@ -92,7 +94,7 @@ def build(checkpoint: Path, bundle: Path) -> list[Part]:
                 self.current = None
 
     progress = MeasuredProgress()
-    build_bundle(read_checkpoint(checkpoint), bundle, BuildOptions(), progress)
+    build_bundle(open_source(checkpoint), bundle, BuildOptions(), progress)
     progress.end()
     return recorder.parts
 
@@ -100,12 +102,15 @@ def build(checkpoint: Path, bundle: Path) -> list[Part]:
 def composite(bundle: Path, sampling: Sampling, options: argparse.Namespace) -> list[Part]:
     """Composite the example; returns its parts."""
     opened = Bundle.open(bundle)
-    engine = open_engine(opened, "cpu", options.threads, options.memory_budget, options.backend)
+    engine_options = EngineOptions(
+        options.backend, "cpu", threads=options.threads, memory_budget=options.memory_budget
+    )
+    engine = open_engine(opened, engine_options)
     if plan := engine.describe():
         print(plan, file=sys.stderr)
     recorder = Recorder()
     engine.observer = recorder.observe
-    Compositor(opened, engine).run(example.SCENE, example.placement(), seed=0, sampling=sampling)
+    Compositor(opened, engine).run(Request(example.SCENE, [example.placement()], 0, sampling))
     return recorder.parts
 
 

@@ -36,6 +36,7 @@ from benchmarks.support.cached_models import find_or_build, seeded_bundle, seede
 from benchmarks.support.contender_rounds import Rounds, require_contender
 from benchmarks.support.contenders import ANYDOOR, PYTORCH, Contender, Run, Workload
 from benchmarks.support.graph_costs import count_bundle
+from benchmarks.support.graphs import DENOISE
 from benchmarks.support.latency_report import REPORTED_STEPS, as_results, format_report, plot
 from benchmarks.support.machine import describe
 from benchmarks.support.measurement import LEAST_PSNR, Report
@@ -43,9 +44,9 @@ from benchmarks.support.peaks import cores
 from benchmarks.support.precisions import TORCH_DTYPES
 from benchmarks.support.results import require_writable, write_results
 from engines.bundle import Bundle
-from engines.engine import BACKENDS, INFERENCE_PRECISIONS, choose_backend
+from engines.engine import choose_backend
 from engines.errors import AnyDoorError, BackendError
-from engines.spec import DENOISE
+from engines.options import BACKENDS, INFERENCE_PRECISIONS, EngineOptions
 
 BUILD = Path("build/latency")
 
@@ -76,7 +77,7 @@ def runtime_contenders(bundles: Sequence[Bundle], precisions: Sequence[str]) -> 
             precision = bundle.manifest.precision if inference == "fp32" else inference
             contender = Contender(ANYDOOR, device, precision, backend, str(bundle.path))
             try:
-                choose_backend(bundle, device, backend, inference)
+                choose_backend(bundle, EngineOptions(backend, device, inference))
                 require_contender(contender)
                 found.append(contender)
             except AnyDoorError as error:
@@ -150,7 +151,7 @@ def measure(options: argparse.Namespace) -> Report:
         precision = options.pytorch_precision or ("fp32" if device == "cpu" else "fp16")
         contenders += pytorch_contenders(device, precision, options.compiled)
     run = Run(
-        workload=replace(workload, resolution=bundles[0].manifest.model.resolution),
+        workload=replace(workload, resolution=bundles[0].manifest.resolution),
         contender=contenders[0],
         checkpoint=checkpoint,
         threads=options.threads,

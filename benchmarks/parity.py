@@ -19,8 +19,8 @@ from benchmarks.support.case_options import add_case_options, bundle_of, read_ru
 from benchmarks.support.checks import HEADER, Check
 from benchmarks.support.comparison import RunComparison, compare_hf_maps
 from benchmarks.support.golden import GoldenRun
-from engines.engine import BACKENDS, DEVICES, INFERENCE_PRECISIONS
 from engines.errors import AnyDoorError
+from engines.options import BACKENDS, DEVICES, INFERENCE_PRECISIONS, EngineOptions
 from runtime import Compositor
 
 
@@ -39,13 +39,10 @@ def compare(options: argparse.Namespace) -> list[Check]:
     if not runs:
         return checks
     bundle = options.bundle or bundle_of(options, options.precision)
-    compositor = Compositor.load(
-        bundle,
-        options.device,
-        options.threads,
-        backend=options.backend,
-        inference_precision=options.inference_precision,
+    engine_options = EngineOptions(
+        options.backend, options.device, options.inference_precision, options.threads
     )
+    compositor = Compositor.load(bundle, engine_options)
     with tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
         comparisons = [RunComparison(run, compositor, bar) for run in runs]
         bar.total = sum(comparison.steps() for comparison in comparisons)

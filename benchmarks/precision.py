@@ -23,12 +23,13 @@ from tqdm import tqdm
 from benchmarks.support.case_options import add_case_options, bundle_of, read_runs
 from benchmarks.support.comparison import Networks
 from benchmarks.support.golden import Array, GoldenRun
+from benchmarks.support.graphs import GRAPHS
 from benchmarks.support.rounding import LARGEST_FP16, RoundingEngine
 from benchmarks.support.similarity import psnr, relative_error
 from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from engines.spec import GRAPHS
+from engines.options import EngineOptions
 from runtime import Compositor
 
 TOKENS_TOLERANCE = 5e-3
@@ -156,7 +157,8 @@ def compare(options: argparse.Namespace) -> list[RunError | GraphExtremes]:
         runs += [run for run in read_runs(case, options) if run.timesteps and run.has("x_T")]
     full, half = (Bundle.open(bundle_of(options, precision)) for precision in ("fp32", "fp16"))
     rounding = RoundingEngine(half, options.threads)
-    compositors = Compositor(full, open_engine(full, "cpu", options.threads)), Compositor(half, rounding)
+    on_the_cpu = EngineOptions(device="cpu", threads=options.threads)
+    compositors = Compositor(full, open_engine(full, on_the_cpu)), Compositor(half, rounding)
     total = 2 * sum(len(_timesteps(run, options.steps)) for run in runs)
     results: list[RunError | GraphExtremes] = []
     print(RUN_HEADER)

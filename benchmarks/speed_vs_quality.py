@@ -37,11 +37,12 @@ from benchmarks.support.speed_vs_quality_report import LIMITS, plot, table, verd
 from benchmarks.support.trials import SettingResult, TrialRunner, settings, summarise
 from benchmarks.support.truth_set import TruthPair, other_views, truth_pairs
 from engines.bundle import Bundle
-from engines.engine import BACKENDS, DEVICES, open_engine
+from engines.engine import open_engine
 from engines.errors import AnyDoorError
+from engines.options import BACKENDS, DEVICES, EngineOptions
 from runtime import Compositor
 from runtime.errors import InputError
-from runtime.imaging.collage import MODES
+from runtime.imaging.modes import MODES
 
 EXAMPLES = """examples:
   python benchmarks/speed_vs_quality.py --count 8
@@ -78,11 +79,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--guidance-scale",
         type=float,
-        default=2.0,
         metavar="G",
-        help="of all settings (default: %(default)s)",
+        help="of all settings (default: the model's)",
     )
-    result.add_argument("--mode", choices=MODES, default="keep_background", help="default: %(default)s")
+    result.add_argument("--mode", choices=MODES, help="default: the model's")
     result.add_argument("--seed", type=int, default=7, metavar="S", help="of the first pair (default: 7)")
     result.add_argument(
         "--among",
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[SettingResult
     if options.count < 1 or options.among == 1 or options.among < 0:
         raise InputError("--count is at least 1, --among at least 2, or 0")
     bundle = Bundle.open(options.bundle)
-    engine = open_engine(bundle, options.device, options.threads, backend=options.backend)
+    engine = open_engine(bundle, EngineOptions(options.backend, options.device, threads=options.threads))
     compositor = Compositor(bundle, engine)
     deque(compositor.load_graphs(), maxlen=0)
     todo = settings(options.guidance_scale)
@@ -133,8 +133,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[SettingResult
         "backend": engine.backend,
         "device": engine.device,
         "checkpoint": dict(bundle.manifest.checkpoint),
-        "guidance_scale": options.guidance_scale,
-        "mode": options.mode,
+        "guidance_scale": compositor.defaults["guidance_scale"]
+        if options.guidance_scale is None
+        else options.guidance_scale,
+        "mode": options.mode or compositor.defaults["mode"],
         "seed": options.seed,
         "among": options.among,
         "objects": [pair.seed for pair in pairs],

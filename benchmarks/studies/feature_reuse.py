@@ -33,12 +33,14 @@ from benchmarks.support.sampling_step import guided_step
 from benchmarks.support.truth_set import TruthPair, truth_pairs
 from engines.bundle import sha256
 from engines.errors import AnyDoorError
-from export.onnx_bundle import check_resolution
+from export.systems.anydoor import AnyDoorSource
 from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.noise_schedule import alphas_cumprod
-from runtime.diffusion.samplers import sampler_schedule
+from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError
-from runtime.imaging.collage import MODES, Ratios, make_hint
+from runtime.imaging.collage import make_hint
+from runtime.imaging.geometry import Ratios
+from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
 from training.network.architecture import REFERENCE_SIZE, Architecture
 from training.network.checkpoint import read_checkpoint
@@ -204,10 +206,10 @@ def measure(
         for number, pair in enumerate(pairs):
             pair_sampler = PairSampler(model, pair, resolution, guidance_scale, number)
             target = pair_sampler.latents(
-                sampler_schedule(alphas, "dpm_solver_2m", TARGET_STEPS), advance=progress.update
+                SAMPLERS["dpm_solver_2m"](alphas, TARGET_STEPS, 0.0, None), advance=progress.update
             )
             for sampler, steps, every in todo:
-                schedule = sampler_schedule(alphas, sampler, steps)
+                schedule = SAMPLERS[sampler](alphas, steps, 0.0, None)
                 found = pair_sampler.latents(schedule, every, progress.update)
                 distances[sampler, steps, every].append(float((found - target).norm() / target.norm()))
     rows = []
@@ -267,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"--count must be at least 1, not {options.count}")
         require_writable(options.output)
         checkpoint = read_checkpoint(options.checkpoint)
-        check_resolution(checkpoint, options.resolution)
+        AnyDoorSource(checkpoint).check_resolution(options.resolution)
         model = AnyDoor(checkpoint.architecture, ("unet", "control", "id_encoder")).eval()
         model.load_official_state_dict(checkpoint.tensors)
         with torch.device("meta"):

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.support.contenders import HOST, LOAD, PASTE_BACK, PREPROCESSING, Run
+from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
 from engines.engine import Engine
-from engines.spec import CONTROL, DECODE, DENOISE, ID_ENCODER
-from runtime.job import Composite
 from runtime.request import Placement, Request, Sampling
+from runtime.result import Composite
 
 _GRAPHS = (ID_ENCODER, CONTROL, DENOISE, DECODE)
 _SAMPLING_LOAD = "load while sampling"
@@ -59,20 +59,17 @@ class AnyDoorPipeline:
         """Open the contender's bundle with its backend."""
         from engines.bundle import Bundle
         from engines.engine import open_engine
+        from engines.options import EngineOptions
         from runtime.compositor import Compositor
 
         contender = run.contender
         bundle = Bundle.open(contender.bundle)
-        engine = open_engine(
-            bundle,
-            contender.device,
-            run.threads,
-            backend=contender.backend,
-            inference_precision="bf16" if contender.precision == "bf16" else "fp32",
-        )
+        precision = "bf16" if contender.precision == "bf16" else "fp32"
+        options = EngineOptions(contender.backend, contender.device, precision, run.threads)
+        engine = open_engine(bundle, options)
         self._timer = engine.observer = GraphTimer(engine)
         self._compositor = Compositor(bundle, engine)
-        self.latent_shape = self._compositor.latent_shape
+        self.latent_shape = bundle.manifest.latent_shape
 
     @property
     def synchronous(self) -> bool:
@@ -89,9 +86,7 @@ class AnyDoorPipeline:
         """Composite; see `benchmarks.support.pytorch_pipeline.PyTorchPipeline.run`."""
         self._timer.seconds = {}
         if len(placements) == 1:
-            results = self._compositor.run(
-                scene, placements[0], sampling=sampling, num_images=len(noise), initial_noise=noise
-            )
+            results = self._compositor.run(Request(scene, placements, None, sampling, len(noise), noise))
         else:
             results = self._run_together(scene, placements, noise, sampling)
         for result in results:
@@ -107,19 +102,18 @@ class AnyDoorPipeline:
             compositor.accept(Request(scene, [placement], None, sampling, 1, noise[index : index + 1]))
             for index, placement in enumerate(placements)
         ]
-        canvases = [job.canvases[0] for job in jobs]
-        batch = compositor.new_batch()
-        for canvas in canvases:
-            canvas.prepare()
-            batch.samples.append(compositor.start(canvas))
+        drawing = compositor.new_drawing()
+        for job in jobs:
+            drawing.start(job.images[0])
         watch = jobs[0].watch
-        for _ in range(sampling.steps):
+        samples = list(drawing.running)
+        while not all(sample.done for sample in samples):
             with watch.measure("sample"):
-                batch.step()
-        for error in (sample.error for sample in batch.samples if sample.error):
-            raise error
-        for canvas, sample in zip(canvases, batch.samples):
-            canvas.paste(compositor.decode(batch.latents([sample])))
+                drawing.step()
+            for error in (sample.error for sample in samples if sample.error):
+                raise error
+        for sample, picture in drawing.finished(samples):
+            drawing.running[sample].paste(picture)
         for job in jobs[1:]:
             for stage, seconds in job.watch.seconds.items():
                 watch.add(stage, seconds)

@@ -9,8 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.support.fingerprint import CHECKPOINT_SOURCES, fingerprint
-from engines.bundle import MANIFEST, read_manifest, sha256
+from engines.bundle import sha256
 from engines.errors import AnyDoorError, BundleError
+from engines.manifest import MANIFEST, read_manifest
 
 SEEDED = Path("build/latency")
 BUNDLES = Path("build/parity")
@@ -85,8 +86,9 @@ def _build(
     unet_head_width: int | None = None,
     dino_heads: int | None = None,
 ) -> None:
-    from export.build_engines import BuildOptions, build_bundle
-    from training.network.checkpoint import read_checkpoint
+    from export.build import build_bundle
+    from export.options import BuildOptions
+    from export.systems import open_source
 
     options = BuildOptions(precision=precision, resolution=resolution)
-    build_bundle(read_checkpoint(checkpoint, unet_head_width, dino_heads), bundle, options)
+    build_bundle(open_source(checkpoint, unet_head_width, dino_heads), bundle, options)

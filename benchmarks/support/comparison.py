@@ -14,17 +14,21 @@ from tqdm import tqdm
 from benchmarks.support import checks
 from benchmarks.support.checks import Check, at_least, exact, pixels, relative
 from benchmarks.support.golden import Array, GoldenRun, read_archive
+from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
+from benchmarks.support.sampling_loop import sample
 from benchmarks.support.similarity import psnr
-from engines.spec import CONTROL, DECODE, DENOISE, ID_ENCODER
-from runtime import Compositor, Placement, Sampling
+from runtime import Compositor, Placement, Request, Sampling
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.imaging.boxes import Box
 from runtime.imaging.collage import Hint, make_hint
 from runtime.imaging.high_frequency_map import high_frequency_map
 from runtime.imaging.paste_back import paste_back, pasted_region
 from runtime.imaging.reference import PreparedReference, prepare_reference
+from runtime.parameters import SamplingParameters, sampling_parameters
+from runtime.sampling.conditions import BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps
-from runtime.sampling.running_batch import StepOfSample, guided_steps, sample, step_inputs
+from runtime.sampling.running_batch import StepOfSample, guided_steps, step_inputs
+from runtime.systems.anydoor import AnyDoor, AnyDoorConditions
 
 
 class Preprocessing:
@@ -50,7 +54,7 @@ class Preprocessing:
     @property
     def region(self) -> Box:
         """The part of the scene that pasting may change."""
-        return pasted_region(self.hint.geometry, self._run.mode)
+        return pasted_region(self.hint.geometry, self._run.mode.paste)
 
     def checks(self) -> Iterator[Check]:
         """Compare geometry, reference and hint."""
@@ -77,8 +81,11 @@ class Networks:
 
     def __init__(self, run: GoldenRun, compositor: Compositor, progress: tqdm[Any]) -> None:
         self._run = run
+        assert isinstance(compositor.system, AnyDoor)
         self._engine = compositor.engine
-        self._cache = compositor.cache
+        self._step = compositor.bundle.manifest.step
+        self._defaults = compositor.defaults
+        self._cache = compositor.system.cache
         self._alphas_cumprod = compositor.bundle.constants()["alphas_cumprod"]
         self._progress = progress
 
@@ -106,16 +113,18 @@ class Networks:
             timesteps=timesteps,
         )
 
-    def latents(self, tokens: NDArray[np.float32], sampling: Sampling) -> Iterator[NDArray[np.float32]]:
+    def latents(self, tokens: NDArray[np.float32], given: Sampling) -> Iterator[NDArray[np.float32]]:
         """Yield our latents (1, C, h, w) after every step, from the recorded hint, reference and noise."""
         hint = self._run.hint
         assert hint is not None
+        sampling = self._parameters(given)
         schedule = ddim_schedule(self._alphas_cumprod, sampling.steps, timesteps=sampling.timesteps)
         tokens = tokens if any(guided_steps(sampling, schedule)) else tokens[:1]
         cache = self._cache if sampling.timesteps == self._run.timesteps else DetailMapCache(0)
-        maps = DetailMaps(self._engine, cache, hint, tokens, schedule.timesteps.tolist(), 1)
+        maps = DetailMaps(self._engine, CONTROL, cache, hint, tokens, schedule.timesteps.tolist(), 1)
+        conditions = AnyDoorConditions(BankRows({"tokens": tokens}, 0, len(tokens) - 1, on_host=True), maps)
         start = self._run.arrays["x_T"].astype(np.float32)
-        for latent in sample(self._engine, maps, tokens, schedule, sampling, start):
+        for latent in sample(self._engine, self._step, conditions, schedule, sampling, start):
             self._progress.update()
             yield self._engine.to_host(latent)
 
@@ -148,15 +157,19 @@ class Networks:
             return
         assert self._run.timesteps is not None
         maps = self._first_detail_maps(tokens)
-        control_scale = float(self._run.arrays["strength"])
+        sampling = self._parameters(
+            Sampling(guidance_scale=1.0, control_scale=float(self._run.arrays["strength"]))
+        )
+        banks = [bank.name for bank in self._step.banks]
         halves = [
             StepOfSample(
-                self._run.timesteps[-1], np.zeros(3, np.float32), 1.0, control_scale, (row, row), None
+                self._run.timesteps[-1], np.zeros(3, np.float32), sampling, dict.fromkeys(banks, row), None
             )
             for row in (0, 1)
         ]
         latent = np.repeat(self._run.arrays["x_T"].astype(np.float32), 2, axis=0)
-        inputs = {"latent": latent, "carry": np.zeros_like(latent), "tokens": tokens, **step_inputs(halves)}
+        numbers = step_inputs(halves, self._step)
+        inputs = {"latent": latent, "carry": np.zeros_like(latent), "tokens": tokens, **numbers}
         found = self._engine.run(DENOISE, {**inputs, **maps}, ["epsilon"])["epsilon"]
         epsilon = self._engine.to_host(found)
         for row, name in enumerate(("eps_cond", "eps_uncond")):
@@ -198,6 +211,9 @@ class Networks:
         maps = self._engine.run(CONTROL, {"hint": hint[None], "timestep": timestep, "tokens": tokens})
         return {name: self._engine.to_host(tensor) for name, tensor in maps.items()}
 
+    def _parameters(self, given: Sampling) -> SamplingParameters:
+        return sampling_parameters(given, self._defaults)
+
     def _relative(self, stage: str, found: Array, name: str, tolerance: float) -> Check:
         return relative(self._run.label, stage, found, self._run.arrays[name], tolerance)
 
@@ -209,7 +225,7 @@ class RunComparison:
         self.run = run
         self._compositor = compositor
         self._progress = progress
-        self._preprocessing = Preprocessing(run, compositor.bundle.manifest.model.resolution)
+        self._preprocessing = Preprocessing(run, compositor.bundle.manifest.resolution)
         self._networks = Networks(run, compositor, progress)
 
     def checks(self) -> Iterator[Check]:
@@ -251,7 +267,7 @@ class RunComparison:
         """Compare the composite that follows from the recorded reference and hint."""
         image = self._networks.decode(latent, "image")[0]
         scene, geometry = self.run.arrays["tar_image"], self._preprocessing.hint.geometry
-        composite = paste_back(image, scene, geometry, self.run.mode)
+        composite = paste_back(image, scene, geometry, self.run.mode.paste)
         close = np.abs(composite.astype(int) - self.run.arrays["composite"].astype(int)).max(axis=-1) <= 1
         share = float(close.mean())
         return at_least(self.run.label, "composite, networks only", share, checks.COMPOSITE_SHARE, "within 1")
@@ -267,23 +283,19 @@ class RunComparison:
         yield exact(self.run.label, "unchanged, differing", int(np.count_nonzero(differing)), 0)
 
     def _composite(self) -> Array:
-        arrays = self.run.arrays
+        arrays, ratios = self.run.arrays, self.run.ratios
         placement = Placement(
             arrays["ref_image"],
             arrays["ref_mask"].astype(bool),
             mask=arrays["tar_mask"].astype(bool),
             mode=self.run.mode_name,
-            ratios=self.run.ratios,
+            reference_ratio=ratios.reference,
+            box_ratio=ratios.box,
+            crop_ratio=ratios.crop,
         )
-        result = self._compositor.run(
-            arrays["tar_image"],
-            placement,
-            seed=0,
-            sampling=self._networks.sampling(),
-            initial_noise=arrays["x_T"].astype(np.float32),
-            on_step=lambda done, total: self._progress.update(),
-        )
-        return result[0].image
+        noise = arrays["x_T"].astype(np.float32)
+        request = Request(arrays["tar_image"], [placement], 0, self._networks.sampling(), 1, noise)
+        return self._compositor.run(request, lambda done, total: self._progress.update())[0].image
 
 
 def compare_hf_maps(path: Path) -> Iterator[Check]:

@@ -35,8 +35,8 @@ from benchmarks.support.contenders import (
 from benchmarks.support.machine import peak_memory_gb, reset_peak_memory
 from engines.errors import AnyDoorError
 from runtime.diffusion.ddim import ddim_timesteps
-from runtime.job import Composite
 from runtime.request import Placement, Sampling
+from runtime.result import Composite
 
 _WARM_UP_STEPS = 3
 """Enough for a compiler to compile, to capture and to replay."""

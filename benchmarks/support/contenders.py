@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engines.spec import CONTROL, DECODE, DENOISE, ID_ENCODER
+from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
 
 COLD = "cold start"
 PICTURE = "picture"

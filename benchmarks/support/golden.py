@@ -23,7 +23,8 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from engines.errors import AnyDoorError
-from runtime.imaging.collage import MODES, Mode, Ratios
+from runtime.imaging.geometry import Ratios
+from runtime.imaging.modes import MODES, Mode
 
 Array = NDArray[Any]
 

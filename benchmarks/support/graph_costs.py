@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.support.peaks import Peak
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from engines.spec import GRAPHS, MAPS, ROWS, SAMPLES
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
-
-ONE_PICTURE = {SAMPLES: 1, ROWS: 2, "conditions": 2, MAPS: 2}
-"""Sizes of one step of one picture with guidance."""
 
 Shape = tuple[int, ...]
 
@@ -94,7 +90,7 @@ def _attention_flops(inputs: Sequence[Shape], attributes: Mapping[str, int]) -> 
     return 2 * queries[0] * heads * query_length * key_length * (width + value_width)
 
 
-def count_graph(path: Path, name: str, sizes: Mapping[str, int] = ONE_PICTURE) -> GraphCost:
+def count_graph(path: Path, name: str, sizes: Mapping[str, int]) -> GraphCost:
     """Count a graph, without reading its weights.
 
     Args:
@@ -165,16 +161,21 @@ def _itemsize(element_type: int) -> int:
     return int(onnx.helper.tensor_dtype_to_np_dtype(element_type).itemsize)
 
 
-def count_bundle(bundle: Bundle, sizes: Mapping[str, int] = ONE_PICTURE) -> dict[str, GraphCost]:
+def count_bundle(bundle: Bundle, sizes: Mapping[str, int] | None = None) -> dict[str, GraphCost]:
     """Count all graphs of a bundle.
+
+    Args:
+        bundle: of ONNX graphs.
+        sizes: variable dimension -> its size; those of one picture with guidance if None.
 
     Raises:
         BundleError: the bundle holds plans, which cannot be counted.
     """
-    for graph in GRAPHS:
+    for graph in bundle.manifest.graphs:
         if bundle.graph_file(graph).suffix != ".onnx":
             raise BundleError(
                 f"'{bundle.path}' holds plans: operations are counted in the bundle of ONNX graphs that they "
                 "were built from"
             )
-    return {graph: count_graph(bundle.graph_file(graph), graph, sizes) for graph in GRAPHS}
+    sizes = sizes or bundle.manifest.typical_sizes
+    return {graph: count_graph(bundle.graph_file(graph), graph, sizes) for graph in bundle.manifest.graphs}

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.support.graph_costs import GraphCost
+from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from benchmarks.support.peaks import PUBLISHED, Peak
-from engines.spec import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 
 
 def count_table(costs: Mapping[str, GraphCost]) -> str:

@@ -17,15 +17,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.support.graphs import DECODE
 from benchmarks.support.precisions import torch_dtype
 from benchmarks.support.sampling_step import guided_step
-from engines.spec import DECODE, ID_ENCODER
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.diffusion.noise_schedule import alphas_cumprod
 from runtime.imaging.pictures import PictureLike, load_picture
-from runtime.job import Composite, Job, Stopwatch, prepare_placement
+from runtime.parameters import (
+    PLACEMENT_PARAMETERS,
+    SamplingParameters,
+    placement_parameters,
+    sampling_parameters,
+)
 from runtime.request import Placement, Sampling
-from runtime.validation import LARGEST, resolve_placement
+from runtime.result import Composite, Stopwatch
+from runtime.systems.anydoor import DEFAULTS, AnyDoorPlacement, Preprocessing
+from runtime.validation import LARGEST
 from training.network.architecture import REFERENCE_SIZE
 from training.network.checkpoint import read_checkpoint
 from training.network.official_keys import PREFIXES
@@ -55,8 +62,9 @@ class PyTorchPipeline:
         self.device = device
         self.synchronous = device == "cpu"
         """Whether to wait for every stage, to measure each; on a card calls return before they are done."""
+        self._defaults = {**DEFAULTS, **opened.defaults}
         self._dtype = torch_dtype(precision)
-        self._resolution = resolution
+        self._system = Preprocessing(resolution, REFERENCE_SIZE)
         # other pipelines do not check their weights either: it would make the start slower
         self._models = {
             part: opened.load_part(part, self._dtype, check_finite=False).to(device) for part in PREFIXES
@@ -87,56 +95,56 @@ class PyTorchPipeline:
             scene: file, bytes, Pillow image or array.
             placements: one, or as many as there is noise.
             noise: (N, C, h, w) latents to start from.
-            sampling: steps, guidance_scale, control_scale and timesteps; the sampler is DDIM with eta 0.
+            sampling: steps, guidance scale, control scale and timesteps; open ones are the checkpoint's
+                defaults. The sampler is DDIM with eta 0.
         """
         watch = Stopwatch()
-        jobs = [self._job(scene, placement, sampling, noise, watch) for placement in placements]
-        canvases = jobs[0].canvases if len(jobs) == 1 else [job.canvases[0] for job in jobs]
-        for canvas in canvases:
-            canvas.prepare()
-        with self._measure(watch, ID_ENCODER):
-            tokens = self._tokens(jobs, len(canvases))
-        hints = self._tensor(np.stack([canvas.hint.hint for canvas in canvases]))
+        parameters = sampling_parameters(sampling, self._defaults)
+        with watch.measure("read"):
+            picture = load_picture(scene, "the scene", LARGEST.pixels).rgb
+        prepared = [self._prepare(picture, placement, watch) for placement in placements]
+        prepared *= len(noise) // len(prepared)
+        with self._measure(watch, "condition"):
+            tokens = self._tokens(prepared)
+        hints = self._tensor(np.stack([of.hint.hint for of in prepared]))
         with self._measure(watch, "sample"):
-            latent = self._sample(tokens, hints, self._tensor(noise).float(), jobs[0], watch)
+            latent = self._sample(tokens, hints, self._tensor(noise).float(), parameters, watch)
         with self._measure(watch, DECODE):
             decoded = self._models["vae"].decode(latent.to(self._dtype)).float()
             pictures = (decoded * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8)
-            images = pictures.permute(0, 2, 3, 1).cpu().numpy()
-        for canvas, image in zip(canvases, images):
-            canvas.paste(image)
+            drawn = pictures.permute(0, 2, 3, 1).cpu().numpy()
+        with watch.measure("paste"):
+            images = [self._system.finish(image, picture, of) for image, of in zip(drawn, prepared)]
         return [
-            Composite(canvas.image, canvas.seed, tuple(canvas.regions), watch.seconds) for canvas in canvases
+            Composite(image, seed, (of.region,), watch.seconds)
+            for seed, (image, of) in enumerate(zip(images, prepared))
         ]
 
-    def _job(
-        self,
-        scene: PictureLike,
-        placement: Placement,
-        sampling: Sampling,
-        noise: NDArray[np.float32],
-        watch: Stopwatch,
-    ) -> Job:
-        with watch.measure("read"):
-            picture = load_picture(scene, "the scene", LARGEST.pixels).rgb
-            resolved = resolve_placement(placement, picture, LARGEST.pixels)
-        with watch.measure("prepare"):
-            prepared = prepare_placement(resolved)
-        schedule = ddim_schedule(self._alphas_cumprod, sampling.steps, timesteps=sampling.timesteps)
-        seeds = list(range(len(noise)))
-        return Job(picture, [prepared], sampling, schedule, seeds, self._resolution, noise, watch)
+    def _prepare(self, scene: NDArray[np.uint8], placement: Placement, watch: Stopwatch) -> AnyDoorPlacement:
+        given = {name: getattr(placement, name) for name in PLACEMENT_PARAMETERS}
+        parameters = placement_parameters(given, self._defaults)
+        return self._system.prepare(scene, placement, parameters, LARGEST, watch)
 
-    def _tokens(self, jobs: Sequence[Job], count: int) -> Tensor:
+    def _tokens(self, prepared: Sequence[AnyDoorPlacement]) -> Tensor:
         """ID tokens (2 N, T, D): of the references, then of the black picture."""
-        references = np.stack([job.placements[0].reference.image for job in jobs])
+        distinct = list({id(of): of for of in prepared}.values())
+        references = np.stack([of.reference.image for of in distinct])
         pictures = self._tensor(references.transpose(0, 3, 1, 2).astype(np.float32) / 255)
         black = pictures.new_zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE)
         tokens = self._models["id_encoder"].encode_reference(torch.cat([pictures, black]))
         conditional, unconditional = tokens[:-1], tokens[-1:]
+        count = len(prepared)
         return torch.cat([conditional.expand(count, -1, -1), unconditional.expand(count, -1, -1)])
 
-    def _sample(self, tokens: Tensor, hints: Tensor, latent: Tensor, job: Job, watch: Stopwatch) -> Tensor:
-        sampling, schedule = job.sampling, job.schedule
+    def _sample(
+        self,
+        tokens: Tensor,
+        hints: Tensor,
+        latent: Tensor,
+        sampling: SamplingParameters,
+        watch: Stopwatch,
+    ) -> Tensor:
+        schedule = ddim_schedule(self._alphas_cumprod, sampling.steps, timesteps=sampling.timesteps)
         control, unet = self._models["control"], self._models["unet"]
         both_hints = torch.cat([hints, hints])
         for timestep, coefficients in zip(schedule.timesteps.tolist(), schedule.coefficients.tolist()):

@@ -20,6 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
 from engines.bundle import Bundle
 from engines.engine import Array, DeviceTensor
+from engines.options import EngineOptions
 
 LARGEST_FP16 = float(np.finfo(np.float16).max)
 
@@ -89,7 +90,7 @@ class RoundingEngine(OnnxRuntimeEngine):
     """Runs an FP16 bundle with every result rounded, and keeps the largest magnitudes."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        super().__init__(bundle, "cpu", threads)
+        super().__init__(bundle, "cpu", EngineOptions(threads=threads))
         # measures each result at once and frees it: the default order keeps all of them, and the attention
         # scores of a 512 px picture take 20 GB
         self._options.execution_order = self._library.ExecutionOrder.PRIORITY_BASED
@@ -110,7 +111,7 @@ class RoundingEngine(OnnxRuntimeEngine):
         inputs: Mapping[str, DeviceTensor | Array],
         outputs: Sequence[str] | None = None,
     ) -> dict[str, DeviceTensor]:
-        """Run a graph; see `Engine.run`."""
+        """Run a graph."""
         self.load(graph)
         extremes = self.extremes[graph]
         names = list(outputs or (spec.name for spec in self._specs[graph].outputs))

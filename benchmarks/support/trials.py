@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.support.graphs import CONTROL, DENOISE
 from benchmarks.support.identity import Gallery, identity_of
 from benchmarks.support.similarity import region_psnr, region_ssim
 from benchmarks.support.truth_set import TruthPair
-from engines.spec import CONTROL, DENOISE
-from runtime import Compositor, Sampling
+from runtime import Compositor, Request, Sampling
 from runtime.diffusion.presets import QUALITIES
 
 Picture = NDArray[np.uint8]
@@ -41,9 +41,13 @@ class Setting:
     seed_offset: int = 0
 
 
-def settings(guidance_scale: float) -> list[Setting]:
-    """Return everything that is measured; `exact` is the first."""
-    exact = replace(QUALITIES[EXACT], guidance_scale=guidance_scale)
+def settings(guidance_scale: float | None) -> list[Setting]:
+    """Return everything that is measured; `exact` is the first.
+
+    Args:
+        guidance_scale: of all settings; the model's if None.
+    """
+    exact = Sampling(quality=EXACT, guidance_scale=guidance_scale)
 
     def lever(name: str, label: str, field: str, values: Sequence[Any], **fixed: Any) -> Iterator[Setting]:
         for value in values:
@@ -59,11 +63,7 @@ def settings(guidance_scale: float) -> list[Setting]:
         *lever(f"{second_order}, fewer steps", second_order, "steps", steps, sampler=second_order),
         *lever("guidance interval", "guided", "guidance_interval", ((200, 999), (400, 999), (200, 800))),
         *lever("map timesteps", "maps", "map_steps", (25, 10, 5, 3)),
-        *(
-            Setting(name, "presets", replace(sampling, guidance_scale=guidance_scale))
-            for name, sampling in QUALITIES.items()
-            if name != EXACT
-        ),
+        *(Setting(name, "presets", replace(exact, quality=name)) for name in QUALITIES if name != EXACT),
     ]
 
 
@@ -115,12 +115,12 @@ class _Composited:
 class TrialRunner:
     """Composites pairs with all settings."""
 
-    def __init__(self, compositor: Compositor, mode: str, seed: int, gallery: Gallery | None) -> None:
+    def __init__(self, compositor: Compositor, mode: str | None, seed: int, gallery: Gallery | None) -> None:
         """Observe the compositor's engine.
 
         Args:
             compositor: nothing else may use it.
-            mode: of the placements.
+            mode: of the placements; the model's if None.
             seed: of the first pair.
             gallery: what objects are recognised among; None to leave recognition out.
         """
@@ -151,11 +151,12 @@ class TrialRunner:
         return [self._compare(pair, exact, composited[index]) for index in range(len(todo))]
 
     def _composite(self, pair: TruthPair, number: int, setting: Setting) -> _Composited:
-        self._compositor.forget()
+        self._compositor.clear()
         self._counter.reset()
         seed = self._seed + number + setting.seed_offset
         started, processor_started = time.perf_counter(), time.process_time()
-        (result,) = self._compositor.run(pair.guessed, pair.placement(self._mode), seed, setting.sampling)
+        request = Request(pair.guessed, [pair.placement(self._mode)], seed, setting.sampling)
+        (result,) = self._compositor.run(request)
         seconds, processor = time.perf_counter() - started, time.process_time() - processor_started
         return _Composited(result.image, seconds, processor, self._counter.rows)
 

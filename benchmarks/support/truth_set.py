@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.support.baselines import empty_box, exact_box, guess_background
 from runtime import Placement
 from runtime.imaging.boxes import Box
-from runtime.imaging.collage import Ratios, zoom_in
+from runtime.imaging.geometry import Ratios, zoom_in
 from training.data.pairs import UnfitPairError, check_masks
 from training.data.synthetic.views import HELD_OUT, View, reference_view, scene_view
 
@@ -68,7 +68,7 @@ class TruthPair:
         """`emptied` with a guess of the background in the hidden part, blended from the colours around it."""
         return guess_background(self.emptied, self.hidden)
 
-    def placement(self, mode: str = "keep_background") -> Placement:
+    def placement(self, mode: str | None = "keep_background") -> Placement:
         """Return the placement of the object in `guessed`; the networks see no more of it than `emptied`."""
         box = (self.box.x0, self.box.y0, self.box.x1, self.box.y1)
         return Placement(self.reference.image, self.reference.mask > _INSIDE, box=box, mode=mode)
