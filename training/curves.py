@@ -54,12 +54,12 @@ class Curves:
             self._events.add_scalar(name, value, step)
 
     def picture(self, step: int, sheet: NDArray[np.uint8]) -> None:
-        """A sheet of samples, (H, W, 3) RGB."""
+        """Shows a sheet of samples, (H, W, 3) RGB."""
         if self._events:
             self._events.add_image("samples", sheet, step, dataformats="HWC")
 
     def row(self, step: int) -> None:
-        """A line of the table, one per checkpoint: step, seconds of training so far, running means.
+        """Adds a line of the table, one per checkpoint: step, seconds of training so far, running means.
 
         The table is written anew each time: other losses than before are other columns, empty where there
         were none.

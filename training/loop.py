@@ -139,7 +139,7 @@ class EMA:
         self.weights = {name: shard(weights[name], like) for name, like in self.weights.items()}
 
     def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's state with the average in place of the trained weights."""
+        """Gives the module's state with the average in place of the trained weights."""
         return {**module.state_dict(), **self.weights}
 
 
@@ -207,7 +207,7 @@ class TrainState:
         self.ema = EMA(module, settings.ema) if settings.ema else None
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights to use: their average if there is one, else the last ones."""
+        """Gives the weights to use: their average if there is one, else the last ones."""
         return gather(self.ema.state_dict(self.module) if self.ema else self.module.state_dict())
 
     def save(self, step: int, folder: Path | None) -> None:

@@ -131,7 +131,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 
 def settings_from(options: argparse.Namespace, default_bundle: str) -> Settings:
-    """The settings from parsed flags, and the file that --config names.
+    """Makes the settings from parsed flags, and the file that --config names.
 
     Raises:
         InputError: the file cannot be read, or a value cannot be used.

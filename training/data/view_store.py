@@ -1,7 +1,7 @@
 """Views on disk: rendered once, read at random while training.
 
 A folder with two arrays that are mapped, not read: `scenes.npy` (N, V, S, S, 4) and `references.npy`
-(N, R, S, S, 4), both uint8, RGB and the object's mask; row n is the object of seed n. `done.txt` tells how
+(N, R, S, S, 4), both uint8, RGB and the object's mask; row n is the object of seed n. `done.txt` says how
 many rows are written, so that drawing can be interrupted, resumed, and read while it goes on.
 
 examples:
@@ -117,7 +117,7 @@ def draw_views(folder: Path, count: int, workers: int = 1) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, or 2 if the folder cannot be used."""
+    """Runs the command; returns 0, or 2 if the folder cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m training.data.view_store",
         description=__doc__,

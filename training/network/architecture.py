@@ -94,7 +94,7 @@ class Architecture:
         return int(2 ** (len(self.vae_channels) - 1))
 
     def detail_shapes(self, resolution: int) -> tuple[tuple[int, int, int], ...]:
-        """(channels, height, width) of the detail maps for a picture of `resolution` pixels."""
+        """Computes the (channels, height, width) of the detail maps for a picture of `resolution` pixels."""
         side, channels = resolution // self.latent_factor, self.unet_channels
         shapes = [(channels[0], side, side)]
         for level, width in enumerate(channels):

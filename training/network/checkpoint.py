@@ -6,6 +6,7 @@ Reading costs nothing until a tensor is used: files are memory-mapped, and no co
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -204,8 +205,11 @@ def write_checkpoint(
     metadata = {"format": "pt"} | settings_to_metadata(architecture)
     if defaults:
         metadata[DEFAULTS_KEY] = json.dumps(dict(defaults))
+    umask = os.umask(0)
+    os.umask(umask)
     with replacing(path) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+        partial.chmod(0o666 & ~umask)  # as any file: safetensors would let its owner alone read it
 
 
 def write_model(

@@ -4,7 +4,7 @@ What a network needs to reproduce an object is in its ID tokens, and where in th
 which of them it needs. The published model inherits attention that was trained on billions of pictures. A
 model that starts from nothing learns this late: after 160,000 samples the first heads of the example model
 were still spread over all tokens (cross-entropy 5.47 of 5.55 nats), and it drew an object's colours without
-its shape. Here one head of each cross-attention is asked to look where the cell's content is in the
+its shape. Here one head of each cross-attention is trained to look where the cell's content is in the
 reference, if the object were seen from the same side. The other heads and the exported graphs do not depend
 on it.
 """

@@ -53,7 +53,7 @@ class Denoising:
 
 
 class Denoiser(nn.Module):
-    """The parts that learn, as one module with one forward pass (which DDP asks for)."""
+    """The parts that learn, as one module with one forward pass (which DDP needs)."""
 
     def __init__(self, model: AnyDoor, guided: bool = False) -> None:
         super().__init__()

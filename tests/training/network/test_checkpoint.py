@@ -165,6 +165,12 @@ def test_defaults_travel_as_metadata(tiny_checkpoint: Path, tmp_path: Path) -> N
     assert read_checkpoint(path).architecture == TINY
 
 
+def test_a_checkpoint_is_readable_like_any_other_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    write_checkpoint(tmp_path / "a.safetensors", {"a": torch.zeros(2)}, TINY)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 @pytest.mark.parametrize("text", ["[1]", "2", "{", ""])
 def test_defaults_that_are_not_an_object_are_refused(
     tiny_checkpoint: Path, tmp_path: Path, text: str

@@ -1,6 +1,6 @@
 """Single images (MSRA-10K, DUT, HFlickr, LVIS, SAM), views (MVImgNet), try-on (VITON-HD, FashionTryOn).
 
-A single image is its own reference: the augmentation in `make_pair` is all that tells the two apart.
+A single image is its own reference: only the augmentation in `make_pair` makes the two differ.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class SalientObjects(Source):
         return len(self.files)
 
     def image_of(self, mask: Path) -> Path:
-        """The image that a mask belongs to."""
+        """Finds the image that a mask belongs to."""
         return self._images / f"{mask.stem}.jpg"
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """The image twice."""
+        """Reads the image twice."""
         file = self.files[index]
         shot = Shot(read_picture(self.image_of(file)), read_mask(file))
         return shot, shot
@@ -75,7 +75,7 @@ class HFlickr(SalientObjects):
     images, masks = ("real_images",), ("masks",)
 
     def image_of(self, mask: Path) -> Path:
-        """Several masks, numbered from 1, may belong to one image."""
+        """Finds the image that a mask belongs to; several, numbered from 1, may belong to one."""
         return self._images / f"{mask.stem.rpartition('_')[0]}.jpg"
 
 
@@ -103,7 +103,7 @@ class LVIS(Source):
         return len(self.numbers)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """One of the image's larger objects."""
+        """Reads one of the image's larger objects."""
         number = self.numbers[index]
         image = read_picture(self._images / f"{number:012d}.jpg")
         polygons = self.objects[number][int(rng.integers(len(self.objects[number])))]
@@ -125,7 +125,7 @@ class SAM(Source):
         return len(self.files)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """One of the image's larger masks."""
+        """Reads one of the image's larger masks."""
         file = self.files[index]
         with decoding(file):
             content = json.loads(file.read_bytes())
@@ -154,7 +154,7 @@ class MVImgNet(Source):
         return len(self.objects)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """Two views of an object."""
+        """Reads two views of an object."""
         masks = sorted(self.objects[index].glob("*.jpg.png"))
         first, second = (self._shot(masks[view]) for view in choose_frames(len(masks), rng))
         return first, second
@@ -182,7 +182,7 @@ class VitonHD(Source):
         return len(self.names)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """The garment, and a person who wears it."""
+        """Reads the garment, and a person who wears it."""
         train, name = self.root / "train", self.names[index]
         garment = Shot(
             read_picture(train / "cloth" / f"{name}.jpg"), read_mask(train / "cloth-mask" / f"{name}.jpg")
@@ -214,7 +214,7 @@ class FashionTryon(Source):
         return len(self.garments)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """The garment, and a person who wears it in one of the poses."""
+        """Reads the garment, and a person who wears it in one of the poses."""
         folder = self.garments[index]
         garment = Shot(read_picture(folder / "target.jpg"), read_mask(folder / "mask.jpg"))
         segment = self.poses[folder][int(rng.integers(len(self.poses[folder])))]

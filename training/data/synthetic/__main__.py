@@ -64,7 +64,7 @@ def draw_sheet(path: Path, first: int, rows: int = 8, side: int = 160) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, or 2 if there is nothing to draw or no way to write it."""
+    """Runs the command; returns 0, or 2 if there is nothing to draw or it cannot be written."""
     parser = argparse.ArgumentParser(
         prog="python -m training.data.synthetic",
         description=__doc__,
