@@ -19,13 +19,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from runtime.cli.composite import main
+from runtime.cli import main
 from runtime.client import AsyncClient, Client, ServerError, Tls
 from runtime.errors import InputError
 from runtime.imaging.pictures import load_picture
-from runtime.job import Composite
 from runtime.request import Placement, Request, Sampling
-from runtime.server.ticket import Preview, Queued, StepDone
+from runtime.result import Composite
+from runtime.server.events import Preview, Queued, StepDone
 from tests.support.serving import (
     BOX,
     OBJECT,
@@ -73,7 +73,7 @@ def test_client_is_a_compositor(client: Client, tiny_bundle: Path) -> None:
 def test_run_returns_seeds_regions_and_times(client: Client, tiny_bundle: Path) -> None:
     request = Request(SCENE, [PLACEMENT], 7, Sampling(steps=2), num_images=2)
     results = client.run(request)
-    expected = held_compositor(tiny_bundle)[0].run(**vars(request))
+    expected = held_compositor(tiny_bundle)[0].run(request)
     assert [(result.seed, result.regions) for result in results] == [(e.seed, e.regions) for e in expected]
     assert results[0].seconds["sample"] > 0
 
@@ -178,7 +178,7 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
         first = client._stub.Composite.future(message(steps=2), timeout=PATIENCE)
         server.engine.wait_for_steps(1)
         refused = threading.Event()
-        submit = server.server.scheduler.submit
+        submit = server.server.batcher.submit
 
         def watched(*arguments):  # type: ignore[no-untyped-def]
             try:
@@ -187,7 +187,7 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
                 refused.set()
                 raise
 
-        server.server.scheduler.submit = watched  # type: ignore[method-assign]
+        server.server.batcher.submit = watched  # type: ignore[method-assign]
         results: list[list[Composite]] = []
         # what follows the end of a PNG is not looked at
         request = Request(SCENE + b"\0" * padding, [PLACEMENT], 7, Sampling(steps=1))

@@ -18,7 +18,8 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.engine import choose_backend
-from runtime.request import Placement, Sampling
+from engines.options import EngineOptions
+from runtime.request import Placement, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server.logs import JsonFormatter
@@ -49,9 +50,8 @@ def stub(server: ServerThread) -> Iterator[Any]:
 
 def test_picture_is_the_compositors(server: ServerThread, stub: Any, tiny_bundle: Path) -> None:
     response = stub.Composite(message(steps=4, num_images=2), timeout=PATIENCE)
-    expected = held_compositor(tiny_bundle)[0].run(
-        SCENE, Placement(OBJECT, box=BOX), 7, Sampling(steps=4), num_images=2
-    )
+    request = Request(SCENE, [Placement(OBJECT, box=BOX)], 7, Sampling(steps=4), num_images=2)
+    expected = held_compositor(tiny_bundle)[0].run(request)
     assert [image.seed for image in response.images] == [7, 8]
     for image, result in zip(response.images, expected):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image.image))), result.image)
@@ -97,7 +97,7 @@ def test_unset_seed_is_random_and_reported(stub: Any) -> None:
 def test_model_info_tells_the_limits(stub: Any, tiny_bundle: Path) -> None:
     info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=PATIENCE)
     assert (info.resolution, info.precision, info.device) == (64, "fp32", "cpu")
-    assert info.backend == choose_backend(Bundle.open(tiny_bundle), "cpu")
+    assert info.backend == choose_backend(Bundle.open(tiny_bundle), EngineOptions(device="cpu"))
     assert (info.limits.message_bytes, info.limits.pixels, info.limits.steps) == (1 << 20, 1 << 16, 60)
     assert len(info.checkpoint_sha256) == 64
 
