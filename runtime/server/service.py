@@ -159,7 +159,8 @@ class CompositorService:
         self._batcher.submit(request, ticket)
         del message, request  # a request that waits is kept once
         try:
-            while True:
+            event: Event | None = None
+            while not isinstance(event, Finished):
                 event = await events.get()
                 if isinstance(event, Failed):
                     raise event.error

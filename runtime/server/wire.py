@@ -197,7 +197,7 @@ def defaults_message(defaults: Mapping[str, Any]) -> pb.ModelDefaults:
     Args:
         defaults: parameter -> value, as `Compositor.defaults`.
     """
-    names = pb.Sampling.DESCRIPTOR.fields_by_name.keys() - {"quality"}
+    names = set(pb.Sampling.DESCRIPTOR.fields_by_name) - {"quality"}
     return pb.ModelDefaults(
         sampling=_sampling_message(Sampling(**{name: defaults.get(name) for name in names})),
         mode=_number_of(defaults.get("mode"), MODES, "mode", "mode"),
