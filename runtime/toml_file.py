@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from runtime.errors import InputError
-from runtime.sizes import parse_size, size_flag
+from runtime.sizes import parse_size
 
 _Settings = TypeVar("_Settings")
 
@@ -28,16 +28,16 @@ def read_settings(path: Path, kind: type[_Settings], name: str) -> _Settings:
     return _Reader(path).build(kind, name, read_toml(path, name))
 
 
-def read_values(path: Path, kind: type, name: str) -> dict[str, Any]:
-    """Reads the values in a file, for the fields of a dataclass.
+def read_values(path: Path, kind: type | tuple[type, ...], name: str) -> dict[str, Any]:
+    """Reads the values in a file, for the fields of a dataclass, or of several side by side.
 
     A field's type says what its value is: int, float, bool, str, a Literal, a tuple (a TOML list), a
     dataclass (a table), a tuple of dataclasses (an array of tables), or a Mapping from str (a table with any
-    keys). A field whose metadata has the type `size_flag` is a number of bytes and may be written like "6G".
+    keys). A field whose metadata has `is_size` is a number of bytes and may be written like "6G".
 
     Args:
         path: of the file.
-        kind: the dataclass.
+        kind: the dataclass, or several; a field that is one of the others is no key.
         name: what to call the file in an error, like "the recipe".
 
     Returns:
@@ -83,10 +83,14 @@ class _Reader:
                 raise self._error(f"{place} lacks '{field.name}', which has no default")
         return kind(**values)
 
-    def values(self, kind: type, place: str, table: Mapping[str, Any]) -> dict[str, Any]:
-        """Checks a table against the fields of a dataclass."""
-        known = get_type_hints(kind)
-        sizes = {field.name for field in fields(kind) if field.metadata.get("type") is size_flag}
+    def values(
+        self, kind: type | tuple[type, ...], place: str, table: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Checks a table against the fields of a dataclass, or of several."""
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        hints = {name: hint for each in kinds for name, hint in get_type_hints(each).items()}
+        known = {name: hint for name, hint in hints.items() if hint not in kinds}
+        sizes = {field.name for each in kinds for field in fields(each) if field.metadata.get("is_size")}
         values = {}
         for key, value in table.items():
             if key not in known:
