@@ -159,8 +159,8 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         for name in _OF_THE_CHECKPOINT:
             if getattr(options, name) is not None:
                 raise AnyDoorError(
-                    f"--{name.replace('_', '-')} goes with a checkpoint: '{options.source}' is a bundle, which "
-                    "has its own"
+                    f"--{name.replace('_', '-')} goes with a checkpoint: '{options.source}' is a bundle, "
+                    "which has its own"
                 )
         bundle = Bundle.open(options.source)
         output = options.output or options.source.with_name(f"{options.source.name}-{backend}")

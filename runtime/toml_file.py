@@ -83,9 +83,7 @@ class _Reader:
                 raise self._error(f"{place} lacks '{field.name}', which has no default")
         return kind(**values)
 
-    def values(
-        self, kind: type | tuple[type, ...], place: str, table: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def values(self, kind: type | tuple[type, ...], place: str, table: Mapping[str, Any]) -> dict[str, Any]:
         """Checks a table against the fields of a dataclass, or of several."""
         kinds = kind if isinstance(kind, tuple) else (kind,)
         hints = {name: hint for each in kinds for name, hint in get_type_hints(each).items()}

@@ -6,7 +6,7 @@ import os
 from argparse import ArgumentParser
 from pathlib import Path
 
-from runtime.cli.composite import BUNDLE_VARIABLE
+from runtime.cli.flags import BUNDLE_VARIABLE
 
 EXAMPLE_BUNDLE = Path("examples/anydoor-small")
 

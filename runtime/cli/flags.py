@@ -67,7 +67,8 @@ def field_names(kind: type) -> list[str]:
     names: list[str] = []
     for field in fields(kind):
         hint = hints[field.name]
-        names += field_names(hint) if is_dataclass(hint) else [field.name]
+        nested = isinstance(hint, type) and is_dataclass(hint)
+        names += field_names(hint) if nested else [field.name]
     return names
 
 
