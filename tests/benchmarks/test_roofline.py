@@ -20,9 +20,8 @@ from benchmarks.support.limits import picture_limit
 from benchmarks.support.peaks import PUBLISHED, Peak
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from engines.spec import GRAPHS
 from export.systems.anydoor import GRAPH_MODULES, PART_OF_GRAPH, example_inputs
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from training.network.checkpoint import read_checkpoint
 
 Capture = pytest.CaptureFixture[str]

@@ -15,7 +15,9 @@ from export.build_engines import BuildOptions, build_bundle
 from export.progress import Progress
 from runtime import Compositor, Placement, Sampling
 from runtime.imaging.boxes import Box
-from runtime.imaging.collage import MODES, Ratios, make_hint
+from runtime.imaging.collage import make_hint
+from runtime.imaging.geometry import Ratios
+from runtime.imaging.modes import MODES
 from runtime.imaging.paste_back import paste_back, pasted_region
 from runtime.imaging.reference import prepare_reference
 from tests.support.tiny import TINY, RandomPairs
