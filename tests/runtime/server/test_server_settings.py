@@ -5,15 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli.composite import parser
+from engines.options import EngineOptions
+from runtime.cli import load_command, parser
+from runtime.cli.flags import field_names, given
+from runtime.cli.serve import add_arguments
 from runtime.errors import InputError
-from runtime.server.settings import Settings, add_flags, settings_from
+from runtime.server.settings import Settings, settings_from
 
 
 def settings(*flags: str) -> Settings:
     command = argparse.ArgumentParser()
-    add_flags(command)
-    return settings_from(command.parse_args(flags), "the-bundle")
+    add_arguments(command)
+    options = command.parse_args(flags)
+    return settings_from(given(options, field_names(Settings)), options.config, "the-bundle")
 
 
 def config(tmp_path: Path, text: str) -> str:
@@ -27,19 +31,26 @@ def test_defaults() -> None:
 
 def test_flags_come_before_the_file_before_the_defaults(tmp_path: Path) -> None:
     file = config(tmp_path, 'queue = 5\nmax_steps = 30\nlisten = ["unix:/a"]\ndrain_seconds = 3\n')
-    given = settings(file, "--max-steps=20", "--listen=b:1", "--listen=c:2")
-    assert (given.queue, given.max_steps, given.max_images) == (5, 20, Settings.max_images)
-    assert given.listen == ("b:1", "c:2")
+    found = settings(file, "--max-steps=20", "--listen=b:1", "--listen=c:2")
+    assert (found.queue, found.max_steps, found.max_images) == (5, 20, Settings.max_images)
+    assert found.listen == ("b:1", "c:2")
     assert settings(file).listen == ("unix:/a",)
-    assert given.limits.steps == 20
+    assert found.limits.steps == 20
+
+
+def test_options_of_the_engine_stand_beside_the_others(tmp_path: Path) -> None:
+    file = config(tmp_path, 'backend = "onnxruntime"\nthreads = 2\n')
+    found = settings(file, "--threads=3", "--cuda-graphs")
+    assert found.engine == EngineOptions(backend="onnxruntime", threads=3, cuda_graphs=True)
 
 
 def test_sizes_are_written_the_same_everywhere(tmp_path: Path) -> None:
     file = config(tmp_path, 'memory_budget = "6G"\nmax_message_bytes = 5000\ncache_bytes = "0.5G"\n')
-    assert (settings(file).memory_budget, settings(file).max_message_bytes) == (6 * 10**9, 5000)
-    assert settings(file, "--memory-budget=800M").memory_budget == 800 * 10**6
+    assert (settings(file).engine.memory_budget, settings(file).max_message_bytes) == (6 * 10**9, 5000)
+    assert settings(file, "--memory-budget=800M").engine.memory_budget == 800 * 10**6
     assert settings(file, "--cache-bytes=0").cache_bytes == 0
-    assert parser().parse_args(["doctor", "--memory-budget=6G"]).memory_budget == 6 * 10**9
+    doctor = parser([load_command("doctor")]).parse_args(["doctor", "--memory-budget=6G"])
+    assert doctor.memory_budget == 6 * 10**9
 
 
 @pytest.mark.parametrize(
