@@ -177,7 +177,7 @@ class ServerThread:
     def __init__(self, bundle: Path, **settings: Any) -> None:
         self.settings = Settings(bundle=str(bundle), **{"listen": ("127.0.0.1:0",), **settings})
         self.compositor, self.engine = held_compositor(bundle)
-        self.loop = asyncio.new_eventloop()
+        self.loop = asyncio.new_event_loop()
         self._ready: threading.Event = threading.Event()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
 
