@@ -66,8 +66,8 @@ def field_names(kind: type) -> list[str]:
     hints = get_type_hints(kind)
     names: list[str] = []
     for field in fields(kind):
-        hint = hints[field.name]
-        names += field_names(hint) if is_dataclass(hint) else [field.name]
+        within = is_dataclass(hints[field.name])
+        names += field_names(hints[field.name]) if within else [field.name]
     return names
 
 
