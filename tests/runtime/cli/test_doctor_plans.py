@@ -8,7 +8,7 @@ import pytest
 
 from engines.cuda import Device
 from engines.errors import BackendError
-from runtime.cli.composite import main
+from runtime.cli import main
 
 
 def no_card() -> str:
