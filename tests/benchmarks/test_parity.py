@@ -10,7 +10,7 @@ import pytest
 from benchmarks.parity import main
 from benchmarks.support.golden import read_case
 
-DRAWN = Path(__file__).parents[2] / "data" / "drawn.npz"
+DRAWN = Path(__file__).parents[1] / "data" / "drawn.npz"
 
 Capture = pytest.CaptureFixture[str]
 
