@@ -93,11 +93,11 @@ def manifest(memory: Mapping[str, GraphMemory] = MEMORY, batch: int = 4) -> Mani
     """Plans of these sizes."""
     graphs = {
         name: GraphRecord(
-            SPECS[name],
-            (FileRecord(f"{name}.plan", of.weights, ""),),
-            scratch_bytes={"tensorrt": of.scratch, "onnxruntime": 1},
+            spec,
+            (FileRecord(f"{name}.plan", memory[name].weights, ""),),
+            scratch_bytes={"tensorrt": memory[name].scratch, "onnxruntime": 1},
         )
-        for name, of in memory.items()
+        for name, spec in SPECS.items()
     }
     return Manifest(
         system="anydoor",
