@@ -21,7 +21,6 @@ from tests.support.simulated_card import SimulatedDevice, SimulatedPlans
 SCRATCH = {DENOISE: 2 << 20, CONTROL: 1 << 20, DECODE: 24 << 20, ID_ENCODER: 1 << 20}
 CACHE = 8 << 20
 WEIGHTS = {DENOISE: 40, CONTROL: 30, DECODE: 10, ID_ENCODER: 20}
-GRAPHS = tuple(WEIGHTS)
 
 
 def memory_plan(
