@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.support.graphs import DECODE
+from benchmarks.support.graphs import DECODE, ID_ENCODER
 from benchmarks.support.precisions import torch_dtype
 from benchmarks.support.sampling_step import guided_step
 from runtime.diffusion.ddim import ddim_schedule
@@ -104,7 +104,7 @@ class PyTorchPipeline:
             picture = load_picture(scene, "the scene", LARGEST.pixels).rgb
         prepared = [self._prepare(picture, placement, watch) for placement in placements]
         prepared *= len(noise) // len(prepared)
-        with self._measure(watch, "condition"):
+        with self._measure(watch, ID_ENCODER):
             tokens = self._tokens(prepared)
         hints = self._tensor(np.stack([of.hint.hint for of in prepared]))
         with self._measure(watch, "sample"):

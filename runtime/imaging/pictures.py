@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +144,7 @@ def save_picture(image: NDArray[np.uint8], path: str | Path) -> None:
     check_size((image.shape[1], image.shape[0]), path)
     content = encode_picture(image, format_of(path))
     if not path.parent.is_dir():
-        raise InputError(f"cannot write '{path}': there is no folder '{path.parent}'")
+        raise InputError(f"cannot write '{path}': {os.strerror(errno.ENOENT)}")
     try:
         write_bytes(path, content)
     except OSError as error:
