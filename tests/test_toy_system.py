@@ -50,6 +50,7 @@ from runtime.systems.system import Model
 from runtime.validation import Limits
 from tests.support.observers import RunCounter
 from tests.support.pictures import PLACEMENT, SCENE, Pixels, cutout
+from tests.support.serving import ServerThread
 
 PREDICT, PAINT, COLOURS = "predict", "paint", "colours"
 CHANNELS, FACTOR, RESOLUTION = 5, 4, 32
@@ -114,8 +115,7 @@ def write_checkpoint(path: Path) -> None:
 class ToySource:
     """A checkpoint, ready for export; see `export.systems.system.ExportSource`."""
 
-    system = "toy"
-    dtype = torch.float32
+    system, dtype = "toy", torch.float32
     defaults: Mapping[str, Any] = {"steps": 3, "guidance_scale": 1.5}
     architecture: Mapping[str, Any] = {"latent_channels": CHANNELS}
     dimensions: Mapping[str, int] = {SAMPLES: 1, ROWS: 2, COLOURS: 2}
@@ -159,9 +159,9 @@ def toy_specs(resolution: int) -> list[GraphSpec]:
         per_step=tuple(tensor.name for tensor in per_step),
         feedback={"latent": "next_latent", "carry": "epsilon"},
     )
-    one = TensorSpec("latent", "float32", (1, *shape))
+    latent = TensorSpec("latent", "float32", (1, *shape))
     image = TensorSpec("image", "uint8", (1, resolution, resolution, 3))
-    return [predict, GraphSpec(PAINT, "decode", (one,), (image,))]
+    return [predict, GraphSpec(PAINT, "decode", (latent,), (image,))]
 
 
 # --- runtime ----------------------------------------------------------------------------------------------
@@ -337,8 +337,7 @@ def test_pictures_that_share_a_batch_are_those_alone(compositor: Compositor) -> 
 
 def test_several_objects_are_placed_one_after_the_other(compositor: Compositor) -> None:
     second = Placement(cutout(seed=2), box=(60, 50, 100, 85))
-    (both,) = compositor.run(Request(SCENE, [PLACEMENT, second], 7))
-    (first,) = compositor.run(Request(SCENE, [PLACEMENT], 7))
+    both, first = (compositor.run(Request(SCENE, of, 7))[0] for of in ([PLACEMENT, second], [PLACEMENT]))
     assert both.regions == (Box(30, 20, 80, 70), Box(60, 50, 100, 85))
     changed = (both.image != first.image).any(axis=-1)
     assert changed[both.regions[1].slices].mean() > 0.9
@@ -361,8 +360,7 @@ def test_its_graphs_are_swapped_where_the_hosts_memory_is_short(bundle: Path) ->
         plan_host_memory(opened, "onnxruntime", tight.total - 1)
     images = []
     for plan, loads in ((roomy, 1), (tight, 2)):
-        options = EngineOptions("onnxruntime", "cpu", memory_budget=plan.budget)
-        compositor = Compositor.load(bundle, options)
+        compositor = Compositor.load(bundle, EngineOptions("onnxruntime", "cpu", memory_budget=plan.budget))
         compositor.engine.observer = counter = RunCounter()
         images.append(compositor.run(Request(SCENE, [PLACEMENT, PLACEMENT], 7))[0].image)
         assert counter.loads == {PREDICT: loads, PAINT: loads}
@@ -387,8 +385,6 @@ def test_its_plans_have_a_memory_plan_for_a_card(bundle: Path) -> None:
 
 
 def test_a_server_serves_it(bundle: Path) -> None:
-    from tests.support.serving import ServerThread
-
     compositor = Compositor.load(bundle, EngineOptions("onnxruntime", "cpu"))
     two = Request(SCENE, [PLACEMENT], 7, Sampling(guidance_scale=2.0), num_images=2)
     with ServerThread(bundle) as server, server.client() as client:
@@ -398,3 +394,7 @@ def test_a_server_serves_it(bundle: Path) -> None:
                 assert np.abs(found.image.astype(int) - expected.image).max() <= 1
         with pytest.raises(InputError, match="into boxes, not into masks"):
             client.run(Request(SCENE, [Placement(cutout(), mask=EVERYWHERE)], 7))
+        kinds = [type(event).__name__ for event in client.stream(two, preview_every=1)]
+        assert (kinds.count("Preview"), kinds[-1]) == (4, "list")
+        info = client.model_info()
+    assert (info.system, info.resolution, info.defaults.sampling.steps) == ("toy", RESOLUTION, 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.errors import BundleError
@@ -186,6 +186,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     )
 
 
+@settings(max_examples=30)
 @given(manifests())
 def test_any_manifest_is_read_back(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> None:
     again = read(tmp_path_factory.getbasetemp(), manifest.to_json())
