@@ -148,13 +148,13 @@ def test_plans_keep_the_scratch_memory_that_their_builder_named(tmp_path: Path) 
 
 @pytest.mark.parametrize("key", ["graphs", "constants", "max_batch", "precision", "model", "architecture"])
 def test_something_is_missing(tmp_path: Path, key: str) -> None:
-    with pytest.raises(BundleError, match=f"incomplete.*'{key}'.*rebuild"):
+    with pytest.raises(BundleError, match=f"cannot be used.*'{key}'.*rebuild"):
         read_manifest(edited(tmp_path, lambda content: content.pop(key)))
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_a_graph_is_missing(tmp_path: Path, graph: str) -> None:
-    with pytest.raises(BundleError, match=f"incomplete.*'{graph}'.*rebuild"):
+    with pytest.raises(BundleError, match=f"cannot be used.*'{graph}'.*rebuild"):
         read_manifest(edited(tmp_path, lambda content: content["graphs"].pop(graph)))
 
 

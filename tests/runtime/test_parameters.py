@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from engines.errors import BundleError
 from engines.manifest import MANIFEST
 from engines.options import EngineOptions
-from runtime import Compositor, InputError, Placement, Request, Sampling
+from runtime import Compositor, Placement, Request, Sampling
 from runtime.diffusion.presets import QUALITIES
 from runtime.parameters import (
     PLACEMENT_PARAMETERS,
@@ -171,11 +171,11 @@ def test_a_request_overrides_the_quality_and_the_quality_the_manifest(
 def test_a_default_of_the_manifest_that_is_out_of_range_is_refused(
     with_defaults: Callable[[Mapping[str, Any]], Path],
 ) -> None:
-    compositor = Compositor.load(with_defaults({"steps": 0}), CPU)
-    request = Request(SCENE, [Placement(cutout(), box=BOX)], 7)
-    with pytest.raises(InputError, match="steps must be a whole number from 1 to 999, not 0"):
-        compositor.accept(request)
-    assert compositor.accept(replace(request, sampling=Sampling(steps=2))).sampling.steps == 2
+    bundle = with_defaults({"steps": 0})
+    with pytest.raises(
+        BundleError, match="unusable defaults: steps must be a whole number from 1 to 999, not 0"
+    ):
+        Compositor.load(bundle, CPU)
 
 
 @pytest.mark.parametrize("name", ["strength", "seed", "quality"])
