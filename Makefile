@@ -33,6 +33,7 @@ proto: $(VENV)/.dev
 
 # what takes too long for every test run
 nightly: $(VENV)/.dev
+	$(BIN)/python -m pytest -m nightly
 	ANYDOOR_FUZZ_REQUESTS=5000 $(BIN)/python -m pytest tests/runtime/server/test_server_fuzz.py
 
 format: $(VENV)/.dev

@@ -20,6 +20,7 @@ from engines.options import EngineOptions
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.drawing import Drawing
 from runtime.errors import InputError, in_field
+from runtime.imaging.geometry import Ratios
 from runtime.imaging.pictures import PictureLike, load_picture
 from runtime.job import ImageJob, Job
 from runtime.parameters import (
@@ -101,7 +102,8 @@ class Compositor:
         """
         try:
             check_sampling(sampling_parameters(Sampling(), self.defaults))
-            _ = placement_parameters(dict.fromkeys(PLACEMENT_PARAMETERS), self.defaults).ratios
+            ratios = {name: self.defaults.get(f"{name}_ratio") for name in ("reference", "box", "crop")}
+            Ratios(**{name: ratio for name, ratio in ratios.items() if ratio is not None})
         except InputError as error:
             raise BundleError(f"the bundle at '{self.bundle.path}' has unusable defaults: {error}") from error
 

@@ -63,7 +63,8 @@ def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> No
     interval = sampling.guidance_interval
     with in_field("guidance_interval"):
         if not isinstance(interval, tuple | list) or len(interval) != 2:
-            raise InputError(f"guidance_interval must be a lower and a higher timestep, not {interval!r}")
+            given = ", ".join(map(str, interval)) if isinstance(interval, tuple | list) else repr(interval)
+            raise InputError(f"guidance_interval must be a lower and a higher timestep, not {given}")
     for timestep in interval:
         _check_integer("guidance_interval", timestep, 0, MAX_STEPS)
     with in_field("guidance_interval"):

@@ -18,6 +18,9 @@ from engines.bundle import sha256
 from training.network.architecture import Prediction
 from training.network.modules import AnyDoor
 
+# a study whose question is answered
+pytestmark = pytest.mark.nightly
+
 RESOLUTION = 64
 
 Capture = pytest.CaptureFixture[str]
