@@ -172,7 +172,8 @@ class _Workers:
         self, ticket: Ticket, index: int, overlay: Callable[[Picture], Picture], drawn: Picture
     ) -> None:
         """Delivers what a picture looks like so far."""
-        self._queue.tell(ticket, Preview(index, encode_picture(overlay(drawn), "JPEG")))
+        with ticket.previewing:
+            self._queue.tell(ticket, Preview(index, encode_picture(overlay(drawn), "JPEG")))
 
     def finish(self, ticket: Ticket, image: ImageJob, drawn: Picture) -> None:
         """Pastes what was drawn; then the next placement waits, or the picture is done."""
@@ -183,7 +184,8 @@ class _Workers:
         job = image.job
         with job.watch.measure("encode"):
             content = encode_picture(image.image, ticket.file_format)
-        with self._queue.changed:
+        # a preview that another worker still encodes is told before the end
+        with ticket.previewing, self._queue.changed:
             ticket.encoded[image.index] = content
             if len(ticket.encoded) == len(job.images):
                 images = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -46,5 +47,7 @@ class Ticket:
     """Requests that start before it, as last announced."""
     steps_done: int = 0
     """Over all pictures and placements."""
+    previewing: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a preview is encoded and told."""
     encoded: dict[int, bytes] = field(default_factory=dict)
     """Index of a finished picture -> its file."""
