@@ -12,7 +12,6 @@ A page names a table between two comments, and this command rewrites what stands
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.support.results import read_results
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 
 Json = dict[str, Any]
 Cell = Callable[[Json], str]
@@ -30,18 +30,8 @@ Cell = Callable[[Json], str]
 _BLOCK = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 _SAMPLES, _BATCH = "samples of one placement", "different placements at once"
 _BACKENDS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "": "PyTorch, eager"}
-_PRECISIONS = {"fp32": "FP32", "bf16": "BF16", "float32": "FP32", "bfloat16": "BF16"}
+_PRECISIONS = {"fp32": "FP32", "bf16": "BF16"}
 _METHODS = {"AnyDoor": "**the example model**"}
-_EARLIER_WORDS = {
-    '"solver"': '"sampler"',
-    '"dpm2m': '"dpm_solver_2m',
-    '"subject"': '"contender"',
-    '"dtype"': '"precision"',
-    '"float32"': '"fp32"',
-    '"float16"': '"fp16"',
-    '"bfloat16"': '"bf16"',
-}
-"""What some results call what is called otherwise today."""
 
 
 def table(rows: Iterable[Json], columns: Mapping[str, Cell]) -> str:
@@ -66,15 +56,6 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
 
 
-def read(name: str) -> Json:
-    """Reads a results file by its name without the suffix."""
-    text = (RESULTS / f"{name}.json").read_text("utf-8")
-    for before, now in _EARLIER_WORDS.items():
-        text = text.replace(before, now)
-    found: Json = json.loads(text)
-    return found
-
-
 def machine(results: Json) -> str:
     """Names the processor of a results file and the instructions that decide its speed."""
     described = results["machine"]
@@ -88,7 +69,7 @@ def latency_rows(*names: str) -> list[Json]:
     """Lists what `benchmarks/latency.py` measured, each row with its machine and its summary of 50 steps."""
     rows = []
     for name in names:
-        results = read(name)
+        results = read_results(name)
         shared = {"machine": machine(results), "peaks": results["peaks"]}
         rows += [row | row["summary"]["50 steps"] | shared for row in results["rows"]]
     return rows
@@ -190,7 +171,7 @@ def work() -> str:
         "inputs and outputs MB": lambda row: number(row["io_bytes"] / 1e6, 0),
         "moved if nothing is fused, MB": lambda row: number(row["unfused_bytes"] / 1e6, 0),
     }
-    return table(read("latency-full-cpu")["roofline"]["graphs"], columns)
+    return table(read_results("latency-full-cpu")["roofline"]["graphs"], columns)
 
 
 def estimates() -> str:
@@ -207,13 +188,13 @@ def estimates() -> str:
         "picture s": lambda row: number(row["picture_seconds"]),
         "re-roll s": lambda row: number(reroll(row)),
     }
-    return table(read("latency-full-cpu")["roofline"]["estimates_fp16"], columns)
+    return table(read_results("latency-full-cpu")["roofline"]["estimates_fp16"], columns)
 
 
 def footprint_build() -> str:
     """Tabulates what building the full-size bundle takes, by graph."""
     graphs: dict[str, Json] = {}
-    for entry in read("footprint-full-cpu")["build"]:
+    for entry in read_results("footprint-full-cpu")["build"]:
         graph, _, part = entry["name"].partition(": ")
         found = graphs.setdefault(graph, {"graph": graph, "peak_gb": 0.0, "all": 0.0})
         found[part] = entry["seconds"]
@@ -239,7 +220,7 @@ def footprint_run() -> str:
     }
     peak: dict[str, dict[str, float]] = {}
     for title, name in plans.items():
-        for part in read(name)["composite"]:
+        for part in read_results(name)["composite"]:
             for row in (part["name"], "all"):
                 found = peak.setdefault(row, {})
                 found[title] = max(found.get(title, 0.0), part["peak_gb"])
@@ -291,7 +272,7 @@ def quality(*levers: str) -> str:
 
 
 def _quality_rows(*levers: str) -> list[Json]:
-    return [row for row in read("quality-small-cpu")["rows"] if row["lever"] in levers]
+    return [row for row in read_results("quality-small-cpu")["rows"] if row["lever"] in levers]
 
 
 def feature_reuse() -> str:
@@ -303,7 +284,7 @@ def feature_reuse() -> str:
         "UNet operations, of 50 full steps": lambda row: percent(row["operations"]),
         "distance of the last latents": lambda row: number(row["distance"], 3),
     }
-    return table(read("feature-reuse-small")["rows"], columns)
+    return table(read_results("feature-reuse-small")["rows"], columns)
 
 
 def fidelity() -> str:
@@ -316,7 +297,7 @@ def fidelity() -> str:
         "by colours": lambda row: percent(row["retrieval"]["colours"]),
         "by edges": lambda row: percent(row["retrieval"]["edges"]),
     }
-    return table(read("fidelity-small")["rows"], columns)
+    return table(read_results("fidelity-small")["rows"], columns)
 
 
 def load() -> str:
@@ -331,7 +312,7 @@ def load() -> str:
         "refused": lambda row: str(row["refused"]),
         "late": lambda row: str(row["late"]),
     }
-    return table(read("load-small-cpu")["rows"], columns)
+    return table(read_results("load-small-cpu")["rows"], columns)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {

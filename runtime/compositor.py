@@ -16,6 +16,7 @@ from PIL import Image
 from engines.bundle import Bundle
 from engines.engine import Engine, open_engine
 from engines.errors import BundleError
+from engines.memory_plan import LARGEST_CACHE
 from engines.options import EngineOptions
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.drawing import Drawing
@@ -47,7 +48,6 @@ StepCallback = Callable[[int, int], object]
 """Called after every step with the steps done and all steps, counted over all pictures and placements."""
 
 _SHARE_OF_MEMORY = 8
-_LARGEST_CACHE = 4 << 30
 
 
 class Compositor:
@@ -286,8 +286,8 @@ def default_cache_bytes() -> int:
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return _LARGEST_CACHE // 4
-    return min(memory // _SHARE_OF_MEMORY, _LARGEST_CACHE)
+        return LARGEST_CACHE // 4
+    return min(memory // _SHARE_OF_MEMORY, LARGEST_CACHE)
 
 
 def _cache_bytes(engine: Engine, wanted: int | None) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from benchmarks.support.results import read_results
 
 PAGE = "before\n<!-- table: {name} -->\nold\n<!-- end -->\nafter\n"
 
@@ -52,7 +53,7 @@ def test_every_table_has_rows_of_one_width(name: str) -> None:
 
 def test_figures_are_those_of_the_results() -> None:
     row = next(
-        row for row in tables.read("latency-full-amx")["rows"] if row["contender"]["precision"] == "bf16"
+        row for row in read_results("latency-full-amx")["rows"] if row["contender"]["precision"] == "bf16"
     )
     summary = row["summary"]["50 steps"]
     cell = f"{summary['p50']:.0f} ({summary['times_pytorch']['picture']:.2f} x)"

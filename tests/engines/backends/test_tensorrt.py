@@ -24,7 +24,7 @@ from engines.backends.tensorrt.library import (
 )
 from engines.backends.tensorrt.plans import PlanTensor, check_signature, open_plan
 from engines.bundle import Bundle, file_record
-from engines.cuda import Card, Device, OutOfDeviceMemoryError, cuda_error, load_cuda_python
+from engines.cuda import Card, OutOfDeviceMemoryError, cuda_error, load_cuda_python
 from engines.engine import open_engine
 from engines.errors import AnyDoorError, BackendError, BundleError
 from engines.manifest import MANIFEST, read_manifest
@@ -32,19 +32,11 @@ from engines.memory_plan import plan_device_memory
 from engines.options import EngineOptions
 from engines.spec import TensorSpec
 from tests.support.anydoor import DECODE, DENOISE
+from tests.support.cards import no_card
 from tests.support.simulated_card import SimulatedDevice
 
 RTX = "tensorrt_rtx"
 EXAMPLE = Path(__file__).parents[3] / "examples" / "anydoor-small"
-
-
-def no_card() -> str:
-    """What the driver of this machine says; empty if there is a card."""
-    try:
-        Device()
-    except BackendError as error:
-        return str(error)
-    return ""
 
 
 without_card = pytest.mark.skipif(not no_card(), reason="there is a card")

@@ -6,18 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.cuda import Device
-from engines.errors import BackendError
 from runtime.cli import main
-
-
-def no_card() -> str:
-    """What the driver of this machine says; empty if there is a card."""
-    try:
-        Device()
-    except BackendError as error:
-        return str(error)
-    return ""
+from tests.support.cards import no_card
 
 
 def test_doctor_tells_what_would_live_where(
