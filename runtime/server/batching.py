@@ -172,8 +172,12 @@ class _Workers:
         self, ticket: Ticket, index: int, overlay: Callable[[Picture], Picture], drawn: Picture
     ) -> None:
         """Delivers what a picture looks like so far."""
-        with ticket.previewing:
-            self._queue.tell(ticket, Preview(index, encode_picture(overlay(drawn), "JPEG")))
+        content = encode_picture(overlay(drawn), "JPEG")
+        with self._queue.changed:
+            self._queue.tell(ticket, Preview(index, content))
+            ticket.previews -= 1
+            if ticket.finished and not ticket.previews:
+                self._queue.end(ticket, ticket.finished)
 
     def finish(self, ticket: Ticket, image: ImageJob, drawn: Picture) -> None:
         """Pastes what was drawn; then the next placement waits, or the picture is done."""
@@ -184,14 +188,16 @@ class _Workers:
         job = image.job
         with job.watch.measure("encode"):
             content = encode_picture(image.image, ticket.file_format)
-        # a preview that another worker still encodes is told before the end
-        with ticket.previewing, self._queue.changed:
+        with self._queue.changed:
             ticket.encoded[image.index] = content
             if len(ticket.encoded) == len(job.images):
                 images = [
                     FinishedImage(ticket.encoded[of.index], of.seed, tuple(of.regions)) for of in job.images
                 ]
-                self._queue.end(ticket, Finished(images, job.watch.seconds))
+                ticket.finished = Finished(images, job.watch.seconds)
+                # else the last preview, which another worker encodes, ends it
+                if not ticket.previews:
+                    self._queue.end(ticket, ticket.finished)
 
 
 class _EngineThread:
@@ -330,10 +336,10 @@ class _EngineThread:
 
     def _send_previews(self, samples: Sequence[Sample]) -> None:
         for sample, drawn in self._drawing.previews(samples):
-            image = self._drawing.running[sample]
-            self._workers.run(
-                self._tickets[sample], self._workers.preview, image.index, image.overlay(), drawn
-            )
+            ticket, image = self._tickets[sample], self._drawing.running[sample]
+            with self._queue.changed:
+                ticket.previews += 1
+            self._workers.run(ticket, self._workers.preview, image.index, image.overlay(), drawn)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         """Ends a request that the engine failed on.

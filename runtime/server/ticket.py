@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from runtime.server.events import Event
+from runtime.server.events import Event, Finished
 
 if TYPE_CHECKING:
     from runtime.job import ImageJob, Job
@@ -47,7 +46,9 @@ class Ticket:
     """Requests that start before it, as last announced."""
     steps_done: int = 0
     """Over all pictures and placements."""
-    previewing: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a preview is encoded and told."""
+    previews: int = 0
+    """Previews that were drawn and are not told yet."""
     encoded: dict[int, bytes] = field(default_factory=dict)
     """Index of a finished picture -> its file."""
+    finished: Finished | None = None
+    """Set when every picture is encoded; told after the last preview."""

@@ -8,13 +8,17 @@ from __future__ import annotations
 import io
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from runtime.compositor import Compositor
 from runtime.request import Placement, Request, Sampling
+from runtime.server import batching
 from runtime.server.events import DeadlineError, Failed, Finished, Preview, Queued, StepDone
+from runtime.server.ticket import Ticket
 from runtime.systems.anydoor import CONTROL, ID_ENCODER
 from tests.support.scheduling import PLACEMENT, TOLERANCE, Bench, request
 from tests.support.serving import BOX, PATIENCE, SCENE, object_array, scene_array, wait_until
@@ -154,6 +158,19 @@ def test_previews_approach_the_picture(bench: Bench) -> None:
     decoded = [np.asarray(Image.open(io.BytesIO(preview.image))) for preview in previews]
     distances = [np.abs(each.astype(int) - picture).mean() for each in decoded]
     assert distances[1] < distances[0]
+
+
+def test_a_preview_that_is_late_comes_before_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    preview = batching._Workers.preview
+
+    def preview_after_the_picture(workers: object, ticket: Ticket, *arguments: Any) -> None:
+        wait_until(lambda: ticket.encoded)
+        preview(workers, ticket, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(batching._Workers, "preview", preview_after_the_picture)
+    follower = bench.submit(request(steps=4), preview_every=2)
+    assert isinstance(follower.end(), Finished)
+    assert [type(event) for event in follower.events[-2:]] == [Preview, Finished]
 
 
 # --- detail maps ------------------------------------------------------------------------------------------
