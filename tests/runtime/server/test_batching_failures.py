@@ -22,8 +22,9 @@ def test_a_failure_does_not_hurt_the_batch_mates(bench: Bench, alone: Compositor
     bench.engine.hold()
     good = [bench.submit(request(steps=4, seed=seed)) for seed in (1, 2)]
     bench.engine.wait_for_steps(1)
+    wait_until(lambda: all(follower.ticket.waiting or follower.ticket.running for follower in good))
     bench.engine.fails = fault(bench.engine, alone, marked, graph)
-    bad = bench.submit(Request(SCENE, [marked], 3, Sampling(steps=3, guidance_scale=9.5)))
+    bad = bench.submit(Request(SCENE, [marked], 3, Sampling(steps=4, guidance_scale=9.5)))
     wait_until(lambda: bad.ticket.waiting)
     bench.engine.release()
     assert "caught fire" in str(bad.error())
@@ -35,7 +36,7 @@ def test_a_failure_does_not_hurt_the_batch_mates(bench: Bench, alone: Compositor
 
 def fault(engine: HeldEngine, alone: Compositor, marked: Placement, graph: str) -> Any:
     """Recognises calls of a graph in which the request with the marked placement takes part."""
-    job = alone.accept(Request(SCENE, [marked], 3, Sampling(steps=3, guidance_scale=9.5)))
+    job = alone.accept(Request(SCENE, [marked], 3, Sampling(steps=4, guidance_scale=9.5)))
     prepared: Any = job.placements[0]
     hint = prepared.hint.hint
     reference = prepared.reference.image.astype(np.float32).transpose(2, 0, 1)[None] / 255
@@ -49,7 +50,7 @@ def fault(engine: HeldEngine, alone: Compositor, marked: Placement, graph: str) 
         if graph == CONTROL:
             return np.array_equal(inputs["hint"].reshape(hint.shape), hint)
         if graph == "decode":
-            # all three end together, and the marked one joined last
+            # all take as many steps, and the marked one joined last
             done["decodes"] += 1
             return done["decodes"] == 3
         return 9.5 in inputs["guidance_scale"]
