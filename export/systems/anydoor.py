@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from engines.engine import Array, Engine
 from engines.errors import AnyDoorError
@@ -176,6 +178,9 @@ def graph_specs(
     return {spec.name: spec for spec in specs}
 
 
+_UNMASKED = "sdpa_unmasked"
+
+
 class IDEncoderGraph(nn.Module):
     """Reference -> ID tokens."""
 
@@ -184,6 +189,10 @@ class IDEncoderGraph(nn.Module):
     def __init__(self, model: AnyDoor) -> None:
         super().__init__()
         self.model = model
+        # while it is traced, transformers makes a mask that masks nothing, and PyTorch guards against rows
+        # that are all masked; it makes none for an implementation that it does not know
+        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+        model.id_encoder.dino.set_attn_implementation(_UNMASKED)
         model.id_encoder.fix_positions(REFERENCE_SIZE)
         self.dtype = model.id_encoder.projector.weight.dtype
 

@@ -1,0 +1,1 @@
+"""Rewrites exported graphs into the operators that an execution provider has fast kernels for."""

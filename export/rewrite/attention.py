@@ -1,0 +1,137 @@
+"""Scaled dot-product attention -> com.microsoft.MultiHeadAttention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript.rewriter.pattern import ANY_VALUE
+
+from export.rewrite.rule import MICROSOFT, Rule
+from export.rewrite.values import dimensions, permuted, reshape_result, reshaped, scalar, shape_items
+
+
+class TransposedKeys(Rule):
+    """Keys that are transposed as (B H, L, D) -> one Transpose of (B, H, L, D).
+
+    PyTorch's exporter writes Reshape, Transpose, Reshape, with shapes that it computes at run time where a
+    dimension is variable.
+    """
+
+    name = "transposed keys"
+
+    def pattern(self, op: Any, keys: Any, flat_shape: Any, full_shape: Any) -> Any:
+        """(B, H, L, D) -> (B H, L, D) -> (B H, D, L) -> (B, H, D, L)."""
+        return op.Reshape(op.Transpose(op.Reshape(keys, flat_shape), perm=[0, 2, 1]), full_shape)
+
+    def check(self, context: Any, **found: Any) -> bool:
+        """Requires that the reshapes leave the last two axes alone."""
+        source = dimensions(found["keys"])
+        flat, full = shape_items(found["flat_shape"]), shape_items(found["full_shape"])
+        if source is None or len(source) != 4 or flat is None or len(flat) != 3:
+            return False
+        return flat[1:] == source[2:] and reshaped(source, full) == permuted(source, (0, 1, 3, 2))
+
+    def rewrite(self, op: Any, keys: Any, **_: Any) -> Any:
+        """(B, H, L, D) -> (B, H, D, L)."""
+        return op.Transpose(keys, perm=[0, 1, 3, 2])
+
+
+@dataclass(frozen=True)
+class HeadLimits:
+    """Which head widths a kernel of MultiHeadAttention takes."""
+
+    multiple_of: int = 1
+    largest: int | None = None
+
+
+CUDA_HEADS = HeadLimits(multiple_of=8, largest=256)
+"""Flash attention, FP16: `flash::is_supported` in onnxruntime/contrib_ops/cuda/bert/flash_attention/
+flash_api.cc. In FP32 it is memory-efficient attention, for the same multiple and up to 1024 channels
+(`has_memory_efficient_attention` in cutlass_fmha/memory_efficient_attention.h). For the decoder's one head of
+512 channels that was no faster than the plain operators on an H100, so one limit does for both."""
+
+CPU_HEADS = HeadLimits()
+"""Any width, but float32 alone: onnxruntime/contrib_ops/cpu/bert/multihead_attention.cc."""
+
+
+class Attention(Rule):
+    """Heads split, scores scaled, Softmax, heads merged -> MultiHeadAttention of (B, L, H D) tensors.
+
+    No matrix of scores is made where the kernel is flash attention. Queries may be more or fewer than keys.
+    The scale is 1 / sqrt(D) unless the graph has another one. Source: MultiHeadAttention in ONNX Runtime's
+    docs/ContribOperators.md; the limits are those of the kernel, see `CUDA_HEADS` and `CPU_HEADS`.
+    """
+
+    name = "MultiHeadAttention"
+
+    def __init__(self, heads: HeadLimits) -> None:
+        super().__init__()
+        self._heads = heads
+
+    def pattern(
+        self, op: Any, query: Any, key: Any, value: Any, query_scale: Any, key_scale: Any, merged_shape: Any
+    ) -> Any:
+        """Softmax(s Q (s K)^T) V for every head."""
+
+        def split(data: Any, output: str) -> Any:
+            return op.Transpose(op.Reshape(data, ANY_VALUE, _outputs=[output]), perm=[0, 2, 1, 3])
+
+        queries, values = split(query, "queries"), split(value, "values")
+        keys = op.Transpose(split(key, "keys"), perm=[0, 1, 3, 2])
+        scores = op.MatMul(op.Mul(queries, query_scale), op.Mul(keys, key_scale))
+        weights = op.Softmax(scores, axis=-1, _outputs=["weights"])
+        merged = op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3])
+        return op.Reshape(merged, merged_shape)
+
+    def check(self, context: Any, **found: Any) -> bool:
+        """Requires that heads are split and merged along the last axis, and a head width of the kernel's."""
+        split = _split_heads(found["queries"])
+        others = [_split_heads(found[name]) for name in ("keys", "values")]
+        if split is None or any(other != split for other in others) or _scale(found) is None:
+            return False
+        width, whole = split[1], dimensions(found["query"]) or ()
+        if reshaped((*whole[:2], *split), shape_items(found["merged_shape"])) != whole:
+            return False
+        softmax, limits = found["weights"].producer(), self._heads
+        if limits.largest is not None and width > limits.largest:
+            return self.keep(softmax, f"heads of {width} channels are wider than {limits.largest}")
+        if width % limits.multiple_of:
+            return self.keep(softmax, f"heads of {width} channels are not a multiple of {limits.multiple_of}")
+        return True
+
+    def rewrite(self, op: Any, query: Any, key: Any, value: Any, **found: Any) -> Any:
+        """MultiHeadAttention."""
+        split, scale = _split_heads(found["queries"]), _scale(found)
+        assert split is not None
+        assert scale is not None
+        heads, width = split
+        usual = 1 / math.sqrt(width)
+        # its square root was rounded to the dtype of the graph, twice
+        if math.isclose(scale, usual, rel_tol=2**-9):
+            scale = usual
+        return op.MultiHeadAttention(
+            query, key, value, num_heads=heads, scale=scale, _domain=MICROSOFT, _version=1
+        )
+
+
+def _scale(found: Mapping[str, ir.Value]) -> float | None:
+    """What scores are multiplied by; None if it is not constant."""
+    scales = [scalar(found[name]) for name in ("query_scale", "key_scale")]
+    return None if None in scales else math.prod(scale or 0 for scale in scales)
+
+
+def _split_heads(split: ir.Value) -> tuple[int, int] | None:
+    """(H, D) if a Reshape splits (B, L, H D) into (B, L, H, D), else None."""
+    reshape = split.producer()
+    assert reshape is not None
+    whole, parts = dimensions(reshape.inputs[0]), reshape_result(split)
+    if whole is None or parts is None or len(whole) != 3 or len(parts) != 4 or parts[:2] != whole[:2]:
+        return None
+    heads, width = parts[2:]
+    if not isinstance(heads, int) or not isinstance(width, int) or heads * width != whole[2]:
+        return None
+    return heads, width

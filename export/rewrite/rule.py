@@ -1,0 +1,62 @@
+"""A rewrite rule: one pattern, what it becomes, and the limits of the kernel that computes it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript.rewriter import RewriteRule, RewriteRuleSet
+
+MICROSOFT = "com.microsoft"
+"""Domain of the operators that ONNX Runtime adds to ONNX."""
+
+Anchor = Callable[[ir.Node], bool]
+"""Says whether a node belongs to a pattern and to nothing else, so that counting nodes counts patterns."""
+
+
+class Rule(ABC):
+    """A pattern that becomes other operators with the same result.
+
+    `pattern`, `check` and `rewrite` are those of onnxscript's rewriter. Nodes whose results nobody uses any
+    more are removed afterwards, so a result inside the pattern may have other readers.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self.kept: dict[ir.Node, str] = {}
+        """Node -> why the kernel does not take the pattern that it belongs to."""
+
+    @abstractmethod
+    def pattern(self, op: Any, *values: Any) -> Any:
+        """Describes the operators to look for."""
+
+    def check(self, context: Any, **found: Any) -> bool:
+        """Says whether operators that look like the pattern can be replaced."""
+        return True
+
+    @abstractmethod
+    def rewrite(self, op: Any, *values: Any, **found: Any) -> Any:
+        """Builds the replacement."""
+
+    def keep(self, node: ir.Node, reason: str) -> bool:
+        """Notes that a pattern stays because the kernel does not take it. Returns False."""
+        self.kept[node] = reason
+        return False
+
+    def apply(self, model: ir.Model) -> int:
+        """Replaces the pattern wherever it is found. Returns how often that was."""
+        rule = RewriteRule(self.pattern, self.rewrite, self.check, name=self.name, remove_nodes=False)
+        count: int = RewriteRuleSet([rule], commute=True).apply_to_model(model)
+        if count:
+            passes.IdentityEliminationPass()(model)
+            passes.RemoveUnusedNodesPass()(model)
+        return count
+
+
+def operator(*types: str) -> Anchor:
+    """The nodes of some types of standard operators."""
+    return lambda node: node.domain == "" and node.op_type in types
