@@ -16,7 +16,7 @@ demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
 	@$(BIN)/anydoor composite --bundle $(DEMO_BUNDLE) \
 		--reference examples/object.png --scene examples/scene.png --box "$$(cat examples/scene_box.txt)" \
-		--backend onnxruntime --mode keep_background --crop-ratio 1.3 --steps 12 --guidance-scale 2 --seed 7 --output $(DEMO_PICTURE)
+		--backend onnxruntime --steps 12 --seed 7 --output $(DEMO_PICTURE)
 
 test: $(VENV)/.dev check
 	$(BIN)/python -m pytest -n 2
@@ -50,8 +50,12 @@ $(VENV)/.lean: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[cpu]'
 	@touch $@
 
+# benchmarks and tests are not installed: a path file lets Python find them in this clone
 $(VENV)/.dev: $(VENV)/.lean
 	$(PIP) --editable '.[cpu,openvino,export,train,tensorrt,dev]'
+	@$(BIN)/python -c 'import pathlib, sysconfig; \
+		path = pathlib.Path(sysconfig.get_path("purelib"), "anydoor-clone.pth"); \
+		path.write_text(f"{pathlib.Path.cwd()}\n")'
 	@touch $@
 
 clean:

@@ -1,1 +1,1 @@
-"""Every number in the README and in docs/ comes out of a command in here."""
+"""Commands that measure the project, and the studies behind its decisions; see README.md in this folder."""

@@ -1,18 +1,17 @@
-"""How good are the composites? Measured against the truth, or as the paper does it, beside baselines.
+"""How good are the composites? Measures them against the truth, or as the paper does, beside baselines.
 
     python benchmarks/fidelity.py
     python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 
-Without weights of others: the synthetic set, whose true pictures are known (benchmarks/truth_set.py). SSIM
-and PSNR in the object's box, and whether the object is recognised among twenty by a descriptor of colours and
-edges (benchmarks/identity.py). With --protocol: DINO-score and CLIP-score over objects x scenes, laid out as
-benchmarks/protocol.py says. Prints a table; writes fidelity.json and a contact sheet, pairs.png.
+By default on the synthetic set, whose true pictures are known (support/truth_set.py): SSIM and PSNR in the
+object's box, and whether a descriptor of colours and edges (support/identity.py) recognises the object among
+twenty. With --protocol: DINO-score and CLIP-score over objects x scenes, in a folder as support/protocol.py
+describes. Prints a table; writes fidelity.json and a contact sheet, pairs.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,21 +22,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks import fidelity_protocol, fidelity_truth
-from benchmarks.machine import describe
-from benchmarks.protocol import ProtocolObject, read_protocol
-from benchmarks.truth_set import TruthPair
-from engines.engine import DEVICES
+from benchmarks.support import fidelity_protocol, fidelity_truth
+from benchmarks.support.bundle_option import EXAMPLE_BUNDLE
+from benchmarks.support.machine import describe
+from benchmarks.support.protocol import ProtocolObject, read_protocol
+from benchmarks.support.results import require_writable, write_results
+from benchmarks.support.truth_set import TruthPair
 from engines.errors import AnyDoorError
-from runtime import Compositor, Placement
-from runtime.diffusion.presets import DEFAULT, QUALITIES, preset
+from engines.options import DEVICES, EngineOptions
+from runtime import Compositor, Placement, Request, Sampling
+from runtime.diffusion.presets import QUALITIES
 from runtime.errors import InputError
 from runtime.imaging.boxes import Box
-from runtime.imaging.collage import MODES, Ratios
+from runtime.imaging.modes import MODES
 
 Picture = NDArray[np.uint8]
-
-EXAMPLE_CROP_RATIO = 1.3
 
 EXAMPLES = """examples:
   python benchmarks/fidelity.py
@@ -47,32 +46,34 @@ EXAMPLES = """examples:
 
 
 class Composer:
-    """The runtime with the settings of the command line."""
+    """Composites with the settings of the command line."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.compositor = Compositor.load(options.bundle, options.device, options.threads)
-        self.sampling = preset(options.quality, steps=options.steps, guidance_scale=options.guidance_scale)
+        engine_options = EngineOptions(device=options.device, threads=options.threads)
+        self.compositor = Compositor.load(options.bundle, engine_options)
+        self.sampling = Sampling(options.quality, options.steps, options.guidance_scale)
         self.mode, self.seed = options.mode, options.seed
-        self.ratios = Ratios(crop=options.crop_ratio)
+        self.crop_ratio = options.crop_ratio
 
     def draw(self, scene: Picture, placement: Placement, number: int) -> Picture:
-        """The composite; every pair has noise of its own."""
-        placement = replace(placement, ratios=self.ratios)
-        return self.compositor.run(scene, placement, self.seed + number, self.sampling)[0].image
+        """Return the composite; every pair has its own noise."""
+        placement = replace(placement, crop_ratio=self.crop_ratio)
+        request = Request(scene, [placement], self.seed + number, self.sampling)
+        return self.compositor.run(request)[0].image
 
     def truth_pair(self, pair: TruthPair, number: int) -> Picture:
-        """The object of a pair in its scene."""
+        """Return the scene of a pair with its object."""
         return self.draw(pair.guessed, pair.placement(self.mode), number)
 
     def protocol_pair(self, each: ProtocolObject, scene: Picture, box: Box, number: int) -> Picture:
-        """An object of the paper's protocol in a scene."""
+        """Return a scene with an object of the paper's protocol."""
         image, alpha = each.reference
         place = (box.x0, box.y0, box.x1, box.y1)
         return self.draw(scene, Placement(image, alpha, box=place, mode=self.mode), number)
 
 
 def labelled_sheet(columns: Mapping[str, Sequence[Picture]], rows: int, gap: int = 6) -> Picture:
-    """Pictures of one size in columns under their headings, the first `rows` of each, on white."""
+    """Lay pictures of one size out in columns under their headings, the first `rows` of each, on white."""
     height, width = next(iter(columns.values()))[0].shape[:2]
     shown = min(rows, *(len(pictures) for pictures in columns.values()))
     font = ImageFont.load_default(size=max(10, width // 11))
@@ -89,10 +90,10 @@ def labelled_sheet(columns: Mapping[str, Sequence[Picture]], rows: int, gap: int
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses what cannot go together, before anything is loaded.
+    """Refuse options that do not go together, before anything is loaded.
 
     Raises:
-        InputError: and why.
+        InputError: they do not, and why.
     """
     scored = options.dino or options.clip
     if options.protocol and not scored:
@@ -106,15 +107,15 @@ def check(options: argparse.Namespace) -> None:
 def measure(
     options: argparse.Namespace, composer: Composer
 ) -> fidelity_truth.TruthReport | fidelity_protocol.ProtocolReport:
-    """Runs what the command line asks for.
+    """Run what the command line asks for.
 
     Raises:
         AnyDoorError: a folder or a setting cannot be used.
     """
     if not options.protocol:
         return fidelity_truth.measure(composer.truth_pair, options.count, options.among)
-    # the network's packages are not needed otherwise
-    from benchmarks.embeddings import load_clip, load_dino
+    # the packages of the embedding networks are not needed otherwise
+    from benchmarks.support.embeddings import load_clip, load_dino
 
     objects, scenes = read_protocol(options.protocol)
     loaders = ((load_dino, options.dino), (load_clip, options.clip))
@@ -128,15 +129,14 @@ def write_report(
     folder: Path,
     rows: int,
 ) -> None:
-    """Writes fidelity.json and pairs.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write fidelity.json and pairs.png."""
     content = {"machine": describe(), "settings": settings, **report.content()}
-    (folder / "fidelity.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_results(folder / "fidelity.json", content)
     Image.fromarray(labelled_sheet(report.columns(), rows)).save(folder / "pairs.png", optimize=True)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     result = argparse.ArgumentParser(
         prog="fidelity.py",
         description="Measure how good composites are, beside doing nothing and copy-paste.",
@@ -146,26 +146,24 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--bundle",
         type=Path,
-        default=Path("examples/anydoor-small"),
+        default=EXAMPLE_BUNDLE,
         metavar="DIR",
         help="default: %(default)s",
     )
     result.add_argument("--steps", type=int, default=20, metavar="N", help="default: %(default)s")
-    result.add_argument("--guidance-scale", type=float, default=2.0, metavar="G", help="default: %(default)s")
+    result.add_argument("--guidance-scale", type=float, metavar="G", help="default: the model's")
     result.add_argument(
         "--quality",
         choices=tuple(QUALITIES),
-        default=DEFAULT,
-        help="but for its steps (default: %(default)s)",
+        help="preset of all sampling parameters but steps (default: the model's)",
     )
     result.add_argument(
         "--crop-ratio",
         type=float,
-        default=EXAMPLE_CROP_RATIO,
         metavar="R",
-        help="zoom-in crop around the box; the example model learned 1.2 to 1.6 (default: %(default)s)",
+        help="zoom-in crop around the box; the example model learned 1.2 to 1.6 (default: the model's)",
     )
-    result.add_argument("--mode", choices=MODES, default="keep_background", help="default: %(default)s")
+    result.add_argument("--mode", choices=MODES, help="default: the model's")
     result.add_argument("--seed", type=int, default=7, metavar="S", help="of the first pair (default: 7)")
     result.add_argument(
         "--count", type=int, default=100, metavar="N", help="pairs of the synthetic set (default: 100)"
@@ -194,16 +192,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 if something cannot be used."""
+    """Run the command; returns 0, or 2 if something cannot be used."""
     options = parser().parse_args(arguments)
     try:
         check(options)
+        require_writable(options.output / "fidelity.json")
         composer = Composer(options)
         report = measure(options, composer)
-        settings = {
-            name: getattr(options, name)
-            for name in ("quality", "steps", "guidance_scale", "crop_ratio", "mode", "seed")
-        }
+        names = ("quality", "steps", "guidance_scale", "crop_ratio", "mode", "seed")
+        given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        defaults = composer.compositor.defaults
+        settings = {name: defaults[name] for name in names if name in defaults} | given
         settings["checkpoint"] = dict(composer.compositor.bundle.manifest.checkpoint)
         write_report(report, settings, options.output, options.rows)
     except (AnyDoorError, OSError) as error:

@@ -1,33 +1,34 @@
-"""Time and peak memory of every part of the way from a checkpoint to a picture.
+"""How much time and memory does every part take, from a checkpoint to a picture?
 
     python benchmarks/footprint.py full.safetensors --steps 4
 
-Builds the bundle (unless it is there already, see --bundle), composites the example object into the example
-scene, prints two tables and leaves a results file.
+Builds the bundle (with --reuse only if it does not exist), composites the example object into the example
+scene, prints two tables and, with --results, writes a results file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe, peak_memory_gb, reset_peak_memory
+from benchmarks.support import example
+from benchmarks.support.machine import describe, peak_memory_gb, reset_peak_memory
+from benchmarks.support.results import require_writable, write_results
 from engines.bundle import Bundle
-from engines.engine import BACKENDS, Array, DeviceTensor, Engine, open_engine, run_step_by_step
+from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from runtime import Compositor, Placement, Sampling
+from engines.options import BACKENDS, EngineOptions
+from runtime import Compositor, Request, Sampling
 from runtime.sizes import size_flag
 
-EXAMPLES = Path("examples")
-
 ALREADY_LOADED = 0.01
-"""Seconds; a call to load a graph that takes less had nothing to do."""
+"""Seconds; a load that takes less had nothing to do."""
 
 
 @dataclass(frozen=True)
@@ -40,55 +41,42 @@ class Part:
 
 
 class Recorder:
-    """Notes time and peak memory of the parts of a sequence of work."""
+    """Measures time and peak memory of consecutive parts."""
 
     def __init__(self) -> None:
+        """Start the first part."""
         self.parts: list[Part] = []
-
-    def measure(self, name: str, started: float) -> None:
-        """Ends a part that began at `started` with a reset of the peak."""
-        self.parts.append(Part(name, round(time.perf_counter() - started, 2), round(peak_memory_gb(), 2)))
+        self._ended = 0.0
         reset_peak_memory()
 
+    def measure(self, name: str, started: float) -> None:
+        """End a part that began at `started`, but not before the end of the part before it.
 
-class MeasuredEngine:
-    """An engine that notes what every call of a graph takes; see `engines.engine.Engine`."""
+        Args:
+            name: of the part.
+            started: on the clock `time.perf_counter`.
+        """
+        now = time.perf_counter()
+        seconds = now - max(started, self._ended)
+        self.parts.append(Part(name, round(seconds, 2), round(peak_memory_gb(), 2)))
+        self._ended = now
+        reset_peak_memory()
 
-    def __init__(self, engine: Engine, recorder: Recorder) -> None:
-        self._engine = engine
-        self._recorder = recorder
-        self.device = engine.device
-
-    def load(self, graph: str) -> None:
-        """Loads a graph."""
+    @contextmanager
+    def observe(self, action: str, graph: str, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Measure a load or a run, as the observer of an engine."""
         started = time.perf_counter()
-        self._engine.load(graph)
-        if time.perf_counter() - started > ALREADY_LOADED:
-            self._recorder.measure(f"{graph}: load", started)
-
-    def run(
-        self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Sequence[str] | None = None
-    ) -> dict[str, DeviceTensor]:
-        """Runs a graph."""
-        self.load(graph)
-        started = time.perf_counter()
-        result = self._engine.run(graph, inputs, outputs)
-        self._recorder.measure(f"{graph}: run", started)
-        return result
-
-    def run_steps(self, *arguments: Any) -> dict[str, DeviceTensor]:
-        """Runs a graph several times."""
-        return run_step_by_step(self, *arguments)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._engine, name)
+        yield
+        if action == "run" or time.perf_counter() - started > ALREADY_LOADED:
+            self.measure(f"{graph}: {action}", started)
 
 
 def build(checkpoint: Path, bundle: Path) -> list[Part]:
-    """Builds a bundle and returns its parts."""
-    from export.build_engines import BuildOptions, build_bundle
+    """Build a bundle; returns its parts."""
+    from export.build import build_bundle
+    from export.options import BuildOptions
     from export.progress import Progress
-    from training.network.checkpoint import read_checkpoint
+    from export.systems import open_source
 
     recorder = Recorder()
 
@@ -105,30 +93,29 @@ def build(checkpoint: Path, bundle: Path) -> list[Part]:
                 recorder.measure(*self.current)
                 self.current = None
 
-    reset_peak_memory()
     progress = MeasuredProgress()
-    build_bundle(read_checkpoint(checkpoint), bundle, BuildOptions(), progress)
+    build_bundle(open_source(checkpoint), bundle, BuildOptions(), progress)
     progress.end()
     return recorder.parts
 
 
 def composite(bundle: Path, sampling: Sampling, options: argparse.Namespace) -> list[Part]:
-    """Composites the example and returns its parts; calls of one graph are added up."""
-    recorder = Recorder()
+    """Composite the example; returns its parts."""
     opened = Bundle.open(bundle)
-    reset_peak_memory()
-    engine = open_engine(opened, "cpu", options.threads, options.memory_budget, options.backend)
+    engine_options = EngineOptions(
+        options.backend, "cpu", threads=options.threads, memory_budget=options.memory_budget
+    )
+    engine = open_engine(opened, engine_options)
     if plan := engine.describe():
         print(plan, file=sys.stderr)
-    compositor = Compositor(opened, MeasuredEngine(engine, recorder))  # type: ignore[arg-type]
-    box = tuple(int(v) for v in (EXAMPLES / "scene_box.txt").read_text("utf-8").split(","))
-    placement = Placement(EXAMPLES / "object.png", box=box)  # type: ignore[arg-type]
-    compositor.run(EXAMPLES / "scene.png", placement, seed=0, sampling=sampling)
+    recorder = Recorder()
+    engine.observer = recorder.observe
+    Compositor(opened, engine).run(Request(example.SCENE, [example.placement()], 0, sampling))
     return recorder.parts
 
 
 def table(parts: Sequence[Part]) -> str:
-    """Parts of one name in one line: number of calls, mean time, largest peak."""
+    """Format parts, one line per name: number of calls, mean time, largest peak."""
     lines = [f"{'part':<38} {'calls':>5} {'s per call':>11} {'peak GB':>8}"]
     for name in dict.fromkeys(part.name for part in parts):
         calls = [part for part in parts if part.name == name]
@@ -141,10 +128,10 @@ def table(parts: Sequence[Part]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     result = argparse.ArgumentParser(
         prog="footprint.py",
-        description="Time and peak memory of building a bundle and of compositing with it.",
+        description="Measure time and peak memory of building a bundle and of compositing with it.",
         epilog="example:\n  python benchmarks/footprint.py full.safetensors --steps 4\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -156,19 +143,26 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     result.add_argument("--backend", choices=BACKENDS, default="auto", help="what executes the graphs")
     result.add_argument(
-        "--memory-budget", type=size_flag, metavar="SIZE", help="of this machine's, like 8G (default: all)"
+        "--memory-budget",
+        type=size_flag,
+        metavar="SIZE",
+        help="memory to use at most, like 8G (default: all)",
     )
-    result.add_argument("--reuse", action="store_true", help="do not build if the bundle is there")
-    result.add_argument("--results", type=Path, metavar="FILE.json", help="leave the figures here")
+    result.add_argument("--reuse", action="store_true", help="do not build if the bundle exists")
+    result.add_argument("--results", type=Path, metavar="FILE.json", help="write the figures to a file")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    """Run the command; returns 0 or 2."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(given)
     bundle = options.bundle or Path("build/footprint") / options.checkpoint.stem
-    results: dict[str, object] = {"command": "benchmarks/footprint.py", "steps": options.steps, **describe()}
+    command = " ".join(["python benchmarks/footprint.py", *given])
+    results: dict[str, object] = {"command": command, "steps": options.steps, **describe()}
     try:
+        if options.results:
+            require_writable(options.results)
         if not (options.reuse and bundle.exists()):
             parts = build(options.checkpoint, bundle)
             results["build"] = [asdict(part) for part in parts]
@@ -180,8 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results["composite"] = [asdict(part) for part in parts]
     print(f"\ncompositing, {options.steps} steps with guidance\n{table(parts)}")
     if options.results:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write_results(options.results, results)
     return 0
 
 

@@ -1,19 +1,17 @@
-"""Open-loop load on a server: continuous batching against one at a time and against static batching.
+"""How much load does a server bear? Compares continuous batching with static batching and one at a time.
 
     python benchmarks/load.py --bundle examples/anydoor-small --output build/load.png
 
-Requests arrive at random (Poisson) at several rates, whether or not earlier ones are done, as those of many
-independent users do; arrivals and requests are the same for all three ways of batching. Each has an object, a
-scene, a place and a number of steps of its own. A request that is not finished before its deadline counts as
-lost, as does one that is refused. Rates are multiples of what one at a time can do, measured first.
+The load is open-loop: requests arrive at random (Poisson) at several rates, whether or not earlier ones are
+done, like those of many independent users. Arrivals and requests are the same for all three ways of batching.
+Each request has its own object, scene, place and number of steps. A request that is refused or misses its
+deadline is lost. Rates are multiples of the rate of one request at a time, which is measured first.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,18 +23,20 @@ import grpc
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.machine import describe
-from benchmarks.server_process import ServerProcess, request
+from benchmarks.support.bundle_option import add_bundle_option
+from benchmarks.support.machine import describe
+from benchmarks.support.results import require_writable, write_results
+from benchmarks.support.server_process import ServerProcess, request
 from engines.errors import AnyDoorError
-from runtime.cli.composite import BUNDLE_VARIABLE
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 
-MODES = {
+BATCHING = {
     "one at a time": ("--max-batch=1",),
     "static": ("--batching=static",),
     "continuous": (),
 }
+"""Way of batching -> flags of the server."""
 _OPTIONS = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1)]
 _WARM_UP = 4
 
@@ -59,27 +59,27 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table."""
+class LoadResult:
+    """One line of the table: one way of batching at one rate."""
 
     mode: str
     load: float
-    """Rate as a multiple of what one at a time can do."""
+    """Rate as a multiple of that of one request at a time."""
     rate: float
     """Arrivals per second."""
     goodput: float
-    """Pictures per second that came in time."""
+    """Pictures per second that were in time."""
     p50: float
     p95: float
     p99: float
-    """Seconds, of those that came in time."""
+    """Seconds, of those that were in time."""
     refused: int
     late: int
     requests: int
 
 
 def arrivals(rate: float, seconds: float, steps: Sequence[int], seed: int) -> list[Arrival]:
-    """Poisson arrivals; the numbers of steps are drawn evenly."""
+    """Draw Poisson arrivals; numbers of steps are uniformly distributed."""
     source = np.random.default_rng(seed)
     times = np.cumsum(source.exponential(1 / rate, int(rate * seconds * 2) + 10))
     return [
@@ -89,7 +89,7 @@ def arrivals(rate: float, seconds: float, steps: Sequence[int], seed: int) -> li
 
 
 async def send(stub: Any, arrival: Arrival, start: float, deadline: float) -> Outcome:
-    """Waits for the arrival's time, then for the answer."""
+    """Wait for the arrival's time, then for the answer."""
     await asyncio.sleep(start + arrival.at - time.monotonic())
     begun = time.monotonic()
     try:
@@ -100,7 +100,7 @@ async def send(stub: Any, arrival: Arrival, start: float, deadline: float) -> Ou
 
 
 async def offer(address: str, load: Sequence[Arrival], deadline: float) -> list[Outcome]:
-    """Sends all requests at their times."""
+    """Send all requests at their times."""
     async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
         stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
         for seed in range(_WARM_UP):
@@ -111,16 +111,16 @@ async def offer(address: str, load: Sequence[Arrival], deadline: float) -> list[
 
 def summarize(
     mode: str, load: float, rate: float, seconds: float, deadline: float, outcomes: Sequence[Outcome]
-) -> Row:
-    """The numbers of one run."""
+) -> LoadResult:
+    """Return the figures of one run."""
     done = [outcome.seconds for outcome in outcomes if outcome.code == "OK"]
     p50, p95, p99 = np.percentile(done, (50, 95, 99)) if done else (deadline,) * 3
     codes = [outcome.code for outcome in outcomes]
-    return Row(
+    return LoadResult(
         mode=mode,
         load=load,
         rate=rate,
-        # those that arrived last are finished after the end
+        # includes requests that arrived before the end and were finished after it
         goodput=len(done) / max(seconds, 1e-9),
         p50=float(p50),
         p95=float(p95),
@@ -132,7 +132,7 @@ def summarize(
 
 
 async def service_seconds(address: str, steps: Sequence[int], count: int = 8) -> float:
-    """Mean time of a request that is alone."""
+    """Return the mean time of a request that is alone."""
     load = [Arrival(0.0, request(900 + index, steps[index % len(steps)])) for index in range(count)]
     async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
         stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
@@ -144,19 +144,19 @@ async def service_seconds(address: str, steps: Sequence[int], count: int = 8) ->
         return (time.monotonic() - begun) / count
 
 
-def measure(options: argparse.Namespace) -> tuple[float, float, list[Row]]:
-    """Seconds of a request that is alone, the deadline, and all rows."""
+def measure(options: argparse.Namespace) -> tuple[float, float, list[LoadResult]]:
+    """Return seconds of a request that is alone, the deadline, and all rows."""
     flags = [f"--queue={options.queue}", *options.serve]
-    with ServerProcess(options.bundle, *flags, *MODES["one at a time"]) as server:
+    with ServerProcess(options.bundle, *flags, *BATCHING["one at a time"]) as server:
         alone = asyncio.run(service_seconds(server.address, options.steps))
     deadline = options.deadline * alone
     rows = []
-    with tqdm(total=len(MODES) * len(options.loads), unit="run", disable=options.quiet) as bar:
+    with tqdm(total=len(BATCHING) * len(options.loads), unit="run", disable=options.quiet) as bar:
         for load in options.loads:
             rate = load / alone
             seconds = options.requests / rate
             sent = arrivals(rate, seconds, options.steps, options.seed)
-            for mode, mode_flags in MODES.items():
+            for mode, mode_flags in BATCHING.items():
                 bar.set_description(f"{mode}, {rate:.2f}/s")
                 with ServerProcess(options.bundle, *flags, *mode_flags) as server:
                     outcomes = asyncio.run(offer(server.address, sent, deadline))
@@ -165,8 +165,8 @@ def measure(options: argparse.Namespace) -> tuple[float, float, list[Row]]:
     return alone, deadline, rows
 
 
-def table(rows: Sequence[Row]) -> str:
-    """All rows as text."""
+def table(rows: Sequence[LoadResult]) -> str:
+    """Format all rows."""
     head = f"{'arrivals/s':>10} {'batching':<14} {'in time/s':>9} {'p50 s':>7} {'p95 s':>7} {'p99 s':>7}"
     lines = [f"{head} {'refused':>8} {'late':>5} {'of':>5}"]
     for row in rows:
@@ -177,15 +177,15 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], deadline: float, path: Path) -> None:
-    """Goodput and p95 against the rate of arrivals."""
+def plot(rows: Sequence[LoadResult], deadline: float, path: Path) -> None:
+    """Plot goodput and p95 against the rate of arrivals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for mode in MODES:
+    for mode in BATCHING:
         of_mode = [row for row in rows if row.mode == mode]
         rates = [row.rate for row in of_mode]
         left.plot(rates, [row.goodput for row in of_mode], marker="o", label=mode)
@@ -201,32 +201,38 @@ def plot(rows: Sequence[Row], deadline: float, path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument(
-        "--bundle", type=Path, default=Path(os.environ.get(BUNDLE_VARIABLE, "examples/anydoor-small"))
-    )
+    add_bundle_option(result)
     result.add_argument(
         "--loads",
         type=float,
         nargs="+",
         default=[0.5, 0.8, 1.0, 1.3, 1.8],
         metavar="X",
-        help="rates of arrivals, as multiples of what one at a time can do",
+        help="rates of arrivals, as multiples of that of one request at a time",
     )
     result.add_argument("--requests", type=int, default=60, metavar="N", help="mean number in each run")
     result.add_argument(
         "--steps", type=int, nargs="+", default=[10, 20, 30], metavar="N", help="drawn from these"
     )
     result.add_argument(
-        "--deadline", type=float, default=10, metavar="X", help="as a multiple of the time of one alone"
+        "--deadline",
+        type=float,
+        default=10,
+        metavar="X",
+        help="as a multiple of the time of one request alone",
     )
     result.add_argument("--queue", type=int, default=16, metavar="N", help="of the server")
     result.add_argument("--seed", type=int, default=1, metavar="S", help="of arrivals and requests")
     result.add_argument(
-        "--output", type=Path, default=Path("build/load.png"), metavar="FILE", help="the plot"
+        "--output",
+        type=Path,
+        default=Path("build/load.png"),
+        metavar="FILE",
+        help="the plot; results are beside it, with .json",
     )
     result.add_argument("--quiet", action="store_true", help="no progress bar")
     result.add_argument(
@@ -240,16 +246,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table, writes the plot and a results file beside it."""
+    """Print the table, write the plot and a results file beside it; returns 0 or 2."""
     options = parser().parse_args(arguments)
     try:
+        require_writable(options.output)
         alone, deadline, rows = measure(options)
     except AnyDoorError as error:
-        print(f"load: {error}", file=sys.stderr)
+        print(f"load.py: {error}", file=sys.stderr)
         return 2
     print(f"one request alone: {alone:.3f} s; deadline {deadline:.2f} s; steps drawn from {options.steps}")
     print(table(rows))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     plot(rows, deadline, options.output)
     results = {
         "machine": describe(),
@@ -257,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "deadline": deadline,
         "rows": [asdict(row) for row in rows],
     }
-    options.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(options.output.with_suffix(".json"), results)
     print(f"{options.output} and {options.output.with_suffix('.json')}")
     return 0
 

@@ -1,8 +1,9 @@
-"""Does the runtime compute what the original computes? Compares every station with recordings.
+"""Does the runtime compute what the original computes? Compares every stage with recordings.
 
     python benchmarks/parity.py --checkpoint small.safetensors CASE.npz [...]
 
-Prints a table with the measured error and the tolerance of every stage, and exits with 1 if one is out.
+Prints a table with the measured error and the tolerance of every stage. Exits with 1 if a stage is out of its
+tolerance.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.case_options import add_case_options, bundle_of, read_runs
-from benchmarks.comparison import HEADER, Check, RunComparison, compare_hf_maps
-from benchmarks.golden import GoldenRun
-from engines.engine import BACKENDS, DEVICES, INFERENCE_PRECISIONS
+from benchmarks.support.case_options import add_case_options, bundle_of, read_runs
+from benchmarks.support.checks import HEADER, Check
+from benchmarks.support.comparison import RunComparison, compare_hf_maps
+from benchmarks.support.golden import GoldenRun
 from engines.errors import AnyDoorError
+from engines.options import BACKENDS, DEVICES, INFERENCE_PRECISIONS, EngineOptions
 from runtime import Compositor
 
 
 def compare(options: argparse.Namespace) -> list[Check]:
-    """Runs all comparisons and prints their rows as they come."""
-    networks: list[GoldenRun] = []
+    """Run all comparisons and print their rows as they come."""
+    runs: list[GoldenRun] = []
     checks: list[Check] = []
     print(HEADER)
     for case in options.cases:
@@ -33,24 +35,19 @@ def compare(options: argparse.Namespace) -> list[Check]:
             checks += hf_checks
             print("\n".join(check.row() for check in hf_checks))
             continue
-        networks += [
-            run for run in read_runs(case, options) if options.steps in (None, len(run.timesteps or ()))
-        ]
-    if not networks:
+        runs += [run for run in read_runs(case, options) if options.steps in (None, len(run.timesteps or ()))]
+    if not runs:
         return checks
     bundle = options.bundle or bundle_of(options, options.precision)
-    compositor = Compositor.load(
-        bundle,
-        options.device,
-        options.threads,
-        backend=options.backend,
-        inference_precision=options.inference_precision,
+    engine_options = EngineOptions(
+        options.backend, options.device, options.inference_precision, options.threads
     )
+    compositor = Compositor.load(bundle, engine_options)
     with tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
-        comparisons = [RunComparison(run, compositor, bar) for run in networks]
+        comparisons = [RunComparison(run, compositor, bar) for run in runs]
         bar.total = sum(comparison.steps() for comparison in comparisons)
         for comparison in comparisons:
-            bar.set_description(comparison.label)
+            bar.set_description(comparison.run.label)
             for check in comparison.checks():
                 checks.append(check)
                 bar.write(check.row())
@@ -58,7 +55,7 @@ def compare(options: argparse.Namespace) -> list[Check]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     result = argparse.ArgumentParser(
         prog="parity.py",
         description="Compare the runtime, stage by stage, with cases recorded from the original.",
@@ -67,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     source = result.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="CKPT", help="what made the cases")
-    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of it, built already")
+    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of it")
     add_case_options(result)
     result.add_argument(
         "--steps", type=int, metavar="N", help="only runs recorded with N steps (default: all)"
@@ -80,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 1 if a stage is out of tolerance, or 2 if something cannot be read."""
+    """Run the command; returns 0, 1 if a stage is out of tolerance, or 2 if something cannot be read."""
     options = parser().parse_args(arguments)
     try:
         checks = compare(options)
@@ -96,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = ", ".join(f"{check.run} {check.stage}" for check in failed[:5])
         print(f"{count}, {len(failed)} out of tolerance: {names}{' ...' if len(failed) > 5 else ''}")
         return 1
-    # a limit from below is always used up nearly whole; the errors are what tells how close it was
+    # a lower limit is nearly used up by any value close to it: only errors say how close it was
     worst = max((c for c in checks if c.tolerance.startswith("<=")), key=lambda c: c.used, default=checks[0])
     print(
         f"{count}, all within tolerance (worst {worst.run} {worst.stage}: {worst.used:.0%} of its tolerance)"

@@ -2,8 +2,9 @@
 
     python benchmarks/precision.py --checkpoint small.safetensors CASE.npz [...]
 
-Needs no GPU: every result of the FP16 graphs is rounded to FP16 on the CPU (`benchmarks.rounding`). Prints
-the errors of each run and the extremes of each graph, and exits with 1 if one is out of tolerance.
+Needs no GPU: every result of the FP16 graphs is rounded to FP16 on the CPU (`benchmarks.support.rounding`).
+Prints the errors of each run and the largest magnitude in each graph. Exits with 1 if one is out of
+tolerance.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.case_options import add_case_options, bundle_of, read_runs
-from benchmarks.comparison import RunComparison, psnr
-from benchmarks.golden import Array, GoldenRun
-from benchmarks.rounding import LARGEST_HALF, RoundingEngine
+from benchmarks.support.case_options import add_case_options, bundle_of, read_runs
+from benchmarks.support.comparison import Networks
+from benchmarks.support.golden import Array, GoldenRun
+from benchmarks.support.graphs import GRAPHS
+from benchmarks.support.rounding import LARGEST_FP16, RoundingEngine
+from benchmarks.support.similarity import psnr, relative_error
 from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from engines.spec import DECODE, GRAPHS
+from engines.options import EngineOptions
 from runtime import Compositor
 
 TOKENS_TOLERANCE = 5e-3
@@ -52,13 +54,13 @@ class RunError:
 
     @property
     def passed(self) -> bool:
-        """Whether all are within tolerance; not so if one is not a number."""
+        """Whether all are within tolerance; False if one is NaN."""
         return (
             self.tokens <= TOKENS_TOLERANCE and self.latent <= LATENT_TOLERANCE and self.psnr >= PICTURE_PSNR
         )
 
     def row(self) -> str:
-        """The line as it is printed."""
+        """Format the line as it is printed."""
         return (
             f"| {self.label} | {self.steps} | {self.tokens:.1e} | {self.latent:.1e} | {self.psnr:.1f} "
             f"| {'ok' if self.passed else 'OUT'} |"
@@ -67,7 +69,7 @@ class RunError:
 
 @dataclass(frozen=True)
 class GraphExtremes:
-    """How far a graph stays away from the largest number of FP16."""
+    """How far the results of a graph stay below the largest number of FP16."""
 
     graph: str
     results: int
@@ -78,15 +80,15 @@ class GraphExtremes:
     @property
     def headroom(self) -> float:
         """65504 / the largest magnitude."""
-        return LARGEST_HALF / self.largest if self.largest else math.inf
+        return LARGEST_FP16 / self.largest if self.largest else math.inf
 
     @property
     def passed(self) -> bool:
-        """Whether there is enough; not so if the extreme is not a number."""
+        """Whether there is enough; False if the largest magnitude is NaN."""
         return self.headroom >= HEADROOM
 
     def row(self) -> str:
-        """The line as it is printed."""
+        """Format the line as it is printed."""
         return (
             f"| {self.graph} | {self.results} | {self.largest:.4g} | {self.headroom:.0f} x | {self.where} "
             f"| {'ok' if self.passed else 'OUT'} |"
@@ -102,18 +104,18 @@ GRAPH_HEADER = "| graph | FP16 results | largest | headroom | in | |\n| --- | --
 def compare_run(
     run: GoldenRun, full: Compositor, half: Compositor, progress: tqdm[Any], steps: int | None = None
 ) -> RunError:
-    """Runs the networks of one recorded case in both precisions, from the recorded reference, hint and noise.
+    """Run the networks of one recorded case in both precisions, from the recorded reference, hint and noise.
 
     Args:
         run: has at least reference, hint, noise and timesteps.
         full: runs in FP32.
         half: runs in FP16.
         progress: counts steps.
-        steps: take only this many of the recorded timesteps, spread evenly.
+        steps: take only this many of the recorded timesteps, spread evenly; all if None.
     """
     tokens, latents, pictures = zip(*(_run_networks(run, c, progress, steps) for c in (full, half)))
     return RunError(
-        label=f"{run.case} {run.prefix}",
+        label=run.label,
         steps=len(_timesteps(run, steps)),
         tokens=relative_error(tokens[1], tokens[0]),
         latent=relative_error(latents[1], latents[0]),
@@ -124,11 +126,10 @@ def compare_run(
 def _run_networks(
     run: GoldenRun, compositor: Compositor, progress: tqdm[Any], steps: int | None
 ) -> tuple[Array, Array, Array]:
-    comparison = RunComparison(run, compositor, progress)
-    tokens = comparison.id_tokens()
-    *_, latent = comparison.latents(tokens, comparison.sampling(_timesteps(run, steps)))
-    image = compositor.engine.run(DECODE, {"latent": latent}, ["image"])["image"]
-    picture = compositor.engine.to_host(image)
+    networks = Networks(run, compositor, progress)
+    tokens = networks.id_tokens()
+    *_, latent = networks.latents(tokens, networks.sampling(_timesteps(run, steps)))
+    picture = networks.decode(latent, "image")
     # the other precision needs the memory
     for graph in GRAPHS:
         compositor.engine.unload(graph)
@@ -142,33 +143,28 @@ def _timesteps(run: GoldenRun, steps: int | None) -> tuple[int, ...]:
     return tuple(recorded[i] for i in np.linspace(0, len(recorded) - 1, steps).round().astype(int))
 
 
-def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Norm of the difference over norm of what was expected."""
-    expected = expected.astype(np.float64)
-    return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
-
-
 def graph_extremes(extremes: Mapping[str, Mapping[str, float]]) -> Iterator[GraphExtremes]:
-    """The largest result of every graph that was run; one that is not a number counts as the largest."""
+    """Yield the largest result of every graph that was run; NaN counts as the largest."""
     for graph, results in extremes.items():
         where = max(results, key=lambda name: math.inf if math.isnan(results[name]) else results[name])
         yield GraphExtremes(graph, len(results), results[where], where)
 
 
 def compare(options: argparse.Namespace) -> list[RunError | GraphExtremes]:
-    """Runs all comparisons and prints their rows as they come."""
+    """Run all comparisons and print their rows as they come."""
     runs: list[GoldenRun] = []
     for case in options.cases:
         runs += [run for run in read_runs(case, options) if run.timesteps and run.has("x_T")]
     full, half = (Bundle.open(bundle_of(options, precision)) for precision in ("fp32", "fp16"))
     rounding = RoundingEngine(half, options.threads)
-    compositors = Compositor(full, open_engine(full, "cpu", options.threads)), Compositor(half, rounding)
+    on_the_cpu = EngineOptions(device="cpu", threads=options.threads)
+    compositors = Compositor(full, open_engine(full, on_the_cpu)), Compositor(half, rounding)
     total = 2 * sum(len(_timesteps(run, options.steps)) for run in runs)
     results: list[RunError | GraphExtremes] = []
     print(RUN_HEADER)
     with tqdm(total=total, unit="step", dynamic_ncols=True, leave=False) as bar:
         for run in runs:
-            bar.set_description(f"{run.case} {run.prefix}")
+            bar.set_description(run.label)
             results.append(error := compare_run(run, *compositors, bar, options.steps))
             bar.write(error.row())
     print(f"\n{GRAPH_HEADER}")
@@ -179,14 +175,14 @@ def compare(options: argparse.Namespace) -> list[RunError | GraphExtremes]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     result = argparse.ArgumentParser(
         prog="precision.py",
         description="Compare FP16 with FP32 on recorded cases, and look for overflow, without a GPU.",
         epilog="example:\n  python benchmarks/precision.py --checkpoint small.safetensors case0.npz\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="the network")
+    result.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="what made the cases")
     add_case_options(result)
     result.add_argument(
         "--steps", type=int, metavar="N", help="take N of the recorded timesteps (default: all)"
@@ -195,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 1 if something is out of tolerance, or 2 if something cannot be read."""
+    """Run the command; returns 0, 1 if something is out of tolerance, or 2 if something cannot be read."""
     options = parser().parse_args(arguments)
     try:
         results = compare(options)

@@ -1,10 +1,10 @@
-"""Checkpoints of any architecture with seeded weights: the recipe that the golden data were recorded with.
+"""Writes checkpoints with seeded weights, by the recipe that the golden data were recorded with.
 
     python benchmarks/seeded.py small SEED out.safetensors
     python benchmarks/seeded.py full SEED out.safetensors
 
 A tensor depends on the seed, its official key and its shape alone. The weights are scaled so that every part
-of the network matters and nothing overflows; what the network draws looks like noise. Equality is the point.
+of the network has an effect and nothing overflows; the pictures look like noise.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.checkpoint import write_checkpoint
 from training.network.architecture import Architecture
+from training.network.checkpoint import write_checkpoint
 from training.network.modules import AnyDoor
 from training.network.official_keys import schedule_buffers
 
@@ -49,7 +49,7 @@ TINY = Architecture(
     dino_depth=1,
     dino_heads=2,
 )
-"""The smallest network that has every kind of block: a bundle of it is built in under a minute."""
+"""The smallest network that has every kind of block; its bundle is built in less than a minute."""
 
 ARCHITECTURES = {"tiny": TINY, "small": SMALL, "full": Architecture()}
 
@@ -75,7 +75,7 @@ NORM_WEIGHT = (1.0, 0.1)
 
 
 def seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
-    """The weights of one official key."""
+    """Return the weights of one official key, float32 of a shape."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
     values = generator.standard_normal(shape, dtype=np.float32)
@@ -92,7 +92,7 @@ def seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.flo
 
 
 def seeded_checkpoint(path: Path, architecture: Architecture, seed: int, quiet: bool = True) -> None:
-    """Writes a checkpoint in the official layout."""
+    """Write a checkpoint in the official layout."""
     with torch.device("meta"):
         shapes = AnyDoor(architecture).official_shapes()
     tensors = {
@@ -103,7 +103,7 @@ def seeded_checkpoint(path: Path, architecture: Architecture, seed: int, quiet: 
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     result = argparse.ArgumentParser(
         prog="seeded.py",
         description="Write a checkpoint with seeded weights.",
@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes a checkpoint; returns the exit code."""
+    """Write a checkpoint; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
         seeded_checkpoint(options.output, ARCHITECTURES[options.size], options.seed, quiet=False)

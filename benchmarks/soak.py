@@ -1,17 +1,17 @@
-"""Mixed load, cancelled requests and garbage for minutes: nothing leaks, no request is lost.
+"""Does a server leak memory or lose requests? Sends mixed load, cancelled requests and garbage for minutes.
 
     python benchmarks/soak.py --bundle examples/anydoor-small --minutes 10
 
-Several callers send without pause: good requests of every kind, streams that are left half-way, deadlines
-that pass, malformed fields and random bytes. Every answer must be one that its kind of request deserves. The
-server's resident memory is sampled; after the warm-up (the first fifth) it must stay within 5 % of its level.
+Several callers send without a pause: good requests of every kind, streams that are cancelled half-way,
+deadlines that are too short, malformed fields and random bytes. Every answer must be one that is allowed for
+its kind of request. The server's resident memory is sampled; after the warm-up (the first fifth) it must not
+grow by more than 5 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import statistics
 import sys
@@ -24,9 +24,9 @@ from typing import Any
 import grpc
 import psutil
 
-from benchmarks.server_process import ServerProcess, request
+from benchmarks.support.bundle_option import add_bundle_option
+from benchmarks.support.server_process import ServerProcess, request
 from engines.errors import AnyDoorError
-from runtime.cli.composite import BUNDLE_VARIABLE
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 
@@ -45,7 +45,7 @@ EXPECTED = {
     "malformed": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"},
     "garbage": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"},  # a few bytes may parse as an empty request
 }
-"""Kind of request -> the ways in which it may end. A good one may be refused, but never lost."""
+"""Kind of request -> how it may end. A good one may be refused, but not lost."""
 
 
 class Caller:
@@ -58,7 +58,7 @@ class Caller:
         self._outcomes = outcomes
 
     async def run(self, until: float) -> None:
-        """Counts how every request ends."""
+        """Send, and count how every request ends."""
         while time.monotonic() < until:
             kind = self._random.choice(list(EXPECTED))
             try:
@@ -105,7 +105,7 @@ class Caller:
 
 
 async def soak(server: ServerProcess, minutes: float) -> tuple[Counter[tuple[str, str]], list[float]]:
-    """Outcomes, and the server's resident memory in MB, sampled evenly."""
+    """Return outcomes, and the server's resident memory in MB, sampled at equal intervals."""
     outcomes: Counter[tuple[str, str]] = Counter()
     memory: list[float] = []
     process = psutil.Process(server.process.pid)
@@ -122,7 +122,7 @@ async def soak(server: ServerProcess, minutes: float) -> tuple[Counter[tuple[str
 
 
 def report(outcomes: Counter[tuple[str, str]], memory: Sequence[float]) -> bool:
-    """Prints the findings; returns whether all is well."""
+    """Print the results; returns whether no request was lost and no memory leaked."""
     wrong = {key: count for key, count in outcomes.items() if key[1] not in EXPECTED[key[0]]}
     for (kind, code), count in sorted(outcomes.items()):
         print(f"{kind:<14} {code:<20} {count:>7}{'   wrong' if (kind, code) in wrong else ''}")
@@ -139,13 +139,11 @@ def report(outcomes: Counter[tuple[str, str]], memory: Sequence[float]) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument(
-        "--bundle", type=Path, default=Path(os.environ.get(BUNDLE_VARIABLE, "examples/anydoor-small"))
-    )
+    add_bundle_option(result)
     result.add_argument("--minutes", type=float, default=10, metavar="M")
     result.add_argument("--log", type=Path, metavar="FILE", help="where the server's log lines go")
     result.add_argument("--cache-bytes", type=int, default=1 << 26, metavar="N", help="of the server")
@@ -153,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 if a request was lost or memory leaked."""
+    """Run the command; returns 0, 1 if a request was lost or memory leaked, or 2."""
     options = parser().parse_args(arguments)
     flags = ["--queue=3", f"--cache-bytes={options.cache_bytes}", "--max-previews=8"]
     try:
@@ -161,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcomes, memory = asyncio.run(soak(server, options.minutes))
             alive = server.process.poll() is None
     except AnyDoorError as error:
-        print(f"soak: {error}", file=sys.stderr)
+        print(f"soak.py: {error}", file=sys.stderr)
         return 2
     if not alive:
         print("the server died")

@@ -13,7 +13,7 @@ WORKDIR /app
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends python3-pip python3-libnvinfer \
     && rm -rf /var/lib/apt/lists/*
-COPY pyproject.toml README.md LICENSE ./
+COPY anydoor_command.py pyproject.toml README.md LICENSE ./
 COPY engines engines
 COPY runtime runtime
 COPY export export

@@ -1,14 +1,15 @@
-# anydoor serve on an RTX card, with TensorRT for RTX. The host needs an NVIDIA driver and the NVIDIA Container
-# Toolkit; the image needs no CUDA, the libraries come with the wheels.
+# anydoor build (plans, from ONNX bundles) and anydoor serve on an RTX card, with TensorRT for RTX. The host needs an
+# NVIDIA driver and the NVIDIA Container Toolkit; the image needs no CUDA, the libraries come with the wheels.
 #
 #   docker build -f docker/rtx.Dockerfile -t anydoor-rtx .
 #   docker run --gpus all -p 50051:50051 -v $PWD/build/engines/anydoor:/bundle:ro -v anydoor-cache:/cache anydoor-rtx
 FROM python:3.12-slim
 
 WORKDIR /app
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY anydoor_command.py pyproject.toml constraints.txt README.md LICENSE ./
 COPY engines engines
 COPY runtime runtime
+COPY export export
 # the tested versions: plans run with the version of TensorRT for RTX that built them
 RUN pip install --no-cache-dir --constraint constraints.txt '.[tensorrt,serve]'
 

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BackendError
+from engines.manifest import BUILD_COMMAND
 
-INSTALL = "install it with: pip install 'anydoor-runtime[tensorrt]'"
+INSTALL = "install it with: pip install '.[tensorrt]'"
 _MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 
 _EXPLANATIONS = {
     "cudaErrorInsufficientDriver": "there is no NVIDIA driver: install one (on Ubuntu: sudo ubuntu-drivers "
-    "install) and reboot, or build a bundle for the CPU with 'python export/build_engines.py CHECKPOINT "
-    "--backend onnxruntime'",
+    f"install) and reboot, or build a bundle for the CPU with '{BUILD_COMMAND} --backend onnxruntime'",
     "cudaErrorNoDevice": "the driver finds no NVIDIA card: check 'nvidia-smi' and CUDA_VISIBLE_DEVICES (in a "
     "container, start it with --gpus all)",
     "cudaErrorSystemDriverMismatch": "the NVIDIA driver was updated and the old one is still loaded: reboot",
@@ -30,7 +30,7 @@ _EXPLANATIONS = {
     "cudaErrorDevicesUnavailable": "another program has the card to itself: end it, see 'nvidia-smi'",
     "cudaErrorUnsupportedPtxVersion": "the NVIDIA driver is too old for these kernels: install a current one",
     "cudaErrorNoKernelImageForDevice": "the plan holds no code for this card: rebuild the bundle with "
-    "'python export/build_engines.py ONNX_BUNDLE --backend tensorrt' on this machine",
+    "'anydoor build ONNX_BUNDLE --backend tensorrt' on this machine",
 }
 """Name of a CUDA error -> what it means here, and what to do."""
 
@@ -136,10 +136,6 @@ class Device:
         doing = f"allocating {nbytes / 1e6:.0f} MB"
         return int(self._call(doing, self._cuda.cudaMalloc, nbytes))
 
-    def free(self, address: int) -> None:
-        """Gives device memory back."""
-        self._call("freeing memory", self._cuda.cudaFree, address)
-
     def allocate_pinned(self, nbytes: int) -> tuple[int, NDArray[np.uint8]]:
         """Host memory that the card copies from and to by itself: its address, and as an array."""
         address = int(self._call("pinning host memory", self._cuda.cudaMallocHost, nbytes))
@@ -183,7 +179,7 @@ class Device:
         """Runs what `capture` recorded."""
         self._call("running a captured graph", self._cuda.cudaGraphLaunch, captured, self.stream)
 
-    def forget(self, captured: Any) -> None:
+    def free_captured(self, captured: Any) -> None:
         """Frees what `capture` recorded."""
         self._call("freeing a captured graph", self._cuda.cudaGraphExecDestroy, captured)
 

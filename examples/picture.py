@@ -15,12 +15,14 @@ from PIL import Image, ImageDraw
 
 from runtime import Compositor, Placement, Sampling
 from runtime.imaging.boxes import Box
-from runtime.imaging.collage import MODES, Ratios, make_hint
+from runtime.imaging.collage import make_hint
+from runtime.imaging.modes import MODES
+from runtime.imaging.pictures import mask_from_alpha
 from runtime.imaging.reference import prepare_reference
+from runtime.parameters import PLACEMENT_PARAMETERS, PlacementParameters
 
 EXAMPLES = Path(__file__).parent
 HEIGHT, GAP = 300, 12
-RATIOS = Ratios(crop=1.3)  # what the example model learned
 
 
 def main() -> None:
@@ -28,10 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw object, scene, hint and composite side by side.")
     parser.add_argument("output", type=Path, metavar="FILE.png")
     parser.add_argument("--bundle", type=Path, default=EXAMPLES / "anydoor-small", metavar="DIR")
-    parser.add_argument("--mode", default="keep_background")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
     options = parser.parse_args()
 
     x0, y0, x1, y1 = (int(v) for v in (EXAMPLES / "scene_box.txt").read_text("utf-8").split(","))
@@ -39,16 +39,18 @@ def main() -> None:
     compositor = Compositor.load(options.bundle)
     composite = compositor.composite(
         scene,
-        Placement(reference, box=(x0, y0, x1, y1), mode=options.mode, ratios=RATIOS),
+        Placement(reference, box=(x0, y0, x1, y1)),
         seed=options.seed,
-        sampling=Sampling(steps=options.steps, guidance_scale=options.guidance_scale),
+        sampling=Sampling(steps=options.steps),
     )
+    # what was left open, as the bundle says it
+    parameters = PlacementParameters(**{name: compositor.defaults[name] for name in PLACEMENT_PARAMETERS})
 
     cutout = Image.new("RGB", reference.size, "white")
     cutout.paste(reference, mask=reference.getchannel("A"))
     place = scene.copy()
     ImageDraw.Draw(place).rectangle((x0, y0, x1 - 1, y1 - 1), outline="red", width=2)
-    collage = draw_collage(scene, reference, Box(x0, y0, x1, y1), options.mode)
+    collage = draw_collage(scene, reference, Box(x0, y0, x1, y1), parameters)
     panels = [p.resize((p.width * HEIGHT // p.height, HEIGHT)) for p in (cutout, place, collage, composite)]
     sheet = Image.new("RGB", (sum(p.width + GAP for p in panels) - GAP, HEIGHT), "white")
     left = 0
@@ -59,11 +61,14 @@ def main() -> None:
     print(options.output)
 
 
-def draw_collage(scene: Image.Image, reference: Image.Image, box: Box, mode: str) -> Image.Image:
-    """The first three channels of the hint: the zoomed-in scene with the high-frequency map in the box."""
-    rgba = np.asarray(reference)
-    prepared = prepare_reference(rgba[..., :3], rgba[..., 3] > 128)
-    hint = make_hint(np.asarray(scene), box, prepared, RATIOS, MODES[mode], HEIGHT)
+def draw_collage(
+    scene: Image.Image, reference: Image.Image, box: Box, parameters: PlacementParameters
+) -> Image.Image:
+    """Draws the first three channels of the hint: the zoomed-in scene with the high-frequency map in the
+    box."""
+    rgba, ratios = np.asarray(reference), parameters.ratios
+    prepared = prepare_reference(rgba[..., :3], mask_from_alpha(rgba[..., 3]), ratios.reference)
+    hint = make_hint(np.asarray(scene), box, prepared, ratios, MODES[parameters.mode], HEIGHT)
     return Image.fromarray((hint.hint[:3].transpose(1, 2, 0) * 127.5 + 127.5).astype(np.uint8))
 
 

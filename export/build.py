@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.backends.tensorrt.library import FLAVOURS, load_library
+from engines.backends.tensorrt.library import VARIANTS, load_library
 from engines.bundle import Bundle
 from engines.cuda import Device
 from engines.errors import AnyDoorError
@@ -131,7 +131,7 @@ def best_backend() -> str:
     """What runs fastest on this machine: TensorRT where there is a card and the library, or ONNX Runtime."""
     with suppress(AnyDoorError):
         architecture = Device().card().architecture
-        for backend, flavour in FLAVOURS.items():
-            if find_spec(backend) and (not flavour.targets or architecture in flavour.targets):
+        for backend, variant in VARIANTS.items():
+            if find_spec(backend) and (not variant.targets or architecture in variant.targets):
                 return backend
     return ONNX

@@ -1,100 +1,140 @@
 """The command `build_engines.py`, which is also `anydoor build`: checkpoint or ONNX graphs -> bundle for one
 backend.
 
-python export/build_engines.py anydoor.safetensors
-python export/build_engines.py anydoor.ckpt --precision fp16 --max-batch 8 --output engines/anydoor
-python export/build_engines.py anydoor.safetensors --backend tensorrt_rtx --targets sm89,sm120
-python export/build_engines.py path/to/onnx-bundle --backend tensorrt
-
-The last form needs no PyTorch: export on a workstation, build the plans on the machine that runs them.
+A bundle of plans is built from a bundle of ONNX graphs without PyTorch: export on a workstation, build the
+plans on the machine that runs them.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from engines.bundle import Bundle
-from engines.errors import AnyDoorError
-from engines.manifest import Manifest
-from export.build import best_backend, build_bundle, build_plan_bundle
-from export.options import BACKENDS, ONNX, PRECISIONS, BuildOptions
-from export.progress import Progress
-
-
-def summary(manifest: Manifest) -> str:
-    """A table of the graphs of a bundle."""
-    lines = [f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {'error against PyTorch':>22}"]
-    for name, graph in manifest.graphs.items():
-        scratch = f"{max(graph.scratch_bytes.values(), default=0) / 1e6:.1f}"
-        error = max(graph.error.values())
-        sizes = f"{graph.nbytes / 1e6:>8.1f} {scratch:>11}"
-        lines.append(f"{name:<12} {sizes} {graph.build_seconds:>8.1f} {error:>22.1e}")
-    return "\n".join(lines)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = argparse.ArgumentParser(
-        prog="build_engines.py",
-        description="Turn a trained AnyDoor checkpoint into a bundle that the runtime executes.",
-        epilog="examples:\n"
-        "  python export/build_engines.py anydoor.safetensors\n"
-        "  python export/build_engines.py anydoor.ckpt --precision fp16 --output build/engines/half\n"
-        "  python export/build_engines.py anydoor.safetensors --backend tensorrt_rtx --targets sm89,sm120\n"
-        "  python export/build_engines.py build/engines/half --backend tensorrt --output build/engines/orin\n"
-        "  python export/build_engines.py small.safetensors --unet-head-width 8 --dino-heads 6\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+try:
+    from engines.bundle import Bundle
+    from engines.errors import AnyDoorError
+    from engines.manifest import Manifest
+    from export.build import best_backend, build_bundle, build_plan_bundle
+    from export.options import BACKENDS, ONNX, PRECISIONS, BuildOptions
+    from export.progress import Progress
+    from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(
+        f"build_engines.py: the package '{error.name}' is missing: run 'make dev', then "
+        "'.venv/bin/python export/build_engines.py'",
+        file=sys.stderr,
     )
-    result.add_argument(
+    sys.exit(2)
+
+NAME = "build"
+HELP = "Turn a trained checkpoint into a bundle that the runtime executes"
+EXAMPLES = """
+anydoor build anydoor.safetensors
+anydoor build anydoor.ckpt --precision fp16 --max-batch 8 --output build/engines/half
+anydoor build anydoor.safetensors --backend tensorrt_rtx --targets sm89,sm120
+anydoor build build/engines/half --backend tensorrt --output build/engines/orin
+anydoor build small.safetensors --unet-head-width 8 --dino-heads 6
+anydoor build small.safetensors --default guidance_scale=2 --default mode=keep_background
+"""
+
+_PARAMETERS = (*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS)
+
+_OF_THE_CHECKPOINT = ("precision", "resolution", "unet_head_width", "dino_heads", "default")
+"""Options that a bundle of ONNX graphs has decided already."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    parser.add_argument(
         "source",
         type=Path,
         metavar="CKPT",
         help=".safetensors, .ckpt or .pth file; or a bundle of ONNX graphs, to build plans without PyTorch",
     )
-    result.add_argument(
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
         help="the bundle (default: build/engines/NAME of the checkpoint)",
     )
-    result.add_argument(
+    parser.add_argument(
         "--backend",
         choices=("auto", *BACKENDS),
         default="auto",
         help="what will execute it (default: best of this machine)",
     )
-    result.add_argument(
+    parser.add_argument(
         "--targets",
         type=lambda text: tuple(text.lower().split(",")),
         default=(),
         metavar="SM,SM",
         help="cards that tensorrt_rtx builds for: sm75 sm80 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120)",
     )
-    result.add_argument(
+    parser.add_argument(
         "--precision", choices=PRECISIONS, help="default: fp16 for TensorRT, fp32 for ONNX Runtime"
     )
-    result.add_argument("--max-batch", type=int, metavar="N", help="most samples in one call (default: 4)")
-    result.add_argument(
-        "--resolution", type=int, default=512, metavar="PX", help="side of the picture (default: 512)"
+    parser.add_argument("--max-batch", type=int, metavar="N", help="most samples in one call (default: 4)")
+    parser.add_argument("--resolution", type=int, metavar="PX", help="side of the picture (default: 512)")
+    parser.add_argument(
+        "--default",
+        action="append",
+        type=parse_default,
+        metavar="NAME=VALUE",
+        help="value of a parameter that requests leave open, which the model was trained for, like "
+        "guidance_scale=2; may be repeated (default: those of the system)",
     )
-    result.add_argument(
+    parser.add_argument(
         "--unet-head-width",
         type=int,
         metavar="N",
         help="channels per attention head, if not stored (default: 64)",
     )
-    result.add_argument(
+    parser.add_argument(
         "--dino-heads",
         type=int,
         metavar="N",
         help="heads of the ID encoder, if not stored (default: width / 64)",
     )
-    result.add_argument("--quiet", action="store_true", help="no progress bar")
-    return result
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def parse_default(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` as a parameter and its value, which is JSON, or else a string.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not, or there is no such parameter.
+    """
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE, like guidance_scale=2")
+    if name not in _PARAMETERS:
+        close = difflib.get_close_matches(name, _PARAMETERS, 1)
+        hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(_PARAMETERS)}"
+        raise argparse.ArgumentTypeError(f"there is no parameter '{name}': {hint}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def run(options: argparse.Namespace) -> int:
+    """Builds the bundle, and prints what it is and where.
+
+    Raises:
+        AnyDoorError: it cannot be built; says why.
+    """
+    output, manifest = build(options)
+    print(summary(manifest))
+    print(f"bundle: {output}")
+    return 0
 
 
 def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
@@ -107,40 +147,71 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     build = BuildOptions(
         backend=backend,
         precision=options.precision or ("fp32" if backend == ONNX else "fp16"),
-        resolution=options.resolution,
         targets=options.targets,
+        defaults=dict(options.default or []),
     )
+    if options.resolution is not None:
+        build = replace(build, resolution=options.resolution)
+    if options.max_batch is not None:
+        build = replace(build, max_batch=options.max_batch)
     progress = Progress(quiet=options.quiet)
     if options.source.is_dir():
+        for name in _OF_THE_CHECKPOINT:
+            if getattr(options, name) is not None:
+                raise AnyDoorError(
+                    f"--{name.replace('_', '-')} goes with a checkpoint: '{options.source}' is a bundle, "
+                    "which has its own"
+                )
         bundle = Bundle.open(options.source)
         output = options.output or options.source.with_name(f"{options.source.name}-{backend}")
-        build = replace(build, max_batch=options.max_batch or bundle.manifest.max_batch)
+        if options.max_batch is None:
+            build = replace(build, max_batch=bundle.manifest.max_batch)
         return output, build_plan_bundle(bundle, output, build, progress)
     try:
         from export.systems import open_source
 
         source = open_source(options.source, options.unet_head_width, options.dino_heads)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise AnyDoorError(
             f"a checkpoint needs PyTorch to be exported, and '{error.name}' is not installed: pip install "
             "'.[export]', or give a bundle of ONNX graphs"
         ) from error
     output = options.output or Path("build/engines") / options.source.stem
-    if options.max_batch is not None:
-        build = replace(build, max_batch=options.max_batch)
     return output, build_bundle(source, output, build, progress)
 
 
+def summary(manifest: Manifest) -> str:
+    """What a bundle is, and a table of its graphs."""
+    defaults = ", ".join(f"{name} {value}" for name, value in manifest.defaults.items())
+    lines = [
+        f"system: {manifest.system}, {manifest.precision}, {manifest.resolution} px, batch up to "
+        f"{manifest.max_batch}",
+        f"defaults: {defaults or 'those of the system'}",
+        f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {'error against PyTorch':>22}",
+    ]
+    for name, graph in manifest.graphs.items():
+        scratch = f"{max(graph.scratch_bytes.values(), default=0) / 1e6:.1f}"
+        error = max(graph.error.values())
+        sizes = f"{graph.nbytes / 1e6:>8.1f} {scratch:>11}"
+        lines.append(f"{name:<12} {sizes} {graph.build_seconds:>8.1f} {error:>22.1e}")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command as a script; returns its exit code."""
+    examples = EXAMPLES.replace("anydoor build", "python export/build_engines.py").replace("\n", "\n  ")
+    parser = argparse.ArgumentParser(
+        prog="build_engines.py",
+        description=f"{HELP}.",
+        epilog=f"examples:{examples.rstrip()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
     try:
-        output, manifest = build(parser().parse_args(arguments))
+        return run(parser.parse_args(arguments))
     except AnyDoorError as error:
         print(f"build_engines.py: {error}", file=sys.stderr)
         return 2
-    print(summary(manifest))
-    print(f"bundle: {output}")
-    return 0
 
 
 if __name__ == "__main__":

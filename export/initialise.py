@@ -4,7 +4,7 @@
         --dinov2 dinov2_vitg14_pretrain.pth --output init.safetensors
 
 The detail ControlNet starts as a copy of the UNet's encoder with zero convolutions, so it changes nothing
-until it has learnt something; the hint block and the projector start from random numbers. The text encoder is
+before it is trained; the hint block and the projector start from random numbers. The text encoder is
 left out. Source: tool_add_control_sd21.py of the original; ControlNet (Zhang et al., 2023), section 3.1.
 """
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from engines.errors import AnyDoorError
-from training.checkpoint import write_checkpoint
 from training.network.architecture import Architecture, ArchitectureError, infer_architecture
-from training.network.checkpoint import CheckpointError, compare_shapes, read_tensors
+from training.network.checkpoint import CheckpointError, compare_shapes, write_checkpoint
+from training.network.checkpoint_file import read_tensors
 from training.network.modules import AnyDoor
 from training.network.official_keys import PREFIXES, schedule_buffers
 
@@ -36,7 +36,7 @@ def join(
     unet_head_width: int | None = None,
     dino_heads: int | None = None,
 ) -> tuple[dict[str, Tensor], Architecture]:
-    """The official tensors of an AnyDoor network that has not been trained yet.
+    """Joins Stable Diffusion and DINOv2 to an AnyDoor network that has not been trained yet.
 
     Args:
         stable_diffusion: tensors of SD 2.1 in the original layout; keys of other parts are ignored.
@@ -44,6 +44,9 @@ def join(
         seed: of the random parts.
         unet_head_width: channels per attention head, 64 if None.
         dino_heads: heads of DINOv2, one per 64 channels if None.
+
+    Returns:
+        Official key -> tensor, with the noise schedule, and the network's sizes.
 
     Raises:
         CheckpointError: a weight is missing or has the wrong shape.
@@ -83,7 +86,7 @@ def _fresh(architecture: Architecture, unet: Mapping[str, Tensor], seed: int) ->
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Defines the command line."""
     result = argparse.ArgumentParser(
         prog="initialise.py",
         description="Join Stable Diffusion 2.1 and DINOv2 to the checkpoint that training starts from.",

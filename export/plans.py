@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -11,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engines.backends.tensorrt.library import DTYPES, Library, PlanTensor, check_signature
+from engines.backends.tensorrt.library import Library
+from engines.backends.tensorrt.plans import DTYPES, PlanTensor, check_signature
 from engines.bundle import Bundle, file_record
 from engines.cuda import Device
 from engines.errors import AnyDoorError
+from engines.files import write_bytes
 from engines.manifest import GraphRecord, Manifest
 from engines.spec import GraphSpec, TensorSpec
 from export.progress import Progress
@@ -92,18 +93,18 @@ def check_targets(library: Library, targets: Sequence[str]) -> Sequence[str]:
     Raises:
         AnyDoorError: the library cannot build for one of them.
     """
-    possible = library.flavour.targets
+    possible = library.variant.targets
     if not possible:
         if targets:
             raise AnyDoorError(
-                f"{library.flavour.title} builds for the card of this machine only: leave --targets out, "
+                f"{library.variant.title} builds for the card of this machine only: leave --targets out, "
                 "or use --backend tensorrt_rtx"
             )
         return (Device().card().architecture,)
     unknown = [target for target in targets if target not in possible]
     if unknown:
         raise AnyDoorError(
-            f"{library.flavour.title} builds for {', '.join(possible)}, not for {', '.join(unknown)}: for "
+            f"{library.variant.title} builds for {', '.join(possible)}, not for {', '.join(unknown)}: for "
             "other cards build with --backend tensorrt on a machine that has one"
         )
     return tuple(targets) or DEFAULT_TARGETS
@@ -124,35 +125,35 @@ def build_plan(
         AnyDoorError: the library cannot read the graph, or cannot build it; says its reason.
     """
     trt, spec = library.module, manifest.specs[graph]
-    library.forget_messages()
+    library.clear_messages()
     builder = trt.Builder(library.logger)
     network = builder.create_network(_flag(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
     parser = trt.OnnxParser(network, library.logger)
     if not parser.parse_from_file(str(onnx_file)):
         reason = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-        raise AnyDoorError(f"{library.flavour.title} cannot read the graph '{graph}': {reason}")
-    check_signature(network_signature(network), spec, manifest.max_batch)
+        raise AnyDoorError(f"{library.variant.title} cannot read the graph '{graph}': {reason}")
+    check_signature(network_signature(network), spec, manifest.largest_sizes)
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, spec, manifest))
     config.progress_monitor = _monitor(trt, progress.percent)
-    for flag in library.flavour.builder_flags:
+    for flag in library.variant.builder_flags:
         config.set_flag(getattr(trt.BuilderFlag, flag))
-    if library.flavour.targets:
+    if library.variant.targets:
         names = target.split(",")
         config.num_compute_capabilities = len(names)
         for index, name in enumerate(names):
             config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
-    timings = _load_timings(config, timing_cache) if library.flavour.times_kernels else None
+    timings = _load_timings(config, timing_cache) if library.variant.times_kernels else None
     content = builder.build_serialized_network(network, config)
     if content is None:
-        raise AnyDoorError(f"{library.flavour.title} cannot build the graph '{graph}': {library.reason()}")
+        raise AnyDoorError(f"{library.variant.title} cannot build the graph '{graph}': {library.reason()}")
     if timings is not None and timing_cache is not None:
-        _keep_timings(timings, timing_cache)
+        write_bytes(timing_cache, timings.serialize())
     return BuiltPlan(content, scratch_bytes(library.messages))
 
 
 def network_signature(network: Any) -> list[PlanTensor]:
-    """Inputs and outputs of a network, before it is built."""
+    """Inputs and outputs of a network, before it is built; their names are those of its file."""
     inputs = [(network.get_input(i), True) for i in range(network.num_inputs)]
     outputs = [(network.get_output(i), False) for i in range(network.num_outputs)]
     return [
@@ -168,6 +169,7 @@ def scratch_bytes(messages: Sequence[tuple[str, str]]) -> int:
 
 
 def _profile(builder: Any, spec: GraphSpec, manifest: Manifest) -> Any:
+    """The sizes that a plan is built for: one of everything, one picture with guidance, the largest call."""
     profile = builder.create_optimization_profile()
     smallest = dict.fromkeys(manifest.dimensions, 1)
     for tensor in spec.inputs:
@@ -179,24 +181,18 @@ def _profile(builder: Any, spec: GraphSpec, manifest: Manifest) -> Any:
 
 
 def _flag(flags: Any, name: str) -> int:
-    """The bit of a flag; 0 where the library has dropped it because it knows nothing else any more."""
+    """The bit of a flag; 0 where the library dropped it because there is no other way any more."""
     return 1 << int(getattr(flags, name)) if hasattr(flags, name) else 0
 
 
 def _load_timings(config: Any, path: Path | None) -> Any:
     known = path.read_bytes() if path is not None and path.is_file() else b""
-    # what is damaged, or of another version or card, is not taken; then an empty one is
+    # one that is damaged, or of another version or card, is refused; then start with an empty one
     for content in (known, b""):
         timings = config.create_timing_cache(content)
         if timings is not None and config.set_timing_cache(timings, ignore_mismatch=False):
             return timings
     return None
-
-
-def _keep_timings(timings: Any, path: Path) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_bytes(timings.serialize())
-    partial.replace(path)
 
 
 def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
@@ -207,11 +203,11 @@ def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._phases: dict[str, _Phase] = {}
+            self._phases: dict[str, Phase] = {}
             self._done = 0.0
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self._phases[name] = _Phase(parent, steps)
+            self._phases[name] = Phase(parent, steps)
 
         def phase_finish(self, name: str) -> None:
             phase = self._phases.pop(name, None)
@@ -229,7 +225,7 @@ def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
 
 
 @dataclass
-class _Phase:
+class Phase:
     """A phase of a build."""
 
     parent: str | None
@@ -237,7 +233,7 @@ class _Phase:
     done: int = 0
 
 
-def completed(phases: Mapping[str, _Phase], name: str | None) -> float:
+def completed(phases: Mapping[str, Phase], name: str | None) -> float:
     """Part of the whole that is done, 0..1, as far as a phase knows."""
     part = 0.0
     while name is not None and name in phases:

@@ -1,17 +1,8 @@
-"""The command `anydoor`, also `python -m runtime`."""
+"""The command `anydoor` as `python -m runtime`."""
 
 import sys
 
-from runtime.huge_pages import start_again_with_them
-
-
-def main() -> int:
-    """Runs a command; returns its exit code."""
-    start_again_with_them()  # before anything is loaded that would have to be loaded twice
-    from runtime.cli.composite import main as run
-
-    return run()
-
+from anydoor_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

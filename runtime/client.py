@@ -11,27 +11,32 @@ with Client("localhost:50051") as client:
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
 from runtime.imaging.pictures import PictureLike
-from runtime.job import Composite
 from runtime.request import Placement, Request, Sampling
+from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
-from runtime.server.ticket import Preview, Queued, StepDone
+from runtime.server.events import Preview, Queued, StepDone
 from runtime.server.wire import composites_from_message, message_from_request
 
-News = Queued | StepDone | Preview | list[Composite]
+ClientEvent = Queued | StepDone | Preview | list[Composite]
 """What `stream` yields; the pictures come last."""
+
+StepCallback = Callable[[int, int], object]
+"""Called after every step with the steps done and all steps, counted over all pictures and placements."""
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["CompositorService"].full_name
 _RETRIES = {
@@ -59,7 +64,7 @@ _OPTIONS = [
 
 
 class ServerError(AnyDoorError):
-    """The server could not be reached, or could not do it."""
+    """The server could not be reached, or failed."""
 
     def __init__(self, text: str, code: str, request_id: str = "") -> None:
         super().__init__(text)
@@ -71,12 +76,12 @@ class ServerError(AnyDoorError):
 
 @dataclass(frozen=True)
 class Tls:
-    """How to trust the server, and how to be trusted by it. PEM files."""
+    """Certificates of a connection with TLS. PEM files."""
 
     ca: Path | None = None
     """Certificates that the server's must be signed by; those of the system if None."""
     certificate: Path | None = None
-    """Ours, where the server asks for one."""
+    """The client's own, where the server asks for one."""
     key: Path | None = None
     """Its private key."""
 
@@ -95,16 +100,18 @@ class Tls:
         return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
-class _Caller:
-    """What both clients have in common."""
+One = TypeVar("One")
+Several = TypeVar("Several")
+
+
+class _Connection(Generic[One, Several]):
+    """What both clients have in common: a channel, requests and refusals."""
+
+    _channels: Any
+    """The module that makes channels."""
 
     def __init__(
-        self,
-        address: str,
-        *,
-        token: str | None = None,
-        tls: Tls | None = None,
-        timeout: float | None = None,
+        self, address: str, *, token: str | None = None, tls: Tls | None = None, timeout: float | None = None
     ) -> None:
         """Connects with the first call.
 
@@ -113,26 +120,102 @@ class _Caller:
             token: bearer token, where the server asks for one.
             tls: None for a connection without TLS.
             timeout: seconds that a call may take, retries included; a call's own `timeout` comes first.
+
+        Raises:
+            InputError: a file of `tls` cannot be read.
         """
         self.address = address
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._credentials = tls.credentials() if tls else None
         self._timeout = timeout
+        if tls:
+            self._channel = self._channels.secure_channel(address, tls.credentials(), _OPTIONS)
+        else:
+            self._channel = self._channels.insecure_channel(address, _OPTIONS)
+        self._stub: Any = CompositorServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
-    def _call(self, timeout: float | None) -> dict[str, Any]:
-        """Arguments of every call."""
-        return {"metadata": self._metadata, "timeout": self._timeout if timeout is None else timeout}
+    @overload
+    def composite(
+        self,
+        scene: PictureLike,
+        placements: Placement | Sequence[Placement],
+        *,
+        seed: int | None = ...,
+        sampling: Sampling | None = ...,
+        num_images: None = ...,
+        initial_noise: NDArray[np.float32] | None = ...,
+        on_step: StepCallback | None = ...,
+        timeout: float | None = ...,
+    ) -> One: ...
 
-    def _refusal(self, error: grpc.RpcError) -> AnyDoorError:
-        """The status of a call as one sentence."""
+    @overload
+    def composite(
+        self,
+        scene: PictureLike,
+        placements: Placement | Sequence[Placement],
+        *,
+        seed: int | None = ...,
+        sampling: Sampling | None = ...,
+        num_images: int,
+        initial_noise: NDArray[np.float32] | None = ...,
+        on_step: StepCallback | None = ...,
+        timeout: float | None = ...,
+    ) -> Several: ...
+
+    def composite(
+        self,
+        scene: PictureLike,
+        placements: Placement | Sequence[Placement],
+        *,
+        seed: int | None = None,
+        sampling: Sampling | None = None,
+        num_images: int | None = None,
+        initial_noise: NDArray[np.float32] | None = None,
+        on_step: StepCallback | None = None,
+        timeout: float | None = None,
+    ) -> One | Several:
+        """The scene with the object in it, or several such pictures; see `Compositor.composite`.
+
+        Raises:
+            InputError: the server refuses something about the request, as `field` says; or there is initial
+                noise, which a server does not take.
+            ServerError: it cannot be reached, is too busy, or fails.
+        """
+        request = Request.of(scene, placements, seed, sampling, num_images, initial_noise)
+        images: One | Several = self._images(request, num_images is None, on_step, timeout)
+        return images
+
+    def _images(
+        self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
+    ) -> Any:
+        raise NotImplementedError
+
+    def _call(self, method: str, message: Any, timeout: float | None) -> Any:
+        """Begins a call of a method."""
+        timeout = self._timeout if timeout is None else timeout
+        return getattr(self._stub, method)(message, metadata=self._metadata, timeout=timeout)
+
+    def _stream(self, request: Request, preview_every: int, file_format: str, timeout: float | None) -> Any:
+        message = pb.CompositeStreamRequest(
+            request=message_from_request(request, file_format), preview_every=preview_every
+        )
+        return self._call("CompositeStream", message, timeout)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turns the status of a call that fails into one sentence."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Any) -> AnyDoorError:
         code: grpc.StatusCode = error.code()
-        metadata: Any = error.trailing_metadata()
-        trailing = dict(metadata or ())
-        request_id = str(trailing.get("request-id", ""))
+        trailing = dict(error.trailing_metadata() or ())
         if code is grpc.StatusCode.INVALID_ARGUMENT:
             refusal = InputError(error.details())
             refusal.field = str(trailing.get("field", ""))
             return refusal
+        request_id = str(trailing.get("request-id", ""))
         server = f"the server at {self.address}"
         text = {
             grpc.StatusCode.UNAVAILABLE: f"{server} cannot be reached",
@@ -143,46 +226,35 @@ class _Caller:
         return ServerError(f"{text}: {error.details()}", code.name, request_id)
 
 
-class Client(_Caller):
+class Client(_Connection[Image.Image, list[Image.Image]]):
     """A server's Compositor; may be used from several threads."""
 
-    def __init__(self, address: str, **settings: Any) -> None:
-        """See `_Caller.__init__`: token, tls, timeout."""
-        super().__init__(address, **settings)
-        if self._credentials:
-            self._channel = grpc.secure_channel(address, self._credentials, _OPTIONS)
-        else:
-            self._channel = grpc.insecure_channel(address, _OPTIONS)
-        self._stub = _stub(self._channel)
-
-    def composite(
-        self,
-        scene: PictureLike,
-        placements: Placement | Sequence[Placement],
-        *,
-        seed: int | None = None,
-        sampling: Sampling = Sampling(),
-        timeout: float | None = None,
-    ) -> Image.Image:
-        """The scene with the object in it; see `Compositor.composite`.
-
-        Raises:
-            InputError: the server refuses something about the request; `field` says what.
-            ServerError: it cannot be reached, is too busy, or fails.
-        """
-        request = Request(scene, _listed(placements), seed, sampling)
-        return Image.fromarray(self.run(request, timeout=timeout)[0].image)
+    _channels = grpc
 
     def run(
-        self, request: Request, *, file_format: str = "PNG", timeout: float | None = None
+        self,
+        request: Request,
+        on_step: StepCallback | None = None,
+        *,
+        file_format: str = "PNG",
+        timeout: float | None = None,
     ) -> list[Composite]:
-        """All pictures of a request, with seeds, regions and times. Raises as `composite`."""
-        message = message_from_request(request, file_format)
-        try:
-            response = self._stub.Composite(message, **self._call(timeout))
-        except grpc.RpcError as error:
-            raise self._refusal(error) from error
-        return composites_from_message(response)
+        """All pictures of a request, with seeds, regions and times. Raises as `composite`.
+
+        Args:
+            request: what to draw.
+            on_step: called with (steps done, steps in all).
+            file_format: PNG, JPEG or WEBP: how the pictures travel.
+            timeout: seconds that it may take, instead of the client's.
+        """
+        if on_step is None:
+            with self._refusals():
+                message = message_from_request(request, file_format)
+                return composites_from_message(self._call("Composite", message, timeout))
+        results: list[Composite] = []
+        for event in self.stream(request, file_format=file_format, timeout=timeout):
+            results = _note(event, on_step)
+        return results
 
     def stream(
         self,
@@ -191,29 +263,28 @@ class Client(_Caller):
         preview_every: int = 0,
         file_format: str = "PNG",
         timeout: float | None = None,
-    ) -> Iterator[News]:
-        """Like `run`, and yields news on the way; leaving the loop cancels the request."""
-        message = pb.CompositeStreamRequest(
-            request=message_from_request(request, file_format), preview_every=preview_every
-        )
-        call = self._stub.CompositeStream(message, **self._call(timeout))
+    ) -> Iterator[ClientEvent]:
+        """Like `run`, and yields events on the way; leaving the loop cancels the request.
+
+        Args:
+            request: what to draw.
+            preview_every: steps between previews; 0 for none.
+            file_format: see `run`.
+            timeout: see `run`.
+        """
+        call = self._stream(request, preview_every, file_format, timeout)
         try:
-            for response in call:
-                yield _news(response)
-        except grpc.RpcError as error:
-            raise self._refusal(error) from error
+            with self._refusals():
+                for response in call:
+                    yield _event(response)
         finally:
             call.cancel()
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
-        """Which model the server runs, and what it accepts. Raises as `composite`."""
-        try:
-            info: pb.GetModelInfoResponse = self._stub.GetModelInfo(
-                pb.GetModelInfoRequest(), **self._call(timeout)
-            )
-        except grpc.RpcError as error:
-            raise self._refusal(error) from error
-        return info
+        """Which model the server runs, its defaults, and what the server accepts. Raises as `composite`."""
+        with self._refusals():
+            info: pb.GetModelInfoResponse = self._call("GetModelInfo", pb.GetModelInfoRequest(), timeout)
+            return info
 
     def close(self) -> None:
         """Ends the connection, and every call on it."""
@@ -222,50 +293,38 @@ class Client(_Caller):
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _images(
+        self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
+    ) -> Image.Image | list[Image.Image]:
+        images = [Image.fromarray(result.image) for result in self.run(request, on_step, timeout=timeout)]
+        return images[0] if single else images
 
-class AsyncClient(_Caller):
-    """`Client` for asyncio."""
 
-    def __init__(self, address: str, **settings: Any) -> None:
-        """See `_Caller.__init__`: token, tls, timeout."""
-        super().__init__(address, **settings)
-        if self._credentials:
-            self._channel = grpc.aio.secure_channel(address, self._credentials, _OPTIONS)
-        else:
-            self._channel = grpc.aio.insecure_channel(address, _OPTIONS)
-        self._stub = _stub(self._channel)
+class AsyncClient(_Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, Any, list[Image.Image]]]):
+    """The same for asyncio."""
 
-    async def composite(
-        self,
-        scene: PictureLike,
-        placements: Placement | Sequence[Placement],
-        *,
-        seed: int | None = None,
-        sampling: Sampling = Sampling(),
-        timeout: float | None = None,
-    ) -> Image.Image:
-        """See `Client.composite`."""
-        request = Request(scene, _listed(placements), seed, sampling)
-        return Image.fromarray((await self.run(request, timeout=timeout))[0].image)
+    _channels = grpc.aio
 
     async def run(
-        self, request: Request, *, file_format: str = "PNG", timeout: float | None = None
+        self,
+        request: Request,
+        on_step: StepCallback | None = None,
+        *,
+        file_format: str = "PNG",
+        timeout: float | None = None,
     ) -> list[Composite]:
         """See `Client.run`."""
-        message = message_from_request(request, file_format)
-        try:
-            response = await self._stub.Composite(message, **self._call(timeout))
-        except grpc.RpcError as error:
-            raise self._refusal(error) from error
-        return composites_from_message(response)
+        if on_step is None:
+            with self._refusals():
+                message = message_from_request(request, file_format)
+                return composites_from_message(await self._call("Composite", message, timeout))
+        results: list[Composite] = []
+        async for event in self.stream(request, file_format=file_format, timeout=timeout):
+            results = _note(event, on_step)
+        return results
 
     async def stream(
         self,
@@ -274,29 +333,23 @@ class AsyncClient(_Caller):
         preview_every: int = 0,
         file_format: str = "PNG",
         timeout: float | None = None,
-    ) -> AsyncIterator[News]:
+    ) -> AsyncIterator[ClientEvent]:
         """See `Client.stream`; close the iterator (`contextlib.aclosing`) to cancel."""
-        message = pb.CompositeStreamRequest(
-            request=message_from_request(request, file_format), preview_every=preview_every
-        )
-        call = self._stub.CompositeStream(message, **self._call(timeout))
+        call = self._stream(request, preview_every, file_format, timeout)
         try:
-            async for response in call:
-                yield _news(response)
-        except grpc.RpcError as error:
-            raise self._refusal(error) from error
+            with self._refusals():
+                async for response in call:
+                    yield _event(response)
         finally:
             call.cancel()
 
     async def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """See `Client.model_info`."""
-        try:
-            info: pb.GetModelInfoResponse = await self._stub.GetModelInfo(
-                pb.GetModelInfoRequest(), **self._call(timeout)
+        with self._refusals():
+            info: pb.GetModelInfoResponse = await self._call(
+                "GetModelInfo", pb.GetModelInfoRequest(), timeout
             )
-        except grpc.RpcError as error:
-            raise self._refusal(error) from error
-        return info
+            return info
 
     async def close(self) -> None:
         """Ends the connection, and every call on it."""
@@ -305,24 +358,19 @@ class AsyncClient(_Caller):
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
+    async def _images(
+        self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
+    ) -> Image.Image | list[Image.Image]:
+        images = [
+            Image.fromarray(result.image) for result in await self.run(request, on_step, timeout=timeout)
+        ]
+        return images[0] if single else images
 
-def _stub(channel: Any) -> Any:
-    return CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
 
-
-def _listed(placements: Placement | Sequence[Placement]) -> list[Placement]:
-    return [placements] if isinstance(placements, Placement) else list(placements)
-
-
-def _news(response: pb.CompositeStreamResponse) -> News:
+def _event(response: pb.CompositeStreamResponse) -> ClientEvent:
     kind = response.WhichOneof("event")
     if kind == "queued":
         return Queued(response.queued.position)
@@ -331,3 +379,10 @@ def _news(response: pb.CompositeStreamResponse) -> News:
     if kind == "preview":
         return Preview(response.preview.image_index, response.preview.image)
     return composites_from_message(response.result)
+
+
+def _note(event: ClientEvent, on_step: StepCallback) -> list[Composite]:
+    """Reports a step; returns the pictures, none before the last event."""
+    if isinstance(event, StepDone):
+        on_step(event.done, event.total)
+    return event if isinstance(event, list) else []

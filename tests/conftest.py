@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from benchmarks.support.fingerprint import fingerprint
+
 ROOT = Path(__file__).parents[1]
 
 CACHE = ROOT / "build" / "tests"
@@ -21,16 +22,6 @@ TINY_RESOLUTION = 64
 # no test depends on how busy the machine is
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-
-
-def _fingerprint() -> str:
-    """Changes whenever the code that makes checkpoints and bundles does."""
-    digest = hashlib.sha256()
-    folders = ("engines", "export", "training/network", "runtime/diffusion")
-    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    for source in sorted([ROOT / "benchmarks/seeded.py", *sources]):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 @contextmanager
@@ -47,7 +38,7 @@ def _lock(path: Path) -> Iterator[None]:
 def _checkpoint(name: str) -> Path:
     from benchmarks.seeded import ARCHITECTURES, seeded_checkpoint
 
-    path = CACHE / _fingerprint() / f"{name}.safetensors"
+    path = CACHE / fingerprint() / f"{name}.safetensors"
     with _lock(path.with_suffix(".lock")):
         if not path.exists():
             seeded_checkpoint(path, ARCHITECTURES[name], seed=0)
@@ -71,7 +62,7 @@ def _bundle(name: str, resolution: int, precision: str = "fp32") -> Path:
 
 def _plans(bundle: Path) -> Path:
     """Plans of TensorRT for RTX, for three architectures, built on the CPU."""
-    pytest.importorskip("tensorrt_rtx", reason="needs pip install 'anydoor-runtime[tensorrt]'")
+    pytest.importorskip("tensorrt_rtx", reason="needs pip install '.[tensorrt]'")
     path = bundle.with_name(f"{bundle.name}-plans")
     with _lock(path.with_suffix(".bundle.lock")):
         if not path.exists():

@@ -1,10 +1,13 @@
-"""Who may import whom (docs of the folders; `[tool.importlinter]` in pyproject.toml) is kept."""
+"""Who may import whom: the contracts in pyproject.toml hold, and commands load no more than they use."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from importlinter.api import read_configuration
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,11 +40,30 @@ UNUSED_TO_COMPOSITE = (
         "engines.cuda",
         "engines.backends.tensorrt.engine",
         "engines.backends.openvino.engine",
-        "runtime.server.batching",
+        "export",
+        "runtime.cli.serve",
         "runtime.client",
+        "runtime.server",
     ),
 )
 """What `anydoor composite --quiet` with ONNX Runtime has no use for."""
+
+PACKAGES = ("engines", "runtime", "export", "training", "benchmarks")
+
+FRONT_DOORS = {"engines", "runtime", "training", "runtime.__main__"}
+"""Import nothing, or all there is."""
+
+
+def modules() -> set[str]:
+    paths = (path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths}
+
+
+def layers() -> set[str]:
+    """Every module that the ladder names."""
+    contracts = read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"]
+    (ladder,) = (contract for contract in contracts if contract["type"] == "layers")
+    return {name.strip("() ") for layer in ladder["layers"] for name in re.split("[|:]", layer)}
 
 
 def test_import_rules_are_kept() -> None:
@@ -50,6 +72,16 @@ def test_import_rules_are_kept() -> None:
         [sys.executable, "-c", lint], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout
+
+
+def test_every_module_has_its_place_on_the_ladder() -> None:
+    ladder = layers()
+    homeless = {
+        module
+        for module in modules() - FRONT_DOORS
+        if not any(module == layer or module.startswith(f"{layer}.") for layer in ladder)
+    }
+    assert not homeless
 
 
 def test_importing_the_runtime_imports_nothing_heavy() -> None:
@@ -63,7 +95,7 @@ def test_compositing_imports_nothing_that_it_does_not_use(tiny_bundle: Path, tmp
     command = ["composite", *arguments, "--output", str(tmp_path / "out.png"), "--quiet"]
     command += ["--bundle", str(tiny_bundle), "--backend", "onnxruntime"]
     code = (
-        f"import sys; from runtime.cli.composite import main; assert main({command}) == 0;"
+        f"import sys; from runtime.cli import main; assert main({command}) == 0;"
         f"print([name for name in {UNUSED_TO_COMPOSITE} if name in sys.modules])"
     )
     result = subprocess.run(

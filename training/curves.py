@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: curves and samples for TensorBoard, and a table."""
+"""What a run reports while it goes on: curves and samples for TensorBoard, and a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from training.replacing import replacing
+from engines.files import replacing
 
 _MEMORY = 0.98
 """How much of the running mean of a loss stays in a step."""
@@ -54,12 +54,12 @@ class Curves:
             self._events.add_scalar(name, value, step)
 
     def picture(self, step: int, sheet: NDArray[np.uint8]) -> None:
-        """A sheet of samples, (H, W, 3) RGB."""
+        """Shows a sheet of samples, (H, W, 3) RGB."""
         if self._events:
             self._events.add_image("samples", sheet, step, dataformats="HWC")
 
     def row(self, step: int) -> None:
-        """A line of the table, one per checkpoint: step, seconds of training so far, running means.
+        """Adds a line of the table, one per checkpoint: step, seconds of training so far, running means.
 
         The table is written anew each time: other losses than before are other columns, empty where there
         were none.
@@ -70,7 +70,7 @@ class Curves:
         row = {_STEP: str(step), _SECONDS: f"{time.monotonic() - self._began:.0f}", **means}
         self._rows.append(row)
         columns = list(dict.fromkeys(name for each in self._rows for name in each))
-        with replacing(self._table) as beside, beside.open("w", newline="") as file:
+        with replacing(self._table) as partial, partial.open("w", newline="") as file:
             table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             table.writeheader()
             table.writerows(self._rows)

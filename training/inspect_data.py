@@ -1,4 +1,4 @@
-"""Draws a sheet of training pairs, and tells whether they are made as fast as the loop takes them.
+"""Draws a sheet of training pairs, and measures whether they are made as fast as the loop takes them.
 
 examples:
     python -m training.inspect_data training/recipes/anydoor-small.toml
@@ -6,7 +6,7 @@ examples:
     python -m training.inspect_data training/recipes/anydoor.toml pairs.png --seconds 0
 
 One column per pair: the reference, the collage of the hint, its mask (white: fill this, grey: scene, black:
-padding), and the picture that shall come out. Then samples per second of the loop on one batch, of the pairs
+padding), and the picture that should come out. Then samples per second of the loop on one batch, of the pairs
 that it reads, and of pairs that are made anew. Those of data sets are made while it trains. Rendered ones are
 made of stored views and encoded once, before it trains; rendering and encoding are not counted.
 """
@@ -20,80 +20,57 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from training.config import Recipe, RecipeError, read_recipe
-from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, ViewPairs, pair_of_views, rows_done
+from engines.errors import AnyDoorError
+from runtime.errors import InputError
+from training.assemble import encoded_pairs, mixture, view_pairs
+from training.config import Recipe, read_recipe
+from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, rows_done
 from training.data.mixture import Mixture
 from training.data.pairs import Pair
-from training.data.sources import SourceError
-from training.data.view_store import StoreError, ViewStore
-from training.loop import LoopSettings, NumberedDataset, Numbers
+from training.data.view_pairs import ViewPairs, pair_of_views
+from training.loop import LoopSettings, NumberedDataset, ShardedSampler, load_batches
 from training.network.modules import AnyDoor
+from training.sheets import column, write_sheet
 from training.systems.anydoor import DiffusionTask
 
 
-def to_picture(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A picture (3, R, R), about -1..1, as uint8 (R, R, 3)."""
-    picture: NDArray[np.uint8] = np.clip(values.transpose(1, 2, 0) * 127.5 + 127.5, 0, 255).astype(np.uint8)
-    return picture
-
-
-def column(pair: Pair, *more: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A pair from top to bottom, uint8 (rows * R, R, 3); `more` pictures (3, R, R) go before the last."""
-    side = pair.picture.shape[-1]
-    reference = np.asarray(Image.fromarray(pair.reference).resize((side, side)))
-    mask = np.repeat(pair.hint[3:], 3, axis=0)
-    below = [to_picture(picture) for picture in (pair.hint[:3], mask, *more, pair.picture)]
-    return np.concatenate([reference, *below])
-
-
-def draw_sheet(columns: list[NDArray[np.uint8]], path: Path) -> None:
-    """Writes columns side by side."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(columns, axis=1)).save(path, "PNG")
-
-
 def fresh_pairs(recipe: Recipe, folder: Path) -> Mixture | ViewPairs:
-    """The recipe's pairs before anything is encoded: of its data sets, or of the views in `folder`/views."""
-    if recipe.sources:
-        from training.train import mixture
+    """Opens the recipe's pairs before they are encoded: of its data sets, or of the views in `folder`/views.
 
-        return mixture(recipe)
-    return ViewPairs(ViewStore(folder / "views"), recipe.pairs, single=recipe.data.single)
+    Raises:
+        SourceError: a folder is not that of its data set.
+        StoreError: no views are drawn yet.
+    """
+    return mixture(recipe) if recipe.sources else view_pairs(recipe, folder)
 
 
 def first_pair(pairs: Mixture | ViewPairs, recipe: Recipe, number: int) -> Pair:
-    """Pair `number` as it is before it becomes a sample."""
+    """Makes pair `number` as it is before it becomes a sample."""
     if isinstance(pairs, Mixture):
         return pairs.draw(np.random.default_rng(number))
     data = recipe.data
     return pair_of_views(pairs.store, number, pairs.seed, recipe.pairs, data.kind, data.single)
 
 
-def encoded_pairs(recipe: Recipe, folder: Path) -> EncodedPairs:
-    """What the diffusion stage reads where pairs are rendered. Nothing is encoded for it here.
+def pairs_to_read(recipe: Recipe, folder: Path) -> EncodedPairs:
+    """Opens what the diffusion stage reads where pairs are rendered. Nothing is encoded for it here.
 
     Raises:
-        RecipeError: they are not encoded yet.
+        InputError: they are not encoded yet.
     """
-    pairs, taken_through = folder / "pairs", not recipe.denoising.hint_block
-    if not rows_done(pairs, HINTS_DONE if taken_through else PAIRS_DONE):
-        raise RecipeError(f"there are no encoded pairs in {pairs}: train first, or give --seconds 0")
-    drop, kind = recipe.denoising.drop, recipe.data.kind
-    places = recipe.denoising.attention_guide > 0
-    return EncodedPairs(pairs, 0, recipe.pairs, drop, kind, hint_features=taken_through, places=places)
+    pairs = folder / "pairs"
+    if not rows_done(pairs, PAIRS_DONE if recipe.denoising.hint_block else HINTS_DONE):
+        raise InputError(f"there are no encoded pairs in {pairs}: train first, or give --seconds 0")
+    return encoded_pairs(recipe, folder)
 
 
 def rate(work: Callable[[], object], samples: int, seconds: float, what: str) -> float:
-    """Samples per second of repeated work, without its first time; at least two more are measured."""
+    """Measures samples per second of repeated work, without its first time and at least twice more."""
     with tqdm(desc=f"measuring {what}", unit="sample", leave=False) as bar:
         work()
         began, elapsed = time.perf_counter(), 0.0
@@ -107,18 +84,16 @@ def rate(work: Callable[[], object], samples: int, seconds: float, what: str) ->
 
 
 def feed_rate(dataset: NumberedDataset, settings: LoopSettings, seconds: float, what: str) -> float:
-    """Samples per second that the loop could be fed with, if it took no time itself."""
-    source: Dataset[Any] = dataset  # type: ignore[assignment]
-    numbers = Numbers(0, settings.batch, process=0, processes=1)
-    batches = iter(DataLoader(source, settings.batch, sampler=numbers, num_workers=settings.workers))
+    """Measures samples per second that the loop could be fed with, if it took no time itself."""
+    sampler = ShardedSampler(0, settings.batch, process=0, processes=1)
+    batches = iter(load_batches(dataset, settings, sampler))
     return rate(lambda: next(batches), settings.batch, seconds, what)
 
 
 def consume_rate(task: DiffusionTask, settings: LoopSettings, seconds: float) -> float:
-    """Samples per second that the loop could take, if they were there at once: steps on a single batch."""
-    source: Dataset[Any] = task.dataset()  # type: ignore[assignment]
-    numbers = Numbers(0, settings.batch, process=0, processes=1)
-    batch = next(iter(DataLoader(source, settings.batch, sampler=numbers)))
+    """Measures samples per second that the loop could take, if they took no time: steps on a single batch."""
+    sampler = ShardedSampler(0, settings.batch, process=0, processes=1)
+    batch = next(iter(load_batches(task.dataset(), replace(settings, workers=0), sampler)))
     optimizer = torch.optim.AdamW([p for p in task.module.parameters() if p.requires_grad])
 
     def step() -> None:
@@ -132,10 +107,10 @@ def consume_rate(task: DiffusionTask, settings: LoopSettings, seconds: float) ->
 def compare_rates(
     recipe: Recipe, pairs: Mixture | ViewPairs, folder: Path, settings: LoopSettings, seconds: float
 ) -> str:
-    """How the diffusion stage's data keep up with it, one speed per line.
+    """Measures how the diffusion stage's data keep up with it, one speed per line.
 
     Raises:
-        RecipeError: rendered pairs are not encoded yet.
+        InputError: rendered pairs are not encoded yet.
     """
     feeds: list[tuple[str, NumberedDataset, int]]
     if isinstance(pairs, Mixture):
@@ -143,7 +118,7 @@ def compare_rates(
     else:
         feeds = [
             ("making pairs of stored views, once before", pairs, recipe.data.workers),
-            ("reading encoded pairs while training", encoded_pairs(recipe, folder), settings.workers),
+            ("reading encoded pairs while training", pairs_to_read(recipe, folder), settings.workers),
         ]
     # fresh weights are as fast as any
     task = DiffusionTask(AnyDoor(recipe.architecture), feeds[-1][1], recipe.denoising)
@@ -157,7 +132,7 @@ def compare_rates(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, or 2 if something cannot be read."""
+    """Runs the command; returns 0, or 2 if something cannot be read."""
     parser = argparse.ArgumentParser(
         prog="python -m training.inspect_data",
         description=__doc__,
@@ -187,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         inspect(options)
-    except (RecipeError, SourceError, StoreError, OSError) as error:
+    except (AnyDoorError, OSError) as error:
         print(f"inspect_data: {error}", file=sys.stderr)
         return 2
     return 0
@@ -199,7 +174,8 @@ def inspect(options: argparse.Namespace) -> None:
     folder = options.folder or Path("runs") / options.recipe.stem
     pairs = fresh_pairs(recipe, folder)
     numbers = tqdm(range(options.count), "drawing pairs", unit="pair", leave=False)
-    draw_sheet([column(first_pair(pairs, recipe, number)) for number in numbers], options.output)
+    drawn = (first_pair(pairs, recipe, number) for number in numbers)
+    write_sheet([column(pair.reference, pair.hint, pair.picture) for pair in drawn], options.output)
     print(f"the sheet: {options.output}")
     if options.seconds > 0 and recipe.diffusion:
         print(compare_rates(recipe, pairs, folder, recipe.diffusion, options.seconds))

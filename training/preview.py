@@ -10,75 +10,122 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 
-from training.config import Recipe, read_recipe
-from training.data.pairs import Pair, Picture, Shot, UnfitPairError, make_pair
+from engines.errors import AnyDoorError
+from runtime.diffusion.ddim import ddim_schedule
+from runtime.errors import InputError
+from runtime.imaging.collage import crop_scene, make_hint
+from runtime.imaging.geometry import Ratios
+from runtime.imaging.modes import MODES
+from runtime.imaging.reference import prepare_reference
+from runtime.systems.anydoor import DEFAULTS
+from training.assemble import trained_model
+from training.config import Default, Recipe, read_recipe
+from training.data.pairs import LARGEST_BOX, Picture, UnfitPairError, check_masks
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
-from training.inspect_data import column
+from training.data.view_store import as_shot
 from training.network.architecture import REFERENCE_SIZE
 from training.network.modules import AnyDoor
+from training.sheets import column, write_sheet
 from training.systems.anydoor import Denoiser, DiffusionTask
-from training.systems.identity import dino_features
+
+STEPS = 20
+"""Steps of a sample where neither the caller nor the recipe says how many."""
 
 
 @torch.no_grad()
 def sample(
-    model: AnyDoor, tokens: Tensor, hints: Tensor, steps: int = 20, guidance_scale: float = 2.0, seed: int = 0
+    model: AnyDoor, tokens: Tensor, hints: Tensor, steps: int, guidance_scale: float, seed: int = 0
 ) -> Tensor:
-    """DDIM with eta 0 from pure noise, at the timesteps that the runtime uses.
+    """Samples by DDIM with eta 0 from pure noise, at the timesteps that the runtime uses.
 
     Args:
         model: UNet and ControlNet.
         tokens: (2 N, T, D), of N references and of N times the black one.
         hints: (N, 4, R, R).
-        steps: how many; 1000 / steps is a whole number.
-        guidance: scale of classifier-free guidance; the unconditional reference is black.
+        steps: 1..999.
+        guidance_scale: of classifier-free guidance; the unconditional reference is black.
         seed: of the noise.
 
     Returns:
         Scaled latents (N, C, h, w).
+
+    Raises:
+        InputError: the number of steps is out of range.
     """
+    schedule = ddim_schedule(model.alphas_cumprod.cpu().numpy(), steps)
     count, side = len(hints), hints.shape[-1] // model.architecture.latent_factor
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(count, model.architecture.latent_channels, side, side, generator=generator)
     latent = latent.to(hints.device)
-    alphas = model.alphas_cumprod
-    for timestep in range(1000 - 1000 // steps + 1, 0, -(1000 // steps)):
+    for timestep, (from_latent, from_noise, _) in zip(
+        schedule.timesteps.tolist(), schedule.coefficients.tolist()
+    ):
         both = torch.full((2 * count,), timestep, device=hints.device)
         estimate = model(latent.repeat(2, 1, 1, 1), both, tokens, hints.repeat(2, 1, 1, 1))
         wanted, unconditional = estimate.chunk(2)
         noise = unconditional + guidance_scale * (wanted - unconditional)
-        now, after = alphas[timestep], alphas[max(timestep - 1000 // steps, 0)]
-        clean = (latent - (1 - now).sqrt() * noise) / now.sqrt()
-        latent = after.sqrt() * clean + (1 - after).sqrt() * noise
+        latent = from_latent * latent + from_noise * noise
     return latent
 
 
+@dataclass(frozen=True, eq=False)
+class HeldOutPair:
+    """An object that no training saw and a scene with it, prepared as the runtime does."""
+
+    reference: Picture  # (224, 224, 3)
+    hint: NDArray[np.float32]  # (4, R, R), see runtime.imaging.collage
+    picture: NDArray[np.float32]  # (3, R, R), -1..1, what should be drawn
+
+
 class Preview:
-    """Sheets of samples with the weights that training has reached, always of the same held-out pairs."""
+    """Sheets of samples with the weights that training has reached, always of the same held-out pairs.
+
+    Guidance, steps, ratios and mode are the recipe's defaults, where it has none the runtime's.
+    """
 
     def __init__(
-        self, recipe: Recipe, model: AnyDoor, count: int = 6, steps: int = 20, guidance_scale: float = 2.0
+        self,
+        recipe: Recipe,
+        model: AnyDoor,
+        count: int = 6,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
-        """Takes the autoencoder and the ID encoder of `model`, which do not learn while it is used."""
-        self._model, self._steps, self._guidance = model, steps, guidance_scale
+        """Takes the autoencoder and the ID encoder of `model`, which do not learn while it is used.
+
+        Raises:
+            InputError: the recipe's defaults cannot be used.
+        """
+        self._model, defaults = model, recipe.defaults
+        self._steps = steps if steps is not None else int(_number(defaults, "steps", STEPS))
+        self._guidance_scale = (
+            guidance_scale
+            if guidance_scale is not None
+            else _number(defaults, "guidance_scale", DEFAULTS["guidance_scale"])
+        )
         self._pairs = held_out_pairs(recipe, count)
         references = np.stack([pair.reference for pair in self._pairs])
         self._references = torch.from_numpy(references).permute(0, 3, 1, 2) / 255
         self._hints = torch.from_numpy(np.stack([pair.hint for pair in self._pairs]))
 
-    @torch.no_grad()
     def __call__(self, weights: Mapping[str, Tensor]) -> Picture:
-        """One column per pair: reference, collage, mask, sample, and the true picture.
+        """Draws the sheet: one column per pair."""
+        return np.concatenate(self.columns(weights), axis=1)
+
+    @torch.no_grad()
+    def columns(self, weights: Mapping[str, Tensor]) -> list[Picture]:
+        """Draws a column per pair: reference, collage, mask, sample, and the true picture.
 
         weights: of `Denoiser`, as `DiffusionTask` trains it. They get a network of their own, because the one
-        that is trained may be spread over several processes.
+            that is trained may be sharded over several processes.
         """
         frozen = self._model
         model = AnyDoor(frozen.architecture, ("unet", "control", "id_encoder"))
@@ -87,42 +134,54 @@ class Preview:
         device = next(frozen.vae.parameters()).device
         shown = torch.cat([self._references, black]).to(device)
         model.to(device)
-        features = dino_features(frozen.id_encoder.to(device), shown)
+        features = frozen.id_encoder.to(device).features(shown)
         tokens = model.id_encoder.projector(features)
         count = len(self._pairs)
         both = torch.cat([tokens[:count], tokens[count:].expand(count, -1, -1)])
-        latents = sample(model, both, self._hints.to(device), self._steps, self._guidance)
+        latents = sample(model, both, self._hints.to(device), self._steps, self._guidance_scale)
         drawn = frozen.decode(latents).cpu().numpy()
-        columns = [column(pair, picture) for pair, picture in zip(self._pairs, drawn, strict=True)]
-        return np.concatenate(columns, axis=1)
+        return [
+            column(pair.reference, pair.hint, picture, pair.picture)
+            for pair, picture in zip(self._pairs, drawn, strict=True)
+        ]
 
 
-def held_out_pairs(recipe: Recipe, count: int) -> list[Pair]:
-    """Pairs of objects that no training saw, box as mask, nothing augmented."""
-    pairs: list[Pair] = []
-    rules = type(recipe.pairs)(
-        resolution=recipe.pairs.resolution,
-        flip=0.0,
-        brighten=0.0,
-        box_masks=1.0,
-        crop_ratios=recipe.pairs.crop_ratios,
-    )
-    number = 0
+def held_out_pairs(recipe: Recipe, count: int) -> list[HeldOutPair]:
+    """Makes pairs of objects that no training saw, with the ratios and the mode of the recipe's defaults.
+
+    Raises:
+        InputError: a ratio or the mode cannot be used.
+    """
+    defaults, usual = recipe.defaults, Ratios()
+    names = {"reference_ratio": usual.reference, "box_ratio": usual.box, "crop_ratio": usual.crop}
+    ratios = Ratios(*(_number(defaults, name, ratio) for name, ratio in names.items()))
+    mode = defaults.get("mode", DEFAULTS["mode"])
+    if mode not in MODES:
+        raise InputError(f"[defaults] mode is {mode!r}; expected one of {', '.join(MODES)}")
+    pairs: list[HeldOutPair] = []
+    seed, side = HELD_OUT, recipe.pairs.resolution
     while len(pairs) < count:
-        views = reference_view(HELD_OUT + number, 0), scene_view(HELD_OUT + number, 0)
-        number += 1
+        shown, scene = as_shot(reference_view(seed, 0)), as_shot(scene_view(seed, 0))
+        seed += 1
         try:
-            reference, target = (Shot(view.image, view.mask > 128) for view in views)
-            pairs.append(make_pair(reference, target, "multi-view", rules, np.random.default_rng(number)))
+            check_masks(shown.mask, scene.mask, LARGEST_BOX)
         except UnfitPairError:
             continue
+        reference = prepare_reference(shown.image, shown.mask, ratios.reference)
+        made = make_hint(scene.image, scene.mask, reference, ratios, MODES[str(mode)], side)
+        pairs.append(HeldOutPair(reference.image, made.hint, crop_scene(scene.image, made.geometry, side)))
     return pairs
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, or 2 if what it is given cannot be used."""
-    from training.train import REFUSALS, trained_model  # which draws with `Preview` itself
+def _number(defaults: Mapping[str, Default], name: str, otherwise: float) -> float:
+    value = defaults.get(name, otherwise)
+    if not isinstance(value, int | float):
+        raise InputError(f"[defaults] {name} is {value!r}; expected a number")
+    return value
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 if something that it was given cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m training.preview",
         description=__doc__,
@@ -132,17 +191,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="the sheet, a PNG")
     parser.add_argument("--folder", type=Path, help="default: runs/NAME of the recipe")
     parser.add_argument("--count", type=int, default=10, help="of samples; default: 10")
-    parser.add_argument("--steps", type=int, default=20, help="of sampling, divides 1000; default: 20")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="default: 2")
+    parser.add_argument("--steps", type=int, help=f"of sampling; default: the recipe's, else {STEPS}")
+    parser.add_argument(
+        "--guidance-scale", type=float, help=f"default: the recipe's, else {DEFAULTS['guidance_scale']:g}"
+    )
     options = parser.parse_args(arguments)
-    if options.count < 1 or options.steps < 1 or 1000 % options.steps:
-        parser.error("--count is at least 1 and --steps divides 1000")
+    if options.count < 1:
+        parser.error(f"--count is {options.count}; expected at least 1")
     try:
         recipe = read_recipe(options.recipe)
         model = trained_model(recipe, options.folder or Path("runs") / options.recipe.stem)
         preview = Preview(recipe, model, options.count, options.steps, options.guidance_scale)
-        Image.fromarray(preview(Denoiser(model).state_dict())).save(options.output, "PNG")
-    except REFUSALS as error:
+        write_sheet(preview.columns(Denoiser(model).state_dict()), options.output)
+    except (AnyDoorError, OSError) as error:
         print(f"preview: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""FSDP: weights, gradients and optimizer state spread over the processes (PyTorch's `fully_shard`).
+"""FSDP: weights, gradients and optimizer state sharded over the processes (PyTorch's `fully_shard`).
 
 A tensor of which each process holds a part is a DTensor. The functions below take any tensor, so that the
 loop is the same for one process, for copies in each (DDP) and for parts in each.
@@ -16,15 +16,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from engines.errors import AnyDoorError
+
 _Tree = TypeVar("_Tree")
 
 
-class LaunchError(RuntimeError):
+class LaunchError(AnyDoorError):
     """A stage cannot run as it was launched; the text says how to."""
 
 
-def shard(module: nn.Module, device: torch.device) -> nn.Module:
-    """Spreads a module's weights over all processes, in place.
+def shard_module(module: nn.Module, device: torch.device) -> nn.Module:
+    """Shards a module's weights over all processes, in place.
 
     Its blocks are gathered one after the other when they are computed, what lies outside of blocks always.
 
@@ -49,27 +51,29 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; shares its memory."""
+def to_local(tensor: Tensor) -> Tensor:
+    """Gives this process's part of a tensor; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor where `like` is, in its shape, and in as many parts."""
-    tensor = tensor.reshape(like.shape)  # a saved scalar may be a vector of one number by now
+def shard(tensor: Tensor, like: Tensor) -> Tensor:
+    """Puts a full tensor where `like` is: on its device, in its shape, and sharded as it is."""
+    tensor = tensor.reshape(
+        like.shape
+    )  # saved states may have a scalar where there is a vector of one number
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor.to(like.device)
 
 
-def whole(tree: _Tree) -> _Tree:
-    """A state with its tensors put together from all processes; all of them have to call it."""
+def gather(tree: _Tree) -> _Tree:
+    """Gathers the tensors of a state from all processes; every process must call it."""
     gathered: Any = tree
     if isinstance(tree, DTensor):
         gathered = tree.full_tensor().cpu()
     elif isinstance(tree, dict):
-        gathered = {key: whole(value) for key, value in tree.items()}
+        gathered = {key: gather(value) for key, value in tree.items()}
     elif isinstance(tree, list):
-        gathered = [whole(value) for value in tree]
+        gathered = [gather(value) for value in tree]
     result: _Tree = gathered
     return result

@@ -62,7 +62,7 @@ class AnyDoorSource:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path = checkpoint.path
         self.dtype = checkpoint.dtype
-        self.defaults: Mapping[str, Any] = {}
+        self.defaults = checkpoint.defaults
         self.architecture: Mapping[str, Any] = asdict(checkpoint.architecture)
         self._checkpoint = checkpoint
 

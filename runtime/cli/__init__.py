@@ -1,1 +1,144 @@
-"""The command line."""
+"""The command line: finds a command, runs it, and turns refusals into one sentence and exit code 2.
+
+A command is a module with the names of `Command`, below, and an entry in the group `anydoor.commands` of any
+installed distribution:
+
+    [project.entry-points."anydoor.commands"]
+    build = "export.build_engines"
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from engines.errors import AnyDoorError, BackendError
+
+GROUP = "anydoor.commands"
+
+BUILT_IN: Mapping[str, tuple[str, str]] = {
+    "composite": ("runtime.cli.composite", "cpu"),
+    "serve": ("runtime.cli.serve", "cpu,serve"),
+    "doctor": ("runtime.cli.doctor", "cpu"),
+    "build": ("export.build_engines", "export"),
+}
+"""Name -> module, and the extras of this package that the command needs. They are entries of the group, too;
+asking for those takes longer than importing the module."""
+
+_EVERYWHERE = ("-v", "--verbose", "--no-huge-pages")
+"""Flags that come before or after the command; `anydoor_command` acts upon them."""
+
+
+class Command(Protocol):
+    """What a module has that is a command."""
+
+    NAME: str
+    """As it is called: `anydoor NAME`."""
+    HELP: str
+    """What it does, in one line."""
+    EXAMPLES: str
+    """Command lines, one per line, for the end of its help."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Adds its flags."""
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Does it; returns the exit code.
+
+        Raises:
+            AnyDoorError: says in one sentence what the user can mend.
+        """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: what follows `anydoor`; those of this process if None.
+
+    Returns:
+        The exit code: that of the command, or 2 for anything that the user can mend.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    name = next((argument for argument in given if argument not in _EVERYWHERE), "")
+    try:
+        commands = [load_command(name)] if name in BUILT_IN else all_commands()
+        options = parser(commands).parse_args(given)
+        code: int = options.run(options)
+        return code
+    except AnyDoorError as error:
+        print(f"anydoor: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("anydoor: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
+    """The parser of a command line with some commands. Its result has a function `run`."""
+    result = argparse.ArgumentParser(
+        prog="anydoor", description="Put an object from one picture into another."
+    )
+    _add_flags_for_everywhere(result)
+    subparsers = result.add_subparsers(required=True, metavar="COMMAND")
+    for command in commands:
+        subparser = subparsers.add_parser(
+            command.NAME,
+            help=command.HELP[0].lower() + command.HELP[1:],
+            description=f"{command.HELP}.",
+            epilog="examples:\n" + "".join(f"  {line}\n" for line in command.EXAMPLES.strip().splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(subparser)
+        _add_flags_for_everywhere(subparser)
+        subparser.set_defaults(run=command.run)
+    return result
+
+
+def load_command(name: str) -> Command:
+    """The module of a command of this package.
+
+    Raises:
+        BackendError: a package that it imports is not installed.
+    """
+    module, extras = BUILT_IN[name]
+    try:
+        command: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise missing_package(error, extras) from error
+    loaded: Command = command
+    return loaded
+
+
+def all_commands() -> list[Command]:
+    """All commands that are installed and can be loaded; says on standard error which cannot."""
+    from importlib.metadata import entry_points
+
+    others = {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN}
+    commands: list[Command] = []
+    for name in (*BUILT_IN, *others):
+        try:
+            commands.append(load_command(name) if name in BUILT_IN else others[name].load())
+        except (AnyDoorError, ImportError, AttributeError) as error:
+            print(f"anydoor: the command '{name}' cannot be loaded: {error}", file=sys.stderr)
+    return commands
+
+
+def missing_package(error: ImportError, extras: str) -> AnyDoorError:
+    """The refusal for an import that failed, which names the extras that install the package."""
+    return BackendError(f"the package '{error.name}' is missing; install it with: pip install '.[{extras}]'")
+
+
+def _add_flags_for_everywhere(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("process")
+    group.add_argument(
+        "--no-huge-pages",
+        action="store_true",
+        help="do not start again with 2 MB pages, where Linux gives them to programs that ask",
+    )
+    group.add_argument(
+        "-v", "--verbose", action="store_true", help="say on standard error if it starts again"
+    )

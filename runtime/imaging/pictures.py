@@ -23,8 +23,11 @@ MAX_SIDE = 65_535
 
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_LARGEST_SIDES = {"JPEG": 65_500, "WEBP": 16_383}
+"""In pixels, as libjpeg and the WebP container have it; a PNG has no such limit in practice."""
 
-_MASK_THRESHOLD = 128
+MASK_THRESHOLD = 128
+"""A pixel of a mask or of an alpha channel (0..255) is covered above this value, as in the original."""
 
 PictureLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
 """A file, the bytes of one, a Pillow image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8."""
@@ -78,12 +81,12 @@ def load_mask(
     if isinstance(source, np.ndarray) and source.dtype == np.bool_:
         source = source.astype(np.uint8)
     values = load_picture(source, name, max_pixels).rgb[..., 0]
-    return values > (_MASK_THRESHOLD if values.max() > 1 else 0)
+    return values > (MASK_THRESHOLD if values.max() > 1 else 0)
 
 
 def mask_from_alpha(alpha: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """The mask of a picture's opaque part, as the original takes it: more than 128."""
-    return alpha > _MASK_THRESHOLD
+    return alpha > MASK_THRESHOLD
 
 
 def encode_picture(image: NDArray[np.uint8], file_format: str) -> bytes:
@@ -114,13 +117,29 @@ def format_of(path: Path) -> str:
     return WRITABLE_FORMATS[path.suffix.lower()]
 
 
+def check_size(size: tuple[int, int], path: Path) -> None:
+    """Refuses a file name whose format cannot hold a picture of some size, (width, height) in pixels.
+
+    Raises:
+        InputError: the picture is too large for the format, or the name has no known ending.
+    """
+    largest = _LARGEST_SIDES.get(format_of(path), max(size))
+    if max(size) > largest:
+        raise InputError(
+            f"cannot write '{path}': the picture has {size[0]} x {size[1]} pixels, and {format_of(path)} "
+            f"holds sides of {largest:,} at most: write a .png"
+        )
+
+
 def save_picture(image: NDArray[np.uint8], path: str | Path) -> None:
     """Writes a picture beside its place, then renames it: nobody sees half a file.
 
     Raises:
-        InputError: the name has no known ending, or the place cannot be written to.
+        InputError: the name has no known ending, its format cannot hold the picture, or the place cannot be
+            written to.
     """
     path = Path(path)
+    check_size((image.shape[1], image.shape[0]), path)
     content = encode_picture(image, format_of(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -132,16 +151,28 @@ def save_picture(image: NDArray[np.uint8], path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def sheet_size(size: tuple[int, int], count: int, gap: int = 8) -> tuple[int, int]:
+    """(width, height) of the contact sheet of so many pictures of a size (width, height)."""
+    columns = _columns(count)
+    rows = -(-count // columns)
+    return columns * (size[0] + gap) - gap, rows * (size[1] + gap) - gap
+
+
 def contact_sheet(images: list[NDArray[np.uint8]], gap: int = 8) -> NDArray[np.uint8]:
     """Pictures of one size in a near-square grid on white."""
-    columns = int(np.ceil(np.sqrt(len(images))))
-    rows = -(-len(images) // columns)
+    columns = _columns(len(images))
     height, width = images[0].shape[:2]
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    sheet_width, sheet_height = sheet_size((width, height), len(images), gap)
+    sheet = np.full((sheet_height, sheet_width, 3), 255, np.uint8)
     for index, image in enumerate(images):
         y, x = (index // columns) * (height + gap), (index % columns) * (width + gap)
         sheet[y : y + height, x : x + width] = image
     return sheet
+
+
+def _columns(count: int) -> int:
+    """Columns of a near-square grid."""
+    return int(np.ceil(np.sqrt(count)))
 
 
 def _decode(source: PictureLike, name: str, max_pixels: int) -> Image.Image:

@@ -64,7 +64,7 @@ class CompositorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CompositeStream(self, request, context):
-        """The same, with news on the way: positions in the queue, then steps and previews, then one result. The
+        """The same, with events on the way: positions in the queue, then steps and previews, then one result. The
         result is always the last message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -72,7 +72,7 @@ class CompositorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """Which model this server runs, and what it accepts.
+        """Which model this server runs, its defaults, and what the server accepts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

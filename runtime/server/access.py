@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -43,20 +42,6 @@ def read_tokens(path: str) -> list[bytes]:
     if not tokens:
         raise InputError(f"there is no token in '{path}': one per line is expected")
     return tokens
-
-
-def client_of(context: grpc.aio.ServicerContext[Any, Any], tokens_checked: bool) -> str:
-    """A name for the caller that it cannot choose freely: its token, its certificate, or its host."""
-    for key, value in context.invocation_metadata() or ():
-        if tokens_checked and key == "authorization":
-            return "token:" + hashlib.sha256(_to_bytes(value)).hexdigest()[:12]
-    certificate = context.auth_context()
-    for key in ("x509_common_name", "x509_subject_alternative_name"):
-        for name in certificate.get(key, ()):
-            return "certificate:" + name.decode("utf-8", "replace")
-    # "ipv4:10.0.0.1:4711": a port says nothing about who it is
-    peer: str = context.peer()
-    return peer.rpartition(":")[0] or peer
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]

@@ -8,7 +8,8 @@ import sys
 import time
 from typing import Any
 
-_FIELDS = "fields"
+FIELDS = "fields"
+"""Attribute of a record with fields of its own: logger.info("listening", extra={FIELDS: {"port": 50051}})."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -22,7 +23,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
-            **getattr(record, _FIELDS, {}),
+            **getattr(record, FIELDS, {}),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -35,10 +36,3 @@ def configure(level: str) -> None:
     handler.setFormatter(JsonFormatter())
     logging.captureWarnings(True)  # Pillow's, of damaged pictures
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-def log(
-    logger: logging.Logger, level: int, event: str, error: BaseException | None = None, **fields: object
-) -> None:
-    """Logs an event with fields of its own, and the traceback of an error."""
-    logger.log(level, event, exc_info=error, extra={_FIELDS: fields})

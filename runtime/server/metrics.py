@@ -11,7 +11,7 @@ _OCCUPANCY = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 class Metrics:
-    """What is counted. Gauges read the server's state when they are scraped; see `Server`."""
+    """Counters, histograms and gauges; `Server` sets what the gauges read when they are scraped."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -33,29 +33,27 @@ class Metrics:
             registry=self.registry,
         )
         self.step_seconds = Histogram(
-            "anydoor_step_seconds", "Denoising calls", buckets=_SECONDS, registry=self.registry
+            "anydoor_step_seconds", "Calls of the step graph", buckets=_SECONDS, registry=self.registry
         )
         self.batch_samples = Histogram(
-            "anydoor_batch_samples", "Samples per denoising call", buckets=_OCCUPANCY, registry=self.registry
+            "anydoor_batch_samples",
+            "Samples per call of the step graph",
+            buckets=_OCCUPANCY,
+            registry=self.registry,
         )
         self.queued = Gauge(
             "anydoor_queued_requests", "Accepted requests that wait for a slot", registry=self.registry
         )
         self.running = Gauge("anydoor_running_samples", "Samples in the batch", registry=self.registry)
         self.cache_bytes = Gauge(
-            "anydoor_detail_map_cache_bytes", "Detail maps that are kept", registry=self.registry
+            "anydoor_cache_bytes", "Memory of tensors kept for later pictures", registry=self.registry
         )
-
-    def on_batch(self, samples: int, seconds: float) -> None:
-        """Counts a denoising call."""
-        self.batch_samples.observe(samples)
-        self.step_seconds.observe(seconds)
 
     def serve(self, address: str) -> int:
         """Starts serving them; returns the port.
 
         Raises:
-            InputError: the address is none, or is taken.
+            InputError: the address is invalid or taken.
         """
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():

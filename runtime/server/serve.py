@@ -14,14 +14,14 @@ from runtime.compositor import Compositor
 from runtime.errors import InputError
 from runtime.server import tracing
 from runtime.server.access import TokenInterceptor, credentials, read_tokens
-from runtime.server.batching import Scheduler
-from runtime.server.logs import configure, log
+from runtime.server.batching import Batcher
+from runtime.server.logs import FIELDS, configure
 from runtime.server.metrics import Metrics
 from runtime.server.service import NAME, CompositorService
 from runtime.server.settings import Settings
 
 _OTHER_CALLS = 32
-"""Calls at a time beside those that the scheduler accepts: refusals, health, reflection."""
+"""Calls at a time beside those that the batcher accepts: refusals, health, reflection."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +45,20 @@ class Server:
         self._watch: asyncio.Task[None] | None = None
         self._grpc = self._new_grpc_server(settings, compositor.max_batch)
         self._bind()
-        self.scheduler = Scheduler(
+        self.batcher = Batcher(
             compositor,
             limits=settings.limits,
             queue=settings.queue,
             max_batch=settings.max_batch or None,
             workers=settings.workers,
             batching=settings.batching,
-            on_batch=self.metrics.on_batch,
+            on_samples=self.metrics.batch_samples.observe,
+            on_seconds=self.metrics.step_seconds.observe,
         )
-        self.metrics.queued.set_function(lambda: self.scheduler.queued)
-        self.metrics.running.set_function(lambda: self.scheduler.running)
-        self.metrics.cache_bytes.set_function(lambda: compositor.cache.nbytes)
-        service = CompositorService(self.scheduler, settings, self.metrics)
+        self.metrics.queued.set_function(lambda: sum(not each.starts for each in self.batcher.tickets))
+        self.metrics.running.set_function(lambda: sum(each.running for each in self.batcher.tickets))
+        self.metrics.cache_bytes.set_function(compositor.system.kept_bytes)
+        service = CompositorService(self.batcher, settings, self.metrics)
         self._grpc.add_generic_rpc_handlers((service.handler(),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -71,11 +72,11 @@ class Server:
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.start()
-        log(logger, logging.INFO, "listening", addresses=self.addresses, metrics_port=self.metrics_port)
-        await asyncio.wrap_future(self.scheduler.loaded)
+        _log("listening", addresses=self.addresses, metrics_port=self.metrics_port)
+        await asyncio.wrap_future(self.batcher.loaded)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._watch = asyncio.create_task(self._watch_engine())
-        log(logger, logging.INFO, "serving", bundle=self._settings.bundle)
+        _log("serving", bundle=self._settings.bundle)
 
     async def stop(self) -> bool:
         """Refuses new requests, finishes the accepted ones in the time set, and closes.
@@ -86,18 +87,18 @@ class Server:
         if self._watch:
             self._watch.cancel()
         await self._health.enter_graceful_shutdown()
-        log(logger, logging.INFO, "draining", accepted=self.scheduler.accepted, at_most_seconds=seconds)
-        clean = await asyncio.get_running_loop().run_in_executor(None, self.scheduler.drain, seconds)
+        _log("draining", accepted=len(self.batcher.tickets), at_most_seconds=seconds)
+        clean = await asyncio.get_running_loop().run_in_executor(None, self.batcher.drain, seconds)
         # the last answers may still be on their way
         await self._grpc.stop(grace=max(seconds, 1.0))
-        log(logger, logging.INFO, "stopped", all_finished=clean)
+        _log("stopped", all_finished=clean)
         return clean
 
     async def _watch_engine(self) -> None:
-        # cancelling must not reach the scheduler's future, which its thread will set
-        await asyncio.shield(asyncio.wrap_future(self.scheduler.lost))
+        # cancelling must not reach the batcher's future, which its thread will set
+        await asyncio.shield(asyncio.wrap_future(self.batcher.lost))
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        log(logger, logging.ERROR, "engine lost")
+        logger.error("engine lost")
         self.engine_lost.set()
 
     def _new_grpc_server(self, settings: Settings, max_batch: int) -> grpc.aio.Server:
@@ -122,7 +123,7 @@ class Server:
                 else:
                     port = self._grpc.add_insecure_port(address)
             except RuntimeError as error:
-                raise InputError(f"cannot listen at '{address}': it is taken, or no address") from error
+                raise InputError(f"cannot listen at '{address}': it is taken, or not an address") from error
             is_unix = address.startswith("unix")
             self.addresses.append(address if is_unix else f"{address.rpartition(':')[0]}:{port}")
 
@@ -139,19 +140,10 @@ def serve(settings: Settings) -> int:
     """
     configure(settings.log_level)
     tracing.configure()
-    compositor = Compositor.load(
-        settings.bundle,
-        settings.device,
-        settings.threads or None,
-        None if settings.cache_bytes < 0 else settings.cache_bytes,
-        control_window=settings.control_window,
-        memory_budget=settings.memory_budget or None,
-        backend=settings.backend,
-        inference_precision=settings.inference_precision,
-        cuda_graphs=settings.cuda_graphs,
-    )
+    cache_bytes = None if settings.cache_bytes < 0 else settings.cache_bytes
+    compositor = Compositor.load(settings.bundle, settings.engine, cache_bytes, settings.control_window)
     if plan := compositor.engine.describe():
-        log(logger, logging.INFO, "memory plan", plan=plan.splitlines())
+        _log("memory plan", plan=plan.splitlines())
     return asyncio.run(_serve(compositor, settings))
 
 
@@ -171,3 +163,7 @@ async def _serve(compositor: Compositor, settings: Settings) -> int:
             loop.remove_signal_handler(number)
         await server.stop()
     return 0 if stop.is_set() else 1
+
+
+def _log(event: str, **fields: object) -> None:
+    logger.info(event, extra={FIELDS: fields})

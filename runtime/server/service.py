@@ -1,16 +1,17 @@
-"""The methods of anydoor.v1.CompositorService: from a message to the scheduler, and back."""
+"""The methods of anydoor.v1.CompositorService: from a message to the batcher, and back."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import partial
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
@@ -18,50 +19,55 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from runtime.errors import InputError, in_field
+from runtime.parameters import sampling_parameters
+from runtime.request import Request
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.access import client_of
-from runtime.server.batching import Scheduler
-from runtime.server.logs import log
-from runtime.server.metrics import Metrics
-from runtime.server.settings import Settings
-from runtime.server.ticket import (
+from runtime.server import tracing
+from runtime.server.batching import Batcher
+from runtime.server.events import (
     DeadlineError,
     EngineLostError,
     Event,
     Failed,
     Finished,
-    Order,
     QueueFullError,
     ShuttingDownError,
 )
-from runtime.server.tracing import start_request_span
-from runtime.server.wire import event_message, request_from_message, response_message
+from runtime.server.logs import FIELDS
+from runtime.server.metrics import Metrics
+from runtime.server.settings import Settings
+from runtime.server.ticket import Ticket
+from runtime.server.wire import defaults_message, event_message, request_from_message, response_message
+from runtime.version import version
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 NAME: str = pb.DESCRIPTOR.services_by_name["CompositorService"].full_name
 
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Call:
-    """What is known of a call, for logs, metrics and spans."""
+    """What logs, metrics and spans say of a call."""
 
     method: str
     client: str
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    request_id: str
+    span: Any
+    """None without OpenTelemetry."""
+    started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=dict)
+    """Stage -> time, when it is finished."""
     images: int = 0
 
 
 class CompositorService:
     """Serves the methods; see the .proto file for what they promise."""
 
-    def __init__(self, scheduler: Scheduler, settings: Settings, metrics: Metrics) -> None:
-        self._scheduler = scheduler
+    def __init__(self, batcher: Batcher, settings: Settings, metrics: Metrics) -> None:
+        self._batcher = batcher
         self._settings = settings
         self._metrics = metrics
 
@@ -82,40 +88,41 @@ class CompositorService:
 
     async def _composite(self, content: bytes, context: Context) -> pb.CompositeResponse:
         async with self._observe("Composite", context) as call:
-            async with self._submit(call, _parse(pb.CompositeRequest, content), 0, context) as events:
-                while not isinstance(event := await _next(events, call), Finished):
-                    pass
-            return response_message(event, call.request_id)
+            message = pb.CompositeRequest.FromString(content)
+            async with aclosing(self._events(call, context, message)) as events:
+                async for event in events:
+                    if isinstance(event, Finished):
+                        return response_message(event, call.request_id)
         raise AssertionError("unreachable")
 
     async def _composite_stream(self, content: bytes, context: Context) -> None:
         async with self._observe("CompositeStream", context) as call:
-            message = _parse(pb.CompositeStreamRequest, content)
+            message = pb.CompositeStreamRequest.FromString(content)
             with in_field("request"):
-                async with self._submit(call, message.request, message.preview_every, context) as events:
-                    event: Event | None = None
-                    while not isinstance(event, Finished):
-                        event = await _next(events, call)
+                async with aclosing(
+                    self._events(call, context, message.request, message.preview_every)
+                ) as events:
+                    async for event in events:
                         await context.write(event_message(event, call.request_id))
 
     async def _get_model_info(self, content: bytes, context: Context) -> pb.GetModelInfoResponse:
         async with self._observe("GetModelInfo", context):
-            _parse(pb.GetModelInfoRequest, content)
+            pb.GetModelInfoRequest.FromString(content)
             return self.model_info()
         raise AssertionError("unreachable")
 
     def model_info(self) -> pb.GetModelInfoResponse:
         """The answer to GetModelInfo."""
-        settings, compositor = self._settings, self._scheduler.compositor
+        settings, compositor = self._settings, self._batcher.compositor
         manifest = compositor.bundle.manifest
         return pb.GetModelInfoResponse(
-            version=version("anydoor-runtime"),
+            version=version(),
             checkpoint_sha256=str(manifest.checkpoint.get("sha256", "")),
             precision=manifest.precision,
             backend=compositor.engine.backend,
             device=compositor.engine.device,
-            resolution=manifest.model.resolution,
-            max_batch=self._scheduler.max_batch,
+            resolution=manifest.resolution,
+            max_batch=self._batcher.max_batch,
             limits=pb.Limits(
                 message_bytes=settings.max_message_bytes,
                 pixels=settings.max_pixels,
@@ -124,116 +131,125 @@ class CompositorService:
                 placements=settings.max_placements,
                 previews=settings.max_previews,
             ),
+            system=manifest.system,
+            defaults=defaults_message(compositor.defaults),
         )
 
-    @asynccontextmanager
-    async def _submit(
-        self, call: _Call, message: pb.CompositeRequest, preview_every: int, context: Context
-    ) -> AsyncIterator[asyncio.Queue[Event]]:
-        """Submits a request and gives its events; leaving the block before the last one cancels it."""
+    async def _events(
+        self, call: _Call, context: Context, message: pb.CompositeRequest, preview_every: int = 0
+    ) -> AsyncGenerator[Event, None]:
+        """Submits a request and yields its events up to `Finished`; closing it earlier cancels the request.
+
+        Raises:
+            Exception: what the request failed with.
+        """
         request, file_format = request_from_message(message)
-        self._check_previews(preview_every, request.sampling.steps)
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        if preview_every:
+            self._check_previews(preview_every, request)
+        events = asyncio.Queue[Event]()
+        soon: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
         remaining = context.time_remaining()
-        ticket = self._scheduler.submit(
-            request,
-            Order(
-                notify=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
-                client=call.client,
-                deadline=None if remaining is None else time.monotonic() + remaining,
-                file_format=file_format,
-                preview_every=preview_every,
-            ),
+        ticket = Ticket(
+            notify=partial(soon, events.put_nowait),
+            client=call.client,
+            deadline=None if remaining is None else time.monotonic() + remaining,
+            file_format=file_format,
+            preview_every=preview_every,
         )
-        del message, request  # a request that waits is better kept once
+        self._batcher.submit(request, ticket)
+        del message, request  # a request that waits is kept once
         try:
-            yield events
+            event: Event | None = None
+            while not isinstance(event, Finished):
+                event = await events.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Finished):
+                    call.seconds, call.images = event.seconds, len(event.images)
+                yield event
         finally:
-            self._scheduler.cancel(ticket)
+            if ticket.open:
+                self._batcher.cancel(ticket)
 
-    def _check_previews(self, every: int, steps: int) -> None:
+    def _check_previews(self, every: int, request: Request) -> None:
+        with in_field("sampling"):
+            steps = sampling_parameters(request.sampling, self._batcher.compositor.defaults).steps
         most = self._settings.max_previews
         # no preview of the last step: the picture itself comes then
-        if every and (steps - 1) // every > most:
-            error = InputError(f"{(steps - 1) // every} previews of each picture; at most {most} are made")
-            error.field = "preview_every"
-            raise error
+        if (steps - 1) // every > most:
+            with in_field("preview_every"):
+                raise InputError(f"{(steps - 1) // every} previews of each picture; at most {most} are made")
 
     @asynccontextmanager
     async def _observe(self, method: str, context: Context) -> AsyncIterator[_Call]:
         """Turns errors into statuses, and tells logs, metrics and spans how the call ended."""
-        call = _Call(method, client_of(context, bool(self._settings.tokens)))
-        started = time.perf_counter()
+        span = None
+        if tracing.TRACER:
+            metadata = {
+                key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
+            }
+            parent = tracing.propagate.extract(metadata)
+            span = tracing.TRACER.start_span(f"{NAME}/{method}", parent, tracing.trace.SpanKind.SERVER)
+        call = _Call(method, _client_of(context, bool(self._settings.tokens)), uuid.uuid4().hex, span)
         trailing = [("request-id", call.request_id)]
         context.set_trailing_metadata(trailing)
-        metadata = {
-            key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
-        }
-        span = start_request_span(f"{NAME}/{method}", metadata)
-
-        def end(code: grpc.StatusCode, failure: Exception | None = None) -> None:
-            self._note_end(call, code, time.perf_counter() - started, failure)
-            span.end(code.name, call.seconds, request_id=call.request_id, images=call.images)
-
         try:
             yield call
         except asyncio.CancelledError:
             remaining = context.time_remaining()
             late = remaining is not None and remaining <= 0
-            end(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
+            self._note_end(call, grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
             code, text, more = _status(error)
-            end(code, error)
+            self._note_end(call, code, error)
             await context.abort(code, text, (*trailing, *more))
         else:
-            end(grpc.StatusCode.OK)
+            self._note_end(call, grpc.StatusCode.OK)
 
-    def _note_end(
-        self, call: _Call, code: grpc.StatusCode, seconds: float, failure: Exception | None
-    ) -> None:
+    def _note_end(self, call: _Call, code: grpc.StatusCode, failure: Exception | None = None) -> None:
+        seconds = time.perf_counter() - call.started
         self._metrics.requests.labels(call.method, code.name).inc()
         self._metrics.request_seconds.labels(call.method).observe(seconds)
         for stage, duration in call.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(duration)
+        if call.span is not None and call.span.is_recording():
+            tracing.end_span(
+                call.span, code.name, call.seconds, request_id=call.request_id, images=call.images
+            )
         ours = code is grpc.StatusCode.INTERNAL
-        log(
-            logger,
+        fields = {
+            "request_id": call.request_id,
+            "method": call.method,
+            "client": call.client,
+            "code": code.name,
+            "seconds": round(seconds, 4),
+            "images": call.images,
+            "stages": {stage: round(duration, 4) for stage, duration in call.seconds.items()},
+        }
+        if failure:
+            fields["reason"] = str(failure)
+        logger.log(
             logging.ERROR if ours else logging.INFO,
             "request ended",
-            failure if ours else None,
-            request_id=call.request_id,
-            method=call.method,
-            client=call.client,
-            code=code.name,
-            seconds=round(seconds, 4),
-            images=call.images,
-            stages={stage: round(duration, 4) for stage, duration in call.seconds.items()},
-            **({"reason": str(failure)} if failure else {}),
+            exc_info=failure if ours else None,
+            extra={FIELDS: fields},
         )
 
 
-async def _next(events: asyncio.Queue[Event], call: _Call) -> Event:
-    """The next event.
-
-    Raises:
-        Exception: what `Failed` holds.
-    """
-    event = await events.get()
-    if isinstance(event, Failed):
-        raise event.error
-    if isinstance(event, Finished):
-        call.seconds, call.images = event.seconds, len(event.images)
-    return event
-
-
-def _parse(kind: Callable[[], Any], content: bytes) -> Any:
-    message = kind()
-    try:
-        message.ParseFromString(content)
-    except DecodeError as error:
-        raise InputError("the message cannot be parsed") from error
-    return message
+def _client_of(context: Context, tokens_checked: bool) -> str:
+    """A name for the caller that it cannot choose freely: its token, its certificate, or its host."""
+    for key, value in context.invocation_metadata() or ():
+        if tokens_checked and key == "authorization":
+            token = value if isinstance(value, bytes) else value.encode()
+            return "token:" + hashlib.sha256(token).hexdigest()[:12]
+    certificate = context.auth_context()
+    for key in ("x509_common_name", "x509_subject_alternative_name"):
+        for name in certificate.get(key, ()):
+            return "certificate:" + name.decode("utf-8", "replace")
+    # "ipv4:10.0.0.1:4711": a port says nothing about who it is
+    peer: str = context.peer()
+    return peer.rpartition(":")[0] or peer
 
 
 def _status(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, str]]]:
@@ -241,6 +257,8 @@ def _status(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, str
     if isinstance(error, InputError):
         text = f"{error.field}: {error}" if error.field else str(error)
         return grpc.StatusCode.INVALID_ARGUMENT, text, [("field", error.field)]
+    if isinstance(error, DecodeError):
+        return grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be parsed", [("field", "")]
     if isinstance(error, QueueFullError):
         milliseconds = str(math.ceil(error.retry_seconds * 1000))
         return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), [("grpc-retry-pushback-ms", milliseconds)]

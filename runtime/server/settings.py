@@ -1,20 +1,19 @@
-"""What can be set: one table for the command line's flags and the TOML file's keys."""
+"""What can be set of a server: one table for the command line's flags and the TOML file's keys."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import sys
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from engines.engine import BACKENDS, DEVICES, INFERENCE_PRECISIONS
+from engines.options import EngineOptions
 from runtime.errors import InputError
-from runtime.server.ticket import BATCHING
-from runtime.sizes import parse_size, size_flag
+from runtime.toml_file import read_values
 from runtime.validation import Limits
+
+BATCHING = ("continuous", "static")
+"""When waiting samples join: between any two steps, or only when the batch is empty."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -26,31 +25,24 @@ def _setting(default: Any, help: str, **flag: Any) -> Any:
 
 def _size(default: int, help: str) -> Any:
     """A field for an amount of memory: bytes, or a string like 6G."""
-    return _setting(default, help, metavar="SIZE", type=size_flag)
+    return _setting(default, help, metavar="SIZE", is_size=True)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that can be set about a server. Names are those of the TOML file; flags have dashes."""
 
-    bundle: str = _setting("", "directory of the bundle", metavar="DIR")
-    device: str = _setting("auto", "where the graphs run", choices=DEVICES)
-    backend: str = _setting("auto", "what executes the graphs", choices=BACKENDS)
-    inference_precision: str = _setting(
-        "fp32", "of graphs that are in float32; bf16 where the processor has it", choices=INFERENCE_PRECISIONS
+    bundle: str = _setting(
+        "",
+        "directory of the bundle; $ANYDOOR_BUNDLE, else build/engines/anydoor, if unset",
+        metavar="DIR",
     )
-    cuda_graphs: bool = _setting(
-        False, "with ONNX Runtime on a card, capture the denoise graph and replay it"
-    )
-    threads: int = _setting(0, "CPU threads of the engine; 0: all cores", metavar="N")
-    memory_budget: int = _size(
-        0, "of the device's memory to use at the most, like 6G; 0: nearly all that is free"
-    )
+    engine: EngineOptions = EngineOptions()
+    """Where and how the graphs run. Its fields have flags and keys beside the others."""
     listen: tuple[str, ...] = _setting(
         ("127.0.0.1:50051",),
         "address, host:port or unix:/path; may be repeated",
         metavar="ADDRESS",
-        action="append",
     )
     metrics: str = _setting("", "address for Prometheus, host:port; none if not given", metavar="ADDRESS")
     tls_certificate: str = _setting("", "PEM file with the server's certificate chain", metavar="FILE")
@@ -98,7 +90,7 @@ class Settings:
         """
         sizes = ("max_message_bytes", "max_pixels", "max_steps", "max_images", "max_placements")
         positive = (*sizes, "workers", "control_window")
-        not_negative = ("threads", "memory_budget", "max_previews", "queue", "max_batch", "drain_seconds")
+        not_negative = ("max_previews", "queue", "max_batch", "drain_seconds")
         for names, least in ((positive, 1), (not_negative, 0), (("cache_bytes",), -1)):
             for name in names:
                 if getattr(self, name) < least:
@@ -115,78 +107,23 @@ class Settings:
             raise InputError("tls_client_ca needs tls_certificate and tls_key")
 
 
-def add_flags(command: argparse.ArgumentParser) -> None:
-    """Adds --config, and one flag per setting."""
-    command.add_argument(
-        "--config", type=Path, metavar="FILE.toml", help="settings by name; flags take precedence"
-    )
-    for setting in fields(Settings):
-        flag = dict(setting.metadata)
-        default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
-        if default not in ("", None):
-            flag["help"] += f" (default: {default})"
-        if isinstance(setting.default, bool):
-            flag["action"] = "store_true"
-        elif isinstance(setting.default, int | float):
-            flag.setdefault("type", type(setting.default))
-        command.add_argument(f"--{setting.name.replace('_', '-')}", default=None, **flag)
+def settings_from(given: Mapping[str, Any], config: Path | None, default_bundle: str) -> Settings:
+    """Makes the settings of a server.
 
-
-def settings_from(options: argparse.Namespace, default_bundle: str) -> Settings:
-    """The settings from parsed flags, and the file that --config names.
+    Args:
+        given: setting -> value, of the flags; those of `EngineOptions` stand beside the others.
+        config: a TOML file with the same names; flags take precedence.
+        default_bundle: the bundle where neither names one.
 
     Raises:
-        InputError: the file cannot be read, or a value cannot be used.
+        AnyDoorError: the file cannot be read, or a value cannot be used.
     """
-    values: dict[str, Any] = {"bundle": default_bundle}
-    if options.config is not None:
-        values |= read_config(options.config)
-    names = (setting.name for setting in fields(Settings))
-    values |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    read = read_values(config, (Settings, EngineOptions), "the configuration") if config else {}
+    values = {"bundle": default_bundle, **read, **given}
+    engine = {
+        option.name: values.pop(option.name) for option in fields(EngineOptions) if option.name in values
+    }
     values["listen"] = tuple(values.get("listen", Settings.listen))
-    settings = Settings(**values)
+    settings = Settings(engine=EngineOptions(**engine), **values)
     settings.check()
     return settings
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file.
-
-    Raises:
-        InputError: it cannot be read, is no TOML, or has a key or value that no setting has.
-    """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read '{path}': {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"'{path}' is not TOML: {error}") from error
-    known = {setting.name: setting for setting in fields(Settings)}
-    return {key: _checked(key, value, known, path) for key, value in content.items()}
-
-
-def _checked(key: str, value: object, known: Mapping[str, Field[Any]], path: Path) -> object:
-    if key not in known:
-        close = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise InputError(f"'{path}' has a setting '{key}' that is not known{hint}")
-    default = known[key].default
-    if isinstance(value, str) and known[key].metadata.get("type") is size_flag:
-        try:
-            return parse_size(value)
-        except InputError as error:
-            raise InputError(f"'{path}': {key}: {error}") from error
-    if isinstance(default, tuple):
-        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    elif isinstance(default, float):
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        fits = type(value) is type(default)
-    if not fits:
-        kind = "list of strings" if isinstance(default, tuple) else type(default).__name__
-        raise InputError(f"'{path}': {key} must be of the type {kind}, not {value!r}")
-    return value

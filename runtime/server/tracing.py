@@ -13,9 +13,14 @@ from typing import Any
 try:
     from opentelemetry import propagate, trace
 except ImportError:
-    trace = None  # type: ignore[assignment]
+    propagate = trace = None  # type: ignore[assignment]
 
 _NAME = "anydoor-runtime"
+
+TRACER = trace.get_tracer(_NAME) if trace else None
+"""Starts spans, which record nothing without a tracer provider. None without OpenTelemetry."""
+
+__all__ = ["TRACER", "configure", "end_span", "propagate", "trace"]
 
 
 def configure() -> bool:
@@ -33,30 +38,20 @@ def configure() -> bool:
     return True
 
 
-class RequestSpan:
-    """The span of one request; does nothing without OpenTelemetry."""
+def end_span(span: Any, code: str, seconds: Mapping[str, float], **attributes: str | int) -> None:
+    """Ends the span of a request.
 
-    def __init__(self, span: Any) -> None:
-        self._span = span
-
-    def end(self, code: str, seconds: Mapping[str, float], **attributes: str | int) -> None:
-        """Notes the status and the seconds of each stage, and ends the span."""
-        if self._span is None:
-            return
-        self._span.set_attribute("rpc.grpc.status_code", code)
-        for name, value in attributes.items():
-            self._span.set_attribute(f"anydoor.{name}", value)
-        for stage, duration in seconds.items():
-            self._span.set_attribute(f"anydoor.seconds.{stage}", duration)
-        if code != "OK":
-            self._span.set_status(trace.Status(trace.StatusCode.ERROR, code))
-        self._span.end()
-
-
-def start_request_span(method: str, metadata: Mapping[str, str]) -> RequestSpan:
-    """A server span for a request, child of the caller's if `metadata` has a traceparent."""
-    if trace is None:
-        return RequestSpan(None)
-    tracer = trace.get_tracer(_NAME)
-    context = propagate.extract(metadata)
-    return RequestSpan(tracer.start_span(method, context=context, kind=trace.SpanKind.SERVER))
+    Args:
+        span: as `TRACER` started it.
+        code: name of the gRPC status code.
+        seconds: stage -> time.
+        attributes: what else to note.
+    """
+    span.set_attribute("rpc.grpc.status_code", code)
+    for name, value in attributes.items():
+        span.set_attribute(f"anydoor.{name}", value)
+    for stage, duration in seconds.items():
+        span.set_attribute(f"anydoor.seconds.{stage}", duration)
+    if code != "OK":
+        span.set_status(trace.Status(trace.StatusCode.ERROR, code))
+    span.end()

@@ -88,31 +88,18 @@ class AnyDoorConditions:
         return self.maps.steps_ready(step)
 
 
-class AnyDoor:
-    """The system with a model; see `runtime.systems.system.System`."""
+class Preprocessing:
+    """What happens to a placement before and after the networks; needs no engine."""
 
-    defaults = DEFAULTS
+    def __init__(self, resolution: int, reference_size: int) -> None:
+        """Keeps the sizes.
 
-    def __init__(self, model: Model) -> None:
-        """Looks up what the model has.
-
-        Raises:
-            BundleError: a graph is missing.
+        Args:
+            resolution: side of the hint and of the networks' picture, in pixels.
+            reference_size: side of the reference that the ID encoder takes, in pixels.
         """
-        manifest = model.bundle.manifest
-        missing = [graph for graph in (ID_ENCODER, CONTROL) if graph not in manifest.graphs]
-        if missing:
-            raise BundleError(f"the bundle at '{model.bundle.path}' has no graph '{missing[0]}'")
-        self._engine = model.engine
-        self._resolution = manifest.resolution
-        self._reference_size = (
-            manifest.specs[ID_ENCODER].tensor("reference").resolve(manifest.typical_sizes)[-1]
-        )
-        self._unconditional_tokens = model.constants["unconditional_tokens"]
-        self._window = model.control_window
-        self.cache = DetailMapCache(model.cache_bytes)
-        """Detail maps that are kept for re-rolls."""
-        self._tokens: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+        self._resolution = resolution
+        self._reference_size = reference_size
 
     def prepare(
         self,
@@ -148,6 +135,39 @@ class AnyDoor:
             hint = make_hint(scene, p.target, p.reference, p.ratios, p.mode, self._resolution)
         return replace(prepared, hint=hint)
 
+    def finish(
+        self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: AnyDoorPlacement
+    ) -> NDArray[np.uint8]:
+        """Pastes the picture back by the rule of the placement's mode."""
+        return paste_back(picture, scene, prepared.hint.geometry, prepared.mode.paste)
+
+
+class AnyDoor(Preprocessing):
+    """The system with a model; see `runtime.systems.system.System`."""
+
+    defaults = DEFAULTS
+
+    def __init__(self, model: Model) -> None:
+        """Looks up what the model has.
+
+        Raises:
+            BundleError: a graph is missing.
+        """
+        manifest = model.bundle.manifest
+        missing = [graph for graph in (ID_ENCODER, CONTROL) if graph not in manifest.graphs]
+        if missing:
+            raise BundleError(f"the bundle at '{model.bundle.path}' has no graph '{missing[0]}'")
+        self._engine = model.engine
+        self._resolution = manifest.resolution
+        self._reference_size = (
+            manifest.specs[ID_ENCODER].tensor("reference").resolve(manifest.typical_sizes)[-1]
+        )
+        self._unconditional_tokens = model.constants["unconditional_tokens"]
+        self._window = model.control_window
+        self.cache = DetailMapCache(model.cache_bytes)
+        """Detail maps that are kept for re-rolls."""
+        self._tokens: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+
     def conditions(
         self, prepared: AnyDoorPlacement, sampling: SamplingParameters, schedule: Schedule, watch: Stopwatch
     ) -> AnyDoorConditions:
@@ -172,12 +192,6 @@ class AnyDoor:
             self._engine, CONTROL, self.cache, prepared.hint.hint, tokens, timesteps, self._window, guided
         )
         return AnyDoorConditions(BankRows({"tokens": tokens}, 0, len(tokens) - 1, on_host=True), maps)
-
-    def finish(
-        self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: AnyDoorPlacement
-    ) -> NDArray[np.uint8]:
-        """Pastes the picture back by the rule of the placement's mode."""
-        return paste_back(picture, scene, prepared.hint.geometry, prepared.mode.paste)
 
     def kept_bytes(self) -> int:
         """Memory of the detail maps that are kept."""

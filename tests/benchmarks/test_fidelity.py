@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.baselines import copy_paste, guess_background
-from benchmarks.embeddings import load_clip, load_dino, pairwise_score
 from benchmarks.fidelity import labelled_sheet, main
-from benchmarks.fidelity_truth import EMPTY, GUESS, OURS, PASTE, PASTE_ON_GUESS, TRUTH, WRONG, measure
-from benchmarks.protocol import read_protocol
+from benchmarks.support.baselines import copy_paste, guess_background
+from benchmarks.support.embeddings import load_clip, load_dino, pairwise_score
+from benchmarks.support.fidelity_truth import EMPTY, GUESS, OURS, PASTE, PASTE_ON_GUESS, TRUTH, WRONG, measure
+from benchmarks.support.protocol import read_protocol
 from engines.errors import AnyDoorError
 from runtime.imaging.boxes import Box
 
@@ -70,7 +70,7 @@ def test_the_table_and_the_sheet_show_all_of_it(perfect) -> None:  # type: ignor
     table = perfect.table()
     for method in (TRUTH, EMPTY, GUESS, PASTE, PASTE_ON_GUESS, WRONG, OURS):
         assert any(line.startswith(method) for line in table.splitlines())
-    assert "2 pairs; each object is to be recognised among 3" in table
+    assert "2 pairs; each object is recognised among 3" in table
     columns = perfect.columns()
     assert list(columns) == ["object", "scene", "copy-paste", OURS, "truth"]
     sheet = labelled_sheet(columns, rows=1)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks.footprint import Part, Recorder, main, table
-from benchmarks.machine import reset_peak_memory
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from benchmarks.support.machine import reset_peak_memory
+from engines.spec import CONTROL, DECODE, DENOISE, ID_ENCODER
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3

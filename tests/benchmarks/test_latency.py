@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.latency import main, plan_of
+import benchmarks.latency
+from benchmarks.latency import main, workload_of
 from benchmarks.latency import parser as command_line
-from benchmarks.latency_process import (
+from benchmarks.seeded import TINY, seeded_checkpoint
+from benchmarks.support import example
+from benchmarks.support.anydoor_pipeline import GraphTimer, stages_of
+from benchmarks.support.contenders import (
     ANYDOOR,
     BATCH,
     COLD,
@@ -21,16 +27,15 @@ from benchmarks.latency_process import (
     SAMPLES,
     STAGES,
     Call,
-    Plan,
-    Subject,
-    TimedEngine,
-    Visit,
-    placement,
-    stages_of,
+    Contender,
+    Run,
+    Workload,
 )
-from benchmarks.latency_report import LEAST_PSNR, Findings, Row, report, speedups
-from benchmarks.roofline import GraphCost, Peak
-from benchmarks.seeded import TINY, seeded_checkpoint
+from benchmarks.support.graph_costs import GraphCost
+from benchmarks.support.latency_report import format_report
+from benchmarks.support.measurement import LEAST_PSNR, Measurement, Report, speedups
+from benchmarks.support.peaks import Peak
+from engines.engine import Observer
 from engines.errors import AnyDoorError
 from tests.support.anydoor import CONTROL, DECODE, DENOISE
 
@@ -46,36 +51,41 @@ def call(
 
 
 def test_missing_steps_cost_the_mean_of_a_measured_step() -> None:
-    row = Row(Subject(ANYDOOR), [call(PICTURE, steps=4, seconds=20)])
+    row = Measurement(Contender(ANYDOOR), [call(PICTURE, steps=4, seconds=20)])
     assert row.seconds(PICTURE, 4) == [20]
     assert row.seconds(PICTURE, 50) == [20 + 46 * 3]
 
 
 def test_a_reroll_has_no_detail_maps_in_its_steps() -> None:
-    row = Row(Subject(ANYDOOR), [call(PICTURE, 4, 20), call(REROLL, 1, 10, control=0.0)])
+    row = Measurement(Contender(ANYDOOR), [call(PICTURE, 4, 20), call(REROLL, 1, 10, control=0.0)])
     assert row.typical(REROLL, 50) == pytest.approx(10 + 49 * 2)
 
 
 def test_samples_are_counted_per_picture() -> None:
-    row = Row(Subject(ANYDOOR), [call(PICTURE, 4, 20), call(SAMPLES, 1, 40, pictures=4, denoise=8.0)])
+    row = Measurement(
+        Contender(ANYDOOR), [call(PICTURE, 4, 20), call(SAMPLES, 1, 40, pictures=4, denoise=8.0)]
+    )
     assert row.typical(SAMPLES, 50) == pytest.approx((40 + 49 * 9) / 4)
 
 
 def test_waiting_for_the_stages_is_not_part_of_the_latency() -> None:
     """On a card every second call is slowed down by waiting, and the others tell no stages."""
     quick = Call(PICTURE, 10, 1, 0.0, 25.0, {}, None)
-    row = Row(Subject(ANYDOOR, "cuda"), [quick, call(PICTURE, 10, 40)])
+    row = Measurement(Contender(ANYDOOR, "cuda"), [quick, call(PICTURE, 10, 40)])
     assert row.seconds(PICTURE, 20) == [25 + 10 * 3]
     assert row.stage_calls(DENOISE) == [2]
 
 
 def test_pictures_are_held_against_a_reference_in_single_precision_only() -> None:
     """A picture in FP32 cannot be told from one in half precision to 40 dB."""
-    ours = [Row(Subject(ANYDOOR, dtype=dtype), [call(PICTURE, 10, 50)]) for dtype in ("fp32", "bf16", "fp16")]
-    for dtype, expected in (("float32", ["fp32", "bf16", "float32"]), ("bfloat16", [])):
-        pytorch = Row(Subject(PYTORCH, dtype=dtype), [call(PICTURE, 10, 100)])
-        findings = Findings("x", Plan(), 1, [*ours, pytorch], {}, {}, "", "", {})
-        assert [row.subject.dtype for row in findings.compared_rows] == expected
+    ours = [
+        Measurement(Contender(ANYDOOR, precision=precision), [call(PICTURE, 10, 50)])
+        for precision in ("fp32", "bf16", "fp16")
+    ]
+    for precision, expected in (("fp32", ["fp32", "bf16", "fp32"]), ("bf16", [])):
+        pytorch = Measurement(Contender(PYTORCH, precision=precision), [call(PICTURE, 10, 100)])
+        report = Report("x", Workload(), 1, [*ours, pytorch], {}, {}, "", "", {})
+        assert [row.contender.precision for row in report.compared] == expected
     assert LEAST_PSNR["bf16"] < LEAST_PSNR["fp32"]
 
 
@@ -84,30 +94,41 @@ class SlowToLoad:
 
     device = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, load_inside_run: bool) -> None:
         self.now = 0.0
-        self.loaded: set[str] = set()
+        self.observer: Observer | None = None
+        self._loaded: set[str] = set()
+        self._load_inside_run = load_inside_run
 
     def load(self, graph: str) -> None:
-        self.now += 0.0 if graph in self.loaded else 10.0
-        self.loaded.add(graph)
+        if graph not in self._loaded:
+            assert self.observer is not None
+            with self.observer("load", graph, {}):
+                self.now += 10.0
+            self._loaded.add(graph)
 
-    def run(self, graph: str, inputs: object, outputs: object = None) -> dict[str, object]:
-        self.load(graph)
-        self.now += 1.0
-        return {}
+    def run(self, graph: str) -> None:
+        if not self._load_inside_run:
+            self.load(graph)
+        assert self.observer is not None
+        with self.observer("run", graph, {}):
+            self.load(graph)
+            self.now += 1.0
 
 
-def test_loading_a_graph_is_no_part_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("load_inside_run", [False, True])
+def test_loading_a_graph_is_no_part_of_its_steps(
+    monkeypatch: pytest.MonkeyPatch, load_inside_run: bool
+) -> None:
     """Where graphs take turns, the first step of a picture loads; 49 more of them would not."""
-    engine = SlowToLoad()
-    monkeypatch.setattr("benchmarks.latency_process.time.perf_counter", lambda: engine.now)
-    timed = TimedEngine(engine)  # type: ignore[arg-type]
+    engine = SlowToLoad(load_inside_run)
+    monkeypatch.setattr("benchmarks.support.anydoor_pipeline.time.perf_counter", lambda: engine.now)
+    timer = engine.observer = GraphTimer(engine)  # type: ignore[arg-type]
     for graph in (CONTROL, DENOISE, CONTROL, DENOISE):
-        timed.run(graph, {})
+        engine.run(graph)
     sampling = engine.now + 0.5
-    timed.run(DECODE, {})
-    stages = stages_of({**timed.seconds, "sample": sampling})
+    engine.run(DECODE)
+    stages = stages_of({**timer.seconds, "sample": sampling})
     assert stages == dict.fromkeys(STAGES, 0.0) | {
         LOAD: 30,
         CONTROL: 2,
@@ -118,8 +139,8 @@ def test_loading_a_graph_is_no_part_of_its_steps(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_reroll_of_plain_pytorch_is_a_picture() -> None:
-    pytorch = Row(Subject(PYTORCH), [call(PICTURE, 10, 100), call(SAMPLES, 10, 400, pictures=4)])
-    ours = Row(Subject(ANYDOOR), [call(PICTURE, 10, 50), call(REROLL, 10, 20)])
+    pytorch = Measurement(Contender(PYTORCH), [call(PICTURE, 10, 100), call(SAMPLES, 10, 400, pictures=4)])
+    ours = Measurement(Contender(ANYDOOR), [call(PICTURE, 10, 50), call(REROLL, 10, 20)])
     assert speedups(ours, pytorch, 10) == {PICTURE: 2.0, REROLL: 5.0, SAMPLES: None, BATCH: None}
     assert speedups(pytorch, pytorch, 10)[REROLL] == 1.0
 
@@ -136,22 +157,22 @@ def test_what_the_host_does_between_the_graphs_is_a_stage() -> None:
 
 
 def test_the_share_of_the_limit_is_printed_with_each_stage() -> None:
-    row = Row(Subject(ANYDOOR, backend="onnxruntime"), [call(PICTURE, 10, 40)])
-    findings = Findings(
+    row = Measurement(Contender(ANYDOOR, backend="onnxruntime"), [call(PICTURE, 10, 40)])
+    report = Report(
         name="x",
-        plan=Plan(steps=10),
+        workload=Workload(steps=10),
         threads=1,
-        rows=[row],
+        measurements=[row],
         costs={
             graph: GraphCost(graph, 10**12, 0, 0, 0, 0)
             for graph in ("id_encoder", "control", "denoise", "decode")
         },
-        peaks={("cpu", "float32"): Peak("here", tflops=1.0, gbs=10.0, source="measured")},
+        peaks={("cpu", "fp32"): Peak("here", tflops=1.0, gbs=10.0, source="measured")},
         precision="fp32",
         power_source="",
         machine={},
     )
-    printed = report(findings)
+    printed = format_report(report)
     assert "1.0000 (100%)" in printed
     assert "2.0000 (50%)" in printed
     assert "extrapolated: pictures from 10 measured steps" in printed
@@ -160,20 +181,20 @@ def test_the_share_of_the_limit_is_printed_with_each_stage() -> None:
 
 
 def test_no_two_variants_of_the_example_share_anything_that_is_kept() -> None:
-    references = [placement(variant).reference for variant in range(3)]
+    references = [example.placement(variant).reference for variant in range(3)]
     assert len({array.tobytes() for array in references}) == 3  # type: ignore[union-attr]
 
 
-def test_a_visit_goes_through_json() -> None:
-    visit = Visit(Plan(steps=3), Subject(PYTORCH, compiled=True), Path("a"), 2, 4, (REROLL,), 5.0, 1.5)
-    assert Visit.from_json(visit.to_json()) == visit
+def test_a_run_goes_through_json() -> None:
+    run = Run(Workload(steps=3), Contender(PYTORCH, compiled=True), Path("a"), 2, 4, (REROLL,), 5.0, 1.5)
+    assert Run.from_json(run.to_json()) == run
 
 
 def test_steps_given_are_the_steps_taken() -> None:
-    plan = plan_of(command_line().parse_args(["--size", "full", "--steps", "4"]))
-    assert (plan.steps, plan.extra_steps, plan.cold_steps) == (4, 1, 1)
-    plan = plan_of(command_line().parse_args(["--bundle", "b", "--steps", "7", "--rounds", "2"]))
-    assert (plan.steps, plan.extra_steps, plan.cold_steps, plan.rounds) == (7, 7, 7, 2)
+    workload = workload_of(command_line().parse_args(["--size", "full", "--steps", "4"]))
+    assert (workload.steps, workload.extra_steps, workload.cold_steps) == (4, 1, 1)
+    workload = workload_of(command_line().parse_args(["--bundle", "b", "--steps", "7", "--rounds", "2"]))
+    assert (workload.steps, workload.extra_steps, workload.cold_steps, workload.rounds) == (7, 7, 7, 2)
 
 
 def measured(tmp_path: Path, *arguments: str) -> int:
@@ -192,7 +213,7 @@ def test_a_run_leaves_tables_results_and_a_plot(
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "latency.json").read_text("utf-8"), parse_constant=pytest.fail)
     assert results["machine"]["processor"]
-    rows = {row["subject"]["backend"] or row["subject"]["kind"]: row for row in results["rows"]}
+    rows = {row["contender"]["backend"] or row["contender"]["kind"]: row for row in results["rows"]}
     assert {"onnxruntime", "pytorch"} <= rows.keys()
     ours = rows["onnxruntime"]
     assert {c["scenario"] for c in ours["calls"]} == {COLD, PICTURE, REROLL, SAMPLES, BATCH}
@@ -215,7 +236,7 @@ def test_a_checkpoint_that_is_not_the_bundles_is_noticed(
     assert "not the picture of PyTorch" in capsys.readouterr().out
 
 
-def test_a_subject_that_fails_is_named_and_the_others_are_measured(
+def test_a_contender_that_fails_is_named_and_the_others_are_measured(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     damaged = tmp_path / "damaged"
@@ -234,6 +255,7 @@ def test_a_subject_that_fails_is_named_and_the_others_are_measured(
         ([], "say what to measure"),
         (["--bundle", "no/such/bundle"], "there is no bundle at 'no/such/bundle'"),
         (["--checkpoint", "none.safetensors"], "there is no checkpoint at 'none.safetensors'"),
+        (["--results", "/dev/null/x.json"], "cannot write '/dev/null/x.json'"),
     ],
 )
 def test_nothing_to_measure(arguments: list[str], sentence: str, capsys: Capture) -> None:
@@ -241,6 +263,15 @@ def test_nothing_to_measure(arguments: list[str], sentence: str, capsys: Capture
     assert sentence in capsys.readouterr().err
 
 
+def test_without_installed_packages_it_says_what_to_run() -> None:
+    """As in a new clone: no package of ours or of others can be imported."""
+    command = [sys.executable, "-S", str(Path(benchmarks.latency.__file__)), "--size", "small"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("latency.py: the project is not installed: run 'make dev'")
+    assert len(found.stderr.splitlines()) == 1
+
+
 def test_no_steps() -> None:
     with pytest.raises(AnyDoorError, match="--steps must be at least 1, not 0"):
-        plan_of(command_line().parse_args(["--size", "small", "--steps", "0"]))
+        workload_of(command_line().parse_args(["--size", "small", "--steps", "0"]))

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.golden import read_case
 from benchmarks.parity import main
+from benchmarks.support.golden import read_case
 
 DRAWN = Path(__file__).parents[1] / "data" / "drawn.npz"
 

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engines.arena import ALIGNMENT, Buffer, Pool, PoolExhaustedError, aligned, layout
 
-PHASES = ("id_encoder", "control", "denoise", "decode")
+PHASES = ("condition", "window", "step", "decode")
 
 buffers = st.lists(
     st.builds(
@@ -54,9 +54,9 @@ def test_overlaps_are_those_of_the_places(buffers: list[Buffer]) -> None:
         assert result.overlaps[one.name] == expected
 
 
-def test_graphs_that_take_turns_share_their_scratch_memory() -> None:
+def test_graphs_that_never_run_together_share_their_scratch_memory() -> None:
     scratch = [Buffer(phase, 1000 * (i + 1), frozenset({phase})) for i, phase in enumerate(PHASES)]
-    inputs = Buffer("latent", 500, frozenset({"control", "denoise"}))
+    inputs = Buffer("latent", 500, frozenset({"window", "step"}))
     result = layout([*scratch, inputs])
     assert result.nbytes == aligned(4000)  # the largest scratch memory; the input lies beside a smaller one
     assert result.overlaps["latent"] == {"decode"}

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from engines import engine
+from engines import registry
 from engines.bundle import Bundle
 from engines.engine import choose_backend, open_engine
 from engines.errors import BackendError
+from engines.options import EngineOptions
+
+CPU, CARD = EngineOptions(device="cpu"), EngineOptions(device="cuda")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
         spec.submodule_search_locations = [str(tmp_path / name)]
         return spec if name in names else None
 
-    monkeypatch.setattr(engine, "find_spec", find_spec)
+    monkeypatch.setattr(registry, "find_spec", find_spec)
     return names
 
 
@@ -36,7 +39,7 @@ def test_openvino_comes_before_onnxruntime_on_a_cpu(bundle: Bundle, installed: s
     installed |= {"onnxruntime"}
     assert choose_backend(bundle) == "onnxruntime"
     installed |= {"openvino"}
-    assert choose_backend(bundle) == choose_backend(bundle, "cpu") == "openvino"
+    assert choose_backend(bundle) == choose_backend(bundle, CPU) == "openvino"
 
 
 def test_a_card_comes_before_the_cpu(bundle: Bundle, installed: set[str], tmp_path: Path) -> None:
@@ -44,9 +47,9 @@ def test_a_card_comes_before_the_cpu(bundle: Bundle, installed: set[str], tmp_pa
     provider = tmp_path / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
     provider.parent.mkdir(parents=True)
     provider.touch()
-    assert choose_backend(bundle) == choose_backend(bundle, "cuda") == "onnxruntime"
-    assert choose_backend(bundle, "cpu") == "openvino"
-    assert choose_backend(bundle, inference_precision="bf16") == "openvino"
+    assert choose_backend(bundle) == choose_backend(bundle, CARD) == "onnxruntime"
+    assert choose_backend(bundle, CPU) == "openvino"
+    assert choose_backend(bundle, EngineOptions(inference_precision="bf16")) == "openvino"
 
 
 def test_without_any_backend_the_one_to_install_is_named(bundle: Bundle, installed: set[str]) -> None:
@@ -56,26 +59,16 @@ def test_without_any_backend_the_one_to_install_is_named(bundle: Bundle, install
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_backend_that_is_asked_for_is_taken(bundle: Bundle, backend: str) -> None:
     pytest.importorskip(backend)
-    assert open_engine(bundle, "cpu", backend=backend).backend == backend
+    assert open_engine(bundle, EngineOptions(backend, "cpu")).backend == backend
 
 
 def test_plans_are_not_made_of_onnx_graphs_at_run_time(bundle: Bundle) -> None:
     with pytest.raises(
         BackendError, match=r"runs with the backend openvino or onnxruntime, not with tensorrt"
     ):
-        open_engine(bundle, backend="tensorrt")
-
-
-def test_backend_that_does_not_exist(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match="no backend 'abacus': choose one of auto, onnxruntime, openvino"):
-        open_engine(bundle, backend="abacus")
-
-
-def test_inference_precision_that_does_not_exist(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match="no inference precision 'fp4': choose one of fp32, bf16"):
-        open_engine(bundle, inference_precision="fp4")
+        open_engine(bundle, EngineOptions(backend="tensorrt"))
 
 
 def test_onnxruntime_has_no_bfloat16(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="only the backend openvino has the inference precision bf16"):
-        open_engine(bundle, "cpu", backend="onnxruntime", inference_precision="bf16")
+        open_engine(bundle, EngineOptions("onnxruntime", "cpu", inference_precision="bf16"))

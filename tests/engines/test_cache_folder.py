@@ -1,4 +1,4 @@
-"""The user's cache folder: it does not grow for ever."""
+"""The user's cache folder: what is no longer used leaves it."""
 
 from __future__ import annotations
 

@@ -31,11 +31,16 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_after_an_error_everything_is_as_before(tmp_path: Path, as_folder: bool) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "before")
-    with pytest.raises(ZeroDivisionError), replacing(path) as partial:
-        if as_folder:
-            partial.mkdir()
-        else:
-            partial.write_text("half")
-        raise ZeroDivisionError
+
+    def write_half() -> None:
+        with replacing(path) as partial:
+            if as_folder:
+                partial.mkdir()
+            else:
+                partial.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""Files that were found sound before are not read again; whatever else they are now, they are."""
+"""Files that were verified before are not read again, unless anything about them has changed."""
 
 from __future__ import annotations
 
@@ -153,14 +153,14 @@ GARBAGE = (
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_a_record_that_is_none_is_replaced(bundle: Path, record: Path, garbage: bytes) -> None:
+def test_an_invalid_record_is_replaced(bundle: Path, record: Path, garbage: bytes) -> None:
     record.parent.mkdir(parents=True)
     record.write_bytes(garbage)
     assert bytes_read(bundle) == graph_bytes(bundle)
     assert bytes_read(bundle) == 0
 
 
-def test_entries_that_are_none_are_replaced(bundle: Path, record: Path) -> None:
+def test_invalid_entries_are_replaced(bundle: Path, record: Path) -> None:
     bytes_read(bundle)
     paths = json.loads(record.read_text())
     for entry in (None, 7, [], {}, {"bytes": 1}):

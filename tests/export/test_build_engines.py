@@ -14,7 +14,7 @@ from benchmarks.seeded import TINY
 from engines.bundle import Bundle, sha256
 from export.build_engines import main
 from export.verification import TOLERANCE
-from training.checkpoint import write_checkpoint
+from training.network.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]

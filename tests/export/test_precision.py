@@ -12,32 +12,44 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from benchmarks.comparison import psnr
-from benchmarks.precision import HEADROOM, GraphExtremes, RunError, graph_extremes, relative_error
-from benchmarks.rounding import LARGEST_HALF, RoundingEngine, round_every_result
+from benchmarks.precision import HEADROOM, GraphExtremes, RunError, graph_extremes
+from benchmarks.support.rounding import LARGEST_FP16, RoundingEngine, round_every_result
+from benchmarks.support.similarity import psnr
 from engines.bundle import Bundle
 from engines.engine import Engine, open_engine
-from engines.spec import GRAPHS
+from engines.options import EngineOptions
 from export.precision import InFloat32, keep_float32_layers
+from export.verification import relative_error
 from runtime import Compositor, Sampling
 from runtime.diffusion.ddim import ddim_schedule
+from runtime.parameters import sampling_parameters
+from runtime.sampling.conditions import BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps
-from runtime.sampling.running_batch import sample
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from runtime.sampling.running_batch import LatentRow, RunningBatch, Sample
+from runtime.systems.anydoor import DEFAULTS, AnyDoorConditions
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 
 
 def run_networks(bundle: Bundle, engine: Engine) -> dict[str, np.ndarray]:
     """Everything from a reference and a hint to a picture, in four steps with guidance."""
-    model, constants = bundle.manifest.model, bundle.constants()
+    manifest, constants = bundle.manifest, bundle.constants()
     rng = np.random.default_rng(5)
-    reference = rng.random((1, 3, model.reference_size, model.reference_size), dtype=np.float32)
-    hint = rng.uniform(-1, 1, (4, model.resolution, model.resolution)).astype(np.float32)
-    noise = rng.standard_normal((1, 4, model.latent_size, model.latent_size), dtype=np.float32)
+    reference = rng.random((1, 3, 224, 224), dtype=np.float32)
+    hint = rng.uniform(-1, 1, (4, manifest.resolution, manifest.resolution)).astype(np.float32)
+    noise = rng.standard_normal((1, *manifest.latent_shape), dtype=np.float32)
     tokens = engine.to_host(engine.run(ID_ENCODER, {"reference": reference})["tokens"])
     both = np.concatenate([tokens, constants["unconditional_tokens"]])
     schedule = ddim_schedule(constants["alphas_cumprod"], 4)
-    maps = DetailMaps(engine, DetailMapCache(0), hint, both, schedule.timesteps.tolist(), 1)
-    *_, latent = sample(engine, maps, both, schedule, Sampling(steps=4), noise)
+    maps = DetailMaps(engine, CONTROL, DetailMapCache(0), hint, both, schedule.timesteps.tolist(), 1)
+    conditions = AnyDoorConditions(BankRows({"tokens": both}, 0, 1, on_host=True), maps)
+    sampling = sampling_parameters(Sampling(steps=4), DEFAULTS)
+    sample = Sample(conditions, schedule, sampling, LatentRow(engine.to_device(noise), 0, 1))
+    batch = RunningBatch(engine, manifest.step)
+    batch.samples = [sample]
+    for _ in range(4):
+        batch.step()
+    assert sample.done, sample.error
+    latent = batch.latents([sample])
     image = engine.run(DECODE, {"latent": latent}, ["image"])["image"]
     return {"tokens": tokens, "latent": engine.to_host(latent), "image": engine.to_host(image)}
 
@@ -51,7 +63,7 @@ def test_fp16_stays_close_to_fp32_from_end_to_end(
     tiny_bundle: Path, tiny_half_bundle: Path, half: RoundingEngine
 ) -> None:
     bundle = Bundle.open(tiny_bundle)
-    expected = run_networks(bundle, open_engine(bundle, "cpu"))
+    expected = run_networks(bundle, open_engine(bundle, EngineOptions(device="cpu")))
     found = run_networks(Bundle.open(tiny_half_bundle), half)
     # rounded once, an FP16 number is off by 5e-4 at the most; dozens of layers and four steps add up
     assert 1e-4 < relative_error(found["tokens"], expected["tokens"]) < 3e-3
@@ -136,11 +148,11 @@ def test_overflow_is_measured_before_it_happens() -> None:
     assert np.isinf(y)
     row = GraphExtremes("graph", len(names), float(largest), "product")
     assert row.largest == 120_000
-    assert row.headroom == pytest.approx(LARGEST_HALF / 120_000)
+    assert row.headroom == pytest.approx(LARGEST_FP16 / 120_000)
     assert not row.passed
 
 
-@pytest.mark.parametrize("largest", [math.nan, math.inf, LARGEST_HALF / HEADROOM * 1.01])
+@pytest.mark.parametrize("largest", [math.nan, math.inf, LARGEST_FP16 / HEADROOM * 1.01])
 def test_too_little_headroom_fails(largest: float) -> None:
     (row,) = graph_extremes({"decode": {"a": 1.0, "b": largest, "c": 2.0}})
     assert (row.where, row.passed) == ("b", False)

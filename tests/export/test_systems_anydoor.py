@@ -10,10 +10,11 @@ import torch
 
 from engines.bundle import Bundle
 from engines.engine import Array, Engine, open_engine
-from engines.spec import GRAPHS
-from export.systems.anydoor import GRAPH_MODULES, PART_OF_GRAPH, example_inputs
+from engines.options import EngineOptions
+from export.onnx_graph import example_inputs
+from export.systems.anydoor import GRAPH_MODULES, PARTS
 from export.verification import output_error, relative_error
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from training.network.checkpoint import read_checkpoint
 
 SHAPES = [
@@ -31,7 +32,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
 def engine(bundle: Bundle, request: pytest.FixtureRequest) -> Engine:
     pytest.importorskip(request.param)
-    return open_engine(bundle, "cpu", backend=request.param)
+    return open_engine(bundle, EngineOptions(backend=request.param, device="cpu"))
 
 
 def run(engine: Engine, graph: str, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -45,7 +46,7 @@ def test_graph_computes_what_pytorch_computes(
 ) -> None:
     spec = bundle.manifest.specs[graph]
     inputs = example_inputs(spec, sizes, seed=sizes["rows"])
-    module = GRAPH_MODULES[graph](read_checkpoint(tiny_checkpoint).load_part(PART_OF_GRAPH[graph]))
+    module = GRAPH_MODULES[graph](read_checkpoint(tiny_checkpoint).load_part(PARTS[graph]))
     with torch.no_grad():
         result = module(*(torch.from_numpy(array) for array in inputs.values()))
     expected = result if isinstance(result, tuple) else (result,)

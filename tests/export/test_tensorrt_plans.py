@@ -13,22 +13,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.backends.tensorrt.library import Library, check_signature, load_library
-from engines.bundle import Bundle, Manifest
+from engines.backends.tensorrt.library import Library, check_header, check_version, load_library
+from engines.backends.tensorrt.plans import check_signature
+from engines.bundle import Bundle
 from engines.errors import AnyDoorError, BundleError
-from engines.spec import GRAPHS, GraphSpec
-from export.build_engines import BuildOptions, best_backend, build_plan_bundle, main
-from export.plans import _Phase, build_plan, check_targets, completed, network_signature, scratch_bytes
+from engines.manifest import Manifest
+from engines.spec import sizes_for
+from export.build import best_backend, build_plan_bundle
+from export.build_engines import main
+from export.options import BuildOptions
+from export.plans import Phase, build_plan, check_targets, completed, network_signature, scratch_bytes
 from export.progress import Progress
-from tests.support.anydoor import CONTROL, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 
 RTX = "tensorrt_rtx"
 ROOT = Path(__file__).parents[2]
+GRAPHS = (ID_ENCODER, CONTROL, DENOISE, DECODE)
 
 
 @pytest.fixture(scope="module")
 def library() -> Library:
-    pytest.importorskip(RTX, reason="needs pip install 'anydoor-runtime[tensorrt]'")
+    pytest.importorskip(RTX, reason="needs pip install '.[tensorrt]'")
     return load_library(RTX)
 
 
@@ -58,10 +63,11 @@ def test_all_graphs_are_built_for_three_architectures(built: tuple[Bundle, Bundl
     for graph, record in plans.manifest.graphs.items():
         plans.verify(graph)
         assert record.files[0].path == f"{graph}.plan"
-        assert (record.backend, record.backend_version) == (RTX, library.version)
-        assert record.target == "sm86,sm89,sm120"
-        assert record.scratch_bytes > 0
+        assert record.scratch_bytes.keys() == {RTX}
+        assert record.scratch_bytes[RTX] > 0
         assert record.error == source.manifest.graphs[graph].error
+    assert (plans.manifest.backend, plans.manifest.backend_version) == (RTX, library.version)
+    assert plans.manifest.target == "sm86,sm89,sm120"
     assert list(plans.manifest.graphs) == list(GRAPHS)
     assert plans.manifest.precision == source.manifest.precision
 
@@ -76,9 +82,9 @@ def test_constants_and_signatures_are_those_of_the_source(built: tuple[Bundle, B
 def test_headers_are_plans_of_this_version(built: tuple[Bundle, Bundle], library: Library) -> None:
     """Without a driver the library cannot say that a plan is valid, but it names every fault it sees."""
     _, plans = built
+    check_version(library, plans)
     for graph in GRAPHS:
-        library.check_version(plans, graph)
-        library.check_header(plans, graph)
+        check_header(library, plans, graph)
 
 
 def parse(library: Library, path: Path) -> Any:
@@ -99,15 +105,15 @@ def test_inputs_and_outputs_are_those_of_the_manifest(
     network, *_ = parse(library, source.graph_file(graph))
     tensors, spec = network_signature(network), plans.manifest.specs[graph]
     assert [t.spec.name for t in tensors] == [t.name for t in spec.tensors]
-    check_signature(tensors, spec, plans.manifest.max_batch)
+    check_signature(tensors, spec, plans.manifest.largest_sizes)
     other = replace(spec.inputs[0], dtype="int32")
     for wrong in (
-        GraphSpec(graph, (other, *spec.inputs[1:]), spec.outputs),
-        GraphSpec(graph, spec.inputs[1:], spec.outputs),
-        GraphSpec(graph, spec.inputs, (replace(spec.outputs[0], shape=(1, 2)), *spec.outputs[1:])),
+        replace(spec, inputs=(other, *spec.inputs[1:])),
+        replace(spec, inputs=spec.inputs[1:]),
+        replace(spec, outputs=(replace(spec.outputs[0], shape=(1, 2)), *spec.outputs[1:])),
     ):
         with pytest.raises(BundleError, match=f"of '{graph}'"):
-            check_signature(tensors, wrong, plans.manifest.max_batch)
+            check_signature(tensors, wrong, plans.manifest.largest_sizes)
 
 
 def test_too_small_a_plan_is_noticed(half: Bundle, library: Library) -> None:
@@ -115,9 +121,34 @@ def test_too_small_a_plan_is_noticed(half: Bundle, library: Library) -> None:
     spec = half.manifest.specs[ID_ENCODER]
     reference, tokens = network_signature(network)
     for_two = replace(reference, largest=(2, 3, 224, 224))
-    check_signature([for_two, tokens], spec, max_batch=2)
+    check_signature([for_two, tokens], spec, sizes_for(half.manifest.dimensions, 2))
     with pytest.raises(BundleError, match=r"up to \(2, 3, 224, 224\), and the manifest says .* \(4, 3"):
-        check_signature([for_two, tokens], spec, max_batch=4)
+        check_signature([for_two, tokens], spec, sizes_for(half.manifest.dimensions, 4))
+
+
+def test_a_plan_keeps_the_names_of_the_file_that_it_is_built_from(half: Bundle, library: Library) -> None:
+    """The manifest may have given an input another name since that file was exported."""
+    spec = half.manifest.specs[ID_ENCODER]
+    renamed = replace(spec, inputs=(replace(spec.inputs[0], name="picture", file_name="reference"),))
+    record = replace(half.manifest.graphs[ID_ENCODER], spec=renamed)
+    manifest = replace(half.manifest, graphs={**half.manifest.graphs, ID_ENCODER: record})
+    onnx_file = half.graph_file(ID_ENCODER)
+    with Progress(quiet=True) as progress:
+        assert build_plan(library, manifest, ID_ENCODER, onnx_file, "sm89", progress).content is not None
+    network, *_ = parse(library, onnx_file)
+    unnamed = replace(spec, inputs=(replace(spec.inputs[0], name="picture"),))
+    with pytest.raises(BundleError, match="has other inputs and outputs"):
+        check_signature(network_signature(network), unnamed, manifest.largest_sizes)
+
+
+def test_plans_can_be_built_from_graphs_whose_inputs_had_other_names(library: Library) -> None:
+    """The example bundle's graphs were exported with `noise`, `guidance` and `strength`."""
+    bundle = Bundle.open(ROOT / "examples" / "anydoor-small")
+    stored = {of.name: of.stored_name for of in bundle.manifest.step.inputs if of.stored_name != of.name}
+    assert stored == {"carry": "noise", "guidance_scale": "guidance", "control_scale": "strength"}
+    for graph, spec in bundle.manifest.specs.items():
+        network, *_ = parse(library, bundle.graph_file(graph))
+        check_signature(network_signature(network), spec, bundle.manifest.largest_sizes)
 
 
 class Percentages(Progress):
@@ -145,7 +176,7 @@ def test_kernel_timings_are_kept(
     half: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT for RTX has the calls of TensorRT for it, though it times nothing."""
-    monkeypatch.setattr(library, "flavour", replace(library.flavour, times_kernels=True))
+    monkeypatch.setattr(library, "variant", replace(library.variant, times_kernels=True))
     cache = tmp_path / "timings"
 
     def build() -> None:
@@ -190,17 +221,17 @@ def test_targets(library: Library) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (BuildOptions(backend="onnxruntime"), "is a bundle already"),
-        (BuildOptions(backend=RTX, max_batch=0), "--max-batch must be at least 1"),
-        (BuildOptions(backend=RTX, targets=("sm87",)), "not for sm87"),
-        (BuildOptions(backend="openvino"), "there is no backend 'openvino'"),
+        ({"backend": "onnxruntime"}, "is a bundle already"),
+        ({"backend": RTX, "max_batch": 0}, "--max-batch must be at least 1"),
+        ({"backend": RTX, "targets": ("sm87",)}, "not for sm87"),
+        ({"backend": "openvino"}, "there is no backend 'openvino'"),
     ],
 )
 def test_unusable_options_are_refused(
-    library: Library, half: Bundle, tmp_path: Path, options: BuildOptions, sentence: str
+    library: Library, half: Bundle, tmp_path: Path, options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(AnyDoorError, match=sentence):
-        build_plan_bundle(half, tmp_path / "new", options)
+        build_plan_bundle(half, tmp_path / "new", BuildOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -255,7 +286,7 @@ phases = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 49)), min_size=1,
 def test_progress_is_a_part_of_the_whole(steps: list[tuple[int, int]]) -> None:
     """Phases within phases: each can tell no more than one step of the one around it."""
     tree = {
-        str(i): _Phase(str(i - 1) if i else None, count, min(done, count - 1))
+        str(i): Phase(str(i - 1) if i else None, count, min(done, count - 1))
         for i, (count, done) in enumerate(steps)
     }
     part, root = completed(tree, str(len(steps) - 1)), tree["0"]

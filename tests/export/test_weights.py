@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from engines.spec import graph_specs
-from export.systems.anydoor import GRAPH_MODULES, export_onnx, model_shape
+from export.onnx_graph import export_onnx
+from export.systems.anydoor import GRAPH_MODULES, graph_specs
 from export.weights import store_exact_halves
 from tests.support.anydoor import ID_ENCODER
 from training.network.checkpoint import read_checkpoint
@@ -21,7 +21,7 @@ def export_id_encoder(checkpoint: Path, path: Path, round_trip: torch.dtype) -> 
     """The ID encoder as a float32 graph whose weights went through another dtype."""
     opened = read_checkpoint(checkpoint)
     model = opened.load_part("id_encoder").to(round_trip).float()
-    spec = graph_specs(model_shape(opened.architecture, 64))[ID_ENCODER]
+    spec = graph_specs(opened.architecture, 64)[ID_ENCODER]
     export_onnx(GRAPH_MODULES[ID_ENCODER](model).eval(), spec, path)
 
 

@@ -19,13 +19,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from runtime.cli.composite import main
+from runtime.cli import main
 from runtime.client import AsyncClient, Client, ServerError, Tls
 from runtime.errors import InputError
 from runtime.imaging.pictures import load_picture
-from runtime.job import Composite
 from runtime.request import Placement, Request, Sampling
-from runtime.server.ticket import Preview, Queued, StepDone
+from runtime.result import Composite
+from runtime.server.events import Preview, Queued, StepDone
 from tests.support.serving import (
     BOX,
     OBJECT,
@@ -43,6 +43,18 @@ PLACEMENT = Placement(OBJECT, box=BOX)
 REQUEST = Request(SCENE, [PLACEMENT], 7, Sampling(steps=3))
 NOBODY = "127.0.0.1:1"
 EXAMPLES = Path(__file__).parents[2] / "examples"
+UNUSED_BY_CLIENTS = (
+    "engines.bundle",
+    "engines.engine",
+    "engines.manifest",
+    "runtime.compositor",
+    "runtime.diffusion.ddim",
+    "runtime.drawing",
+    "runtime.job",
+    "runtime.sampling",
+    "runtime.systems",
+)
+"""Modules that draw pictures, and packages of such modules."""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +67,17 @@ def server(tiny_bundle: Path) -> Iterator[ServerThread]:
 def client(server: ServerThread) -> Iterator[Client]:
     with server.client() as client:
         yield client
+
+
+def test_importing_the_client_imports_nothing_that_draws() -> None:
+    code = (
+        f"import sys, runtime.client; print([name for name in sys.modules for unused in {UNUSED_BY_CLIENTS} "
+        "if name == unused or name.startswith(unused + '.')])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=EXAMPLES.parent, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
 
 
 # --- the same calls give the same pictures ----------------------------------------------------------------
@@ -73,7 +96,7 @@ def test_client_is_a_compositor(client: Client, tiny_bundle: Path) -> None:
 def test_run_returns_seeds_regions_and_times(client: Client, tiny_bundle: Path) -> None:
     request = Request(SCENE, [PLACEMENT], 7, Sampling(steps=2), num_images=2)
     results = client.run(request)
-    expected = held_compositor(tiny_bundle)[0].run(**vars(request))
+    expected = held_compositor(tiny_bundle)[0].run(request)
     assert [(result.seed, result.regions) for result in results] == [(e.seed, e.regions) for e in expected]
     assert results[0].seconds["sample"] > 0
 
@@ -96,9 +119,14 @@ def test_model_info(client: Client) -> None:
 def test_asyncio(server: ServerThread, client: Client) -> None:
     async def talk() -> tuple[list[Composite], Composite, int]:
         async with AsyncClient(server.address, timeout=PATIENCE) as other:
-            first, second = await asyncio.gather(
-                other.run(REQUEST), other.composite(SCENE, PLACEMENT, seed=7)
+            heard: list[int] = []
+            first, second, third = await asyncio.gather(
+                other.run(REQUEST),
+                other.composite(SCENE, PLACEMENT, seed=7),
+                other.composite(SCENE, PLACEMENT, num_images=1, on_step=lambda done, _: heard.append(done)),
             )
+            assert heard == list(range(1, 51))
+            assert len(third) == 1
             streamed = None
             async with aclosing(other.stream(REQUEST)) as stream:
                 async for news in stream:
@@ -113,7 +141,44 @@ def test_asyncio(server: ServerThread, client: Client) -> None:
     assert resolution == 64
 
 
+def test_several_pictures_with_progress(client: Client, tiny_bundle: Path) -> None:
+    local = held_compositor(tiny_bundle)[0]
+    heard: list[list[tuple[int, int]]] = [[], []]
+    here, there = (
+        each.composite(
+            *(SCENE, PLACEMENT),
+            seed=5,
+            sampling=Sampling(steps=3),
+            num_images=2,
+            on_step=lambda *step, steps=steps: steps.append(step),
+        )
+        for each, steps in zip((local, client), heard)
+    )
+    assert len(here) == 2
+    for ours, theirs in zip(here, there):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    # pictures may join the server's batch at different times, so it may take more and smaller steps
+    assert heard[0] == [(2, 6), (4, 6), (6, 6)]
+    assert heard[1] == sorted(set(heard[1]))
+    assert heard[1][-1] == (6, 6)
+
+
+def test_one_picture_of_a_list_is_a_list(client: Client) -> None:
+    assert len(client.composite(SCENE, PLACEMENT, sampling=Sampling(steps=1), num_images=1)) == 1
+
+
+def test_qualities_mean_the_same_on_both_sides(client: Client, tiny_bundle: Path) -> None:
+    request = Request(SCENE, [PLACEMENT], 7, Sampling(quality="fast", steps=3))
+    (here,) = held_compositor(tiny_bundle)[0].run(request)
+    np.testing.assert_array_equal(client.run(request)[0].image, here.image)
+
+
 # --- errors -----------------------------------------------------------------------------------------------
+
+
+def test_initial_noise_is_refused(client: Client) -> None:
+    with pytest.raises(InputError, match="a server takes no initial noise"):
+        client.composite(SCENE, PLACEMENT, initial_noise=np.zeros((1, 4, 8, 8), np.float32))
 
 
 def test_input_error_names_the_field(client: Client) -> None:
@@ -178,7 +243,7 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
         first = client._stub.Composite.future(message(steps=2), timeout=PATIENCE)
         server.engine.wait_for_steps(1)
         refused = threading.Event()
-        submit = server.server.scheduler.submit
+        submit = server.server.batcher.submit
 
         def watched(*arguments):  # type: ignore[no-untyped-def]
             try:
@@ -187,7 +252,7 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
                 refused.set()
                 raise
 
-        server.server.scheduler.submit = watched  # type: ignore[method-assign]
+        server.server.batcher.submit = watched  # type: ignore[method-assign]
         results: list[list[Composite]] = []
         # what follows the end of a PNG is not looked at
         request = Request(SCENE + b"\0" * padding, [PLACEMENT], 7, Sampling(steps=1))

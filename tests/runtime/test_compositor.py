@@ -11,50 +11,41 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from tests.runtime.test_detail_maps import CountingEngine
 
 from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
 from engines.bundle import Bundle
 from engines.engine import open_engine
-from runtime import Compositor, InputError, Placement, Ratios, Sampling
-from runtime.compositor import Composite
+from engines.options import EngineOptions
+from runtime import Composite, Compositor, InputError, Placement, Request, Sampling
+from runtime.compositor import default_cache_bytes
 from runtime.imaging.modes import MODES
-from runtime.sampling.detail_maps import default_cache_budget
 from tests.support.anydoor import CONTROL, DENOISE, ID_ENCODER
+from tests.support.observers import RunCounter
+from tests.support.pictures import PLACEMENT, SCENE, Pixels, cutout, picture
 
 FAST = Sampling(steps=2)
-Pixels = NDArray[np.uint8]
+CPU = EngineOptions(backend="onnxruntime", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def compositor(tiny_bundle: Path) -> Compositor:
-    bundle = Bundle.open(tiny_bundle)
-    return Compositor(bundle, CountingEngine(bundle))
+    return Compositor.load(tiny_bundle, CPU)
 
 
-def picture(height: int, width: int, seed: int = 0) -> Pixels:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def cutout(size: int = 40, seed: int = 1) -> Pixels:
-    """An object with transparency around it."""
-    rgba = np.dstack([picture(size, size, seed), np.zeros((size, size), np.uint8)])
-    rgba[5:-5, 8:-8, 3] = 255
-    return rgba
-
-
-SCENE = picture(90, 120)
-PLACEMENT = Placement(cutout(), box=(30, 20, 80, 70))
+@pytest.fixture
+def counter(compositor: Compositor) -> RunCounter:
+    compositor.engine.observer = counter = RunCounter()
+    return counter
 
 
 def pixels(image: Image.Image) -> Pixels:
     return np.asarray(image)
 
 
-def runs(compositor: Compositor, graph: str) -> int:
-    engine = compositor.engine
-    assert isinstance(engine, CountingEngine)
-    return engine.runs.get(graph, 0)
+def request(
+    placements: Placement | list[Placement] = PLACEMENT, sampling: Sampling = FAST, **others: object
+) -> Request:
+    return Request.of(SCENE, placements, sampling=sampling, **others)  # type: ignore[arg-type]
 
 
 # --- seeds ------------------------------------------------------------------------------------------------
@@ -71,18 +62,18 @@ def test_other_seed_other_picture(compositor: Compositor) -> None:
 
 
 def test_a_cpu_takes_large_samples_one_after_the_other(
-    compositor: Compositor, monkeypatch: pytest.MonkeyPatch
+    compositor: Compositor, counter: RunCounter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that they are equal to samples alone; small ones share their calls."""
 
     def calls_for_three() -> tuple[int, list[Pixels]]:
-        before = runs(compositor, DENOISE)
+        counter.clear()
         drawn = compositor.composite(SCENE, PLACEMENT, seed=7, sampling=FAST, num_images=3)
-        return runs(compositor, DENOISE) - before, [pixels(image) for image in drawn]
+        return counter.runs[DENOISE], [pixels(image) for image in drawn]
 
     shared, _ = calls_for_three()
-    latent_cells = compositor.latent_shape[1] * compositor.latent_shape[2]
-    monkeypatch.setattr("runtime.compositor._FILLS_A_CPU", latent_cells)
+    _, height, width = compositor.bundle.manifest.latent_shape
+    monkeypatch.setattr("runtime.drawing._FILLS_A_CPU", height * width)
     apart, images = calls_for_three()
     assert (shared, apart) == (FAST.steps, 3 * FAST.steps)
     for i, image in enumerate(images):
@@ -100,7 +91,7 @@ def test_picture_i_of_several_has_seed_plus_i(compositor: Compositor) -> None:
 
 def test_more_pictures_than_fit_into_a_batch(compositor: Compositor) -> None:
     count = compositor.bundle.manifest.max_batch + 1
-    results = compositor.run(SCENE, PLACEMENT, seed=5, sampling=FAST, num_images=count)
+    results = compositor.run(request(seed=5, num_images=count))
     assert [result.seed for result in results] == list(range(5, 5 + count))
     assert len({result.image.tobytes() for result in results}) == count
 
@@ -124,25 +115,39 @@ def test_initial_noise_replaces_the_seeds(compositor: Compositor) -> None:
 # --- work that is not done twice --------------------------------------------------------------------------
 
 
-def test_reroll_runs_neither_id_encoder_nor_control_net(compositor: Compositor) -> None:
+def test_reroll_runs_neither_id_encoder_nor_control_net(compositor: Compositor, counter: RunCounter) -> None:
     compositor.composite(SCENE, PLACEMENT, seed=1, sampling=FAST)
-    before = {graph: runs(compositor, graph) for graph in (ID_ENCODER, CONTROL, DENOISE)}
+    counter.clear()
     compositor.composite(
         SCENE, PLACEMENT, seed=2, sampling=Sampling(steps=2, guidance_scale=3.0, control_scale=0.5)
     )
-    assert runs(compositor, ID_ENCODER) == before[ID_ENCODER]
-    assert runs(compositor, CONTROL) == before[CONTROL]
-    assert runs(compositor, DENOISE) == before[DENOISE] + 2
+    assert counter.runs[ID_ENCODER] == 0
+    assert counter.runs[CONTROL] == 0
+    assert counter.runs[DENOISE] == 2
 
 
-def test_samples_of_one_placement_share_their_detail_maps(compositor: Compositor) -> None:
-    compositor.cache.clear()
-    before = runs(compositor, CONTROL)
+def test_samples_of_one_placement_share_their_detail_maps(
+    compositor: Compositor, counter: RunCounter
+) -> None:
+    compositor.clear()
     compositor.composite(SCENE, PLACEMENT, sampling=FAST, num_images=3)
-    assert runs(compositor, CONTROL) == before + FAST.steps
+    assert counter.runs[CONTROL] == FAST.steps
 
 
-def test_strength_zero_is_blind_to_the_scene(compositor: Compositor) -> None:
+def test_what_is_kept_is_counted_and_can_be_dropped(compositor: Compositor, counter: RunCounter) -> None:
+    compositor.clear()
+    assert compositor.system.kept_bytes() == 0
+    compositor.composite(SCENE, PLACEMENT, seed=1, sampling=FAST)
+    maps = compositor.bundle.manifest.specs[CONTROL].outputs
+    one_step = sum(tensor.nbytes({"maps": 2}) for tensor in maps)
+    assert compositor.system.kept_bytes() == FAST.steps * one_step
+    compositor.clear()
+    compositor.composite(SCENE, PLACEMENT, seed=1, sampling=FAST)
+    assert counter.runs[ID_ENCODER] == 2
+    assert counter.runs[CONTROL] == 2 * FAST.steps
+
+
+def test_control_scale_zero_is_blind_to_the_scene(compositor: Compositor) -> None:
     """With no detail maps only the ID tokens count: two scenes give the same picture inside the crop."""
     blind = Sampling(steps=2, control_scale=0.0)
     whole = Placement(cutout(), box=(0, 0, 64, 64))
@@ -188,15 +193,14 @@ LAST_WITHOUT_GUIDANCE = Sampling(steps=5, guidance_interval=(300, 999))  # times
 def test_steps_that_nobody_watches_are_taken_at_once(
     tiny_bundle: Path, sampling: Sampling, window: int, loops: list[tuple[int, set[str]]]
 ) -> None:
-    """As far as their detail maps are at hand and they have the same rows; the pictures stay the same."""
+    """As far as their detail maps are ready and they have the same rows; the pictures stay the same."""
     bundle = Bundle.open(tiny_bundle)
     engine = LoopCountingEngine(bundle)
     compositor = Compositor(bundle, engine, control_window=window)
-    watched = compositor.run(
-        SCENE, PLACEMENT, seed=7, sampling=sampling, num_images=2, on_step=lambda done, total: None
-    )
+    asked = request(seed=7, sampling=sampling, num_images=2)
+    watched = compositor.run(asked, on_step=lambda done, total: None)
     assert engine.loops == []
-    unwatched = compositor.run(SCENE, PLACEMENT, seed=7, sampling=sampling, num_images=2)
+    unwatched = compositor.run(asked)
     assert engine.loops == loops
     for result, expected in zip(unwatched, watched):
         np.testing.assert_array_equal(result.image, expected.image)
@@ -208,7 +212,7 @@ def test_samples_with_detail_maps_of_their_own_go_step_by_step(tiny_bundle: Path
     engine = LoopCountingEngine(bundle)
     sampling = Sampling(steps=2, map_steps=1)
     placements = [PLACEMENT, Placement(cutout(seed=2), box=(20, 10, 60, 60))]
-    Compositor(bundle, engine).run(SCENE, placements, seed=7, sampling=sampling, num_images=2)
+    Compositor(bundle, engine).run(request(placements, sampling, seed=7, num_images=2))
     assert engine.loops == [(2, LATENT)]
 
 
@@ -223,7 +227,7 @@ def outside(result: Composite) -> NDArray[np.bool_]:
 
 
 def test_result_tells_seed_region_and_times(compositor: Compositor) -> None:
-    (result,) = compositor.run(SCENE, PLACEMENT, seed=7, sampling=FAST)
+    (result,) = compositor.run(request(seed=7))
     assert result.seed == 7
     assert {"prepare", "sample", "decode", "paste"} <= result.seconds.keys()
     np.testing.assert_array_equal(result.image[outside(result)], SCENE[outside(result)])
@@ -232,13 +236,8 @@ def test_result_tells_seed_region_and_times(compositor: Compositor) -> None:
 
 def test_progress_counts_all_steps_of_all_placements(compositor: Compositor) -> None:
     seen: list[tuple[int, int]] = []
-    compositor.run(
-        SCENE,
-        [PLACEMENT, Placement(cutout(seed=2), box=(0, 0, 20, 20))],
-        sampling=FAST,
-        num_images=2,
-        on_step=lambda done, total: seen.append((done, total)),
-    )
+    placements = [PLACEMENT, Placement(cutout(seed=2), box=(0, 0, 20, 20))]
+    compositor.run(request(placements, num_images=2), lambda done, total: seen.append((done, total)))
     done = [step for step, _ in seen]
     assert done == sorted(set(done))
     assert {total for _, total in seen} == {done[-1]}
@@ -246,8 +245,8 @@ def test_progress_counts_all_steps_of_all_placements(compositor: Compositor) -> 
 
 def test_second_object_is_placed_into_the_picture_of_the_first(compositor: Compositor) -> None:
     second = Placement(cutout(seed=2), box=(85, 60, 115, 85), mode="keep_background")
-    (both,) = compositor.run(SCENE, [PLACEMENT, second], seed=7, sampling=FAST)
-    (first,) = compositor.run(SCENE, PLACEMENT, seed=7, sampling=FAST)
+    (both,) = compositor.run(request([PLACEMENT, second], seed=7))
+    (first,) = compositor.run(request(seed=7))
     region = both.regions[1]
     assert (both.image[region.slices] != first.image[region.slices]).any()
     elsewhere = np.ones(SCENE.shape[:2], bool)
@@ -282,11 +281,19 @@ def test_any_scene_box_and_ratio_gives_a_picture_unchanged_outside(
     x0, y0 = data.draw(st.integers(-40, width - 1)), data.draw(st.integers(-40, height - 1))
     x1 = data.draw(st.integers(max(x0, 0) + 1, width + 40))
     y1 = data.draw(st.integers(max(y0, 0) + 1, height + 40))
-    ratios = Ratios(*(data.draw(st.floats(1, 4)) for _ in range(3)))
+    reference_ratio, box_ratio, crop_ratio = (data.draw(st.floats(1, 4)) for _ in range(3))
     mode = data.draw(st.sampled_from(list(MODES)))
     scene = picture(height, width, seed=height)
-    placement = Placement(cutout(), box=(x0, y0, x1, y1), mode=mode, ratios=ratios)
-    (result,) = compositor.run(scene, placement, seed=0, sampling=Sampling(steps=1, guidance_scale=1.0))
+    placement = Placement(
+        cutout(),
+        box=(x0, y0, x1, y1),
+        mode=mode,
+        reference_ratio=reference_ratio,
+        box_ratio=box_ratio,
+        crop_ratio=crop_ratio,
+    )
+    sampling = Sampling(steps=1, guidance_scale=1.0)
+    (result,) = compositor.run(Request.of(scene, placement, seed=0, sampling=sampling))
     assert result.image.shape == scene.shape
     np.testing.assert_array_equal(result.image[outside(result)], scene[outside(result)])
 
@@ -317,12 +324,12 @@ MASK = np.ones((40, 40), bool)
         (Placement(cutout(), ~MASK, box=(0, 0, 9, 9)), "the reference mask is empty"),
         (Placement(cutout(), mask=MASK), "the scene mask is 40 x 40 and the scene is 120 x 90"),
         (Placement(cutout(), mask=np.zeros((90, 120), bool)), "the scene mask is empty"),
-        (Placement(cutout(), box=(0, 0, 9, 9), mode="abacus"), "no mode 'abacus': choose one of box, shape"),
+        (Placement(cutout(), box=(0, 0, 9, 9), mode="abacus"), "no mode 'abacus': choose one of crop, shape"),
     ],
 )
 def test_placements_that_cannot_be_used(compositor: Compositor, placement: Placement, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        compositor.run(SCENE, placement, sampling=FAST)
+        compositor.run(request(placement))
 
 
 @pytest.mark.parametrize(
@@ -338,28 +345,28 @@ def test_placements_that_cannot_be_used(compositor: Compositor, placement: Place
 )
 def test_sampling_that_cannot_be_used(compositor: Compositor, sampling: Sampling, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        compositor.run(SCENE, PLACEMENT, sampling=sampling)
+        compositor.run(request(sampling=sampling))
 
 
 def test_other_requests_that_cannot_be_used(compositor: Compositor) -> None:
     with pytest.raises(InputError, match="at least one placement"):
-        compositor.run(SCENE, [], sampling=FAST)
+        compositor.run(request([]))
     with pytest.raises(InputError, match="num_images must be a whole number from 1 to 64, not 65"):
-        compositor.run(SCENE, PLACEMENT, sampling=FAST, num_images=65)
+        compositor.run(request(num_images=65))
     with pytest.raises(InputError, match="seed must be a whole number from 0"):
-        compositor.run(SCENE, PLACEMENT, seed=-1, sampling=FAST)
+        compositor.run(request(seed=-1))
     with pytest.raises(
         InputError, match=r"initial_noise must have the shape \(1, 4, 8, 8\), not \(4, 8, 8\)"
     ):
-        compositor.run(SCENE, PLACEMENT, sampling=FAST, initial_noise=np.zeros((4, 8, 8), np.float32))
+        compositor.run(request(initial_noise=np.zeros((4, 8, 8), np.float32)))
     with pytest.raises(InputError, match="not finite"):
-        compositor.run(SCENE, PLACEMENT, sampling=FAST, initial_noise=np.full((1, 4, 8, 8), np.nan))
+        compositor.run(request(initial_noise=np.full((1, 4, 8, 8), np.nan)))
 
 
 def test_no_more_detail_maps_are_kept_than_there_is_room_for(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    engine = open_engine(bundle, "cpu")
-    default = default_cache_budget()
+    engine = open_engine(bundle, CPU)
+    default = default_cache_bytes()
     for room, wanted, expected in (
         (10, None, 10),
         (10, 20, 10),
@@ -369,7 +376,7 @@ def test_no_more_detail_maps_are_kept_than_there_is_room_for(tiny_bundle: Path) 
         (None, None, default),
     ):
         engine.cache_bytes = room
-        assert Compositor(bundle, engine, wanted).cache.budget == expected
+        assert Compositor(bundle, engine, wanted).model.cache_bytes == expected
 
 
 def test_window_larger_than_the_bundle_allows(tiny_bundle: Path) -> None:

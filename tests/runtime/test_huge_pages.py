@@ -1,4 +1,4 @@
-"""Large pages are asked for where they are to be had for the asking, and only there."""
+"""Large pages are asked for where Linux gives them to programs that ask, and only there."""
 
 from __future__ import annotations
 
@@ -49,21 +49,44 @@ def test_other_systems_have_none(tmp_path: Path, offered: Path, monkeypatch: pyt
     assert environment({}, offered) is None
 
 
-@glibc
-@pytest.mark.parametrize("command", [["-m", "runtime"], ["-c", "from runtime.__main__ import main; main()"]])
-def test_the_command_starts_again_once_and_keeps_its_arguments(command: list[str], tmp_path: Path) -> None:
-    """Seen from outside: the number of times that Python starts in it, by a module that says so."""
-    (tmp_path / "sitecustomize.py").write_text("import sys; print('started', file=sys.stderr)\n")
-    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    variables = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    result = subprocess.run(
-        [sys.executable, *command, "composite", "--help"],
-        env={**variables, "PYTHONPATH": paths},
+def start(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python, which prints "started" every time that it starts."""
+    (folder / "sitecustomize.py").write_text("import sys; print('started', file=sys.stderr)\n")
+    paths = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
+    inherited = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**inherited, "PYTHONPATH": paths, **variables},
         capture_output=True,
         text=True,
         check=True,
     )
-    starts = 2 if environment(variables, huge_pages.OFFER) else 1
-    assert result.stderr.count("started") == starts
+
+
+def starts() -> int:
+    """How often a command starts on this machine."""
+    variables = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    return 2 if environment(variables, huge_pages.OFFER) else 1
+
+
+@glibc
+@pytest.mark.parametrize("command", [["-m", "runtime"], ["-c", "from anydoor_command import main; main()"]])
+def test_the_command_starts_again_once_and_keeps_its_arguments(command: list[str], tmp_path: Path) -> None:
+    result = start(tmp_path, *command, "composite", "--help")
+    assert result.stderr.count("started") == starts()
     assert "usage: " in result.stdout
     assert "--reference" in result.stdout
+
+
+@glibc
+@pytest.mark.parametrize("command", [["-v", "composite", "--help"], ["composite", "--help", "--verbose"]])
+def test_it_says_that_it_starts_again_if_asked(command: list[str], tmp_path: Path) -> None:
+    result = start(tmp_path, "-m", "runtime", *command)
+    assert result.stderr.count("anydoor: starting again with GLIBC_TUNABLES=") == starts() - 1
+
+
+@glibc
+def test_a_flag_and_the_environment_turn_it_off(tmp_path: Path) -> None:
+    command = ["-m", "runtime", "composite", "--help"]
+    assert start(tmp_path, *command, "--no-huge-pages").stderr.count("started") == 1
+    assert start(tmp_path, *command, **{VARIABLE: f"{SETTING}=0"}).stderr.count("started") == 1

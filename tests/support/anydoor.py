@@ -1,6 +1,10 @@
-"""Names of AnyDoor's graphs, for tests that look at single calls."""
+"""AnyDoor's graphs, for tests that look at single calls."""
+
+from __future__ import annotations
 
 ID_ENCODER = "id_encoder"
 CONTROL = "control"
 DENOISE = "denoise"
 DECODE = "decode"
+
+GRAPHS = (ID_ENCODER, CONTROL, DENOISE, DECODE)

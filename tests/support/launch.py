@@ -29,13 +29,13 @@ PATIENCE = 600
 """Seconds."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["launch", "training.train"])
+_CONTEXT.set_forkserver_preload([__name__, "training.train"])
 
 
 def start(work: Callable[..., Any], *arguments: Any, **environment: str) -> BaseProcess:
     """Calls a function that can be imported, in a process of its own."""
     # what the first process is forked from has to find this module, too
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*sys.path, str(Path(__file__).parent)]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     process = _CONTEXT.Process(
         target=_run, args=({"ACCELERATE_USE_CPU": "true", **environment}, work, arguments)
     )

@@ -1,4 +1,4 @@
-"""A scheduler for tests, with an engine that can be held, and followers that keep what they hear."""
+"""A batcher for tests, with an engine that can be held, and followers that keep what they hear."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.request import Placement, Request, Sampling
-from runtime.server.batching import Scheduler
-from runtime.server.ticket import Event, Failed, Finished, Order, Ticket
+from runtime.server.batching import Batcher
+from runtime.server.events import Event, Failed, Finished
+from runtime.server.ticket import Ticket
 from tests.support.serving import BOX, OBJECT, PATIENCE, SCENE, held_compositor
 
 PLACEMENT = Placement(OBJECT, box=BOX)
@@ -22,12 +23,13 @@ TOLERANCE = 1
 
 
 class Follower:
-    """Submits an order and keeps what is heard of it."""
+    """Submits a request and keeps what is heard of it."""
 
-    def __init__(self, scheduler: Scheduler, request: Request, **order: Any) -> None:
+    def __init__(self, batcher: Batcher, request: Request, **ticket: Any) -> None:
         self._events: queue.Queue[Event] = queue.Queue()
         self.events: list[Event] = []
-        self.ticket: Ticket = scheduler.submit(request, Order(self._events.put, **order))
+        self.ticket = Ticket(self._events.put, **ticket)
+        batcher.submit(request, self.ticket)
 
     def end(self) -> Event:
         """Waits for the last event."""
@@ -51,18 +53,18 @@ def request(steps: int = 3, seed: int = 7, placement: Placement = PLACEMENT, **f
 
 
 class Bench:
-    """A scheduler with an engine that can be held."""
+    """A batcher with an engine that can be held."""
 
     def __init__(self, bundle: Path, cache_bytes: int | None = None, **settings: Any) -> None:
         self.compositor, self.engine = held_compositor(bundle, cache_bytes)
-        self.scheduler = Scheduler(self.compositor, **settings)
+        self.batcher = Batcher(self.compositor, **settings)
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.engine.release()
-        self.scheduler.drain(0)
+        self.batcher.drain(0)
 
-    def submit(self, *arguments: Any, **order: Any) -> Follower:
-        return Follower(self.scheduler, *arguments, **order)
+    def submit(self, request: Request, **ticket: Any) -> Follower:
+        return Follower(self.batcher, request, **ticket)

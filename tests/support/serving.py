@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import numpy as np
@@ -18,12 +18,12 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.engine import Engine, open_engine
+from engines.options import EngineOptions
 from runtime.client import Client
 from runtime.compositor import Compositor
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.serve import Server
 from runtime.server.settings import Settings
-from tests.support.anydoor import DENOISE
 
 PATIENCE = 60.0
 """Seconds after which a test that waits for something gives up."""
@@ -87,10 +87,11 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 class HeldEngine:
-    """The real engine, whose denoising steps can be held, counted, and made to fail."""
+    """A real engine whose calls are noted, and can be held and made to fail."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, step_graph: str) -> None:
         self._engine = engine
+        self._step_graph = step_graph
         self._held = False
         self._lost = False
         self._allowed = 0
@@ -99,27 +100,38 @@ class HeldEngine:
         """Told the graph and its inputs before every call."""
         self.calls: list[tuple[str, list[float]]] = []
         """Graph, and the timesteps of the samples, of every call that has begun."""
+        engine.observer = self._observe
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+    @contextmanager
+    def _observe(self, action: str, graph: str, inputs: Mapping[str, Any]) -> Iterator[None]:
+        if action == "run":
+            self._begin(graph, inputs)
+        yield
 
-    def to_device(self, array: NDArray[Any]) -> Any:
-        return self._present().to_device(array)
-
-    def to_host(self, tensor: Any) -> NDArray[Any]:
-        return self._present().to_host(tensor)
-
-    def _present(self) -> Engine:
+    def _begin(self, graph: str, inputs: Mapping[str, Any]) -> None:
+        is_step = graph == self._step_graph
+        with self._changed:
+            self.calls.append((graph, inputs["timestep"].tolist() if is_step else []))
+            self._changed.notify_all()
+            if is_step and self._held:
+                assert self._changed.wait_for(lambda: not self._held or self._allowed, PATIENCE)
+                self._allowed -= 1
+        if self.fails(graph, inputs):
+            raise RuntimeError("the device caught fire")
         if self._lost:
-            raise RuntimeError("the device fell off the bus")
-        return self._engine
+            self._refuse()
+
+    def _refuse(self, *arguments: object) -> NoReturn:
+        raise RuntimeError("the device fell off the bus")
 
     def lose(self) -> None:
         """Lets nothing succeed any more, as a card does after a fault."""
         self._lost = True
+        for method in ("to_device", "to_host"):
+            setattr(self._engine, method, self._refuse)
 
     def hold(self) -> None:
-        """Lets no further denoising step begin."""
+        """Lets no further step begin."""
         with self._changed:
             self._held, self._allowed = True, 0
 
@@ -135,42 +147,28 @@ class HeldEngine:
             self._held = False
             self._changed.notify_all()
 
-    def run(
-        self, graph: str, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None
-    ) -> dict[str, Any]:
-        with self._changed:
-            timesteps = inputs["timestep"].tolist() if graph == DENOISE else []
-            self.calls.append((graph, timesteps))
-            self._changed.notify_all()
-            if graph == DENOISE and self._held:
-                assert self._changed.wait_for(lambda: not self._held or self._allowed, PATIENCE)
-                self._allowed -= 1
-        if self.fails(graph, inputs):
-            raise RuntimeError("the device caught fire")
-        return self._present().run(graph, inputs, outputs)
-
     @property
     def steps(self) -> list[list[float]]:
-        """The timesteps of the samples, of every denoising step that has begun."""
+        """The timesteps of the samples, of every step that has begun."""
         with self._changed:
-            return [timesteps for graph, timesteps in self.calls if graph == DENOISE]
+            return [timesteps for graph, timesteps in self.calls if graph == self._step_graph]
 
     def count(self, graph: str) -> int:
         with self._changed:
             return sum(name == graph for name, _ in self.calls)
 
     def wait_for_steps(self, count: int) -> None:
-        """Until so many denoising steps have begun."""
+        """Until so many steps have begun."""
         with self._changed:
             assert self._changed.wait_for(
-                lambda: sum(graph == DENOISE for graph, _ in self.calls) >= count, PATIENCE
+                lambda: sum(graph == self._step_graph for graph, _ in self.calls) >= count, PATIENCE
             )
 
 
 def held_compositor(bundle: Path, cache_bytes: int | None = None) -> tuple[Compositor, HeldEngine]:
     opened = Bundle.open(bundle)
-    engine = HeldEngine(open_engine(opened, "cpu", 1))
-    return Compositor(opened, engine, cache_bytes), engine  # type: ignore[arg-type]
+    engine = open_engine(opened, EngineOptions(device="cpu", threads=1))
+    return Compositor(opened, engine, cache_bytes), HeldEngine(engine, opened.manifest.step.name)
 
 
 class ServerThread:
@@ -189,12 +187,7 @@ class ServerThread:
         self.address = self.server.addresses[0]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.engine.release()
         self.run(self.server.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)

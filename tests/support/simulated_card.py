@@ -3,24 +3,28 @@
 It keeps the promises that `engines.cuda.Device` makes and no more: what is put into the stream happens when
 the stream is waited for, in order, and reads memory as it is at that moment. New memory, and the scratch
 memory of every call, is filled with not-a-numbers, so that what is read from the wrong place shows. Graphs
-are those of an ONNX bundle, computed by ONNX Runtime.
+are those of an ONNX bundle, computed by ONNX Runtime. Contexts take the names of the graph's file, and no
+others.
 
-Not simulated: anything of CUDA or TensorRT itself.
+Not simulated: anything else of CUDA or TensorRT.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
+from engines.backends.tensorrt.library import VARIANTS
+from engines.backends.tensorrt.plans import Plan
 from engines.bundle import Bundle
 from engines.cuda import Card, OutOfDeviceMemoryError
-from engines.spec import TensorSpec
+from engines.spec import GraphSpec
 
 Operation = Callable[[], None]
 Shape = tuple[int, ...]
@@ -54,9 +58,6 @@ class SimulatedDevice:
         self._blocks[block.ctypes.data] = block
         return block.ctypes.data
 
-    def free(self, address: int) -> None:
-        del self._blocks[address]
-
     def allocate_pinned(self, nbytes: int) -> tuple[int, NDArray[np.uint8]]:
         address = self.allocate(nbytes)
         return address, self._blocks[address]
@@ -86,7 +87,7 @@ class SimulatedDevice:
         for operation in captured:
             self.submit(operation)
 
-    def forget(self, captured: list[Operation]) -> None:
+    def free_captured(self, captured: list[Operation]) -> None:
         captured.clear()
 
     def submit(self, operation: Operation) -> None:
@@ -107,71 +108,91 @@ class SimulatedDevice:
 
 
 class SimulatedPlans:
-    """Opens plans of an ONNX bundle; see `engines.backends.tensorrt.library.Library.open_plan`."""
+    """Opens plans of an ONNX bundle; see `engines.backends.tensorrt.plans.open_plan`.
+
+    The plans and contexts are the real ones, on a library that is simulated.
+    """
+
+    backend = "tensorrt"
+    variant = VARIANTS[backend]
+    version = "simulated"
+    module = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="ours"))
 
     def __init__(self, bundle: Bundle, device: SimulatedDevice, scratch: Mapping[str, int]) -> None:
         self.opened: list[str] = []
         self.contexts = 0
+        self.device = device
         self._bundle = bundle
         self._engine = OnnxRuntimeEngine(bundle, "cpu")
-        self._device = device
         self._scratch = scratch
 
-    def open_plan(self, graph: str) -> SimulatedPlan:
+    def open_plan(self, graph: str) -> Plan:
         self.opened.append(graph)
-        return SimulatedPlan(self, graph, self._scratch[graph])
+        engine = SimulatedCudaEngine(self, graph, self._scratch[graph])
+        return Plan(self, engine, self._bundle.manifest.graphs[graph])  # type: ignore[arg-type]
+
+    def reason(self) -> str:
+        return "it is only simulated"
+
+    def spec(self, graph: str) -> GraphSpec:
+        return self._bundle.manifest.specs[graph]
 
     def run(
-        self, graph: str, inputs: Mapping[str, Shape], addresses: Mapping[str, int], scratch: int, size: int
+        self, graph: str, shapes: Mapping[str, Shape], addresses: Mapping[str, int], scratch: int, size: int
     ) -> None:
-        """Computes a graph from memory to memory."""
-        self._device.view(scratch, (size,), "uint8")[:] = GARBAGE
-        spec = self._bundle.manifest.specs[graph]
-        shapes = {t.name: inputs[t.name] for t in spec.inputs}
-        arrays = {t.name: self._read(t, shapes[t.name], addresses[t.name]) for t in spec.inputs}
+        """Computes a graph from memory to memory; names are those of its file."""
+        self.device.view(scratch, (size,), "uint8")[:] = GARBAGE
+        spec = self.spec(graph)
+        arrays = {
+            of.name: self.device.view(addresses[of.stored_name], shapes[of.stored_name], of.dtype).copy()
+            for of in spec.inputs
+        }
         for name, value in self._engine.run(graph, arrays).items():
             array = self._engine.to_host(value)
-            self._device.view(addresses[name], array.shape, str(array.dtype))[...] = array
-
-    def _read(self, tensor: TensorSpec, shape: Shape, address: int) -> NDArray[Any]:
-        return self._device.view(address, shape, tensor.dtype).copy()
-
-    @property
-    def device(self) -> SimulatedDevice:
-        return self._device
+            address = addresses[spec.tensor(name).stored_name]
+            self.device.view(address, array.shape, str(array.dtype))[...] = array
 
 
-class SimulatedPlan:
-    """See `engines.backends.tensorrt.library.Plan`."""
+class SimulatedCudaEngine:
+    """TensorRT's ICudaEngine."""
 
     def __init__(self, plans: SimulatedPlans, graph: str, scratch: int) -> None:
-        self.scratch = scratch
+        self.device_memory_size_v2 = scratch
         self._plans = plans
         self._graph = graph
 
-    def new_context(self) -> SimulatedContext:
+    def create_execution_context(self, strategy: str) -> SimulatedExecutionContext:
+        assert strategy == "ours"
         self._plans.contexts += 1
-        return SimulatedContext(self._plans, self._graph)
-
-    def keep_compiled_kernels(self) -> None:
-        pass
+        return SimulatedExecutionContext(self._plans, self._graph)
 
 
-class SimulatedContext:
-    """See `engines.backends.tensorrt.library.Context`."""
+class SimulatedExecutionContext:
+    """TensorRT's IExecutionContext."""
 
     def __init__(self, plans: SimulatedPlans, graph: str) -> None:
         self._plans = plans
         self._graph = graph
+        self._inputs = {tensor.stored_name for tensor in plans.spec(graph).inputs}
+        self._tensors = {tensor.stored_name for tensor in plans.spec(graph).tensors}
+        self._shapes: dict[str, Shape] = {}
+        self._addresses: dict[str, int] = {}
+        self._scratch = (0, 0)
 
-    def prepare(
-        self, inputs: Mapping[str, Shape], addresses: Mapping[str, int], scratch: int, scratch_size: int
-    ) -> None:
-        self._call = (self._graph, dict(inputs), dict(addresses), scratch, scratch_size)
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        self._scratch = (address, nbytes)
 
-    def capturable(self, stream: int) -> bool:
-        return True
+    def set_input_shape(self, name: str, shape: Shape) -> bool:
+        self._shapes[name] = tuple(shape)
+        return name in self._inputs
 
-    def enqueue(self, stream: int) -> None:
-        call = self._call
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return name in self._tensors
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == self._plans.device.stream
+        ready = self._shapes.keys() == self._inputs and self._addresses.keys() == self._tensors
+        call = (self._graph, dict(self._shapes), dict(self._addresses), *self._scratch)
         self._plans.device.submit(lambda: self._plans.run(*call))
+        return ready

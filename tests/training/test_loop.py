@@ -17,15 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from tests.support.tiny import TINY, RandomPairs, open_zero_convolutions
-from training.config import Recipe
-from training.curves import Curves
-from training.data.pairs import PairRules
-from training.loop import LoopSettings, Numbers, join_processes, save_atomically, train
-from training.network.architecture import LATENT_SCALE
-from training.network.modules import AnyDoor, build_vae
-from training.preview import Preview
+from training.loop import LoopSettings, ShardedSampler, join_processes, save_atomically, train
+from training.network.modules import AnyDoor
 from training.systems.anydoor import Denoising, DiffusionTask, noisy_latents
-from training.systems.autoencoder import normalise_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,37 +176,6 @@ def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(value, weights(again)[name])
 
 
-def test_columns_of_the_table_mean_what_its_header_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also when a run goes on with other losses; its seconds go on, too."""
-    clock = iter(range(100, 1000, 100))
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-
-    def rows(start: int, *steps: int, **losses: float) -> None:
-        run = Curves(tmp_path, start, samples_per_step=1, write=True)
-        run.add({name: torch.tensor(value) for name, value in losses.items()})
-        for step in steps:
-            run.row(step)
-        run.close()
-
-    rows(0, 1, 2, loss=0.5, noise=0.25)
-    rows(1, 3, loss=0.5, guide=4.0, noise=0.125)  # killed after step 2 was written, before its checkpoint was
-    expected = ["step,seconds,loss,noise,guide", "1,100,0.50000,0.25000,", "3,200,0.50000,0.12500,4.00000"]
-    assert (tmp_path / "log.csv").read_text().splitlines() == expected
-
-
-def test_a_table_that_an_earlier_version_mixed_up_is_gone_on_with(tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_text("step,seconds,loss\n10,7,0.5\n20,3,0.4,0.3\n")
-    run = Curves(tmp_path, 20, samples_per_step=1, write=True)
-    run.add({"loss": torch.tensor(0.25)})
-    run.row(30)
-    run.close()
-    lines = (tmp_path / "log.csv").read_text().splitlines()
-    assert lines[:3] == ["step,seconds,loss", "10,7,0.5", "20,3,0.4"]
-    assert lines[3].startswith("30,")
-
-
 def count_passes(task: DiffusionTask) -> list[int]:
     """How often the first blocks of ControlNet and UNet decoder are computed, counted from now on."""
     counts = [0, 0]
@@ -248,7 +211,7 @@ def test_tensorboard_shows_curves_and_samples(tmp_path: Path) -> None:
     sheet = Image.open(io.BytesIO(events.Images("samples")[0].encoded_image_string))
     assert sheet.size == (12, 8)
     assert sheet.getpixel((0, 0)) == (40, 40, 40)
-    # drawn with the running mean, which is what the run leaves
+    # drawn with the moving average, which is what the run leaves
     mean = torch.load(tmp_path / "mean.pt", weights_only=True)
     assert all(torch.equal(seen[-1][name], value) for name, value in mean.items())
     name = "unet.conv_out.weight"
@@ -265,21 +228,8 @@ def test_a_killed_run_s_curves_go_on_from_its_checkpoint(tmp_path: Path) -> None
     assert [point.step for point in curves(tmp_path).Scalars("loss/loss")] == [1, 2, 3, 4]
 
 
-def test_samples_are_drawn_with_the_weights_that_are_given(tmp_path: Path) -> None:
-    recipe = Recipe(architecture=TINY, pairs=PairRules(resolution=32))
-    task = diffusion_task()
-    preview = Preview(recipe, task._model, count=2, steps=2)
-    before = preview(task.module.state_dict())
-    assert before.shape == (5 * 32, 2 * 32, 3)
-    train(task, settings(steps=1, learning_rate=1e-2), tmp_path, preview)
-    assert np.array_equal(preview(task.module.state_dict())[:96], before[:96])  # reference, collage and mask
-    assert not np.array_equal(preview(task.module.state_dict())[96:128], before[96:128])  # sample
-    drawn = Image.open(io.BytesIO(curves(tmp_path).Images("samples")[0].encoded_image_string))
-    assert np.array_equal(np.asarray(drawn), preview(task.module.state_dict()))
-
-
 def test_processes_share_the_global_batch() -> None:
-    shares = [iter(Numbers(first=8, share=2, process=p, processes=2)) for p in range(2)]
+    shares = [iter(ShardedSampler(first=8, share=2, process=p, processes=2)) for p in range(2)]
     drawn = [[next(share) for _ in range(4)] for share in shares]
     assert drawn == [[8, 9, 12, 13], [10, 11, 14, 15]]
 
@@ -303,19 +253,3 @@ def test_noise_replaces_signal_along_the_schedule() -> None:
     noisy = noisy_latents(latents, noise, torch.tensor([0, 1]), torch.tensor([1.0, 0.25]))
     torch.testing.assert_close(noisy[0], latents[0])
     torch.testing.assert_close(noisy[1], torch.full((1, 2, 2), 1.0 - 0.75**0.5))
-
-
-def test_latents_get_unit_variance_and_the_decoder_does_not_notice() -> None:
-    torch.manual_seed(0)
-    vae = build_vae(TINY).eval()
-    pictures = torch.rand(4, 3, 32, 32) * 2 - 1
-    with torch.no_grad():
-        before = vae(pictures).sample
-        normalise_latents(vae, pictures)
-        after = vae(pictures).sample
-        posterior = vae.encode(pictures).latent_dist
-    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
-    scaled = posterior.mean * LATENT_SCALE
-    torch.testing.assert_close(scaled.std((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(scaled.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
-    torch.testing.assert_close(posterior.std * LATENT_SCALE, torch.full_like(posterior.std, 0.01))

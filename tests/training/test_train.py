@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -15,18 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.launch import finish, start_two
 from tests.support.tiny import TINY
-from training.checkpoint import write_model
 from training.data.encoded import EncodedPairs
 from training.data.pairs import PairRules
-from training.network.checkpoint import read_checkpoint
+from training.network.checkpoint import read_checkpoint, write_model
 from training.network.modules import AnyDoor
-from training.network.official_keys import SCHEDULE_KEYS, schedule_buffers
+from training.network.official_keys import schedule_buffers
 from training.preview import Preview
 from training.preview import main as preview
 from training.train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+DEFAULTS = {"guidance_scale": 3, "crop_ratio": 1.3, "mode": "keep_background"}
 STAGE: dict[str, Any] = {"steps": 2, "batch": 2, "save_every": 1, "ema": 0.5}
 
 
@@ -43,7 +42,8 @@ def write_recipe(path: Path, head: str = "", **sections: dict[str, Any]) -> Path
         "data": {"objects": 3, "pairs": 5, "kind": "video", "single": 0.5},
         "pairs": {"resolution": 32},
         "denoising": {"hint_block": False, "unet_encoder": True, "attention_guide": 0.05, "drop": 0.1},
-        **dict.fromkeys(("autoencoder", "decoder", "identity", "hint", "diffusion"), STAGE),
+        "defaults": DEFAULTS,
+        **dict.fromkeys(("autoencoder", "decoder", "identity", "hint_block", "diffusion"), STAGE),
     }
     for name, values in sections.items():
         recipe[name] = recipe[name] | values
@@ -84,6 +84,7 @@ def test_all_stages_make_a_checkpoint_that_can_be_built(run: Path) -> None:
     checkpoint = read_checkpoint(run / "model.safetensors")
     assert checkpoint.architecture.prediction == "v"
     assert checkpoint.dtype == torch.float16
+    assert checkpoint.defaults == DEFAULTS
     written = load_file(run / "model.safetensors")
     for name, buffer in schedule_buffers().items():  # the original is strict about them
         assert torch.equal(written[name], buffer)
@@ -96,7 +97,7 @@ def test_a_run_that_is_given_again_goes_on(run: Path, copy: Path) -> None:
     longer = write_recipe(copy / "longer.toml", diffusion={"steps": 4})
     train(longer, copy)
     assert step_of(copy / "diffusion") == 4
-    for stage in ("autoencoder", "identity", "hint", "decoder"):
+    for stage in ("autoencoder", "identity", "hint_block", "decoder"):
         assert (copy / stage / "last.pt").stat().st_mtime == (run / stage / "last.pt").stat().st_mtime
     resumed = torch.load(copy / "diffusion" / "last.pt", weights_only=True)["module"]
     shutil.rmtree(copy / "diffusion")
@@ -114,15 +115,15 @@ def test_two_processes_go_through_all_stages(tmp_path: Path) -> None:
             "identity": sharded,
             "autoencoder": half,
             "decoder": {"batch": 1},
-            "hint": half,
+            "hint_block": half,
             "diffusion": sharded,
         },
     )
     finish(*start_two(main, [str(recipe), "--folder", str(tmp_path)]))
-    for stage in ("autoencoder", "identity", "hint", "diffusion", "decoder"):
+    for stage in ("autoencoder", "identity", "hint_block", "diffusion", "decoder"):
         assert step_of(tmp_path / stage) == 2
     assert read_checkpoint(tmp_path / "model.safetensors").dtype == torch.float32
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, command: Any = main) -> str:
@@ -174,14 +175,17 @@ def test_pairs_of_other_weights_are_refused(copy: Path, capsys: pytest.CaptureFi
     """Until they are encoded again; and where it is not known which weights they are of, they are taken."""
     other = write_recipe(copy / "other.toml", identity={"steps": 3})
     train(other, copy, "--stage", "identity")
-    for stage in ("encode", "hint", "diffusion"):
+    for stage in ("encode", "hint_block", "diffusion"):
         told = refusal(capsys, other, "--folder", copy, "--stage", stage)
         assert f"other weights of the autoencoder or the ID encoder: delete '{copy}/pairs/done.txt'" in told
     (copy / "pairs" / "done.txt").unlink()
     train(other, copy, "--stage", "encode", "--stage", "diffusion")
 
     train(
-        write_recipe(copy / "other.toml", hint={"steps": 3}, identity={"steps": 3}), copy, "--stage", "hint"
+        write_recipe(copy / "other.toml", hint_block={"steps": 3}, identity={"steps": 3}),
+        copy,
+        "--stage",
+        "hint_block",
     )
     told = refusal(capsys, other, "--folder", copy, "--stage", "diffusion")
     assert f"other weights of the hint block: delete '{copy}/pairs/hints_done.txt'" in told
@@ -275,21 +279,20 @@ def test_a_start_that_is_no_checkpoint_is_refused(
     save_file(tensors, tmp_path / "less.safetensors")
     assert "1 of" in refusal(capsys, recipe, "--start", tmp_path / "less.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "else.safetensors")
-    assert "is no AnyDoor network" in refusal(capsys, recipe, "--start", tmp_path / "else.safetensors")
+    assert "is not an AnyDoor checkpoint" in refusal(capsys, recipe, "--start", tmp_path / "else.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"1234567890")
     assert "damaged" in refusal(capsys, recipe, "--start", tmp_path / "damaged.safetensors")
 
 
-def test_a_start_of_another_format_is_refused_with_what_converts_it(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensors = load_file(run / "model.safetensors")
-    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "a model.ckpt")
-    told = refusal(capsys, run / "tiny.toml", "--start", tmp_path / "a model.ckpt")
-    python, option, program, *files = shlex.split(told.split("convert it first: ")[1])
-    assert (python, option) == ("python", "-c")
-    monkeypatch.setattr("sys.argv", [option, *files])
-    exec(program, {})
-    converted = load_file(tmp_path / "a model.safetensors")
-    assert converted.keys() == tensors.keys()
-    assert set(SCHEDULE_KEYS) < converted.keys()
+def test_a_start_may_be_a_file_of_torch_save(copy: Path) -> None:
+    """It is the same start as the .safetensors file with the same tensors."""
+    torch.save({"state_dict": load_file(copy / "model.safetensors"), "epoch": 3}, copy / "model.ckpt")
+    for name in ("model.safetensors", "model.ckpt"):
+        for done in ("done.txt", "hints_done.txt"):
+            (copy / "pairs" / done).unlink()
+        shutil.rmtree(copy / "diffusion")
+        stages = ["--stage", "encode", "--stage", "diffusion"]
+        train(copy / "tiny.toml", copy, *stages, "--start", str(copy / name))
+        (copy / "diffusion" / "last.pt").rename(copy / f"{name}.pt")
+    states = [torch.load(copy / f"model.{kind}.pt", weights_only=True) for kind in ("safetensors", "ckpt")]
+    assert all(torch.equal(states[0]["module"][name], value) for name, value in states[1]["module"].items())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.comparison import COMPOSITE_SHARE, TOKENS_TOLERANCE, at_least, relative
+from benchmarks.support.checks import COMPOSITE_SHARE, TOKENS_TOLERANCE, at_least, relative
 from export.build_engines import BuildOptions, build_bundle
 from export.progress import Progress
 from runtime import Compositor, Placement, Sampling
@@ -19,12 +19,11 @@ from runtime.imaging.collage import MODES, Ratios, make_hint
 from runtime.imaging.paste_back import paste_back, pasted_region
 from runtime.imaging.reference import prepare_reference
 from tests.support.tiny import TINY, RandomPairs
-from training.checkpoint import write_model
 from training.loop import LoopSettings, train
-from training.network.checkpoint import read_checkpoint
+from training.network.checkpoint import read_checkpoint, write_model
 from training.network.modules import AnyDoor
 from training.preview import sample
-from training.small.recipe import open_control
+from training.small.initial_weights import open_control
 from training.systems.anydoor import Denoising, DiffusionTask
 
 SIDE, STEPS, GUIDANCE, SEED = 64, 4, 2.0, 3

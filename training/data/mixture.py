@@ -11,7 +11,8 @@ import numpy as np
 from training.data.pairs import Kind, Pair, PairRules, UnfitPairError, as_sample, make_pair
 from training.data.sources import Source, SourceError
 
-ATTEMPTS = 100  # unfit pairs in a row that are still bad luck
+ATTEMPTS = 100
+"""Unfit pairs in a row after which the data sets, not chance, are to blame."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Mixture:
     """The endless dataset of diffusion training over the sets of table 1."""
 
     sources: Sequence[tuple[Source, float]]
-    """Data sets, and how often each is asked in relation to the others."""
+    """Data sets, and how often each is drawn from in relation to the others."""
     rules: PairRules
     latent_shape: tuple[int, int, int]
     seed: int = 0
@@ -27,7 +28,7 @@ class Mixture:
     """Probability that the reference is replaced by a black one, for classifier-free guidance."""
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """A pair as `as_sample` gives it, and the noises of its latents and of its posterior (C, h, w)."""
+        """Gives a pair as `as_sample` does, and the noises of its latents and of its posterior (C, h, w)."""
         rng = np.random.default_rng([self.seed, number])
         sample = as_sample(self.draw(rng))
         if rng.random() < self.drop:
@@ -37,10 +38,10 @@ class Mixture:
         return sample
 
     def draw(self, rng: np.random.Generator) -> Pair:
-        """The first fit pair among randomly chosen ones; damaged files and bad masks are passed over.
+        """Draws pairs until one is fit; damaged files and bad masks are passed over.
 
         Raises:
-            SourceError: there was none in many attempts; says what was wrong with the last.
+            SourceError: none of many was fit; says what was wrong with the last.
         """
         weights = np.array([weight for _, weight in self.sources])
         problem: Exception | None = None
@@ -54,6 +55,6 @@ class Mixture:
         raise SourceError(f"no fit pair in {ATTEMPTS} attempts; the last one: {problem}") from problem
 
     def kind_of(self, source: Source) -> Kind:
-        """What a data set passes for: the paper's type, or the released code's where its rule is followed."""
+        """Says what a data set counts as: the paper's type, or the released code's where that is followed."""
         released = source.released_kind if self.rules.timesteps == "code" else None
         return released or source.kind

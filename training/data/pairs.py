@@ -9,20 +9,34 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
 from runtime.imaging.boxes import Box, box_in_box, expand, mask_extent
-from runtime.imaging.collage import MODES, Geometry, Ratios, collage, crop_scene, zoom_in
+from runtime.imaging.collage import collage, crop_scene
+from runtime.imaging.geometry import Geometry, Ratios, zoom_in
+from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
+from training.data.masks import Mask, largest_piece, perturb_mask
 
 Picture = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
 
 Kind = Literal["video", "image", "multi-view", "try-on"]
 TimestepRule = Literal["uniform", "paper", "code"]
+
+SMALLEST_AREA, LARGEST_AREA = 0.01, 0.64
+"""Share of its picture that an object's mask must cover."""
+WHOLE = 0.9
+"""Share of a mask's area that must be in one piece."""
+SHORTEST_SIDE = 0.1
+"""Least width or height of a reference's object, as a share of its picture's."""
+LARGEST_BOX, LARGEST_BOX_OF_CLOTHES = 0.8, 1.0
+"""Largest width or height of a target's box, enlarged, as a share of its picture's."""
+LIGHT = 0.2
+"""Most by which contrast and brightness of a reference change, as a share of their range."""
+ROUGHEST, FINEST = 0.3, 0.99
+"""Overlap (intersection over union) of a simulated rough shape with the mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +72,7 @@ class Pair:
 
     reference: Picture  # (224, 224, 3), for the ID encoder
     hint: NDArray[np.float32]  # (4, R, R), see runtime.imaging.collage
-    picture: NDArray[np.float32]  # (3, R, R), -1..1, what the model shall draw
+    picture: NDArray[np.float32]  # (3, R, R), -1..1, what the model is to draw
     timestep: int  # 0..999
     kind: Kind
 
@@ -74,7 +88,7 @@ def make_pair(
 
     Args:
         reference, target: the two pictures, of any size.
-        kind: decides over the timestep and over how large the target may be.
+        kind: decides the timestep, and how large the target may be.
         rules: how pairs are made.
         rng: source of randomness.
         either_side: how strict the filter of sizes is, see `check_masks`.
@@ -86,7 +100,7 @@ def make_pair(
         if shot.image.shape[:2] != shot.mask.shape:
             sizes = f"{shot.image.shape[:2]} and {shot.mask.shape}"
             raise UnfitPairError(f"picture and mask of the {name} are not of one (height, width): {sizes}")
-    largest_box = 1.0 if kind == "try-on" else 0.8
+    largest_box = LARGEST_BOX_OF_CLOTHES if kind == "try-on" else LARGEST_BOX
     check_masks(reference.mask, target.mask, largest_box, either_side)
     if rng.random() < rules.mirror:
         reference, target = (Shot(shot.image[:, ::-1], shot.mask[:, ::-1]) for shot in (reference, target))
@@ -111,9 +125,9 @@ def _tenths(limits: tuple[float, float], rng: Generator) -> float:
 
 
 def check_masks(reference: Mask, target: Mask, largest_box: float, either_side: bool = False) -> None:
-    """The filters of the released code (datasets/base.py): whole objects of reasonable size.
+    """Refuses all but whole objects of reasonable size, as the released code does (datasets/base.py).
 
-    Ours is that the target has to be in one piece, too.
+    Unlike there, the target must be in one piece, too.
 
     Args:
         reference, target: (H, W) each.
@@ -126,12 +140,13 @@ def check_masks(reference: Mask, target: Mask, largest_box: float, either_side: 
     """
     for name, mask in (("reference", reference), ("target", target)):
         share = float(mask.mean())
-        if not 0.01 <= share <= 0.64:
-            raise UnfitPairError(f"the {name}'s mask covers {share:.1%} of the picture, not 1% to 64%")
-        if largest_piece(mask) < 0.9:
+        if not SMALLEST_AREA <= share <= LARGEST_AREA:
+            limits = f"{SMALLEST_AREA:.0%} to {LARGEST_AREA:.0%}"
+            raise UnfitPairError(f"the {name}'s mask covers {share:.1%} of the picture, not {limits}")
+        if largest_piece(mask) < WHOLE:
             raise UnfitPairError(f"the {name}'s mask is in pieces")
     out_of_size = any if either_side else all
-    if out_of_size(side < 0.1 for side in _sides(mask_extent(reference), reference)):
+    if out_of_size(side < SHORTEST_SIDE for side in _sides(mask_extent(reference), reference)):
         raise UnfitPairError("the reference is less than a tenth of its picture")
     height, width = target.shape
     box = expand(mask_extent(target), Ratios().box, (width, height))
@@ -144,39 +159,6 @@ def _sides(box: Box, mask: Mask) -> tuple[float, float]:
     return box.width / mask.shape[1], box.height / mask.shape[0]
 
 
-def largest_piece(mask: Mask) -> float:
-    """Share of the mask's area in its largest connected piece (pixels that touch by a side), 0 if empty."""
-    left, total, largest = mask.copy(), int(mask.sum()), 0
-    while 2 * largest < total and left.any():
-        piece = np.zeros_like(mask)
-        piece.flat[int(left.argmax())] = True
-        piece = _flood(piece, left)
-        largest = max(largest, int(piece.sum()))
-        left &= ~piece
-        if int(left.sum()) <= largest:
-            break
-    return largest / total if total else 0.0
-
-
-def _flood(seed: Mask, inside: Mask) -> Mask:
-    """All of `inside` that can be reached from `seed`: sweeps along rows and columns to a standstill."""
-    reached, before = seed, -1
-    while (count := int(reached.sum())) != before:
-        before = count
-        for axis in (0, 1):
-            reached = _fill_runs(reached, inside, axis)
-    return reached
-
-
-def _fill_runs(reached: Mask, inside: Mask, axis: int) -> Mask:
-    """Every run of `inside` along the axis that holds a reached pixel, as a whole."""
-    inside, reached = np.moveaxis(inside, axis, 1), np.moveaxis(reached, axis, 1)
-    starts = inside & ~np.pad(inside, ((0, 0), (1, 0)))[:, :-1]
-    runs = np.where(inside, np.cumsum(starts.ravel()).reshape(starts.shape), 0)
-    filled: Mask = inside & np.isin(runs, runs[reached])
-    return np.moveaxis(filled, 1, axis)
-
-
 def augment_reference(reference: Shot, rules: PairRules, rng: Generator) -> Shot:
     """Mirrors the reference and changes its light, each with its probability.
 
@@ -186,81 +168,23 @@ def augment_reference(reference: Shot, rules: PairRules, rng: Generator) -> Shot
     if rng.random() < rules.flip:
         image, mask = image[:, ::-1], mask[:, ::-1]
     if rng.random() < rules.brighten:
-        contrast, brightness = 1 + rng.uniform(-0.2, 0.2), 255 * rng.uniform(-0.2, 0.2)
+        contrast, brightness = 1 + rng.uniform(-LIGHT, LIGHT), 255 * rng.uniform(-LIGHT, LIGHT)
         image = np.clip(image * contrast + brightness, 0, 255).astype(np.uint8)
     return Shot(image, mask)
 
 
 def target_shape(mask: Mask, geometry: Geometry, box_share: float, rng: Generator) -> NDArray[np.uint8]:
-    """The mask channel of a crop, (crop height, crop width) uint8 0/1: a rough shape or the filled box."""
+    """Draws the mask channel of a crop, (crop height, crop width) uint8 0/1: a rough shape or the box."""
     if rng.random() < box_share:
         shape = np.zeros((geometry.crop.height, geometry.crop.width), np.uint8)
         shape[box_in_box(geometry.box, geometry.crop).slices] = 1
         return shape
-    rough = perturb_mask(mask[geometry.crop.slices], rng.uniform(0.3, 0.99), rng)
+    rough = perturb_mask(mask[geometry.crop.slices], rng.uniform(ROUGHEST, FINEST), rng)
     return rough.astype(np.uint8)
 
 
-def perturb_mask(mask: Mask, overlap: float, rng: Generator) -> Mask:
-    """A hand-drawn-like version of a mask: grown, shrunk and coarsened until it overlaps only so much.
-
-    Section 3.3 simulates user shapes so. Stops at the first step whose intersection over union with the mask
-    is below `overlap`, at the latest after 30.
-
-    mask: (H, W). overlap: 0..1. Returns (H, W), never empty where the mask is not.
-    """
-    box = mask_extent(mask)
-    reach = max(2, max(box.width, box.height) // 10)
-    # whoever draws too large keeps drawing too large: growing and shrinking would cancel
-    grow = 0.7 * rng.choice([0.1, 0.9])
-    rough, changed = mask, mask
-    for _ in range(30):
-        height, width = (int(rng.integers(1, reach + 1)) for _ in range(2))
-        operation = rng.choice(["grow", "shrink", "coarsen", "patch"], p=[grow, 0.7 - grow, 0.15, 0.15])
-        if operation == "grow":
-            changed = _grow(rough, height, width)
-        elif operation == "shrink":
-            changed = np.logical_not(_grow(~rough, height, width)).astype(bool)
-        elif operation == "coarsen":
-            changed = _coarsen(rough, max(height, width))
-        else:
-            changed = _patch(rough, box, reach, rng)
-        if not changed.any():
-            continue
-        rough = changed
-        if (rough & mask).sum() / max((rough | mask).sum(), 1) < overlap:
-            break
-    return rough
-
-
-def _grow(mask: Mask, height: int, width: int) -> Mask:
-    """Dilation by a rectangle, one axis after the other."""
-    for axis, length in ((0, height), (1, width)):
-        pads = [(0, 0), (0, 0)]
-        pads[axis] = (length // 2, (length - 1) // 2)
-        windows = sliding_window_view(np.pad(mask, pads), length, axis=axis)
-        mask = np.any(windows, axis=-1)
-    return mask
-
-
-def _coarsen(mask: Mask, cell: int) -> Mask:
-    """The mask as seen on a grid of cells: each takes the value of its middle."""
-    rows, columns = (np.minimum(np.arange(n) // cell * cell + cell // 2, n - 1) for n in mask.shape)
-    coarse: Mask = mask[rows][:, columns]
-    return coarse
-
-
-def _patch(mask: Mask, box: Box, reach: int, rng: Generator) -> Mask:
-    """Sets or clears a small rectangle somewhere in the object's box."""
-    patched: Mask = mask.copy()
-    x, y = int(rng.integers(box.x0, box.x1 + 1)), int(rng.integers(box.y0, box.y1 + 1))
-    width, height = (int(rng.integers(1, 2 * reach + 1)) for _ in range(2))
-    patched[y : y + height, x : x + width] = bool(rng.random() < 0.5)
-    return patched
-
-
 def sample_timestep(kind: Kind, rule: TimestepRule, rng: Generator) -> int:
-    """Adaptive timestep sampling: videos learn more from noisy steps (structure), images from clean ones.
+    """Draws a timestep adaptively: videos learn more from noisy steps (structure), images from clean ones.
 
     Args:
         kind: where the pair comes from; multi-view and try-on pairs are uniform under every rule.
@@ -282,6 +206,6 @@ def sample_timestep(kind: Kind, rule: TimestepRule, rng: Generator) -> int:
 
 
 def as_sample(pair: Pair) -> dict[str, Any]:
-    """The pair as the network takes it: reference (3, 224, 224) float32 0..1, hint, picture, timestep."""
+    """Gives a pair as the network takes it: reference (3, 224, 224) float32 0..1, hint, picture, timestep."""
     reference = np.ascontiguousarray(pair.reference.transpose(2, 0, 1)).astype(np.float32) / 255
     return {"reference": reference, "hint": pair.hint, "picture": pair.picture, "timestep": pair.timestep}

@@ -1,7 +1,7 @@
 """Views on disk: rendered once, read at random while training.
 
 A folder with two arrays that are mapped, not read: `scenes.npy` (N, V, S, S, 4) and `references.npy`
-(N, R, S, S, 4), both uint8, RGB and the object's mask; row n is the object of seed n. `done.txt` tells how
+(N, R, S, S, 4), both uint8, RGB and the object's mask; row n is the object of seed n. `done.txt` says how
 many rows are written, so that drawing can be interrupted, resumed, and read while it goes on.
 
 examples:
@@ -21,19 +21,24 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from engines.errors import AnyDoorError
+from engines.files import write_text
+from runtime.imaging.pictures import MASK_THRESHOLD
+from training.data.pairs import Shot
 from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
-from training.replacing import replace_text
 
-SCENES, REFERENCES = 3, 2  # views per object
+SCENES, REFERENCES = 3, 2
+"""Views per object: in scenes, and alone."""
+
 DONE = "done.txt"
 
 
-class StoreError(ValueError):
+class StoreError(AnyDoorError):
     """A folder of views cannot be used; the text says why."""
 
 
 class ViewStore:
-    """The arrays of a folder.
+    """Opens the arrays of a folder.
 
     Raises:
         StoreError: nothing is drawn yet.
@@ -50,22 +55,27 @@ class ViewStore:
         self.count = int((folder / DONE).read_text())
 
     def __len__(self) -> int:
-        """How many objects were drawn when the folder was opened."""
+        """Counts the objects that were drawn when the folder was opened."""
         return self.count
 
     def scene(self, row: int, number: int) -> View:
-        """A view of an object in a scene."""
+        """Gives a view of an object in a scene."""
         picture = self.scenes[row, number]
         return View(picture[..., :3], picture[..., 3])
 
     def reference(self, row: int, number: int) -> View:
-        """A view of an object on black."""
+        """Gives a view of an object on black."""
         picture = self.references[row, number]
         return View(picture[..., :3], picture[..., 3])
 
 
+def as_shot(view: View) -> Shot:
+    """Gives a view with a mask of bool: the pixels that the object covers by more than a half."""
+    return Shot(view.image, view.mask > MASK_THRESHOLD)
+
+
 def draw_object(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """All views of one object: (V, S, S, 4) in scenes and (R, S, S, 4) alone."""
+    """Draws all views of one object: (V, S, S, 4) in scenes and (R, S, S, 4) alone."""
 
     def stacked(views: list[View]) -> NDArray[np.uint8]:
         return np.stack([np.dstack([view.image, view.mask]) for view in views])
@@ -103,17 +113,17 @@ def draw_views(folder: Path, count: int, workers: int = 1) -> None:
         drawn = pool.map(draw_object, range(start, count), chunksize=4)
         for row, (scenes, references) in enumerate(tqdm(drawn, total=count - start, unit="object"), start):
             arrays[0][row], arrays[1][row] = scenes, references
-            replace_text(done, str(row + 1))
+            write_text(done, str(row + 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, or 2 if the folder cannot be used."""
+    """Runs the command; returns 0, or 2 if the folder cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m training.data.view_store",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="where the arrays are, or shall be")
+    parser.add_argument("folder", type=Path, help="where the arrays are, or are to be")
     parser.add_argument("--objects", type=int, default=4000, help="rows of the arrays; default: 4000")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw; default: 1")
     options = parser.parse_args(arguments)

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from engines.errors import AnyDoorError
+
 LATENT_SCALE = 0.18215
 """The latents of SD 2.1's VAE are multiplied by this, so that they have about unit variance."""
 
 REFERENCE_SIZE = 224
 """Side of the reference that the ID encoder looks at, in pixels."""
 
-HINT_CHANNELS = (16, 32, 96, 256)
+HINT_BLOCK_CHANNELS = (16, 32, 96, 256)
 """Widths of the hint block; the original fixes them for any size of UNet (cldm.py, input_hint_block)."""
 
 SD21_HEAD_WIDTH = 64
@@ -23,6 +25,10 @@ DINO_HEAD_WIDTH = 64
 Shapes = Mapping[str, tuple[int, ...]]
 
 Prediction = Literal["epsilon", "v"]
+
+
+class ArchitectureError(AnyDoorError):
+    """The tensors are not those of an AnyDoor network; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,17 @@ class Architecture:
     2022, appendix D). The network as a whole always answers with the noise. Cannot be read off the
     weights."""
 
+    def __post_init__(self) -> None:
+        if not self.unet_channels or not self.vae_channels:
+            raise ArchitectureError(
+                "unet_channels and vae_channels must name the width of at least one level"
+            )
+        if len(self.unet_channels) != len(self.unet_attention):
+            raise ArchitectureError(
+                f"unet_channels names {len(self.unet_channels)} levels and unet_attention "
+                f"{len(self.unet_attention)}; they must be the same"
+            )
+
     @property
     def token_count(self) -> int:
         """ID tokens per reference: the class token and one per patch."""
@@ -77,7 +94,7 @@ class Architecture:
         return int(2 ** (len(self.vae_channels) - 1))
 
     def detail_shapes(self, resolution: int) -> tuple[tuple[int, int, int], ...]:
-        """(channels, height, width) of the detail maps for a picture of `resolution` pixels."""
+        """Computes the (channels, height, width) of the detail maps for a picture of `resolution` pixels."""
         side, channels = resolution // self.latent_factor, self.unet_channels
         shapes = [(channels[0], side, side)]
         for level, width in enumerate(channels):
@@ -88,29 +105,27 @@ class Architecture:
         return (*shapes, (channels[-1], side, side))
 
 
-class ArchitectureError(ValueError):
-    """The tensors are not those of an AnyDoor network; the text says what is amiss."""
-
-
-HIDDEN = ("unet_head_width", "unet_norm_groups", "vae_norm_groups", "dino_heads", "prediction")
-"""What no weight tells; checkpoints that we write have it in their metadata."""
+NOT_INFERABLE = ("unet_head_width", "unet_norm_groups", "vae_norm_groups", "dino_heads", "prediction")
+"""Fields that the shapes of the weights do not determine; checkpoints have them in their metadata."""
 
 _METADATA_PREFIX = "anydoor."
 
 
-def hidden_to_metadata(architecture: Architecture) -> dict[str, str]:
-    """The metadata of a checkpoint: "anydoor.FIELD" -> value, for the fields in `HIDDEN`."""
-    return {_METADATA_PREFIX + name: str(getattr(architecture, name)) for name in HIDDEN}
+def settings_to_metadata(architecture: Architecture) -> dict[str, str]:
+    """Gives the metadata of a checkpoint: "anydoor.FIELD" -> value, for the fields in `NOT_INFERABLE`."""
+    return {_METADATA_PREFIX + name: str(getattr(architecture, name)) for name in NOT_INFERABLE}
 
 
-def hidden_from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `hidden_to_metadata` wrote, as keyword arguments of `infer_architecture`; fields may be missing.
+def settings_from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Reads what `settings_to_metadata` wrote, as keyword arguments of `infer_architecture`.
+
+    Fields may be missing.
 
     Raises:
         ArchitectureError: a value is not one that the field can have.
     """
     found: dict[str, Any] = {}
-    for name in HIDDEN:
+    for name in NOT_INFERABLE:
         text = metadata.get(_METADATA_PREFIX + name)
         if text is None:
             continue
@@ -139,63 +154,74 @@ def infer_architecture(
 ) -> Architecture:
     """Reads the sizes of a network off the shapes of an official checkpoint.
 
+    The arguments after the shapes are what no shape determines.
+
     Args:
         shapes: official key -> shape.
-        unet_head_width: channels per head of UNet and ControlNet, which no shape tells; 64 if None, as in
-            SD 2.1.
-        dino_heads: heads of the ID encoder, which no shape tells; one per 64 channels if None, as in every
-            DINOv2.
-        vae_norm_groups: groups of the VAE's normalisation layers, which no shape tells; 32 if None, as in
-            SD 2.1.
+        unet_head_width: channels per head of UNet and ControlNet; 64 if None, as in SD 2.1.
+        dino_heads: heads of the ID encoder; one per 64 channels if None, as in every DINOv2.
+        vae_norm_groups: groups of the VAE's normalisation layers; 32 if None, as in SD 2.1.
         unet_norm_groups: the same of UNet and ControlNet.
         prediction: what the UNet's output means; the noise if None, as in the released model.
 
     Raises:
         ArchitectureError: a tensor that determines a size is missing, or a head width does not divide.
     """
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in shapes:
-            raise ArchitectureError(f"'{key}' is missing, so the size of the network is unknown")
-        return tuple(shapes[key])
-
     channels, attention, layers = _unet_levels(shapes)
-    unet_head_width = unet_head_width or SD21_HEAD_WIDTH
-    dino_width = shape("cond_stage_model.model.cls_token")[-1]
-    if dino_heads is None:
-        dino_heads = dino_width // DINO_HEAD_WIDTH if dino_width % DINO_HEAD_WIDTH == 0 else 0
-    if any(width % unet_head_width for width in channels):
-        raise ArchitectureError(
-            f"{unet_head_width} channels per attention head do not divide the UNet's widths {channels}; "
-            "weights cannot tell the head width: give --unet-head-width"
-        )
-    if not dino_heads or dino_width % dino_heads:
-        raise ArchitectureError(
-            f"the number of attention heads of an ID encoder of width {dino_width} cannot be guessed from "
-            "its weights: give --dino-heads"
-        )
-    vae_levels = _count(shapes, r"first_stage_model\.encoder\.down\.(\d+)\.")
+    dino_width = _shape(shapes, "cond_stage_model.model.cls_token")[-1]
+    mlp_width = _shape(shapes, "cond_stage_model.model.blocks.0.mlp.w12.weight")[0]
+    positions = _shape(shapes, "cond_stage_model.model.pos_embed")[1] - 1
     return Architecture(
         unet_channels=channels,
         unet_attention=attention,
         unet_layers=layers,
-        unet_head_width=unet_head_width,
+        unet_head_width=_unet_head_width(channels, unet_head_width or SD21_HEAD_WIDTH),
         unet_norm_groups=unet_norm_groups or SD21_NORM_GROUPS,
-        token_width=shape("cond_stage_model.projector.weight")[0],
-        latent_channels=shape("model.diffusion_model.input_blocks.0.0.weight")[1],
-        vae_channels=tuple(
-            shape(f"first_stage_model.encoder.down.{i}.block.0.conv1.weight")[0] for i in range(vae_levels)
-        ),
+        token_width=_shape(shapes, "cond_stage_model.projector.weight")[0],
+        latent_channels=_shape(shapes, "model.diffusion_model.input_blocks.0.0.weight")[1],
+        vae_channels=_vae_channels(shapes),
         vae_norm_groups=vae_norm_groups or SD21_NORM_GROUPS,
         vae_layers=_count(shapes, r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
         dino_width=dino_width,
         dino_depth=_count(shapes, r"cond_stage_model\.model\.blocks\.(\d+)\."),
-        dino_heads=dino_heads,
-        dino_mlp_ratio=round(shape("cond_stage_model.model.blocks.0.mlp.w12.weight")[0] * 0.75 / dino_width),
-        dino_patch=shape("cond_stage_model.model.patch_embed.proj.weight")[-1],
-        dino_grid=round((shape("cond_stage_model.model.pos_embed")[1] - 1) ** 0.5),
+        dino_heads=_dino_heads(dino_width, dino_heads),
+        dino_mlp_ratio=round(mlp_width * 0.75 / dino_width),
+        dino_patch=_shape(shapes, "cond_stage_model.model.patch_embed.proj.weight")[-1],
+        dino_grid=round(positions**0.5),
         prediction=prediction or "epsilon",
     )
+
+
+def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
+    if key not in shapes:
+        raise ArchitectureError(f"'{key}' is missing, so the size of the network is unknown")
+    return tuple(shapes[key])
+
+
+def _unet_head_width(channels: tuple[int, ...], head_width: int) -> int:
+    if any(width % head_width for width in channels):
+        raise ArchitectureError(
+            f"{head_width} channels per attention head do not divide the UNet's widths {channels}; "
+            "weights cannot tell the head width: give --unet-head-width"
+        )
+    return head_width
+
+
+def _dino_heads(width: int, heads: int | None) -> int:
+    if heads is None:
+        heads = width // DINO_HEAD_WIDTH if width % DINO_HEAD_WIDTH == 0 else 0
+    if not heads or width % heads:
+        raise ArchitectureError(
+            f"the number of attention heads of an ID encoder of width {width} cannot be guessed from "
+            "its weights: give --dino-heads"
+        )
+    return heads
+
+
+def _vae_channels(shapes: Shapes) -> tuple[int, ...]:
+    levels = _count(shapes, r"first_stage_model\.encoder\.down\.(\d+)\.")
+    key = "first_stage_model.encoder.down.{}.block.0.conv1.weight"
+    return tuple(_shape(shapes, key.format(level))[0] for level in range(levels))
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -222,6 +248,6 @@ def _unet_levels(shapes: Shapes) -> tuple[tuple[int, ...], tuple[bool, ...], int
         blocks_per_level[-1] += 1
     if len(set(blocks_per_level)) != 1:
         raise ArchitectureError(
-            f"the UNet's levels have {blocks_per_level} residual blocks; all must have as many"
+            f"the UNet's levels have {blocks_per_level} residual blocks; all must have the same number"
         )
     return tuple(channels), tuple(attention), blocks_per_level[0]

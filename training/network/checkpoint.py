@@ -1,47 +1,62 @@
-"""AnyDoor checkpoints in the official layout: reading, checking, writing.
+"""AnyDoor checkpoints in the official layout: the one place that reads, checks and writes them.
 
-Nothing is read before it is used: the files are memory-mapped, optimizer states are never touched, and no
-code that a pickle carries is run.
+Reading costs nothing until a tensor is used: files are memory-mapped, and no code in them is run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from engines.errors import AnyDoorError
+from engines.files import replacing
 from training.network.architecture import (
+    NOT_INFERABLE,
     Architecture,
     ArchitectureError,
-    hidden_from_metadata,
     infer_architecture,
+    settings_from_metadata,
+    settings_to_metadata,
 )
+from training.network.checkpoint_file import CheckpointError, read_tensors
 from training.network.modules import AnyDoor
-from training.network.official_keys import PREFIXES, SCHEDULE_KEYS
+from training.network.official_keys import PREFIXES, SCHEDULE_KEYS, schedule_buffers
 
-_NAMED = 3
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "compare_shapes",
+    "read_checkpoint",
+    "read_start",
+    "write_checkpoint",
+    "write_model",
+]
+
+DEFAULTS_KEY = "anydoor.defaults"
+"""Metadata of a checkpoint: the parameters that its model is best used with, a JSON object."""
+
+_MOST_NAMED = 3
 """How many keys an error names before it says how many more there are."""
-
-
-class CheckpointError(AnyDoorError):
-    """The file is not an AnyDoor checkpoint that can be used, and why."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An AnyDoor checkpoint that has been found complete; its tensors are read when they are used."""
+    """An AnyDoor checkpoint that is complete; its tensors are read when they are used."""
 
     path: Path
     architecture: Architecture
     tensors: Mapping[str, Tensor]
     """Official key -> tensor, as stored."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What a request should use where it gives no value, as the checkpoint's metadata says: parameter (like
+    guidance_scale, crop_ratio or mode) -> value."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,7 +69,7 @@ class Checkpoint:
         return self.tensors.get("alphas_cumprod")
 
     def load_part(self, part: str, dtype: torch.dtype | None = None, check_finite: bool = True) -> AnyDoor:
-        """A network with one part built and its weights loaded, sharing memory with the file if it can.
+        """Builds a network with one part and loads its weights, sharing memory with the file if it can.
 
         Args:
             part: unet, control, vae or id_encoder.
@@ -76,12 +91,15 @@ class Checkpoint:
         return (model if dtype is None else model.to(dtype)).eval()
 
 
+# --- reading ----------------------------------------------------------------------------------------------
+
+
 def read_checkpoint(
     path: str | Path, unet_head_width: int | None = None, dino_heads: int | None = None
 ) -> Checkpoint:
     """Opens a checkpoint and checks that it is complete.
 
-    What the shapes cannot tell comes from the arguments, else from the file's metadata, else from a
+    What the shapes do not determine comes from the arguments, else from the file's metadata, else from a
     configuration of the original's kind beside it (`NAME_config.json` for `NAME.safetensors`), else it is
     as in SD 2.1 and DINOv2.
 
@@ -93,114 +111,48 @@ def read_checkpoint(
     Raises:
         CheckpointError: the file cannot be read, or is not an AnyDoor checkpoint.
     """
-    path = Path(path)
-    file = read_tensors(path)
-    shapes = file.shapes
     given = {"unet_head_width": unet_head_width, "dino_heads": dino_heads}
+    return _read(Path(path), {name: value for name, value in given.items() if value is not None}, {})
+
+
+def read_start(path: str | Path, architecture: Architecture) -> Checkpoint:
+    """Opens a checkpoint that training goes on from.
+
+    Args:
+        path: see `read_checkpoint`.
+        architecture: what the recipe says. Where the file does not say what the shapes do not determine, it
+            is taken to be so.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`, or it is of another architecture.
+    """
+    expected = {name: getattr(architecture, name) for name in NOT_INFERABLE}
+    checkpoint = _read(Path(path), {}, expected)
+    for name in (each.name for each in fields(Architecture)):
+        there, here = getattr(checkpoint.architecture, name), getattr(architecture, name)
+        if there != here:
+            raise CheckpointError(
+                f"'{path}' is a network with {name} = {there!r}, the recipe's has {here!r}: "
+                "change [architecture] or start from another checkpoint"
+            )
+    return checkpoint
+
+
+def _read(path: Path, given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> Checkpoint:
+    """Opens a checkpoint; settings are taken from `given`, then from the file, then from `otherwise`."""
+    file = read_tensors(path)
     try:
-        hidden = hidden_from_metadata(file.metadata) or _configuration_beside(path)
-        hidden |= {name: value for name, value in given.items() if value is not None}
-        architecture = infer_architecture(shapes, **hidden)
+        settings = settings_from_metadata(file.metadata) or _configuration_beside(path)
+        architecture = infer_architecture(file.shapes, **{**otherwise, **settings, **given})
         with torch.device("meta"):
             expected = AnyDoor(architecture).official_shapes()
     except (ArchitectureError, KeyError, ValueError) as error:
-        problem = _compare_prefixes(shapes) or str(error)
+        problem = _compare_prefixes(file.shapes) or str(error)
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint: {problem}") from error
-    problem = compare_shapes(shapes, expected)
+    problem = compare_shapes(file.shapes, expected)
     if problem:
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint: {problem}")
-    return Checkpoint(path, architecture, file.tensors)
-
-
-# --- files ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """The named tensors of a file, whatever model they belong to."""
-
-    tensors: Mapping[str, Tensor]
-    shapes: Mapping[str, tuple[int, ...]]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-class _SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of a .safetensors file, mapped into memory one by one as they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt")
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self.shapes:
-            raise KeyError(key)
-        return self._file.get_tensor(key)  # type: ignore[no-any-return]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def read_tensors(path: Path) -> TensorFile:
-    """Opens a file of tensors without reading them.
-
-    Raises:
-        CheckpointError: there is no such file, it is damaged, or it holds no named tensors.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint at '{path}'")
-    try:
-        if path.suffix == ".safetensors":
-            file = _SafetensorsFile(path)
-            return TensorFile(file, file.shapes, file.metadata)
-        content = _load_pickle(path)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(
-            f"'{path}' cannot be read as a checkpoint ({str(error).splitlines()[0]}): it is damaged or "
-            "incomplete, or not a .safetensors or torch.save file"
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"'{path}' holds no named tensors")
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"'{path}' holds no named tensors")
-    return TensorFile(tensors, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
-
-
-class _Inert:
-    """Stands in for whatever class or function a pickle names, and does nothing."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _load_pickle(path: Path) -> Any:
-    """Unpickles tensors and plain containers; what else the file names becomes an inert object.
-
-    Lightning checkpoints name callbacks, paths and optimizers. None of that is imported or called.
-    """
-    import pickle
-    import zipfile
-
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is not in the zip format that torch.save writes since PyTorch 1.6")
-    inert: list[Any] = []
-    for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path)):
-        stand_in = type(name.rsplit(".", 1)[-1], (_Inert,), {})
-        inert.append((stand_in, name))
-    try:
-        with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError("its pickle is damaged or does more than hold tensors") from error
+    return Checkpoint(path, architecture, file.tensors, _defaults(path, file.metadata))
 
 
 def _configuration_beside(path: Path) -> dict[str, Any]:
@@ -222,26 +174,68 @@ def _configuration_beside(path: Path) -> dict[str, Any]:
         ) from error
 
 
-# --- what is wrong with it --------------------------------------------------------------------------------
+def _defaults(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(DEFAULTS_KEY, "{}")
+    try:
+        defaults = json.loads(text)
+    except ValueError:
+        defaults = None
+    if not isinstance(defaults, dict):
+        raise CheckpointError(f"'{path}': its metadata {DEFAULTS_KEY} is not a JSON object but {text!r}")
+    return defaults
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    # minimum and maximum are NaN or infinite if any value is; no mask as large as the tensor is made
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()) if tensor.numel() else True
+# --- writing ----------------------------------------------------------------------------------------------
 
 
-_INITIALISE = (
-    "python export/initialise.py --stable-diffusion SD21.ckpt --dinov2 DINOV2.pth --output INIT.safetensors"
-)
+def write_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a .safetensors checkpoint as a whole or not at all.
+
+    Args:
+        path: of the file.
+        tensors: official key -> tensor; dtypes and values are kept bit for bit.
+        architecture: what its shapes do not determine is kept as metadata.
+        defaults: see `Checkpoint.defaults`; kept as metadata.
+    """
+    metadata = {"format": "pt"} | settings_to_metadata(architecture)
+    if defaults:
+        metadata[DEFAULTS_KEY] = json.dumps(dict(defaults))
+    umask = os.umask(0)
+    os.umask(umask)
+    with replacing(path) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+        partial.chmod(0o666 & ~umask)  # as any file: safetensors would let its owner alone read it
 
 
-def _some(keys: list[str]) -> str:
-    named = ", ".join(f"'{key}'" for key in keys[:_NAMED])
-    return named + (f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
+def write_model(
+    path: str | Path,
+    model: AnyDoor,
+    dtype: torch.dtype = torch.float32,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a network as an official checkpoint, complete, because the original refuses one that is not.
+
+    Args:
+        path: of the file.
+        model: with all of its parts.
+        dtype: what its weights are rounded to. The noise schedule stays float32: in half precision its
+            first steps would be the same.
+        defaults: see `Checkpoint.defaults`.
+    """
+    weights = {key: tensor.to(dtype) for key, tensor in model.official_state_dict().items()}
+    write_checkpoint(path, schedule_buffers() | weights, model.architecture, defaults)
+
+
+# --- what is wrong with a file ----------------------------------------------------------------------------
 
 
 def compare_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """What is missing, unexpected or mis-shaped, in one sentence; empty if nothing is."""
+    """Says in one sentence what is missing, unexpected or mis-shaped; empty if nothing is."""
     missing = [key for key in expected if key not in shapes]
     unexpected = [key for key in shapes if key not in expected and key not in SCHEDULE_KEYS]
     wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
@@ -274,7 +268,7 @@ def _compare_prefixes(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _looks_like(keys: Mapping[str, tuple[int, ...]]) -> str:
-    """A guess at what the file is, and what to do with it; empty if there is none."""
+    """A guess at what the file is, and what to do with it; empty if there is no guess."""
 
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in keys)
@@ -295,3 +289,18 @@ def _looks_like(keys: Mapping[str, tuple[int, ...]]) -> str:
     if has("model_ema.") or has("optimizer"):
         return "It looks like a training state; export its model weights alone"
     return ""
+
+
+_INITIALISE = (
+    "python export/initialise.py --stable-diffusion SD21.ckpt --dinov2 DINOV2.pth --output INIT.safetensors"
+)
+
+
+def _some(keys: list[str]) -> str:
+    named = ", ".join(f"'{key}'" for key in keys[:_MOST_NAMED])
+    return named + (f" and {len(keys) - _MOST_NAMED} more" if len(keys) > _MOST_NAMED else "")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # minimum and maximum are NaN or infinite if any value is; no mask as large as the tensor is made
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()) if tensor.numel() else True

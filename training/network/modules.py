@@ -20,7 +20,7 @@ from transformers import Dinov2Config, Dinov2Model
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 
 from runtime.diffusion.noise_schedule import alphas_cumprod
-from training.network.architecture import HINT_CHANNELS, LATENT_SCALE, Architecture
+from training.network.architecture import HINT_BLOCK_CHANNELS, LATENT_SCALE, Architecture
 from training.network.official_keys import PREFIXES, expected_shapes, from_official, to_official
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,7 +44,7 @@ def _unet_settings(architecture: Architecture) -> dict[str, Any]:
 
 
 def build_unet(architecture: Architecture) -> UNet2DConditionModel:
-    """The UNet of Stable Diffusion 2.1, cross-attending to ID tokens instead of text."""
+    """Builds the UNet of Stable Diffusion 2.1, cross-attending to ID tokens instead of text."""
     attention = architecture.unet_attention
     return UNet2DConditionModel(
         **_unet_settings(architecture),
@@ -54,7 +54,7 @@ def build_unet(architecture: Architecture) -> UNet2DConditionModel:
 
 
 def build_vae(architecture: Architecture) -> AutoencoderKL:
-    """The autoencoder of Stable Diffusion 2.1."""
+    """Builds the autoencoder of Stable Diffusion 2.1."""
     levels = len(architecture.vae_channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -76,7 +76,7 @@ class DetailControlNet(ControlNetModel):  # type: ignore[misc]
     """
 
     def forward(self, hint: Tensor, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Detail maps for one hint per timestep, or for one hint at all timesteps.
+        """Computes detail maps for one hint per timestep, or for one hint at all timesteps.
 
         Args:
             hint: (N or 1, 4, H, W); collage in -1..1 RGB, and the mask channel. Or its `hint_features`.
@@ -87,7 +87,7 @@ class DetailControlNet(ControlNetModel):  # type: ignore[misc]
             One map per skip connection of the UNet and one for its middle, each (N, C, h, w).
         """
         embedding = self.time_embedding(self.time_proj(timestep).to(hint.dtype))
-        features = hint if hint.shape[1] == HINT_CHANNELS[-1] else self.hint_features(hint)
+        features = hint if hint.shape[1] == HINT_BLOCK_CHANNELS[-1] else self.hint_features(hint)
         hidden = self.controlnet_cond_embedding.conv_out(features).expand(timestep.shape[0], -1, -1, -1)
         skips = [hidden]
         for block in self.down_blocks:
@@ -101,7 +101,7 @@ class DetailControlNet(ControlNetModel):  # type: ignore[misc]
         return (*maps, self.controlnet_mid_block(hidden))
 
     def hint_features(self, hint: Tensor) -> Tensor:
-        """The hint block but for its last convolution: (N, 4, H, W) -> (N, 256, h, w)."""
+        """Computes the hint block except for its last convolution: (N, 4, H, W) -> (N, 256, h, w)."""
         block = self.controlnet_cond_embedding
         features = F.silu(block.conv_in(hint))
         for layer in block.blocks:
@@ -110,11 +110,11 @@ class DetailControlNet(ControlNetModel):  # type: ignore[misc]
 
 
 def build_control(architecture: Architecture) -> DetailControlNet:
-    """The detail extractor that fits `build_unet`; its zero convolutions are zero."""
+    """Builds the detail extractor that fits `build_unet`; its zero convolutions are zero."""
     return DetailControlNet(
         **_unet_settings(architecture),
         conditioning_channels=4,
-        conditioning_embedding_out_channels=HINT_CHANNELS,
+        conditioning_embedding_out_channels=HINT_BLOCK_CHANNELS,
     )
 
 
@@ -122,7 +122,7 @@ class _PositionEmbeddings(Dinov2Embeddings):  # type: ignore[misc]
     """DINOv2's embeddings with the position grid resampled as the original code does it.
 
     The original passes a scale factor of 16.1/37 rather than a size of 16, and the factor moves the sampling
-    points (dinov2, interpolate_pos_encoding). The trained weights know no other positions.
+    points (dinov2, interpolate_pos_encoding). The weights were trained with these positions.
     """
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
@@ -157,13 +157,17 @@ class IDEncoder(nn.Module):
         self.projector = nn.Linear(a.dino_width, a.token_width)
 
     def forward(self, reference: Tensor) -> Tensor:
-        """ID tokens (N, T, D) of background-free references (N, 3, 224, 224) in 0..1 RGB.
+        """Computes ID tokens (N, T, D) of background-free references (N, 3, 224, 224) in 0..1 RGB.
 
         A black picture gives the unconditional tokens of classifier-free guidance.
         """
+        return self.projector(self.features(reference))  # type: ignore[no-any-return]
+
+    def features(self, reference: Tensor) -> Tensor:
+        """Computes DINOv2's tokens (N, T, width) of references, before the projector; see `forward`."""
         mean, std = (reference.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        features: Tensor = self.dino((reference - mean) / std).last_hidden_state
-        return self.projector(features)  # type: ignore[no-any-return]
+        tokens: Tensor = self.dino((reference - mean) / std).last_hidden_state
+        return tokens
 
     @torch.no_grad()
     def fix_positions(self, size: int) -> None:
@@ -203,22 +207,22 @@ class AnyDoor(nn.Module):
         for part in self.parts:
             setattr(self, part, BUILDERS[part](architecture))
         self.register_buffer("alphas_cumprod", torch.from_numpy(alphas_cumprod()), persistent=False)
-        # apart, because half precision cannot tell 1 - alphas_cumprod from 0 where there is little noise
+        # apart, because in half precision 1 - alphas_cumprod is 0 where there is little noise
         self.register_buffer("signal_rate", self.alphas_cumprod.sqrt(), persistent=False)
         self.register_buffer("noise_rate", (1 - self.alphas_cumprod).sqrt(), persistent=False)
 
     def encode_reference(self, reference: Tensor) -> Tensor:
-        """ID tokens (N, T, D) of references (N, 3, 224, 224) in 0..1 RGB."""
+        """Computes ID tokens (N, T, D) of references (N, 3, 224, 224) in 0..1 RGB."""
         return self.id_encoder(reference)  # type: ignore[no-any-return]
 
     def detail_maps(self, hint: Tensor, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """See `DetailControlNet.forward`."""
+        """Computes detail maps; see `DetailControlNet.forward`."""
         return self.control(hint, timestep, tokens)  # type: ignore[no-any-return]
 
     def predict_noise(
         self, latent: Tensor, timestep: Tensor, tokens: Tensor, details: Sequence[Tensor]
     ) -> Tensor:
-        """The UNet's estimate of the noise in `latent` (N, C, h, w); `timestep` (N,), tokens (N, T, D)."""
+        """Estimates the noise in `latent` (N, C, h, w); `timestep` (N,), tokens (N, T, D)."""
         output: Tensor = self.unet(
             latent,
             timestep,
@@ -235,19 +239,19 @@ class AnyDoor(nn.Module):
         return signal * output + noise * latent
 
     def forward(self, latent: Tensor, timestep: Tensor, tokens: Tensor, hint: Tensor) -> Tensor:
-        """The estimated noise, for training: detail maps and UNet in one go (equation 3)."""
+        """Estimates the noise, for training: detail maps and UNet in one go (equation 3)."""
         return self.predict_noise(latent, timestep, tokens, self.detail_maps(hint, timestep, tokens))
 
     def encode(self, picture: Tensor) -> DiagonalGaussianDistribution:
-        """The VAE's posterior of pictures (N, 3, H, W) in -1..1; multiply a sample by `LATENT_SCALE`."""
+        """Computes the VAE's posterior of pictures (N, 3, H, W), -1..1; scale samples by `LATENT_SCALE`."""
         return self.vae.encode(picture).latent_dist
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W), -1..1 but not clipped, of scaled latents (N, C, h, w)."""
+        """Decodes scaled latents (N, C, h, w) to pictures (N, 3, H, W), -1..1 but not clipped."""
         return self.vae.decode(latent / LATENT_SCALE, return_dict=False)[0]  # type: ignore[no-any-return]
 
     def official_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Official key -> shape of every weight of the parts that were built."""
+        """Maps official key -> shape, for every weight of the parts that were built."""
         shapes: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
             names = {k: v.shape for k, v in getattr(self, part).state_dict().items()}
@@ -255,7 +259,7 @@ class AnyDoor(nn.Module):
         return shapes
 
     def official_state_dict(self) -> dict[str, Tensor]:
-        """The weights under their official names, without the buffers of the noise schedule."""
+        """Gives the weights under their official names, without the buffers of the noise schedule."""
         state: dict[str, Tensor] = {}
         for part in self.parts:
             state |= to_official(part, getattr(self, part).state_dict(), self.architecture)

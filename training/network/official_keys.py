@@ -97,12 +97,12 @@ class OfficialTensor:
 
 
 def official_tensor(part: str, name: str, architecture: Architecture) -> OfficialTensor:
-    """The official place of a tensor.
+    """Finds the official place of a tensor.
 
     Args:
         part: a key of `PREFIXES`.
         name: the tensor's name in the state_dict of that part.
-        architecture: tells which blocks have attention.
+        architecture: which blocks have attention.
     """
     if part == "id_encoder":
         official = _substitute(name, _DINO_RULES)
@@ -116,7 +116,7 @@ def official_tensor(part: str, name: str, architecture: Architecture) -> Officia
 def to_official(
     part: str, tensors: Mapping[str, torch.Tensor], architecture: Architecture
 ) -> dict[str, torch.Tensor]:
-    """The state_dict of one part under its official names."""
+    """Gives the state_dict of one part under its official names."""
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         place = official_tensor(part, name, architecture)
@@ -135,7 +135,7 @@ def from_official(
     tensors: Mapping[str, torch.Tensor],
     architecture: Architecture,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one part under our names, as views of the official ones where possible.
+    """Gives the tensors of one part under our names, as views of the official ones where possible.
 
     Args:
         part: a key of `PREFIXES`.
@@ -153,7 +153,7 @@ def from_official(
 def expected_shapes(
     part: str, names: Mapping[str, torch.Size], architecture: Architecture
 ) -> dict[str, tuple[int, ...]]:
-    """Official key -> shape of one part of a network of this architecture."""
+    """Maps official key -> shape, for one part of a network of this architecture."""
     with torch.device("meta"):
         empty = {name: torch.empty(shape) for name, shape in names.items()}
     return {k: tuple(v.shape) for k, v in to_official(part, empty, architecture).items()}
@@ -227,7 +227,7 @@ def _hint_block_name(rest: str) -> str:
 
 
 def schedule_buffers() -> dict[str, torch.Tensor]:
-    """The noise schedule's buffers as an official checkpoint has them, each (1000,) float32.
+    """Computes the noise schedule's buffers as an official checkpoint has them, each (1000,) float32.
 
     The original computes them in float64 from the betas and rounds at the end (ldm/models/diffusion/ddpm.py,
     register_schedule), and refuses a checkpoint without them.

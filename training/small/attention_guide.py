@@ -1,11 +1,12 @@
 """Where to look: while a small model learns, its cross-attention is shown which ID token belongs to a cell.
 
-What a network needs to take an object over is in its ID tokens, and which of them it needs follows from where
-in the box a cell lies. The published model inherits attention that has seen billions of pictures. One that
-starts from nothing finds this out late: the first heads of ours were still spread over all tokens after
-160,000 samples (cross-entropy 5.47 of 5.55 nats), and it drew an object's colours without its shape. Here one
-head of each cross-attention is asked to look where the cell's content is in the reference, if the object were
-seen from the same side; the other heads, and the graphs that are built from the network, know nothing of it.
+What a network needs to reproduce an object is in its ID tokens, and where in the box a cell lies determines
+which of them it needs. The published model inherits attention that was trained on billions of pictures. A
+model that starts from nothing learns this late: after 160,000 samples the first heads of the example model
+were still spread over all tokens (cross-entropy 5.47 of 5.55 nats), and it drew an object's colours without
+its shape. Here one head of each cross-attention is trained to look where the cell's content is in the
+reference, if the object were seen from the same side. The other heads and the exported graphs do not depend
+on it.
 """
 
 from __future__ import annotations
@@ -13,72 +14,35 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers.models.attention_processor import Attention
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 SPREAD = 1.2
-"""Standard deviation, in tokens, of where a head shall look: views differ, and the places are rounded."""
-
-_BOX_RATIO, _REFERENCE_RATIO = 1.1, 1.2  # the rules' one and the middle of the other
-
-
-def matching_places(mask: NDArray[np.bool_], cells: int, tokens: int) -> NDArray[np.float32]:
-    """Where in the reference is what a cell of the latent shows?
-
-    Args:
-        mask: (R, R), the place of the object in the hint.
-        cells: per side of the latent.
-        tokens: per side of the reference.
-
-    Returns:
-        (cells, cells, 2) row and column in tokens from the reference's upper left corner, nan where it is not
-        known: outside the mask, and everywhere if it is not a box that lies inside the picture as a whole.
-    """
-    places = np.full((cells, cells, 2), np.nan, np.float32)
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    if not len(rows):
-        return places
-    side = len(mask)
-    ends = [(int(axis[0]), int(axis[-1]) + 1) for axis in (rows, columns)]
-    whole = mask.sum() == np.prod([end - start for start, end in ends])
-    if not whole or any(start == 0 or end == side for start, end in ends):
-        return places
-    object_side = max(end - start for start, end in ends) / _BOX_RATIO
-    middles = (np.arange(cells) + 0.5) * side / cells
-    per_axis = [
-        (middles - (start + end) / 2) / object_side * tokens / _REFERENCE_RATIO + tokens / 2
-        for start, end in ends
-    ]
-    inside = [(middles > start) & (middles < end) for start, end in ends]
-    known = np.ix_(*inside)
-    places[..., 0][known] = per_axis[0][inside[0]][:, None]
-    places[..., 1][known] = per_axis[1][inside[1]][None, :]
-    return places
+"""Standard deviation, in tokens, of where a head should look: views differ, and the places are rounded."""
 
 
 class AttentionGuide:
-    """Watches the first heads of all cross-attention but the middle's, and says how far off they look."""
+    """Measures how far off the first head of each cross-attention looks, except the middle's."""
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
-        """Changes how the parts compute their cross-attention, not what it is."""
+        """Changes how the parts compute their cross-attention, not the result."""
         self._seen: list[Tensor] = []
         for part in parts:
             for name, layer in part.named_modules():
                 if isinstance(layer, Attention) and layer.is_cross_attention and "mid_block" not in name:
-                    layer.set_processor(_Watched(self._seen))
+                    layer.set_processor(_RecordedAttention(self._seen))
 
-    def forget(self) -> None:
-        """Before a forward pass."""
+    def clear(self) -> None:
+        """Forgets the last forward pass; to be called before each."""
         self._seen.clear()
 
     def loss(self, places: Tensor) -> Tensor:
-        """Cross-entropy, in nats, between where a head looks and where it should, mean over what is known.
+        """Computes the cross-entropy, in nats, between where a head looks and where it should.
 
         places: (N, h, w, 2), see `matching_places`; levels of the network with fewer cells take means of it.
+            The loss is the mean over the cells whose place is known.
         """
         total = places.new_zeros(())
         for looks in self._seen:
@@ -95,8 +59,8 @@ class AttentionGuide:
         return total / max(len(self._seen), 1)
 
 
-class _Watched:
-    """Attention written out, because the fused one tells nobody where it looks."""
+class _RecordedAttention:
+    """Attention written out, because the fused one does not give its probabilities."""
 
     def __init__(self, seen: list[Tensor]) -> None:
         self._seen = seen

@@ -14,7 +14,6 @@ from training.loop import Batch, NumberedDataset
 from training.network.architecture import LATENT_SCALE
 from training.network.modules import AnyDoor
 from training.small.attention_guide import AttentionGuide
-from training.systems.identity import dino_features
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Denoising:
     drop: float = 0.0
     """Probability of a black reference, for classifier-free guidance; the released code has none."""
     hint_block: bool = True
-    """Whether the ControlNet's hint block learns with it. If not, hints are taken through it once, before
-    training (`encode_hints`): it works at full resolution and costs as much as all the rest."""
+    """Whether the ControlNet's hint block learns as well. If not, hints are taken through it once, before
+    training (`encode_hints`): it works at full resolution and costs as much as the rest together."""
     attention_guide: float = 0.0
     """Weight of a second loss, for small models and encoded pairs: see `training.small.attention_guide`."""
     checkpointing: bool = False
@@ -54,7 +53,7 @@ class Denoising:
 
 
 class Denoiser(nn.Module):
-    """The parts that learn, as one module with one forward pass (which DDP asks for)."""
+    """The parts that learn, as one module with one forward pass (which DDP needs)."""
 
     def __init__(self, model: AnyDoor, guided: bool = False) -> None:
         super().__init__()
@@ -66,20 +65,20 @@ class Denoiser(nn.Module):
     def forward(
         self, latent: Tensor, timestep: Tensor, features: Tensor, hint: Tensor, places: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The noise that is estimated to be in `latent`, and how far off the attention looks.
+        """Estimates the noise in `latent`, and computes how far off the attention looks.
 
         `features` are DINOv2's, before the projector. The second is 0 unless the module is guided.
         """
         tokens = self.projector(features)
         if self._guide is None or places is None:
             return self._call(latent, timestep, tokens, hint), latent.new_zeros(())
-        self._guide.forget()
+        self._guide.clear()
         estimate: Tensor = self._call(latent, timestep, tokens, hint)
         return estimate, self._guide.loss(places)
 
 
 def noisy_latents(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """The forward process: sqrt(a_t) latents + sqrt(1 - a_t) noise, with one timestep (N,) per sample."""
+    """Adds noise: sqrt(a_t) latents + sqrt(1 - a_t) noise, with one timestep (N,) per sample."""
     signal = alphas_cumprod[timestep].view(-1, 1, 1, 1)
     return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
@@ -102,7 +101,7 @@ class DiffusionTask:
         self._data = pairs
 
     def dataset(self) -> NumberedDataset:
-        """Pairs, encoded or not."""
+        """Gives pairs, encoded or not."""
         return self._data
 
     @staticmethod
@@ -111,9 +110,9 @@ class DiffusionTask:
         Denoiser(model).load_state_dict(weights)
 
     def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The batch holds latents, noise, timestep, features and hint, or what they are computed from.
+        """Computes the loss of a batch of `EncodedPairs` or of `Mixture`.
 
-        See `EncodedPairs` for the former and `Mixture` for the latter.
+        It has latents, noise, timestep, features and hint, or the pictures that they are made of.
         """
         if "picture" in batch:
             batch = self.encoded(batch)
@@ -131,8 +130,8 @@ class DiffusionTask:
 
     @torch.no_grad()
     def encoded(self, batch: Batch) -> Batch:
-        """A batch of pictures and references as latents, a sample of the posterior, and features."""
+        """Encodes the pictures of a batch: adds latents, a sample of the posterior, and features."""
         model = self._model.to(batch["picture"].device)
         posterior = model.encode(batch["picture"])
         latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * LATENT_SCALE
-        return {**batch, "latents": latents, "features": dino_features(model.id_encoder, batch["reference"])}
+        return {**batch, "latents": latents, "features": model.id_encoder.features(batch["reference"])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,26 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from runtime.imaging.resize import resize_linear
+from training import seeds
 from training.data.view_store import SCENES, ViewStore
 from training.loop import Batch
 from training.network.architecture import LATENT_SCALE, Architecture
 from training.network.modules import build_vae
 
-POSTERIOR_STD = 0.01  # of the latents in units of their own spread
-SKELETON = ("samplers.0.conv", "conv_in", "conv_shortcut", "conv_out", "quant_conv")
+POSTERIOR_STD = 0.01
+"""Standard deviation of the posterior, in units of the latents' own."""
+
+COLOUR_WEIGHT, GRADIENT_WEIGHT = 2.0, 0.5
+"""Weights in the loss, beside the 1 of pixels: of colours alone, and of steps between neighbouring pixels."""
+
+CROP_SIDE, DECODER_CROP_SIDE = 48, 64
+"""Pixels per side of the pictures to learn from: the whole autoencoder, and then the decoder alone."""
+
+_MAIN_PATH = ("samplers.0.conv", "conv_in", "conv_shortcut", "conv_out", "quant_conv")
+"""Convolutions that are not in a residual branch."""
+
+_RANDOM_SHARE = 0.3
+"""How much of their random weights these keep beside the linear start."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class SceneCrops:
     seed: int
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Picture (3, side, side), float32, -1..1."""
+        """Gives a picture (3, side, side), float32, -1..1."""
         rng = np.random.default_rng([self.seed, number])
         image = self.store.scene(int(rng.integers(len(self.store))), int(rng.integers(SCENES))).image
         size = int(rng.integers(self.side, image.shape[0] + 1))
@@ -44,7 +58,7 @@ class SceneCrops:
 
 @torch.no_grad()
 def start_linear(vae: AutoencoderKL) -> None:
-    """Starts as a nearly linear network that keeps colours: else it learns grey pictures first, and for long.
+    """Starts as a nearly linear network that keeps colours; otherwise it draws grey pictures for long.
 
     Residual branches are silent; the convolutions that change the size start near averaging and repeating,
     those that change the number of channels near a rotation.
@@ -53,7 +67,7 @@ def start_linear(vae: AutoencoderKL) -> None:
         if name.endswith((".conv2", ".to_out.0")):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.Conv2d) and name.endswith(SKELETON):
+        elif isinstance(layer, nn.Conv2d) and name.endswith(_MAIN_PATH):
             outputs, inputs, side, _ = layer.weight.shape
             passing = torch.zeros_like(layer.weight)
             if "downsamplers" in name:  # the padding is on the right and below: these taps are a 2 x 2 mean
@@ -62,32 +76,51 @@ def start_linear(vae: AutoencoderKL) -> None:
                 passing[:, :, 1, 1] = torch.eye(outputs)
             else:
                 passing[:, :, side // 2, side // 2] = nn.init.orthogonal_(torch.empty(outputs, inputs))
-            layer.weight.mul_(0.3).add_(passing)
+            layer.weight.mul_(_RANDOM_SHARE).add_(passing)
 
 
 class AutoencoderTask:
-    """Reconstruction: absolute and squared differences of pixels, absolute ones of the steps between them."""
+    """Reconstruction: absolute and squared errors of pixels, absolute ones of their gradients."""
 
-    def __init__(self, architecture: Architecture, store: ViewStore, side: int = 48, seed: int = 0) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        store: ViewStore,
+        side: int = CROP_SIDE,
+        seed: int = seeds.AUTOENCODER_CROPS,
+    ) -> None:
         self.module = build_vae(architecture)
         start_linear(self.module)
         self._data = SceneCrops(store, side, seed)
 
     def dataset(self) -> SceneCrops:
-        """Pieces of scenes."""
+        """Gives pieces of scenes."""
         return self._data
 
     def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The picture is decoded from the posterior's mode: the noise of a sample would only blur it."""
+        """Computes the loss of decoding the posterior's mode; the noise of a sample would only blur it."""
         picture = batch["picture"]
         error = module(picture).sample - picture
-        # grey and colour apart, or the colours, whose differences are small, are learned last
+        # grey and colour apart: otherwise colours, whose differences are small, are learned last
         grey = error.mean(1, keepdim=True)
         colour = error - grey
-        steps = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        squares = error.square().mean() + 2 * colour.square().mean()
-        loss = error.abs().mean() + 2 * colour.abs().mean() + 0.5 * steps + squares
+        gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        squares = error.square().mean() + COLOUR_WEIGHT * colour.square().mean()
+        loss = (
+            error.abs().mean() + COLOUR_WEIGHT * colour.abs().mean() + GRADIENT_WEIGHT * gradients + squares
+        )
         return {"loss": loss, "grey": grey.detach().abs().mean(), "colour": colour.detach().abs().mean()}
+
+
+def decoder_task(
+    architecture: Architecture, store: ViewStore, weights: Mapping[str, Tensor]
+) -> AutoencoderTask:
+    """Makes the task that goes on with the decoder alone, on larger pictures; no latent changes."""
+    task = AutoencoderTask(architecture, store, DECODER_CROP_SIDE, seeds.DECODER_CROPS)
+    task.module.load_state_dict(weights)
+    task.module.encoder.requires_grad_(False)
+    task.module.quant_conv.requires_grad_(False)
+    return task
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Stage 2 of a small model: its ID encoder. (The published model takes DINOv2 as it is.)
 
 Two things are asked of it, as of DINOv2: that two views of one object look alike to it and views of different
-objects do not, and that each patch token tells what is in its patch.
+objects do not, and that each patch token describes its patch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,33 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from runtime.imaging.reference import prepare_reference
-from training.data.pairs import PairRules, Shot, augment_reference
-from training.data.view_store import REFERENCES, ViewStore
+from training import seeds
+from training.data.pairs import PairRules, augment_reference
+from training.data.view_store import REFERENCES, ViewStore, as_shot
 from training.loop import Batch
 from training.network.architecture import REFERENCE_SIZE, Architecture
-from training.network.modules import IMAGENET_MEAN, IMAGENET_STD, IDEncoder
+from training.network.modules import IDEncoder
 
-DETAIL = 6  # a patch token shall know its patch at this many pixels per side
-PIXEL_SHARE, WAVE_GAIN, SMALL = 0.85, 0.5, 0.1
+PATCH_SIDE = 6
+"""Pixels per side at which a patch token must reproduce its patch."""
+
+PATCH_WEIGHT = 4.0
+"""Weight of the patches' error beside the contrast between views."""
+
+REFERENCE_RATIOS = (11, 14)
+"""Room around the object, drawn in tenths; both ends are included."""
+
+PIXEL_SHARE = 0.85
+"""Share of a token's channels that start with the colours of its patch; the others start with its place."""
+
+WAVE_GAIN = 0.5
+"""By how much more the next faster wave of a patch is raised than the one before."""
+
+RESIDUAL_SCALE = 0.1
+"""What the residual branches are multiplied by at the start."""
+
+SHARPNESS = 2.3
+"""Start of the logarithm of the factor that makes logits of the products of identity vectors."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +54,25 @@ class TwoViews:
     rules: PairRules
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Views (2, 3, 224, 224), float32, 0..1."""
+        """Gives views (2, 3, 224, 224), float32, 0..1."""
         rng = np.random.default_rng([self.seed, number])
         row = int(rng.integers(len(self.store)))
         views = []
         for index in range(2):
             view = self.store.reference(row, index % REFERENCES)
-            shot = augment_reference(Shot(view.image, view.mask > 128), self.rules, rng)
-            prepared = prepare_reference(shot.image, shot.mask, int(rng.integers(11, 15)) / 10)
+            shot = augment_reference(as_shot(view), self.rules, rng)
+            ratio = int(rng.integers(REFERENCE_RATIOS[0], REFERENCE_RATIOS[1] + 1)) / 10
+            prepared = prepare_reference(shot.image, shot.mask, ratio)
             views.append(prepared.image.transpose(2, 0, 1).astype(np.float32) / 255)
         return {"views": np.stack(views)}
 
 
-def dino_features(encoder: IDEncoder, reference: Tensor) -> Tensor:
-    """DINOv2's tokens (N, 257, width) of references (N, 3, 224, 224) in 0..1, before the projector."""
-    mean, std = (reference.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    features: Tensor = encoder.dino((reference - mean) / std).last_hidden_state
-    return features
-
-
 @torch.no_grad()
 def start_with_pixels(encoder: IDEncoder) -> None:
-    """Starts with tokens that tell the colours of their patch and where it is, and nothing else.
+    """Starts with tokens that hold the colours of their patch and its place, and nothing else.
 
-    A transformer with random weights takes long to find out that neighbouring pixels belong together, and
-    where it is to look; what the residual branches add is small at first. The first channels of a token are
+    A transformer with random weights takes long to learn that neighbouring pixels belong together, and where
+    to look; what the residual branches add is small at first. The first channels of a token are
     the coefficients of its patch's slowest waves (a discrete cosine transform) per colour, raised with the
     frequency because pictures have less of the fast ones. The next are sines and cosines of its place.
     """
@@ -84,8 +97,8 @@ def start_with_pixels(encoder: IDEncoder) -> None:
     positions[0, 1:] = 0
     positions[0, 1:, 3 * waves**2 : 3 * waves**2 + place.shape[1]] = place
     for layer in dino.encoder.layer:
-        layer.layer_scale1.lambda1.fill_(SMALL)
-        layer.layer_scale2.lambda1.fill_(SMALL)
+        layer.layer_scale1.lambda1.fill_(RESIDUAL_SCALE)
+        layer.layer_scale2.lambda1.fill_(RESIDUAL_SCALE)
 
 
 class IdentityModule(nn.Module):
@@ -99,25 +112,25 @@ class IdentityModule(nn.Module):
         self.encoder.dino.embeddings.mask_token.requires_grad_(False)
         width = architecture.dino_width
         self.identity = nn.Linear(2 * width, width)
-        self.pixels = nn.Linear(width, 3 * DETAIL**2)
-        self.sharpness = nn.Parameter(torch.tensor([2.3]))  # no scalar: those cannot be spread (FSDP)
+        self.pixels = nn.Linear(width, 3 * PATCH_SIDE**2)
+        self.sharpness = nn.Parameter(torch.tensor([SHARPNESS]))  # no scalar: those cannot be sharded
         self.register_load_state_dict_pre_hook(_sharpness_as_vector)  # type: ignore[no-untyped-call]
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What tells views (N, 3, 224, 224) apart, and what is in them.
+        """Computes what distinguishes views (N, 3, 224, 224), and what is in them.
 
         Returns:
             Unit identity vectors (N, D), pixels of each patch (N, 256, 108), and the factor (1,), at most
             100, that makes logits of the products of identity vectors.
         """
-        tokens = dino_features(self.encoder, views)
+        tokens = self.encoder.features(views)
         summary = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
         identity = F.normalize(self.identity(summary), dim=1)
         return identity, self.pixels(tokens[:, 1:]), self.sharpness.exp().clamp(max=100)
 
 
 def _sharpness_as_vector(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
-    """Runs that began with an earlier version saved a scalar."""
+    """Takes a state that has a scalar, too."""
     if f"{prefix}sharpness" in state:
         state[f"{prefix}sharpness"] = state[f"{prefix}sharpness"].reshape(1)
 
@@ -125,29 +138,31 @@ def _sharpness_as_vector(_: nn.Module, state: dict[str, Tensor], prefix: str, *_
 class IdentityTask:
     """Contrast across views (InfoNCE, both ways) and reconstruction of shrunken patches."""
 
-    def __init__(self, architecture: Architecture, store: ViewStore, rules: PairRules, seed: int = 1) -> None:
+    def __init__(
+        self, architecture: Architecture, store: ViewStore, rules: PairRules, seed: int = seeds.IDENTITY_VIEWS
+    ) -> None:
         self.module = IdentityModule(architecture)
         self.patches = REFERENCE_SIZE // architecture.dino_patch
         self._data = TwoViews(store, seed, rules)
 
     def dataset(self) -> TwoViews:
-        """Views of single objects."""
+        """Gives views of single objects."""
         return self._data
 
     def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Also shows how often the other view of an object is the nearest of the batch."""
+        """Computes the loss; also shows how often the other view of an object is the nearest of the batch."""
         views = batch["views"].transpose(0, 1).flatten(0, 1)  # all first views, then all second ones
         identity, pixels, sharpness = module(views)
         first, second = identity.chunk(2)
         likeness = first @ second.T * sharpness
         same = torch.arange(len(first), device=likeness.device)
         contrast = 0.5 * (F.cross_entropy(likeness, same) + F.cross_entropy(likeness.T, same))
-        small = F.interpolate(views, (self.patches * DETAIL,) * 2, mode="area")
-        truth = F.pixel_unshuffle(small, DETAIL).flatten(2).transpose(1, 2)
+        small = F.interpolate(views, (self.patches * PATCH_SIDE,) * 2, mode="area")
+        truth = F.pixel_unshuffle(small, PATCH_SIDE).flatten(2).transpose(1, 2)
         detail = (pixels - truth).abs().mean()
         found = (likeness.argmax(1) == same).float().mean()
         return {
-            "loss": contrast + 4 * detail,
+            "loss": contrast + PATCH_WEIGHT * detail,
             "contrast": contrast.detach(),
             "detail": detail.detach(),
             "found": found,

@@ -178,6 +178,9 @@ class OnnxRuntimeEngine:
         self._library = load_library()
         self._bundle = bundle
         self._specs = bundle.manifest.specs
+        self._stored_names = {
+            graph: {of.name: of.stored_name for of in spec.outputs} for graph, spec in self._specs.items()
+        }
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._options = self._library.SessionOptions()
         # idle threads sleep at once: a server, or the other graphs, need the cores more than a spinning loop
@@ -255,7 +258,7 @@ class OnnxRuntimeEngine:
             for name, value in values.items():
                 binding.bind_ortvalue_input(name, value)
             for name in names:
-                binding.bind_output(spec.tensor(name).stored_name, self.device)
+                binding.bind_output(self._stored_names[graph].get(name, name), self.device)
             session.run_with_iobinding(binding)
             return dict(zip(names, binding.get_outputs()))
 

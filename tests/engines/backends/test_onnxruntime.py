@@ -13,7 +13,8 @@ import pytest
 
 from engines.backends.onnxruntime.engine import MOST_CAPTURED, FixedCall, OnnxRuntimeEngine, provider_options
 from engines.bundle import Bundle
-from export.systems.anydoor import example_inputs
+from engines.options import EngineOptions
+from export.onnx_graph import example_inputs
 from tests.support.anydoor import CONTROL, DENOISE
 
 SIZES = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}
@@ -31,7 +32,7 @@ def plain(bundle: Bundle) -> OnnxRuntimeEngine:
 
 @pytest.fixture
 def fixed(bundle: Bundle) -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine(bundle, "cpu", cuda_graphs=True)
+    return OnnxRuntimeEngine(bundle, "cpu", EngineOptions(cuda_graphs=True))
 
 
 def test_options_of_the_providers() -> None:

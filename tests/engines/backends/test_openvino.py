@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engines import memory_plan as residency
-from engines.backends.openvino.engine import OpenVinoEngine, plan_residency, precisions
+from engines import memory_plan
+from engines.backends.openvino.engine import OpenVinoEngine, plan_memory, precisions
 from engines.bundle import Bundle, file_record
 from engines.engine import open_engine
 from engines.errors import BackendError, BundleError
-from export.systems.anydoor import example_inputs
+from engines.options import EngineOptions
+from export.onnx_graph import example_inputs
 from tests.support.anydoor import DECODE, DENOISE, ID_ENCODER
 
 pytest.importorskip("openvino", reason="needs pip install 'anydoor-runtime[openvino]'")
 
 SIZES = {"samples": 1, "rows": 1, "conditions": 1, "maps": 1}
+OPENVINO = EngineOptions(backend="openvino", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,10 @@ def test_bfloat16_runs_where_the_processor_has_it_and_is_refused_elsewhere(bundl
     inputs = example_inputs(bundle.manifest.specs[ID_ENCODER], SIZES)
     if "bf16" not in precisions():
         with pytest.raises(BackendError, match="no bf16 arithmetic: run with --inference-precision fp32"):
-            open_engine(bundle, "cpu", backend="openvino", inference_precision="bf16")
+            open_engine(bundle, replace(OPENVINO, inference_precision="bf16"))
         return
     exact, rounded = (
-        open_engine(bundle, "cpu", backend="openvino", inference_precision=precision).run(ID_ENCODER, inputs)
+        open_engine(bundle, replace(OPENVINO, inference_precision=precision)).run(ID_ENCODER, inputs)
         for precision in ("fp32", "bf16")
     )
     difference = np.linalg.norm(exact["tokens"] - rounded["tokens"]) / np.linalg.norm(exact["tokens"])
@@ -51,7 +53,7 @@ def test_bfloat16_runs_where_the_processor_has_it_and_is_refused_elsewhere(bundl
 
 
 def test_a_result_survives_the_next_call(bundle: Bundle) -> None:
-    engine = open_engine(bundle, "cpu", backend="openvino")
+    engine = open_engine(bundle, OPENVINO)
     first, second = (example_inputs(bundle.manifest.specs[DECODE], SIZES, seed) for seed in (0, 1))
     picture = engine.run(DECODE, first, ["image"])["image"]
     before = engine.to_host(picture)
@@ -61,7 +63,7 @@ def test_a_result_survives_the_next_call(bundle: Bundle) -> None:
 
 def test_inputs_that_have_to_be_copied_live_until_the_call_has_run(bundle: Bundle) -> None:
     """The library points into arrays without keeping them: copies of views must not be freed too early."""
-    engine = open_engine(bundle, "cpu", backend="openvino")
+    engine = open_engine(bundle, OPENVINO)
     inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
     views = {
         name: np.repeat(array, 2, axis=-1)[..., ::2] if array.ndim else array
@@ -73,8 +75,8 @@ def test_inputs_that_have_to_be_copied_live_until_the_call_has_run(bundle: Bundl
         np.testing.assert_array_equal(found[name], value)
 
 
-def test_number_of_threads_is_the_libraries(bundle: Bundle) -> None:
-    engine = OpenVinoEngine(bundle, threads=1)
+def test_number_of_threads_is_that_of_the_library(bundle: Bundle) -> None:
+    engine = OpenVinoEngine(bundle, EngineOptions(threads=1))
     engine.load(ID_ENCODER)
     compiled = engine._requests[ID_ENCODER].get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
@@ -85,21 +87,21 @@ def test_graph_that_it_cannot_read(tiny_bundle: Path, tmp_path: Path) -> None:
     copy.verify(DECODE)
     copy.graph_file(DECODE).write_bytes(b"no graph")
     with pytest.raises(BundleError, match="OpenVINO cannot load the graph 'decode'"):
-        open_engine(copy, "cpu", backend="openvino").load(DECODE)
+        open_engine(copy, OPENVINO).load(DECODE)
 
 
 def test_the_pages_of_its_files_count_against_a_budget_only(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system may take them back, so they are no reason to take turns where nobody promised a size."""
-    together = plan_residency(bundle, None)
-    monkeypatch.setattr(residency, "free_host_memory", lambda: int(together.total / 0.9) + 1)
-    assert len(plan_residency(bundle, None).groups) == 1
+    """The system may take them back, so they are no reason to swap graphs where nobody promised a size."""
+    together = plan_memory(bundle, None)
+    monkeypatch.setattr(memory_plan, "free_host_memory", lambda: int(together.total / 0.9) + 1)
+    assert len(plan_memory(bundle, None).groups) == 1
     files = sum(file.bytes for record in bundle.manifest.graphs.values() for file in record.files)
-    promised = plan_residency(bundle, 10**12)
+    promised = plan_memory(bundle, 10**12)
     assert promised.total - together.total == pytest.approx(files, abs=len(together.graphs))
-    assert len(plan_residency(bundle, promised.total).groups) == 1
-    assert len(plan_residency(bundle, promised.total - 1).groups) > 1
+    assert len(plan_memory(bundle, promised.total).groups) == 1
+    assert len(plan_memory(bundle, promised.total - 1).groups) > 1
 
 
 # --- what is kept for the next start ----------------------------------------------------------------------
@@ -118,7 +120,7 @@ def blobs(cache: Path) -> list[Path]:
 
 def decode(bundle: Bundle, **options: Any) -> tuple[NDArray[np.uint8], bool]:
     """A picture drawn by a new engine, and whether that found its graph compiled."""
-    engine = OpenVinoEngine(bundle, **options)
+    engine = OpenVinoEngine(bundle, EngineOptions(**options))
     picture = engine.run(DECODE, example_inputs(bundle.manifest.specs[DECODE], SIZES), ["image"])["image"]
     compiled = engine._requests[DECODE].get_compiled_model()
     return picture, bool(compiled.get_property("LOADED_FROM_CACHE"))
@@ -188,13 +190,14 @@ def test_nothing_is_kept_where_nothing_can_be_written(bundle: Bundle, cache: Pat
 
 def test_nvidia_cards_are_for_others(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="OpenVINO does not run on NVIDIA cards"):
-        open_engine(bundle, "cuda", backend="openvino")
+        open_engine(bundle, replace(OPENVINO, device="cuda"))
 
 
 def test_neither_converters_nor_telemetry_are_imported(tiny_bundle: Path) -> None:
     code = (
         "import sys; from engines.bundle import Bundle; from engines.engine import open_engine;"
-        f"open_engine(Bundle.open({str(tiny_bundle)!r}), 'cpu', backend='openvino').load('decode');"
+        "from engines.options import EngineOptions;"
+        f"open_engine(Bundle.open({str(tiny_bundle)!r}), EngineOptions('openvino')).load('decode');"
         "print(sorted(name for name in sys.modules if 'telemetry' in name or 'ovc' in name))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -209,11 +212,13 @@ import gc, os, signal, threading
 from pathlib import Path
 from engines.bundle import Bundle
 from engines.engine import open_engine
+from engines.options import EngineOptions
 from tests.support.anydoor import DECODE
 
 arrived = []
 signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
-engines = [open_engine(Bundle.open(Path({str(tiny_bundle)!r})), "cpu", backend="openvino") for _ in range(2)]
+bundle = Bundle.open(Path({str(tiny_bundle)!r}))
+engines = [open_engine(bundle, EngineOptions("openvino")) for _ in range(2)]
 
 def close():
     while engines:

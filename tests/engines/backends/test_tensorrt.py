@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -11,17 +12,30 @@ from typing import Any
 
 import pytest
 
-from engines.backends.tensorrt.engine import check_plans, residency_of
-from engines.backends.tensorrt.library import FLAVOURS, Library, load_library
+from engines.backends.tensorrt import engine as tensorrt
+from engines.backends.tensorrt.library import (
+    VARIANTS,
+    Library,
+    check_card,
+    check_plans,
+    header_refusal,
+    load_library,
+    loading_refusal,
+)
+from engines.backends.tensorrt.plans import PlanTensor, check_signature, open_plan
 from engines.bundle import Bundle, file_record
 from engines.cuda import Card, Device, OutOfDeviceMemoryError, cuda_error, load_cuda_python
 from engines.engine import open_engine
 from engines.errors import AnyDoorError, BackendError, BundleError
-from engines.spec import GRAPHS
-from runtime.cli.composite import main
+from engines.manifest import MANIFEST, read_manifest
+from engines.memory_plan import plan_device_memory
+from engines.options import EngineOptions
+from engines.spec import TensorSpec
 from tests.support.anydoor import DECODE, DENOISE
+from tests.support.simulated_card import SimulatedDevice
 
 RTX = "tensorrt_rtx"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "anydoor-small"
 
 
 def no_card() -> str:
@@ -38,7 +52,7 @@ without_card = pytest.mark.skipif(not no_card(), reason="there is a card")
 
 @pytest.fixture(scope="module")
 def library() -> Library:
-    pytest.importorskip(RTX, reason="needs pip install 'anydoor-runtime[tensorrt]'")
+    pytest.importorskip(RTX, reason="needs pip install '.[tensorrt]'")
     return load_library(RTX)
 
 
@@ -64,18 +78,17 @@ def with_plan(bundle: Bundle, graph: str, content: bytes) -> Bundle:
     return Bundle(bundle.path, replace(bundle.manifest, graphs={**bundle.manifest.graphs, graph: record}))
 
 
-def with_record(bundle: Bundle, **changes: Any) -> Bundle:
-    """The bundle with other entries for all graphs."""
-    graphs = {name: replace(record, **changes) for name, record in bundle.manifest.graphs.items()}
-    return Bundle(bundle.path, replace(bundle.manifest, graphs=graphs))
+def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
+    """The bundle with other entries in its manifest."""
+    return Bundle(bundle.path, replace(bundle.manifest, **changes))
 
 
 # --- plans ------------------------------------------------------------------------------------------------
 
 
 def test_sound_plans_pass(plans: Bundle, library: Library) -> None:
-    assert check_plans(plans, RTX) is library
-    for graph in GRAPHS:
+    assert check_plans(plans) is library
+    for graph in plans.manifest.graphs:
         plans.verify(graph)
 
 
@@ -108,17 +121,17 @@ def test_a_foreign_file_is_refused_by_its_header(plans: Bundle, library: Library
     with pytest.raises(
         BundleError, match=r"denoise\.plan' cannot be used: it is damaged, or is not a plan of"
     ):
-        check_plans(foreign, RTX)
+        check_plans(foreign)
 
 
 def test_an_onnx_graph_is_not_a_plan(plans: Bundle, small_bundle: Path, library: Library) -> None:
     onnx_graph = (small_bundle / "denoise.onnx").read_bytes()
     with pytest.raises(BundleError, match=r"not a plan of TensorRT for RTX.*--backend tensorrt_rtx"):
-        check_plans(with_plan(plans, DENOISE, onnx_graph), RTX)
+        check_plans(with_plan(plans, DENOISE, onnx_graph))
 
 
 def test_another_version_is_refused(plans: Bundle, library: Library) -> None:
-    other = with_record(plans, backend_version="1.2.0.54")
+    other = with_manifest(plans, backend_version="1.2.0.54")
     sentence = (
         rf"built with TensorRT for RTX 1\.2\.0\.54 and {library.version} is installed: .*"
         r"pip install tensorrt_rtx==1\.2\.0\.54.*--targets sm86,sm89,sm120"
@@ -131,7 +144,10 @@ def test_another_version_is_refused(plans: Bundle, library: Library) -> None:
     ("name", "sentence"),
     [
         ("MALFORMED_ENGINE", "is damaged, or is not a plan"),
-        ("VERSION_MISMATCH", "another version of TensorRT for RTX built it: rebuild it with 'python export"),
+        (
+            "VERSION_MISMATCH",
+            "another version of TensorRT for RTX built it: rebuild it with 'anydoor build CHECK",
+        ),
         ("UNSUPPORTED_CC", "it is for sm86,sm89,sm120 and this card is another: .*--targets"),
         ("OLD_CUDA_DRIVER", "driver is too old for it: .*ubuntu-drivers install"),
         ("OLD_CUDA_RUNTIME", "pip install -U cuda-python tensorrt_rtx"),
@@ -145,16 +161,16 @@ def test_every_diagnosis_of_the_library_has_its_sentence(
     """The library's own names: a new version that knows more of them fails here."""
     bits = library.module.EngineInvalidityDiagnostics
     with pytest.raises(BundleError, match=sentence):
-        raise library.header_refusal(plans, DENOISE, int(getattr(bits, name)))
+        raise header_refusal(library, plans, DENOISE, int(getattr(bits, name)))
 
 
 def test_several_diagnoses_are_all_told(plans: Bundle, library: Library) -> None:
     bits = library.module.EngineInvalidityDiagnostics
     both = int(bits.UNSUPPORTED_CC) | int(bits.OLD_CUDA_DRIVER)
-    text = str(library.header_refusal(plans, DENOISE, both))
+    text = str(header_refusal(library, plans, DENOISE, both))
     assert "this card is another" in text
     assert "driver is too old" in text
-    assert "the library says 0x400" in str(library.header_refusal(plans, DENOISE, 1 << 10))
+    assert "the library says 0x400" in str(header_refusal(library, plans, DENOISE, 1 << 10))
 
 
 def test_plans_of_tensorrt_are_for_the_card_that_built_them(
@@ -162,26 +178,53 @@ def test_plans_of_tensorrt_are_for_the_card_that_built_them(
 ) -> None:
     """TensorRT itself is not needed for that: only what the manifest says of its plans."""
     card = Card("NVIDIA L4", "sm89", 24 << 30, 24 << 30, "12.8")
-    library.check_card(with_record(plans, target="sm75"), card)  # TensorRT for RTX decides by the header
+    check_card(library, with_manifest(plans, target="sm75"), card)  # TensorRT for RTX decides by the header
     monkeypatch.setattr(library, "backend", "tensorrt")
-    monkeypatch.setattr(library, "flavour", FLAVOURS["tensorrt"])
-    library.check_card(with_record(plans, target="sm89"), card)
+    monkeypatch.setattr(library, "variant", VARIANTS["tensorrt"])
+    check_card(library, with_manifest(plans, target="sm89"), card)
     with pytest.raises(BundleError, match="is for sm87 and this card, NVIDIA L4, is sm89: build plans on"):
-        library.check_card(with_record(plans, target="sm87"), card)
+        check_card(library, with_manifest(plans, target="sm87"), card)
 
 
 @without_card
 def test_opening_a_plan_without_a_driver_gives_the_librarys_reason(plans: Bundle, library: Library) -> None:
     with pytest.raises(BundleError, match=r"cannot open the plan .*CUDA driver version is insufficient"):
-        library.open_plan(plans, DECODE)
+        open_plan(library, plans, DECODE)
 
 
 def test_what_the_library_logs_when_memory_is_short(plans: Bundle, library: Library) -> None:
     library.messages[:] = [("ERROR", "[defaultAllocator] Error Code 1: Cuda Runtime (out of memory)")]
-    refusal = library.loading_refusal(plans, DENOISE)
-    library.forget_messages()
+    refusal = loading_refusal(library, plans, DENOISE)
+    library.clear_messages()
     assert isinstance(refusal, OutOfDeviceMemoryError)
     assert "'denoise': give a smaller --memory-budget" in str(refusal)
+
+
+def test_plans_of_format_version_1_are_found_by_the_names_that_they_have(tmp_path: Path) -> None:
+    """They were built with inputs that are called otherwise today: noise, guidance and strength."""
+    content = json.loads((EXAMPLE / MANIFEST).read_text())
+    content["format_version"] = 1
+    record = content["graphs"][DENOISE]
+    for graph in content["graphs"].values():
+        graph |= {"backend": RTX, "backend_version": "1.2", "target": "sm89", "scratch_bytes": 5_000_000}
+        for tensor in graph["inputs"]:
+            tensor["name"] = tensor.pop("file_name", tensor["name"])
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    manifest = read_manifest(tmp_path / MANIFEST)
+    assert (manifest.backend, manifest.backend_version, manifest.target) == (RTX, "1.2", "sm89")
+    assert plan_device_memory(manifest, 8 << 30).graphs[DENOISE].scratch == 5_000_000
+
+    def in_plan(tensor: dict[str, Any], is_input: bool) -> PlanTensor:
+        shape = tuple(-1 if isinstance(size, str) else size for size in tensor["shape"])
+        return PlanTensor(TensorSpec(tensor["name"], tensor["dtype"], shape), is_input)
+
+    plan = [in_plan(of, True) for of in record["inputs"]] + [in_plan(of, False) for of in record["outputs"]]
+    assert {"noise", "guidance", "strength"} < {tensor.spec.name for tensor in plan}
+    assert {"carry", "guidance_scale", "control_scale"} < {tensor.name for tensor in manifest.step.inputs}
+    check_signature(plan, manifest.step, manifest.largest_sizes)
+    nameless = tuple(replace(tensor, file_name="") for tensor in manifest.step.inputs)
+    with pytest.raises(BundleError, match="has other inputs and outputs than the manifest says"):
+        check_signature(plan, replace(manifest.step, inputs=nameless), manifest.largest_sizes)
 
 
 # --- the machine ------------------------------------------------------------------------------------------
@@ -191,12 +234,12 @@ def test_what_the_library_logs_when_memory_is_short(plans: Bundle, library: Libr
 def test_without_a_driver_the_sentence_says_what_to_do(plans: Bundle, library: Library) -> None:
     with pytest.raises(BackendError, match="driver") as refusal:
         open_engine(plans)
-    assert "python export/build_engines.py" in str(refusal.value) or "install" in str(refusal.value)
+    assert "anydoor build" in str(refusal.value) or "install" in str(refusal.value)
 
 
 def test_plans_do_not_run_on_the_cpu(plans: Bundle) -> None:
     with pytest.raises(BackendError, match=r"for the CPU build one with .*--backend onnxruntime"):
-        open_engine(plans, "cpu")
+        open_engine(plans, EngineOptions(device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -211,9 +254,7 @@ def test_plans_do_not_run_on_the_cpu(plans: Bundle) -> None:
     ],
 )
 def test_cuda_errors_have_sentences(name: str, driver: int, sentence: str) -> None:
-    cuda = pytest.importorskip(
-        "cuda.bindings.runtime", reason="needs pip install 'anydoor-runtime[tensorrt]'"
-    )
+    cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs pip install '.[tensorrt]'")
     assert hasattr(cuda.cudaError_t, name)
     with pytest.raises(BackendError, match=sentence):
         raise cuda_error(name, "copying", driver)
@@ -232,41 +273,72 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(BackendError, match=r"cuda-python is not installed; .*\[tensorrt\]"):
         load_cuda_python()
-    for backend, flavour in FLAVOURS.items():
-        with pytest.raises(BackendError, match=f"{flavour.title} is not installed"):
+    for backend, variant in VARIANTS.items():
+        with pytest.raises(BackendError, match=f"{variant.title} is not installed"):
             Library(backend)
 
 
-def test_an_unknown_backend_is_refused(plans: Bundle) -> None:
+def test_a_bundle_of_an_unknown_kind_is_refused(plans: Bundle) -> None:
     with pytest.raises(
-        BundleError, match=r"is for openvino; this version .* onnxruntime, tensorrt, tensorrt_rtx"
+        BundleError, match=r"is for openvino; this version .* onnxruntime, tensorrt_rtx, tensorrt$"
     ):
-        open_engine(with_record(plans, backend="openvino"))
+        open_engine(with_manifest(plans, backend="openvino"))
+
+
+def test_usable_devices_are_those_of_the_installed_libraries(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert f"{library.variant.title} {library.version}" in tensorrt.usable_devices()["cuda"]
+
+    def missing(backend: str) -> Library:
+        raise BackendError(f"{backend} is not installed")
+
+    monkeypatch.setattr(tensorrt, "load_library", missing)
+    with pytest.raises(BackendError, match="tensorrt_rtx is not installed"):
+        tensorrt.usable_devices()
 
 
 # --- memory -----------------------------------------------------------------------------------------------
 
 
-def test_residency_is_planned_from_the_manifest(plans: Bundle) -> None:
-    plan = residency_of(plans, 8 << 30)
+def test_memory_is_planned_from_the_manifest(plans: Bundle) -> None:
+    plan = plan_device_memory(plans.manifest, 8 << 30)
     for name, record in plans.manifest.graphs.items():
         assert plan.graphs[name].weights == record.files[0].bytes
-        assert plan.graphs[name].scratch == record.scratch_bytes
+        assert plan.graphs[name].scratch == record.scratch_bytes[RTX]
     with pytest.raises(AnyDoorError, match=r"at least .* MB of device memory and 1 MB may be used"):
-        residency_of(plans, 1 << 20)
+        plan_device_memory(plans.manifest, 1 << 20)
 
 
-def test_doctor_tells_what_would_live_where(plans: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["doctor", str(plans.path), "--memory-budget", "8G"])
-    printed = capsys.readouterr().out
-    assert "plans of TensorRT for RTX" in printed
-    assert "of a budget of 8000.0 MB" in printed
-    assert code == (2 if no_card() else 0)
-    assert not no_card() or f"unusable: {no_card()}" in printed
+@without_card
+def test_examining_refuses_the_bundle_before_it_needs_a_card(plans: Bundle, library: Library) -> None:
+    with pytest.raises(BundleError, match="not a plan of TensorRT for RTX"):
+        tensorrt.examine(with_plan(plans, DENOISE, b"vgrt"), EngineOptions())
+    with pytest.raises(BackendError, match=r"at least .* MB of device memory and 1 MB may be used"):
+        tensorrt.examine(plans, EngineOptions(memory_budget=1 << 20))
+    with pytest.raises(BackendError) as refusal:
+        tensorrt.examine(plans, EngineOptions(memory_budget=8 << 30))
+    assert str(refusal.value) == no_card()
 
 
-@pytest.mark.parametrize("size", ["6X", "G", "-1G", "nan", "inf"])
-def test_a_budget_that_is_no_size_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["doctor", f"--memory-budget={size}"])
-    assert "is not a size" in capsys.readouterr().err
+def test_examining_tells_the_card_and_what_would_live_where(
+    plans: Bundle, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "Device", lambda: SimulatedDevice(memory=4_000_000_000))
+    for options, budget in ((EngineOptions(), "3600.0"), (EngineOptions(memory_budget=8 * 10**9), "8000.0")):
+        card, table = tensorrt.examine(plans, options)
+        assert card == "simulated"
+        assert f"of a budget of {budget} MB" in table
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(1 << 20, False), (8 << 30, True)])
+def test_whether_a_bundle_fits_the_card(
+    plans: Bundle, monkeypatch: pytest.MonkeyPatch, memory: int, expected: bool
+) -> None:
+    monkeypatch.setattr(tensorrt, "Device", lambda: SimulatedDevice(memory))
+    assert tensorrt.fits(plans, EngineOptions()) == expected
+
+
+@without_card
+def test_without_a_card_nothing_fits(plans: Bundle) -> None:
+    assert not tensorrt.fits(plans, EngineOptions())

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: files in, a file out, or one sentence and exit code 2."""
+"""`anydoor composite`, as a user meets it: files in, a file out, or one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -9,14 +9,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
-from engines.bundle import Bundle
-from engines.verified import FileState
-from runtime.cli.composite import main
-from tests.runtime.test_compositor import SCENE, cutout, picture
+from runtime.cli import main
 
 Capture = pytest.CaptureFixture[str]
+Pixels = NDArray[np.uint8]
+
+
+def picture(height: int, width: int, seed: int = 0) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def cutout(size: int = 40, seed: int = 1) -> Pixels:
+    """An object with transparency around it."""
+    rgba = np.dstack([picture(size, size, seed), np.zeros((size, size), np.uint8)])
+    rgba[5:-5, 8:-8, 3] = 255
+    return rgba
+
+
+SCENE = picture(90, 120)
 
 
 @pytest.fixture
@@ -55,7 +68,7 @@ def composite(folder: Path, tiny_bundle: Path) -> Callable[..., int]:
     return run
 
 
-def read(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def read(path: Path) -> Pixels:
     return np.asarray(Image.open(path))
 
 
@@ -126,6 +139,17 @@ def spoil(folder: Path, name: str) -> str:
     return str(path)
 
 
+def wide(folder: Path, width: int) -> str:
+    path = folder / "wide.png"
+    Image.new("RGB", (width, 4)).save(path)
+    return str(path)
+
+
+def folder_named(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 BAD_INPUT = {
     "scene is no picture": (lambda f: {"scene": __file__}, "is not a picture"),
     "scene is missing": (lambda f: {"scene": str(f / "none.png")}, "No such file"),
@@ -142,14 +166,23 @@ BAD_INPUT = {
     ),
     "box outside": (lambda f: {"box": "200,200,300,300"}, "lies outside the scene"),
     "box without area": (lambda f: {"box": "30,20,30,70"}, "has no area"),
-    "box that is none": (lambda f: {"box": "30,20,30"}, "is not a box"),
+    "incomplete box": (lambda f: {"box": "30,20,30"}, "is not a box"),
     "no place": (lambda f: {"box": None}, "every reference needs one place"),
     "no bundle": (lambda f: {"bundle": str(f / "none")}, "no bundle at"),
     "steps": (lambda f: {"steps": "0"}, "steps must be"),
     "guidance_scale": (lambda f: {"guidance_scale": "nan"}, "guidance_scale must be"),
     "ratio": (lambda f: {"crop_ratio": "0.5"}, "ratio"),
     "output ending": (lambda f: {"output": str(f / "out.txt")}, "its name must end in"),
-    "output folder": (lambda f: {"output": str(f / "none" / "out.png")}, "cannot write"),
+    "output folder": (lambda f: {"output": str(f / "none" / "out.png")}, "there is no folder"),
+    "output is a folder": (lambda f: {"output": str(folder_named(f / "out.png"))}, "it is a folder"),
+    "one of several outputs is a folder": (
+        lambda f: {"output": str(folder_named(f / "out-2.png").with_name("out.png")), "num_images": "2"},
+        "out-2.png': it is a folder",
+    ),
+    "format that cannot hold the picture": (
+        lambda f: {"scene": wide(f, 16_384), "output": str(f / "out.webp")},
+        "WEBP holds sides of 16,383 at most: write a .png",
+    ),
     "noise is no array": (lambda f: {"initial_noise": __file__}, "a .npy file is expected"),
 }
 
@@ -202,44 +235,71 @@ def test_machine_options_that_do_not_fit(
     assert sentence in capsys.readouterr().err
 
 
-def test_doctor_finds_a_sound_bundle(tiny_bundle: Path, capsys: Capture) -> None:
-    assert main(["doctor", str(tiny_bundle)]) == 0
-    printed = capsys.readouterr().out
-    assert "onnxruntime" in printed
-    assert "sound" in printed
-
-
-def test_serve_takes_the_same_window(
-    tiny_bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--reference", "b.png"], "2 --reference and 1 --box or --mask are given"),
+        (["--box", "1,2,3,4"], "1 --reference and 2 --box or --mask are given"),
+        (
+            ["--reference", "b.png", "--mask", "b_place.png", "--reference-mask", "a_mask.png"],
+            "2 --reference and 1 --reference-mask are given: give one for every reference, or none",
+        ),
+        (["--timeout", "3"], "--timeout is for a server: name one with --server"),
+        (["--tls"], "--tls is for a server"),
+        (["--token-file", "token"], "--token-file is for a server"),
+        (
+            ["--server", "a:1", "--backend", "openvino"],
+            "--backend is for this machine and has no effect with",
+        ),
+        (["--server", "a:1", "--memory-budget", "6G"], "--memory-budget is for this machine"),
+        (["--server", "a:1", "--control-window", "2"], "--control-window is for this machine"),
+        (["--server", "a:1", "--initial-noise", "noise.npy"], "--initial-noise is for this machine"),
+        (["--output", "out.txt"], "its name must end in .png, .jpg, .jpeg, .webp"),
+        (["--output", "none/out.png"], "there is no folder 'none'"),
+        (["--threads", "0"], "threads must be at least 1, not 0"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_anything_is_opened(
+    folder: Path, capsys: Capture, more: list[str], sentence: str
 ) -> None:
-    monkeypatch.setattr("runtime.server.serve.configure", lambda level: None)  # of all logging
-    assert main(["serve", "--bundle", str(tiny_bundle), "--control-window", "5"]) == 2
-    assert "control_window must be from 1 to 4" in capsys.readouterr().err
+    """Neither bundle nor pictures are there."""
+    command = ["composite", "--reference", "a.png", "--scene", "s.png", "--box", "1,2,3,4", "-o", "out.png"]
+    bundle = [] if "--server" in more else ["--bundle", str(folder / "none")]
+    assert main([*command, *bundle, *more]) == 2
+    assert sentence in capsys.readouterr().err
 
 
-def test_doctor_reads_what_was_found_sound_before(folder: Path, tiny_bundle: Path, capsys: Capture) -> None:
-    """A disk may lose bits without a write, which leaves every time of the file as it was."""
+def test_a_certificate_needs_its_key(capsys: Capture) -> None:
+    command = ["composite", "--reference", "a.png", "--scene", "s.png", "--box", "1,2,3,4", "-o", "out.png"]
+    assert main([*command, "--server", "a:1", "--tls-certificate", "a.pem"]) == 2
+    assert "--tls-certificate and --tls-key are only of use together" in capsys.readouterr().err
+
+
+def test_what_is_left_open_comes_from_the_bundle(
+    composite: Callable[..., int], folder: Path, tiny_bundle: Path
+) -> None:
+    """The same picture, whether the bundle says the parameters or the flags do."""
+    parameters = {"steps": "3", "guidance_scale": "1.5", "mode": "keep_background", "crop_ratio": "1.3"}
+    assert composite(**parameters) == 0
     bundle = Path(shutil.copytree(tiny_bundle, folder / "bundle"))
-    assert main(["doctor", str(bundle)]) == 0
-    file = bundle / "decode.onnx"
-    file.write_bytes(b"x" * file.stat().st_size)
-    record = json.loads((bundle / "manifest.json").read_text())["graphs"]["decode"]["files"][0]
-    FileState.of(file, record["sha256"]).remember()
-    Bundle.open(bundle).verify("decode")
-    assert main(["doctor", str(bundle)]) == 2
-    assert "decode.onnx is not the file that was built" in capsys.readouterr().out
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["defaults"] = {"steps": 3, "guidance_scale": 1.5, "mode": "keep_background", "crop_ratio": 1.3}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert composite(bundle=str(bundle), steps=None, output=str(folder / "open.png")) == 0
+    np.testing.assert_array_equal(read(folder / "open.png"), read(folder / "out.png"))
 
 
-def test_doctor_finds_a_damaged_bundle(folder: Path, tiny_bundle: Path, capsys: Capture) -> None:
-    bundle = Path(shutil.copytree(tiny_bundle, folder / "bundle"))
-    (bundle / "decode.onnx").write_bytes(b"x" * (bundle / "decode.onnx").stat().st_size)
-    assert main(["doctor", str(bundle)]) == 2
-    assert "unusable: the bundle at" in capsys.readouterr().out
+def test_the_bundle_of_the_environment(
+    composite: Callable[..., int], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANYDOOR_BUNDLE", str(tiny_bundle))
+    assert composite(bundle=None) == 0
 
 
-@pytest.mark.parametrize("command", [["--help"], ["composite", "--help"], ["doctor", "--help"]])
-def test_help(command: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(command)
-    assert exit_.value.code == 0
-    assert "anydoor" in capsys.readouterr().out
+def test_without_a_terminal_progress_is_a_few_lines(folder: Path, tiny_bundle: Path, capsys: Capture) -> None:
+    command = ["composite", "--reference", str(folder / "object.png"), "--scene", str(folder / "scene.png")]
+    target = ["--box", "30,20,80,70", "--output", str(folder / "out.png")]
+    assert main([*command, *target, "--bundle", str(tiny_bundle), "--steps", "4"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "anydoor: step 4 of 4" in lines
+    assert all("\r" not in line for line in lines)

@@ -1,4 +1,4 @@
-"""Pictures of every kind are read upright as RGB; what is none, or too large, is refused undecoded."""
+"""Pictures of every kind are read upright as RGB; what is not a picture, or too large, is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtime import pictures
 from runtime.errors import InputError
+from runtime.imaging import pictures
 from runtime.imaging.pictures import contact_sheet, load_mask, load_picture, mask_from_alpha, save_picture
 
 

@@ -9,33 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
 from engines.bundle import Bundle
-from engines.engine import Array, DeviceTensor
+from engines.engine import Array, Engine, open_engine
+from engines.options import EngineOptions
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, MapWindow, shared_timesteps
 from tests.support.anydoor import CONTROL
+from tests.support.observers import RunCounter
 
 TIMESTEPS = [801, 601, 401, 201, 1]
 
 
-class CountingEngine(OnnxRuntimeEngine):
-    """A real engine that counts the runs of every graph, and the rows of the control graph."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, "cpu")
-        self.runs: dict[str, int] = {}
-        self.control_rows: list[int] = []
-
-    def run(self, graph: str, inputs, outputs=None) -> dict[str, DeviceTensor]:  # type: ignore[no-untyped-def]
-        self.runs[graph] = self.runs.get(graph, 0) + 1
-        if graph == CONTROL:
-            self.control_rows.append(len(inputs["timestep"]))
-        return super().run(graph, inputs, outputs)
+@pytest.fixture
+def engine(tiny_bundle: Path) -> Engine:
+    return open_engine(Bundle.open(tiny_bundle), EngineOptions(backend="onnxruntime", device="cpu"))
 
 
 @pytest.fixture
-def engine(tiny_bundle: Path) -> CountingEngine:
-    return CountingEngine(Bundle.open(tiny_bundle))
+def counter(engine: Engine) -> RunCounter:
+    engine.observer = counter = RunCounter()
+    return counter
 
 
 def inputs(seed: int, guided: bool = True) -> tuple[Array, Array]:
@@ -44,7 +36,7 @@ def inputs(seed: int, guided: bool = True) -> tuple[Array, Array]:
     return hint, rng.standard_normal((2 if guided else 1, 257, 32), dtype=np.float32)
 
 
-def values(engine: CountingEngine, maps: DetailMaps, step: int) -> tuple[Array, Array]:
+def values(engine: Engine, maps: DetailMaps, step: int) -> tuple[Array, Array]:
     """The last map of a step, for both halves; the first one depends on the hint alone."""
     here = maps.at(step)
     tensor = engine.to_host(list(here.tensors.values())[-1])
@@ -52,52 +44,56 @@ def values(engine: CountingEngine, maps: DetailMaps, step: int) -> tuple[Array, 
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 9])
-def test_any_window_gives_the_same_maps(engine: CountingEngine, window: int) -> None:
+def test_any_window_gives_the_same_maps(engine: Engine, counter: RunCounter, window: int) -> None:
     hint, tokens = inputs(0)
-    maps = DetailMaps(engine, DetailMapCache(0), hint, tokens, TIMESTEPS, window)
-    single = DetailMaps(engine, DetailMapCache(0), hint, tokens, TIMESTEPS, 1)
+    maps = DetailMaps(engine, CONTROL, DetailMapCache(0), hint, tokens, TIMESTEPS, window)
+    single = DetailMaps(engine, CONTROL, DetailMapCache(0), hint, tokens, TIMESTEPS, 1)
     for step in range(len(TIMESTEPS)):
         for found, expected in zip(values(engine, maps, step), values(engine, single, step)):
             np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert max(engine.control_rows) == 2 * min(window, len(TIMESTEPS))
+    assert max(counter.rows[CONTROL]) == 2 * min(window, len(TIMESTEPS))
 
 
-def test_without_guidance_the_unconditional_half_is_not_computed(engine: CountingEngine) -> None:
+def test_without_guidance_the_unconditional_half_is_not_computed(engine: Engine, counter: RunCounter) -> None:
     hint, tokens = inputs(0, guided=False)
-    here = DetailMaps(engine, DetailMapCache(0), hint, tokens, TIMESTEPS, 1).at(0)
+    here = DetailMaps(engine, CONTROL, DetailMapCache(0), hint, tokens, TIMESTEPS, 1).at(0)
     assert here.conditional == here.unconditional == 0
-    assert engine.control_rows == [1]
+    assert counter.rows[CONTROL] == [1]
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 9])
-def test_unconditional_maps_are_computed_where_they_are_needed(engine: CountingEngine, window: int) -> None:
+def test_unconditional_maps_are_computed_where_they_are_needed(
+    engine: Engine, counter: RunCounter, window: int
+) -> None:
     hint, tokens = inputs(0)
     guided = [False, True, True, False, False]
-    maps = DetailMaps(engine, DetailMapCache(0), hint, tokens, TIMESTEPS, window, guided)
-    full = DetailMaps(engine, DetailMapCache(0), hint, tokens, TIMESTEPS, 1)
+    maps = DetailMaps(engine, CONTROL, DetailMapCache(0), hint, tokens, TIMESTEPS, window, guided)
+    full = DetailMaps(engine, CONTROL, DetailMapCache(0), hint, tokens, TIMESTEPS, 1)
     for step in range(len(TIMESTEPS)):
         found, expected = values(engine, maps, step), values(engine, full, step)
         np.testing.assert_allclose(found[0], expected[0], atol=1e-4)
         np.testing.assert_allclose(found[1], expected[1] if guided[step] else expected[0], atol=1e-4)
-    assert sum(engine.control_rows) == 7 + 10
+    assert sum(counter.rows[CONTROL]) == 7 + 10
 
 
 @pytest.mark.parametrize("window", [1, 2, 9])
-def test_neighbours_with_one_timestep_share_its_maps(engine: CountingEngine, window: int) -> None:
+def test_neighbours_with_one_timestep_share_its_maps(
+    engine: Engine, counter: RunCounter, window: int
+) -> None:
     hint, tokens = inputs(0)
     timesteps, guided = [701, 701, 101, 101, 101], [False, True, False, False, False]
-    maps = DetailMaps(engine, DetailMapCache(0), hint, tokens, timesteps, window, guided)
+    maps = DetailMaps(engine, CONTROL, DetailMapCache(0), hint, tokens, timesteps, window, guided)
     here = [maps.at(step) for step in range(5)]
-    assert sum(engine.control_rows) == 2 + 1
+    assert sum(counter.rows[CONTROL]) == 2 + 1
     # the first step has no guidance, but its maps have both halves, as the second needs them
     assert [each.unconditional - each.conditional for each in here] == [1, 1, 0, 0, 0]
 
 
-def test_steps_whose_maps_are_in_the_same_tensors(engine: CountingEngine) -> None:
+def test_steps_whose_maps_are_in_the_same_tensors(engine: Engine) -> None:
     timesteps = [801, 801, 401, 201, 1]  # of which the first two share theirs
     for window, expected in ((1, [2, 1, 1, 1, 1]), (2, [3, 2, 1, 2, 1]), (9, [5, 4, 3, 2, 1])):
-        maps = DetailMaps(engine, DetailMapCache(0), *inputs(0), timesteps, window)
-        assert [maps.steps_at_hand(step) for step in range(5)] == expected
+        maps = DetailMaps(engine, CONTROL, DetailMapCache(0), *inputs(0), timesteps, window)
+        assert [maps.steps_ready(step) for step in range(5)] == expected
         for step, count in enumerate(expected):
             assert len({id(maps.at(ahead).tensors) for ahead in range(step, step + count)}) == 1
 
@@ -109,44 +105,44 @@ def test_steps_share_the_mean_timestep_of_their_run() -> None:
         assert shared_timesteps([901, 701, 501], count) == [901, 701, 501]
 
 
-def test_kept_maps_need_no_control_graph(engine: CountingEngine) -> None:
+def test_kept_maps_need_no_control_graph(engine: Engine, counter: RunCounter) -> None:
     hint, tokens = inputs(0)
     cache = DetailMapCache(1 << 30)
     for _ in range(3):
-        maps = DetailMaps(engine, cache, hint, tokens, TIMESTEPS, 2)
+        maps = DetailMaps(engine, CONTROL, cache, hint, tokens, TIMESTEPS, 2)
         for step in range(len(TIMESTEPS)):
             maps.at(step)
-    assert engine.runs[CONTROL] == 3
+    assert counter.runs[CONTROL] == 3
 
 
 @pytest.mark.parametrize("changed", ["hint", "tokens", "timesteps"])
-def test_other_inputs_are_other_maps(engine: CountingEngine, changed: str) -> None:
+def test_other_inputs_are_other_maps(engine: Engine, counter: RunCounter, changed: str) -> None:
     cache = DetailMapCache(1 << 30)
     hint, tokens = inputs(0)
-    first = values(engine, DetailMaps(engine, cache, hint, tokens, TIMESTEPS, 1), 0)[0]
+    first = values(engine, DetailMaps(engine, CONTROL, cache, hint, tokens, TIMESTEPS, 1), 0)[0]
     other_hint, other_tokens = inputs(1)
     arguments = (
         other_hint if changed == "hint" else hint,
         other_tokens if changed == "tokens" else tokens,
         [t + 7 for t in TIMESTEPS] if changed == "timesteps" else TIMESTEPS,
     )
-    second = values(engine, DetailMaps(engine, cache, *arguments, 1), 0)[0]
+    second = values(engine, DetailMaps(engine, CONTROL, cache, *arguments, 1), 0)[0]
     assert np.abs(first - second).max() > 1e-3
-    assert engine.runs[CONTROL] == 2
+    assert counter.runs[CONTROL] == 2
 
 
-def test_budget_keeps_what_fits_and_computes_the_rest(engine: CountingEngine) -> None:
+def test_budget_keeps_what_fits_and_computes_the_rest(engine: Engine, counter: RunCounter) -> None:
     """A re-roll with room for two of five windows computes three."""
     hint, tokens = inputs(0)
-    maps = DetailMaps(engine, DetailMapCache(0), hint, tokens, TIMESTEPS, 1)
+    maps = DetailMaps(engine, CONTROL, DetailMapCache(0), hint, tokens, TIMESTEPS, 1)
     size = sum(engine.nbytes(tensor) for tensor in maps.at(0).tensors.values())
-    engine.runs.clear()
+    counter.clear()
     cache = DetailMapCache(2 * size)
     for expected in (5, 5 + 3):
-        maps = DetailMaps(engine, cache, hint, tokens, TIMESTEPS, 1)
+        maps = DetailMaps(engine, CONTROL, cache, hint, tokens, TIMESTEPS, 1)
         for step in range(len(TIMESTEPS)):
             maps.at(step)
-        assert engine.runs[CONTROL] == expected
+        assert counter.runs[CONTROL] == expected
 
 
 def window_of(nbytes: int) -> MapWindow:

@@ -4,29 +4,117 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.request import Request, Sampling
+import numpy as np
+import pytest
+
+from engines.options import EngineOptions
+from runtime import Compositor, Placement, Request, Sampling
+from runtime.sampling.running_batch import RunningBatch, Sample
 from tests.support.anydoor import CONTROL
-from tests.support.scheduling import PLACEMENT
-from tests.support.serving import SCENE, held_compositor
+from tests.support.observers import RunCounter
+from tests.support.pictures import PLACEMENT, SCENE, cutout
 
 
-def test_samples_of_a_placement_at_different_steps_compute_no_map_twice(tiny_bundle: Path) -> None:
+@pytest.fixture
+def compositor(tiny_bundle: Path) -> Compositor:
+    """Keeps no detail maps."""
+    return Compositor.load(
+        tiny_bundle, EngineOptions(backend="onnxruntime", device="cpu", threads=1), cache_bytes=0
+    )
+
+
+@pytest.fixture
+def counter(compositor: Compositor) -> RunCounter:
+    compositor.engine.observer = counter = RunCounter()
+    return counter
+
+
+def start(compositor: Compositor, sampling: Sampling, num_images: int = 1) -> list[Sample]:
+    """Samples at their first step."""
+    drawing = compositor.new_drawing()
+    job = compositor.accept(Request(SCENE, [PLACEMENT], 7, sampling, num_images))
+    return [drawing.start(image) for image in job.images]
+
+
+def batch_of(compositor: Compositor, samples: list[Sample]) -> RunningBatch:
+    batch = RunningBatch(compositor.engine, compositor.bundle.manifest.step)
+    batch.samples = samples
+    return batch
+
+
+def test_samples_of_a_placement_at_different_steps_compute_no_map_twice(
+    compositor: Compositor, counter: RunCounter
+) -> None:
     """Nothing is kept but the maps of the last step that was asked for, and one sample is a step ahead."""
-    compositor, engine = held_compositor(tiny_bundle, cache_bytes=0)
-    job = compositor.accept(Request(SCENE, [PLACEMENT], 7, Sampling(steps=5), num_images=2))
-    for canvas in job.canvases:
-        canvas.prepare()
-    behind, ahead = (compositor.start(canvas) for canvas in job.canvases)
-    assert behind.conditions.maps is ahead.conditions.maps
-    batch = compositor.new_batch()
-    batch.samples = [ahead]
+    behind, ahead = start(compositor, Sampling(steps=5), num_images=2)
+    assert behind.conditions is ahead.conditions
+    batch = batch_of(compositor, [ahead])
     batch.step()
     batch.samples = [behind, ahead]
-    while not ahead.done:
+    for _ in range(4):
         batch.step()
     batch.samples = [behind]
     batch.step()
     assert behind.done
     assert [sample.error for sample in (behind, ahead)] == [None, None]
-    assert [len(timesteps) for timesteps in engine.steps] == [1, 2, 2, 2, 2, 1]
-    assert engine.count(CONTROL) == 5
+    assert counter.samples == [1, 2, 2, 2, 2, 1]
+    assert counter.runs[CONTROL] == 5
+
+
+def test_unlike_samples_that_share_their_calls_end_as_they_do_alone(compositor: Compositor) -> None:
+    """With and without guidance, another sampler, another placement, and one that starts two steps late."""
+    placements = [PLACEMENT, Placement(cutout(seed=5), box=(10, 10, 50, 60), mode="shape")]
+    settings = [
+        (placements[0], Sampling(steps=4)),
+        (placements[0], Sampling(steps=3, guidance_scale=1.0)),
+        (placements[1], Sampling(steps=4, sampler="dpm_solver_2m", control_scale=0.5)),
+        (placements[1], Sampling(steps=3, eta=1.0)),
+    ]
+
+    def started() -> list[Sample]:
+        drawing = compositor.new_drawing()
+        jobs = [
+            compositor.accept(Request(SCENE, [placement], seed, sampling))
+            for seed, (placement, sampling) in enumerate(settings)
+        ]
+        return [drawing.start(job.images[0]) for job in jobs]
+
+    alone, together = started(), started()
+    for sample in alone:
+        batch = batch_of(compositor, [sample])
+        for _ in range(sample.schedule.steps):
+            batch.step()
+    batch = batch_of(compositor, together[:3])
+    batch.step()
+    batch.step()
+    batch.samples = list(together)
+    for _ in range(3):
+        batch.step()
+        batch.samples = [sample for sample in batch.samples if not sample.done]
+    for found, expected in zip(together, alone):
+        assert (found.done, found.error, expected.error) == (True, None, None)
+        latents = (
+            compositor.engine.to_host(sample.latent.tensor)[sample.latent.row] for sample in (found, expected)
+        )
+        np.testing.assert_allclose(*latents, atol=1e-4)
+
+
+def test_a_step_without_guidance_has_one_row(compositor: Compositor, counter: RunCounter) -> None:
+    sampling = Sampling(timesteps=(101, 501, 901), guidance_interval=(300, 700))
+    batch = batch_of(compositor, start(compositor, sampling, num_images=2))
+    for _ in range(3):
+        batch.step()
+    assert counter.rows["denoise"] == [2, 4, 2]
+    assert counter.samples == [2, 2, 2]
+
+
+def test_a_clean_latent_is_told_when_it_is_asked_for(compositor: Compositor) -> None:
+    first, second = start(compositor, Sampling(steps=4), num_images=2)
+    batch = batch_of(compositor, [first, second])
+    first.wants_clean_latent = True
+    assert batch.steps_alike() == 1
+    batch.step()
+    assert not first.wants_clean_latent
+    assert first.clean_latent is not None
+    assert first.clean_latent.shape == compositor.bundle.manifest.latent_shape
+    assert second.clean_latent is None

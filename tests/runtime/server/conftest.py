@@ -1,4 +1,4 @@
-"""What the tests of the scheduler share."""
+"""What the tests of the batcher share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.serving import held_compositor
 
 @pytest.fixture(scope="module")
 def alone(tiny_bundle: Path) -> Compositor:
-    """Makes the pictures that the scheduler's are compared with."""
+    """Makes the pictures that the batcher's are compared with."""
     return held_compositor(tiny_bundle)[0]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ from PIL import Image
 
 from runtime.compositor import Compositor
 from runtime.request import Placement, Request, Sampling
-from runtime.server.ticket import DeadlineError, Failed, Finished, Preview, Queued, StepDone
-from tests.support.anydoor import CONTROL, DECODE, ID_ENCODER
+from runtime.server.events import DeadlineError, Failed, Finished, Preview, Queued, StepDone
+from runtime.systems.anydoor import CONTROL, ID_ENCODER
 from tests.support.scheduling import PLACEMENT, TOLERANCE, Bench, request
 from tests.support.serving import BOX, PATIENCE, SCENE, object_array, scene_array, wait_until
 
@@ -43,7 +42,7 @@ def test_pictures_are_those_of_the_compositor(bench: Bench, alone: Compositor) -
     wait_until(lambda: all(follower.ticket.job for follower in followers))
     bench.engine.release()
     for each, follower in zip(requests, followers):
-        pictures, expected = follower.pictures(), alone.run(**vars(each))
+        pictures, expected = follower.pictures(), alone.run(each)
         assert len(pictures) == len(expected)
         for picture, result in zip(pictures, expected):
             assert np.abs(picture.astype(int) - result.image).max() <= TOLERANCE
@@ -55,9 +54,9 @@ def test_result_tells_seeds_regions_and_stages(bench: Bench, alone: Compositor) 
     end = bench.submit(request(seed=40, num_images=2)).end()
     assert isinstance(end, Finished)
     assert [image.seed for image in end.images] == [40, 41]
-    (expected,) = alone.run(**vars(request(seed=40)))
+    (expected,) = alone.run(request(seed=40))
     assert end.images[0].regions == expected.regions
-    stages = {"read", "prepare", "queue", ID_ENCODER, "sample", DECODE, "paste", "encode"}
+    stages = {"read", "prepare", "queue", "condition", "sample", "decode", "paste", "encode"}
     assert end.seconds.keys() == stages
 
 
@@ -98,7 +97,7 @@ def test_cancelling_frees_the_slot_within_a_step(tiny_bundle: Path) -> None:
         bench.engine.wait_for_steps(1)
         waiting = bench.submit(request(steps=2, seed=8))
         wait_until(lambda: waiting.ticket.waiting)
-        bench.scheduler.cancel(cancelled.ticket)
+        bench.batcher.cancel(cancelled.ticket)
         bench.engine.release()
         assert waiting.pictures()
         # the step that had begun, and the two of the request that waited
@@ -113,7 +112,7 @@ def test_deadline_ends_a_running_request_within_a_step(tiny_bundle: Path) -> Non
         bench.engine.wait_for_steps(1)
         waiting = bench.submit(request(steps=2, seed=8))
         wait_until(lambda: waiting.ticket.waiting)
-        late.ticket.order = replace(late.ticket.order, deadline=time.monotonic())
+        late.ticket.deadline = time.monotonic()
         bench.engine.release()
         assert isinstance(late.error(), DeadlineError)
         assert waiting.pictures()
@@ -125,14 +124,15 @@ def test_deadline_ends_a_waiting_request(tiny_bundle: Path) -> None:
         bench.engine.hold()
         running = bench.submit(request(steps=3))
         bench.engine.wait_for_steps(1)
-        late = bench.submit(request(steps=2), deadline=time.monotonic() + 0.1)
-        wait_until(lambda: late.ticket.late)
+        deadline = time.monotonic() + 0.1
+        late = bench.submit(request(steps=2), deadline=deadline)
+        wait_until(lambda: time.monotonic() >= deadline)
         bench.engine.release()
         assert isinstance(late.error(), DeadlineError)
         assert running.pictures()
 
 
-# --- news -------------------------------------------------------------------------------------------------
+# --- events -----------------------------------------------------------------------------------------------
 
 
 def test_events_come_in_order(bench: Bench) -> None:
@@ -171,5 +171,5 @@ def test_detail_maps_keep_to_their_budget(tiny_bundle: Path) -> None:
         kept = []
         for seed in range(5):
             assert bench.submit(request(placement=Placement(object_array(seed), box=BOX))).pictures()
-            kept.append(bench.compositor.cache.nbytes)
+            kept.append(bench.compositor.system.kept_bytes())
         assert 0 < max(kept) <= 200_000

@@ -10,12 +10,12 @@ import pytest
 from runtime.compositor import Compositor
 from runtime.errors import InputError
 from runtime.request import Placement, Request, Sampling
-from tests.support.anydoor import CONTROL, DECODE, ID_ENCODER
+from runtime.systems.anydoor import CONTROL, ID_ENCODER
 from tests.support.scheduling import TOLERANCE, Bench, request
 from tests.support.serving import OBJECT, SCENE, HeldEngine, object_array, wait_until
 
 
-@pytest.mark.parametrize("graph", [ID_ENCODER, CONTROL, "denoise", DECODE])
+@pytest.mark.parametrize("graph", [ID_ENCODER, CONTROL, "denoise", "decode"])
 def test_a_failure_does_not_hurt_the_batch_mates(bench: Bench, alone: Compositor, graph: str) -> None:
     """A call fails that a certain request has a part in; the others get what they would have got alone."""
     marked = Placement(object_array(77), box=(2, 2, 30, 60))
@@ -28,7 +28,7 @@ def test_a_failure_does_not_hurt_the_batch_mates(bench: Bench, alone: Compositor
     bench.engine.release()
     assert "caught fire" in str(bad.error())
     for seed, follower in zip((1, 2), good):
-        (expected,) = alone.run(**vars(request(steps=4, seed=seed)))
+        (expected,) = alone.run(request(steps=4, seed=seed))
         assert np.abs(follower.pictures()[0].astype(int) - expected.image).max() <= TOLERANCE
     assert bench.submit(request(steps=1)).pictures()
 
@@ -36,9 +36,9 @@ def test_a_failure_does_not_hurt_the_batch_mates(bench: Bench, alone: Compositor
 def fault(engine: HeldEngine, alone: Compositor, marked: Placement, graph: str) -> Any:
     """Recognises calls of a graph in which the request with the marked placement takes part."""
     job = alone.accept(Request(SCENE, [marked], 3, Sampling(steps=3, guidance_scale=9.5)))
-    job.canvases[0].prepare()
-    hint = job.canvases[0].hint.hint
-    reference = job.placements[0].reference.image.astype(np.float32).transpose(2, 0, 1)[None] / 255
+    prepared: Any = job.placements[0]
+    hint = prepared.hint.hint
+    reference = prepared.reference.image.astype(np.float32).transpose(2, 0, 1)[None] / 255
     done = {"decodes": 0}
 
     def fails(name: str, inputs: Any) -> bool:
@@ -48,7 +48,7 @@ def fault(engine: HeldEngine, alone: Compositor, marked: Placement, graph: str) 
             return np.allclose(inputs["reference"], reference)
         if graph == CONTROL:
             return np.array_equal(inputs["hint"].reshape(hint.shape), hint)
-        if graph == DECODE:
+        if graph == "decode":
             # all three end together, and the marked one joined last
             done["decodes"] += 1
             return done["decodes"] == 3

@@ -1,4 +1,4 @@
-"""Orders that wait for a slot: refused when there are too many, taken in fair order, finished at the end."""
+"""Requests that wait for a slot: refused when too many, taken in fair order, finished at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.server.ticket import Order, Queued, QueueFullError, ShuttingDownError
+from runtime.server.events import Queued, QueueFullError, ShuttingDownError
+from runtime.server.ticket import Ticket
 from tests.support.scheduling import Bench, request
 from tests.support.serving import PATIENCE, wait_until
 
@@ -69,12 +70,14 @@ def test_draining_finishes_what_was_accepted(tiny_bundle: Path) -> None:
         bench.engine.hold()
         followers = [bench.submit(request(steps=2, seed=seed)) for seed in range(5)]
         drained: list[bool] = []
-        thread = threading.Thread(target=lambda: drained.append(bench.scheduler.drain(PATIENCE)))
+        thread = threading.Thread(target=lambda: drained.append(bench.batcher.drain(PATIENCE)))
         thread.start()
 
         def refuses() -> bool:
             try:
-                bench.scheduler.cancel(bench.scheduler.submit(request(), Order(lambda event: None)))
+                ticket = Ticket(lambda event: None)
+                bench.batcher.submit(request(), ticket)
+                bench.batcher.cancel(ticket)
             except ShuttingDownError:
                 return True
             return False
@@ -92,5 +95,5 @@ def test_draining_refuses_what_it_cannot_finish(tiny_bundle: Path) -> None:
         followers = [bench.submit(request(steps=50, seed=seed)) for seed in range(2)]
         bench.engine.wait_for_steps(1)
         threading.Timer(0.2, bench.engine.release).start()
-        assert bench.scheduler.drain(0.05) is False
+        assert bench.batcher.drain(0.05) is False
         assert all(isinstance(follower.error(), ShuttingDownError) for follower in followers)

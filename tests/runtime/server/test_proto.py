@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,17 @@ import pytest
 from google.protobuf.descriptor import Descriptor
 from PIL import Image
 
+from runtime.diffusion.presets import QUALITIES
+from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError
-from runtime.imaging.collage import MODES, Ratios
+from runtime.imaging.modes import MODES
 from runtime.imaging.pictures import WRITABLE_FORMATS, load_mask, load_picture
 from runtime.request import Placement, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc import generate
-from runtime.server.wire import FORMATS, message_from_request, request_from_message
-from runtime.server.wire import MODES as WIRE_MODES
-from tests.support.serving import BOX, OBJECT, SCENE
+from runtime.server import wire
+from runtime.server.wire import defaults_message, message_from_request, request_from_message
+from tests.support.serving import BOX, OBJECT, SCENE, held_compositor
 
 FILE = pb.DESCRIPTOR
 SOURCE = (generate.PROTO / generate.SOURCE).read_text("utf-8")
@@ -71,20 +74,28 @@ def test_everything_is_documented() -> None:
 # --- the runtime's types and the wire's -------------------------------------------------------------------
 
 
-def test_wire_knows_every_mode_and_format() -> None:
-    assert WIRE_MODES.keys() == MODES.keys()
-    assert FORMATS.keys() == set(WRITABLE_FORMATS.values())
+def test_wire_has_every_name() -> None:
+    assert wire.MODES.keys() == MODES.keys()
+    assert wire.SAMPLERS.keys() == SAMPLERS.keys()
+    assert wire.QUALITIES.keys() == QUALITIES.keys()
+    assert wire.FORMATS.keys() == set(WRITABLE_FORMATS.values())
 
 
 def test_request_survives_the_wire() -> None:
     request = Request(
         scene=SCENE,
         placements=[
-            Placement(OBJECT, box=(-3, 4, 50, 60), mode="keep_background", ratios=Ratios(1.3, 1.0, 2.5)),
-            Placement(OBJECT, OBJECT, mask=SCENE, mode="shape"),
+            Placement(
+                *(OBJECT, None, (-3, 4, 50, 60)),
+                mode="keep_background",
+                reference_ratio=1.3,
+                box_ratio=1.0,
+                crop_ratio=2.5,
+            ),
+            Placement(OBJECT, OBJECT, mask=SCENE, mode="shape", crop_ratio=1.5),
         ],
         seed=2**62,
-        sampling=Sampling(steps=17, guidance_scale=0.0, control_scale=0.1, eta=0.3),
+        sampling=Sampling("fast", 17, 0.0, 0.1, 0.3, "ddim", (0, 800), 5),
         num_images=3,
     )
     content = message_from_request(request, "WEBP").SerializeToString()
@@ -95,11 +106,45 @@ def test_request_survives_the_wire() -> None:
         assert vars(received) == vars(sent)
 
 
-def test_unset_fields_mean_the_defaults() -> None:
+def test_unset_fields_are_open() -> None:
     request, file_format = request_from_message(pb.CompositeRequest(placements=[pb.Placement()]))
     assert (request.seed, request.num_images, request.sampling) == (None, 1, Sampling())
-    assert (request.placements[0].mode, request.placements[0].ratios) == ("crop", Ratios())
+    assert vars(request.placements[0]) == vars(Placement(b""))
     assert file_format == "PNG"
+
+
+def test_open_fields_do_not_travel() -> None:
+    message = message_from_request(Request(SCENE, [Placement(OBJECT, box=BOX)]))
+    assert not message.HasField("seed")
+    assert message.sampling == pb.Sampling()
+    assert message.placements[0] == pb.Placement(
+        reference=OBJECT, box=pb.Box(x0=10, y0=8, x1=60, y1=50), ratios=pb.Ratios()
+    )
+
+
+@pytest.mark.parametrize("name", [field.name for field in pb.Sampling.DESCRIPTOR.fields])
+def test_each_parameter_travels_alone(name: str) -> None:
+    """A parameter set to a value that is zero on the wire is still set."""
+    values = {"quality": "fast", "sampler": "ddim", "guidance_interval": (0, 0)}
+    sampling = Sampling(**{name: values.get(name, 0)})  # type: ignore[arg-type]
+    content = message_from_request(Request(SCENE, [], sampling=sampling)).SerializeToString()
+    assert request_from_message(pb.CompositeRequest.FromString(content))[0].sampling == sampling
+
+
+def test_defaults_of_a_model_are_its_open_request(tiny_bundle: Path) -> None:
+    compositor, _ = held_compositor(tiny_bundle)
+    compositor.defaults = {
+        **compositor.defaults,
+        **{"guidance_scale": 2.0, "crop_ratio": 1.3, "mode": "keep_background", "map_steps": 7},
+    }
+    message = defaults_message(compositor.defaults)
+    placement = pb.Placement(mode=message.mode, ratios=message.ratios)
+    back, _ = request_from_message(pb.CompositeRequest(sampling=message.sampling, placements=[placement]))
+    for read in (back.sampling, back.placements[0]):
+        for field in fields(read):
+            assert getattr(read, field.name) in (compositor.defaults.get(field.name), b"")
+    assert (back.sampling.guidance_scale, back.sampling.map_steps) == (2.0, 7)
+    assert (back.placements[0].mode, back.placements[0].crop_ratio) == ("keep_background", 1.3)
 
 
 def test_pictures_in_memory_become_files(tmp_path: Path) -> None:
@@ -121,6 +166,9 @@ def test_pictures_in_memory_become_files(tmp_path: Path) -> None:
         (Request(SCENE, [Placement(OBJECT, box=(0, 0, 2**40, 9))]), "cannot be sent"),
         (Request(SCENE, [Placement(OBJECT, box=(0, 0, 9))]), "cannot be sent"),  # type: ignore[arg-type]
         (Request(SCENE, [Placement(OBJECT, box=BOX, mode="abacus")]), "no mode 'abacus'"),
+        (Request(SCENE, [], sampling=Sampling(quality="superb")), "no quality 'superb': choose one of exact"),
+        (Request(SCENE, [], sampling=Sampling(sampler="heun")), "no sampler 'heun': choose one of ddim"),
+        (Request(SCENE, [], sampling=Sampling(guidance_interval=(7,))), "cannot be sent"),  # type: ignore[arg-type]
         (Request(SCENE, [Placement(OBJECT, box=BOX, mask=SCENE)]), "not both"),
         (Request(SCENE, [], seed=-1), "cannot be sent"),
         (Request(SCENE, [], initial_noise=np.zeros((1, 4, 8, 8), np.float32)), "no initial noise"),

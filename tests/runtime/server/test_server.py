@@ -18,10 +18,12 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.engine import choose_backend
-from runtime.request import Placement, Sampling
+from engines.options import EngineOptions
+from runtime.request import Placement, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server.logs import JsonFormatter
+from runtime.version import version
 from tests.support.serving import (
     BOX,
     OBJECT,
@@ -49,9 +51,8 @@ def stub(server: ServerThread) -> Iterator[Any]:
 
 def test_picture_is_the_compositors(server: ServerThread, stub: Any, tiny_bundle: Path) -> None:
     response = stub.Composite(message(steps=4, num_images=2), timeout=PATIENCE)
-    expected = held_compositor(tiny_bundle)[0].run(
-        SCENE, Placement(OBJECT, box=BOX), 7, Sampling(steps=4), num_images=2
-    )
+    request = Request(SCENE, [Placement(OBJECT, box=BOX)], 7, Sampling(steps=4), num_images=2)
+    expected = held_compositor(tiny_bundle)[0].run(request)
     assert [image.seed for image in response.images] == [7, 8]
     for image, result in zip(response.images, expected):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image.image))), result.image)
@@ -97,9 +98,39 @@ def test_unset_seed_is_random_and_reported(stub: Any) -> None:
 def test_model_info_tells_the_limits(stub: Any, tiny_bundle: Path) -> None:
     info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=PATIENCE)
     assert (info.resolution, info.precision, info.device) == (64, "fp32", "cpu")
-    assert info.backend == choose_backend(Bundle.open(tiny_bundle), "cpu")
+    assert info.backend == choose_backend(Bundle.open(tiny_bundle), EngineOptions(device="cpu"))
     assert (info.limits.message_bytes, info.limits.pixels, info.limits.steps) == (1 << 20, 1 << 16, 60)
     assert len(info.checkpoint_sha256) == 64
+
+
+def test_model_info_tells_system_and_defaults(server: ServerThread, stub: Any) -> None:
+    info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=PATIENCE)
+    assert info.system == "anydoor"
+    assert info.version == version()
+    defaults = server.compositor.defaults
+    assert info.defaults.sampling.steps == defaults["steps"]
+    assert info.defaults.sampling.guidance_scale == defaults["guidance_scale"]
+    assert info.defaults.sampling.sampler == pb.SAMPLER_DDIM
+    assert info.defaults.mode == pb.PLACEMENT_MODE_CROP
+    assert info.defaults.ratios == pb.Ratios(reference=1.2, box=1.1, crop=2.0)
+
+
+def test_what_is_open_comes_from_the_model(tiny_bundle: Path) -> None:
+    """A request that sets nothing and one that sets the model's defaults give one picture."""
+    with ServerThread(tiny_bundle) as server, grpc.insecure_channel(server.address) as channel:
+        server.compositor.defaults = {
+            **server.compositor.defaults,
+            **{"steps": 2, "guidance_scale": 2.0, "mode": "keep_background", "crop_ratio": 1.3},
+        }
+        stub: Any = CompositorServiceStub(channel)
+        defaults = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=PATIENCE).defaults
+        given = message(sampling=defaults.sampling)
+        given.placements[0].mode = defaults.mode
+        given.placements[0].ratios.CopyFrom(defaults.ratios)
+        left_open = message(sampling=pb.Sampling())
+        pictures = [stub.Composite(each, timeout=PATIENCE).images[0].image for each in (given, left_open)]
+        assert pictures[0] == pictures[1]
+        assert [len(steps) for steps in server.engine.steps] == [1] * 4
 
 
 def test_reflection_lists_the_service(server: ServerThread) -> None:

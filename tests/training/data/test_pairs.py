@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from runtime.imaging.collage import Ratios, zoom_in
+from tests.support.shapes import disc
 from training.data.encoded import pack_hint, unpack_hint
 from training.data.pairs import (
     Kind,
@@ -17,19 +16,12 @@ from training.data.pairs import (
     UnfitPairError,
     augment_reference,
     check_masks,
-    largest_piece,
     make_pair,
-    perturb_mask,
     sample_timestep,
     target_shape,
 )
 
 RULES = PairRules(resolution=64)
-
-
-def disc(size: int = 80, radius: float = 20.0, centre: float = 40.0) -> np.ndarray:  # type: ignore[type-arg]
-    row, column = np.mgrid[:size, :size]
-    return np.asarray(np.hypot(row - centre, column - centre) < radius)
 
 
 def shot(mask: np.ndarray | None = None, seed: int = 0) -> Shot:  # type: ignore[type-arg]
@@ -134,31 +126,6 @@ def test_a_picture_and_a_mask_of_different_size_are_refused(which: str) -> None:
         damaged = shots | {which: Shot(shots[which].image[cut], shots[which].mask)}
         with pytest.raises(UnfitPairError, match=f"picture and mask of the {which}"):
             make_pair(damaged["reference"], damaged["target"], "video", RULES, np.random.default_rng(0))
-
-
-def test_largest_piece() -> None:
-    two = disc(radius=10, centre=20) | disc(radius=5, centre=60)
-    assert largest_piece(two) == pytest.approx(disc(radius=10, centre=20).sum() / two.sum())
-    assert largest_piece(disc()) == 1.0
-    assert largest_piece(np.zeros((5, 5), bool)) == 0.0
-    spiral = np.array([[1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]], bool)
-    assert largest_piece(spiral) == 1.0
-
-
-@given(st.integers(0, 2**32 - 1), st.floats(0.3, 0.99))
-def test_a_perturbed_mask_overlaps_as_told(seed: int, overlap: float) -> None:
-    mask = disc(40, 11, 20)
-    rough = perturb_mask(mask, overlap, np.random.default_rng(seed))
-    assert rough.shape == mask.shape
-    assert rough.dtype == bool
-    assert rough.any()
-
-
-def test_perturbed_masks_reach_low_overlaps() -> None:
-    mask = disc(40, 11, 20)
-    roughs = [perturb_mask(mask, 0.6, np.random.default_rng(seed)) for seed in range(20)]
-    overlaps = [(rough & mask).sum() / (rough | mask).sum() for rough in roughs]
-    assert np.mean(np.array(overlaps) < 0.6) > 0.9
 
 
 def test_mirroring_takes_picture_and_mask_together() -> None:

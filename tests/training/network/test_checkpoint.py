@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.seeded import SMALL, TINY, seeded_tensor
-from training.checkpoint import write_checkpoint
-from training.network.architecture import Architecture, infer_architecture
-from training.network.checkpoint import CheckpointError, read_checkpoint, read_tensors
+from training.network.architecture import Architecture, infer_architecture, settings_to_metadata
+from training.network.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from training.network.checkpoint_file import read_tensors
 from training.network.modules import AnyDoor
 from training.network.official_keys import SCHEDULE_KEYS, schedule_buffers
 
@@ -153,6 +154,34 @@ def test_head_widths_are_found_in_a_configuration_beside_the_file(
     )
     assert read_checkpoint(path).architecture == TINY
     assert read_checkpoint(path, unet_head_width=16).architecture.unet_head_width == 16
+
+
+def test_defaults_travel_as_metadata(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert read_checkpoint(tiny_checkpoint).defaults == {}
+    defaults = {"guidance_scale": 2.0, "mode": "keep_background", "guidance_interval": [0, 500]}
+    path = tmp_path / "tiny.safetensors"
+    write_checkpoint(path, weights(tiny_checkpoint), TINY, defaults)
+    assert read_checkpoint(path).defaults == defaults
+    assert read_checkpoint(path).architecture == TINY
+
+
+def test_a_checkpoint_is_readable_like_any_other_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    write_checkpoint(tmp_path / "a.safetensors", {"a": torch.zeros(2)}, TINY)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("text", ["[1]", "2", "{", ""])
+def test_defaults_that_are_not_an_object_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "tiny.safetensors"
+    metadata = settings_to_metadata(TINY) | {"anydoor.defaults": text}
+    save_file(weights(tiny_checkpoint), path, metadata)
+    with pytest.raises(
+        CheckpointError, match=f"anydoor.defaults is not a JSON object but '{re.escape(text)}'"
+    ):
+        read_checkpoint(path)
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:

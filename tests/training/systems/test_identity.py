@@ -13,7 +13,7 @@ from training.data.pairs import PairRules
 from training.data.view_store import ViewStore, draw_views
 from training.loop import LoopSettings, train
 from training.network.modules import IDEncoder
-from training.systems.identity import IdentityTask, dino_features, start_with_pixels
+from training.systems.identity import IdentityTask, start_with_pixels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ def test_a_fresh_token_tells_its_colours_and_its_place() -> None:
     wanted = torch.nn.functional.pixel_unshuffle(halves, 2).flatten(2).transpose(1, 2).flatten(0, 1)
     place = torch.cartesian_prod(torch.arange(16), torch.arange(16)).repeat(16, 1).float()
     found = {
-        name: dino_features(each, pictures)[:, 1:].flatten(0, 1)
+        name: each.features(pictures)[:, 1:].flatten(0, 1)
         for name, each in (("pixels", encoder), ("random", random))
     }
     assert fit(found["pixels"], wanted) < 0.05

@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from training.data.pairs import Kind, Mask, Picture, Shot
+from engines.errors import AnyDoorError
+from runtime.imaging.pictures import MASK_THRESHOLD
+from training.data.masks import Mask
+from training.data.pairs import Kind, Picture, Shot
 
 _DAMAGE = (  # what JSON, NumPy and Pillow raise on content that makes no sense; OSError says enough by itself
     ValueError,
@@ -31,16 +34,16 @@ _DAMAGE = (  # what JSON, NumPy and Pillow raise on content that makes no sense;
 )
 
 
-class SourceError(ValueError):
+class SourceError(AnyDoorError):
     """A folder or a file is not what it should be in its data set; the text says why."""
 
 
 class Source(ABC):
-    """A data set on disk. `kind` is the paper's type of data, which decides over the timesteps."""
+    """A data set on disk. `kind` is the paper's type of data, which decides the timesteps."""
 
     kind: Kind
     released_kind: Kind | None = None
-    """What the released code takes the set for when it draws timesteps, where that is another type."""
+    """What the set counts as when the released code draws timesteps, where that is another type."""
     either_side: bool = True
     """How the released code filters this set by size, see `training.data.pairs.check_masks`."""
 
@@ -49,18 +52,18 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many objects (or videos with objects) there are."""
+        """Counts the objects (or videos with objects)."""
 
     @abstractmethod
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """A reference and a target of one object; the masks may still prove unfit in `make_pair`.
+        """Reads a reference and a target of one object; the masks may still prove unfit in `make_pair`.
 
         Raises:
             SourceError, OSError: a file is missing or damaged, or shows no object.
         """
 
     def existing(self, *parts: str) -> Path:
-        """A file or folder under the root that has to be there."""
+        """Gives a file or folder under the root that must exist."""
         path = self.root.joinpath(*parts)
         if not path.exists():
             raise SourceError(f"{type(self).__name__}: {path} is missing; {self.root} is not its folder")
@@ -72,50 +75,48 @@ class Source(ABC):
             raise SourceError(f"{type(self).__name__}: no {what} under {self.root}")
 
     def search(self, paths: Iterable[Path], unit: str) -> Iterator[Path]:
-        """The paths as they are found; counted on the terminal, because trees of millions take minutes."""
+        """Passes on paths as they are found; counts them on the terminal, as large trees take minutes."""
         return iter(
             tqdm(paths, f"{type(self).__name__}: searching {self.root}", unit=f" {unit}", leave=False)
         )
 
     def read_index(self, path: Path) -> Any:
-        """The JSON file that lists a whole set; says so on the terminal, because gigabytes take a while."""
+        """Reads the JSON file that lists a whole set; says so on the terminal, as gigabytes take a while."""
         with tqdm(desc=f"{type(self).__name__}: reading {path}", bar_format="{desc}", leave=False):
             return json.loads(path.read_bytes())
 
 
 @contextmanager
 def decoding(what: object) -> Iterator[None]:
-    """Whatever is raised inside about content that makes no sense becomes a `SourceError` about `what`."""
+    """Turns whatever is raised inside about content that makes no sense into a `SourceError` about `what`."""
     try:
         yield
-    except SourceError:
-        raise
     except _DAMAGE as error:
         raise SourceError(f"{what} is damaged or has another structure: {error!r}") from error
 
 
 def read_picture(path: Path) -> Picture:
-    """A picture as uint8 (H, W, 3) RGB."""
+    """Reads a picture as uint8 (H, W, 3) RGB."""
     with decoding(path), Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def read_labels(path: Path) -> NDArray[np.int64]:
-    """A label map (H, W): palette or grey values as they are, colours as R + 256 G + 65536 B."""
+    """Reads a label map (H, W): palette or grey values as they are, colours as R + 256 G + 65536 B."""
     with decoding(path), Image.open(path) as image:
         values = np.asarray(image).astype(np.int64)
         return values if values.ndim == 2 else values[..., :3] @ np.array([1, 256, 65536])
 
 
 def read_mask(path: Path) -> Mask:
-    """A black and white picture as (H, W) bool."""
+    """Reads a black and white picture as a mask (H, W) of bool."""
     with decoding(path), Image.open(path) as image:
-        mask: Mask = np.asarray(image.convert("L")) > 128
+        mask: Mask = np.asarray(image.convert("L")) > MASK_THRESHOLD
         return mask
 
 
 def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> Mask:
-    """A mask as COCO writes it: polygons, or run lengths, plain or compressed.
+    """Decodes a mask as COCO writes it: polygons, or run lengths, plain or compressed.
 
     Args:
         segmentation: list of polygons [x0, y0, x1, y1, ...], or {"size": [h, w], "counts": ...}.

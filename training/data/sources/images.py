@@ -1,6 +1,6 @@
 """Single images (MSRA-10K, DUT, HFlickr, LVIS, SAM), views (MVImgNet), try-on (VITON-HD, FashionTryOn).
 
-A single image is its own reference: the augmentation in `make_pair` is all that tells the two apart.
+A single image is its own reference: only the augmentation in `make_pair` makes the two differ.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.random import Generator
 
-from training.data.pairs import Mask, Shot
+from training.data.masks import shrink
+from training.data.pairs import Shot
 from training.data.sources.base import (
     Source,
     SourceError,
@@ -26,7 +26,8 @@ from training.data.sources.base import (
 )
 from training.data.sources.videos import choose_frames
 
-LEAST_AREA = 0.02  # of the image, for masks of objects that nobody chose as the image's subject
+LEAST_AREA = 0.02
+"""Share of the image that a mask must cover where nobody chose the object as the image's subject."""
 
 
 class SalientObjects(Source):
@@ -46,11 +47,11 @@ class SalientObjects(Source):
         return len(self.files)
 
     def image_of(self, mask: Path) -> Path:
-        """The image that a mask belongs to."""
+        """Finds the image that a mask belongs to."""
         return self._images / f"{mask.stem}.jpg"
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """The image twice."""
+        """Reads the image twice."""
         file = self.files[index]
         shot = Shot(read_picture(self.image_of(file)), read_mask(file))
         return shot, shot
@@ -74,7 +75,7 @@ class HFlickr(SalientObjects):
     images, masks = ("real_images",), ("masks",)
 
     def image_of(self, mask: Path) -> Path:
-        """Several masks, numbered from 1, may belong to one image."""
+        """Finds the image that a mask belongs to; several, numbered from 1, may belong to one."""
         return self._images / f"{mask.stem.rpartition('_')[0]}.jpg"
 
 
@@ -102,7 +103,7 @@ class LVIS(Source):
         return len(self.numbers)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """One of the image's larger objects."""
+        """Reads one of the image's larger objects."""
         number = self.numbers[index]
         image = read_picture(self._images / f"{number:012d}.jpg")
         polygons = self.objects[number][int(rng.integers(len(self.objects[number])))]
@@ -124,7 +125,7 @@ class SAM(Source):
         return len(self.files)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """One of the image's larger masks."""
+        """Reads one of the image's larger masks."""
         file = self.files[index]
         with decoding(file):
             content = json.loads(file.read_bytes())
@@ -153,7 +154,7 @@ class MVImgNet(Source):
         return len(self.objects)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """Two views of an object."""
+        """Reads two views of an object."""
         masks = sorted(self.objects[index].glob("*.jpg.png"))
         first, second = (self._shot(masks[view]) for view in choose_frames(len(masks), rng))
         return first, second
@@ -181,7 +182,7 @@ class VitonHD(Source):
         return len(self.names)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """The garment, and a person who wears it."""
+        """Reads the garment, and a person who wears it."""
         train, name = self.root / "train", self.names[index]
         garment = Shot(
             read_picture(train / "cloth" / f"{name}.jpg"), read_mask(train / "cloth-mask" / f"{name}.jpg")
@@ -213,7 +214,7 @@ class FashionTryon(Source):
         return len(self.garments)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """The garment, and a person who wears it in one of the poses."""
+        """Reads the garment, and a person who wears it in one of the poses."""
         folder = self.garments[index]
         garment = Shot(read_picture(folder / "target.jpg"), read_mask(folder / "mask.jpg"))
         segment = self.poses[folder][int(rng.integers(len(self.poses[folder])))]
@@ -221,11 +222,3 @@ class FashionTryon(Source):
         worn = np.asarray(read_labels(segment) % 256 == self.CLOTHES)
         person = read_picture(segment.parent.with_suffix(".jpg"))
         return garment, Shot(person, shrink(worn, self.RIM))
-
-
-def shrink(mask: Mask, rim: int) -> Mask:
-    """The mask (H, W) without what is closer than `rim` pixels to its outside; the picture's end is none."""
-    side = 2 * rim + 1
-    windows = sliding_window_view(np.pad(mask, rim, constant_values=True), (side, side))
-    inner: Mask = np.all(windows, axis=(2, 3))
-    return inner

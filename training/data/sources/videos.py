@@ -11,7 +11,8 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from training.data.pairs import Kind, Mask, Shot
+from training.data.masks import Mask
+from training.data.pairs import Kind, Shot
 from training.data.sources.base import (
     Source,
     SourceError,
@@ -21,11 +22,12 @@ from training.data.sources.base import (
     read_picture,
 )
 
-LEAST_AREA = 0.005  # an instance smaller than this part of a frame is not worth looking at
+LEAST_AREA = 0.005
+"""Share of a frame that an instance must cover."""
 
 
 def choose_frames(count: int, rng: Generator) -> tuple[int, int]:
-    """Two frames, not next to each other if there is a choice: the object shall have moved."""
+    """Chooses two frames, not next to each other if there is a choice, so that the object has moved."""
     gap = int(rng.integers(max(1, count // 4), max(2, count)))
     first = int(rng.integers(count - gap)) if gap < count else 0
     pair = (first, min(first + gap, count - 1))
@@ -49,7 +51,7 @@ class LabelledVideos(Source):
         return len(self.videos)
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """Two frames that both show one instance."""
+        """Reads two frames that both show one instance."""
         video = self.videos[index]
         files = sorted((self._labels / video).glob("*.png"))
         if len(files) < 2:
@@ -64,7 +66,7 @@ class LabelledVideos(Source):
         return first, second
 
     def instances(self, maps: Sequence[NDArray[np.int64]], video: str) -> list[int]:
-        """The labels that are large enough in every map; 0 is the background."""
+        """Finds the labels that are large enough in every map; 0 is the background."""
         found = [set(np.unique(labels).tolist()) - {0, 255} for labels in maps]
         common = set.intersection(*found)
         large = [n for n in sorted(common) if all((labels == n).mean() > LEAST_AREA for labels in maps)]
@@ -132,7 +134,7 @@ class TrackedVideos(Source):
         return len(self.tracks)
 
     def read_tracks(self, content: dict[str, Any]) -> list[Track]:
-        """The tracks of a file as YouTube-VIS writes it: videos, and annotations with a mask per frame."""
+        """Reads tracks as YouTube-VIS writes them: videos, and annotations with a mask per frame."""
         videos = {video["id"]: video for video in content["videos"]}
         tracks = []
         for annotation in content["annotations"]:
@@ -142,7 +144,7 @@ class TrackedVideos(Source):
         return tracks
 
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
-        """Two frames in which the track is seen."""
+        """Reads two frames in which the track is seen."""
         track = self.tracks[index]
         seen = track.seen
         first, second = (self._shot(track, seen[frame]) for frame in choose_frames(len(seen), rng))
@@ -176,7 +178,7 @@ class BURST(TrackedVideos):
     annotations = ("annotations", "train", "train.json")
 
     def read_tracks(self, content: dict[str, Any]) -> list[Track]:
-        """Sequences with one dictionary of track number -> run lengths per annotated frame."""
+        """Reads sequences with one dictionary of track number -> run lengths per annotated frame."""
         tracks = []
         for sequence in content["sequences"]:
             folder = f"{sequence['dataset']}/{sequence['seq_name']}"

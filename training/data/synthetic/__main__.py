@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from runtime.imaging.pictures import MASK_THRESHOLD
 from training.data.synthetic.rendering import Pose, make_object, render_all, render_cutout
 from training.data.synthetic.scenes import make_light, make_scene
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
@@ -41,7 +42,8 @@ def draw_examples(folder: Path) -> None:
     picture, _ = render_all(scene, others, SCENE_SIZE)
     Image.fromarray(picture).save(folder / "scene.png", optimize=True)
     _, masks = render_all(scene, [(spec, PLACE), *others], SCENE_SIZE)
-    columns, rows = np.flatnonzero((masks[0] > 128).any(0)), np.flatnonzero((masks[0] > 128).any(1))
+    covered = masks[0] > MASK_THRESHOLD
+    columns, rows = np.flatnonzero(covered.any(0)), np.flatnonzero(covered.any(1))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     (folder / "scene_box.txt").write_text(",".join(str(end) for end in box) + "\n")
 
@@ -62,7 +64,7 @@ def draw_sheet(path: Path, first: int, rows: int = 8, side: int = 160) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, or 2 if there is nothing to draw or no way to write it."""
+    """Runs the command; returns 0, or 2 if there is nothing to draw or it cannot be written."""
     parser = argparse.ArgumentParser(
         prog="python -m training.data.synthetic",
         description=__doc__,

@@ -24,7 +24,7 @@ from training.data.synthetic.shapes import (
 
 
 def mug(rng: Generator) -> Shape:
-    """A hollow cup with a handle."""
+    """Draws a hollow cup with a handle."""
     radius, half = rng.uniform(0.42, 0.58), rng.uniform(0.45, 0.65)
     middle = (0.0, half, 0.0)
     wall = cylinder(middle, radius, half, rounding=0.04)
@@ -43,7 +43,7 @@ def mug(rng: Generator) -> Shape:
 
 
 def bottle(rng: Generator) -> Shape:
-    """A bottle with a coloured cap."""
+    """Draws a bottle with a coloured cap."""
     radius, neck = rng.uniform(0.3, 0.42), rng.uniform(0.1, 0.16)
     shoulder, top = rng.uniform(0.95, 1.2), rng.uniform(1.5, 1.65)
     heights = np.array([0, 0.04, shoulder, shoulder + 0.22, top])
@@ -54,7 +54,7 @@ def bottle(rng: Generator) -> Shape:
 
 
 def vase(rng: Generator) -> Shape:
-    """A vase with a free profile."""
+    """Draws a vase with a free profile."""
     heights = np.linspace(0, rng.uniform(1.2, 1.6), 6)
     radii = rng.uniform(0.22, 0.58, 6)
     radii[0] = max(radii[0], 0.3)
@@ -66,14 +66,14 @@ def vase(rng: Generator) -> Shape:
 
 
 def ball(rng: Generator) -> Shape:
-    """A ball."""
+    """Draws a ball."""
     radius = rng.uniform(0.6, 0.8)
     wrap = Part(sphere((0, radius, 0), radius), centre=(0, radius, 0), half=(radius,) * 3)
     return Shape("ball", (wrap,), 2 * radius, radius + 0.01)
 
 
 def carton(rng: Generator) -> Shape:
-    """A box: parcel, book, juice carton."""
+    """Draws a box: parcel, book, juice carton."""
     half = (rng.uniform(0.28, 0.7), rng.uniform(0.3, 0.75), rng.uniform(0.2, 0.6))
     middle = (0.0, half[1], 0.0)
     wrap = Part(box(middle, half, rng.uniform(0.01, 0.12)), wrap="box", centre=middle, half=half)
@@ -81,7 +81,7 @@ def carton(rng: Generator) -> Shape:
 
 
 def cone(rng: Generator) -> Shape:
-    """A traffic cone on its plate."""
+    """Draws a traffic cone on its plate."""
     height, radius = rng.uniform(1.1, 1.4), rng.uniform(0.42, 0.55)
     heights = np.array([0.06, height * 0.5, height])
     body = lathe(heights, np.array([radius, radius * 0.55, 0.08]))
@@ -92,7 +92,7 @@ def cone(rng: Generator) -> Shape:
 
 
 def ring(rng: Generator) -> Shape:
-    """A lying ring: swim ring, doughnut."""
+    """Draws a lying ring: swim ring, doughnut."""
     minor = rng.uniform(0.22, 0.32)
     major = 0.92 - minor
     wrap = Part(torus((0, minor, 0), major, minor), centre=(0, minor, 0), half=(1, minor, 1))
@@ -100,7 +100,7 @@ def ring(rng: Generator) -> Shape:
 
 
 def flower(rng: Generator) -> Shape:
-    """An upright plate with lobes: flower, star, cog."""
+    """Draws an upright plate with lobes: flower, star, cog."""
     count = int(rng.choice([3, 4, 5, 6, 8]))
     outer, inner = 0.72, rng.uniform(0.4, 0.55)
     half, power = rng.uniform(0.12, 0.22), rng.uniform(0.6, 1.6)
@@ -111,7 +111,7 @@ def flower(rng: Generator) -> Shape:
 
 
 def bear(rng: Generator) -> Shape:
-    """A toy animal: body, head, ears, snout, feet."""
+    """Draws a toy animal: body, head, ears, snout, feet."""
     head_radius, ear = rng.uniform(0.34, 0.42), rng.uniform(0.12, 0.19)
     spread, lift = rng.uniform(0.6, 0.8), rng.uniform(0.6, 1.5)
     body = ellipsoid((0, 0.5, 0), (0.46, 0.5, 0.42))
@@ -134,7 +134,7 @@ def bear(rng: Generator) -> Shape:
 
 
 def car(rng: Generator) -> Shape:
-    """A toy car: body, cabin, four wheels, seen from its side."""
+    """Draws a toy car: body, cabin, four wheels, seen from its side."""
     length, height = rng.uniform(0.75, 0.9), rng.uniform(0.18, 0.26)
     wheel, wide = rng.uniform(0.16, 0.22), rng.uniform(0.3, 0.4)
     middle = (0.0, wheel + height, 0.0)
@@ -156,7 +156,7 @@ def car(rng: Generator) -> Shape:
 
 
 def house(rng: Generator) -> Shape:
-    """A toy house: walls, a gable roof, a chimney."""
+    """Draws a toy house: walls, a gable roof, a chimney."""
     half = (rng.uniform(0.4, 0.55), rng.uniform(0.3, 0.42), rng.uniform(0.35, 0.5))
     eaves, pitch = 2 * half[1], rng.uniform(0.8, 1.2)
     middle = (0.0, half[1], 0.0)
@@ -182,7 +182,7 @@ def house(rng: Generator) -> Shape:
 
 
 def teapot(rng: Generator) -> Shape:
-    """A pot with spout, handle, lid and knob."""
+    """Draws a pot with spout, handle, lid and knob."""
     radius, tall = rng.uniform(0.5, 0.6), rng.uniform(0.85, 1.05)
     heights = np.array([0, 0.05, tall * 0.45, tall * 0.9, tall])
     body = lathe(heights, np.array([radius * 0.7, radius * 0.8, radius, radius * 0.55, radius * 0.45]))
@@ -203,7 +203,7 @@ def teapot(rng: Generator) -> Shape:
 
 
 def tin(rng: Generator) -> Shape:
-    """A tin or a drum: cylinder with rims."""
+    """Draws a tin or a drum: cylinder with rims."""
     radius, half = rng.uniform(0.42, 0.62), rng.uniform(0.4, 0.7)
     middle = (0.0, half, 0.0)
     rims = join(torus((0, 0.04, 0), radius, 0.045), torus((0, 2 * half - 0.04, 0), radius, 0.045), 0.01)
@@ -212,7 +212,7 @@ def tin(rng: Generator) -> Shape:
 
 
 def mushroom(rng: Generator) -> Shape:
-    """A stem under a cap that carries the markings; a lamp, by another name."""
+    """Draws a stem under a cap that carries the markings; a lamp, by another name."""
     tall, wide = rng.uniform(0.7, 1.0), rng.uniform(0.6, 0.75)
     dome = rng.uniform(0.4, 0.6)
     heights = np.array([0, 0.06, tall * 0.5, tall])

@@ -24,12 +24,12 @@ MARKS = ("disc", "ring", "star", "heart", "bolt", "diamond", "cross", "moon", "l
 
 
 def linear(colours: NDArray[np.uint8] | Colour) -> Array:
-    """8-bit sRGB to linear light, with the square as transfer curve."""
+    """Converts 8-bit sRGB to linear light, with the square as transfer curve."""
     return np.square(np.asarray(colours, np.float32) / 255)
 
 
 def palette(rng: Generator, count: int) -> list[Colour]:
-    """Colours that go together and stay apart: hues a step from each other, light and dark taking turns."""
+    """Chooses colours that go together: hues a step from each other, light and dark in turn."""
     hue, step = rng.random(), rng.choice([0.5, 0.33, 0.42, 0.12])
     dark_first = rng.integers(2)
     colours = []
@@ -65,14 +65,14 @@ class Cloth:
 
 
 def bands(cloth: Cloth, rng: Generator) -> None:
-    """Horizontal bands of different heights."""
+    """Draws horizontal bands of different heights."""
     edges = np.sort(rng.integers(0, HEIGHT, 2 * cloth.count)).tolist()
     for index, (top, end) in enumerate(zip(edges[::2], edges[1::2], strict=True)):
         cloth.draw.rectangle((0, top, cloth.width, end), fill=cloth.colours[1 + index % 2])
 
 
 def stripes(cloth: Cloth, _: Generator) -> None:
-    """Upright stripes."""
+    """Draws upright stripes."""
     pitch = cloth.width / cloth.around / 2
     for index in range(2 * cloth.around):
         left = index * pitch
@@ -80,7 +80,7 @@ def stripes(cloth: Cloth, _: Generator) -> None:
 
 
 def diagonal(cloth: Cloth, _: Generator) -> None:
-    """Slanting stripes."""
+    """Draws slanting stripes."""
     pitch = cloth.width / cloth.around
     for index in range(-cloth.around - cloth.count, cloth.around):
         left, right = index * pitch, (index + 0.5) * pitch
@@ -89,7 +89,7 @@ def diagonal(cloth: Cloth, _: Generator) -> None:
 
 
 def dots(cloth: Cloth, rng: Generator) -> None:
-    """Dots in staggered rows."""
+    """Draws dots in staggered rows."""
     pitch = cloth.width / (cloth.around + cloth.around // cloth.count)
     radius = pitch * rng.uniform(0.22, 0.4)
     for row in range(int(HEIGHT / pitch) + 2):
@@ -100,7 +100,7 @@ def dots(cloth: Cloth, rng: Generator) -> None:
 
 
 def checks(cloth: Cloth, _: Generator) -> None:
-    """A chessboard."""
+    """Draws a chessboard."""
     side = cloth.width / (2 * cloth.around)
     for row in range(int(HEIGHT / side) + 1):
         for column in range(row % 2, 2 * cloth.around, 2):
@@ -109,7 +109,7 @@ def checks(cloth: Cloth, _: Generator) -> None:
 
 
 def waves(cloth: Cloth, rng: Generator) -> None:
-    """Horizontal bands that swing or zigzag."""
+    """Draws horizontal bands that swing or zigzag."""
     thick, x = HEIGHT // (2 * cloth.count), np.arange(cloth.width + 1)
     phase = x * cloth.around / cloth.width
     swing = np.abs((phase % 1) - 0.5) * 2 if rng.random() < 0.5 else 0.5 + 0.5 * np.sin(phase * 2 * np.pi)
@@ -120,12 +120,12 @@ def waves(cloth: Cloth, rng: Generator) -> None:
 
 
 def halves(cloth: Cloth, rng: Generator) -> None:
-    """One colour above, another below."""
+    """Draws one colour above, another below."""
     cloth.draw.rectangle((0, HEIGHT * rng.uniform(0.35, 0.65), cloth.width, HEIGHT), fill=cloth.colours[1])
 
 
 def tartan(cloth: Cloth, _: Generator) -> None:
-    """Two see-through gratings, one over the other."""
+    """Draws two see-through gratings, one over the other."""
     weave = np.asarray(cloth.picture, np.float32)
     for axis, length in ((0, HEIGHT), (1, cloth.width)):
         thread = (np.arange(length) * 2 * cloth.count // HEIGHT) % 2 == 0
@@ -136,7 +136,7 @@ def tartan(cloth: Cloth, _: Generator) -> None:
 
 
 def plain(_cloth: Cloth, _rng: Generator) -> None:
-    """Nothing but the ground."""
+    """Draws nothing but the ground."""
 
 
 PATTERNS = (plain, bands, stripes, diagonal, dots, checks, waves, waves, halves, tartan)
@@ -156,7 +156,7 @@ def star(
 def mark(
     draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, size: float, inks: list[Colour], text: str
 ) -> None:
-    """One logo of radius `size` around (x, y) in inks[0], its inside in inks[1]."""
+    """Draws one logo of radius `size` around (x, y) in inks[0], its inside in inks[1]."""
     around = (x - size, y - size, x + size, y + size)
     if kind == "disc":
         draw.ellipse(around, fill=inks[0])
@@ -210,7 +210,7 @@ def mark(
 
 
 def wrap_picture(rng: Generator, colours: list[Colour], fronts: int) -> Array:
-    """A pattern, and marks on it so that some mark faces every side.
+    """Draws a pattern, and marks on it so that some mark faces every side.
 
     Args:
         rng: source of every choice.

@@ -49,7 +49,7 @@ class Pose:
 
 @lru_cache(maxsize=256)
 def make_object(seed: int) -> ObjectSpec:
-    """The object of a number: the same on every call."""
+    """Makes the object of a number: the same on every call."""
     rng = np.random.default_rng([seed, 1])
     shape = CATALOGUE[int(rng.integers(len(CATALOGUE)))](rng)
     colours = palette(rng, 5)
@@ -60,7 +60,7 @@ def make_object(seed: int) -> ObjectSpec:
 
 
 def sample(picture: Array, u: Array, v: Array) -> Array:
-    """Colours (3, N) of a repeating picture (H, W, 3), at positions in units of its sides; bilinear."""
+    """Reads colours (3, N) of a repeating picture (H, W, 3), at positions in units of its sides; bilinear."""
     height, width, _ = picture.shape
     x, y = u * width - np.float32(0.5), v * height - np.float32(0.5)
     left, top = np.floor(x), np.floor(y)
@@ -87,12 +87,12 @@ class Body:
         self.radius = np.float32(spec.shape.radius * pose.scale)
 
     def inside(self, points: Array) -> Array:
-        """Scene coordinates (3, N) to the object's own."""
+        """Converts scene coordinates (3, N) to the object's own."""
         result: Array = self.turn @ (points - self.offset) / np.float32(self.pose.scale)
         return result
 
     def distance(self, own: Array) -> Array:
-        """Signed distance, in the object's units, at points in its own coordinates."""
+        """Computes signed distance, in the object's units, at points in its own coordinates."""
         parts = self.spec.shape.parts
         nearest = parts[0].distance(own)
         for part in parts[1:]:
@@ -100,7 +100,7 @@ class Body:
         return nearest
 
     def span(self, origin: Array, rays: Array, slope: float = 0.0) -> tuple[Array, Array]:
-        """Where unit rays (3, N), or cones that widen by `slope`, may meet the body: start and end.
+        """Computes where unit rays (3, N), or cones that widen by `slope`, may meet the body: start and end.
 
         The end is before the start where they cannot.
         """
@@ -114,7 +114,7 @@ class Body:
     def trace(
         self, origin: Array, rays: Array, start: Array, end: Array, slope: float
     ) -> tuple[Indices, Array]:
-        """Which of the rays hit between start and end, and where they stop.
+        """Finds which of the rays hit between start and end, and where they stop.
 
         A ray stands for a cone whose radius grows by `slope`: it stops as soon as the cone may touch, at a
         depth where nothing in the cone has touched yet. A thin ray has slope 0.
@@ -138,7 +138,7 @@ class Body:
         return np.concatenate(hits), np.concatenate(depths)
 
     def normals(self, own: Array) -> Array:
-        """Unit normals (3, N), object coordinates, from four distances around each point."""
+        """Computes unit normals (3, N), object coordinates, from four distances around each point."""
         total = np.zeros_like(own)
         for corner in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
             step = np.array(corner, np.float32)[:, None]
@@ -147,7 +147,7 @@ class Body:
         return result
 
     def paint(self, own: Array, normals: Array) -> Array:
-        """Albedo (3, N) at surface points."""
+        """Computes albedo (3, N) at surface points."""
         parts = self.spec.shape.parts
         nearest = np.argmin(np.stack([part.distance(own) for part in parts]), axis=0)
         albedo = np.empty_like(own)
@@ -161,7 +161,7 @@ class Body:
 
 
 def wrapped(part: Part, wraps: tuple[Array, Array], own: Array, normals: Array) -> Array:
-    """The wrap picture's colours on a part, around the y axis or on the face that the normal points to."""
+    """Reads the wrap picture on a part: around the y axis, or on the face that the normal points to."""
     q = (own - np.array(part.centre, np.float32)[:, None]) / np.array(part.half, np.float32)[:, None]
     v = 0.5 - 0.5 * q[1]
     if part.wrap == "round":
@@ -176,7 +176,7 @@ def wrapped(part: Part, wraps: tuple[Array, Array], own: Array, normals: Array) 
 
 
 def shade(body: Body, light: Light, origin: Array, rays: Array, depths: Array) -> Array:
-    """Light (3, N) that comes from hit points: ambient with occlusion, diffuse, a highlight."""
+    """Computes the light (3, N) from hit points: ambient with occlusion, diffuse, a highlight."""
     points = origin + rays * depths
     own = body.inside(points)
     own_normals = body.normals(own)
@@ -207,7 +207,7 @@ def pixel_grid(window: Window, pitch: float) -> tuple[Array, Array]:
 
 
 def window_of(body: Body, camera: Camera, size: tuple[int, int]) -> Window:
-    """The pixels in which the body's sphere can be seen, a whole number of coarse cells."""
+    """Finds the pixels in which the body's sphere can be seen, a whole number of coarse cells."""
     centre = camera.project(body.middle, size)[:, 0]
     eye, _ = camera.rays(np.zeros(1, np.float32), np.zeros(1, np.float32), size)
     distance = np.sqrt(np.square(body.middle - eye).sum())
@@ -223,7 +223,7 @@ def window_of(body: Body, camera: Camera, size: tuple[int, int]) -> Window:
 def first_hits(
     body: Body, camera: Camera, size: tuple[int, int], window: Window
 ) -> tuple[Array, Array, Indices, Array]:
-    """Sphere tracing in two passes: cones of a cell each, then the cells' rays from where the cone stopped.
+    """Traces spheres in two passes: cones of a cell each, then the cells' rays from where their cone stopped.
 
     Returns:
         The rays' origin (3, 1), the unit rays that hit (3, N), their sample numbers and their depths (N,).
@@ -245,7 +245,7 @@ def first_hits(
 
 
 def draw_body(body: Body, light: Light, camera: Camera, size: tuple[int, int]) -> tuple[Array, Array]:
-    """Premultiplied light (H, W, 3) and coverage (H, W), 0..1, of one body alone."""
+    """Draws premultiplied light (H, W, 3) and coverage (H, W), 0..1, of one body alone."""
     width, height = size
     picture, coverage = np.zeros((height, width, 3), np.float32), np.zeros((height, width), np.float32)
     window = window_of(body, camera, size)
@@ -267,7 +267,7 @@ def draw_body(body: Body, light: Light, camera: Camera, size: tuple[int, int]) -
 
 
 def shadow(bodies: Sequence[Body], light: Light, points: Array) -> tuple[Array, Array]:
-    """What is left of the direct and of the ambient light at floor points (3, N)."""
+    """Computes what is left of the direct and of the ambient light at floor points (3, N)."""
     direct, ambient = np.ones(points.shape[1], np.float32), np.ones(points.shape[1], np.float32)
     for body in bodies:
         near = np.flatnonzero(np.square(points - body.offset)[[0, 2]].sum(0) < (3.2 * body.radius) ** 2)
@@ -289,7 +289,7 @@ def shadow(bodies: Sequence[Body], light: Light, points: Array) -> tuple[Array, 
 
 
 def draw_room(scene: Scene, bodies: Sequence[Body], size: tuple[int, int]) -> Array:
-    """Light (H, W, 3) of floor and wall, with the bodies' shadows on the floor."""
+    """Draws the light (H, W, 3) of floor and wall, with the bodies' shadows on the floor."""
     width, height = size
     columns, rows = pixel_grid((0, 0, width, height), 1)
     origin, rays = scene.camera.rays(columns, rows, size)
@@ -316,13 +316,13 @@ def draw_room(scene: Scene, bodies: Sequence[Body], size: tuple[int, int]) -> Ar
 
 
 def tiled(surface: Surface, across: Array, along: Array) -> Array:
-    """Colours (3, N) of a surface at positions in scene units."""
+    """Reads colours (3, N) of a surface at positions in scene units."""
     size = np.float32(surface.size)
     return sample(surface.picture, across / size, along / size)
 
 
 def developed(light: Array) -> Picture:
-    """Linear light to 8-bit sRGB."""
+    """Converts linear light to 8-bit sRGB."""
     return (np.sqrt(np.clip(light, 0, 1)) * 255 + 0.5).astype(np.uint8)
 
 
@@ -332,7 +332,7 @@ Placed = tuple[ObjectSpec, Pose]
 def render_all(
     scene: Scene, placed: Sequence[Placed], size: tuple[int, int]
 ) -> tuple[Picture, list[Picture]]:
-    """A picture of the scene with objects in it.
+    """Draws a picture of the scene with objects in it.
 
     Args:
         scene: the room.
@@ -356,18 +356,18 @@ def render_all(
 
 
 def render(scene: Scene, spec: ObjectSpec, pose: Pose, size: tuple[int, int]) -> tuple[Picture, Picture]:
-    """A picture (H, W, 3) of one object in a scene, and its mask (H, W): covered share times 255."""
+    """Draws a picture (H, W, 3) of one object in a scene, and its mask (H, W): covered share times 255."""
     picture, masks = render_all(scene, [(spec, pose)], size)
     return picture, masks[0]
 
 
 def render_background(scene: Scene, size: tuple[int, int]) -> Picture:
-    """The same room without any object."""
+    """Draws the same room without any object."""
     return render_all(scene, [], size)[0]
 
 
 def render_cutout(spec: ObjectSpec, yaw: float, elevation: float, light: Light, size: int) -> Picture:
-    """The object alone, filling a square: uint8 RGBA (size, size, 4), colours not multiplied with alpha."""
+    """Draws the object alone in a square: uint8 RGBA (size, size, 4), colours not multiplied with alpha."""
     camera = Camera(6.0, elevation, spec.shape.height / 2, spec.shape.radius / 5.8)
     colour, coverage = draw_body(Body(spec, Pose(yaw=yaw)), light, camera, (size, size))
     straight = colour / np.maximum(coverage, np.float32(1e-3))[..., None]

@@ -35,7 +35,7 @@ class Camera:
     spread: float  # half the picture's shorter side at distance 1: the tangent of half the angle of view
 
     def rays(self, columns: Array, rows: Array, size: tuple[int, int]) -> tuple[Array, Array]:
-        """Origin (3, 1) and unit directions (3, N) of rays through pixels of a (width, height) picture."""
+        """Computes origin (3, 1) and directions (3, N), of length 1, of rays through pixels."""
         sine, cosine = np.float32(np.sin(self.elevation)), np.float32(np.cos(self.elevation))
         scale = np.float32(2 * self.spread / min(size))
         x = (columns - np.float32(size[0] / 2)) * scale
@@ -46,7 +46,7 @@ class Camera:
         return origin, rays
 
     def project(self, points: Array, size: tuple[int, int]) -> Array:
-        """Pixel positions (2, N), column and row, of points (3, N)."""
+        """Computes pixel positions (2, N), column and row, of points (3, N)."""
         sine, cosine = np.sin(self.elevation), np.cos(self.elevation)
         x, y, z = points[0], points[1] - self.aim, points[2]
         depth = self.distance - (y * sine + z * cosine)
@@ -77,7 +77,7 @@ class Scene:
 
 
 def noise(rng: Generator, roughness: float = 1.5, stretch: float = 1.0) -> Array:
-    """Tileable noise (TILE, TILE), mean 0, variance 1, whose spectrum falls with frequency ** -roughness."""
+    """Makes tileable noise (TILE, TILE) of mean 0 and variance 1; spectrum: frequency ** -roughness."""
     spectrum = np.fft.rfft2(rng.standard_normal((TILE, TILE), dtype=np.float32))
     vertical = np.fft.fftfreq(TILE)[:, None] * TILE
     horizontal = np.fft.rfftfreq(TILE)[None, :] * TILE * stretch
@@ -89,7 +89,7 @@ def noise(rng: Generator, roughness: float = 1.5, stretch: float = 1.0) -> Array
 
 
 def mix(first: Array, second: Array, amount: Array) -> Array:
-    """Blend two colours (3,) by a field (TILE, TILE) in 0..1."""
+    """Blends two colours (3,) by a field (TILE, TILE) in 0..1."""
     return first + (second - first) * np.clip(amount, 0, 1)[..., None]
 
 
@@ -108,7 +108,7 @@ Colours = tuple[Array, Array, Array]  # base, other and a light grey, each (3,)
 
 
 def wood(rng: Generator, _: Colours) -> Array:
-    """Grain that runs along the repeat's rows."""
+    """Draws grain that runs along the repeat's rows."""
     light, dark = linear((196, 148, 96)), linear((112, 68, 36))
     light, dark = light * np.float32(rng.uniform(0.5, 1.2)), dark * np.float32(rng.uniform(0.5, 1.2))
     return mix(light, dark, 0.5 + 0.22 * noise(rng, 1.2, 0.08))
@@ -122,7 +122,7 @@ def planks(rng: Generator, colours: Colours) -> Array:
 
 
 def tiles(rng: Generator, colours: Colours) -> Array:
-    """Square tiles with dark joints."""
+    """Draws square tiles with dark joints."""
     joints, number = grid(int(rng.choice([3, 4, 6])), 0.05, False)
     tone = rng.uniform(0.88, 1.08, 64).astype(np.float32)[number]
     return mix(colours[0] * np.float32(1.05), colours[1] * np.float32(0.5), joints) * tone[..., None]
@@ -137,45 +137,45 @@ def bricks(rng: Generator, colours: Colours) -> Array:
 
 
 def checks(rng: Generator, colours: Colours) -> Array:
-    """A chessboard."""
+    """Draws a chessboard."""
     cell = np.arange(TILE) * int(rng.choice([4, 6, 8])) // TILE
     odd = ((cell[:, None] + cell) % 2).astype(np.float32)
     return mix(colours[0], colours[1] * np.float32(0.6), odd)
 
 
 def marble(rng: Generator, colours: Colours) -> Array:
-    """Dark veins in pale stone."""
+    """Draws dark veins in pale stone."""
     veins = np.exp(-np.abs(noise(rng, 1.6)) * 6)
     cloud = 0.7 * veins + 0.06 * noise(rng, 1.0)
     return mix(colours[0] * np.float32(1.1), colours[1] * np.float32(0.4), cloud)
 
 
 def carpet(rng: Generator, colours: Colours) -> Array:
-    """Fine grain with a few worn places."""
+    """Draws fine grain with a few worn places."""
     picture = mix(colours[0], colours[1], 0.5 + 0.3 * noise(rng, 0.2))
     return picture * (1 + 0.1 * noise(rng, 1.5))[..., None]
 
 
 def grass(rng: Generator, _: Colours) -> Array:
-    """A lawn."""
+    """Draws a lawn."""
     return mix(linear((92, 140, 52)), linear((40, 84, 30)), 0.5 + 0.3 * noise(rng, 0.7, 2.0))
 
 
 def stripes(rng: Generator, colours: Colours) -> Array:
-    """Upright stripes."""
+    """Draws upright stripes."""
     stripe = np.arange(TILE) * 2 * int(rng.choice([4, 8, 12])) // TILE % 2
     return mix(colours[0], colours[1], np.tile(stripe.astype(np.float32), (TILE, 1)))
 
 
 def panels(_: Generator, colours: Colours) -> Array:
-    """Upright boards with dark joints."""
+    """Draws upright boards with dark joints."""
     to_joint = np.abs((np.arange(TILE) * 6 / TILE) % 1 - 0.5)
     joint = np.tile((to_joint > 0.47).astype(np.float32), (TILE, 1))
     return mix(colours[0], colours[0] * np.float32(0.45), joint)
 
 
 def blur(rng: Generator, colours: Colours) -> Array:
-    """Something out of focus."""
+    """Draws patches of colour that are out of focus."""
     strong = [linear(c) for c in palette(rng, 2)]
     picture = mix(strong[0], strong[1], 0.5 + 0.5 * noise(rng, 2.2))
     result: Array = picture + (colours[2] - picture) * np.float32(0.6)
@@ -183,12 +183,12 @@ def blur(rng: Generator, colours: Colours) -> Array:
 
 
 def plaster(rng: Generator, colours: Colours) -> Array:
-    """A rough coat of paint."""
+    """Draws a rough coat of paint."""
     return mix(colours[0], colours[1], 0.3 + 0.18 * noise(rng, 1.0))
 
 
 def plain(rng: Generator, colours: Colours) -> Array:
-    """One colour, hardly uneven."""
+    """Draws one colour, nearly even."""
     return mix(colours[0], colours[1], 0.1 * noise(rng, 2.5))
 
 
@@ -199,7 +199,7 @@ WALLS: tuple[Material, ...] = (plain, plaster, bricks, stripes, tiles, panels, b
 
 
 def surface(material: Material, size: float, rng: Generator) -> Surface:
-    """A floor or wall whose repeat is `size` long."""
+    """Makes a floor or wall whose repeat is `size` long."""
     # rooms are paler than the things in them: pull the colours to a common light grey or beige
     grey = linear((np.array([225, 215, 200]) * rng.uniform(0.55, 1.0)).astype(np.uint8))
     base, other = (grey + (linear(c) - grey) * np.float32(rng.uniform(0.05, 0.55)) for c in palette(rng, 2))
@@ -208,7 +208,7 @@ def surface(material: Material, size: float, rng: Generator) -> Surface:
 
 
 def sky_picture(rng: Generator) -> Array:
-    """A sky with clouds over a line of hills; row 0 of the picture is its top, the last row the horizon."""
+    """Draws a sky with clouds over a line of hills; row 0 is its top, the last row the horizon."""
     height = np.linspace(1, 0, TILE, dtype=np.float32)[:, None].repeat(TILE, 1)
     low, high = linear((214, 228, 240)), linear((96, 152, 214))
     if rng.random() < 0.3:
@@ -224,7 +224,7 @@ def sky_picture(rng: Generator) -> Array:
 
 
 def make_light(rng: Generator) -> Light:
-    """A light from above and before, warm or cold."""
+    """Makes a light from above and before, warm or cold."""
     turn, lift = rng.uniform(-1.2, 1.2), rng.uniform(0.6, 1.15)
     direction = np.array(
         [[np.sin(turn) * np.cos(lift)], [np.sin(lift)], [np.cos(turn) * np.cos(lift)]], np.float32
@@ -236,7 +236,7 @@ def make_light(rng: Generator) -> Light:
 
 
 def make_scene(seed: int) -> Scene:
-    """The scene of a number: the same on every call."""
+    """Makes the scene of a number: the same on every call."""
     rng = np.random.default_rng([seed, 2])
     if rng.random() < 0.25:
         floor = surface(OUTDOOR_FLOORS[rng.integers(len(OUTDOOR_FLOORS))], rng.uniform(1.6, 3.5), rng)

@@ -42,25 +42,25 @@ class Shape:
 
 
 def vector(x: float, y: float, z: float) -> Array:
-    """A column (3, 1) of float32 that broadcasts against points (3, N)."""
+    """Makes a column (3, 1) of float32 that broadcasts against points (3, N)."""
     return np.array([[x], [y], [z]], np.float32)
 
 
 def length(p: Array) -> Array:
-    """Euclidean length (N,) of vectors (3, N); written out, because a sum over a short axis is slow."""
+    """Computes the length (N,) of vectors (3, N); written out, because a sum over a short axis is slow."""
     x, y, z = p
     result: Array = np.sqrt(x * x + y * y + z * z)
     return result
 
 
 def sphere(centre: tuple[float, float, float], radius: float) -> Distance:
-    """A ball."""
+    """Makes a ball."""
     c, r = vector(*centre), np.float32(radius)
     return lambda p: length(p - c) - r
 
 
 def ellipsoid(centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Distance:
-    """An ellipsoid; the distance is a lower bound: that of the scaled ball times the smallest radius."""
+    """Makes an ellipsoid; the distance is a lower bound: the scaled ball's times the smallest radius."""
     c, r = vector(*centre), vector(*radii)
     smallest = np.float32(min(radii))
 
@@ -74,7 +74,7 @@ def ellipsoid(centre: tuple[float, float, float], radii: tuple[float, float, flo
 def box(
     centre: tuple[float, float, float], half: tuple[float, float, float], rounding: float = 0.0
 ) -> Distance:
-    """A box with rounded edges."""
+    """Makes a box with rounded edges."""
     c = vector(*centre)
     h = vector(*half) - np.float32(rounding)
 
@@ -90,7 +90,7 @@ def box(
 def cylinder(
     centre: tuple[float, float, float], radius: float, half: float, axis: int = 1, rounding: float = 0.0
 ) -> Distance:
-    """A cylinder along `axis` (0 x, 1 y, 2 z) with rounded rims."""
+    """Makes a cylinder along `axis` (0 x, 1 y, 2 z) with rounded rims."""
     c = vector(*centre)
     first, second = [a for a in range(3) if a != axis]
 
@@ -106,7 +106,7 @@ def cylinder(
 
 
 def torus(centre: tuple[float, float, float], major: float, minor: float, axis: int = 1) -> Distance:
-    """A ring about `axis`."""
+    """Makes a ring about `axis`."""
     c = vector(*centre)
     first, second = [a for a in range(3) if a != axis]
 
@@ -120,7 +120,7 @@ def torus(centre: tuple[float, float, float], major: float, minor: float, axis: 
 
 
 def lathe(heights: NDArray[np.float64], radii: NDArray[np.float64], samples: int = 256) -> Distance:
-    """A solid of revolution about y with radius `radii` at `heights` (increasing), smooth between them.
+    """Makes a solid of revolution about y with `radii` at `heights` (increasing), smooth between them.
 
     `rho - R(y)` is no distance where the profile is steep, so it is divided by the steepest slope nearby.
     """
@@ -150,7 +150,7 @@ def lathe(heights: NDArray[np.float64], radii: NDArray[np.float64], samples: int
 
 
 def petals(count: int, inner: float, outer: float, half: float, middle: float, power: float) -> Distance:
-    """An upright plate like a flower, a star or a cog: its radius swings between inner and outer."""
+    """Makes an upright plate like a flower, a star or a cog: its radius swings from inner to outer."""
     turns = np.float32(count)
     slack = np.float32(1 / np.sqrt(1 + (0.5 * count * (outer - inner) / max(inner, 0.2)) ** 2))
 
@@ -165,7 +165,7 @@ def petals(count: int, inner: float, outer: float, half: float, middle: float, p
 
 
 def join(first: Distance, second: Distance, blend: float) -> Distance:
-    """Union whose seam is rounded over the width `blend`."""
+    """Makes a union whose seam is rounded over the width `blend`."""
     width = np.float32(blend)
 
     def distance(p: Array) -> Array:
@@ -178,5 +178,5 @@ def join(first: Distance, second: Distance, blend: float) -> Distance:
 
 
 def carve(solid: Distance, hollow: Distance) -> Distance:
-    """`solid` without `hollow`."""
+    """Makes `solid` without `hollow`."""
     return lambda p: np.maximum(solid(p), -hollow(p))

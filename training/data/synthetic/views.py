@@ -53,14 +53,14 @@ def _stage(seed: int, number: int) -> tuple[Scene, tuple[ObjectSpec, Pose], list
 
 
 def scene_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
-    """View `number` of object `seed`, each in a room of its own."""
+    """Draws view `number` of object `seed`, each in a room of its own."""
     scene, placed, others = _stage(seed, number)
     image, masks = render_all(scene, [placed, *others], (size, size))
     return View(image, masks[0])
 
 
 def reference_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
-    """View `number` of object `seed` without any background (black), as it stands in a product picture."""
+    """Draws view `number` of object `seed` alone on black, as in a product picture."""
     rng = np.random.default_rng([seed, 5, number])
     yaw, elevation, light = _yaw(seed, rng), rng.uniform(0.1, 0.5), make_light(rng)
     picture = render_cutout(make_object(seed), yaw, elevation, light, size)

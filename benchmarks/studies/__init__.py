@@ -1,0 +1,1 @@
+"""Questions that are answered: how the answer was measured, kept so that it can be measured again."""

@@ -1,0 +1,81 @@
+"""Baselines without a network: an empty place, a guessed background, copy-paste."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime.imaging.boxes import Box
+
+Picture = NDArray[np.uint8]
+
+_INSIDE = 128
+
+
+def exact_box(mask: Picture) -> Box:
+    """Return the smallest box around an object; mask: (H, W), 0..255, not empty."""
+    inside = mask > _INSIDE
+    columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
+    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+
+
+def empty_box(scene: Picture, box: Box) -> Picture:
+    """Return the scene (H, W, 3), black in the box."""
+    result: Picture = scene.copy()
+    result[box.slices] = 0
+    return result
+
+
+def guess_background(scene: Picture, box: Box) -> Picture:
+    """Fill the box: each pixel is the mean of the nearest pixels beyond its four sides, by inverse distance.
+
+    scene: (H, W, 3) uint8. A side of the box that lies on the border of the scene is left out.
+    """
+    height, width = scene.shape[:2]
+    rows, columns = np.mgrid[box.slices]
+    total, colours = np.zeros((box.height, box.width, 1)), np.zeros((box.height, box.width, 3))
+    for row, column, exists, distance in (
+        (rows, box.x0 - 1, box.x0 > 0, columns - box.x0 + 1),
+        (rows, box.x1, box.x1 < width, box.x1 - columns),
+        (box.y0 - 1, columns, box.y0 > 0, rows - box.y0 + 1),
+        (box.y1, columns, box.y1 < height, box.y1 - rows),
+    ):
+        if exists:
+            weight = 1 / distance[..., None]
+            total += weight
+            colours += weight * scene[row, column]
+    result: Picture = scene.copy()
+    if total.any():
+        result[box.slices] = np.rint(colours / total).astype(np.uint8)
+    return result
+
+
+def copy_paste(image: Picture, mask: Picture, scene: Picture, box: Box) -> Picture:
+    """Paste an object into a scene: cut out along its mask and stretched to the box.
+
+    image: (H, W, 3). mask: (H, W), 0..255, how much of each pixel is the object. Inside the box, the scene
+    remains around the object.
+    """
+    cutout = Image.fromarray(np.dstack([image, mask])).crop(exact_box(mask))
+    canvas = Image.fromarray(scene)
+    resized = cutout.resize((box.width, box.height), Image.Resampling.BILINEAR)
+    canvas.paste(resized, (box.x0, box.y0), resized)
+    return np.asarray(canvas)
+
+
+def on_white(image: Picture, mask: Picture) -> Picture:
+    """Return a picture (H, W, 3) with everything but the object white; mask: (H, W), 0..255."""
+    share = mask[..., None] / 255
+    result: Picture = np.rint(image * share + 255 * (1 - share)).astype(np.uint8)
+    return result
+
+
+def fitted(picture: Picture, side: int) -> Picture:
+    """Fit a picture (H, W, 3) into the middle of a white square (side, side, 3)."""
+    height, width = picture.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(Image.fromarray(picture).resize(size), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return np.asarray(canvas)

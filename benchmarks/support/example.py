@@ -1,0 +1,31 @@
+"""The pictures of `examples/`: an object, a scene and a place in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from runtime.request import Placement
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCENE = EXAMPLES / "scene.png"
+OBJECT = EXAMPLES / "object.png"
+
+
+def scene_box() -> tuple[int, int, int, int]:
+    """Return x0, y0, x1, y1 of the place in the scene, in pixels."""
+    x0, y0, x1, y1 = (int(value) for value in (EXAMPLES / "scene_box.txt").read_text("utf-8").split(","))
+    return x0, y0, x1, y1
+
+
+def placement(brighter: int = 0) -> Placement:
+    """Return the object at its place, a number of levels (0..255) brighter.
+
+    Another brightness is another reference: nothing that was kept for the first one can be used for it.
+    """
+    from PIL import Image
+
+    rgba = np.asarray(Image.open(OBJECT).convert("RGBA")).astype(np.int16)
+    rgba[..., :3] = np.minimum(rgba[..., :3] + brighter, 255)
+    return Placement(rgba.astype(np.uint8), box=scene_box())

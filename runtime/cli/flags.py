@@ -1,0 +1,108 @@
+"""Flags of a dataclass of options: one per field, and back.
+
+The metadata of a field describes its flag: `help`, `is_size` for an amount of memory, and arguments of
+`argparse.ArgumentParser.add_argument`, like `choices` and `metavar`. The flag of `memory_budget` is
+`--memory-budget`. A flag that is not given is None, so that every default stays in one place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import types
+from collections.abc import Iterable
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from engines.options import EngineOptions
+from runtime.sizes import size_flag
+
+DEFAULT_BUNDLE = "build/engines/anydoor"
+BUNDLE_VARIABLE = "ANYDOOR_BUNDLE"
+
+
+def default_bundle() -> Path:
+    """The bundle where none is named: that of the environment, or the usual place."""
+    return Path(os.environ.get(BUNDLE_VARIABLE, DEFAULT_BUNDLE))
+
+
+def add_bundle_flag(parser: argparse._ActionsContainer) -> None:
+    """Adds --bundle, which is None if not given; see `default_bundle`."""
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help=f"directory of the bundle (default: ${BUNDLE_VARIABLE}, else {DEFAULT_BUNDLE})",
+    )
+
+
+def add_engine_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds a flag for every field of `EngineOptions`."""
+    add_flags(parser, EngineOptions)
+
+
+def engine_options(options: argparse.Namespace) -> EngineOptions:
+    """The engine's options from parsed flags.
+
+    Raises:
+        BackendError: a value is out of range.
+    """
+    return EngineOptions(**given(options, field_names(EngineOptions)))
+
+
+def add_flags(parser: argparse._ActionsContainer, kind: type) -> None:
+    """Adds a flag for every field of a dataclass; those of a dataclass within it stand beside the others."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            add_flags(parser, hints[field.name])
+        else:
+            parser.add_argument(flag_of(field.name), default=None, **_flag(field, hints[field.name]))
+
+
+def field_names(kind: type) -> list[str]:
+    """The fields of a dataclass that have a flag; see `add_flags`."""
+    hints = get_type_hints(kind)
+    names: list[str] = []
+    for field in fields(kind):
+        hint = hints[field.name]
+        nested = isinstance(hint, type) and is_dataclass(hint)
+        names += field_names(hint) if nested else [field.name]
+    return names
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field, like --memory-budget of memory_budget."""
+    return f"--{name.replace('_', '-')}"
+
+
+def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Name -> value, of the flags that were given."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _flag(field: Field[Any], hint: Any) -> dict[str, Any]:
+    """The arguments of `add_argument` for a field."""
+    flag: dict[str, Any] = dict(field.metadata)
+    default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+    if default not in ("", None, False):
+        flag["help"] += f" (default: {default})"
+    kind = _without_none(hint)
+    if flag.pop("is_size", False):
+        flag["type"] = size_flag
+    elif kind is bool:
+        flag["action"] = "store_true"
+    elif get_origin(kind) is tuple:
+        flag["action"] = "append"
+    elif kind is not str:
+        flag["type"] = kind
+    return flag
+
+
+def _without_none(hint: Any) -> Any:
+    """The type of a field that may be None."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint

@@ -1,0 +1,82 @@
+"""Where pictures are written: checked before the work, and written after it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+from runtime.errors import InputError
+from runtime.imaging.pictures import check_size, contact_sheet, format_of, save_picture, sheet_size
+from runtime.result import Composite
+
+_FIRST_TURNED = 5
+"""EXIF orientations from this one on swap width and height."""
+
+
+def check_output(output: Path, scene: Path, num_images: int, grid: bool) -> None:
+    """Refuses an output that could not be written after minutes of work.
+
+    Args:
+        output: as given with --output.
+        scene: the picture whose size the output has; not decoded.
+        num_images: how many pictures there will be.
+        grid: whether they are written as one contact sheet.
+
+    Raises:
+        InputError: the name has no known ending, its format cannot hold a picture of the size, or its folder
+            is missing or cannot be written to.
+    """
+    format_of(output)
+    folder = output.parent
+    if not folder.is_dir():
+        raise InputError(f"cannot write '{output}': there is no folder '{folder}'")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write '{output}': the folder '{folder}' may not be written to")
+    for path in [output] if grid else output_paths(output, num_images):
+        if path.is_dir():
+            raise InputError(f"cannot write '{path}': it is a folder")
+    size = _size_of(scene)
+    if size and num_images > 0:
+        check_size(sheet_size(size, num_images) if grid else size, output)
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """The files for so many pictures: NAME.png, or NAME-1.png, NAME-2.png and so on."""
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i + 1}{output.suffix}") for i in range(count)]
+
+
+def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None:
+    """Writes pictures, and prints their names and seeds.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    images = [result.image for result in results]
+    if grid:
+        save_picture(contact_sheet(images), output)
+        print(f"{output} (seeds {results[0].seed} to {results[-1].seed})")
+        return
+    for path, result in zip(output_paths(output, len(results)), results):
+        save_picture(result.image, path)
+        print(f"{path} (seed {result.seed})")
+
+
+def _size_of(picture: Path) -> tuple[int, int] | None:
+    """(width, height) in pixels, from the head of a file; None if it cannot be read, which is refused
+    later."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures; those that are too large are refused when they are decoded
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(picture) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= _FIRST_TURNED
+                return (image.height, image.width) if turned else image.size
+    except Exception:
+        # on a damaged file Pillow's readers raise almost any class there is
+        return None

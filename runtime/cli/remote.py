@@ -1,0 +1,81 @@
+"""The part of `anydoor composite` that lets a server draw."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.cli import missing_package
+from runtime.cli.progress import Progress
+from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from runtime.client import Client
+    from runtime.result import Composite
+
+SERVER_FLAGS = ("timeout", "token_file", "tls", "tls_ca", "tls_certificate", "tls_key")
+"""Flags that have an effect with --server only."""
+
+
+def add_server_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds --server, and `SERVER_FLAGS`, which are None if not given."""
+    parser.add_argument("--server", metavar="ADDRESS", help="host:port or unix:/path of 'anydoor serve'")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token to send")
+    parser.add_argument(
+        "--tls", action="store_true", default=None, help="connect with TLS; implied by the files below"
+    )
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="certificates to trust (PEM)")
+    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="certificate to show (PEM)")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
+
+
+def connect(options: argparse.Namespace) -> Client:
+    """Makes the client for the server that the flags name.
+
+    Raises:
+        InputError: a file cannot be read, or a certificate is given without its key.
+        BackendError: gRPC is not installed.
+    """
+    if bool(options.tls_certificate) != bool(options.tls_key):
+        raise InputError("--tls-certificate and --tls-key are only of use together")
+    try:
+        from runtime.client import Client, Tls
+    except ModuleNotFoundError as error:
+        raise missing_package(error, "client") from error
+    files = (options.tls_ca, options.tls_certificate, options.tls_key)
+    tls = Tls(*files) if options.tls or any(files) else None
+    token = _read_token(options.token_file) if options.token_file else None
+    return Client(options.server, token=token, tls=tls, timeout=options.timeout)
+
+
+def follow(events: Iterable[Any], progress: Progress) -> list[Composite]:
+    """Shows what a server reports, and returns the pictures, which come last.
+
+    Args:
+        events: of `Client.stream`.
+        progress: where to show them.
+
+    Raises:
+        ServerError: the server ended the call without pictures.
+    """
+    from runtime.client import ServerError
+    from runtime.server.events import Queued, StepDone
+
+    for event in events:
+        if isinstance(event, Queued):
+            progress.describe(f"{event.position} before us" if event.position else "next")
+        elif isinstance(event, StepDone) and progress.on_step:
+            progress.on_step(event.done, event.total)
+        elif isinstance(event, list):
+            return event
+    raise ServerError("the server ended the call without a picture", "OK")
+
+
+def _read_token(path: Path) -> str:
+    try:
+        return path.read_text("ascii").strip()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read a token from '{path}'") from error

@@ -1,0 +1,41 @@
+"""`anydoor serve`: serves composites over gRPC."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from runtime.cli import missing_package
+from runtime.cli.flags import add_flags, default_bundle, field_names, given
+from runtime.server.settings import Settings, settings_from
+
+NAME = "serve"
+HELP = "Serve composites over gRPC"
+EXAMPLES = """
+anydoor serve --bundle build/engines/anydoor
+anydoor serve --listen 0.0.0.0:50051 --tls-certificate server.pem --tls-key server.key --tokens tokens.txt
+anydoor serve --listen unix:/run/anydoor.sock --metrics 127.0.0.1:9090
+anydoor serve --config anydoor.toml --memory-budget 6G
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --config, and one flag per setting."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="settings by name; flags take precedence"
+    )
+    add_flags(parser, Settings)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code.
+
+    Raises:
+        AnyDoorError: a setting, a package or the bundle cannot be used.
+    """
+    settings = settings_from(given(options, field_names(Settings)), options.config, str(default_bundle()))
+    try:
+        from runtime.server.serve import serve
+    except ModuleNotFoundError as error:
+        raise missing_package(error, "serve") from error
+    return serve(settings)

@@ -1,0 +1,170 @@
+"""Which requests are accepted, and whose picture joins the batch next."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from runtime.server.events import (
+    EngineLostError,
+    Event,
+    Failed,
+    Finished,
+    Queued,
+    QueueFullError,
+    ShuttingDownError,
+)
+from runtime.server.ticket import Ticket
+
+if TYPE_CHECKING:
+    from runtime.job import ImageJob
+
+_REMEMBERED_CLIENTS = 1024
+_SHORTEST_RETRY = 0.1  # seconds
+_LONGEST_RETRY = 60.0
+
+
+class FairQueue:
+    """The accepted requests and their turns; without threads, locks and clocks."""
+
+    def __init__(self, capacity: int) -> None:
+        """Starts empty.
+
+        Args:
+            capacity: most requests at a time.
+        """
+        self.capacity = capacity
+        self.tickets: list[Ticket] = []
+        """Accepted and not over; first come, first."""
+        self._served: OrderedDict[str, int] = OrderedDict()
+
+    def add(self, ticket: Ticket, seconds_per_step: float = 0.0) -> None:
+        """Accepts a request.
+
+        Args:
+            ticket: the request.
+            seconds_per_step: time of a step of one sample in a full batch, 0 if not known.
+
+        Raises:
+            QueueFullError: says when one request less is likely to be here.
+        """
+        if len(self.tickets) >= self.capacity:
+            jobs = [(ticket.job, ticket.steps_done) for ticket in self.tickets]
+            steps = [job.total_steps - done for job, done in jobs if job]
+            seconds = seconds_per_step * sum(steps) / max(len(steps), 1)
+            raise QueueFullError(min(max(seconds, _SHORTEST_RETRY), _LONGEST_RETRY))
+        ticket.open = True
+        self.tickets.append(ticket)
+
+    def remove(self, ticket: Ticket) -> None:
+        """Ends an accepted request, whether it is finished or not."""
+        ticket.open = False
+        ticket.waiting.clear()
+        self.tickets.remove(ticket)
+
+    def next(self) -> tuple[Ticket, ImageJob] | None:
+        """Takes the picture that joins the batch next; None if no picture is ready."""
+        ready = [ticket for ticket in self.tickets if ticket.waiting]
+        ticket = next(fair_order(ready, self.tickets, self._served), None)
+        if ticket is None:
+            return None
+        ticket.starts += 1
+        ticket.running += 1
+        self._served[ticket.client] = next(reversed(self._served.values()), 0) + 1
+        self._served.move_to_end(ticket.client)
+        if len(self._served) > _REMEMBERED_CLIENTS:
+            self._served.popitem(last=False)
+        return ticket, ticket.waiting.popleft()
+
+    def positions(self) -> list[tuple[Ticket, int]]:
+        """Counts the requests that start before each one that has not started.
+
+        Returns:
+            Those that moved up since the last call, and new ones, with their positions. Who is overtaken
+            keeps the position that was returned before.
+        """
+        moved = []
+        waiting = [ticket for ticket in self.tickets if not ticket.starts]
+        for position, ticket in enumerate(fair_order(waiting, self.tickets, self._served)):
+            if ticket.position is None or position < ticket.position:
+                ticket.position = position
+                moved.append((ticket, position))
+        return moved
+
+
+def fair_order(
+    waiting: Iterable[Ticket], accepted: Iterable[Ticket], served: Mapping[str, int]
+) -> Iterator[Ticket]:
+    """Yields requests in the order in which they start, if one picture of each starts and none ends.
+
+    Next is the client with the fewest samples in the batch; among these, the one served longest ago. The
+    requests of one client come in their own order.
+
+    Args:
+        waiting: first come, first.
+        accepted: all requests, whose samples in the batch count.
+        served: client -> the turn in which it was served last, counted from 1; 0 if missing.
+    """
+    running: Counter[str] = Counter()
+    for ticket in accepted:
+        running[ticket.client] += ticket.running
+    of_client: dict[str, deque[tuple[int, Ticket]]] = {}
+    for number, ticket in enumerate(waiting):
+        of_client.setdefault(ticket.client, deque()).append((number, ticket))
+    heap = [(running[client], served.get(client, 0), own[0][0], client) for client, own in of_client.items()]
+    heapq.heapify(heap)
+    turn = max(served.values(), default=0)
+    while heap:
+        samples, _, _, client = heap[0]
+        own = of_client[client]
+        yield own.popleft()[1]
+        turn += 1
+        if own:
+            heapq.heapreplace(heap, (samples + 1, turn, own[0][0], client))
+        else:
+            heapq.heappop(heap)
+
+
+class SharedQueue:
+    """A fair queue that threads share, and that tells requests what happens to them."""
+
+    def __init__(self, capacity: int) -> None:
+        """Starts empty; `capacity` as of `FairQueue`."""
+        self.requests = FairQueue(capacity)
+        self.changed = threading.Condition()
+        """Guards the queue and its tickets; notified when a thread may have something to do."""
+        self.refusal: type[ShuttingDownError | EngineLostError] | None = None
+        """Why nothing is accepted any more."""
+        self.seconds_per_step = 0.0
+        """Time of a step of one sample in a full batch; 0 if not known."""
+
+    def announce(self) -> None:
+        """Tells the requests that moved up; the caller holds the lock."""
+        for ticket, position in self.requests.positions():
+            ticket.notify(Queued(position))
+
+    def tell(self, ticket: Ticket, event: Event) -> None:
+        """Notifies a request, unless it is over."""
+        with self.changed:
+            if ticket.open:
+                ticket.notify(event)
+
+    def put(self, ticket: Ticket, images: Iterable[ImageJob]) -> None:
+        """Lets prepared pictures wait for the batch, unless their request is over."""
+        with self.changed:
+            if ticket.open:
+                ticket.waiting.extend(images)
+                self.changed.notify_all()
+
+    def end(self, ticket: Ticket, event: Finished | Failed | None = None) -> None:
+        """Ends a request, unless it is over; an event is the last that it is told."""
+        with self.changed:
+            if ticket.open:
+                self.requests.remove(ticket)
+                if event:
+                    ticket.notify(event)
+                self.announce()
+                self.changed.notify_all()

@@ -1,0 +1,13 @@
+"""Which version of AnyDoor Runtime this is."""
+
+from __future__ import annotations
+
+
+def version() -> str:
+    """The installed version, "0+unknown" in a clone that is not installed."""
+    from importlib import metadata  # takes a while to import
+
+    try:
+        return metadata.version("anydoor-runtime")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"

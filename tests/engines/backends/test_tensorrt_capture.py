@@ -1,0 +1,181 @@
+"""Captured calls and loops of the TensorRT engine, on a simulated card. Not CUDA, and not TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.bundle import Bundle
+from engines.engine import Engine
+from export.onnx_graph import example_inputs
+from tests.support.anydoor import CONTROL, DENOISE
+from tests.support.simulated_engine import Simulation, on_onnxruntime, renamed
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+def test_steps_are_captured_once_and_replayed(bundle: Bundle) -> None:
+    simulation = Simulation(bundle)
+    simulation.painter.paint()
+    assert (simulation.device.captures, simulation.device.launches) == (1, 3)
+    simulation.painter.paint(seed=50)
+    assert (simulation.device.captures, simulation.device.launches) == (1, 7)
+
+
+def loop(
+    bundle: Bundle, engine: Engine, steps: int, samples: int = 1, seed: int = 0
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Inputs of a loop over the denoise graph: those that stay the same, and those of every step."""
+    spec = bundle.manifest.specs[DENOISE]
+    sizes = {"samples": samples, "rows": 2 * samples, "conditions": 2, "maps": 2}
+    of_steps = [example_inputs(spec, sizes, seed + step) for step in range(steps)]
+    per_step = {name: np.stack([inputs[name] for inputs in of_steps]) for name in spec.per_step}
+    inputs = {name: engine.to_device(a) for name, a in of_steps[0].items() if name not in spec.per_step}
+    return inputs, per_step
+
+
+FEEDBACK = {"latent": "next_latent"}
+MULTISTEP_FEEDBACK = {"latent": "next_latent", "carry": "epsilon"}
+
+
+@pytest.mark.parametrize("feedback", [FEEDBACK, MULTISTEP_FEEDBACK], ids=["latent", "latent and epsilon"])
+def test_a_loop_computes_the_same_as_its_steps(bundle: Bundle, feedback: dict[str, str]) -> None:
+    simulation = Simulation(bundle)
+    engines: tuple[Engine, ...] = (on_onnxruntime(bundle), simulation.engine)
+    for seed in range(4):
+        of_engines = [loop(bundle, engine, 3, seed=10 * seed) for engine in engines]
+        expected, found = (
+            engine.to_host(engine.run_steps(DENOISE, *inputs, feedback)["next_latent"])
+            for engine, inputs in zip(engines, of_engines)
+        )
+        np.testing.assert_array_equal(found, expected)
+    # step by step at first, of which the first is no launch; then one launch for all three
+    assert (simulation.device.captures, simulation.device.launches) == (2, 2 + 3)
+
+
+def test_pictures_whose_steps_nothing_comes_in_between_are_made_in_one_launch(bundle: Bundle) -> None:
+    """Loops that were captured, and some that were not yet, against every step for itself."""
+    simulation = Simulation(bundle, window=4)
+    for seed in (1, 2, 3):
+        expected, found = (
+            simulation.painter.paint(seed, samples=2, multistep=True, at_once=at_once)
+            for at_once in (False, True)
+        )
+        np.testing.assert_array_equal(found, expected)
+    launches = simulation.device.launches
+    simulation.painter.paint(4, samples=2, multistep=True, at_once=True)
+    assert simulation.device.launches == launches + 1
+
+
+def test_loops_and_single_steps_may_alternate(bundle: Bundle) -> None:
+    """Each finds at the places what it needs, whatever the other left there."""
+    engine = Simulation(bundle).engine
+    inputs, per_step = loop(bundle, engine, 2)
+    step = inputs | {name: values[1] for name, values in per_step.items()}
+    expected = [
+        engine.to_host(result["next_latent"])
+        for result in (engine.run_steps(DENOISE, inputs, per_step, FEEDBACK), engine.run(DENOISE, step))
+    ]
+    for _ in range(3):
+        found = [
+            engine.to_host(result["next_latent"])
+            for result in (engine.run_steps(DENOISE, inputs, per_step, FEEDBACK), engine.run(DENOISE, step))
+        ]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_loop_is_captured_for_its_shapes_and_steps(bundle: Bundle) -> None:
+    simulation = Simulation(bundle)
+    engine, device = simulation.engine, simulation.device
+    kinds = [(steps, samples) for steps in (2, 3) for samples in (1, 2)]
+    for steps, samples in kinds * 2:
+        engine.run_steps(DENOISE, *loop(bundle, engine, steps, samples), FEEDBACK)
+    # of each number of samples a single step, too
+    assert device.captures == len(kinds) + 2
+    for steps, samples in kinds:
+        launches = device.launches
+        engine.run_steps(DENOISE, *loop(bundle, engine, steps, samples, seed=9), FEEDBACK)
+        assert device.launches == launches + 1
+    assert device.captures == len(kinds) + 2
+
+
+def test_steps_without_room_in_the_tables_go_one_by_one(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.backends.tensorrt.engine.MOST_STEPS", 3)
+    simulation = Simulation(bundle)
+    engine, device = simulation.engine, simulation.device
+    for _ in range(3):
+        launches = device.launches
+        engine.run_steps(DENOISE, *loop(bundle, engine, 4), FEEDBACK)
+    assert (device.captures, device.launches) == (1, launches + 4)
+
+
+def test_loops_do_not_pile_up(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.backends.tensorrt.capture.MOST_CALLS", 3)
+    simulation = Simulation(bundle)
+    engine = simulation.engine
+    for steps in (2, 3, 4, 5, 2):
+        inputs, per_step = loop(bundle, engine, steps)
+        results = [engine.run_steps(DENOISE, inputs, per_step, FEEDBACK) for _ in range(2)]
+        np.testing.assert_array_equal(*(engine.to_host(result["next_latent"]) for result in results))
+    assert engine.cached_calls == 3
+
+
+def test_a_loop_is_evicted_with_its_graph(bundle: Bundle) -> None:
+    engine = Simulation(bundle).engine
+    inputs, per_step = loop(bundle, engine, 2)
+    expected = engine.to_host(engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)["next_latent"])
+    engine.unload(DENOISE)
+    assert engine.cached_calls == 0
+    found = engine.to_host(engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)["next_latent"])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_many_shapes_do_not_pile_up(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.backends.tensorrt.capture.MOST_CALLS", 3)
+    engine, control = Simulation(bundle).engine, bundle.manifest.specs[CONTROL]
+    for maps in range(1, 1 + bundle.manifest.largest_sizes["maps"]):
+        for _ in range(2):
+            engine.run(CONTROL, {t.name: np.ones(t.resolve({"maps": maps}), t.dtype) for t in control.inputs})
+    assert engine.cached_calls == 3
+
+
+def test_a_loop_over_a_plan_with_other_names(bundle: Bundle) -> None:
+    engine, ours = on_onnxruntime(bundle), Simulation(renamed(bundle)).engine
+    inputs, per_step = loop(bundle, engine, 3)
+    expected = engine.to_host(engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)["next_latent"])
+    inputs, per_step = loop(bundle, ours, 3)
+    for _ in range(3):
+        results = ours.run_steps(
+            DENOISE,
+            {f"our {name}": tensor for name, tensor in inputs.items()},
+            {f"our {name}": values for name, values in per_step.items()},
+            {"our latent": "our next_latent"},
+        )
+        np.testing.assert_array_equal(ours.to_host(results["our next_latent"]), expected)
+
+
+def test_an_observer_is_told_of_every_load_and_run(bundle: Bundle) -> None:
+    """Several steps in one launch are one run."""
+    engine = Simulation(bundle).engine
+    inputs, per_step = loop(bundle, engine, 2)
+    seen: list[tuple[str, str, Sequence[int]]] = []
+
+    def observe(action: str, graph: str, given: Mapping[str, Any]) -> AbstractContextManager[object]:
+        seen.append((action, graph, given["timestep"].shape if given else ()))
+        return nullcontext()
+
+    engine.observer = observe
+    for _ in range(2):
+        engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)
+    one_step = ("run", DENOISE, (1,))
+    assert seen == [("load", DENOISE, ()), one_step, one_step, ("run", DENOISE, (2, 1))]

@@ -1,0 +1,75 @@
+"""`anydoor doctor`: what is installed, and whether a bundle is sound and fits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engines.bundle import Bundle
+from engines.memory_plan import plan_host_memory
+from engines.registry import backends
+from engines.verified import FileState
+from runtime.cli import main
+
+ROOT = Path(__file__).parents[3]
+Capture = pytest.CaptureFixture[str]
+
+
+def test_it_finds_a_sound_bundle(tiny_bundle: Path, capsys: Capture) -> None:
+    assert main(["doctor", str(tiny_bundle), "--backend", "onnxruntime"]) == 0
+    printed = capsys.readouterr().out
+    assert all(backend in printed for backend in backends())
+    assert "anydoor, fp32, 64 px, batch up to 4" in printed
+    assert "defaults: those of the system" in printed
+    assert "sound; largest error against PyTorch" in printed
+    assert "runs on cpu with onnxruntime" in printed
+
+
+def test_it_prints_the_defaults_of_a_bundle(capsys: Capture) -> None:
+    assert main(["doctor", str(ROOT / "examples" / "anydoor-small")]) == 0
+    printed = capsys.readouterr().out
+    assert "guidance_scale 2" in printed
+    assert "mode keep_background" in printed
+
+
+def test_it_prints_the_memory_plan_of_a_budget(tiny_bundle: Path, capsys: Capture) -> None:
+    """A byte less than all graphs together need: they are loaded in turn."""
+    enough = plan_host_memory(Bundle.open(tiny_bundle), "onnxruntime", None).total
+    command = ["doctor", str(tiny_bundle), "--backend", "onnxruntime", "--memory-budget"]
+    assert main([*command, str(enough)]) == 0
+    assert "loaded in turn" not in capsys.readouterr().out
+    assert main([*command, str(enough - 1)]) == 0
+    assert "loaded in turn" in capsys.readouterr().out
+    assert main([*command, "1K"]) == 2
+    assert "unusable: the bundle at" in capsys.readouterr().out
+
+
+def test_it_reads_what_was_found_sound_before(tmp_path: Path, tiny_bundle: Path, capsys: Capture) -> None:
+    """A disk may lose bits without a write, which leaves every time of the file as it was."""
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    assert main(["doctor", str(bundle)]) == 0
+    file = bundle / "decode.onnx"
+    file.write_bytes(b"x" * file.stat().st_size)
+    record = json.loads((bundle / "manifest.json").read_text())["graphs"]["decode"]["files"][0]
+    FileState.of(file, record["sha256"]).remember()
+    Bundle.open(bundle).verify("decode")
+    assert main(["doctor", str(bundle)]) == 2
+    assert "decode.onnx is not the file that was built" in capsys.readouterr().out
+
+
+def test_it_finds_a_damaged_bundle(tmp_path: Path, tiny_bundle: Path, capsys: Capture) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    (bundle / "decode.onnx").write_bytes(b"x" * (bundle / "decode.onnx").stat().st_size)
+    assert main(["doctor", str(bundle)]) == 2
+    assert "unusable: the bundle at" in capsys.readouterr().out
+
+
+def test_without_a_bundle_it_says_how_to_build_one(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 0
+    assert "build one with: anydoor build CHECKPOINT" in capsys.readouterr().out

@@ -1,0 +1,38 @@
+"""What `anydoor doctor` says of a bundle of TensorRT plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines.cuda import Device
+from engines.errors import BackendError
+from runtime.cli.composite import main
+
+
+def no_card() -> str:
+    """What the driver of this machine says; empty if there is a card."""
+    try:
+        Device()
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+def test_doctor_tells_what_would_live_where(
+    small_plan_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["doctor", str(small_plan_bundle), "--memory-budget", "8G"])
+    printed = capsys.readouterr().out
+    assert "plans of TensorRT for RTX" in printed
+    assert "of a budget of 8000.0 MB" in printed
+    assert code == (2 if no_card() else 0)
+    assert not no_card() or f"unusable: {no_card()}" in printed
+
+
+@pytest.mark.parametrize("size", ["6X", "G", "-1G", "nan", "inf"])
+def test_a_budget_that_is_no_size_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", f"--memory-budget={size}"])
+    assert "is not a size" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""Recipes: those that are shipped can be read, and a slip in one is refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.errors import InputError
+from training.config import Recipe, read_recipe
+from training.data.pairs import PairRules
+from training.network.modules import AnyDoor
+from training.systems.anydoor import Denoising
+
+RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_read(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.pairs.resolution % recipe.architecture.latent_factor == 0
+    with torch.device("meta"):
+        AnyDoor(recipe.architecture)
+
+
+def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    recipe = read_recipe(path)
+    assert recipe == Recipe()
+    assert recipe.pairs == PairRules(resolution=512)
+    assert recipe.denoising == Denoising(control=True, unet_encoder=False, unet_decoder=True, projector=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[pear]\n", r"unknown section \[pear\]"),
+        ("[pairs]\nresolutoin = 3\n", r"\[pairs\] has no 'resolutoin'; did you mean 'resolution'\?"),
+        ("[diffusion]\nbatch = 3\n", r"\[diffusion\].*steps"),
+        ("[pairs\n", "cannot read the recipe"),
+        (
+            '[architecture]\nprediction = "V"\n',
+            r'prediction of \[architecture\] is "V", expected "eps.* or "v"',
+        ),
+        ('[data]\nkind = "vidoe"\n', r'kind of \[data\] is "vidoe", expected "video" or'),
+        ('[pairs]\ntimesteps = "papre"\n', r'timesteps of \[pairs\] is "papre", expected "uniform" or'),
+        ('[hint_block]\nsteps = 1\nprecision = "bf-16"\n', r'is "bf-16", expected "no" or "bf16" or "fp16"'),
+        ("[hint_block]\nsteps = 1.5\n", r"steps of \[hint_block\] is 1.5, expected a whole number"),
+        ("[hint_block]\nsteps = true\n", "is true, expected a whole number"),
+        ("[denoising]\ncontrol = 1\n", "is 1, expected true or false"),
+        ('[pairs]\nflip = "0.5"\n', 'is "0.5", expected a number'),
+        ("[pairs]\ncrop_ratios = [1.0]\n", r"is \[1.0\], expected a list, 2 times a number"),
+        ('[architecture]\nunet_channels = [8, "9"]\n', 'is .8, "9".*, expected a list, a whole number'),
+        ("[architecture]\nunet_channels = 8\n", "is 8, expected a list"),
+        ("[data]\nkind = 1979-05-27\n", 'is "1979-05-27", expected "video"'),
+        ("hint_block = 3\n", r"hint_block is 3, expected a section \[hint_block\]"),
+        ("[[hint_block]]\nsteps = 1\n", r"expected a section \[hint_block\]"),
+        ("start = 3\n", "start of the recipe is 3, expected a text"),
+        ("strat = 'x'\n", "the recipe has no 'strat'"),
+        ('checkpoint_dtype = "fp16"\n', 'expected "float32" or "bfloat16" or "float16"'),
+        ("[sources]\nname = 3\n", r"sources are written \[\[sources\]\]"),
+        ("[[sources]]\nname = 3\nroot = 'x'\n", r"name of \[sources\] is 3, expected a text"),
+        ('[[sources]]\nname = "Video"\nroot = "x"\n', "no data set is called 'Video'"),
+        ("defaults = 2\n", r"defaults is 2, expected a section \[defaults\]"),
+        ('[defaults]\ncrop_ratio = ["a"]\n', r'crop_ratio of \[defaults\] is \["a"\], expected'),
+        ("[architecture]\nunet_channels = []\n", "must name the width of at least one level"),
+        ("[architecture]\nunet_attention = [true]\n", "unet_channels names 4 levels and unet_attention 1"),
+        (
+            '[denoising]\nattention_guide = 0.1\n[[sources]]\nname = "DUT"\nroot = "x"\n',
+            "is for rendered pairs",
+        ),
+    ],
+)
+def test_a_slip_in_a_recipe_is_told(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "slip.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says):
+        read_recipe(path)
+
+
+def test_whole_numbers_are_numbers_and_lists_may_be_of_any_length(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        "[pairs]\nflip = 0\ncrop_ratios = [1, 2]\n"
+        "[architecture]\nunet_channels = [32, 64, 96]\nunet_attention = [true, true, false]\n"
+    )
+    recipe = read_recipe(path)
+    assert (recipe.pairs.flip, recipe.pairs.crop_ratios) == (0.0, (1.0, 2.0))
+    assert recipe.architecture.unet_channels == (32, 64, 96)
+
+
+def test_defaults_are_read_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        '[defaults]\nguidance_scale = 2\ncrop_ratio = 1.3\nmode = "crop"\nguidance_interval = [0, 500]\n'
+    )
+    expected = {"guidance_scale": 2, "crop_ratio": 1.3, "mode": "crop", "guidance_interval": (0, 500)}
+    assert read_recipe(path).defaults == expected
+
+
+def test_a_recipe_that_is_no_text_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot read the recipe"):
+        read_recipe(path)
+
+
+def test_the_published_mix_is_the_released_code_s() -> None:
+    """Samples per epoch there: lengths of the data sets, those of videos, clothes and views taken twice."""
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == "anydoor"))
+    weights = {source.name: 1000 * source.weight for source in recipe.sources}
+    twice = {"YouTubeVOS": 40000, "YouTubeVIS": 40000, "UVO": 25000, "MOSE": 40000, "VIPSeg": 30000}
+    twice |= {"MVImgNet": 40000, "VitonHD": 20000, "FashionTryon": 5000}
+    salient = weights.pop("MSRA10K") + weights.pop("DUT") + weights.pop("HFlickr")
+    assert salient == pytest.approx(20000)
+    assert weights.pop("BURST") == weights["VIPSeg"]
+    assert weights == {name: 2 * length for name, length in twice.items()} | {"LVIS": 20000, "SAM": 20000}

@@ -1,0 +1,114 @@
+"""Puts together what a recipe describes: networks from the weights of its stages, and data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training import seeds
+from training.config import Recipe
+from training.data.encoded import EncodedPairs
+from training.data.mixture import Mixture
+from training.data.sources import SOURCES
+from training.data.view_pairs import ViewPairs
+from training.data.view_store import ViewStore
+from training.network.checkpoint import read_start
+from training.network.modules import AnyDoor
+from training.small.initial_weights import open_control
+from training.systems.anydoor import DiffusionTask
+from training.systems.autoencoder import normalise_latents
+
+CALIBRATION_VIEWS = 64
+"""Views on which the spread of the latents is measured."""
+
+
+def stage_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Reads the weights that a stage has trained.
+
+    Raises:
+        FileNotFoundError: it has not been run.
+    """
+    path = folder / "mean.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no '{path}': run the stage '{folder.name}' first")
+    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
+
+
+def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
+    """Builds a network with the autoencoder and the ID encoder of stages 1 and 2; the rest is fresh.
+
+    The autoencoder's latents are put into units of variance 1 on the first views, always the same way. Where
+    the recipe starts from a checkpoint, all of the network comes from there.
+
+    Raises:
+        CheckpointError: the recipe's start cannot be used.
+        FileNotFoundError: a stage has not been run.
+    """
+    torch.manual_seed(0)
+    model = AnyDoor(recipe.architecture)
+    if recipe.start:
+        model.load_official_state_dict(read_start(recipe.start, recipe.architecture).tensors)
+        return model.eval()
+    open_control(model.control)
+    improved = (folder / "decoder" / "mean.pt").exists()
+    model.vae.load_state_dict(stage_weights(folder / ("decoder" if improved else "autoencoder")))
+    identity = stage_weights(folder / "identity")
+    encoder = {n.removeprefix("encoder."): w for n, w in identity.items() if n.startswith("encoder.")}
+    model.id_encoder.load_state_dict(encoder)
+    store = ViewStore(folder / "views")
+    pictures = np.stack([store.scene(row, 0).image for row in range(min(CALIBRATION_VIEWS, len(store)))])
+    normalise_latents(model.vae, torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
+    return model.eval()
+
+
+def trained_model(recipe: Recipe, folder: Path) -> AnyDoor:
+    """Builds the whole network after stage 3.
+
+    Raises:
+        CheckpointError, FileNotFoundError: see `frozen_parts`.
+    """
+    model = frozen_parts(recipe, folder)
+    DiffusionTask.load(model, stage_weights(folder / "diffusion"))
+    return model
+
+
+def mixture(recipe: Recipe) -> Mixture:
+    """Opens the data sets that the recipe lists.
+
+    Raises:
+        SourceError: a folder is not that of its data set.
+    """
+    sources = [(SOURCES[source.name](Path(source.root)), source.weight) for source in recipe.sources]
+    side = recipe.pairs.resolution // recipe.architecture.latent_factor
+    shape = (recipe.architecture.latent_channels, side, side)
+    return Mixture(sources, recipe.pairs, shape, seeds.TRAINING_PAIRS, recipe.denoising.drop)
+
+
+def view_pairs(recipe: Recipe, folder: Path) -> ViewPairs:
+    """Opens the rendered views in `folder`/views as the pairs that the recipe makes of them.
+
+    Raises:
+        StoreError: nothing is drawn yet.
+    """
+    return ViewPairs(ViewStore(folder / "views"), recipe.pairs, single=recipe.data.single)
+
+
+def encoded_pairs(recipe: Recipe, folder: Path, rows: int = 0) -> EncodedPairs:
+    """Opens what the stage `encode` has written, as the diffusion stage reads it.
+
+    Hints are given as the hint block sees them if it does not learn.
+    """
+    rules = recipe.denoising
+    return EncodedPairs(
+        folder / "pairs",
+        seeds.TRAINING_PAIRS,
+        recipe.pairs,
+        rules.drop,
+        recipe.data.kind,
+        hint_features=not rules.hint_block,
+        places=rules.attention_guide > 0,
+        rows=rows,
+    )
