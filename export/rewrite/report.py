@@ -28,7 +28,7 @@ class Report:
     before: Counter[str]
     """Type of operator -> how many there were."""
     after: Counter[str]
-    matches: dict[str, int] = field(default_factory=dict)
+    matches: Counter[str] = field(default_factory=Counter)
     """Rule -> how often it replaced its pattern."""
     kept: tuple[Kept, ...] = ()
 

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 
 from engines.errors import AnyDoorError
-from export.rewrite.attention import CPU_HEADS, CUDA_HEADS, Attention, TransposedKeys
 from export.rewrite.report import Kept, Report, count_operators
-from export.rewrite.rule import Anchor, Rule, operator
+from export.rewrite.targets import TARGETS
+from export.rewrite.weights import fold_casts
 
 
 class RewriteError(AnyDoorError):
-    """A pattern that should have been replaced was not found."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Rules that together replace all patterns of a kind."""
-
-    name: str
-    rules: Sequence[Rule]
-    anchor: Anchor
-    """Says whether a node belongs to such a pattern. Every one is replaced or has a reason to stay."""
-
-
-def _cuda() -> list[Family]:
-    return [Family("MultiHeadAttention", [TransposedKeys(), Attention(CUDA_HEADS)], operator("Softmax"))]
-
-
-def _cpu() -> list[Family]:
-    return [Family("MultiHeadAttention", [TransposedKeys(), Attention(CPU_HEADS)], operator("Softmax"))]
-
-
-TARGETS: dict[str, Callable[[], list[Family]]] = {"cuda": _cuda, "cpu": _cpu}
-"""Execution provider -> its families of rules, in the order in which they are applied."""
+    """A pattern that should have been replaced was not recognised."""
 
 
 def rewrite(model: ir.Model, target: str, strict: bool = True) -> Report:
@@ -53,27 +30,24 @@ def rewrite(model: ir.Model, target: str, strict: bool = True) -> Report:
     """
     graph = model.graph
     before = count_operators(graph)
-    matches: dict[str, int] = {}
+    fold_casts(graph)
+    matches: Counter[str] = Counter()
     kept: list[Kept] = []
     missed: list[str] = []
     for family in TARGETS[target]():
         expected = sum(map(family.anchor, graph))
-        for rule in family.rules:
-            matches[rule.name] = matches.get(rule.name, 0) + rule.apply(model)
-        reasons = {node: (rule.name, why) for rule in family.rules for node, why in rule.kept.items()}
-        named = defaultdict(list)
-        left = [node for node in graph if family.anchor(node)]
-        for node in left:
-            named[reasons.get(node, (family.name, _UNKNOWN))].append(node.name or "")
-        kept += [Kept(rule, why, tuple(nodes)) for (rule, why), nodes in named.items()]
-        unknown = [node.name or "" for node in left if node not in reasons]
-        if unknown:
+        matches.update(family.apply(model))
+        nodes: defaultdict[str | None, list[str]] = defaultdict(list)
+        for node in filter(family.anchor, graph):
+            nodes[family.reason(node)].append(node.name or "")
+        kept += [
+            Kept(family.name, reason or "not recognised", tuple(names)) for reason, names in nodes.items()
+        ]
+        if unknown := nodes.get(None):
             missed.append(f"{family.name}: {len(unknown)} of {expected}, the first at '{unknown[0]}'")
     if missed and strict:
         raise RewriteError(
-            f"the graph has patterns that no rule for {target} recognised: {'; '.join(missed)}"
+            f"the rules for {target} did not recognise patterns of the graph: {'; '.join(missed)}"
         )
+    passes.LiftConstantsToInitializersPass()(model)
     return Report(before, count_operators(graph), matches, tuple(kept))
-
-
-_UNKNOWN = "not recognised"

@@ -25,6 +25,8 @@ class Rule(ABC):
     """
 
     name: str
+    commutes = True
+    """Whether inputs of commutative operators may come in either order."""
 
     def __init__(self) -> None:
         self.kept: dict[ir.Node, str] = {}
@@ -50,7 +52,7 @@ class Rule(ABC):
     def apply(self, model: ir.Model) -> int:
         """Replaces the pattern wherever it is found. Returns how often that was."""
         rule = RewriteRule(self.pattern, self.rewrite, self.check, name=self.name, remove_nodes=False)
-        count: int = RewriteRuleSet([rule], commute=True).apply_to_model(model)
+        count: int = RewriteRuleSet([rule], commute=self.commutes).apply_to_model(model)
         if count:
             passes.IdentityEliminationPass()(model)
             passes.RemoveUnusedNodesPass()(model)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -16,8 +15,8 @@ Dimension = int | str
 
 Dimensions = tuple[Dimension, ...]
 
-_MANY = 64
-"""Values; shapes and scalars are shorter, and weights are not read to find out."""
+_MANY = 1024
+"""Values; shapes, scalars and one number a group are not more, and weights are not read to find out."""
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
@@ -118,37 +117,3 @@ def describe(value: ir.Value, like: ir.Value, shape: Dimensions | None) -> ir.Va
     value.dtype = like.dtype
     value.shape = None if shape is None else ir.Shape(shape)
     return value
-
-
-def derived_weight(
-    op: Any,
-    weight: ir.Value,
-    suffix: str,
-    transform: Callable[[NDArray[Any]], NDArray[Any]],
-    shape: Sequence[int],
-    dtype: ir.DataType | None = None,
-) -> ir.Value:
-    """A weight that is computed from another one when the graph is saved, so weights need not be in memory.
-
-    Args:
-        op: the builder of the replacement.
-        weight: an initializer.
-        suffix: of the new weight's name; the same weight with the same suffix is stored once.
-        transform: old array -> new array.
-        shape: of the new array.
-        dtype: of the new array; as the old one if None.
-    """
-    tensor, graph = weight.const_value, weight.graph
-    assert tensor is not None
-    assert isinstance(graph, ir.Graph)
-    name = f"{weight.name}_{suffix}"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    new_dtype = dtype or tensor.dtype
-
-    def compute() -> ir.Tensor:
-        array = np.ascontiguousarray(transform(tensor.numpy()).astype(new_dtype.numpy()))
-        return ir.Tensor(array, name=name)
-
-    lazy = ir.LazyTensor(compute, dtype=new_dtype, shape=ir.Shape(shape), name=name)
-    return op.initializer(lazy, name)

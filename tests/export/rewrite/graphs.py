@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from tests.export.rewrite.provider import MultiHeadAttention
+from tests.export.rewrite.provider import OPERATORS
 
 Array = NDArray[Any]
-
-OPERATORS = [MultiHeadAttention]
 
 ONNX_DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
@@ -85,7 +83,8 @@ def evaluate(
     model: ir.Model, inputs: Mapping[str, Array], operators: Sequence[Any] = OPERATORS
 ) -> list[Array]:
     """Runs a graph with ONNX's reference evaluator, its provider's operators with ours."""
-    return list(ReferenceEvaluator(ir.to_proto(model), new_ops=list(operators)).run(None, dict(inputs)))
+    proto = ir.to_proto(ir.external_data.load_to_model(model))
+    return list(ReferenceEvaluator(proto, new_ops=list(operators)).run(None, dict(inputs)))
 
 
 def relative_error(found: Array, expected: Array) -> float:

@@ -1,0 +1,143 @@
+"""Group normalisation, with SiLU where it follows -> com.microsoft.GroupNorm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript.rewriter.pattern import ANY_VALUE
+
+from export.rewrite.layout import channels_first, channels_last, is_to_first, last
+from export.rewrite.rule import MICROSOFT, Rule
+from export.rewrite.values import (
+    constant,
+    describe,
+    dimensions,
+    reshape_result,
+    reshaped,
+    shape_items,
+)
+from export.rewrite.weights import derived_weight
+
+_LARGEST_GROUP = 512
+
+_FLOAT, _HALF = int(ir.DataType.FLOAT), int(ir.DataType.FLOAT16)
+
+
+class GroupNorm(Rule):
+    """Group normalisation, which is exported as InstanceNormalization of one channel a group -> GroupNorm.
+
+    The kernel reads (N, H, W, C), takes float32 scale and shift of C numbers, and sums in float32 whatever it
+    reads, so an FP16 graph needs no Cast around it. It takes an even number of channels a group, at most 512.
+    Its variance is the mean of the squares less the square of the mean, in float32. It adds with atomic
+    operations, so the last bits differ from run to run.
+
+    Sources: GroupNorm in ONNX Runtime's docs/ContribOperators.md; `GroupNorm::ComputeInternal` in
+    onnxruntime/contrib_ops/cuda/diffusion/group_norm.cc, `LaunchGroupNormKernel` in group_norm_impl.cu and
+    `GetChannelsPerBlock` in group_norm_common_base.cc.
+    """
+
+    name = "GroupNorm"
+
+    def __init__(self, half: bool, flat: bool) -> None:
+        """Makes the rule for one form of the pattern.
+
+        Args:
+            half: between a Cast to float32 and one back.
+            flat: of (N, C, H W) data that a Reshape makes of a picture, as in the VAE's attention.
+        """
+        super().__init__()
+        self._half = half
+        self._flat = flat
+
+    def pattern(
+        self, op: Any, x: Any, flat_shape: Any, ones: Any, zeros: Any, shape: Any, gamma: Any, beta: Any
+    ) -> Any:
+        """InstanceNormalization of (N, G, C/G H W) with scale 1 and shift 0, then gamma x + beta."""
+        data = op.Reshape(x, flat_shape) if self._flat else x
+        data = op.Cast(data, to=_FLOAT) if self._half else data
+        groups = op.Reshape(data, ANY_VALUE, _outputs=["groups"])
+        normalised = op.InstanceNormalization(groups, ones, zeros, _outputs=["normalised"])
+        result = op.Add(op.Mul(op.Reshape(normalised, shape), gamma), beta)
+        return op.Cast(result, to=_HALF) if self._half else result
+
+    def check(self, context: Any, **found: Any) -> bool:
+        """Requires groups of neighbouring channels, and sizes that the kernel takes."""
+        source = dimensions(found["x"])
+        if source is None or len(source) != 4 or not isinstance(source[1], int):
+            return False
+        data = reshaped(source, shape_items(found["flat_shape"])) if self._flat else source
+        ones, zeros = constant(found["ones"]), constant(found["zeros"])
+        if data is None or data[:2] != source[:2] or ones is None or zeros is None:
+            return False
+        if not np.all(ones == 1) or not np.all(zeros == 0):
+            return False
+        channels, groups = source[1], len(ones)
+        if (reshape_result(found["groups"]) or ())[:2] != (source[0], groups) or channels % groups:
+            return False
+        per_channel = (channels, *(1 for _ in data[2:]))
+        affine = [found["gamma"], found["beta"]]
+        if shape_items(found["shape"]) != data or any(dimensions(value) != per_channel for value in affine):
+            return False
+        if any(value.const_value is None for value in affine):
+            return False
+        node, per_group = found["normalised"].producer(), channels // groups
+        if per_group % 2:
+            return self.keep(node, f"groups of {per_group} channels are odd")
+        if per_group > _LARGEST_GROUP:
+            return self.keep(node, f"groups of {per_group} channels are larger than {_LARGEST_GROUP}")
+        return True
+
+    def rewrite(self, op: Any, x: Any, gamma: Any, beta: Any, **found: Any) -> Any:
+        """GroupNorm of the picture with channels last."""
+        channels = (gamma.const_value.size,)
+        scale = derived_weight(op, gamma, "gamma", np.ravel, channels, ir.DataType.FLOAT)
+        shift = derived_weight(op, beta, "beta", np.ravel, channels, ir.DataType.FLOAT)
+        result = op.GroupNorm(
+            channels_last(op, x),
+            scale,
+            shift,
+            groups=found["ones"].const_value.size,
+            epsilon=found["normalised"].producer().attributes.get_float("epsilon", 1e-5),
+            activation=0,
+            channels_last=1,
+            _domain=MICROSOFT,
+            _version=1,
+        )
+        picture = channels_first(op, describe(result, x, last(dimensions(x))))
+        return op.Reshape(picture, found["flat_shape"]) if self._flat else picture
+
+
+class GroupNormSiLU(Rule):
+    """GroupNorm, then x Sigmoid(x) -> GroupNorm with its activation, which computes in float32.
+
+    Source: `activation` of GroupNorm in ONNX Runtime's docs/ContribOperators.md.
+    """
+
+    name = "GroupNorm with SiLU"
+
+    def pattern(self, op: Any, x: Any, gamma: Any, beta: Any) -> Any:
+        """SiLU of the normalised picture, channels first."""
+        normalised = op.GroupNorm(x, gamma, beta, activation=0, _domain=MICROSOFT, _outputs=["normalised"])
+        picture = op.Transpose(normalised, perm=[0, 3, 1, 2], _outputs=["picture"])
+        return op.Mul(picture, op.Sigmoid(picture))
+
+    def rewrite(self, op: Any, x: Any, gamma: Any, beta: Any, **found: Any) -> Any:
+        """GroupNorm with activation."""
+        attributes = {**found["normalised"].producer().attributes, "activation": 1}
+        result = op.GroupNorm(x, gamma, beta, **attributes, _domain=MICROSOFT, _version=1)
+        return channels_first(op, describe(result, x, dimensions(x)))
+
+
+def silu_after_group_norm(node: ir.Node) -> bool:
+    """Whether a node is the Sigmoid of what a GroupNorm without activation returns."""
+    if node.op_type != "Sigmoid" or node.inputs[0] is None:
+        return False
+    transpose = node.inputs[0].producer()
+    norm = (
+        transpose.inputs[0].producer()
+        if transpose and is_to_first(transpose) and transpose.inputs[0]
+        else None
+    )
+    return norm is not None and norm.op_type == "GroupNorm"

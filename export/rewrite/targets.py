@@ -1,0 +1,65 @@
+"""Which rules a graph is rewritten with, for each execution provider of ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from export.rewrite.attention import CPU_HEADS, CUDA_HEADS, Attention, TransposedKeys
+from export.rewrite.convolution import Convolution
+from export.rewrite.geglu import BiasSplitGelu
+from export.rewrite.group_norm import GroupNorm, GroupNormSiLU, silu_after_group_norm
+from export.rewrite.layer_norm import HalfLayerNorm, is_cast_layer_norm
+from export.rewrite.rule import Anchor, Rule, operator
+from export.rewrite.transposes import transpose_rules
+
+
+@dataclass(frozen=True)
+class Family:
+    """Rules that together replace all patterns of a kind."""
+
+    name: str
+    rules: Sequence[Rule]
+    anchor: Anchor
+    """Says whether a node belongs to such a pattern. Every one is replaced or has a reason to stay."""
+    repeated: bool = False
+    """Whether a replacement makes room for others."""
+
+    def apply(self, model: ir.Model) -> Counter[str]:
+        """Replaces the patterns. Returns how often each rule did."""
+        matches: Counter[str] = Counter()
+        while True:
+            before = matches.total()
+            for rule in self.rules:
+                matches[rule.name] += rule.apply(model)
+            if not self.repeated or matches.total() == before:
+                return matches
+
+    def reason(self, node: ir.Node) -> str | None:
+        """Why a pattern stays, of which a node is the anchor; None if no rule recognised it."""
+        reasons = [rule.kept[node] for rule in self.rules if node in rule.kept]
+        return reasons[0] if reasons else None
+
+
+def _cuda() -> list[Family]:
+    group_norms = [GroupNorm(half, flat) for half in (True, False) for flat in (True, False)]
+    return [
+        Family("MultiHeadAttention", [TransposedKeys(), Attention(CUDA_HEADS)], operator("Softmax")),
+        Family("GroupNorm", group_norms, operator("InstanceNormalization")),
+        Family("GroupNorm with SiLU", [GroupNormSiLU()], silu_after_group_norm),
+        Family("NhwcConv", [Convolution()], operator("Conv")),
+        Family("BiasSplitGelu", [BiasSplitGelu()], operator("Erf")),
+        Family("LayerNormalization in FP16", [HalfLayerNorm()], is_cast_layer_norm),
+        Family("transposes", transpose_rules(), operator(), repeated=True),
+    ]
+
+
+def _cpu() -> list[Family]:
+    return [Family("MultiHeadAttention", [TransposedKeys(), Attention(CPU_HEADS)], operator("Softmax"))]
+
+
+TARGETS: dict[str, Callable[[], list[Family]]] = {"cuda": _cuda, "cpu": _cpu}
+"""Execution provider -> makes its families of rules, in the order in which they are applied."""
