@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from engines.engine import open_engine
 from engines.manifest import ANY_TARGET, FileRecord, GraphRecord, Manifest
 from engines.options import EngineOptions
 from export.onnx_graph import export_onnx
-from export.options import ONNX, BuildOptions
+from export.options import CUDA, ONNX, BuildOptions
 from export.precision import TORCH_DTYPES
 from export.progress import Progress
 from export.scratch import scratch_bytes
@@ -52,22 +53,8 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
         AnyDoorError: a graph does not compute what PyTorch does.
     """
     progress.step("reading the checkpoint")
-    manifest = Manifest(
-        system=source.system,
-        backend=ONNX,
-        backend_version=version("onnxruntime"),
-        target=ANY_TARGET,
-        precision=options.precision,
-        max_batch=options.max_batch,
-        dimensions=source.dimensions,
-        graphs={},
-        constants=FileRecord(CONSTANTS, 0, ""),
-        defaults={**source.defaults, **options.defaults},
-        checkpoint={"file": source.path.name, "sha256": sha256(source.path)},
-        architecture=source.architecture,
-        schedule={"kind": "ddpm", "prediction": "epsilon"},
-        producer=f"anydoor-runtime {version('anydoor-runtime')}",
-    )
+    checkpoint = {"file": source.path.name, "sha256": sha256(source.path)}
+    manifest = empty_manifest(source, options, checkpoint)
     for graph in source.graphs(options.resolution, options.precision):
         record = _build_graph(source, graph, output, manifest, progress)
         manifest = replace(manifest, graphs={**manifest.graphs, graph.spec.name: record})
@@ -75,6 +62,26 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
     constants: dict[str, Any] = {**source.constants(open_engine(Bundle(output, manifest), _ON_THE_CPU))}
     np.savez(output / CONSTANTS, **constants)
     return replace(manifest, constants=file_record(output, CONSTANTS))
+
+
+def empty_manifest(source: ExportSource, options: BuildOptions, checkpoint: Mapping[str, Any]) -> Manifest:
+    """The manifest of a bundle of ONNX graphs before it has any graph."""
+    return Manifest(
+        system=source.system,
+        backend=ONNX,
+        backend_version=version("onnxruntime"),
+        target=CUDA if CUDA in options.targets else ANY_TARGET,
+        precision=options.precision,
+        max_batch=options.max_batch,
+        dimensions=source.dimensions,
+        graphs={},
+        constants=FileRecord(CONSTANTS, 0, ""),
+        defaults={**source.defaults, **options.defaults},
+        checkpoint=checkpoint,
+        architecture=source.architecture,
+        schedule={"kind": "ddpm", "prediction": "epsilon"},
+        producer=f"anydoor-runtime {version('anydoor-runtime')}",
+    )
 
 
 def _build_graph(

@@ -49,5 +49,7 @@ def rewrite(model: ir.Model, target: str, strict: bool = True) -> Report:
         raise RewriteError(
             f"the rules for {target} did not recognise patterns of the graph: {'; '.join(missed)}"
         )
-    passes.LiftConstantsToInitializersPass()(model)
+    # two readers of a picture may each have transposed it
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return Report(before, count_operators(graph), matches, tuple(kept))

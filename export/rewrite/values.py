@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import onnx_ir as ir
@@ -103,7 +104,9 @@ def reshape_result(value: ir.Value) -> Dimensions | None:
     source, target = dimensions(node.inputs[0]), shape_items(node.inputs[1])
     if source is not None and target is not None and not node.attributes.get_int("allowzero", 0):
         # 0 keeps a dimension
-        target = tuple(source[axis] if size == 0 else size for axis, size in enumerate(target[: len(source)]))
+        target = tuple(
+            kept if size == 0 else size for size, kept in zip_longest(target, source[: len(target)])
+        )
     return reshaped(source, target)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,15 @@ class AnyDoorSource:
         self.defaults = checkpoint.defaults
         self.architecture: Mapping[str, Any] = asdict(checkpoint.architecture)
         self._checkpoint = checkpoint
+
+    @classmethod
+    def without_weights(cls, architecture: Architecture, dtype: torch.dtype) -> AnyDoorSource:
+        """A network of any size whose weights are zeros that take no memory, to export skeletons from."""
+        with torch.device("meta"):
+            shapes = AnyDoor(architecture).official_shapes()
+        zero = torch.zeros((), dtype=dtype)
+        tensors = {key: zero.expand(shape) for key, shape in shapes.items()}
+        return cls(Checkpoint(Path("without weights"), architecture, tensors))
 
     def check_resolution(self, resolution: int) -> None:
         """Refuses a picture size that the network cannot halve often enough.
