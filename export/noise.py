@@ -89,7 +89,8 @@ def _draw(
     start = zlib.crc32(weight.name.encode()) % _PERIOD
     values = np.resize(np.roll(noise, -start), count)
     mean, deviation = _distribution(list(weight.dims), reader, index)
-    return (values * np.float32(deviation) + np.float32(mean)).astype(dtype)
+    scaled: NDArray[np.float32] = values * np.float32(deviation) + np.float32(mean)
+    return scaled.astype(dtype)
 
 
 def _distribution(shape: list[int], reader: onnx.NodeProto, index: int) -> tuple[float, float]:

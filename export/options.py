@@ -31,7 +31,7 @@ class BuildOptions:
     resolution: int = 512
     """Side of the generated picture, in pixels."""
     targets: tuple[str, ...] = ()
-    """GPU architectures of plans, like sm89, and what suits the library if empty; or `CUDA`, for graphs in the
+    """GPU architectures of plans, like sm89; what suits the library if empty. Or `CUDA`, for graphs in the
     operators of ONNX Runtime's CUDA provider."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Parameters for the manifest's `defaults`, beside those of the checkpoint."""
@@ -50,7 +50,7 @@ class BuildOptions:
                 raise AnyDoorError(f"there is no {what} '{chosen}': choose one of {', '.join(known)}")
         if self.backend == ONNX and self.targets not in ((), (CUDA,)):
             raise AnyDoorError(
-                f"--targets of {ONNX} is {CUDA} or nothing; architectures of plans go with --backend tensorrt_rtx"
+                f"--targets of {ONNX} is {CUDA} or nothing: architectures go with --backend tensorrt_rtx"
             )
         if self.max_batch < 1:
             raise AnyDoorError(f"--max-batch must be at least 1, not {self.max_batch}")

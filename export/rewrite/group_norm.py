@@ -130,6 +130,17 @@ class GroupNormSiLU(Rule):
         return channels_first(op, describe(result, x, dimensions(x)))
 
 
+def single_channel_groups(node: ir.Node) -> str | None:
+    """Why an InstanceNormalization stays that is not between two Reshapes: its groups have one channel."""
+    grouped = node.inputs[0]
+    reshape = None if grouped is None else grouped.producer()
+    if grouped is None or reshape is None or reshape.op_type != "Reshape":
+        return None
+    source, groups = dimensions(reshape.inputs[0]), reshape_result(grouped)
+    single = source is not None and groups is not None and source[:2] == groups[:2]
+    return "groups of 1 channels are odd" if single else None
+
+
 def silu_after_group_norm(node: ir.Node) -> bool:
     """Whether a node is the Sigmoid of what a GroupNorm without activation returns."""
     if node.op_type != "Sigmoid" or node.inputs[0] is None:

@@ -11,7 +11,12 @@ import onnx_ir as ir
 from export.rewrite.attention import CPU_HEADS, CUDA_HEADS, Attention, TransposedKeys
 from export.rewrite.convolution import Convolution
 from export.rewrite.geglu import BiasSplitGelu
-from export.rewrite.group_norm import GroupNorm, GroupNormSiLU, silu_after_group_norm
+from export.rewrite.group_norm import (
+    GroupNorm,
+    GroupNormSiLU,
+    silu_after_group_norm,
+    single_channel_groups,
+)
 from export.rewrite.layer_norm import HalfLayerNorm, is_cast_layer_norm
 from export.rewrite.rule import Anchor, Rule, operator
 from export.rewrite.transposes import transpose_rules
@@ -27,6 +32,8 @@ class Family:
     """Says whether a node belongs to such a pattern. Every one is replaced or has a reason to stay."""
     repeated: bool = False
     """Whether a replacement makes room for others."""
+    explain: Callable[[ir.Node], str | None] = staticmethod(lambda node: None)
+    """Anchor -> why the pattern around it stays, where the exporter writes it in another form."""
 
     def apply(self, model: ir.Model) -> Counter[str]:
         """Replaces the patterns. Returns how often each rule did."""
@@ -41,14 +48,14 @@ class Family:
     def reason(self, node: ir.Node) -> str | None:
         """Why a pattern stays, of which a node is the anchor; None if no rule recognised it."""
         reasons = [rule.kept[node] for rule in self.rules if node in rule.kept]
-        return reasons[0] if reasons else None
+        return reasons[0] if reasons else self.explain(node)
 
 
 def _cuda() -> list[Family]:
     group_norms = [GroupNorm(half, flat) for half in (True, False) for flat in (True, False)]
     return [
         Family("MultiHeadAttention", [TransposedKeys(), Attention(CUDA_HEADS)], operator("Softmax")),
-        Family("GroupNorm", group_norms, operator("InstanceNormalization")),
+        Family("GroupNorm", group_norms, operator("InstanceNormalization"), explain=single_channel_groups),
         Family("GroupNorm with SiLU", [GroupNormSiLU()], silu_after_group_norm),
         Family("NhwcConv", [Convolution()], operator("Conv")),
         Family("BiasSplitGelu", [BiasSplitGelu()], operator("Erf")),
