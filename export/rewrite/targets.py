@@ -32,7 +32,7 @@ class Family:
     """Says whether a node belongs to such a pattern. Every one is replaced or has a reason to stay."""
     repeated: bool = False
     """Whether a replacement makes room for others."""
-    explain: Callable[[ir.Node], str | None] = staticmethod(lambda node: None)
+    explain: Callable[[ir.Node], str | None] | None = None
     """Anchor -> why the pattern around it stays, where the exporter writes it in another form."""
 
     def apply(self, model: ir.Model) -> Counter[str]:
@@ -48,7 +48,9 @@ class Family:
     def reason(self, node: ir.Node) -> str | None:
         """Why a pattern stays, of which a node is the anchor; None if no rule recognised it."""
         reasons = [rule.kept[node] for rule in self.rules if node in rule.kept]
-        return reasons[0] if reasons else self.explain(node)
+        if not reasons and self.explain:
+            return self.explain(node)
+        return reasons[0] if reasons else None
 
 
 def _cuda() -> list[Family]:
