@@ -29,8 +29,8 @@ from benchmarks.support.protocol import ProtocolObject, read_protocol
 from benchmarks.support.results import require_writable, write_results
 from benchmarks.support.truth_set import TruthPair
 from engines.errors import AnyDoorError
-from engines.options import DEVICES, EngineOptions
 from runtime import Compositor, Placement, Request, Sampling
+from runtime.cli.flags import add_engine_flags, engine_options
 from runtime.diffusion.presets import QUALITIES
 from runtime.errors import InputError
 from runtime.imaging.boxes import Box
@@ -49,8 +49,7 @@ class Composer:
     """Composites with the settings of the command line."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        engine_options = EngineOptions(device=options.device, threads=options.threads)
-        self.compositor = Compositor.load(options.bundle, engine_options)
+        self.compositor = Compositor.load(options.bundle, engine_options(options))
         self.sampling = Sampling(options.quality, options.steps, options.guidance_scale)
         self.mode, self.seed = options.mode, options.seed
         self.crop_ratio = options.crop_ratio
@@ -186,8 +185,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--rows", type=int, default=6, metavar="N", help="of the contact sheet, the first pairs (default: 6)"
     )
-    result.add_argument("--device", choices=DEVICES, default="auto")
-    result.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    add_engine_flags(result)
     return result
 
 

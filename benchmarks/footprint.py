@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from benchmarks.support.results import require_writable, write_results
 from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from engines.options import BACKENDS, EngineOptions
 from runtime import Compositor, Request, Sampling
-from runtime.sizes import size_flag
+from runtime.cli.flags import add_engine_flags, engine_options
 
 ALREADY_LOADED = 0.01
 """Seconds; a load that takes less had nothing to do."""
@@ -102,10 +101,7 @@ def build(checkpoint: Path, bundle: Path) -> list[Part]:
 def composite(bundle: Path, sampling: Sampling, options: argparse.Namespace) -> list[Part]:
     """Composite the example; returns its parts."""
     opened = Bundle.open(bundle)
-    engine_options = EngineOptions(
-        options.backend, "cpu", threads=options.threads, memory_budget=options.memory_budget
-    )
-    engine = open_engine(opened, engine_options)
+    engine = open_engine(opened, replace(engine_options(options), device="cpu"))
     if plan := engine.describe():
         print(plan, file=sys.stderr)
     recorder = Recorder()
@@ -140,14 +136,7 @@ def parser() -> argparse.ArgumentParser:
         "--bundle", type=Path, metavar="DIR", help="where to build (default: build/footprint/NAME)"
     )
     result.add_argument("--steps", type=int, default=4, metavar="N", help="sampling steps (default: 4)")
-    result.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    result.add_argument("--backend", choices=BACKENDS, default="auto", help="what executes the graphs")
-    result.add_argument(
-        "--memory-budget",
-        type=size_flag,
-        metavar="SIZE",
-        help="memory to use at most, like 8G (default: all)",
-    )
+    add_engine_flags(result)
     result.add_argument("--reuse", action="store_true", help="do not build if the bundle exists")
     result.add_argument("--results", type=Path, metavar="FILE.json", help="write the figures to a file")
     return result

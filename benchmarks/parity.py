@@ -20,8 +20,8 @@ from benchmarks.support.checks import HEADER, Check
 from benchmarks.support.comparison import RunComparison, compare_hf_maps
 from benchmarks.support.golden import GoldenRun
 from engines.errors import AnyDoorError
-from engines.options import BACKENDS, DEVICES, INFERENCE_PRECISIONS, EngineOptions
 from runtime import Compositor
+from runtime.cli.flags import add_engine_flags, engine_options
 
 
 def compare(options: argparse.Namespace) -> list[Check]:
@@ -39,10 +39,7 @@ def compare(options: argparse.Namespace) -> list[Check]:
     if not runs:
         return checks
     bundle = options.bundle or bundle_of(options, options.precision)
-    engine_options = EngineOptions(
-        options.backend, options.device, options.inference_precision, options.threads
-    )
-    compositor = Compositor.load(bundle, engine_options)
+    compositor = Compositor.load(bundle, engine_options(options))
     with tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
         comparisons = [RunComparison(run, compositor, bar) for run in runs]
         bar.total = sum(comparison.steps() for comparison in comparisons)
@@ -70,9 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "--steps", type=int, metavar="N", help="only runs recorded with N steps (default: all)"
     )
     result.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
-    result.add_argument("--device", choices=DEVICES, default="auto")
-    result.add_argument("--backend", choices=BACKENDS, default="auto")
-    result.add_argument("--inference-precision", choices=INFERENCE_PRECISIONS, default="fp32")
+    add_engine_flags(result)
     return result
 
 

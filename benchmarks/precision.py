@@ -184,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="what made the cases")
     add_case_options(result)
+    result.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     result.add_argument(
         "--steps", type=int, metavar="N", help="take N of the recorded timesteps (default: all)"
     )

@@ -39,8 +39,8 @@ from benchmarks.support.truth_set import TruthPair, other_views, truth_pairs
 from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from engines.options import BACKENDS, DEVICES, EngineOptions
 from runtime import Compositor
+from runtime.cli.flags import add_engine_flags, engine_options
 from runtime.errors import InputError
 from runtime.imaging.modes import MODES
 
@@ -91,9 +91,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="objects that one is recognised among; 0: leave recognition out (default: %(default)s)",
     )
-    result.add_argument("--device", choices=DEVICES, default="auto")
-    result.add_argument("--backend", choices=BACKENDS, default="auto")
-    result.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    add_engine_flags(result)
     result.add_argument(
         "--output",
         type=Path,
@@ -114,7 +112,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[SettingResult
     if options.count < 1 or options.among == 1 or options.among < 0:
         raise InputError("--count is at least 1, --among at least 2, or 0")
     bundle = Bundle.open(options.bundle)
-    engine = open_engine(bundle, EngineOptions(options.backend, options.device, threads=options.threads))
+    engine = open_engine(bundle, engine_options(options))
     compositor = Compositor(bundle, engine)
     deque(compositor.load_graphs(), maxlen=0)
     todo = settings(options.guidance_scale)

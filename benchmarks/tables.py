@@ -32,7 +32,15 @@ _SAMPLES, _BATCH = "samples of one placement", "different placements at once"
 _BACKENDS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "": "PyTorch, eager"}
 _PRECISIONS = {"fp32": "FP32", "bf16": "BF16", "float32": "FP32", "bfloat16": "BF16"}
 _METHODS = {"AnyDoor": "**the example model**"}
-_EARLIER_WORDS = {'"solver"': '"sampler"', '"dpm2m': '"dpm_solver_2m'}
+_EARLIER_WORDS = {
+    '"solver"': '"sampler"',
+    '"dpm2m': '"dpm_solver_2m',
+    '"subject"': '"contender"',
+    '"dtype"': '"precision"',
+    '"float32"': '"fp32"',
+    '"float16"': '"fp16"',
+    '"bfloat16"': '"bf16"',
+}
 """What some results call what is called otherwise today."""
 
 
@@ -88,7 +96,7 @@ def latency_rows(*names: str) -> list[Json]:
 
 def contender(row: Json) -> str:
     """Names what was measured in a row of `benchmarks/latency.py`."""
-    return f"{_BACKENDS[row['subject']['backend']]}, {_PRECISIONS[row['subject']['dtype']]}"
+    return f"{_BACKENDS[row['contender']['backend']]}, {_PRECISIONS[row['contender']['precision']]}"
 
 
 def peak_gb(row: Json) -> float:
@@ -116,7 +124,7 @@ def overview() -> str:
         ("full, 512 px", "latency-full-amx", "OpenVINO, BF16"),
     ):
         measured = latency_rows(name)
-        plain = next(row for row in measured if row["subject"]["kind"] == "pytorch")
+        plain = next(row for row in measured if row["contender"]["kind"] == "pytorch")
         row = next(row for row in measured if contender(row) == chosen)
         rows.append(row | {"network": network, "plain": plain})
     columns: dict[str, Cell] = {

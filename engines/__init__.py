@@ -1,1 +1,1 @@
-"""Executes the graphs of a bundle. Knows nothing of diffusion, and imports nothing else of ours."""
+"""Executes the graphs of a bundle: by role, shape and size, whatever they compute."""

@@ -60,7 +60,7 @@ class Manifest:
     """Kind of the graphs: onnxruntime for ONNX files, or the TensorRT that built the plans."""
     backend_version: str
     target: str
-    """"any", "cuda", or the GPU architectures of plans, like "sm86,sm89"."""
+    """What it was built for: any, cuda, or the GPU architectures of plans, like sm86,sm89."""
     precision: str
     """fp32 or fp16, of weights and activations."""
     max_batch: int
@@ -141,7 +141,7 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise BundleError(f"{where} is not a bundle: it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"the bundle at {where} is damaged: {MANIFEST} is not readable JSON") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BundleError(f"{where} is not a bundle: its {MANIFEST} does not say format '{FORMAT}'")
@@ -152,16 +152,24 @@ def read_manifest(path: Path) -> Manifest:
             f"{FORMAT_VERSION}: upgrade anydoor-runtime, or rebuild the bundle with '{BUILD_COMMAND}'"
         )
     try:
-        return _parse(format_1.upgrade(content) if version == 1 else content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        manifest = parse_manifest(format_1.upgrade(content) if version == 1 else content)
+        _check(manifest)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BundleError(
-            f"the bundle at {where} is damaged: {MANIFEST} is incomplete ({error!r}); "
+            f"the bundle at {where} is damaged: {MANIFEST} cannot be used ({error!r}); "
             f"rebuild it with '{BUILD_COMMAND}'"
         ) from error
+    return manifest
 
 
-def _parse(content: Mapping[str, Any]) -> Manifest:
-    manifest = Manifest(
+def parse_manifest(content: Mapping[str, Any]) -> Manifest:
+    """Makes a manifest of the content of a version 2 file; whether its parts fit together is not checked.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError, OverflowError: a field is missing or of another
+        kind.
+    """
+    return Manifest(
         system=str(content["system"]),
         backend=str(content["backend"]),
         backend_version=str(content["backend_version"]),
@@ -177,10 +185,30 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         schedule=dict(content["schedule"]),
         producer=str(content["producer"]),
     )
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuses a manifest whose parts do not fit together.
+
+    Raises:
+        ValueError, LookupError: says which part.
+    """
+    if manifest.max_batch < 1:
+        raise ValueError(f"max_batch is {manifest.max_batch}")
+    roles = [spec.role for spec in manifest.specs.values()]
     for role in ("step", "decode"):
-        if len([spec for spec in manifest.specs.values() if spec.role == role]) != 1:
-            raise ValueError(f"one graph must have the role '{role}'")
-    return manifest
+        if roles.count(role) != 1:
+            raise ValueError(f"one graph must have the role '{role}', not {roles.count(role)}")
+    for spec in manifest.specs.values():
+        named = {size for tensor in spec.tensors for size in tensor.shape if isinstance(size, str)}
+        if unknown := sorted(named - manifest.dimensions.keys()):
+            raise ValueError(f"'{spec.name}' has the unknown dimension '{unknown[0]}'")
+    step = manifest.step
+    banks = [name for bank in step.banks for name in (*bank.tensors, bank.index)]
+    for name in (*banks, *step.per_step, *step.feedback, *step.feedback.values()):
+        step.tensor(name)
+    if len(manifest.latent_shape) != 3 or manifest.resolution < 1:
+        raise ValueError("the latent or the picture has no size")
 
 
 def _parse_graph(name: str, content: Mapping[str, Any]) -> GraphRecord:

@@ -97,8 +97,15 @@ class GraphSpec:
         return self.inputs + self.outputs
 
     def tensor(self, name: str) -> TensorSpec:
-        """The input or output of that name."""
-        return next(tensor for tensor in self.tensors if tensor.name == name)
+        """The input or output of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for tensor in self.tensors:
+            if tensor.name == name:
+                return tensor
+        raise KeyError(f"the graph '{self.name}' has no tensor '{name}'")
 
     def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Variable dimension -> its size in a call.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.cache_folder import cache_folder
+from engines.files import write_text
 
 ALWAYS_VARIABLE = "ANYDOOR_VERIFY"
 """Set to anything, the record is not believed."""
@@ -70,17 +71,11 @@ class FileState:
         record = _record()
         if record is None:
             return
-        # what was removed or moved away would stay for ever
+        # what was removed or moved away would stay forever
         known = {path: entry for path, entry in _read(record).items() if os.path.exists(path)}
         known[self.path] = asdict(self)
-        partial = record.with_name(f".{RECORD}.{os.urandom(8).hex()}")
-        try:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
-            partial.replace(record)
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            write_text(record, json.dumps(known, indent=1) + "\n")
 
 
 def _record() -> Path | None:

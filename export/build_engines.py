@@ -143,30 +143,19 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     Raises:
         AnyDoorError: it cannot be built; says why.
     """
-    backend = best_backend() if options.backend == "auto" else options.backend
-    build = BuildOptions(
-        backend=backend,
-        precision=options.precision or ("fp32" if backend == ONNX else "fp16"),
-        targets=options.targets,
-        defaults=dict(options.default or []),
-    )
-    if options.resolution is not None:
-        build = replace(build, resolution=options.resolution)
-    if options.max_batch is not None:
-        build = replace(build, max_batch=options.max_batch)
-    progress = Progress(quiet=options.quiet)
+    build = build_options(options)
     if options.source.is_dir():
         for name in _OF_THE_CHECKPOINT:
             if getattr(options, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
                 raise AnyDoorError(
-                    f"--{name.replace('_', '-')} goes with a checkpoint: '{options.source}' is a bundle, "
-                    "which has its own"
+                    f"{flag} goes with a checkpoint: '{options.source}' is a bundle, which has its own"
                 )
         bundle = Bundle.open(options.source)
-        output = options.output or options.source.with_name(f"{options.source.name}-{backend}")
+        output = options.output or options.source.with_name(f"{options.source.name}-{build.backend}")
         if options.max_batch is None:
             build = replace(build, max_batch=bundle.manifest.max_batch)
-        return output, build_plan_bundle(bundle, output, build, progress)
+        return output, build_plan_bundle(bundle, output, build, Progress(quiet=options.quiet))
     try:
         from export.systems import open_source
 
@@ -177,7 +166,24 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
             "'.[export]', or give a bundle of ONNX graphs"
         ) from error
     output = options.output or Path("build/engines") / options.source.stem
-    return output, build_bundle(source, output, build, progress)
+    return output, build_bundle(source, output, build, Progress(quiet=options.quiet))
+
+
+def build_options(options: argparse.Namespace) -> BuildOptions:
+    """How the command line asks for a bundle to be built.
+
+    Raises:
+        AnyDoorError: a value is out of range.
+    """
+    backend = best_backend() if options.backend == "auto" else options.backend
+    given = {name: getattr(options, name) for name in ("max_batch", "resolution")}
+    return BuildOptions(
+        backend=backend,
+        precision=options.precision or ("fp32" if backend == ONNX else "fp16"),
+        targets=options.targets,
+        defaults=dict(options.default or []),
+        **{name: value for name, value in given.items() if value is not None},
+    )
 
 
 def summary(manifest: Manifest) -> str:

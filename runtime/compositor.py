@@ -91,6 +91,19 @@ class Compositor:
         self.defaults: Mapping[str, Any] = {**self.system.defaults, **manifest.defaults}
         """Parameter -> its value where neither the request nor its quality says one."""
         self._alphas_cumprod = constants["alphas_cumprod"]
+        self._check_defaults()
+
+    def _check_defaults(self) -> None:
+        """Refuses a bundle whose defaults no request could be drawn with.
+
+        Raises:
+            BundleError: names the default.
+        """
+        try:
+            check_sampling(sampling_parameters(Sampling(), self.defaults))
+            _ = placement_parameters(dict.fromkeys(PLACEMENT_PARAMETERS), self.defaults).ratios
+        except InputError as error:
+            raise BundleError(f"the bundle at '{self.bundle.path}' has unusable defaults: {error}") from error
 
     @classmethod
     def load(

@@ -18,7 +18,8 @@ class SamplingParameters:
 
     steps: int
     guidance_scale: float
-    control_scale: float
+    control_scale: float | None
+    """None: the system has no detail maps."""
     eta: float
     sampler: str
     guidance_interval: tuple[int, int]

@@ -94,4 +94,5 @@ class Request:
         """A request from loose arguments: one placement or several, and None for what is left to the
         defaults."""
         listed = [placements] if isinstance(placements, Placement) else list(placements)
-        return cls(scene, listed, seed, sampling or Sampling(), num_images or 1, initial_noise)
+        count = 1 if num_images is None else num_images
+        return cls(scene, listed, seed, sampling or Sampling(), count, initial_noise)

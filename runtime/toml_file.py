@@ -161,7 +161,7 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return _any_of(json.dumps(value) for value in kinds)
     if origin in (Union, types.UnionType):
-        return _any_of(_in_words(each) for each in kinds)
+        return _any_of(_in_words(each) for each in kinds if each is not types.NoneType)
     if origin is tuple:
         count = "" if kinds[-1] is Ellipsis else f"{len(kinds)} times "
         return f"a list, {count}{_in_words(kinds[0])}"

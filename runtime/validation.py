@@ -49,7 +49,8 @@ def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> No
     """
     _check_integer("steps", sampling.steps, 1, limits.steps)
     _check_number("guidance_scale", sampling.guidance_scale, 0.0, MAX_GUIDANCE_SCALE)
-    _check_number("control_scale", sampling.control_scale, 0.0, MAX_CONTROL_SCALE)
+    if sampling.control_scale is not None:
+        _check_number("control_scale", sampling.control_scale, 0.0, MAX_CONTROL_SCALE)
     _check_number("eta", sampling.eta, 0.0, 1.0)
     with in_field("sampler"):
         if sampling.sampler not in SAMPLERS:
@@ -60,10 +61,13 @@ def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> No
                 f"the sampler {sampling.sampler} adds no noise: eta must be 0 with it, not {sampling.eta:g}"
             )
     interval = sampling.guidance_interval
+    with in_field("guidance_interval"):
+        if not isinstance(interval, tuple | list) or len(interval) != 2:
+            raise InputError(f"guidance_interval must be a lower and a higher timestep, not {interval!r}")
     for timestep in interval:
         _check_integer("guidance_interval", timestep, 0, MAX_STEPS)
     with in_field("guidance_interval"):
-        if len(interval) != 2 or interval[0] > interval[1]:
+        if interval[0] > interval[1]:
             given = ", ".join(map(str, interval))
             raise InputError(f"guidance_interval must be a lower and a higher timestep, not {given}")
     if sampling.map_steps is not None:

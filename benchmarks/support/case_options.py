@@ -20,7 +20,6 @@ def add_case_options(command: argparse.ArgumentParser) -> None:
         help="where cases without pictures take them from (default: public/case0.npz)",
     )
     command.add_argument("--resolution", type=int, default=512, metavar="PX")
-    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     command.add_argument("--unet-head-width", type=int, metavar="N", help="if the checkpoint does not say")
     command.add_argument("--dino-heads", type=int, metavar="N", help="if the checkpoint does not say")
 

@@ -90,18 +90,18 @@ def _attention_flops(inputs: Sequence[Shape], attributes: Mapping[str, int]) -> 
     return 2 * queries[0] * heads * query_length * key_length * (width + value_width)
 
 
-def count_graph(path: Path, name: str, sizes: Mapping[str, int]) -> GraphCost:
+def count_graph(path: Path, name: str, sizes: Mapping[str, int] | None = None) -> GraphCost:
     """Count a graph, without reading its weights.
 
     Args:
         path: an ONNX file.
         name: what to call the graph.
-        sizes: variable dimension -> its size.
+        sizes: variable dimension -> its size; None if there is none.
 
     Raises:
         BundleError: a shape cannot be inferred.
     """
-    graph = _inferred(path, sizes)
+    graph = _inferred(path, sizes or {})
     values = (*graph.input, *graph.value_info, *graph.output)
     shapes = {value.name: _shape(value) for value in values}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}

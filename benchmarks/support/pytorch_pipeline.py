@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.support.graphs import DECODE
+from benchmarks.support.graphs import DECODE, ID_ENCODER
 from benchmarks.support.precisions import torch_dtype
 from benchmarks.support.sampling_step import guided_step
 from runtime.diffusion.ddim import ddim_schedule
@@ -104,7 +104,7 @@ class PyTorchPipeline:
             picture = load_picture(scene, "the scene", LARGEST.pixels).rgb
         prepared = [self._prepare(picture, placement, watch) for placement in placements]
         prepared *= len(noise) // len(prepared)
-        with self._measure(watch, "condition"):
+        with self._measure(watch, ID_ENCODER):
             tokens = self._tokens(prepared)
         hints = self._tensor(np.stack([of.hint.hint for of in prepared]))
         with self._measure(watch, "sample"):
@@ -146,6 +146,7 @@ class PyTorchPipeline:
     ) -> Tensor:
         schedule = ddim_schedule(self._alphas_cumprod, sampling.steps, timesteps=sampling.timesteps)
         control, unet = self._models["control"], self._models["unet"]
+        control_scale = 1.0 if sampling.control_scale is None else sampling.control_scale
         both_hints = torch.cat([hints, hints])
         for timestep, coefficients in zip(schedule.timesteps.tolist(), schedule.coefficients.tolist()):
             if self._compiled:
@@ -154,7 +155,7 @@ class PyTorchPipeline:
             timesteps = torch.full((len(both_hints),), float(timestep), device=self.device)
             with self._measure(watch, "control"):
                 details = control.detail_maps(both_hints, timesteps, tokens)
-                scaled = [detail * sampling.control_scale for detail in details]
+                scaled = [detail * control_scale for detail in details]
             with self._measure(watch, "denoise"):
                 both = torch.cat([latent, latent]).to(self._dtype)
                 epsilon = unet.predict_noise(both, timesteps, tokens, scaled).float()

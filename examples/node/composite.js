@@ -29,7 +29,7 @@ const [x0, y0, x1, y1] = box.split(",").map(Number);
 const request = {
   scene: fs.readFileSync(scene),
   placements: [{ reference: fs.readFileSync(reference), box: { x0, y0, x1, y1 } }],
-  sampling: { steps: 20 },
+  sampling: { steps: 20 }, // what is not set is as the model's defaults say
   seed: 7,
 };
 

@@ -111,6 +111,28 @@ class AnyDoorSource:
         return GRAPH_MODULES[graph](part).eval()
 
 
+def _f32(name: str, *shape: Dimension) -> TensorSpec:
+    return TensorSpec(name, "float32", shape)
+
+
+def _index(name: str, dimension: str) -> TensorSpec:
+    return TensorSpec(name, "int32", (dimension,))
+
+
+_NUMBERS = (
+    _f32("timestep", SAMPLES),
+    _f32("guidance_scale", SAMPLES),
+    _f32("control_scale", SAMPLES),
+    _f32("coefficients", SAMPLES, 3),
+    _index("conditional_row", SAMPLES),
+    _index("unconditional_row", SAMPLES),
+    _index("row_sample", ROWS),
+    _index("row_condition", ROWS),
+    _index("row_map", ROWS),
+)
+"""Inputs of the step: a few numbers per sample or row."""
+
+
 def graph_specs(
     architecture: Architecture, resolution: int, detail_dtype: str = "float32"
 ) -> dict[str, GraphSpec]:
@@ -124,65 +146,47 @@ def graph_specs(
     size, side = resolution, resolution // architecture.latent_factor
     latent = (architecture.latent_channels, side, side)
     tokens = (architecture.token_count, architecture.token_width)
-    shapes = architecture.detail_shapes(resolution)
-    details = {f"detail_{index:02d}": shape for index, shape in enumerate(shapes)}
-
-    def f32(name: str, *shape: Dimension) -> TensorSpec:
-        return TensorSpec(name, "float32", shape)
-
-    def index(name: str, dimension: str) -> TensorSpec:
-        return TensorSpec(name, "int32", (dimension,))
-
-    detail_maps = tuple(TensorSpec(name, detail_dtype, (MAPS, *shape)) for name, shape in details.items())
-    # of the step: a few numbers per sample or row
-    numbers = (
-        f32("timestep", SAMPLES),
-        f32("guidance_scale", SAMPLES),
-        f32("control_scale", SAMPLES),
-        f32("coefficients", SAMPLES, 3),
-        index("conditional_row", SAMPLES),
-        index("unconditional_row", SAMPLES),
-        index("row_sample", ROWS),
-        index("row_condition", ROWS),
-        index("row_map", ROWS),
+    detail_maps = tuple(
+        TensorSpec(f"detail_{index:02d}", detail_dtype, (MAPS, *shape))
+        for index, shape in enumerate(architecture.detail_shapes(resolution))
     )
     specs = (
         GraphSpec(
             ID_ENCODER,
             "condition",
-            inputs=(f32("reference", SAMPLES, 3, REFERENCE_SIZE, REFERENCE_SIZE),),
-            outputs=(f32("tokens", SAMPLES, *tokens),),
+            inputs=(_f32("reference", SAMPLES, 3, REFERENCE_SIZE, REFERENCE_SIZE),),
+            outputs=(_f32("tokens", SAMPLES, *tokens),),
         ),
         GraphSpec(
             CONTROL,
             "window",
             # one hint, embedded once, for any number of (timestep, tokens) pairs
-            inputs=(f32("hint", 1, 4, size, size), f32("timestep", MAPS), f32("tokens", MAPS, *tokens)),
+            inputs=(_f32("hint", 1, 4, size, size), _f32("timestep", MAPS), _f32("tokens", MAPS, *tokens)),
             outputs=detail_maps,
         ),
         GraphSpec(
             DENOISE,
             "step",
             inputs=(
-                f32("latent", SAMPLES, *latent),
-                f32("carry", SAMPLES, *latent),
-                *numbers,
-                f32("tokens", CONDITIONS, *tokens),
+                _f32("latent", SAMPLES, *latent),
+                _f32("carry", SAMPLES, *latent),
+                *_NUMBERS,
+                _f32("tokens", CONDITIONS, *tokens),
                 *detail_maps,
             ),
-            outputs=(f32("next_latent", SAMPLES, *latent), f32("epsilon", SAMPLES, *latent)),
+            outputs=(_f32("next_latent", SAMPLES, *latent), _f32("epsilon", SAMPLES, *latent)),
             banks=(
                 BankSpec("tokens", ("tokens",), "row_condition"),
-                BankSpec("detail_maps", tuple(details), "row_map"),
+                BankSpec("detail_maps", tuple(tensor.name for tensor in detail_maps), "row_map"),
             ),
-            per_step=tuple(tensor.name for tensor in numbers),
+            per_step=tuple(tensor.name for tensor in _NUMBERS),
             feedback={"latent": "next_latent", "carry": "epsilon"},
         ),
         GraphSpec(
             DECODE,
             "decode",
-            inputs=(f32("latent", 1, *latent),),
-            outputs=(TensorSpec("image", "uint8", (1, size, size, 3)), f32("decoded", 1, 3, size, size)),
+            inputs=(_f32("latent", 1, *latent),),
+            outputs=(TensorSpec("image", "uint8", (1, size, size, 3)), _f32("decoded", 1, 3, size, size)),
         ),
     )
     return {spec.name: spec for spec in specs}

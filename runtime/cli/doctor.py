@@ -7,6 +7,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engines.errors import AnyDoorError
 from engines.options import EngineOptions
@@ -14,6 +15,9 @@ from engines.registry import backends
 from runtime.cli import missing_package
 from runtime.cli.flags import add_engine_flags, engine_options
 from runtime.version import version as our_version
+
+if TYPE_CHECKING:
+    from engines.bundle import Bundle
 
 NAME = "doctor"
 HELP = "Say what is installed, which backends work, and which bundles fit this machine"
@@ -129,7 +133,6 @@ def _print_bundle(path: Path, options: EngineOptions) -> bool:
     from tqdm import tqdm
 
     from engines.bundle import Bundle
-    from engines.engine import choose_backend, load_backend
 
     print(f"  {path}")
     try:
@@ -149,14 +152,36 @@ def _print_bundle(path: Path, options: EngineOptions) -> bool:
             for graph in manifest.graphs:
                 bundle.verify(graph, bar.update, reread=True)
         bundle.constants()
-        backend = choose_backend(bundle, options)
-        device, plan = load_backend(backend).examine(bundle, options)
+        runs_on = _print_plan(bundle, options)
     except AnyDoorError as error:
         print(f"    unusable: {error}")
         return False
-    for line in plan.splitlines():
-        print(f"      {line}")
     errors = [error for record in manifest.graphs.values() for error in record.error.values()]
     worst = f"{max(errors):.1e}" if errors else "not measured"
-    print(f"    sound; largest error against PyTorch {worst}; runs on {device} with {backend}")
+    print(f"    sound; largest error against PyTorch {worst}; runs on {runs_on}")
     return True
+
+
+def _print_plan(bundle: Bundle, options: EngineOptions) -> str:
+    """Prints the memory plan; returns the device and the backend that would run the bundle.
+
+    Raises:
+        AnyDoorError: nothing can run it here, and why.
+    """
+    from engines.engine import choose_backend, load_backend
+    from engines.memory_plan import plan_device_memory
+
+    name = choose_backend(bundle, options)
+    if options.memory_budget is not None and backends()[name].devices == ("cuda",):
+        # a budget is enough to plan a card's memory, also on a machine without a card
+        _print_lines(plan_device_memory(bundle.manifest, options.memory_budget).table())
+        device, _ = load_backend(name).examine(bundle, options)
+    else:
+        device, plan = load_backend(name).examine(bundle, options)
+        _print_lines(plan)
+    return f"{device} with {name}"
+
+
+def _print_lines(table: str) -> None:
+    for line in table.splitlines():
+        print(f"      {line}")

@@ -67,8 +67,8 @@ def field_names(kind: type) -> list[str]:
     names: list[str] = []
     for field in fields(kind):
         hint = hints[field.name]
-        nested = isinstance(hint, type) and is_dataclass(hint)
-        names += field_names(hint) if nested else [field.name]
+        within = isinstance(hint, type) and is_dataclass(hint)
+        names += field_names(hint) if within else [field.name]
     return names
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError
@@ -27,7 +28,8 @@ class Ratios:
 
     def __post_init__(self) -> None:
         for name, ratio in vars(self).items():
-            if not 1 <= ratio <= _LARGEST_RATIO:
+            valid = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
+            if not valid or not 1 <= ratio <= _LARGEST_RATIO:
                 raise InputError(f"the {name} ratio is {ratio}; expected 1 to {_LARGEST_RATIO}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import warnings
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from engines.files import write_bytes
 from runtime.errors import InputError
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
@@ -141,14 +143,12 @@ def save_picture(image: NDArray[np.uint8], path: str | Path) -> None:
     path = Path(path)
     check_size((image.shape[1], image.shape[0]), path)
     content = encode_picture(image, format_of(path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write '{path}': {os.strerror(errno.ENOENT)}")
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_bytes(path, content)
     except OSError as error:
         raise InputError(f"cannot write '{path}': {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def sheet_size(size: tuple[int, int], count: int, gap: int = 8) -> tuple[int, int]:

@@ -21,7 +21,8 @@ class BankRows:
     unconditional: int
     """Row of the unconditional half, not before the conditional one; the same row if there is no other."""
     on_host: bool = False
-    """Whether the tensors are arrays that are still to be sent to the device."""
+    """Whether the tensors are arrays that are still to be sent to the device; the same for all rows of a
+    bank."""
 
     @property
     def count(self) -> int:

@@ -40,10 +40,10 @@ def shared_timesteps(timesteps: Sequence[int], count: int | None) -> list[int]:
     The steps are divided into `count` runs of about the same length, and all steps of a run use the maps of
     its mean timestep: the maps of any one of them would be too late or too early for most others.
 
-    Nothing is interpolated. Measured on 20 steps (docs/performance.md), that changes the last latents less at
-    10 timesteps (0.8 against 1.6 %), more at 5 (2.0 against 1.7 %) and the same at 3, and all of it is below
-    what the sampler itself is off. Samples at different steps in one call would each need blended copies of
-    their maps, 54 MB a step at full size.
+    Nothing is interpolated. Measured on 20 steps (docs/studies/detail-map-sharing.md), that changes the last
+    latents less at 10 timesteps (0.8 against 1.6 %), more at 5 (2.0 against 1.7 %) and the same at 3, and all
+    of it is below what the sampler itself is off. Samples at different steps in one call would each need
+    blended copies of their maps, 54 MB a step at full size.
 
     Args:
         timesteps: of all steps, in the order they are taken.

@@ -38,10 +38,12 @@ def open_system(name: str, model: Model) -> System:
     if name in _REGISTERED:
         return _REGISTERED[name](model)
     home = f"{__name__}.{name}"
-    if not name.isidentifier() or find_spec(home) is None:
+    module = importlib.import_module(home) if name.isidentifier() and find_spec(home) else None
+    # the folder also holds modules that are no systems
+    create: Callable[[Model], System] | None = getattr(module, "create", None)
+    if create is None:
         raise BundleError(
             f"the bundle at '{model.bundle.path}' is for the system '{name}', which this version does not "
             "have: upgrade anydoor-runtime"
         )
-    system: System = importlib.import_module(home).create(model)
-    return system
+    return create(model)

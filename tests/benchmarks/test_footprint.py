@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.footprint import Part, Recorder, main, table
 from benchmarks.support.machine import reset_peak_memory
-from engines.spec import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3

@@ -120,7 +120,7 @@ class SlowToLoad:
 def test_loading_a_graph_is_no_part_of_its_steps(
     monkeypatch: pytest.MonkeyPatch, load_inside_run: bool
 ) -> None:
-    """Where graphs take turns, the first step of a picture loads; 49 more of them would not."""
+    """Where graphs are swapped, the first step of a picture loads; 49 more of them would not."""
     engine = SlowToLoad(load_inside_run)
     monkeypatch.setattr("benchmarks.support.anydoor_pipeline.time.perf_counter", lambda: engine.now)
     timer = engine.observer = GraphTimer(engine)  # type: ignore[arg-type]

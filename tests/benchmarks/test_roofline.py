@@ -15,14 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.roofline import main
-from benchmarks.support.graph_costs import ONE_PICTURE, GraphCost, count_bundle, count_graph
+from benchmarks.support.graph_costs import GraphCost, count_bundle, count_graph
 from benchmarks.support.limits import picture_limit
 from benchmarks.support.peaks import PUBLISHED, Peak
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from engines.spec import GRAPHS
-from export.systems.anydoor import GRAPH_MODULES, PART_OF_GRAPH, example_inputs
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from export.onnx_graph import example_inputs
+from export.systems.anydoor import GRAPH_MODULES, PARTS
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from training.network.checkpoint import read_checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -122,8 +122,8 @@ def test_graphs_of_a_bundle_agree_with_the_counter_of_pytorch(
     tiny_bundle: Path, tiny_checkpoint: Path, graph: str
 ) -> None:
     bundle = Bundle.open(tiny_bundle)
-    module = GRAPH_MODULES[graph](read_checkpoint(tiny_checkpoint).load_part(PART_OF_GRAPH[graph]))
-    inputs = example_inputs(bundle.manifest.specs[graph], ONE_PICTURE)
+    module = GRAPH_MODULES[graph](read_checkpoint(tiny_checkpoint).load_part(PARTS[graph]))
+    inputs = example_inputs(bundle.manifest.specs[graph], bundle.manifest.typical_sizes)
     # PyTorch counts attention when it is made of products only
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         module(*(torch.from_numpy(array) for array in inputs.values()))

@@ -12,8 +12,8 @@ import pytest
 from benchmarks.speed_vs_quality import main
 from benchmarks.support.speed_vs_quality_report import LIMITS, table, verdicts
 from benchmarks.support.trials import EXACT, OTHER_SEED, RowCounter, Trial, settings, summarise
-from engines.spec import CONTROL, DECODE, DENOISE
 from runtime.diffusion.presets import QUALITIES
+from tests.support.anydoor import CONTROL, DECODE, DENOISE
 
 EXACTLY = Trial(8.0, 8.0, 100, 100, 0.80, 20.0, True, 0.0)
 OTHERWISE = replace(EXACTLY, ssim=0.76, change=10.0)

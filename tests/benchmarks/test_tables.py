@@ -51,7 +51,9 @@ def test_every_table_has_rows_of_one_width(name: str) -> None:
 
 
 def test_figures_are_those_of_the_results() -> None:
-    row = next(row for row in tables.read("latency-full-amx")["rows"] if row["subject"]["dtype"] == "bf16")
+    row = next(
+        row for row in tables.read("latency-full-amx")["rows"] if row["contender"]["precision"] == "bf16"
+    )
     summary = row["summary"]["50 steps"]
     cell = f"{summary['p50']:.0f} ({summary['times_pytorch']['picture']:.2f} x)"
     line = next(line for line in tables.latency("latency-full-amx").splitlines() if "BF16" in line)

@@ -70,7 +70,7 @@ def test_manifest_of_a_newer_version(bundle: Path) -> None:
 @pytest.mark.parametrize("key", ["system", "graphs", "constants", "dimensions", "max_batch", "precision"])
 def test_manifest_with_something_missing(bundle: Path, key: str) -> None:
     edit_manifest(bundle, lambda content: content.pop(key))
-    with pytest.raises(BundleError, match=f"incomplete.*'{key}'.*rebuild"):
+    with pytest.raises(BundleError, match=f"cannot be used.*'{key}'.*rebuild"):
         Bundle.open(bundle)
 
 

@@ -30,11 +30,10 @@ from engines.memory_plan import (
 from engines.options import EngineOptions
 from engines.spec import BankSpec, GraphSpec, TensorSpec
 from export.onnx_graph import example_inputs
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 
 MB = 1_000_000
 ORT = "onnxruntime"
-GRAPHS = (ID_ENCODER, CONTROL, DENOISE, DECODE)
 MEMORY = {
     ID_ENCODER: GraphMemory(2281 * MB, 38 * MB),
     CONTROL: GraphMemory(743 * MB, 189 * MB),
@@ -93,11 +92,11 @@ def manifest(memory: Mapping[str, GraphMemory] = MEMORY, batch: int = 4) -> Mani
     """Plans of these sizes."""
     graphs = {
         name: GraphRecord(
-            SPECS[name],
-            (FileRecord(f"{name}.plan", of.weights, ""),),
-            scratch_bytes={"tensorrt": of.scratch, "onnxruntime": 1},
+            spec,
+            (FileRecord(f"{name}.plan", memory[name].weights, ""),),
+            scratch_bytes={"tensorrt": memory[name].scratch, "onnxruntime": 1},
         )
-        for name, of in memory.items()
+        for name, spec in SPECS.items()
     }
     return Manifest(
         system="anydoor",

@@ -24,11 +24,10 @@ from export.build_engines import main
 from export.options import BuildOptions
 from export.plans import Phase, build_plan, check_targets, completed, network_signature, scratch_bytes
 from export.progress import Progress
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, GRAPHS, ID_ENCODER
 
 RTX = "tensorrt_rtx"
 ROOT = Path(__file__).parents[2]
-GRAPHS = (ID_ENCODER, CONTROL, DENOISE, DECODE)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -25,6 +26,7 @@ from runtime.errors import InputError
 from runtime.imaging.pictures import load_picture
 from runtime.request import Placement, Request, Sampling
 from runtime.result import Composite
+from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server.events import Preview, Queued, StepDone
 from tests.support.serving import (
     BOX,
@@ -102,14 +104,14 @@ def test_run_returns_seeds_regions_and_times(client: Client, tiny_bundle: Path) 
 
 
 def test_stream_ends_with_the_pictures(client: Client) -> None:
-    news = list(client.stream(Request(SCENE, [PLACEMENT], 7, Sampling(steps=4)), preview_every=2))
-    assert isinstance(news[0], Queued)
-    assert [(step.done, step.total) for step in news if isinstance(step, StepDone)] == [
+    events = list(client.stream(Request(SCENE, [PLACEMENT], 7, Sampling(steps=4)), preview_every=2))
+    assert isinstance(events[0], Queued)
+    assert [(step.done, step.total) for step in events if isinstance(step, StepDone)] == [
         (done, 4) for done in range(1, 5)
     ]
-    assert sum(isinstance(each, Preview) for each in news) == 1
-    assert isinstance(news[-1], list)
-    assert isinstance(news[-1][0], Composite)
+    assert sum(isinstance(each, Preview) for each in events) == 1
+    assert isinstance(events[-1], list)
+    assert isinstance(events[-1][0], Composite)
 
 
 def test_model_info(client: Client) -> None:
@@ -129,8 +131,8 @@ def test_asyncio(server: ServerThread, client: Client) -> None:
             assert len(third) == 1
             streamed = None
             async with aclosing(other.stream(REQUEST)) as stream:
-                async for news in stream:
-                    streamed = news
+                async for event in stream:
+                    streamed = event
             assert isinstance(streamed, list)
             assert second.size == (80, 64)
             return first, streamed[0], (await other.model_info()).resolution
@@ -238,9 +240,14 @@ def test_tls_file_that_is_not_there() -> None:
 @pytest.mark.parametrize("padding", [0, 2 << 20], ids=["small", "large"])
 def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
     """Also when the request is larger than gRPC keeps for a retry unless told."""
-    with ServerThread(tiny_bundle, max_batch=1, queue=0) as server, server.client() as client:
+    with (
+        ServerThread(tiny_bundle, max_batch=1, queue=0) as server,
+        server.client() as client,
+        grpc.insecure_channel(server.address) as channel,
+    ):
         server.engine.hold()
-        first = client._stub.Composite.future(message(steps=2), timeout=PATIENCE)
+        stub: Any = CompositorServiceStub(channel)
+        first = stub.Composite.future(message(steps=2), timeout=PATIENCE)
         server.engine.wait_for_steps(1)
         refused = threading.Event()
         submit = server.server.batcher.submit

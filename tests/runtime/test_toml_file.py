@@ -10,7 +10,6 @@ from typing import Literal
 import pytest
 
 from runtime.errors import InputError
-from runtime.sizes import size_flag
 from runtime.toml_file import read_settings, read_values
 
 
@@ -24,7 +23,7 @@ class Wheel:
 class Cart:
     name: str = "cart"
     colour: Literal["red", "blue"] = "red"
-    load: int = field(default=0, metadata={"type": size_flag})
+    load: int = field(default=0, metadata={"is_size": True})
     sides: tuple[float, float] = (1.0, 2.0)
     stops: tuple[str, ...] = ()
     spare: Wheel | None = None

@@ -177,9 +177,9 @@ class ServerThread:
     def __init__(self, bundle: Path, **settings: Any) -> None:
         self.settings = Settings(bundle=str(bundle), **{"listen": ("127.0.0.1:0",), **settings})
         self.compositor, self.engine = held_compositor(bundle)
-        self._loop = asyncio.new_event_loop()
+        self.loop = asyncio.new_event_loop()
         self._ready: threading.Event = threading.Event()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
 
     def __enter__(self) -> ServerThread:
         self._thread.start()
@@ -190,13 +190,13 @@ class ServerThread:
     def __exit__(self, *error: object) -> None:
         self.engine.release()
         self.run(self.server.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(PATIENCE)
-        self._loop.close()
+        self.loop.close()
 
     def run(self, work: Any) -> Any:
         """Runs a coroutine in the server's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE)
 
     def client(self, **settings: Any) -> Client:
         return Client(self.address, **{"timeout": PATIENCE, **settings})

@@ -21,7 +21,6 @@ from tests.support.simulated_card import SimulatedDevice, SimulatedPlans
 SCRATCH = {DENOISE: 2 << 20, CONTROL: 1 << 20, DECODE: 24 << 20, ID_ENCODER: 1 << 20}
 CACHE = 8 << 20
 WEIGHTS = {DENOISE: 40, CONTROL: 30, DECODE: 10, ID_ENCODER: 20}
-GRAPHS = tuple(WEIGHTS)
 
 
 def memory_plan(
@@ -67,7 +66,8 @@ class Painter:
         self._bundle = bundle
         self._engine = engine
         self._window = window
-        self._tokens: dict[int, np.ndarray] = {}
+        self._tokens: dict[int, tuple[np.ndarray, DeviceTensor]] = {}
+        self._nothing: dict[int, DeviceTensor] = {}
         self._maps: dict[tuple[int, int, int], list[dict[str, DeviceTensor]]] = {}
 
     @property
@@ -100,10 +100,11 @@ class Painter:
             at_once: whether the steps of a window are one call.
         """
         rng, shape = np.random.default_rng(seed), (samples, *self._bundle.manifest.latent_shape)
-        tokens = self._tokens_of(reference)
+        tokens, tokens_on_device = self._tokens_of(reference)
         latent: Any = self._engine.to_device(rng.standard_normal(shape, np.float32))
-        carry: Any = self._engine.to_device(np.zeros(shape, np.float32))
-        on_device = self._engine.to_device(tokens)
+        if samples not in self._nothing:
+            self._nothing[samples] = self._engine.to_device(np.zeros(shape, np.float32))
+        carry: Any = self._nothing[samples]
         feedback = {"latent": "next_latent"} | ({"carry": "epsilon"} if multistep else {})
         for number, maps in enumerate(self._maps_of(reference, hint, steps, tokens)):
             start = number * self._window
@@ -114,7 +115,7 @@ class Painter:
             for numbers_at_once in [numbers] if at_once else [[one] for one in numbers]:
                 if noise:
                     carry = self._engine.to_device(rng.standard_normal(shape, np.float32))
-                inputs = {"latent": latent, "carry": carry, "tokens": on_device, **maps}
+                inputs = {"latent": latent, "carry": carry, "tokens": tokens_on_device, **maps}
                 if at_once:
                     per_step = {name: np.stack([n[name] for n in numbers]) for name in numbers[0]}
                     results = self._engine.run_steps(DENOISE, inputs, per_step, feedback)
@@ -123,13 +124,15 @@ class Painter:
                 latent, carry = results["next_latent"], results["epsilon"] if multistep else carry
         return np.concatenate([self._decode(latent, sample) for sample in range(samples)])
 
-    def _tokens_of(self, reference: int) -> np.ndarray:
+    def _tokens_of(self, reference: int) -> tuple[np.ndarray, DeviceTensor]:
+        """(2, T, D) tokens of a reference and of none, here and on the device."""
         if reference not in self._tokens:
             (spec,) = self._bundle.manifest.specs[ID_ENCODER].inputs
             picture = np.random.default_rng([1, reference]).random(spec.resolve({"samples": 1}), np.float32)
             tokens = self._engine.run(ID_ENCODER, {"reference": picture})["tokens"]
             unconditional = self._bundle.constants()["unconditional_tokens"]
-            self._tokens[reference] = np.concatenate([self._engine.to_host(tokens), unconditional])
+            both = np.concatenate([self._engine.to_host(tokens), unconditional])
+            self._tokens[reference] = both, self._engine.to_device(both)
         return self._tokens[reference]
 
     def _maps_of(

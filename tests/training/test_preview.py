@@ -14,7 +14,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runtime.errors import InputError
-from runtime.imaging.collage import MODES, Ratios, make_hint
+from runtime.imaging.collage import make_hint
+from runtime.imaging.geometry import Ratios
+from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
 from tests.support.tiny import TINY, RandomPairs, open_zero_convolutions
 from training.config import Default, Recipe

@@ -11,16 +11,21 @@ import pytest
 import torch
 
 from benchmarks.support.checks import COMPOSITE_SHARE, TOKENS_TOLERANCE, at_least, relative
-from export.build_engines import BuildOptions, build_bundle
+from engines.options import EngineOptions
+from export.build import build_bundle
+from export.options import BuildOptions
 from export.progress import Progress
-from runtime import Compositor, Placement, Sampling
+from export.systems import open_source
+from runtime import Compositor, Placement, Request, Sampling
 from runtime.imaging.boxes import Box
-from runtime.imaging.collage import MODES, Ratios, make_hint
+from runtime.imaging.collage import make_hint
+from runtime.imaging.geometry import Ratios
+from runtime.imaging.modes import MODES
 from runtime.imaging.paste_back import paste_back, pasted_region
 from runtime.imaging.reference import prepare_reference
 from tests.support.tiny import TINY, RandomPairs
 from training.loop import LoopSettings, train
-from training.network.checkpoint import read_checkpoint, write_model
+from training.network.checkpoint import write_model
 from training.network.modules import AnyDoor
 from training.preview import sample
 from training.small.initial_weights import open_control
@@ -40,8 +45,8 @@ def test_what_was_trained_is_what_is_served(prediction: Any, tmp_path: Path) -> 
     assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
     write_model(tmp_path / "trained.safetensors", model.eval(), torch.float32)
     build = BuildOptions(resolution=SIDE, max_batch=2)
-    checkpoint = read_checkpoint(tmp_path / "trained.safetensors")
-    build_bundle(checkpoint, tmp_path / "bundle", build, Progress(quiet=True))
+    source = open_source(tmp_path / "trained.safetensors")
+    build_bundle(source, tmp_path / "bundle", build, Progress(quiet=True))
 
     rng = np.random.default_rng(0)
     scene = rng.integers(0, 256, (90, 110, 3), np.uint8)
@@ -55,18 +60,21 @@ def test_what_was_trained_is_what_is_served(prediction: Any, tmp_path: Path) -> 
         tokens = model.encode_reference(torch.cat([shown, torch.zeros_like(shown)]))
         latents = sample(model, tokens, torch.from_numpy(hint.hint)[None], STEPS, GUIDANCE, SEED)
         decoded = model.decode(latents)[0].permute(1, 2, 0).numpy()
-    expected = paste_back(np.clip(decoded * 127.5 + 127.5, 0, 255), scene, hint.geometry, mode)
+    expected = paste_back(np.clip(decoded * 127.5 + 127.5, 0, 255), scene, hint.geometry, mode.paste)
 
-    compositor = Compositor.load(tmp_path / "bundle", threads=1)
+    compositor = Compositor.load(tmp_path / "bundle", EngineOptions(threads=1))
     noise = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
     placement = Placement(picture, mask, box=tuple(box), mode="keep_background")
     sampling = Sampling(steps=STEPS, guidance_scale=GUIDANCE)
-    found = compositor.run(scene, placement, 0, sampling, initial_noise=noise.numpy())[0].image
+    request = Request(scene, [placement], 0, sampling, initial_noise=noise.numpy())
+    found = compositor.run(request)[0].image
 
-    served = compositor.encode_reference(reference)
+    pictures = (reference.image.astype(np.float32) / 255).transpose(2, 0, 1)[None]
+    engine = compositor.engine
+    served = engine.to_host(engine.run("id_encoder", {"reference": pictures})["tokens"])
     token_check = relative(prediction, "ID tokens", served, tokens[:1].numpy(), TOKENS_TOLERANCE)
     assert token_check.passed, token_check.row()
-    region = pasted_region(hint.geometry, mode).slices
+    region = pasted_region(hint.geometry, mode.paste).slices
     close = np.abs(found[region].astype(int) - expected[region]).max(axis=-1) <= 1
     check = at_least(prediction, "composite", float(close.mean()), COMPOSITE_SHARE, "within 1")
     assert check.passed, check.row()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from benchmarks.support.pytorch_pipeline import PyTorchPipeline
 from benchmarks.support.similarity import psnr
-from runtime import Compositor, Placement, Sampling
+from runtime import Compositor, Placement, Request, Sampling
 from training.network.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 
 SAMPLING = Sampling(steps=3, guidance_scale=4.0)
@@ -33,9 +33,7 @@ def test_samples_of_one_placement(tiny_bundle: Path, tiny_checkpoint: Path, scen
     pipeline = PyTorchPipeline(tiny_checkpoint, resolution=64)
     noise = np.random.default_rng(1).standard_normal((2, *pipeline.latent_shape), dtype=np.float32)
     theirs = pipeline.run(scene, [placement(90)], noise, SAMPLING)
-    ours = Compositor.load(tiny_bundle).run(
-        scene, placement(90), sampling=SAMPLING, num_images=2, initial_noise=noise
-    )
+    ours = Compositor.load(tiny_bundle).run(Request(scene, [placement(90)], None, SAMPLING, 2, noise))
     assert not np.array_equal(theirs[0].image, theirs[1].image)
     for their, our in zip(theirs, ours):
         assert psnr(our.image, their.image, peak=255) > 50

@@ -23,7 +23,7 @@ from engines.options import EngineOptions
 from export.onnx_graph import example_inputs
 from tests.support.anydoor import DECODE, DENOISE, ID_ENCODER
 
-pytest.importorskip("openvino", reason="needs pip install 'anydoor-runtime[openvino]'")
+pytest.importorskip("openvino", reason="needs pip install '.[openvino]'")
 
 SIZES = {"samples": 1, "rows": 1, "conditions": 1, "maps": 1}
 OPENVINO = EngineOptions(backend="openvino", device="cpu")

@@ -312,20 +312,20 @@ def test_memory_is_planned_from_the_manifest(plans: Bundle) -> None:
 
 @without_card
 def test_examining_refuses_the_bundle_before_it_needs_a_card(plans: Bundle, library: Library) -> None:
-    with pytest.raises(BundleError, match="not a plan of TensorRT for RTX"):
-        tensorrt.examine(with_plan(plans, DENOISE, b"vgrt"), EngineOptions())
     with pytest.raises(BackendError, match=r"at least .* MB of device memory and 1 MB may be used"):
         tensorrt.examine(plans, EngineOptions(memory_budget=1 << 20))
     with pytest.raises(BackendError) as refusal:
         tensorrt.examine(plans, EngineOptions(memory_budget=8 << 30))
     assert str(refusal.value) == no_card()
+    with pytest.raises(BundleError, match="not a plan of TensorRT for RTX"):
+        tensorrt.examine(with_plan(plans, DENOISE, b"vgrt"), EngineOptions())
 
 
 def test_examining_tells_the_card_and_what_would_live_where(
     plans: Bundle, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt, "Device", lambda: SimulatedDevice(memory=4_000_000_000))
-    for options, budget in ((EngineOptions(), "3600.0"), (EngineOptions(memory_budget=8 * 10**9), "8000.0")):
+    monkeypatch.setattr(tensorrt, "Device", lambda: SimulatedDevice(memory=10_000_000_000))
+    for options, budget in ((EngineOptions(), "9000.0"), (EngineOptions(memory_budget=8 * 10**9), "8000.0")):
         card, table = tensorrt.examine(plans, options)
         assert card == "simulated"
         assert f"of a budget of {budget} MB" in table

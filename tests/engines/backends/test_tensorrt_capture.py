@@ -75,11 +75,15 @@ def test_pictures_whose_steps_nothing_comes_in_between_are_made_in_one_launch(bu
     assert simulation.device.launches == launches + 1
 
 
-def test_loops_and_single_steps_may_alternate(bundle: Bundle) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_loops_and_single_steps_may_alternate(bundle: Bundle, on_device: bool) -> None:
     """Each finds at the places what it needs, whatever the other left there."""
     engine = Simulation(bundle).engine
     inputs, per_step = loop(bundle, engine, 2)
-    step = inputs | {name: values[1] for name, values in per_step.items()}
+    numbers = {name: values[1] for name, values in per_step.items()}
+    step = inputs | {name: engine.to_device(n) if on_device else n for name, n in numbers.items()}
+    # the last step has other numbers, and leaves them at the places
+    per_step = {name: values[::-1] for name, values in per_step.items()}
     expected = [
         engine.to_host(result["next_latent"])
         for result in (engine.run_steps(DENOISE, inputs, per_step, FEEDBACK), engine.run(DENOISE, step))

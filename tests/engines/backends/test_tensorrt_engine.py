@@ -13,9 +13,9 @@ from engines.bundle import Bundle
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError
 from export.onnx_graph import example_inputs
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from tests.support.simulated_card import SimulatedDevice
-from tests.support.simulated_engine import GRAPHS, Painter, Simulation, memory_plan, on_onnxruntime, renamed
+from tests.support.simulated_engine import Painter, Simulation, memory_plan, on_onnxruntime, renamed
 
 
 @pytest.fixture(scope="module")

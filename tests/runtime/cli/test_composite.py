@@ -9,27 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.cli import main
+from tests.support.pictures import SCENE, Pixels, cutout, picture
 
 Capture = pytest.CaptureFixture[str]
-Pixels = NDArray[np.uint8]
-
-
-def picture(height: int, width: int, seed: int = 0) -> Pixels:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def cutout(size: int = 40, seed: int = 1) -> Pixels:
-    """An object with transparency around it."""
-    rgba = np.dstack([picture(size, size, seed), np.zeros((size, size), np.uint8)])
-    rgba[5:-5, 8:-8, 3] = 255
-    return rgba
-
-
-SCENE = picture(90, 120)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from engines.cuda import Device
 from engines.errors import BackendError
-from runtime.cli.composite import main
+from runtime.cli import main
 
 
 def no_card() -> str:
@@ -25,7 +25,8 @@ def test_doctor_tells_what_would_live_where(
 ) -> None:
     code = main(["doctor", str(small_plan_bundle), "--memory-budget", "8G"])
     printed = capsys.readouterr().out
-    assert "plans of TensorRT for RTX" in printed
+    assert "made by tensorrt_rtx" in printed
+    assert "for sm86,sm89,sm120" in printed
     assert "of a budget of 8000.0 MB" in printed
     assert code == (2 if no_card() else 0)
     assert not no_card() or f"unusable: {no_card()}" in printed

@@ -122,7 +122,7 @@ def test_draining_under_load_loses_no_accepted_request(tiny_bundle: Path) -> Non
         server.engine.hold()
         calls = [stub.Composite.future(message(seed=seed), timeout=PATIENCE) for seed in range(6)]
         wait_until(lambda: len(server.server.batcher.tickets) == 6)
-        stopping = asyncio.run_coroutine_threadsafe(server.server.stop(), server._loop)
+        stopping = asyncio.run_coroutine_threadsafe(server.server.stop(), server.loop)
         wait_until(lambda: not server.server.batcher.is_open)
         assert health.Check(request).status == NOT_SERVING
         assert refusal(stub.Composite, message()).code() is grpc.StatusCode.UNAVAILABLE
@@ -138,7 +138,7 @@ def test_what_cannot_be_finished_is_refused_not_dropped(tiny_bundle: Path) -> No
             stub: Any = CompositorServiceStub(channel)
             call = stub.Composite.future(message(steps=50), timeout=PATIENCE)
             server.engine.wait_for_steps(1)
-            stopping = asyncio.run_coroutine_threadsafe(server.server.stop(), server._loop)
+            stopping = asyncio.run_coroutine_threadsafe(server.server.stop(), server.loop)
             threading.Timer(0.5, server.engine.release).start()
             assert stopping.result(PATIENCE) is False
             error: Any = call.exception()

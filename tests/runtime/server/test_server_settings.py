@@ -65,7 +65,7 @@ def test_the_engines_options_stand_beside_the_others(tmp_path: Path) -> None:
         ("control_window = 0", "control_window must be at least 1"),
         ("threads = 0", "threads must be at least 1, not 0"),
         ("backend = 'magic'", "there is no backend 'magic': choose one of auto, openvino"),
-        ("engine = 'magic'", "'engine' that is not known"),
+        ("engine = 'magic'", "the configuration has no 'engine'"),
         ("batching = 'magic'", "batching must be one of continuous, static"),
         ("tls_key = 'key.pem'", "only of use together"),
         ("tls_client_ca = 'ca.pem'", "needs tls_certificate"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.imaging.collage import Ratios, zoom_in
+from runtime.imaging.geometry import Ratios, zoom_in
 from tests.support.shapes import disc
 from training.data.encoded import pack_hint, unpack_hint
 from training.data.pairs import (
