@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.backends.onnxruntime.engine import devices as onnxruntime_devices
 from engines.backends.tensorrt.library import VARIANTS, load_library
 from engines.bundle import Bundle
 from engines.cuda import Device
 from engines.errors import AnyDoorError
 from engines.files import replacing
 from engines.manifest import MANIFEST, Manifest
-from export.options import BACKENDS, ONNX, BuildOptions
+from export.options import BACKENDS, CUDA, ONNX, BuildOptions
 from export.plans import build_plans, check_targets
 from export.progress import Progress
 
@@ -123,8 +124,14 @@ def _check(output: Path, options: BuildOptions) -> None:
     if options.backend != ONNX:
         # before an export of minutes
         check_targets(load_library(options.backend), options.targets)
-    elif options.targets:
-        raise AnyDoorError("--targets names architectures of plans: it goes with --backend tensorrt_rtx")
+
+
+def default_targets(backend: str) -> tuple[str, ...]:
+    """What a bundle is built for on this machine: ONNX graphs for CUDA where ONNX Runtime can use a card."""
+    with suppress(AnyDoorError):
+        if backend == ONNX and CUDA in onnxruntime_devices() and Device().card():
+            return (CUDA,)
+    return ()
 
 
 def best_backend() -> str:

@@ -20,7 +20,7 @@ try:
     from engines.bundle import Bundle
     from engines.errors import AnyDoorError
     from engines.manifest import Manifest
-    from export.build import best_backend, build_bundle, build_plan_bundle
+    from export.build import best_backend, build_bundle, build_plan_bundle, default_targets
     from export.options import BACKENDS, ONNX, PRECISIONS, BuildOptions
     from export.progress import Progress
     from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS
@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(text.lower().split(",")),
         default=(),
         metavar="SM,SM",
-        help="cards that tensorrt_rtx builds for: sm75 sm80 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120)",
+        help="cards that tensorrt_rtx builds for: sm75 sm80 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120)."
+        " Of onnxruntime: cuda or any (default: cuda where there is a card)",
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, help="default: fp16 for TensorRT, fp32 for ONNX Runtime"
@@ -180,7 +181,7 @@ def build_options(options: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         backend=backend,
         precision=options.precision or ("fp32" if backend == ONNX else "fp16"),
-        targets=options.targets,
+        targets=options.targets or default_targets(backend),
         defaults=dict(options.default or []),
         **{name: value for name, value in given.items() if value is not None},
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +20,10 @@ from engines.engine import open_engine
 from engines.manifest import ANY_TARGET, FileRecord, GraphRecord, Manifest
 from engines.options import EngineOptions
 from export.onnx_graph import export_onnx
-from export.options import ONNX, BuildOptions
+from export.options import CUDA, ONNX, BuildOptions
 from export.precision import TORCH_DTYPES
 from export.progress import Progress
+from export.rewrite.files import rewrite_file
 from export.scratch import scratch_bytes
 from export.systems.system import ExportSource, GraphExport
 from export.verification import verify_graph
@@ -52,29 +55,74 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
         AnyDoorError: a graph does not compute what PyTorch does.
     """
     progress.step("reading the checkpoint")
-    manifest = Manifest(
-        system=source.system,
-        backend=ONNX,
-        backend_version=version("onnxruntime"),
-        target=ANY_TARGET,
-        precision=options.precision,
-        max_batch=options.max_batch,
-        dimensions=source.dimensions,
-        graphs={},
-        constants=FileRecord(CONSTANTS, 0, ""),
-        defaults={**source.defaults, **options.defaults},
-        checkpoint={"file": source.path.name, "sha256": sha256(source.path)},
-        architecture=source.architecture,
-        schedule={"kind": "ddpm", "prediction": "epsilon"},
-        producer=f"anydoor-runtime {version('anydoor-runtime')}",
-    )
+    checkpoint = {"file": source.path.name, "sha256": sha256(source.path)}
+    manifest = empty_manifest(source, options, checkpoint)
     for graph in source.graphs(options.resolution, options.precision):
         record = _build_graph(source, graph, output, manifest, progress)
         manifest = replace(manifest, graphs={**manifest.graphs, graph.spec.name: record})
     progress.step("computing constants")
     constants: dict[str, Any] = {**source.constants(open_engine(Bundle(output, manifest), _ON_THE_CPU))}
     np.savez(output / CONSTANTS, **constants)
+    if manifest.target != ANY_TARGET:
+        progress.steps += len(manifest.graphs)
+        graphs = {
+            name: _rewrite_graph(source, record, output, manifest, progress)
+            for name, record in manifest.graphs.items()
+        }
+        manifest = replace(manifest, graphs=graphs)
     return replace(manifest, constants=file_record(output, CONSTANTS))
+
+
+def _rewrite_graph(
+    source: ExportSource, record: GraphRecord, output: Path, manifest: Manifest, progress: Progress
+) -> GraphRecord:
+    """Replaces a graph by one in the operators of the target's execution provider.
+
+    The error in its record is that of the graph before, in plain operators, which run on the CPU.
+    """
+    name = record.spec.name
+    progress.step(f"{name}: rewriting for {manifest.target}")
+    plain = output / "plain"
+    plain.mkdir()
+    for file in record.files:
+        (output / file.path).rename(plain / file.path)
+    path = output / record.files[0].path
+    report = rewrite_file(plain / path.name, path, manifest.target)
+    shutil.rmtree(plain)
+    _store_exact_halves(path, source, manifest)
+    progress.note(f"{name}: {report}")
+    return replace(record, files=_files(path))
+
+
+def _store_exact_halves(path: Path, source: ExportSource, manifest: Manifest) -> None:
+    if manifest.precision == "fp32" and source.dtype == torch.float16:
+        store_exact_halves(path)
+
+
+def _files(path: Path) -> tuple[FileRecord, ...]:
+    """The records of a graph's file and of the file of its weights."""
+    files = (path, path.with_name(f"{path.name}.data"))
+    return tuple(file_record(path.parent, file.name) for file in files if file.exists())
+
+
+def empty_manifest(source: ExportSource, options: BuildOptions, checkpoint: Mapping[str, Any]) -> Manifest:
+    """The manifest of a bundle of ONNX graphs before it has any graph."""
+    return Manifest(
+        system=source.system,
+        backend=ONNX,
+        backend_version=version("onnxruntime"),
+        target=CUDA if CUDA in options.targets else ANY_TARGET,
+        precision=options.precision,
+        max_batch=options.max_batch,
+        dimensions=source.dimensions,
+        graphs={},
+        constants=FileRecord(CONSTANTS, 0, ""),
+        defaults={**source.defaults, **options.defaults},
+        checkpoint=checkpoint,
+        architecture=source.architecture,
+        schedule={"kind": "ddpm", "prediction": "epsilon"},
+        producer=f"anydoor-runtime {version('anydoor-runtime')}",
+    )
 
 
 def _build_graph(
@@ -88,17 +136,11 @@ def _build_graph(
     progress.step(f"{name}: exporting")
     export_onnx(module, spec, path)
     _strip(path)
-    if manifest.precision == "fp32" and source.dtype == torch.float16:
-        store_exact_halves(path)
+    _store_exact_halves(path, source, manifest)
     del module
     gc.collect()
     progress.step(f"{name}: hashing")
-    data = path.with_name(f"{path.name}.data")
-    record = GraphRecord(
-        spec,
-        files=tuple(file_record(output, file.name) for file in (path, data) if file.exists()),
-        scratch_bytes=scratch_bytes(path, manifest.typical_sizes),
-    )
+    record = GraphRecord(spec, _files(path), scratch_bytes=scratch_bytes(path, manifest.typical_sizes))
     progress.step(f"{name}: comparing with PyTorch")
     alone = replace(manifest, graphs={name: record})
     engine = open_engine(Bundle(output, alone), _ON_THE_CPU)

@@ -60,6 +60,13 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, opset: int = OPS
         path: where to.
         opset: version of the ONNX operators.
     """
+    program = trace(module, spec, opset)
+    with _quiet():
+        program.save(path, external_data=True)
+
+
+def trace(module: nn.Module, spec: GraphSpec, opset: int = OPSET) -> torch.onnx.ONNXProgram:
+    """Turns a module into an ONNX graph in memory; arguments as of `export_onnx`."""
     dimensions = sorted({size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)})
     # all differ and none is 1, so that the export takes no two dimensions for the same
     sizes = {name: size for size, name in enumerate(dimensions, 2)}
@@ -74,13 +81,11 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, opset: int = OPS
     named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
     dynamic = (*shapes[:named], *((tuple(shapes[named:]),) if named < len(shapes) else ()))
     with _quiet(), torch.no_grad():
-        torch.onnx.export(
+        program = torch.onnx.export(
             module,
             arguments,
-            path,
             dynamo=True,
             opset_version=opset,
-            external_data=True,
             optimize=True,
             verify=False,
             verbose=False,
@@ -88,6 +93,8 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, opset: int = OPS
             output_names=[tensor.name for tensor in spec.outputs],
             dynamic_shapes=dynamic,
         )
+    assert program is not None  # with dynamo=True it never is
+    return program
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engines.errors import AnyDoorError
+from engines.manifest import ANY_TARGET
 from engines.registry import backends
 
 ONNX = "onnxruntime"
@@ -15,6 +16,9 @@ ONNX = "onnxruntime"
 BACKENDS = tuple(dict.fromkeys(backend.runs for backend in backends().values()))
 
 PRECISIONS = ("fp32", "fp16")
+
+CUDA = "cuda"
+"""Target of bundles of ONNX graphs in the operators of ONNX Runtime's CUDA provider."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class BuildOptions:
     resolution: int = 512
     """Side of the generated picture, in pixels."""
     targets: tuple[str, ...] = ()
-    """GPU architectures of plans, like sm89; what suits the library if empty."""
+    """GPU architectures of plans, like sm89; what suits the library if empty. Of ONNX graphs `CUDA`, for the
+    operators of ONNX Runtime's CUDA provider, or any."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Parameters for the manifest's `defaults`, beside those of the checkpoint."""
 
@@ -44,5 +49,9 @@ class BuildOptions:
         ):
             if chosen not in known:
                 raise AnyDoorError(f"there is no {what} '{chosen}': choose one of {', '.join(known)}")
+        if self.backend == ONNX and self.targets not in ((), (ANY_TARGET,), (CUDA,)):
+            raise AnyDoorError(
+                f"--targets of {ONNX} is {ANY_TARGET} or {CUDA}: architectures go with --backend tensorrt_rtx"
+            )
         if self.max_batch < 1:
             raise AnyDoorError(f"--max-batch must be at least 1, not {self.max_batch}")

@@ -22,6 +22,7 @@ class Progress:
             quiet: show nothing.
         """
         self._steps = steps
+        self._quiet = quiet
         self._count = 0
         self._description = ""
         # in a log file a moving bar is noise: a line per step tells as much
@@ -54,6 +55,11 @@ class Progress:
             print(f"[{self._count}/{self._steps}] {description}", file=sys.stderr, flush=True)
         self._description = description
         self._bar.set_description_str(description)
+
+    def note(self, text: str) -> None:
+        """Prints lines that stay, above the bar."""
+        if not self._quiet:
+            tqdm.write(text, file=sys.stderr)
 
     def percent(self, done: float) -> None:
         """Says how much of the step that runs is done, 0..1, where that is known."""

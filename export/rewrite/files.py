@@ -14,10 +14,10 @@ _INLINE_BYTES = 256
 
 
 def rewrite_file(path: Path, output: Path, target: str, strict: bool = True) -> Report:
-    """Rewrites a graph and writes it to another file of the same folder.
+    """Rewrites a graph and writes it to another file.
 
-    If no weight changes, the new file names the weights of the old one, which must stay. Else the new file
-    has its own in `OUTPUT.data`, which are written one at a time.
+    If both are in the same folder and no weight changes, the new file names the weights of the old one, which
+    must stay. Else the new file has its own in `OUTPUT.data`, written one at a time.
 
     Args:
         path: the graph; its weights are in `PATH.data`.
@@ -30,9 +30,9 @@ def rewrite_file(path: Path, output: Path, target: str, strict: bool = True) -> 
     """
     model = ir.load(path)
     report = rewrite(model, target, strict)
-    weights = model.graph.initializers.values()
-    if any(isinstance(weight.const_value, ir.LazyTensor) for weight in weights):
-        ir.save(model, output, external_data=f"{output.name}.data", size_threshold_bytes=_INLINE_BYTES)
-    else:
+    weights = [weight.const_value for weight in model.graph.initializers.values()]
+    if output.parent == path.parent and not any(isinstance(weight, ir.LazyTensor) for weight in weights):
         ir.save(model, output)
+    else:
+        ir.save(model, output, external_data=f"{output.name}.data", size_threshold_bytes=_INLINE_BYTES)
     return report

@@ -19,12 +19,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from engines.engine import Array, Engine
 from engines.errors import AnyDoorError
@@ -63,6 +66,15 @@ class AnyDoorSource:
         self.defaults = checkpoint.defaults
         self.architecture: Mapping[str, Any] = asdict(checkpoint.architecture)
         self._checkpoint = checkpoint
+
+    @classmethod
+    def without_weights(cls, architecture: Architecture, dtype: torch.dtype) -> AnyDoorSource:
+        """A network of any size whose weights are zeros that take no memory, to export skeletons from."""
+        with torch.device("meta"):
+            shapes = AnyDoor(architecture).official_shapes()
+        zero = torch.zeros((), dtype=dtype)
+        tensors = {key: zero.expand(shape) for key, shape in shapes.items()}
+        return cls(Checkpoint(Path("without weights"), architecture, tensors))
 
     def check_resolution(self, resolution: int) -> None:
         """Refuses a picture size that the network cannot halve often enough.
@@ -180,6 +192,9 @@ def graph_specs(
     return {spec.name: spec for spec in specs}
 
 
+_UNMASKED = "sdpa_unmasked"
+
+
 class IDEncoderGraph(nn.Module):
     """Reference -> ID tokens."""
 
@@ -188,6 +203,10 @@ class IDEncoderGraph(nn.Module):
     def __init__(self, model: AnyDoor) -> None:
         super().__init__()
         self.model = model
+        # while it is traced, transformers makes a mask that masks nothing, and PyTorch guards against rows
+        # that are all masked; it makes none for an implementation that it does not know
+        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+        model.id_encoder.dino.set_attn_implementation(_UNMASKED)
         model.id_encoder.fix_positions(REFERENCE_SIZE)
         self.dtype = model.id_encoder.projector.weight.dtype
 

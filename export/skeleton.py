@@ -1,0 +1,132 @@
+"""Bundles without weights, about a megabyte at full size: graphs and manifest as a build would write them.
+
+The network that they are exported from has parameters that take no memory. Operators can be counted in a
+skeleton, and it is a small thing to move to another machine, where `export.noise` gives it weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from torch import nn
+
+from engines.bundle import CONSTANTS, file_record
+from engines.engine import Array, Engine
+from engines.files import replacing
+from engines.manifest import ANY_TARGET, MANIFEST, FileRecord, GraphRecord, Manifest
+from export.onnx_bundle import empty_manifest
+from export.onnx_graph import trace
+from export.options import BuildOptions
+from export.precision import TORCH_DTYPES
+from export.rewrite.rewriting import rewrite
+from export.scratch import scratch_bytes
+from export.systems.system import ExportSource, GraphExport
+
+_LARGEST_CONSTANT = 4096
+"""Bytes; what is larger is a weight. The largest constant is a table of 1,000 numbers."""
+
+_MARKS = [float(mark) for mark in np.arange(0x3000, 0x4400, dtype=np.uint16).view(np.float16) if mark != 1]
+"""Values of parameters, exact in FP16: all differ, so the exporter merges no two, and tell weights from
+constants."""
+
+
+def build_skeleton(source: ExportSource, output: Path, options: BuildOptions) -> Manifest:
+    """Builds a bundle of ONNX graphs whose weights are left out.
+
+    Args:
+        source: a network; `AnyDoorSource.without_weights` makes one that takes no memory.
+        output: directory of the bundle; what is there is replaced.
+        options: precision, resolution, batch and target.
+
+    Returns:
+        The manifest. It names the missing files with their sizes and with empty hashes.
+
+    Raises:
+        RewriteError: a graph has a pattern that no rule for the target recognised.
+    """
+    manifest = empty_manifest(source, options, checkpoint={})
+    with replacing(output) as folder:
+        folder.mkdir()
+        for graph in source.graphs(options.resolution, options.precision):
+            record = _build_graph(graph, folder, manifest)
+            manifest = replace(manifest, graphs={**manifest.graphs, graph.spec.name: record})
+        constants: dict[str, Any] = {**source.constants(cast(Engine, _NoiseEngine(manifest)))}
+        np.savez(folder / CONSTANTS, **constants)
+        manifest = replace(manifest, constants=file_record(folder, CONSTANTS))
+        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def _build_graph(graph: GraphExport, folder: Path, manifest: Manifest) -> GraphRecord:
+    module = graph.load(TORCH_DTYPES[manifest.precision])
+    marks = set(_mark(module))
+    model = trace(module, graph.spec).model
+    passes.ClearMetadataAndDocStringPass()(model)
+    path = folder / f"{graph.spec.name}.onnx"
+    data = f"{path.name}.data"
+    size = _leave_out_weights(model, data, marks)
+    ir.save(model, path)
+    scratch = scratch_bytes(path, manifest.typical_sizes)
+    if manifest.target != ANY_TARGET:
+        rewrite(model, manifest.target)
+        size = _leave_out_weights(model, data, marks)
+        ir.save(model, path)
+    files = (file_record(folder, path.name), FileRecord(data, size, ""))
+    return GraphRecord(graph.spec, files, scratch_bytes=scratch)
+
+
+def _mark(module: nn.Module) -> Iterator[float]:
+    """Gives every parameter a value of its own that takes the memory of one number."""
+    for parameter, mark in zip(module.parameters(), itertools.cycle(_MARKS)):
+        parameter.data = torch.full((), mark, dtype=parameter.dtype).expand(parameter.shape)
+        yield mark
+
+
+def _leave_out_weights(model: ir.Model, file: str, marks: Collection[float]) -> int:
+    """Replaces weights by places in a file that does not exist. Returns how many bytes it would have."""
+    offset = 0
+    for weight in model.graph.initializers.values():
+        tensor = weight.const_value
+        if tensor is None or not _is_weight(tensor, marks):
+            continue
+        shape = ir.Shape(tensor.shape)
+        weight.const_value = ir.ExternalTensor(
+            file, offset, tensor.nbytes, tensor.dtype, shape=shape, name=weight.name or ""
+        )
+        offset += tensor.nbytes
+    return offset
+
+
+def _is_weight(tensor: ir.TensorProtocol, marks: Collection[float]) -> bool:
+    """Whether a tensor is a parameter or was made of one."""
+    if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor) or tensor.nbytes >= _LARGEST_CONSTANT:
+        return True
+    if not tensor.dtype.is_floating_point() or tensor.size == 0:
+        return False
+    values = np.unique(tensor.numpy())
+    return len(values) == 1 and float(values[0]) in marks
+
+
+class _NoiseEngine:
+    """Stands in for an engine where there is nothing to run: results are noise of the right shape."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def run(self, graph: str, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Output -> seeded noise."""
+        random, spec = np.random.default_rng(0), self._manifest.specs[graph]
+        sizes = spec.sizes({name: array.shape for name, array in inputs.items()})
+        return {t.name: random.standard_normal(t.resolve(sizes)).astype(t.dtype) for t in spec.outputs}
+
+    def to_host(self, tensor: Array) -> Array:
+        """The tensor itself."""
+        return tensor
