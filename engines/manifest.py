@@ -17,7 +17,11 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 BUILD_COMMAND = "anydoor build CHECKPOINT"
 
+ONNX = "onnxruntime"
+"""Kind of the graphs of a bundle that holds ONNX files."""
+
 ANY_TARGET = "any"
+CUDA_TARGET = "cuda"
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,21 @@ from pathlib import Path
 from engines.arena import ALIGNMENT, Buffer, Layout, aligned, layout
 from engines.bundle import Bundle
 from engines.errors import BackendError
-from engines.manifest import BUILD_COMMAND, Manifest
-from engines.spec import SAMPLING_ROLES, GraphSpec
+from engines.manifest import BUILD_COMMAND, CUDA_TARGET, ONNX, Manifest
+from engines.spec import CAPTURED_ROLES, SAMPLING_ROLES, GraphSpec
 
 Groups = tuple[tuple[str, ...], ...]
 """Graphs that are loaded together; every graph is in one group."""
 
 LARGEST_CACHE = 4 << 30
 """Bytes of kept tensors worth having: at full size, three placements of 50 steps."""
+
+LIBRARY_MARGIN = 1.25
+"""What a library's own allocator takes, as a multiple of the intermediate results of a graph: it rounds, leaves
+gaps, and lends workspace to convolutions. Chosen with room to spare, not measured on a card."""
+
+SHARE_OF_FREE_DEVICE_MEMORY = 0.9
+"""What is used of a card's free memory without a budget."""
 
 MOST_STEPS = 64
 """Steps whose small inputs have room on the card at once, and so can be one CUDA graph."""
@@ -34,6 +41,24 @@ class GraphMemory:
     """Bytes, as long as it is loaded."""
     scratch: int
     """Bytes of intermediate results, while it runs at the largest batch."""
+
+
+def card_memory(manifest: Manifest) -> dict[str, GraphMemory]:
+    """What each graph takes on a card.
+
+    A bundle of ONNX graphs may not say it of the card, but of one sample on a CPU: then it is as much for each
+    sample of the largest call.
+    """
+    if manifest.backend != ONNX:
+        kind, samples = manifest.backend, 1
+    elif all(CUDA_TARGET in record.scratch_bytes for record in manifest.graphs.values()):
+        kind, samples = CUDA_TARGET, 1
+    else:
+        kind, samples = ONNX, manifest.max_batch
+    return {
+        name: GraphMemory(record.nbytes, samples * record.scratch_bytes.get(kind, 0))
+        for name, record in manifest.graphs.items()
+    }
 
 
 def groupings(specs: Mapping[str, GraphSpec]) -> list[Groups]:
@@ -60,8 +85,10 @@ class DeviceMemoryPlan:
     graphs: Mapping[str, GraphMemory]
     groups: Groups
     fixed: Layout
-    """The part of the arena whose use never changes: scratch memory, the places of the step graph's inputs
-    and outputs, and tables of the inputs that change at every step."""
+    """The part of the arena whose use never changes: scratch memory, the places of the inputs and outputs of
+    captured graphs, and tables of the inputs that change at every step."""
+    library: int
+    """Scratch memory that the backend's library allocates itself, for all graphs; 0 if it lies in the arena."""
     pool: int
     """The part of the arena where tensors come and go, without those that are kept for re-rolls."""
     cache: int
@@ -81,7 +108,12 @@ class DeviceMemoryPlan:
     @property
     def total(self) -> int:
         """Most memory in use at any time."""
-        return self.weights + self.arena
+        return self.weights + self.library + self.arena
+
+    @property
+    def library_limit(self) -> int:
+        """Most that the backend's library may allocate, weights included: all that is not the arena's."""
+        return self.budget - self.arena
 
     def group_of(self, graph: str) -> tuple[str, ...]:
         """The graphs that may be loaded at the same time as this one."""
@@ -98,35 +130,38 @@ class DeviceMemoryPlan:
                 lines.append(f"{name:<12} {sizes}  as group {number}{swap}")
         lines += [
             f"{'weights':<12} {self.weights / 1e6:>11.1f} MB in the largest group",
-            f"{'shared':<12} {self.fixed.nbytes / 1e6:>11.1f} MB scratch, and inputs of the step graph",
+            f"{'shared':<12} {self.fixed.nbytes / 1e6:>11.1f} MB scratch, and places of captured graphs",
+            f"{'library':<12} {self.library / 1e6:>11.1f} MB scratch that the library shares among graphs",
             f"{'tensors':<12} {self.pool / 1e6:>11.1f} MB in use, and {self.cache / 1e6:.1f} MB kept",
             f"{'in all':<12} {self.total / 1e6:>11.1f} MB of a budget of {self.budget / 1e6:.1f} MB",
         ]
-        return "\n".join(lines)
+        return "\n".join(line for line in lines if self.library or not line.startswith("library"))
 
 
 def plan_device_memory(manifest: Manifest, budget: int) -> DeviceMemoryPlan:
     """The plan with the fewest groups that fits a card.
 
     Args:
-        manifest: of a bundle of plans.
+        manifest: of a bundle of plans, whose scratch memory lies in the arena, or of ONNX graphs, whose library
+            has an allocator of its own.
         budget: bytes of device memory to use at most.
 
     Raises:
         BackendError: even the smallest plan does not fit; says what would.
     """
-    graphs = {
-        name: GraphMemory(record.nbytes, record.scratch_bytes.get(manifest.backend, 0))
-        for name, record in manifest.graphs.items()
-    }
-    fixed = layout(fixed_buffers(graphs, manifest))
+    graphs = card_memory(manifest)
+    in_arena, library = graphs, 0
+    if manifest.backend == ONNX:
+        in_arena = {name: replace(memory, scratch=0) for name, memory in graphs.items()}
+        library = aligned(int(LIBRARY_MARGIN * max(memory.scratch for memory in graphs.values())))
+    fixed = layout(fixed_buffers(in_arena, manifest))
     pool = working_bytes(manifest)
     needed = 0
     for groups in groupings(manifest.specs):
-        needed = _largest_group(graphs, groups) + fixed.nbytes + aligned(pool)
+        needed = _largest_group(graphs, groups) + library + fixed.nbytes + aligned(pool)
         if needed <= budget:
             cache = min(budget - needed, LARGEST_CACHE) // ALIGNMENT * ALIGNMENT
-            return DeviceMemoryPlan(graphs, groups, fixed, pool, cache, budget)
+            return DeviceMemoryPlan(graphs, groups, fixed, library, pool, cache, budget)
     raise BackendError(
         f"the bundle needs at least {megabytes(needed)} MB of device memory and {budget // 1_000_000} MB may "
         "be used: free some, raise --memory-budget, or build a bundle that needs less with "
@@ -135,7 +170,7 @@ def plan_device_memory(manifest: Manifest, budget: int) -> DeviceMemoryPlan:
 
 
 def fixed_buffers(graphs: Mapping[str, GraphMemory], manifest: Manifest) -> list[Buffer]:
-    """Scratch memory of every graph, one place for every input and output of the step graph, and tables.
+    """Scratch memory of every graph, a place for every input and output of a captured graph, and tables.
 
     Graphs run one after the other, so each is a phase of its own. What the step graph is given stays in place
     while a window graph runs for the next step; other graphs may overwrite it. A table holds the values of a
@@ -144,12 +179,35 @@ def fixed_buffers(graphs: Mapping[str, GraphMemory], manifest: Manifest) -> list
     step, sizes = manifest.step, manifest.largest_sizes
     sampling = frozenset(spec.name for spec in manifest.specs.values() if spec.role in SAMPLING_ROLES)
     scratch = [Buffer(scratch_name(name), graphs[name].scratch, frozenset({name})) for name in graphs]
-    places = [Buffer(tensor.name, tensor.nbytes(sizes), sampling) for tensor in step.tensors]
+    places = [
+        Buffer(
+            place_name(spec.name, tensor.name),
+            tensor.nbytes(sizes),
+            sampling if spec.role == "step" else frozenset({spec.name}),
+        )
+        for spec in manifest.specs.values()
+        if spec.role in CAPTURED_ROLES
+        for tensor in spec.tensors
+    ]
     tables = [
-        Buffer(table_name(name), MOST_STEPS * step.tensor(name).nbytes(sizes), frozenset({step.name}))
+        Buffer(
+            table_name(step.name, name),
+            MOST_STEPS * step.tensor(name).nbytes(sizes),
+            frozenset({step.name}),
+        )
         for name in step.per_step
     ]
     return scratch + places + tables
+
+
+def buffers_of(spec: GraphSpec) -> list[str]:
+    """Names of the buffers in `fixed_buffers` that a run of a graph writes to."""
+    tensors = spec.tensors if spec.role in CAPTURED_ROLES else ()
+    return [
+        scratch_name(spec.name),
+        *(place_name(spec.name, tensor.name) for tensor in tensors),
+        *(table_name(spec.name, name) for name in spec.per_step),
+    ]
 
 
 def scratch_name(graph: str) -> str:
@@ -157,9 +215,24 @@ def scratch_name(graph: str) -> str:
     return f"{graph} scratch"
 
 
-def table_name(tensor: str) -> str:
+def place_name(graph: str, tensor: str) -> str:
+    """Name of the buffer for an input or output of a captured graph."""
+    return f"{graph}.{tensor}"
+
+
+def table_name(graph: str, tensor: str) -> str:
     """Name of the buffer for an input's values at all steps of a loop."""
-    return f"{tensor} table"
+    return f"{graph}.{tensor} table"
+
+
+def device_budget(wanted: int | None, free: int) -> int:
+    """Bytes of a card's memory to use at most.
+
+    Args:
+        wanted: what the user allows; most of what is free if None, since kernels and contexts take some too.
+        free: bytes of the card's memory that are free.
+    """
+    return wanted or int(free * SHARE_OF_FREE_DEVICE_MEMORY)
 
 
 def working_bytes(manifest: Manifest) -> int:

@@ -33,6 +33,9 @@ ROLES: tuple[Role, ...] = get_args(Role)
 SAMPLING_ROLES = frozenset[Role]({"step", "window"})
 """The roles that alternate while a picture is sampled."""
 
+CAPTURED_ROLES = SAMPLING_ROLES | frozenset[Role]({"decode"})
+"""The roles of graphs that run for every picture, and so are worth a CUDA graph on a card."""
+
 SAMPLES = "samples"
 ROWS = "rows"
 

@@ -22,10 +22,11 @@ from engines.manifest import FileRecord, GraphRecord, Manifest
 from engines.memory_plan import (
     DeviceMemoryPlan,
     GraphMemory,
+    buffers_of,
     groupings,
+    place_name,
     plan_device_memory,
     plan_host_memory,
-    scratch_name,
 )
 from engines.options import EngineOptions
 from engines.spec import BankSpec, GraphSpec, TensorSpec
@@ -171,8 +172,8 @@ def test_the_id_encoder_is_evicted_first_and_sampling_is_never_parted() -> None:
 
 def places(plan: DeviceMemoryPlan, graph: str) -> set[str]:
     """The fixed buffers that hold something while a graph runs."""
-    inputs = {tensor.name for tensor in SPECS[DENOISE].tensors} if graph in (CONTROL, DENOISE) else set()
-    return {scratch_name(graph), *inputs}
+    kept = [place_name(DENOISE, tensor.name) for tensor in SPECS[DENOISE].tensors] if graph == CONTROL else []
+    return {*buffers_of(SPECS[graph]), *kept}
 
 
 def test_nothing_that_a_running_graph_needs_is_overwritten() -> None:

@@ -1,4 +1,4 @@
-"""A TensorRT engine on a simulated card, and what takes samples through its graphs."""
+"""A card engine with plans on a simulated card, and what takes samples through its graphs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from engines.backends.tensorrt.engine import TensorRTEngine
 from engines.bundle import Bundle
+from engines.card.engine import CardEngine
 from engines.engine import DeviceTensor, Engine, open_engine
 from engines.memory_plan import DeviceMemoryPlan, plan_device_memory
 from engines.options import EngineOptions
@@ -24,18 +24,21 @@ WEIGHTS = {DENOISE: 40, CONTROL: 30, DECODE: 10, ID_ENCODER: 20}
 
 
 def memory_plan(
-    bundle: Bundle, budget: int | None = None, scratch: Mapping[str, int] = SCRATCH
+    bundle: Bundle,
+    budget: int | None = None,
+    scratch: Mapping[str, int] = SCRATCH,
+    backend: str = "tensorrt",
 ) -> DeviceMemoryPlan:
-    """The plan for graphs of these sizes; its cache is small if no budget is given."""
+    """The plan for graphs of these sizes, as a backend runs them; its cache is small if no budget is given."""
     graphs = {
         name: replace(
             record,
             files=(replace(record.files[0], bytes=WEIGHTS[name] << 20),),
-            scratch_bytes={bundle.manifest.backend: scratch[name]},
+            scratch_bytes={"tensorrt": scratch[name], "cuda": scratch[name]},
         )
         for name, record in bundle.manifest.graphs.items()
     }
-    manifest = replace(bundle.manifest, graphs=graphs)
+    manifest = replace(bundle.manifest, graphs=graphs, backend=backend)
     if budget is None:
         roomy = plan_device_memory(manifest, 1 << 40)
         budget = roomy.total - roomy.cache + CACHE
@@ -43,7 +46,7 @@ def memory_plan(
 
 
 class Simulation:
-    """A TensorRT engine on a simulated card."""
+    """A card engine with plans on a simulated card."""
 
     def __init__(
         self,
@@ -51,11 +54,12 @@ class Simulation:
         plan: DeviceMemoryPlan | None = None,
         scratch: Mapping[str, int] = SCRATCH,
         window: int = 1,
+        capture: bool = True,
     ) -> None:
         self.device = SimulatedDevice()
         self.plans = SimulatedPlans(bundle, self.device, scratch)
         plan = plan or memory_plan(bundle)
-        self.engine = TensorRTEngine(bundle, self.device, self.plans.open_plan, plan)  # type: ignore[arg-type]
+        self.engine = CardEngine("tensorrt", bundle, self.device, self.plans.open_plan, plan, capture)  # type: ignore[arg-type]
         self.painter = Painter(bundle, self.engine, window)
 
 

@@ -1,4 +1,4 @@
-"""The TensorRT engine on a simulated card: places, staging, groups, names. Not CUDA, and not TensorRT."""
+"""The card engine on a simulated card with plans: places, staging, groups, names. Not CUDA, and not TensorRT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.backends.tensorrt.tensors import Staging
+from engines.card.tensors import Staging
 from engines.bundle import Bundle
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError

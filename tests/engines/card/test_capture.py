@@ -1,4 +1,4 @@
-"""Captured calls and loops of the TensorRT engine, on a simulated card. Not CUDA, and not TensorRT."""
+"""Captured calls and loops of the card engine, on a simulated card with plans. Not CUDA, and not TensorRT."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ def bundle(tiny_bundle: Path) -> Bundle:
     return Bundle.open(tiny_bundle)
 
 
-def test_steps_are_captured_once_and_replayed(bundle: Bundle) -> None:
+def test_steps_windows_and_decoding_are_captured_once_and_replayed(bundle: Bundle) -> None:
+    """Four steps with a window each, and three samples to decode; a re-roll needs no windows."""
     simulation = Simulation(bundle)
     simulation.painter.paint()
-    assert (simulation.device.captures, simulation.device.launches) == (1, 3)
+    assert (simulation.device.captures, simulation.device.launches) == (3, 3 + 3 + 2)
     simulation.painter.paint(seed=50)
-    assert (simulation.device.captures, simulation.device.launches) == (1, 7)
+    assert (simulation.device.captures, simulation.device.launches) == (3, 8 + 4 + 3)
+
+
+def test_without_capture_the_pictures_are_the_same(bundle: Bundle) -> None:
+    captured, plain = Simulation(bundle), Simulation(bundle, capture=False)
+    for seed in (3, 50):
+        np.testing.assert_array_equal(captured.painter.paint(seed), plain.painter.paint(seed))
+    assert (plain.device.captures, plain.device.launches) == (0, 0)
 
 
 def loop(
@@ -57,8 +65,8 @@ def test_a_loop_computes_the_same_as_its_steps(bundle: Bundle, feedback: dict[st
             for engine, inputs in zip(engines, of_engines)
         )
         np.testing.assert_array_equal(found, expected)
-    # step by step at first, of which the first is no launch; then one launch for all three
-    assert (simulation.device.captures, simulation.device.launches) == (2, 2 + 3)
+    # uncaptured at first, then one launch for all three steps
+    assert (simulation.device.captures, simulation.device.launches) == (1, 3)
 
 
 def test_pictures_whose_steps_nothing_comes_in_between_are_made_in_one_launch(bundle: Bundle) -> None:
@@ -72,7 +80,8 @@ def test_pictures_whose_steps_nothing_comes_in_between_are_made_in_one_launch(bu
         np.testing.assert_array_equal(found, expected)
     launches = simulation.device.launches
     simulation.painter.paint(4, samples=2, multistep=True, at_once=True)
-    assert simulation.device.launches == launches + 1
+    # each of the two samples is decoded in one of its own
+    assert simulation.device.launches == launches + 1 + 2
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -102,19 +111,18 @@ def test_a_loop_is_captured_for_its_shapes_and_steps(bundle: Bundle) -> None:
     kinds = [(steps, samples) for steps in (2, 3) for samples in (1, 2)]
     for steps, samples in kinds * 2:
         engine.run_steps(DENOISE, *loop(bundle, engine, steps, samples), FEEDBACK)
-    # of each number of samples a single step, too
-    assert device.captures == len(kinds) + 2
+    assert device.captures == len(kinds)
     for steps, samples in kinds:
         launches = device.launches
         engine.run_steps(DENOISE, *loop(bundle, engine, steps, samples, seed=9), FEEDBACK)
         assert device.launches == launches + 1
-    assert device.captures == len(kinds) + 2
+    assert device.captures == len(kinds)
 
 
 def test_steps_without_room_in_the_tables_go_one_by_one(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.backends.tensorrt.engine.MOST_STEPS", 3)
+    monkeypatch.setattr("engines.card.engine.MOST_STEPS", 3)
     simulation = Simulation(bundle)
     engine, device = simulation.engine, simulation.device
     for _ in range(3):
@@ -124,7 +132,7 @@ def test_steps_without_room_in_the_tables_go_one_by_one(
 
 
 def test_loops_do_not_pile_up(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.backends.tensorrt.capture.MOST_CALLS", 3)
+    monkeypatch.setattr("engines.card.capture.MOST_CALLS", 3)
     simulation = Simulation(bundle)
     engine = simulation.engine
     for steps in (2, 3, 4, 5, 2):
@@ -145,7 +153,7 @@ def test_a_loop_is_evicted_with_its_graph(bundle: Bundle) -> None:
 
 
 def test_many_shapes_do_not_pile_up(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.backends.tensorrt.capture.MOST_CALLS", 3)
+    monkeypatch.setattr("engines.card.capture.MOST_CALLS", 3)
     engine, control = Simulation(bundle).engine, bundle.manifest.specs[CONTROL]
     for maps in range(1, 1 + bundle.manifest.largest_sizes["maps"]):
         for _ in range(2):
@@ -169,7 +177,7 @@ def test_a_loop_over_a_plan_with_other_names(bundle: Bundle) -> None:
 
 
 def test_an_observer_is_told_of_every_load_and_run(bundle: Bundle) -> None:
-    """Several steps in one launch are one run."""
+    """Several steps at once are one run."""
     engine = Simulation(bundle).engine
     inputs, per_step = loop(bundle, engine, 2)
     seen: list[tuple[str, str, Sequence[int]]] = []
@@ -181,5 +189,4 @@ def test_an_observer_is_told_of_every_load_and_run(bundle: Bundle) -> None:
     engine.observer = observe
     for _ in range(2):
         engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)
-    one_step = ("run", DENOISE, (1,))
-    assert seen == [("load", DENOISE, ()), one_step, one_step, ("run", DENOISE, (2, 1))]
+    assert seen == [("load", DENOISE, ()), *[("run", DENOISE, (2, 1))] * 2]

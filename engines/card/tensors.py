@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.arena import Pool, PoolExhaustedError
-from engines.backends.tensorrt.plans import Shape
+from engines.card.graph import Shape
 from engines.cuda import Device, OutOfDeviceMemoryError
 from engines.engine import Array, require_shape
 from engines.errors import BackendError
@@ -187,15 +187,18 @@ def as_specified(
     }
 
 
-def output_shapes(spec: GraphSpec, inputs: Mapping[str, DeviceArray | Array]) -> dict[str, Shape]:
+def output_shapes(
+    spec: GraphSpec, inputs: Mapping[str, DeviceArray | Array], largest: Mapping[str, int]
+) -> dict[str, Shape]:
     """Output -> its shape in a call.
 
     Args:
         spec: signature of the graph.
         inputs: of the call.
+        largest: variable dimension -> its size in the largest call.
 
     Raises:
-        BackendError: an input has a shape that the graph cannot take.
+        BackendError: an input has a shape that the graph cannot take, or is larger than its place.
     """
     sizes: dict[str, int] = {}
     for tensor in spec.inputs:
@@ -208,5 +211,10 @@ def output_shapes(spec: GraphSpec, inputs: Mapping[str, DeviceArray | Array]) ->
             raise BackendError(
                 f"the input '{tensor.name}' of the graph '{spec.name}' has shape {shape} instead of "
                 f"{tensor.shape}"
+            )
+    for dimension, size in sizes.items():
+        if size > largest[dimension]:
+            raise BackendError(
+                f"the graph '{spec.name}' takes up to {largest[dimension]} {dimension} in a call, not {size}"
             )
     return {tensor.name: tensor.resolve(sizes) for tensor in spec.outputs}

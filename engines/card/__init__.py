@@ -1,0 +1,1 @@
+"""An NVIDIA card as every backend drives it: one arena, one stream, fixed places, captured calls."""
