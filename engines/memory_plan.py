@@ -23,8 +23,8 @@ LARGEST_CACHE = 4 << 30
 """Bytes of kept tensors worth having: at full size, three placements of 50 steps."""
 
 LIBRARY_MARGIN = 1.25
-"""What a library's own allocator takes, as a multiple of the intermediate results of a graph: it rounds, leaves
-gaps, and lends workspace to convolutions. Chosen with room to spare, not measured on a card."""
+"""What a library's own allocator takes, as a multiple of the intermediate results of a graph: it rounds,
+leaves gaps, and lends workspace to convolutions. Chosen with room to spare, not measured on a card."""
 
 SHARE_OF_FREE_DEVICE_MEMORY = 0.9
 """What is used of a card's free memory without a budget."""
@@ -46,8 +46,8 @@ class GraphMemory:
 def card_memory(manifest: Manifest) -> dict[str, GraphMemory]:
     """What each graph takes on a card.
 
-    A bundle of ONNX graphs may not say it of the card, but of one sample on a CPU: then it is as much for each
-    sample of the largest call.
+    A bundle of ONNX graphs may not say it of the card, but of one sample on a CPU: then it is as much for
+    each sample of the largest call.
     """
     if manifest.backend != ONNX:
         kind, samples = manifest.backend, 1
@@ -88,7 +88,7 @@ class DeviceMemoryPlan:
     """The part of the arena whose use never changes: scratch memory, the places of the inputs and outputs of
     captured graphs, and tables of the inputs that change at every step."""
     library: int
-    """Scratch memory that the backend's library allocates itself, for all graphs; 0 if it lies in the arena."""
+    """Scratch memory that the backend's library allocates for all graphs; 0 if it lies in the arena."""
     pool: int
     """The part of the arena where tensors come and go, without those that are kept for re-rolls."""
     cache: int
@@ -142,8 +142,8 @@ def plan_device_memory(manifest: Manifest, budget: int) -> DeviceMemoryPlan:
     """The plan with the fewest groups that fits a card.
 
     Args:
-        manifest: of a bundle of plans, whose scratch memory lies in the arena, or of ONNX graphs, whose library
-            has an allocator of its own.
+        manifest: of a bundle of plans, whose scratch memory lies in the arena, or of ONNX graphs, whose
+            library has an allocator of its own.
         budget: bytes of device memory to use at most.
 
     Raises:
@@ -238,11 +238,14 @@ def device_budget(wanted: int | None, free: int) -> int:
 def working_bytes(manifest: Manifest) -> int:
     """Tensors in use at the worst moment of sampling or decoding.
 
-    That is the outputs of all graphs, and once more the inputs of the step graph: banks of several requests
-    are gathered while the window that they come from still exists."""
+    That is the outputs of all graphs; once more the inputs of the step graph, since banks of several requests
+    are gathered while the window that they come from still exists; and the inputs of the window graphs for
+    every sample, each of which may belong to a request of its own."""
     sizes = manifest.largest_sizes
-    tensors = [tensor for spec in manifest.specs.values() for tensor in spec.outputs]
-    return sum(aligned(tensor.nbytes(sizes)) for tensor in (*tensors, *manifest.step.inputs))
+    outputs = [tensor for spec in manifest.specs.values() for tensor in spec.outputs]
+    windows = [tensor for spec in manifest.with_role("window") for tensor in spec.inputs]
+    tensors = (*outputs, *manifest.step.inputs, *windows * manifest.max_batch)
+    return sum(aligned(tensor.nbytes(sizes)) for tensor in tensors)
 
 
 def megabytes(nbytes: int) -> int:

@@ -58,7 +58,11 @@ class Compositor:
     """
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, cache_bytes: int | None = None, control_window: int = 1
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        cache_bytes: int | None = None,
+        control_window: int | None = None,
     ) -> None:
         """Wraps an opened bundle and an engine that runs it; `load` is the usual way.
 
@@ -66,14 +70,17 @@ class Compositor:
             bundle: says sizes and defaults, and holds the constants.
             engine: runs the graphs.
             cache_bytes: memory for what is kept for re-rolls; see `default_cache_bytes`.
-            control_window: sampling steps that a window graph computes in one call. More than 1 pays on a
-                GPU; on a CPU it costs memory and gains nothing.
+            control_window: sampling steps that a window graph computes in one call. If None, as many as the
+                bundle's batch on a card, where they cost less together, and one on a CPU, where more cost
+                memory and gain nothing.
 
         Raises:
             InputError: `control_window` is not in 1..max_batch.
             BundleError: this version cannot use the bundle.
         """
         manifest = bundle.manifest
+        if control_window is None:
+            control_window = 1 if engine.device == "cpu" else manifest.max_batch
         if not 1 <= control_window <= manifest.max_batch:
             raise InputError(
                 f"control_window must be from 1 to {manifest.max_batch}, the bundle's max_batch, "
@@ -113,7 +120,7 @@ class Compositor:
         path: str | Path,
         options: EngineOptions = EngineOptions(),
         cache_bytes: int | None = None,
-        control_window: int = 1,
+        control_window: int | None = None,
     ) -> Compositor:
         """Opens a bundle; each graph is loaded when it is first needed.
 

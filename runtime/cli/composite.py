@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control-window",
         type=int,
         metavar="N",
-        help="steps whose detail maps are computed in one call, up to the bundle's batch; more pays on a GPU "
-        "(default: 1)",
+        help="steps whose detail maps are computed in one call, up to the bundle's batch (default: the batch "
+        "on a card, 1 on a CPU)",
     )
     add_server_flags(parser.add_argument_group("server (instead of this machine)"))
 

@@ -126,6 +126,10 @@ class DetailMaps:
         self._cache = cache
         self._hint = np.ascontiguousarray(hint[None])
         self._tokens = tokens
+        self._sent: tuple[DeviceTensor, DeviceTensor] | None = None
+        """Hint and tokens on the device, from the first window that is computed."""
+        self._gathered: tuple[tuple[int, ...], DeviceTensor | None] = (), None
+        """Sets of maps of each timestep in the last window that was computed, and their tokens."""
         if guided is None:
             guided = [len(tokens) == 2] * len(timesteps)
         self._entries: list[tuple[int, bool]] = []
@@ -167,13 +171,16 @@ class DetailMaps:
 
     def _compute(self, entries: Sequence[tuple[int, bool]]) -> MapWindow:
         timesteps = [timestep for timestep, guided in entries for _ in range(_rows(guided))]
+        # on a card, the windows of a schedule share what they are given: it is sent once, and stays in place
+        if self._sent is None:
+            self._sent = self._engine.to_device(self._hint), self._engine.to_device(self._tokens)
+        hint, tokens = self._sent
+        rows = tuple(_rows(guided) for _, guided in entries)
+        if self._gathered[0] != rows:
+            self._gathered = rows, self._engine.concatenate([(tokens, 0, count) for count in rows])
         tensors = self._engine.run(
             self._graph,
-            {
-                "hint": self._hint,
-                "timestep": np.array(timesteps, np.float32),
-                "tokens": np.concatenate([self._tokens[: _rows(guided)] for _, guided in entries]),
-            },
+            {"hint": hint, "timestep": np.array(timesteps, np.float32), "tokens": self._gathered[1]},
         )
         return MapWindow(tensors, sum(self._engine.nbytes(tensor) for tensor in tensors.values()))
 
