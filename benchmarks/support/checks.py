@@ -11,14 +11,26 @@ import numpy as np
 from benchmarks.support.golden import Array
 from benchmarks.support.similarity import relative_error
 
-TOKENS_TOLERANCE = 1e-4
-DETAIL_MAPS_TOLERANCE = 1e-4
-DETAIL_MAPS_TOLERANCE_FP16 = 1e-3
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far the networks may be off: relative errors, and dB of what is decoded on the scale -1..1."""
+
+    tokens: float
+    detail_maps: float
+    epsilon: float
+    latents: float
+    decoded: float
+
+
+FP32 = Tolerances(tokens=1e-4, detail_maps=1e-4, epsilon=3e-4, latents=1e-3, decoded=60.0)
+
+FP16 = Tolerances(tokens=2e-3, detail_maps=1e-2, epsilon=1e-2, latents=2e-2, decoded=60.0)
+"""Of networks in half precision. On an H100 the small network was off by 1.1e-3 in tokens and 7.7e-3 in
+latents, and decoded at 70 dB (docs/studies/h100.md)."""
+
+DETAIL_MAPS_RECORDED_IN_FP16 = 1e-3
 """Where the recording holds them in half precision."""
-EPSILON_TOLERANCE = 3e-4
-LATENT_TOLERANCE = 1e-3
-DECODED_PSNR = 60.0
-"""dB, on the scale -1..1."""
 COMPOSITE_SHARE = 0.999
 """Least share of pixels of the composite within one level of 255."""
 COMPOSITE_PSNR = 40.0

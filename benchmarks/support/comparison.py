@@ -84,6 +84,8 @@ class Networks:
         assert isinstance(compositor.system, AnyDoor)
         self._engine = compositor.engine
         self._step = compositor.bundle.manifest.step
+        half = compositor.bundle.manifest.precision == "fp16"
+        self._tolerances = checks.FP16 if half else checks.FP32
         self._defaults = compositor.defaults
         self._cache = compositor.system.cache
         self._alphas_cumprod = compositor.bundle.constants()["alphas_cumprod"]
@@ -133,23 +135,27 @@ class Networks:
         recorded = (("ID tokens", "tokens_ref"), ("ID tokens, black", "tokens_zero"))
         for row, (stage, name) in enumerate(recorded):
             if self._run.has(name):
-                yield self._relative(stage, tokens[row : row + 1], name, checks.TOKENS_TOLERANCE)
+                yield self._relative(stage, tokens[row : row + 1], name, self._tolerances.tokens)
 
     def compare_detail_maps(self, tokens: NDArray[np.float32]) -> Iterator[Check]:
         """Compare the detail maps of the first step, or what was recorded of them."""
         recorded = self._run.detail_maps
         if not recorded and not self._run.has("ctl_first8"):
             return
-        found = [tensor[:1] for tensor in self._first_detail_maps(tokens).values()]
+        # in half precision, sums overflow
+        maps = self._first_detail_maps(tokens).values()
+        found = [tensor[:1].astype(np.float32) for tensor in maps]
         for index, expected in enumerate(recorded):
             half = expected.dtype == np.float16
-            tolerance = checks.DETAIL_MAPS_TOLERANCE_FP16 if half else checks.DETAIL_MAPS_TOLERANCE
+            tolerance = self._tolerances.detail_maps
+            if half:
+                tolerance = max(tolerance, checks.DETAIL_MAPS_RECORDED_IN_FP16)
             yield relative(self._run.label, f"detail map {index}", found[index], expected, tolerance)
         if self._run.has("ctl_first8", "ctl_std") and not recorded:
             first = np.stack([tensor.ravel()[:8] for tensor in found])
-            yield self._relative("detail maps: first 8", first, "ctl_first8", checks.DETAIL_MAPS_TOLERANCE)
+            yield self._relative("detail maps: first 8", first, "ctl_first8", self._tolerances.detail_maps)
             std = np.array([tensor.std() for tensor in found])
-            yield self._relative("detail maps: std", std, "ctl_std", checks.DETAIL_MAPS_TOLERANCE)
+            yield self._relative("detail maps: std", std, "ctl_std", self._tolerances.detail_maps)
 
     def compare_epsilon(self, tokens: NDArray[np.float32]) -> Iterator[Check]:
         """Compare the UNet's two predictions at the first step, computed as two samples without guidance."""
@@ -173,7 +179,7 @@ class Networks:
         found = self._engine.run(DENOISE, {**inputs, **maps}, ["epsilon"])["epsilon"]
         epsilon = self._engine.to_host(found)
         for row, name in enumerate(("eps_cond", "eps_uncond")):
-            yield self._relative(name, epsilon[row : row + 1], name, checks.EPSILON_TOLERANCE)
+            yield self._relative(name, epsilon[row : row + 1], name, self._tolerances.epsilon)
 
     def compare_latents(self, found: list[NDArray[np.float32]]) -> Iterator[Check]:
         """Compare latents after every step."""
@@ -181,7 +187,7 @@ class Networks:
         yield exact(label, "latents: steps", len(found), len(recorded))
         for step, (ours, theirs) in enumerate(zip(found, recorded), 1):
             stage = f"latents, step {step}/{len(found)}"
-            yield relative(label, stage, ours, theirs, checks.LATENT_TOLERANCE)
+            yield relative(label, stage, ours, theirs, self._tolerances.latents)
 
     def compare_last_of_50(self, tokens: NDArray[np.float32]) -> Iterator[Check]:
         """Compare the last latents of a recorded run of 50 steps."""
@@ -189,7 +195,7 @@ class Networks:
             timesteps = tuple(sorted(self._run.arrays["ddim50_timesteps"].tolist()))
             *_, last = self.latents(tokens, self.sampling(timesteps))
             stage = f"latents, step {len(timesteps)}/{len(timesteps)}"
-            yield self._relative(stage, last, "latents50_final", checks.LATENT_TOLERANCE)
+            yield self._relative(stage, last, "latents50_final", self._tolerances.latents)
 
     def compare_decoded(self) -> Iterator[Check]:
         """Compare the VAE's picture of the recorded last latents."""
@@ -200,7 +206,7 @@ class Networks:
             if self._run.has(name):
                 decoded = self.decode(last, "decoded")[:, :, region, region]
                 value = psnr(decoded, self._run.arrays[name], peak=2)
-                yield at_least(self._run.label, name, value, checks.DECODED_PSNR, "dB")
+                yield at_least(self._run.label, name, value, self._tolerances.decoded, "dB")
 
     def _first_detail_maps(self, tokens: NDArray[np.float32]) -> dict[str, Array]:
         """Detail maps of the first step, conditional and unconditional."""
