@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from engines.errors import AnyDoorError
 from engines.options import EngineOptions
-from engines.registry import backends
+from engines.registry import Backend, backends
 from runtime.cli import missing_package
 from runtime.cli.flags import add_engine_flags, engine_options
 from runtime.version import version as our_version
@@ -29,7 +29,7 @@ anydoor doctor build/engines/orin --memory-budget 6G
 
 _REQUIRED = ("numpy", "pillow", "tqdm")
 _OPTIONAL = {
-    "cuda-python": "runs plans on NVIDIA cards: pip install '.[tensorrt]'",
+    "cuda-bindings": "drives NVIDIA cards: pip install '.[cuda]' or '.[tensorrt]'",
     "grpcio": "talks to a server: pip install '.[client]'; is one: pip install '.[serve]'",
     "torch": "builds bundles and trains: pip install '.[export]' or '.[train]'",
 }
@@ -81,17 +81,22 @@ def run(options: argparse.Namespace) -> int:
 def _print_packages() -> None:
     for package in _REQUIRED:
         print(f"  {package:<16} {_version(package):<12} required")
-    providers = packages_distributions()
     for backend in backends().values():
-        # several distributions may bring the same package: one for processors, another for cards
-        found = sorted(set(providers.get(backend.package, [])))
-        versions = ", ".join(
-            version(name) if name == backend.package else f"{version(name)} ({name})" for name in found
-        )
         what = f"runs bundles on {' and '.join(backend.devices)}: pip install '.[{backend.extra}]'"
-        print(f"  {backend.package:<16} {versions or '-':<12} {what}")
+        print(f"  {backend.package:<16} {backend_versions(backend):<12} {what}")
     for package, purpose in _OPTIONAL.items():
         print(f"  {package:<16} {_version(package):<12} {purpose}")
+
+
+def backend_versions(backend: Backend) -> str:
+    """The versions of a backend's library that are installed, "found" for one without a version, else "-".
+
+    Several distributions may bring the same package: one for processors, another for cards.
+    """
+    names = sorted({name for name in packages_distributions().get(backend.package, []) if name})
+    versions = [version(name) if name == backend.package else f"{version(name)} ({name})" for name in names]
+    # what was unpacked into a folder of the path has no metadata
+    return ", ".join(versions) or ("found" if backend.installed else "-")
 
 
 def _version(distribution: str) -> str:
@@ -172,7 +177,8 @@ def _print_plan(bundle: Bundle, options: EngineOptions) -> str:
     from engines.memory_plan import plan_device_memory
 
     name = choose_backend(bundle, options)
-    if options.memory_budget is not None and backends()[name].devices == ("cuda",):
+    only_cards = options.device == "cuda" or backends()[name].devices == ("cuda",)
+    if options.memory_budget is not None and only_cards:
         # a budget is enough to plan a card's memory, also on a machine without a card
         _print_lines(plan_device_memory(bundle.manifest, options.memory_budget).table())
         device, _ = load_backend(name).examine(bundle, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from engines.memory_plan import plan_host_memory
 from engines.registry import backends
 from engines.verified import FileState
 from runtime.cli import main
+from runtime.cli.doctor import backend_versions
 
 ROOT = Path(__file__).parents[3]
 Capture = pytest.CaptureFixture[str]
@@ -58,6 +60,27 @@ def test_it_reads_what_was_found_sound_before(tmp_path: Path, tiny_bundle: Path,
     Bundle.open(bundle).verify("decode")
     assert main(["doctor", str(bundle)]) == 2
     assert "decode.onnx is not the file that was built" in capsys.readouterr().out
+
+
+def test_a_library_without_metadata_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was unpacked into a folder of the path, on a machine without a network."""
+    (tmp_path / "abacus.py").touch()
+    unpacked = tmp_path / "abacus-0.dist-info"
+    unpacked.mkdir()
+    (unpacked / "top_level.txt").write_text("abacus\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    abacus = replace(backends()["openvino"], package="abacus")
+    assert backend_versions(abacus) == "found"
+    assert backend_versions(replace(abacus, package="none_of_that_name")) == "-"
+
+
+def test_it_prints_the_plan_of_a_card_without_one(tiny_bundle: Path, capsys: Capture) -> None:
+    """A budget is enough to plan with."""
+    command = ["doctor", str(tiny_bundle), "--backend", "onnxruntime", "--device", "cuda"]
+    assert main([*command, "--memory-budget", "1G"]) == 2
+    printed = capsys.readouterr().out
+    assert "MB scratch that the library shares among graphs" in printed
+    assert "of a budget of 1000.0 MB" in printed
 
 
 def test_it_finds_a_damaged_bundle(tmp_path: Path, tiny_bundle: Path, capsys: Capture) -> None:
