@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engines.errors import BackendError
 from engines.manifest import BUILD_COMMAND
 
-INSTALL = "install it with: pip install '.[tensorrt]'"
+INSTALL = "install it with: pip install '.[cuda]' or '.[tensorrt]'"
 _MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 
 _EXPLANATIONS = {

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, BundleError
-from engines.manifest import BUILD_COMMAND
+from engines.manifest import ANY_TARGET, BUILD_COMMAND, CUDA_TARGET, ONNX
 from engines.options import AUTO, EngineOptions
 from engines.registry import Backend, backends
 
@@ -178,6 +178,8 @@ def choose_backend(bundle: Bundle, options: EngineOptions = EngineOptions()) -> 
         )
     if options.backend == AUTO:
         return _fastest(candidates, bundle, options).name
+    if options.backend in names and "cuda" not in backends()[options.backend].devices:
+        refuse_card_graphs(bundle)
     if options.backend not in names:
         raise BackendError(
             f"the bundle at '{bundle.path}' runs with the backend {' or '.join(names)}, not with "
@@ -186,13 +188,30 @@ def choose_backend(bundle: Bundle, options: EngineOptions = EngineOptions()) -> 
     return options.backend
 
 
+def refuse_card_graphs(bundle: Bundle) -> None:
+    """Refuses a bundle on the CPU whose graphs have operators that only cards have kernels for.
+
+    Raises:
+        BackendError: says how to build one for the CPU.
+    """
+    if bundle.manifest.target == CUDA_TARGET:
+        raise BackendError(
+            f"the bundle at '{bundle.path}' is for NVIDIA cards (pip install '.[cuda]'): for the CPU build "
+            f"one with '{BUILD_COMMAND} --backend {ONNX} --targets {ANY_TARGET}'"
+        )
+
+
 def _fastest(candidates: Sequence[Backend], bundle: Bundle, options: EngineOptions) -> Backend:
     if len(candidates) == 1:
         return candidates[0]
-    if options.inference_precision == "fp32":
-        for backend in candidates:
-            if "cuda" in backend.devices and _wants_card(backend, options.device):
-                return backend
+    with_cards = [
+        backend
+        for backend in candidates
+        if "cuda" in backend.devices and options.inference_precision in backend.precisions
+    ]
+    for backend in with_cards:
+        if bundle.manifest.target == CUDA_TARGET or _wants_card(backend, options.device):
+            return backend
     installed = [backend for backend in candidates if backend.installed]
     usable = [backend for backend in installed if options.inference_precision in backend.precisions]
     for backend in usable[:-1]:

@@ -45,8 +45,8 @@ class GraphRecord:
     """Output -> relative error against PyTorch, measured when it was built."""
     build_seconds: float = 0.0
     scratch_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Backend -> memory for intermediate results: of a typical call on a CPU, of the largest call for
-    plans."""
+    """Backend -> memory for intermediate results: of a typical call on a CPU, of the largest call for plans,
+    and for ONNX graphs on a card, which are `cuda`."""
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ BACKENDS = (AUTO, *backends())
 
 DEVICES = (AUTO, "cpu", "cuda")
 
-INFERENCE_PRECISIONS = ("fp32", "bf16")
+INFERENCE_PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def _option(default: Any, help: str, **flag: Any) -> Any:
@@ -33,7 +33,7 @@ class EngineOptions:
     device: str = _option(AUTO, "where the graphs run; auto: the best of this machine", choices=DEVICES)
     inference_precision: str = _option(
         "fp32",
-        "of graphs that are in float32; bf16 where the processor has it",
+        "of graphs that are in float32; tf32 on cards, bf16 where the processor has it",
         choices=INFERENCE_PRECISIONS,
     )
     threads: int | None = _option(None, "CPU threads of one operator; all cores if unset", metavar="N")
@@ -44,7 +44,7 @@ class EngineOptions:
         is_size=True,
     )
     cuda_graphs: bool = _option(
-        False, "with ONNX Runtime on a card, capture the graph that runs at every step and replay it"
+        True, "on a card, capture the graphs that run for every picture as CUDA graphs and replay them"
     )
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ class RoundingEngine(OnnxRuntimeEngine):
     """Runs an FP16 bundle with every result rounded, and keeps the largest magnitudes."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        super().__init__(bundle, "cpu", EngineOptions(threads=threads))
+        super().__init__(bundle, EngineOptions(threads=threads))
         # measures each result at once and frees it: the default order keeps all of them, and the attention
         # scores of a 512 px picture take 20 GB
         self._options.execution_order = self._library.ExecutionOrder.PRIORITY_BASED

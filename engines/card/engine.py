@@ -5,11 +5,11 @@ All device memory but the weights, and the scratch memory of a backend that has 
 
 Graphs that run at every step, or for every picture, have fixed places for inputs and outputs, so that their
 calls can be captured as CUDA graphs, one per set of shapes (`capture`). Several steps that nothing comes in
-between (`CardEngine.run_steps`) are one CUDA graph too, where the backend lets its calls be captured. A server
-has no use for that, since requests join and leave between any two of its steps.
+between (`CardEngine.run_steps`) are one CUDA graph too, where the backend lets its calls be captured. A
+server has no use for that, since requests join and leave between any two of its steps.
 
-Everything goes into one stream, and nothing waits for it but `to_host`. So graphs may share scratch memory and
-places: no two run at the same time. What a caller keeps never lies there: results are copied out.
+Everything goes into one stream, and nothing waits for it but `to_host`. So graphs may share scratch memory
+and places: no two run at the same time. What a caller keeps never lies there: results are copied out.
 """
 
 from __future__ import annotations

@@ -87,13 +87,13 @@ def _flag(field: Field[Any], hint: Any) -> dict[str, Any]:
     """The arguments of `add_argument` for a field."""
     flag: dict[str, Any] = dict(field.metadata)
     default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
-    if default not in ("", None, False):
+    if default not in ("", None, False, True):
         flag["help"] += f" (default: {default})"
     kind = _without_none(hint)
     if flag.pop("is_size", False):
         flag["type"] = size_flag
     elif kind is bool:
-        flag["action"] = "store_true"
+        flag["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
     elif get_origin(kind) is tuple:
         flag["action"] = "append"
     elif kind is not str:

@@ -103,7 +103,7 @@ def examine(bundle, options):
 
 
 def open_engine(bundle, options):
-    return AbacusEngine(bundle, "cpu", options)
+    return AbacusEngine(bundle, options)
 """,
 }
 """A folder of engines/backends that runs ONNX graphs, and is the fastest."""

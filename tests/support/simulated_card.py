@@ -123,7 +123,7 @@ class SimulatedPlans:
         self.contexts = 0
         self.device = device
         self._bundle = bundle
-        self._engine = OnnxRuntimeEngine(bundle, "cpu")
+        self._engine = OnnxRuntimeEngine(bundle)
         self._scratch = scratch
 
     def open_plan(self, graph: str) -> Plan:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from engines.backends.onnxruntime.cuda import Sessions
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
 from engines.engine import DeviceTensor, Engine, open_engine
@@ -16,6 +17,7 @@ from engines.options import EngineOptions
 from engines.spec import GraphSpec
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from tests.support.simulated_card import SimulatedDevice, SimulatedPlans
+from tests.support.simulated_provider import SimulatedLibrary
 
 # the decoder needs far more than the others, and so what the denoise graph has in place lies in its way
 SCRATCH = {DENOISE: 2 << 20, CONTROL: 1 << 20, DECODE: 24 << 20, ID_ENCODER: 1 << 20}
@@ -29,7 +31,7 @@ def memory_plan(
     scratch: Mapping[str, int] = SCRATCH,
     backend: str = "tensorrt",
 ) -> DeviceMemoryPlan:
-    """The plan for graphs of these sizes, as a backend runs them; its cache is small if no budget is given."""
+    """The plan for graphs of these sizes with a backend; its cache is small if no budget is given."""
     graphs = {
         name: replace(
             record,
@@ -60,6 +62,31 @@ class Simulation:
         self.plans = SimulatedPlans(bundle, self.device, scratch)
         plan = plan or memory_plan(bundle)
         self.engine = CardEngine("tensorrt", bundle, self.device, self.plans.open_plan, plan, capture)  # type: ignore[arg-type]
+        self.painter = Painter(bundle, self.engine, window)
+
+
+class ProviderSimulation:
+    """A card engine with sessions of ONNX Runtime's CUDA provider on a simulated card."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        plan: DeviceMemoryPlan | None = None,
+        window: int = 1,
+        options: EngineOptions = EngineOptions(),
+    ) -> None:
+        self.device = SimulatedDevice()
+        self.library = SimulatedLibrary(bundle, self.device)
+        self.plan = plan or memory_plan(bundle, backend="onnxruntime")
+        self.sessions = Sessions(self.library, bundle, self.device.stream, self.plan, options)
+        self.engine = CardEngine(
+            "onnxruntime",
+            bundle,
+            self.device,  # type: ignore[arg-type]
+            self.sessions.open_graph,
+            self.plan,
+            options.cuda_graphs,
+        )
         self.painter = Painter(bundle, self.engine, window)
 
 

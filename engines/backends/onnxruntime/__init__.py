@@ -10,6 +10,7 @@ BACKENDS = (
         package="onnxruntime",
         extra="cpu",
         devices=("cpu", "cuda"),
+        precisions=("fp32", "tf32"),
         rank=1,
         card_files="capi/*onnxruntime_providers_cuda.*",
         module="engines.backends.onnxruntime.engine",

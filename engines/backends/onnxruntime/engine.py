@@ -1,13 +1,11 @@
-"""ONNX Runtime: runs a bundle's graphs on the CPU, or on an NVIDIA card through the CUDA execution provider.
+"""ONNX Runtime: runs a bundle's graphs on the CPU. On an NVIDIA card, `cuda` loads them for `engines.card`.
 
-Both go the same way: inputs and outputs are values on the device, bound to the call, so what one graph leaves
-there the next one takes without a copy. On a card the graph that runs at every step can be captured as a CUDA
-graph and replayed; its inputs and outputs then have fixed places, for each set of shapes.
+Inputs and outputs are values bound to the call, so what one graph leaves the next one takes without a copy.
 """
 
 from __future__ import annotations
 
-import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,47 +16,59 @@ from engines.bundle import Bundle
 from engines.engine import (
     Array,
     DeviceTensor,
+    Engine,
     Observer,
     concatenate_rows,
     observed,
+    refuse_card_graphs,
     require_shape,
     run_step_by_step,
 )
 from engines.errors import BackendError, BundleError
-from engines.memory_plan import HostMemoryPlan, plan_host_memory
+from engines.manifest import ONNX
+from engines.memory_plan import HostMemoryPlan, device_budget, plan_device_memory, plan_host_memory
 from engines.options import AUTO, EngineOptions
-from engines.spec import GraphSpec, TensorSpec
+from engines.spec import TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime
 
 INSTALL = "install it with: pip install '.[cpu]' (or '.[cuda]' for an NVIDIA card)"
 
-NAME = "onnxruntime"
+NAME = ONNX
+
+FIRST_VERSION = (1, 23)
+"""The first whose values say how large they are."""
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-_SHARE_FOR_KEPT_TENSORS = 8
-"""Part of a card's memory for tensors that are kept; the rest is for weights and intermediate results."""
-
-MOST_CAPTURED = 16
-"""Sets of shapes that are captured; ONNX Runtime keeps each until the graph is unloaded."""
-
-_NOT_CAPTURED = -1
 
 
 def load_library() -> Any:
     """The onnxruntime package.
 
     Raises:
-        BackendError: it is not installed.
+        BackendError: it is not installed, or too old.
     """
     try:
         import onnxruntime
     except ImportError as error:
         raise BackendError(f"ONNX Runtime is not installed; {INSTALL}") from error
+    check_version(onnxruntime.__version__)
     onnxruntime.set_default_logger_severity(3)
     return onnxruntime
+
+
+def check_version(version: str, first: tuple[int, int] = FIRST_VERSION, why: str = "") -> None:
+    """Refuses a library that is too old.
+
+    Raises:
+        BackendError: says which one is needed.
+    """
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < first:
+        raise BackendError(
+            f"ONNX Runtime {version} is too old{why}, it must be {first[0]}.{first[1]} or later: add "
+            f"--upgrade to pip install '.[{'cuda' if why else 'cpu'}]'"
+        )
 
 
 def devices() -> list[str]:
@@ -67,93 +77,15 @@ def devices() -> list[str]:
     return [device for device in ("cuda", "cpu") if _PROVIDERS[device] in available]
 
 
-def provider_options(
-    device: str, memory_budget: int | None = None, cuda_graphs: bool = False
-) -> dict[str, str]:
-    """What an execution provider is started with.
-
-    Args:
-        device: cpu or cuda.
-        memory_budget: bytes of a card's memory to use at the most.
-        cuda_graphs: whether calls are captured.
-    """
-    if device != "cuda":
-        return {}
-    # grow by what is asked for: doubling would take twice what a graph needs
-    options = {"arena_extend_strategy": "kSameAsRequested"}
-    if memory_budget is not None:
-        options["gpu_mem_limit"] = str(memory_budget)
-    if cuda_graphs:
-        options["enable_cuda_graph"] = "1"
-    return options
-
-
-class FixedCall:
-    """Calls a graph with inputs of one set of shapes, at the same places each time: so it can be captured."""
-
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        spec: GraphSpec,
-        shapes: Mapping[str, Sequence[int]],
-        device: str,
-        number: int,
-    ) -> None:
-        """Takes memory for every input and output.
-
-        Args:
-            session: the loaded graph.
-            spec: its signature.
-            shapes: shape of every input.
-            device: cpu or cuda; on the CPU nothing is captured.
-            number: tells it from other calls of this session; negative for one that is not captured.
-        """
-        self._library = load_library()
-        self._session = session
-        self._device = device
-        self._specs = {tensor.name: tensor for tensor in spec.tensors}
-        self._inputs = {t.name: self._new(t.name, shapes[t.name]) for t in spec.inputs}
-        sizes = spec.sizes(shapes)
-        self._outputs = {t.name: self._new(t.name, t.resolve(sizes)) for t in spec.outputs}
-        self._values: dict[str, DeviceTensor | Array] = {}
-        """Input -> the tensor or array whose values were brought to its place."""
-        self._binding = session.io_binding()
-        for name, place in self._inputs.items():
-            self._binding.bind_ortvalue_input(self._specs[name].stored_name, place)
-        for name, place in self._outputs.items():
-            self._binding.bind_ortvalue_output(self._specs[name].stored_name, place)
-        self._options = self._library.RunOptions()
-        self._options.add_run_config_entry("gpu_graph_id", str(number))
-
-    def run(
-        self, inputs: Mapping[str, DeviceTensor | Array], outputs: Sequence[str]
-    ) -> dict[str, DeviceTensor]:
-        """Brings inputs to their places, runs or replays the graph, and copies outputs to new tensors."""
-        for name, value in inputs.items():
-            # tensors do not change, arrays may
-            if self._values.get(name) is not value or isinstance(value, np.ndarray):
-                self._inputs[name].update_inplace(value)
-                self._values[name] = value
-        self._session.run_with_iobinding(self._binding, self._options)
-        results = {name: self._new(name, self._outputs[name].shape()) for name in outputs}
-        for name, result in results.items():
-            result.update_inplace(self._outputs[name])
-        return results
-
-    def _new(self, name: str, shape: Sequence[int]) -> DeviceTensor:
-        dtype = np.dtype(self._specs[name].dtype)
-        return self._library.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self._device)
-
-
 class OnnxRuntimeEngine:
-    """Runs graphs with ONNX Runtime."""
+    """Runs graphs on the CPU with ONNX Runtime."""
 
     backend = NAME
+    device = "cpu"
 
     def __init__(
         self,
         bundle: Bundle,
-        device: str,
         options: EngineOptions = EngineOptions(),
         plan: HostMemoryPlan | None = None,
     ) -> None:
@@ -161,20 +93,12 @@ class OnnxRuntimeEngine:
 
         Args:
             bundle: holds ONNX graphs.
-            device: cpu or cuda.
-            options: threads, memory budget of a card, and whether the step graph is captured there.
-            plan: on the CPU, which graphs are loaded together; all if None.
+            options: threads.
+            plan: which graphs are loaded together; all if None.
         """
-        self.device = device
         self.observer: Observer | None = None
         self.plan = plan
         self.cache_bytes: int | None = plan.cache if plan else None
-        if device == "cuda" and options.memory_budget is not None:
-            self.cache_bytes = options.memory_budget // _SHARE_FOR_KEPT_TENSORS
-        self._memory_budget = options.memory_budget
-        self._captured = frozenset({bundle.manifest.step.name} if options.cuda_graphs else ())
-        self._fixed_calls: dict[tuple[str, tuple[tuple[int, ...], ...]], FixedCall] = {}
-        self._numbers = itertools.count(1)
         self._library = load_library()
         self._bundle = bundle
         self._specs = bundle.manifest.specs
@@ -210,23 +134,15 @@ class OnnxRuntimeEngine:
             self._sessions[graph] = self._new_session(graph)
 
     def _new_session(self, graph: str) -> onnxruntime.InferenceSession:
-        options = provider_options(self.device, self._memory_budget, graph in self._captured)
         try:
-            session = self._library.InferenceSession(
+            return self._library.InferenceSession(
                 self.model(graph, self._bundle.graph_file(graph)),
                 self._options,
-                providers=[(_PROVIDERS[self.device], options)],
+                providers=[_PROVIDERS["cpu"]],
             )
         except Exception as error:  # the library raises classes of its own, all derived from Exception
             reason = str(error).splitlines()[0]
             raise BundleError(f"ONNX Runtime cannot load the graph '{graph}': {reason}") from error
-        # the library falls back to the CPU with a warning when a provider does not start
-        if _PROVIDERS[self.device] not in session.get_providers():
-            raise BackendError(
-                f"ONNX Runtime could not start its {self.device} provider: the NVIDIA driver or the CUDA and "
-                "cuDNN libraries are missing; check with 'anydoor doctor', or run with --device cpu"
-            )
-        return session
 
     def model(self, graph: str, path: Path) -> str | bytes:
         """What to run for a graph: the file, or a model in memory whose weights lie beside the file."""
@@ -234,8 +150,6 @@ class OnnxRuntimeEngine:
 
     def unload(self, graph: str) -> None:
         """Frees a graph's weights."""
-        for key in [key for key in self._fixed_calls if key[0] == graph]:
-            del self._fixed_calls[key]
         self._sessions.pop(graph, None)
 
     def run(
@@ -249,8 +163,6 @@ class OnnxRuntimeEngine:
         spec = self._specs[graph]
         names = list(outputs or (output.name for output in spec.outputs))
         with observed(self, "run", graph, inputs):
-            if graph in self._captured:
-                return self._run_in_place(graph, inputs, names)
             session = self._sessions[graph]
             binding = session.io_binding()
             # a value on the CPU only points into its array, and the binding keeps neither alive
@@ -258,7 +170,7 @@ class OnnxRuntimeEngine:
             for name, value in values.items():
                 binding.bind_ortvalue_input(name, value)
             for name in names:
-                binding.bind_output(self._stored_names[graph].get(name, name), self.device)
+                binding.bind_output(self._stored_names[graph].get(name, name))
             session.run_with_iobinding(binding)
             return dict(zip(names, binding.get_outputs()))
 
@@ -273,43 +185,21 @@ class OnnxRuntimeEngine:
         """Runs a graph several times."""
         return run_step_by_step(self, graph, inputs, per_step, feedback, outputs)
 
-    def _run_in_place(
-        self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Sequence[str]
-    ) -> dict[str, DeviceTensor]:
-        given: dict[str, DeviceTensor | Array] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for spec in self._specs[graph].inputs:
-            value = inputs[spec.name]
-            if isinstance(value, np.ndarray):
-                value = require_shape(spec.name, value, spec.dtype)
-                shapes[spec.name] = value.shape
-            else:
-                shapes[spec.name] = tuple(value.shape())
-            given[spec.name] = value
-        key = (graph, tuple(shapes.values()))
-        if key not in self._fixed_calls:
-            number = next(self._numbers) if len(self._fixed_calls) < MOST_CAPTURED else _NOT_CAPTURED
-            call = FixedCall(self._sessions[graph], self._specs[graph], shapes, self.device, number)
-            if number == _NOT_CAPTURED:
-                return call.run(given, outputs)
-            self._fixed_calls[key] = call
-        return self._fixed_calls[key].run(given, outputs)
-
     def _value(self, spec: TensorSpec, given: DeviceTensor | Array) -> DeviceTensor:
         if isinstance(given, np.ndarray):
             return self.to_device(require_shape(spec.name, given, spec.dtype))
         return given
 
     def to_device(self, array: Array) -> DeviceTensor:
-        """Copies a host array to the device; on the CPU the value points into it."""
-        return self._library.OrtValue.ortvalue_from_numpy(array, self.device)
+        """A value that points into the array."""
+        return self._library.OrtValue.ortvalue_from_numpy(array)
 
     def to_host(self, tensor: DeviceTensor) -> Array:
         """Copies a tensor to the host."""
         return tensor.numpy()  # type: ignore[no-any-return]
 
     def concatenate(self, pieces: Sequence[tuple[DeviceTensor, int, int]]) -> DeviceTensor:
-        """Joins rows of tensors. ONNX Runtime copies between tensors through the host only."""
+        """Joins rows of tensors."""
         host = {id(tensor): self.to_host(tensor) for tensor, _, _ in pieces}
         return self.to_device(concatenate_rows([(host[id(t)], start, stop) for t, start, stop in pieces]))
 
@@ -319,8 +209,19 @@ class OnnxRuntimeEngine:
 
 
 def usable_devices() -> dict[str, str]:
-    """Device -> a remark, for each that the installed ONNX Runtime was built for."""
-    return dict.fromkeys(devices(), "")
+    """Device -> a remark, for each that the installed ONNX Runtime was built for.
+
+    Of a card it is which CUDA and cuDNN libraries were found where.
+    """
+    found = dict.fromkeys(devices(), "")
+    if "cuda" in found:
+        from engines.backends.onnxruntime import cuda
+
+        library = load_library()
+        check_version(library.__version__, cuda.FIRST_VERSION, " for a card")
+        cuda.preload(library)
+        found["cuda"] = cuda.loaded_libraries() or f"no CUDA libraries from pip; {cuda.INSTALL}"
+    return found
 
 
 def fits(bundle: Bundle, options: EngineOptions) -> bool:
@@ -334,17 +235,40 @@ def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
     Raises:
         BackendError: there is no such device, or not enough memory.
     """
-    engine = open_engine(bundle, options)
-    if engine.plan:
-        engine.plan.require_fit()
-    return engine.device, engine.describe()
+    if _device(bundle, options) == "cuda":
+        from engines.cuda import Device
+
+        card = Device().card()
+        budget = device_budget(options.memory_budget, card.free)
+        return card.name, plan_device_memory(bundle.manifest, budget).table()
+    plan = plan_host_memory(bundle, NAME, options.memory_budget)
+    plan.require_fit()
+    return "cpu", plan.table()
 
 
-def open_engine(bundle: Bundle, options: EngineOptions) -> OnnxRuntimeEngine:
+def open_engine(bundle: Bundle, options: EngineOptions) -> Engine:
     """The engine for a bundle; see `engines.engine.open_engine`."""
+    if _device(bundle, options) == "cuda":
+        from engines.backends.onnxruntime import cuda
+
+        library = load_library()
+        check_version(library.__version__, cuda.FIRST_VERSION, " for a card")
+        return cuda.open_card_engine(library, bundle, options)
+    return OnnxRuntimeEngine(bundle, options, plan_host_memory(bundle, NAME, options.memory_budget))
+
+
+def _device(bundle: Bundle, options: EngineOptions) -> str:
+    """Where a bundle would run.
+
+    Raises:
+        BackendError: the library has no such device, or the device cannot run the bundle as asked.
+    """
     available = devices()
     device = available[0] if options.device == AUTO else options.device
     if device not in available:
         raise BackendError(f"the installed ONNX Runtime has no {device} provider; {INSTALL}")
-    plan = plan_host_memory(bundle, NAME, options.memory_budget) if device == "cpu" else None
-    return OnnxRuntimeEngine(bundle, device, options, plan)
+    if device == "cpu":
+        refuse_card_graphs(bundle)
+        if options.inference_precision == "tf32":
+            raise BackendError("only a card computes in tf32: leave out --inference-precision tf32")
+    return device

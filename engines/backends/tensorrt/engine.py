@@ -77,4 +77,3 @@ def _check(bundle: Bundle, options: EngineOptions) -> Library:
     if options.memory_budget is not None:
         plan_device_memory(bundle.manifest, options.memory_budget)
     return library
-

@@ -1,21 +1,20 @@
-"""ONNX Runtime: what a CUDA graph needs, as far as it shows without a card.
-
-A captured call reads and writes the same memory every time. That is run here on the CPU, where nothing is
-captured; the rest of the way is the same.
-"""
+"""ONNX Runtime on the CPU: loops are their steps, and what it refuses."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engines.backends.onnxruntime.engine import MOST_CAPTURED, FixedCall, OnnxRuntimeEngine, provider_options
+from engines.backends.onnxruntime.engine import OnnxRuntimeEngine, check_version
 from engines.bundle import Bundle
+from engines.engine import open_engine
+from engines.errors import BackendError
 from engines.options import EngineOptions
 from export.onnx_graph import example_inputs
-from tests.support.anydoor import CONTROL, DENOISE
+from tests.support.anydoor import DENOISE
 
 SIZES = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}
 
@@ -26,105 +25,52 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def plain(bundle: Bundle) -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine(bundle, "cpu")
+def engine(bundle: Bundle) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(bundle)
 
 
-@pytest.fixture
-def fixed(bundle: Bundle) -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine(bundle, "cpu", EngineOptions(cuda_graphs=True))
-
-
-def test_options_of_the_providers() -> None:
-    assert provider_options("cpu", 6_000_000_000, cuda_graphs=True) == {}
-    assert provider_options("cuda") == {"arena_extend_strategy": "kSameAsRequested"}
-    assert provider_options("cuda", 6_000_000_000, cuda_graphs=True) == {
-        "arena_extend_strategy": "kSameAsRequested",
-        "gpu_mem_limit": "6000000000",
-        "enable_cuda_graph": "1",
-    }
-
-
-def test_steps_at_fixed_places_compute_the_same(
-    bundle: Bundle, plain: OnnxRuntimeEngine, fixed: OnnxRuntimeEngine
-) -> None:
-    """Three steps, each from the latent of the one before, with tensors and arrays as inputs."""
-    inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
-    latents = []
-    for engine in (plain, fixed):
-        given = inputs | {"tokens": engine.to_device(inputs["tokens"])}
-        for timestep in (900, 500, 100):
-            given["timestep"] = np.array([timestep], np.float32)
-            given["latent"] = engine.run(DENOISE, given, ["next_latent"])["next_latent"]
-        latents.append(engine.to_host(given["latent"]))
-    np.testing.assert_array_equal(*latents)
-
-
-def test_a_loop_is_its_steps(bundle: Bundle, plain: OnnxRuntimeEngine, fixed: OnnxRuntimeEngine) -> None:
+def test_a_loop_is_its_steps(bundle: Bundle, engine: OnnxRuntimeEngine) -> None:
     """Three steps of a method that needs what the step before predicted."""
     inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
     timesteps = np.array([[900], [500], [100]], np.float32)
     given = dict(inputs)
     for timestep in timesteps:
-        results = plain.run(DENOISE, given | {"timestep": timestep})
+        results = engine.run(DENOISE, given | {"timestep": timestep})
         given |= {"latent": results["next_latent"], "carry": results["epsilon"]}
-    for engine in (plain, fixed):
-        found = engine.run_steps(
-            DENOISE, inputs, {"timestep": timesteps}, {"latent": "next_latent", "carry": "epsilon"}
-        )
-        for name, expected in results.items():
-            np.testing.assert_array_equal(engine.to_host(found[name]), plain.to_host(expected))
+    found = engine.run_steps(
+        DENOISE, inputs, {"timestep": timesteps}, {"latent": "next_latent", "carry": "epsilon"}
+    )
+    for name, expected in results.items():
+        np.testing.assert_array_equal(engine.to_host(found[name]), engine.to_host(expected))
 
 
-def test_steps_must_be_as_many_for_every_input(bundle: Bundle, plain: OnnxRuntimeEngine) -> None:
+def test_steps_must_be_as_many_for_every_input(bundle: Bundle, engine: OnnxRuntimeEngine) -> None:
     inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
     per_step = {
         name: np.stack([inputs[name]] * count) for name, count in (("timestep", 2), ("guidance_scale", 3))
     }
     with pytest.raises(ValueError, match=r"one number of steps, not for \[2, 3\]"):
-        plain.run_steps(DENOISE, inputs, per_step, {})
+        engine.run_steps(DENOISE, inputs, per_step, {})
 
 
-def test_a_result_survives_the_next_call_at_its_place(bundle: Bundle, fixed: OnnxRuntimeEngine) -> None:
-    inputs = example_inputs(bundle.manifest.specs[DENOISE], SIZES)
-    result = fixed.run(DENOISE, inputs)["epsilon"]
-    before = fixed.to_host(result).copy()
-    fixed.run(DENOISE, inputs | {"latent": inputs["latent"] + 1})
-    np.testing.assert_array_equal(fixed.to_host(result), before)
+@pytest.mark.parametrize("version", ["1.20.1", "1.22.1", "0.9"])
+def test_a_library_without_what_is_needed_is_refused(version: str) -> None:
+    with pytest.raises(BackendError, match=f"ONNX Runtime {version} is too old, it must be 1.23 or later"):
+        check_version(version)
+    check_version("1.23.0")
+    check_version("2.0.0rc1")
 
 
-def test_every_set_of_shapes_has_places_of_its_own(
-    bundle: Bundle, plain: OnnxRuntimeEngine, fixed: OnnxRuntimeEngine
-) -> None:
-    spec = bundle.manifest.specs[DENOISE]
-    for samples in (1, 2, 1):
-        inputs = example_inputs(spec, SIZES | {"samples": samples}, seed=samples)
-        expected = plain.to_host(plain.run(DENOISE, inputs)["next_latent"])
-        np.testing.assert_array_equal(fixed.to_host(fixed.run(DENOISE, inputs)["next_latent"]), expected)
-    assert len(fixed._fixed_calls) == 2
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "openvino"])
+def test_graphs_for_cards_are_not_run_on_the_cpu(bundle: Bundle, backend: str) -> None:
+    for_cards = Bundle(bundle.path, replace(bundle.manifest, target="cuda"))
+    command = r"anydoor build CHECKPOINT --backend onnxruntime --targets any"
+    with pytest.raises(BackendError, match=f"is for NVIDIA cards .*: for the CPU build one with '{command}'"):
+        open_engine(for_cards, EngineOptions(backend, "cpu"))
 
 
-def test_only_so_many_sets_of_shapes_are_captured(bundle: Bundle, fixed: OnnxRuntimeEngine) -> None:
-    spec = bundle.manifest.specs[DENOISE]
-    for maps in range(1, MOST_CAPTURED + 3):
-        fixed.run(DENOISE, example_inputs(spec, SIZES | {"rows": 1, "maps": maps}))
-    assert len(fixed._fixed_calls) == MOST_CAPTURED
-
-
-def test_a_call_says_which_capture_it_is(bundle: Bundle, plain: OnnxRuntimeEngine) -> None:
-    plain.load(DENOISE)
-    spec = bundle.manifest.specs[DENOISE]
-    shapes = {tensor.name: tensor.resolve(SIZES) for tensor in spec.inputs}
-    call = FixedCall(plain._sessions[DENOISE], spec, shapes, "cpu", 3)
-    assert call._options.get_run_config_entry("gpu_graph_id") == "3"
-
-
-def test_places_go_with_the_graph(bundle: Bundle, fixed: OnnxRuntimeEngine) -> None:
-    fixed.run(DENOISE, example_inputs(bundle.manifest.specs[DENOISE], SIZES))
-    fixed.unload(DENOISE)
-    assert not fixed._fixed_calls
-
-
-def test_other_graphs_are_not_captured(bundle: Bundle, fixed: OnnxRuntimeEngine) -> None:
-    fixed.run(CONTROL, example_inputs(bundle.manifest.specs[CONTROL], SIZES))
-    assert not fixed._fixed_calls
+def test_the_cpu_has_no_tf32(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match="only a card computes in tf32"):
+        open_engine(bundle, EngineOptions("onnxruntime", "cpu", "tf32"))
+    with pytest.raises(BackendError, match="only the backend onnxruntime has the inference precision tf32"):
+        open_engine(bundle, EngineOptions("openvino", "cpu", "tf32"))

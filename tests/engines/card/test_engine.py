@@ -1,4 +1,4 @@
-"""The card engine on a simulated card with plans: places, staging, groups, names. Not CUDA, and not TensorRT."""
+"""The card engine with plans on a simulated card: places, staging, groups, names. Not CUDA, not TensorRT."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.card.tensors import Staging
 from engines.bundle import Bundle
+from engines.card.tensors import Staging
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError
 from export.onnx_graph import example_inputs

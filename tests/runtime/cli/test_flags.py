@@ -58,9 +58,15 @@ def test_engine_options_there_and_back() -> None:
     command = argparse.ArgumentParser()
     add_engine_flags(command)
     assert engine_options(command.parse_args([])) == EngineOptions()
-    flags = ["--backend=onnxruntime", "--device=cpu", "--threads=3", "--memory-budget=1.5G", "--cuda-graphs"]
+    flags = [
+        "--backend=onnxruntime",
+        "--device=cpu",
+        "--threads=3",
+        "--memory-budget=1.5G",
+        "--no-cuda-graphs",
+    ]
     assert engine_options(command.parse_args(flags)) == EngineOptions(
-        "onnxruntime", "cpu", threads=3, memory_budget=1_500_000_000, cuda_graphs=True
+        "onnxruntime", "cpu", threads=3, memory_budget=1_500_000_000, cuda_graphs=False
     )
     with pytest.raises(BackendError, match="threads must be at least 1, not 0"):
         engine_options(command.parse_args(["--threads=0"]))

@@ -1,0 +1,336 @@
+"""ONNX Runtime's CUDA provider: ONNX graphs on an NVIDIA card. `engines.card.engine` runs them.
+
+The provider works in our stream, on our addresses, and does not wait for what it put there. Two things it
+does itself, and this is what is known of them (source: onnxruntime/core/providers/cuda and core/framework):
+
+    memory    Weights and scratch memory are its own. Weights are allocated one by one, and freed with the
+              session. Scratch memory is one arena for all sessions, as large as the memory plan says. The
+              sessions never run at the same time, so that is as safe as if it lay in ours.
+    captures  It captures a call itself, one CUDA graph per `gpu_graph_id`, and keeps it as long as the
+              session. A captured graph belongs to the thread that ran it, so all calls come from one thread.
+              It reads pinned memory that versions before 1.30 give to the next call, whose results are then
+              wrong.
+
+A captured graph uses scratch memory that its session has given back. So what a session keeps must never lie
+there: weights do not, and what goes in and out is in our arena.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.bundle import Bundle
+from engines.card.engine import CardEngine
+from engines.card.graph import Shape
+from engines.cuda import Device, OutOfDeviceMemoryError
+from engines.errors import BackendError, BundleError
+from engines.manifest import ONNX
+from engines.memory_plan import DeviceMemoryPlan, device_budget, plan_device_memory
+from engines.options import EngineOptions
+from engines.spec import CAPTURED_ROLES, GraphSpec
+
+PROVIDER = "CUDAExecutionProvider"
+
+INSTALL = "install it with: pip install '.[cuda]'"
+
+NOT_STARTED = (
+    "ONNX Runtime could not start its cuda provider: the NVIDIA driver or the CUDA and cuDNN libraries are "
+    f"missing; {INSTALL}, check with 'anydoor doctor', or run with --device cpu"
+)
+
+FIRST_VERSION = (1, 30)
+"""Before, a replayed graph reads memory that other calls have overwritten (pull request 32121)."""
+
+MOST_CAPTURED = 16
+"""Sets of shapes of a graph that are captured; the provider keeps each until the graph is unloaded."""
+
+NOT_CAPTURED = -1
+"""As `gpu_graph_id`: run as if captures were not enabled."""
+
+MAPPED_FILES = Path("/proc/self/maps")
+"""Where Linux lists the libraries that are loaded."""
+
+_LARGEST_CHUNK = 2**31 - 1
+"""The library takes the size of its first allocation as a 32-bit number."""
+
+_GROWTH = 64 << 20
+"""Bytes by which the scratch arena grows, if a graph needs more than planned."""
+
+
+def preload(library: Any) -> None:
+    """Loads the CUDA and cuDNN libraries of pip packages, if they are installed.
+
+    Without them the system's are used, where its loader finds them.
+    """
+    # it prints what it does not find, although the system may have it
+    with contextlib.redirect_stdout(io.StringIO()):
+        library.preload_dlls()
+
+
+def loaded_libraries(maps: Path = MAPPED_FILES) -> str:
+    """The CUDA and cuDNN libraries of this process and the folders that they lie in; empty where the system
+    does not say."""
+    try:
+        lines = maps.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    found: dict[str, set[str]] = defaultdict(set)
+    for line in lines:
+        match = re.search(r"(/\S*)/lib(cudart|cublas|cudnn|cufft|curand|nvrtc)\.so", line)
+        if match:
+            found[match[1]].add(match[2])
+    return "; ".join(f"{', '.join(sorted(names))} in {folder}" for folder, names in sorted(found.items()))
+
+
+def provider_options(stream: int, precision: str, capture: bool, limit: int) -> dict[str, str]:
+    """What the provider of a session is started with.
+
+    Args:
+        stream: where it puts its work.
+        precision: fp32 or tf32, of products of float32 numbers.
+        capture: whether calls are captured as CUDA graphs.
+        limit: bytes that it may allocate.
+    """
+    return {
+        "user_compute_stream": str(stream),
+        "use_tf32": str(int(precision == "tf32")),
+        "enable_cuda_graph": str(int(capture)),
+        "gpu_mem_limit": str(limit),
+        # a search would take whichever algorithm was fastest today: other bits after the next start
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # the algorithms with the largest workspaces take gigabytes
+        "cudnn_conv_use_max_workspace": "0",
+        # sums in float32, not in the precision of the graph
+        "enable_skip_layer_norm_strict_mode": "1",
+    }
+
+
+def session_options(library: Any, bundle: Bundle) -> Any:
+    """What every session is made with.
+
+    Args:
+        library: the onnxruntime package.
+        bundle: holds the graphs and their weights.
+    """
+    options = library.SessionOptions()
+    options.use_deterministic_compute = True
+    # of every set of shapes it would make one block, which leaves the arena in pieces
+    options.enable_mem_pattern = False
+    for key, value in {
+        "session.use_env_allocators": "1",
+        "session.use_device_allocator_for_initializers": "1",
+        "session.model_external_initializers_file_folder_path": str(bundle.path),
+    }.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def share_scratch(library: Any, nbytes: int, limit: int) -> None:
+    """Makes the arena that the sessions to come take scratch memory from.
+
+    Args:
+        library: the onnxruntime package.
+        nbytes: what it allocates first, and unless a graph needs more, at all.
+        limit: most that it allocates, the weights of the sessions included.
+
+    Raises:
+        BackendError: the provider does not start.
+    """
+    arena = {
+        "max_mem": limit,
+        "arena_extend_strategy": 0,
+        "initial_chunk_size_bytes": min(nbytes, limit, _LARGEST_CHUNK),
+        "max_power_of_two_extend_bytes": _GROWTH,
+    }
+    kind = library.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    where = library.OrtMemoryInfo("Cuda", kind, 0, library.OrtMemType.DEFAULT)
+    try:
+        library.create_and_register_allocator_v2(PROVIDER, where, {}, library.OrtArenaCfg(arena))
+    except Exception as error:  # the library raises classes of its own, all derived from Exception
+        raise BackendError(f"{NOT_STARTED} ({_reason(error)})") from error
+
+
+class Sessions:
+    """Loads graphs of a bundle with the CUDA provider, and runs them in one thread."""
+
+    def __init__(
+        self, library: Any, bundle: Bundle, stream: int, plan: DeviceMemoryPlan, options: EngineOptions
+    ) -> None:
+        """Allocates scratch memory.
+
+        Args:
+            library: the onnxruntime package.
+            bundle: holds the graphs.
+            stream: where their work goes.
+            plan: how much memory they may take.
+            options: precision, and whether calls are captured.
+        """
+        self.library = library
+        self.bundle = bundle
+        self.stream = stream
+        self._limit = plan.library_limit
+        self._options = options
+        preload(library)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-provider")
+        """Makes and runs all sessions: captured graphs belong to a thread."""
+        share_scratch(library, plan.library, self._limit)
+
+    def open_graph(self, graph: str) -> LoadedSession:
+        """Loads a graph's weights onto the card.
+
+        Raises:
+            BackendError: the provider does not start, or there is not enough memory.
+            BundleError: the library cannot load the graph.
+        """
+        spec = self.bundle.manifest.specs[graph]
+        capture = self._options.cuda_graphs and spec.role in CAPTURED_ROLES
+        provider = provider_options(self.stream, self._options.inference_precision, capture, self._limit)
+        try:
+            session = self.thread.submit(
+                self.library.InferenceSession,
+                str(self.bundle.graph_file(graph)),
+                session_options(self.library, self.bundle),
+                [(PROVIDER, provider)],
+                # on the CPU it would fail later, for another reason
+                enable_fallback=0,
+            ).result()
+        except Exception as error:
+            raise loading_refusal(graph, capture, error) from error
+        # where the provider's own library cannot be loaded, the session has none
+        if PROVIDER not in session.get_providers():
+            raise BackendError(NOT_STARTED)
+        return LoadedSession(self, session, spec, capture)
+
+
+class LoadedSession:
+    """A graph whose weights are on the card; see `engines.card.graph.LoadedGraph`."""
+
+    scratch = 0
+
+    def __init__(self, sessions: Sessions, session: Any, spec: GraphSpec, capture: bool) -> None:
+        """Takes over a session; `Sessions.open_graph` is the way to get one."""
+        self.sessions = sessions
+        self.session = session
+        self.spec = spec
+        self._capture = capture
+        self._numbers: dict[tuple[Shape, ...], int] = {}
+        """Shapes of a call that is captured -> its `gpu_graph_id`."""
+
+    def new_context(self) -> BoundCall:
+        """What calls of one set of shapes need."""
+        return BoundCall(self)
+
+    def number(self, shapes: tuple[Shape, ...]) -> int:
+        """The `gpu_graph_id` of shapes: the one they had before, a new one, or none if there are too many."""
+        if self._capture and len(self._numbers) < MOST_CAPTURED:
+            self._numbers.setdefault(shapes, len(self._numbers) + 1)
+        return self._numbers.get(shapes, NOT_CAPTURED)
+
+    def keep_compiled_kernels(self) -> None:
+        """Does nothing: the provider brings its kernels."""
+
+
+class BoundCall:
+    """Runs a session on addresses of the arena; see `engines.card.graph.Context`."""
+
+    def __init__(self, loaded: LoadedSession) -> None:
+        """Binds nothing yet.
+
+        Args:
+            loaded: the graph.
+        """
+        self._loaded = loaded
+        self._binding = loaded.session.io_binding()
+        self._options = loaded.sessions.library.RunOptions()
+        # whoever wants the results waits for the stream
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def prepare(
+        self, shapes: Mapping[str, Shape], addresses: Mapping[str, int], scratch: int, scratch_size: int
+    ) -> None:
+        """Binds inputs and outputs; the provider has scratch memory of its own."""
+        spec, binding = self._loaded.spec, self._binding
+        sizes = spec.sizes(shapes)
+        for tensors, bind in ((spec.inputs, binding.bind_input), (spec.outputs, binding.bind_output)):
+            for of in tensors:
+                bind(
+                    of.stored_name,
+                    "cuda",
+                    0,
+                    np.dtype(of.dtype),
+                    list(of.resolve(sizes)),
+                    addresses[of.name],
+                )
+        number = self._loaded.number(tuple(shapes[of.name] for of in spec.inputs))
+        self._options.add_run_config_entry("gpu_graph_id", str(number))
+
+    def enqueue(self, stream: int) -> None:
+        """Runs the session; the first time that a captured call is made, the provider runs it twice."""
+        run = self._loaded.session.run_with_iobinding
+        try:
+            self._loaded.sessions.thread.submit(run, self._binding, self._options).result()
+        except Exception as error:
+            raise running_refusal(self._loaded.spec.name, error) from error
+
+    def capturable(self, stream: int) -> bool:
+        """Never: the provider launches its own captured graph, which no other may contain."""
+        return False
+
+
+def open_card_engine(library: Any, bundle: Bundle, options: EngineOptions) -> CardEngine:
+    """The engine for a bundle of ONNX graphs on a card; see `engines.engine.open_engine`."""
+    device = Device()
+    plan = plan_device_memory(bundle.manifest, device_budget(options.memory_budget, device.card().free))
+    sessions = Sessions(library, bundle, device.stream, plan, options)
+    return CardEngine(ONNX, bundle, device, sessions.open_graph, plan, options.cuda_graphs)
+
+
+def loading_refusal(graph: str, capture: bool, error: Exception) -> BackendError | BundleError:
+    """Why a graph was not loaded.
+
+    Args:
+        graph: which one.
+        capture: whether its calls were to be captured.
+        error: what the library raised.
+    """
+    if _is_about_memory(error):
+        return OutOfDeviceMemoryError(
+            f"the card has no room for the graph '{graph}' ({_reason(error)}): close other programs that use "
+            "it (see 'nvidia-smi'), or give a larger --memory-budget"
+        )
+    if capture and "graph capture feature" in str(error):
+        return BundleError(
+            f"the graph '{graph}' has operators that the card cannot run, and so cannot be captured: run "
+            "with --no-cuda-graphs"
+        )
+    return BundleError(f"ONNX Runtime cannot load the graph '{graph}': {_reason(error)}")
+
+
+def running_refusal(graph: str, error: Exception) -> BackendError:
+    """Why a graph did not run."""
+    if _is_about_memory(error):
+        return OutOfDeviceMemoryError(
+            f"the card has no room to run the graph '{graph}' ({_reason(error)}): ask for fewer pictures at "
+            "once, or give a larger --memory-budget"
+        )
+    return BackendError(f"ONNX Runtime could not run the graph '{graph}': {_reason(error)}")
+
+
+def _is_about_memory(error: Exception) -> bool:
+    # of the arena, of cudaMalloc
+    return any(
+        words in str(error) for words in ("smaller than requested", "Failed to allocate", "out of memory")
+    )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:300]
