@@ -1,4 +1,4 @@
-"""Variants of exported graphs: the same numbers in the operators of ONNX Runtime's CPU provider."""
+"""Graphs in the operators of an execution provider: variants for the CPU, bundles for CUDA."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from engines.backends.onnxruntime.engine import OnnxRuntimeEngine
-from engines.bundle import Bundle
+from engines.bundle import Bundle, sha256
 from engines.engine import open_engine
 from engines.errors import BundleError
 from engines.options import EngineOptions
 from export.onnx_graph import example_inputs
+from tests.export.rewrite.graphs import evaluate, relative_error
 from tests.support.anydoor import GRAPHS
+
+HALF_TOLERANCE = 1e-2
+"""Relative error of an FP16 network, in which the plain graph rounds after more operators."""
 
 SIZES = {"samples": 2, "rows": 3, "conditions": 2, "maps": 3}
 
@@ -69,3 +74,23 @@ def test_a_damaged_variant_is_found_before_it_runs(tiny_bundle: Path, tmp_path: 
     file.unlink()
     with pytest.raises(BundleError, match=r"denoise\.cpu\.onnx"):
         Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_bundle_for_cuda_computes_the_same(
+    tiny_cuda_bundle: Path, tiny_half_bundle: Path, graph: str
+) -> None:
+    """By ONNX's reference evaluator, since no other machine has the operators of the CUDA provider."""
+    bundles = [Bundle.open(path) for path in (tiny_cuda_bundle, tiny_half_bundle)]
+    assert [bundle.manifest.target for bundle in bundles] == ["cuda", "any"]
+    record = bundles[0].manifest.graphs[graph]
+    assert not record.variants
+    assert record.error.keys() == {tensor.name for tensor in record.spec.outputs}
+    for file in record.files:
+        assert sha256(tiny_cuda_bundle / file.path) == file.sha256
+    assert "NhwcConv" in operators(bundles[0].graph_file(graph))
+    inputs = example_inputs(record.spec, SIZES)
+    results, expected = (evaluate(ir.load(bundle.graph_file(graph)), inputs) for bundle in bundles)
+    for tensor, found, wanted in zip(record.spec.outputs, results, expected):
+        assert found.shape == wanted.shape == tensor.resolve(SIZES)
+        assert relative_error(found.astype(np.float64), wanted.astype(np.float64)) < HALF_TOLERANCE
