@@ -176,7 +176,7 @@ def test_a_hopeless_request_is_refused_when_it_comes(tiny_bundle: Path) -> None:
         first = bench.submit(request(steps=3), deadline=time.monotonic() + PATIENCE)
         assert first.pictures()
         # 900 steps of a fiftieth of a second
-        with pytest.raises(UnmeetableDeadlineError, match="are left, .* need at least"):
+        with pytest.raises(UnmeetableDeadlineError, match=r"are left, .* need at least"):
             bench.submit(request(steps=900), deadline=time.monotonic() + 10)
         assert bench.batcher.tickets == []
         assert bench.submit(request(steps=2), deadline=time.monotonic() + PATIENCE).pictures()
