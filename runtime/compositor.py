@@ -278,7 +278,7 @@ class Compositor:
         with in_field("sampling"):
             sampling = sampling_parameters(request.sampling, self.defaults)
             check_sampling(sampling, limits)
-        check_seeds(request.seed or 0, request.num_images, limits)
+        check_seeds(0 if request.seed is None else request.seed, request.num_images, limits)
         check_placement_count(len(request.placements), limits)
         return sampling
 

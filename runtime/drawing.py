@@ -76,6 +76,11 @@ class Drawing:
         return samples
 
     @property
+    def samples_per_call(self) -> int | None:
+        """Most samples in one call of the step graph; all if None."""
+        return self._batch.samples_per_call
+
+    @property
     def last_call(self) -> StepCall:
         """The call of the step graph that was made last."""
         return self._batch.last_call

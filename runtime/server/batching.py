@@ -90,7 +90,7 @@ class Batcher:
             InputError: a number of the request cannot be used.
         """
         guided, unguided = self.compositor.steps_of(request, self._limits)
-        ticket.work = Work(guided, unguided, min(request.num_images, self.max_batch))
+        ticket.work = Work(guided, unguided, min(request.num_images, self._engine.most_in_a_call))
         queue = self._queue
         with queue.changed:
             if queue.refusal:

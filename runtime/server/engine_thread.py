@@ -79,6 +79,8 @@ class EngineThread:
         self._on_samples = on_samples
         self._on_seconds = on_seconds
         self._drawing = compositor.new_drawing()
+        self.most_in_a_call = min(max_batch, self._drawing.samples_per_call or max_batch)
+        """Most samples that share a call of the step graph."""
         self._tickets: dict[Sample, Ticket] = {}
         self._stopped = False
         self._results = ThreadPoolExecutor(1, thread_name_prefix="results")
