@@ -18,6 +18,7 @@ from engines.errors import AnyDoorError
 from engines.files import write_bytes
 from engines.manifest import GraphRecord, Manifest
 from engines.spec import GraphSpec, TensorSpec
+from export.options import CUDA
 from export.progress import Progress
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def build_plans(
     Raises:
         AnyDoorError: a target or the source is unusable, or a graph cannot be built.
     """
+    if source.manifest.target == CUDA:
+        raise AnyDoorError(
+            f"'{source.path}' holds graphs in the operators of ONNX Runtime's CUDA provider, which "
+            f"{library.variant.title} does not have: build it again with --backend onnxruntime --targets any"
+        )
     manifest = replace(source.manifest, max_batch=max_batch)
     target = ",".join(check_targets(library, targets))
     records = {}

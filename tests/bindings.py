@@ -1,9 +1,9 @@
 """Whether our code fits the TensorRT of JetPack 6 and the newest one: `python -m tests.bindings`.
 
-Of each version the Python bindings are downloaded, without the libraries that they bind (1 MB). mypy's stubgen
-reads the types of all classes from them, and with these mypy checks our code: that every class, attribute and
-enumerator that it uses exists, and takes as many arguments as it is given. Types of arguments are not checked,
-because the bindings turn tuples and buffers into their own.
+Of each version the Python bindings are downloaded, without the libraries that they bind (1 MB). mypy's
+stubgen reads the types of all classes from them, and with these mypy checks our code: that every class,
+attribute and enumerator that it uses exists, and takes as many arguments as it gets. Types of arguments are
+not checked, because the bindings turn tuples and buffers into their own.
 
 Not checked: what only TensorRT for RTX has, which other tests really call, and whether anything works.
 Needs a C compiler, a package index, and a Python that both versions have bindings for (3.10 to 3.12).

@@ -260,6 +260,15 @@ def test_plans_are_not_built_from_plans_nor_over_their_source(
         build_plan_bundle(half, half.path, BuildOptions(backend=RTX))
 
 
+def test_plans_are_not_built_from_graphs_of_the_cuda_provider(
+    library: Library, half: Bundle, tmp_path: Path
+) -> None:
+    fused = Bundle(half.path, replace(half.manifest, target="cuda"))
+    with pytest.raises(AnyDoorError, match=r"which TensorRT for RTX does not have: .* --targets any"):
+        build_plan_bundle(fused, tmp_path / "new", BuildOptions(backend=RTX))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_pytorch_only_a_bundle_will_do(tmp_path: Path) -> None:
     """As on a Jetson."""
     code = "import sys; sys.modules['torch'] = None; from export.build_engines import main; sys.exit(main())"
