@@ -142,6 +142,18 @@ def load_library(backend: str) -> Library:
     return Library(backend)
 
 
+def usable_library(backend: str) -> Library:
+    """The library of a backend, unless this machine has a card that it does not support.
+
+    Raises:
+        BackendError: it is not installed, or does not support the card.
+    """
+    library = load_library(backend)
+    if card := _card():
+        check_support(library.variant, card)
+    return library
+
+
 def check_plans(bundle: Bundle) -> Library:
     """The library for a bundle, after refusing what can be refused before anything is on a card.
 
@@ -149,10 +161,8 @@ def check_plans(bundle: Bundle) -> Library:
         BackendError: the library is not installed, or does not support the card.
         BundleError: a plan is of another version, damaged, or not a plan.
     """
-    library = load_library(bundle.manifest.backend)
-    if card := _card():
-        # before anything advises to build such plans again
-        check_support(library.variant, card)
+    # a card that it does not support comes first: no other advice would help
+    library = usable_library(bundle.manifest.backend)
     check_version(library, bundle)
     for graph in bundle.manifest.graphs:
         check_header(library, bundle, graph)
