@@ -340,6 +340,7 @@ def test_progress_is_a_part_of_the_whole(steps: list[tuple[int, int]]) -> None:
 def test_scratch_memory_is_read_from_the_log() -> None:
     log = [("INFO", "Total Weights Memory: 7 bytes"), ("INFO", "Total Activation Memory: 10916352 bytes")]
     assert scratch_bytes(log) == 10916352
+    assert scratch_bytes([("INFO", "Total Activation Memory: 10916352")]) == 10916352
     assert scratch_bytes(log[:1]) == 0
 
 

@@ -356,12 +356,18 @@ def test_a_bundle_of_an_unknown_kind_is_refused(plans: Bundle) -> None:
 def test_usable_devices_are_those_of_the_installed_libraries(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert f"{library.variant.title} {library.version}" in tensorrt.usable_devices()["cuda"]
+    monkeypatch.setattr(tensorrt, "VARIANTS", {RTX: VARIANTS[RTX]})
+    assert tensorrt.usable_devices() == {"cuda": f"{library.variant.title} {library.version}"}
+    put_in_a_card(monkeypatch, "sm90")
+    with pytest.raises(
+        BackendError, match=r"TensorRT for RTX supports .* not this card, simulated, which is sm90"
+    ):
+        tensorrt.usable_devices()
 
     def missing(backend: str) -> Library:
         raise BackendError(f"{backend} is not installed")
 
-    monkeypatch.setattr(tensorrt, "load_library", missing)
+    monkeypatch.setattr(tensorrt, "usable_library", missing)
     with pytest.raises(BackendError, match="tensorrt_rtx is not installed"):
         tensorrt.usable_devices()
 
