@@ -66,16 +66,8 @@ def check(version: str) -> int:
     folder = FOLDER / version
     packages, libraries, types = (folder / name for name in ("packages", "libraries", "types"))
     if not packages.exists():
-        install = (
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--only-binary=:all:",
-            f"--target={packages}",
-        )
-        python(*install, f"{VERSIONS[version]}=={version}")
+        install = ("-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:")
+        python(*install, f"--target={packages}", f"{VERSIONS[version]}=={version}")
     make_libraries(libraries, version.split(".", maxsplit=1)[0])
     found = {"PYTHONPATH": str(packages), "LD_LIBRARY_PATH": str(libraries)}
     stubgen = ("-c", "from mypy.stubgen import main; main()", "--inspect-mode", "--quiet")
