@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, BundleError
-from engines.manifest import ANY_TARGET, BUILD_COMMAND, CUDA_TARGET, ONNX
+from engines.manifest import ANY_TARGET, BUILD_COMMAND, CUDA, ONNX
 from engines.options import AUTO, EngineOptions
 from engines.registry import Backend, backends
 
@@ -194,7 +194,7 @@ def refuse_card_graphs(bundle: Bundle) -> None:
     Raises:
         BackendError: says how to build one for the CPU.
     """
-    if bundle.manifest.target == CUDA_TARGET:
+    if bundle.manifest.target == CUDA:
         raise BackendError(
             f"the bundle at '{bundle.path}' is for NVIDIA cards (pip install '.[cuda]'): for the CPU build "
             f"one with '{BUILD_COMMAND} --backend {ONNX} --targets {ANY_TARGET}'"
@@ -210,7 +210,7 @@ def _fastest(candidates: Sequence[Backend], bundle: Bundle, options: EngineOptio
         if "cuda" in backend.devices and options.inference_precision in backend.precisions
     ]
     for backend in with_cards:
-        if bundle.manifest.target == CUDA_TARGET or _wants_card(backend, options.device):
+        if bundle.manifest.target == CUDA or _wants_card(backend, options.device):
             return backend
     installed = [backend for backend in candidates if backend.installed]
     usable = [backend for backend in installed if options.inference_precision in backend.precisions]

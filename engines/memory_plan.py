@@ -13,7 +13,7 @@ from pathlib import Path
 from engines.arena import ALIGNMENT, Buffer, Layout, aligned, layout
 from engines.bundle import Bundle
 from engines.errors import BackendError
-from engines.manifest import BUILD_COMMAND, CUDA_TARGET, ONNX, Manifest
+from engines.manifest import BUILD_COMMAND, CUDA, ONNX, Manifest
 from engines.spec import CAPTURED_ROLES, SAMPLING_ROLES, GraphSpec
 
 Groups = tuple[tuple[str, ...], ...]
@@ -51,8 +51,8 @@ def card_memory(manifest: Manifest) -> dict[str, GraphMemory]:
     """
     if manifest.backend != ONNX:
         kind, samples = manifest.backend, 1
-    elif all(CUDA_TARGET in record.scratch_bytes for record in manifest.graphs.values()):
-        kind, samples = CUDA_TARGET, 1
+    elif all(CUDA in record.scratch_bytes for record in manifest.graphs.values()):
+        kind, samples = CUDA, 1
     else:
         kind, samples = ONNX, manifest.max_batch
     return {

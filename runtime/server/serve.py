@@ -141,7 +141,9 @@ def serve(settings: Settings) -> int:
     configure(settings.log_level)
     tracing.configure()
     cache_bytes = None if settings.cache_bytes < 0 else settings.cache_bytes
-    compositor = Compositor.load(settings.bundle, settings.engine, cache_bytes, settings.control_window)
+    compositor = Compositor.load(
+        settings.bundle, settings.engine, cache_bytes, settings.control_window or None
+    )
     if plan := compositor.engine.describe():
         _log("memory plan", plan=plan.splitlines())
     return asyncio.run(_serve(compositor, settings))

@@ -60,12 +60,17 @@ class Settings:
     max_placements: int = _setting(4, "placements of a request", metavar="N")
     max_previews: int = _setting(4, "previews of each picture", metavar="N")
     queue: int = _setting(16, "requests accepted beyond as many as the batch has slots", metavar="N")
-    max_batch: int = _setting(0, "most samples that share a call; 0: the bundle's limit", metavar="N")
+    max_batch: int = _setting(
+        0,
+        "most samples in the batch; 0: the bundle's limit, on a card at most 4, which have most of the gain: "
+        "on an H100 8.00 ms per sample alone, 6.07 for 2, 5.34 for 4, 5.03 for 8 (6 %% more)",
+        metavar="N",
+    )
     batching: str = _setting("continuous", "static admits only into an empty batch", choices=BATCHING)
     workers: int = _setting(2, "threads that decode, prepare, paste and encode", metavar="N")
     control_window: int = _setting(
-        1,
-        "steps whose detail maps are computed in one call, up to the bundle's batch; more pays on a GPU",
+        0,
+        "steps whose detail maps are computed in one call; 0: the bundle's batch on a card, 1 on a CPU",
         metavar="N",
     )
     cache_bytes: int = _size(
@@ -89,8 +94,8 @@ class Settings:
             InputError: names the setting.
         """
         sizes = ("max_message_bytes", "max_pixels", "max_steps", "max_images", "max_placements")
-        positive = (*sizes, "workers", "control_window")
-        not_negative = ("max_previews", "queue", "max_batch", "drain_seconds")
+        positive = (*sizes, "workers")
+        not_negative = ("max_previews", "queue", "max_batch", "control_window", "drain_seconds")
         for names, least in ((positive, 1), (not_negative, 0), (("cache_bytes",), -1)):
             for name in names:
                 if getattr(self, name) < least:

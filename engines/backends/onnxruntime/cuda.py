@@ -33,7 +33,7 @@ from engines.card.engine import CardEngine
 from engines.card.graph import Shape
 from engines.cuda import Device, OutOfDeviceMemoryError
 from engines.errors import BackendError, BundleError
-from engines.manifest import ONNX
+from engines.manifest import CUDA, ONNX
 from engines.memory_plan import DeviceMemoryPlan, device_budget, plan_device_memory
 from engines.options import EngineOptions
 from engines.spec import CAPTURED_ROLES, GraphSpec
@@ -197,7 +197,7 @@ class Sessions:
         try:
             session = self.thread.submit(
                 self.library.InferenceSession,
-                str(self.bundle.graph_file(graph)),
+                str(self.bundle.graph_file(graph, CUDA)),
                 session_options(self.library, self.bundle),
                 [(PROVIDER, provider)],
                 # on the CPU it would fail later, for another reason

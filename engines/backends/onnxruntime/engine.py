@@ -136,7 +136,7 @@ class OnnxRuntimeEngine:
     def _new_session(self, graph: str) -> onnxruntime.InferenceSession:
         try:
             return self._library.InferenceSession(
-                self.model(graph, self._bundle.graph_file(graph)),
+                self.model(graph, self._bundle.graph_file(graph, self.device)),
                 self._options,
                 providers=[_PROVIDERS["cpu"]],
             )

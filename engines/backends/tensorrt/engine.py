@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from engines.backends.tensorrt.library import VARIANTS, Library, check_card, check_plans, load_library
+from engines.backends.tensorrt.library import VARIANTS, Library, check_card, check_plans, usable_library
 from engines.backends.tensorrt.plans import open_plan
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
@@ -16,15 +16,15 @@ from engines.options import EngineOptions
 
 
 def usable_devices() -> dict[str, str]:
-    """The card, with the variants of the library that are installed and their versions.
+    """The card, with the variants of the library that are installed and support it, and their versions.
 
     Raises:
-        BackendError: none is installed.
+        BackendError: there is none.
     """
     libraries, refusals = [], []
     for backend in VARIANTS:
         try:
-            libraries.append(load_library(backend))
+            libraries.append(usable_library(backend))
         except BackendError as error:
             refusals.append(error)
     if not libraries:

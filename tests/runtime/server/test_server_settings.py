@@ -62,7 +62,7 @@ def test_the_engines_options_stand_beside_the_others(tmp_path: Path) -> None:
         ("listen = 'b:1'", 'listen of the configuration is "b:1", expected a list, a text'),
         ("queue = -1", "queue must be at least 0"),
         ("workers = 0", "workers must be at least 1"),
-        ("control_window = 0", "control_window must be at least 1"),
+        ("control_window = -1", "control_window must be at least 0"),
         ("threads = 0", "threads must be at least 1, not 0"),
         ("backend = 'magic'", "there is no backend 'magic': choose one of auto, openvino"),
         ("engine = 'magic'", "the configuration has no 'engine'"),
