@@ -156,6 +156,26 @@ class Device:
         """
         self._call("running a graph", self._cuda.cudaStreamSynchronize, self.stream)
 
+    def new_event(self) -> Any:
+        """A place in the stream that can be asked for, once it is recorded."""
+        flags = self._cuda.cudaEventDisableTiming
+        return self._call("creating an event", self._cuda.cudaEventCreateWithFlags, flags)
+
+    def record(self, event: Any) -> None:
+        """Puts an event behind everything that is in the stream."""
+        self._call("recording an event", self._cuda.cudaEventRecord, event, self.stream)
+
+    def reached(self, event: Any) -> bool:
+        """Whether everything before an event is done; does not wait. Not while another thread captures.
+
+        Raises:
+            BackendError: something before it failed.
+        """
+        if self._cuda.cudaEventQuery(event)[0] == self._cuda.cudaError_t.cudaErrorNotReady:
+            return False
+        self._call("running a graph", self._cuda.cudaEventQuery, event)
+        return True
+
     def capture(self, work: Callable[[], None]) -> Any:
         """Records what `work` puts into the stream, without running it; `launch` runs it."""
         cuda = self._cuda

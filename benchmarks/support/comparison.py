@@ -84,8 +84,7 @@ class Networks:
         assert isinstance(compositor.system, AnyDoor)
         self._engine = compositor.engine
         self._step = compositor.bundle.manifest.step
-        half = compositor.bundle.manifest.precision == "fp16"
-        self._tolerances = checks.FP16 if half else checks.FP32
+        self._tolerances = checks.tolerances(compositor.bundle.manifest.precision)
         self._defaults = compositor.defaults
         self._cache = compositor.system.cache
         self._alphas_cumprod = compositor.bundle.constants()["alphas_cumprod"]
@@ -231,6 +230,7 @@ class RunComparison:
         self.run = run
         self._compositor = compositor
         self._progress = progress
+        self._tolerances = checks.tolerances(compositor.bundle.manifest.precision)
         self._preprocessing = Preprocessing(run, compositor.bundle.manifest.resolution)
         self._networks = Networks(run, compositor, progress)
 
@@ -276,7 +276,9 @@ class RunComparison:
         composite = paste_back(image, scene, geometry, self.run.mode.paste)
         close = np.abs(composite.astype(int) - self.run.arrays["composite"].astype(int)).max(axis=-1) <= 1
         share = float(close.mean())
-        return at_least(self.run.label, "composite, networks only", share, checks.COMPOSITE_SHARE, "within 1")
+        return at_least(
+            self.run.label, "composite, networks only", share, self._tolerances.composite, "within 1"
+        )
 
     def _end_to_end(self) -> Iterator[Check]:
         """Compare the composite that follows from the pictures, as `anydoor composite` makes it."""

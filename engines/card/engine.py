@@ -22,7 +22,7 @@ from functools import partial
 from engines.bundle import Bundle
 from engines.card.capture import Call, CallCache, CallSignature, Places
 from engines.card.graph import LoadedGraph, Shape
-from engines.card.tensors import DeviceArray, TensorStore, as_specified, output_shapes
+from engines.card.tensors import DeviceArray, Downloads, TensorStore, as_specified, output_shapes
 from engines.cuda import Device
 from engines.engine import Array, Observer, observed, require_shape, run_step_by_step, step_count
 from engines.memory_plan import MOST_STEPS, DeviceMemoryPlan, scratch_name
@@ -66,6 +66,7 @@ class CardEngine:
         self._graphs: dict[str, LoadedGraph] = {}
         self._lock = threading.RLock()
         self._store = TensorStore(device, plan)
+        self._downloads = Downloads(device, self._lock)
         self._calls = CallCache(device, capture)
         self._places = Places(device, self._store, self._specs, plan.fixed)
         self._own_scratch: dict[str, int] = {}
@@ -169,9 +170,8 @@ class CardEngine:
             return self._store.to_device(array)
 
     def to_host(self, tensor: DeviceArray) -> Array:
-        """Copies a tensor to the host; waits until it is there."""
-        with self._lock:
-            return self._store.to_host(tensor)
+        """Copies a tensor to the host; waits until it is there, while others may use the engine."""
+        return self._downloads.fetch(tensor)
 
     def concatenate(self, pieces: Sequence[tuple[DeviceArray, int, int]]) -> DeviceArray:
         """Joins rows of tensors; nothing leaves the device."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.arena import Pool, PoolExhaustedError
 from engines.card.graph import Shape
@@ -26,7 +28,10 @@ from engines.memory_plan import DeviceMemoryPlan
 from engines.spec import GraphSpec
 
 STAGING_BYTES = 16 << 20
-"""Pinned host memory that everything on its way to or from the card passes through."""
+"""Pinned host memory that everything on its way to the card passes through, and as much for the way back."""
+
+POLL_SECONDS = 0.0002
+"""Between two looks whether a tensor has arrived."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +51,7 @@ class DeviceArray:
 
 
 class Staging:
-    """Pinned host memory, used round and round."""
+    """Pinned host memory for arrays on their way to the card, used round and round."""
 
     def __init__(self, device: Device, nbytes: int = STAGING_BYTES) -> None:
         """Allocates it.
@@ -68,17 +73,6 @@ class Staging:
             self._memory[offset : offset + len(piece)] = piece
             self._device.copy(destination + start, self._address + offset, len(piece))
 
-    def download(self, source: int, nbytes: int) -> NDArray[np.uint8]:
-        """Copies device memory to a new host array; waits until it is there."""
-        content = np.empty(nbytes, np.uint8)
-        for start in range(0, nbytes, len(self._memory)):
-            piece = content[start : start + len(self._memory)]
-            offset = self._reserve(len(piece))
-            self._device.copy(self._address + offset, source + start, len(piece))
-            self._device.synchronize()
-            piece[:] = self._memory[offset : offset + len(piece)]
-        return content
-
     def _reserve(self, nbytes: int) -> int:
         if self._next + nbytes > len(self._memory):
             # copies that still read from the front must be through
@@ -86,6 +80,48 @@ class Staging:
             self._next = 0
         offset, self._next = self._next, self._next + nbytes
         return offset
+
+
+class Downloads:
+    """Pinned host memory for tensors on their way to the host, one after the other.
+
+    Whoever waits for one lets others use the card meanwhile.
+    """
+
+    def __init__(
+        self, device: Device, lock: AbstractContextManager[object], nbytes: int = STAGING_BYTES
+    ) -> None:
+        """Allocates it.
+
+        Args:
+            device: copies to it.
+            lock: held around everything that is done with the device.
+            nbytes: its size; larger tensors go through it in pieces.
+        """
+        self._device = device
+        self._lock = lock
+        self._turn = threading.Lock()
+        self._arrived = device.new_event()
+        self._address, self._memory = device.allocate_pinned(nbytes)
+
+    def fetch(self, tensor: DeviceArray) -> Array:
+        """Copies a tensor to a new host array; waits until it is there."""
+        content = np.empty(tensor.nbytes, np.uint8)
+        with self._turn:
+            for start in range(0, len(content), len(self._memory)):
+                piece = content[start : start + len(self._memory)]
+                with self._lock:
+                    self._device.copy(self._address, tensor.address + start, len(piece))
+                    self._device.record(self._arrived)
+                while not self._has_arrived():
+                    time.sleep(POLL_SECONDS)
+                piece[:] = self._memory[: len(piece)]
+        return content.view(tensor.dtype).reshape(tensor.shape)
+
+    def _has_arrived(self) -> bool:
+        # asking would spoil a capture in another thread
+        with self._lock:
+            return self._device.reached(self._arrived)
 
 
 class TensorStore:
@@ -155,11 +191,6 @@ class TensorStore:
         tensor = self.new(array.shape, array.dtype)
         self.upload(tensor.address, np.ascontiguousarray(array))
         return tensor
-
-    def to_host(self, tensor: DeviceArray) -> Array:
-        """Copies a tensor to a new host array; waits until it is there."""
-        content = self._staging.download(tensor.address, tensor.nbytes)
-        return content.view(tensor.dtype).reshape(tensor.shape)
 
     def concatenate(self, pieces: Sequence[tuple[DeviceArray, int, int]]) -> DeviceArray:
         """Rows of tensors as a new one, see `engines.engine.Engine`; nothing leaves the device."""

@@ -74,6 +74,21 @@ class SimulatedDevice:
         for operation in pending:
             operation()
 
+    def new_event(self) -> list[bool]:
+        return []
+
+    def record(self, event: list[bool]) -> None:
+        assert self._recording is None
+        event.clear()
+        self.submit(lambda: event.append(True))
+
+    def reached(self, event: list[bool]) -> bool:
+        """Time passes only for who asks: everything in the stream gets done, and the next answer is yes."""
+        if not event:
+            self.synchronize()
+            return False
+        return True
+
     def capture(self, work: Operation) -> list[Operation]:
         self._recording = recorded = []
         try:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.support.checks import COMPOSITE_SHARE, FP32, at_least, relative
+from benchmarks.support.checks import FP32, at_least, relative
 from engines.options import EngineOptions
 from export.build import build_bundle
 from export.options import BuildOptions
@@ -76,6 +76,6 @@ def test_what_was_trained_is_what_is_served(prediction: Any, tmp_path: Path) -> 
     assert token_check.passed, token_check.row()
     region = pasted_region(hint.geometry, mode.paste).slices
     close = np.abs(found[region].astype(int) - expected[region]).max(axis=-1) <= 1
-    check = at_least(prediction, "composite", float(close.mean()), COMPOSITE_SHARE, "within 1")
+    check = at_least(prediction, "composite", float(close.mean()), FP32.composite, "within 1")
     assert check.passed, check.row()
     assert np.abs(found[region].astype(int) - scene[region]).max() > 1

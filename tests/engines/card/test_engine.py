@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engines.bundle import Bundle
-from engines.card.tensors import Staging
+from engines.card.tensors import DeviceArray, Downloads, Staging
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError
 from export.onnx_graph import example_inputs
@@ -70,7 +72,7 @@ def test_nothing_is_allocated_after_warm_up(bundle: Bundle) -> None:
     simulation.painter.paint()
     allocations, contexts = simulation.device.allocations, simulation.plans.contexts
     simulation.painter.paint(seed=50)
-    assert allocations == 2  # the arena and the staging memory
+    assert allocations == 3  # the arena, and pinned memory for both directions
     assert simulation.device.allocations == allocations
     assert simulation.plans.contexts == contexts
 
@@ -104,7 +106,7 @@ def test_a_plan_that_needs_more_scratch_memory_here_gets_its_own(
 ) -> None:
     simulation = Simulation(bundle, memory_plan(bundle, scratch=dict.fromkeys(GRAPHS, 0)))
     np.testing.assert_array_equal(simulation.painter.paint(), expected_pictures)
-    assert simulation.device.allocations == 2 + len(GRAPHS)
+    assert simulation.device.allocations == 3 + len(GRAPHS)
 
 
 def test_a_wrong_shape_is_named(bundle: Bundle) -> None:
@@ -125,12 +127,39 @@ def test_concatenate_and_copies_in_pieces() -> None:
     """More than the staging memory holds, in both directions, without waiting in between."""
     device = SimulatedDevice()
     staging = Staging(device, 1000)  # type: ignore[arg-type]
+    downloads = Downloads(device, threading.RLock(), 1000)  # type: ignore[arg-type]
     addresses = [device.allocate(2500) for _ in range(2)]
     arrays = [np.random.default_rng(i).integers(0, 256, 2500, dtype=np.uint8) for i in range(2)]
     for address, array in zip(addresses, arrays):
         staging.upload(address, array)
     for address, array in zip(addresses, arrays):
-        np.testing.assert_array_equal(staging.download(address, 2500), array)
+        tensor = DeviceArray(address, array.shape, array.dtype)
+        np.testing.assert_array_equal(downloads.fetch(tensor), array)
+
+
+def test_who_waits_for_a_tensor_keeps_nobody_from_the_card(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture is on its way until two steps were taken in another thread."""
+    simulation = Simulation(bundle)
+    engine, device, reached = simulation.engine, simulation.device, simulation.device.reached
+    inputs = example_inputs(bundle.manifest.specs[DENOISE], bundle.manifest.typical_sizes)
+    array = np.arange(12, dtype=np.float32)
+    tensor = engine.to_device(array)
+    asked, stepped = threading.Event(), threading.Event()
+
+    def reached_after_the_steps(event: list[bool]) -> bool:
+        asked.set()
+        return stepped.is_set() and reached(event)
+
+    monkeypatch.setattr(device, "reached", reached_after_the_steps)
+    with ThreadPoolExecutor(1) as threads:
+        fetched = threads.submit(engine.to_host, tensor)
+        assert asked.wait(60)
+        for _ in range(2):
+            engine.run(DENOISE, inputs)
+        stepped.set()
+        np.testing.assert_array_equal(fetched.result(), array)
 
 
 def test_concatenate_picks_rows(bundle: Bundle) -> None:
