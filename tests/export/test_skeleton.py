@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import torch
 from benchmarks.seeded import TINY
 from engines.bundle import Bundle
 from engines.engine import open_engine
+from engines.errors import BundleError
 from engines.options import EngineOptions
-from export.noise import fill
+from export.noise import fill, is_filled
 from export.onnx_graph import example_inputs
 from export.options import CUDA, BuildOptions
 from export.precision import TORCH_DTYPES
@@ -23,6 +26,8 @@ from export.skeleton import build_skeleton
 from export.systems.anydoor import AnyDoorSource
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from training.network.architecture import Architecture
+
+ROOT = Path(__file__).parents[2]
 
 FULL_SIZE = "ANYDOOR_FULL_SIZE"
 """Environment variable: count the operators of the published network, which takes minutes to export."""
@@ -60,6 +65,7 @@ def test_the_graphs_are_those_of_a_build(tiny_skeleton: Path, tiny_bundle: Path)
 
 
 def test_weights_are_left_out(tiny_skeleton: Path) -> None:
+    assert not is_filled(tiny_skeleton)
     assert not list(tiny_skeleton.glob("*.data"))
     assert sum(file.stat().st_size for file in tiny_skeleton.iterdir()) < 500_000
 
@@ -92,6 +98,20 @@ def test_a_filled_skeleton_runs_on_numbers_of_an_ordinary_size(tiny_skeleton: Pa
 def test_noise_depends_on_the_seed_alone(tiny_skeleton: Path) -> None:
     hashes = [[record.sha256 for record in fill_and_open(tiny_skeleton, seed).files()] for seed in (1, 1, 2)]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_filling_needs_no_onnx_and_no_pytorch(tiny_skeleton: Path) -> None:
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'onnx', 'onnx_ir', 'onnxscript', 'tqdm'));"
+        "from pathlib import Path; from export.noise import fill; fill(Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tiny_skeleton)], check=True, cwd=ROOT)
+    assert is_filled(tiny_skeleton)
+
+
+def test_only_skeletons_are_filled(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"is no skeleton: its noise\.json is missing"):
+        fill(tiny_bundle)
 
 
 def fill_and_open(path: Path, seed: int) -> Bundle:
