@@ -14,14 +14,13 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.support.bundle_option import add_bundle_option
 from benchmarks.support.machine import describe
@@ -144,25 +143,47 @@ async def service_seconds(address: str, steps: Sequence[int], count: int = 8) ->
         return (time.monotonic() - begun) / count
 
 
-def measure(options: argparse.Namespace) -> tuple[float, float, list[LoadResult]]:
-    """Return seconds of a request that is alone, the deadline, and all rows."""
-    flags = [f"--queue={options.queue}", *options.serve]
-    with ServerProcess(options.bundle, *flags, *BATCHING["one at a time"]) as server:
-        alone = asyncio.run(service_seconds(server.address, options.steps))
-    deadline = options.deadline * alone
-    rows = []
-    with tqdm(total=len(BATCHING) * len(options.loads), unit="run", disable=options.quiet) as bar:
-        for load in options.loads:
-            rate = load / alone
-            seconds = options.requests / rate
-            sent = arrivals(rate, seconds, options.steps, options.seed)
-            for mode, mode_flags in BATCHING.items():
-                bar.set_description(f"{mode}, {rate:.2f}/s")
-                with ServerProcess(options.bundle, *flags, *mode_flags) as server:
-                    outcomes = asyncio.run(offer(server.address, sent, deadline))
-                rows.append(summarize(mode, load, rate, seconds, deadline, outcomes))
-                bar.update()
-    return alone, deadline, rows
+@dataclass
+class LoadTest:
+    """Offers the same load to a server of every way of batching."""
+
+    bundle: Path
+    loads: Sequence[float]
+    """Rates of arrivals, as multiples of that of one request at a time."""
+    steps: Sequence[int]
+    """Of a request; drawn from these."""
+    deadline_factor: float = 10
+    """The deadline, as a multiple of the time of one request alone."""
+    requests: int = 60
+    """Mean number in each run."""
+    seconds: float | None = None
+    """Of each run; overrides `requests`."""
+    seed: int = 1
+    flags: Sequence[str] = field(default_factory=list)
+    """Further ones of the server."""
+    alone: float = 0.0
+    """Seconds of one request alone; measured before the first row."""
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that a request may take."""
+        return self.deadline_factor * self.alone
+
+    def rows(self) -> Iterator[LoadResult]:
+        """Yield a row per way of batching and rate."""
+        for mode, flags in BATCHING.items():
+            with ServerProcess(self.bundle, *self.flags, *flags) as server:
+                # the first way is one at a time
+                self.alone = self.alone or asyncio.run(service_seconds(server.address, self.steps))
+                for load in self.loads:
+                    yield self._offer(server.address, mode, load)
+
+    def _offer(self, address: str, mode: str, load: float) -> LoadResult:
+        rate = load / self.alone
+        seconds = self.seconds or self.requests / rate
+        sent = arrivals(rate, seconds, self.steps, self.seed)
+        outcomes = asyncio.run(offer(address, sent, self.deadline))
+        return summarize(mode, load, rate, seconds, self.deadline, outcomes)
 
 
 def table(rows: Sequence[LoadResult]) -> str:
@@ -245,22 +266,47 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def measure(test: LoadTest, quiet: bool) -> list[LoadResult]:
+    """Return all rows, with a progress bar."""
+    from tqdm import tqdm
+
+    rows = []
+    with tqdm(total=len(BATCHING) * len(test.loads), unit="run", disable=quiet or None) as bar:
+        for row in test.rows():
+            rows.append(row)
+            bar.set_description(f"{row.mode}, {row.rate:.2f}/s")
+            bar.update()
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, write the plot and a results file beside it; returns 0 or 2."""
     options = parser().parse_args(arguments)
+    test = LoadTest(
+        bundle=options.bundle,
+        loads=options.loads,
+        steps=options.steps,
+        deadline_factor=options.deadline,
+        requests=options.requests,
+        seed=options.seed,
+        flags=[f"--queue={options.queue}", *options.serve],
+    )
     try:
         require_writable(options.output)
-        alone, deadline, rows = measure(options)
+        rows = measure(test, options.quiet)
     except AnyDoorError as error:
         print(f"load.py: {error}", file=sys.stderr)
         return 2
-    print(f"one request alone: {alone:.3f} s; deadline {deadline:.2f} s; steps drawn from {options.steps}")
+    print(
+        f"one request alone: {test.alone:.3f} s; deadline {test.deadline:.2f} s; "
+        f"steps drawn from {options.steps}"
+    )
     print(table(rows))
-    plot(rows, deadline, options.output)
+    plot(rows, test.deadline, options.output)
     results = {
         "machine": describe(),
-        "alone": alone,
-        "deadline": deadline,
+        "alone": test.alone,
+        "deadline": test.deadline,
         "rows": [asdict(row) for row in rows],
     }
     write_results(options.output.with_suffix(".json"), results)

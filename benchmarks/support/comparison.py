@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from benchmarks.support import checks
 from benchmarks.support.checks import Check, at_least, exact, pixels, relative
@@ -29,6 +27,9 @@ from runtime.sampling.conditions import BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps
 from runtime.sampling.running_batch import StepOfSample, guided_steps, step_inputs
 from runtime.systems.anydoor import AnyDoor, AnyDoorConditions
+
+Advance = Callable[[], object]
+"""Called after every sampling step."""
 
 
 class Preprocessing:
@@ -79,15 +80,16 @@ class Preprocessing:
 class Networks:
     """The networks' stages, each fed with the recorded inputs: reference, hint and noise."""
 
-    def __init__(self, run: GoldenRun, compositor: Compositor, progress: tqdm[Any]) -> None:
+    def __init__(self, run: GoldenRun, compositor: Compositor, advance: Advance) -> None:
         self._run = run
         assert isinstance(compositor.system, AnyDoor)
         self._engine = compositor.engine
         self._step = compositor.bundle.manifest.step
         self._defaults = compositor.defaults
         self._cache = compositor.system.cache
+        self._tolerances = checks.TOLERANCES[compositor.bundle.manifest.precision]
         self._alphas_cumprod = compositor.bundle.constants()["alphas_cumprod"]
-        self._progress = progress
+        self._advance = advance
 
     def id_tokens(self) -> NDArray[np.float32]:
         """Return ID tokens (2, T, D): of the recorded reference, and the unconditional ones."""
@@ -125,7 +127,7 @@ class Networks:
         conditions = AnyDoorConditions(BankRows({"tokens": tokens}, 0, len(tokens) - 1, on_host=True), maps)
         start = self._run.arrays["x_T"].astype(np.float32)
         for latent in sample(self._engine, self._step, conditions, schedule, sampling, start):
-            self._progress.update()
+            self._advance()
             yield self._engine.to_host(latent)
 
     def compare_tokens(self, tokens: NDArray[np.float32]) -> Iterator[Check]:
@@ -133,7 +135,7 @@ class Networks:
         recorded = (("ID tokens", "tokens_ref"), ("ID tokens, black", "tokens_zero"))
         for row, (stage, name) in enumerate(recorded):
             if self._run.has(name):
-                yield self._relative(stage, tokens[row : row + 1], name, checks.TOKENS_TOLERANCE)
+                yield self._relative(stage, tokens[row : row + 1], name, self._tolerances.tokens)
 
     def compare_detail_maps(self, tokens: NDArray[np.float32]) -> Iterator[Check]:
         """Compare the detail maps of the first step, or what was recorded of them."""
@@ -142,14 +144,14 @@ class Networks:
             return
         found = [tensor[:1] for tensor in self._first_detail_maps(tokens).values()]
         for index, expected in enumerate(recorded):
-            half = expected.dtype == np.float16
-            tolerance = checks.DETAIL_MAPS_TOLERANCE_FP16 if half else checks.DETAIL_MAPS_TOLERANCE
+            # what was recorded in half precision is no more exact than that
+            tolerance = max(self._tolerances.detail_maps, 1e-3 if expected.dtype == np.float16 else 0)
             yield relative(self._run.label, f"detail map {index}", found[index], expected, tolerance)
         if self._run.has("ctl_first8", "ctl_std") and not recorded:
             first = np.stack([tensor.ravel()[:8] for tensor in found])
-            yield self._relative("detail maps: first 8", first, "ctl_first8", checks.DETAIL_MAPS_TOLERANCE)
+            yield self._relative("detail maps: first 8", first, "ctl_first8", self._tolerances.detail_maps)
             std = np.array([tensor.std() for tensor in found])
-            yield self._relative("detail maps: std", std, "ctl_std", checks.DETAIL_MAPS_TOLERANCE)
+            yield self._relative("detail maps: std", std, "ctl_std", self._tolerances.detail_maps)
 
     def compare_epsilon(self, tokens: NDArray[np.float32]) -> Iterator[Check]:
         """Compare the UNet's two predictions at the first step, computed as two samples without guidance."""
@@ -173,7 +175,7 @@ class Networks:
         found = self._engine.run(DENOISE, {**inputs, **maps}, ["epsilon"])["epsilon"]
         epsilon = self._engine.to_host(found)
         for row, name in enumerate(("eps_cond", "eps_uncond")):
-            yield self._relative(name, epsilon[row : row + 1], name, checks.EPSILON_TOLERANCE)
+            yield self._relative(name, epsilon[row : row + 1], name, self._tolerances.epsilon)
 
     def compare_latents(self, found: list[NDArray[np.float32]]) -> Iterator[Check]:
         """Compare latents after every step."""
@@ -181,7 +183,7 @@ class Networks:
         yield exact(label, "latents: steps", len(found), len(recorded))
         for step, (ours, theirs) in enumerate(zip(found, recorded), 1):
             stage = f"latents, step {step}/{len(found)}"
-            yield relative(label, stage, ours, theirs, checks.LATENT_TOLERANCE)
+            yield relative(label, stage, ours, theirs, self._tolerances.latents)
 
     def compare_last_of_50(self, tokens: NDArray[np.float32]) -> Iterator[Check]:
         """Compare the last latents of a recorded run of 50 steps."""
@@ -189,7 +191,7 @@ class Networks:
             timesteps = tuple(sorted(self._run.arrays["ddim50_timesteps"].tolist()))
             *_, last = self.latents(tokens, self.sampling(timesteps))
             stage = f"latents, step {len(timesteps)}/{len(timesteps)}"
-            yield self._relative(stage, last, "latents50_final", checks.LATENT_TOLERANCE)
+            yield self._relative(stage, last, "latents50_final", self._tolerances.latents)
 
     def compare_decoded(self) -> Iterator[Check]:
         """Compare the VAE's picture of the recorded last latents."""
@@ -200,7 +202,7 @@ class Networks:
             if self._run.has(name):
                 decoded = self.decode(last, "decoded")[:, :, region, region]
                 value = psnr(decoded, self._run.arrays[name], peak=2)
-                yield at_least(self._run.label, name, value, checks.DECODED_PSNR, "dB")
+                yield at_least(self._run.label, name, value, self._tolerances.decoded_psnr, "dB")
 
     def _first_detail_maps(self, tokens: NDArray[np.float32]) -> dict[str, Array]:
         """Detail maps of the first step, conditional and unconditional."""
@@ -221,12 +223,13 @@ class Networks:
 class RunComparison:
     """Compares one recorded run with the runtime, from its pictures to the composite."""
 
-    def __init__(self, run: GoldenRun, compositor: Compositor, progress: tqdm[Any]) -> None:
+    def __init__(self, run: GoldenRun, compositor: Compositor, advance: Advance) -> None:
         self.run = run
         self._compositor = compositor
-        self._progress = progress
+        self._tolerances = checks.TOLERANCES[compositor.bundle.manifest.precision]
+        self._advance = advance
         self._preprocessing = Preprocessing(run, compositor.bundle.manifest.resolution)
-        self._networks = Networks(run, compositor, progress)
+        self._networks = Networks(run, compositor, advance)
 
     def checks(self) -> Iterator[Check]:
         """Yield all checks that the recording allows, in the order of the pipeline."""
@@ -270,14 +273,16 @@ class RunComparison:
         composite = paste_back(image, scene, geometry, self.run.mode.paste)
         close = np.abs(composite.astype(int) - self.run.arrays["composite"].astype(int)).max(axis=-1) <= 1
         share = float(close.mean())
-        return at_least(self.run.label, "composite, networks only", share, checks.COMPOSITE_SHARE, "within 1")
+        return at_least(
+            self.run.label, "composite, networks only", share, self._tolerances.composite_share, "within 1"
+        )
 
     def _end_to_end(self) -> Iterator[Check]:
         """Compare the composite that follows from the pictures, as `anydoor composite` makes it."""
         composite, expected = self._composite(), self.run.arrays["composite"]
         slices = self._preprocessing.region.slices
         value = psnr(composite[slices], expected[slices], peak=255)
-        yield at_least(self.run.label, "composite, end to end", value, checks.COMPOSITE_PSNR, "dB")
+        yield at_least(self.run.label, "composite, end to end", value, self._tolerances.composite_psnr, "dB")
         differing = (composite != expected).any(axis=-1)
         differing[slices] = False
         yield exact(self.run.label, "unchanged, differing", int(np.count_nonzero(differing)), 0)
@@ -295,7 +300,7 @@ class RunComparison:
         )
         noise = arrays["x_T"].astype(np.float32)
         request = Request(arrays["tar_image"], [placement], 0, self._networks.sampling(), 1, noise)
-        return self._compositor.run(request, lambda done, total: self._progress.update())[0].image
+        return self._compositor.run(request, lambda done, total: self._advance())[0].image
 
 
 def compare_hf_maps(path: Path) -> Iterator[Check]:

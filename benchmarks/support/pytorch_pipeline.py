@@ -8,9 +8,11 @@ same noise gives the same picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.support.graphs import DECODE, ID_ENCODER
+from benchmarks.support.networks import architecture_of
 from benchmarks.support.precisions import torch_dtype
 from benchmarks.support.sampling_step import guided_step
+from engines.manifest import MANIFEST, read_manifest
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.diffusion.noise_schedule import alphas_cumprod
 from runtime.imaging.pictures import PictureLike, load_picture
@@ -33,32 +37,76 @@ from runtime.request import Placement, Sampling
 from runtime.result import Composite, Stopwatch
 from runtime.systems.anydoor import DEFAULTS, AnyDoorPlacement, Preprocessing
 from runtime.validation import LARGEST
-from training.network.architecture import REFERENCE_SIZE
+from training.network.architecture import REFERENCE_SIZE, Architecture
 from training.network.checkpoint import read_checkpoint
+from training.network.modules import AnyDoor
 from training.network.official_keys import PREFIXES
+
+
+class Network(Protocol):
+    """What the pipeline needs of a checkpoint; see `training.network.checkpoint.Checkpoint`."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The sizes."""
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Parameters that the model was trained for."""
+
+    @property
+    def alphas_cumprod(self) -> Tensor | None:
+        """The noise schedule; the usual one if None."""
+
+    def load_part(self, part: str, dtype: torch.dtype, check_finite: bool = True) -> AnyDoor:
+        """Build a network with one part."""
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """A network of any size with the weights that PyTorch gives new modules: they take as long as others."""
+
+    architecture: Architecture
+    device: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    alphas_cumprod: None = None
+
+    @classmethod
+    def of_bundle(cls, bundle: str | Path, device: str) -> InitialWeights:
+        """The network that a bundle or skeleton was exported from."""
+        return cls(architecture_of(read_manifest(Path(bundle) / MANIFEST)), device)
+
+    def load_part(self, part: str, dtype: torch.dtype, check_finite: bool = True) -> AnyDoor:
+        """Build a network with one part, on the device."""
+        with torch.device(self.device):
+            return AnyDoor(self.architecture, parts=[part]).to(dtype).eval()
 
 
 class PyTorchPipeline:
     """Composites with PyTorch."""
 
+    rows: Mapping[str, int] = {}
+    """Not counted."""
+
     def __init__(
         self,
-        checkpoint: Path,
+        network: Path | Network,
         resolution: int,
         device: str = "cpu",
         precision: str = "fp32",
         compiled: bool = False,
     ) -> None:
-        """Load a checkpoint.
+        """Load a network.
 
         Args:
-            checkpoint: the file that the bundle was built from.
+            network: the checkpoint that the bundle was built from, or an opened one.
             resolution: side of the pictures that the networks draw.
             device: cpu or cuda.
             precision: of weights and activations: fp32, fp16 or bf16.
-            compiled: run UNet, ControlNet and VAE through `torch.compile`; on a card with CUDA graphs.
+            compiled: run UNet, ControlNet and VAE through `torch.compile`; on a card with channels last and
+                CUDA graphs.
         """
-        opened = read_checkpoint(checkpoint)
+        opened: Network = read_checkpoint(network) if isinstance(network, Path) else network
         self.device = device
         self.synchronous = device == "cpu"
         """Whether to wait for every stage, to measure each; on a card calls return before they are done."""
@@ -79,7 +127,11 @@ class PyTorchPipeline:
             mode = "default" if device == "cpu" else "reduce-overhead"
             for part, method in (("unet", "predict_noise"), ("control", "detail_maps"), ("vae", "decode")):
                 model = self._models[part]
-                setattr(model, method, torch.compile(getattr(model, method), mode=mode))
+                if device != "cpu":
+                    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                # another batch size is another program: one for all sizes would be slower
+                compiled_method = torch.compile(getattr(model, method), mode=mode, dynamic=False)
+                setattr(model, method, compiled_method)
 
     @torch.inference_mode()
     def run(

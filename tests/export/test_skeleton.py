@@ -18,8 +18,8 @@ from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import BundleError
 from engines.options import EngineOptions
+from export.example_inputs import example_inputs
 from export.noise import fill, is_filled
-from export.onnx_graph import example_inputs
 from export.options import CUDA, BuildOptions
 from export.precision import TORCH_DTYPES
 from export.skeleton import build_skeleton

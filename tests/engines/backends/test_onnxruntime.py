@@ -14,7 +14,7 @@ import pytest
 from engines.backends.onnxruntime.engine import MOST_CAPTURED, FixedCall, OnnxRuntimeEngine, provider_options
 from engines.bundle import Bundle
 from engines.options import EngineOptions
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from tests.support.anydoor import CONTROL, DENOISE
 
 SIZES = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}

@@ -12,7 +12,7 @@ from engines.backends.tensorrt.tensors import Staging
 from engines.bundle import Bundle
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from tests.support.simulated_card import SimulatedDevice
 from tests.support.simulated_engine import Painter, Simulation, memory_plan, on_onnxruntime, renamed
