@@ -31,9 +31,10 @@ class Tolerances:
 
 TOLERANCES = {
     "fp32": Tolerances(1e-4, 1e-4, 3e-4, 1e-3, decoded_psnr=60, composite_share=0.999, composite_psnr=40),
-    "fp16": Tolerances(5e-3, 5e-3, 1e-2, 2e-2, decoded_psnr=50, composite_share=0.9, composite_psnr=40),
+    "fp16": Tolerances(5e-3, 1e-2, 2e-2, 2e-2, decoded_psnr=50, composite_share=0.9, composite_psnr=40),
 }
-"""Precision of the bundle -> tolerances."""
+"""Precision of the bundle -> tolerances. Those of FP16 leave room above what was found of its rounding
+(docs/studies/fp16-headroom.md)."""
 
 PIXEL_SHARE = 0.995
 """Least share of values of reference, hint and HF map within about one level of 255."""

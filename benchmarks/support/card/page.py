@@ -51,7 +51,6 @@ def _pictures(rows: list[Json]) -> str:
         )
         line[row["scenario"]] = row.get("seconds", row.get("equal"))
         limits.setdefault(row["scenario"], row.get("limit"))
-    limits[SAME_BITS] = None
     for line in lines.values():
         if line["contender"].startswith("PyTorch"):
             # it keeps nothing: its re-roll is a picture
@@ -67,7 +66,8 @@ def _pictures(rows: list[Json]) -> str:
         columns[f"{count} {scenario}" if count > 1 else scenario] = seconds(scenario)
     columns["device memory, GB"] = lambda line: number(line["device_gb"], 1)
     columns[SAME_BITS] = lambda line: {True: "yes", False: "no", None: ""}[line.get(SAME_BITS)]
-    return table([*lines.values(), limits], columns)
+    known = any(limits.get(scenario) for scenario in _SCENARIOS)
+    return table([*lines.values(), limits] if known else lines.values(), columns)
 
 
 def _graphs(rows: list[Json]) -> str:
@@ -75,8 +75,10 @@ def _graphs(rows: list[Json]) -> str:
         "graph": lambda row: row["graph"],
         "samples": lambda row: str(row["samples"]),
         "captured": lambda row: "yes" if row["captured"] else "no",
-        "ms": lambda row: number(1000 * row["seconds"]),
-        "ms per sample": lambda row: number(1000 * row["seconds"] / row["samples"]),
+        "ms": lambda row: row.get("failure") or number(1000 * row["seconds"]),
+        "ms per sample": lambda row: number(
+            1000 * row["seconds"] / row["samples"] if "seconds" in row else None
+        ),
         "limit, ms": lambda row: number(1000 * row["limit"]) if "limit" in row else "",
         "of the limit": lambda row: percent(row.get("share")),
     }

@@ -10,7 +10,6 @@ from benchmarks.support.card.task import Row, Task
 from benchmarks.support.checks import Check
 from benchmarks.support.comparison import RunComparison
 from benchmarks.support.golden import read_case
-from engines.errors import AnyDoorError
 from runtime import Compositor
 
 BUNDLES = {"cuda": ("any-fp32", "cuda-fp32", "cuda-fp16"), "cpu": ("any-fp32",)}
@@ -27,25 +26,24 @@ def parity(task: Task) -> Iterator[Row]:
         until = now + (task.deadline - now) / (len(bundles) - number)
         try:
             yield {"bundle": name, **_compare(Path(task.folder) / name, task, until)}
-        except AnyDoorError as error:
-            yield {"bundle": name, "failure": str(error)}
+        except Exception as error:  # also those of the library that runs the graphs
+            yield {"bundle": name, "failure": str(error).splitlines()[0]}
 
 
 def _compare(bundle: Path, task: Task, until: float) -> Row:
     compositor = Compositor.load(bundle, task.engine_options)
     checks: list[Check] = []
-    complete = True
     for run in read_case(CASE):
         for check in RunComparison(run, compositor, lambda: None).checks():
             checks.append(check)
             if time.monotonic() > until:
-                break
-        else:
-            continue
-        complete = False
-        break
-    errors = [check for check in checks if check.tolerance.startswith("<=")]
-    worst = max(errors, key=lambda check: check.used)
+                return _summary(checks, complete=False)
+    return _summary(checks, complete=True)
+
+
+def _summary(checks: list[Check], complete: bool) -> Row:
+    # a lower limit is nearly used up by any value close to it: only errors say how close it was
+    worst = max(checks, key=lambda check: check.used if check.tolerance.startswith("<=") else 0.0)
     return {
         "stages": len(checks),
         "within": sum(check.passed for check in checks),

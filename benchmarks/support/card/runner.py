@@ -53,7 +53,7 @@ class Runner:
                 for line in process.stdout:
                     # a library may print there, too
                     with suppress(ValueError):
-                        rows.append(self._with_limit(json.loads(line)))
+                        rows.append(self.with_limit(json.loads(line)))
                         progress.print(f"{task.part}: {_text(rows[-1])}")
             failure = _failure(process.returncode, errors)
             if failure:
@@ -66,13 +66,14 @@ class Runner:
             "rows": rows,
         }
 
-    def _with_limit(self, row: Row) -> Row:
+    def with_limit(self, row: Row) -> Row:
         """Add the least seconds that the card's rated speed allows, and their part of the time."""
         scenario = row.get("scenario", "")
         evaluated = row.get("rows") or self._rows_of_scenario.get(scenario)
         if not evaluated or not self._flops:
             return row
-        self._rows_of_scenario.setdefault(scenario, evaluated)
+        if scenario:
+            self._rows_of_scenario.setdefault(scenario, evaluated)
         flops = sum(count * self._flops[graph] for graph, count in evaluated.items())
         row["tflop"] = flops / 1e12
         if self._peak:

@@ -23,7 +23,8 @@ def tensorrt(task: Task) -> Iterator[Row]:
         row: Row = {"library": variant.title}
         try:
             library = load_library(backend)
-            yield {**row, "version": library.version, "says": _try(library, Path(task.folder))}
+            row["version"] = library.version
+            yield {**row, "says": _try(library, Path(task.folder))}
         except (AnyDoorError, ModuleNotFoundError) as error:
             yield {**row, "says": str(error)}
 
