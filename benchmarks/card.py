@@ -89,9 +89,7 @@ def describe_run(options: argparse.Namespace) -> dict[str, Any]:
     bundle = options.bundles / NETWORKS[options.device]
     manifest = read_manifest(bundle / MANIFEST)
     flops: dict[str, float] = {}
-    reason = (
-        "" if card in CARDS else f"the rates of '{card or 'a CPU'}' are not in benchmarks/support/peaks.py"
-    )
+    reason = "" if card in CARDS else f"the rates of {card or 'a CPU'} are not in benchmarks/support/peaks.py"
     try:
         flops = models.flops_per_row(bundle)
     except (AnyDoorError, ModuleNotFoundError) as error:

@@ -42,7 +42,8 @@ class GraphTimer:
         yield
         if action == "run":
             # an engine that takes several steps at once is given the values of all of them
-            rows = int(np.size(inputs[ROW_INPUTS[graph]])) if graph in ROW_INPUTS else 1
+            per_row = ROW_INPUTS.get(graph, "")
+            rows = int(np.size(inputs[per_row])) if per_row in inputs else 1
             self.rows[graph] = self.rows.get(graph, 0) + rows
         if action == "run" and self.wait and self._engine.device != "cpu":
             # a copy to the host waits for all work before it

@@ -68,13 +68,12 @@ def open_pipeline(run: Run) -> Pipeline:
         return AnyDoorPipeline(run)
     import torch
 
-    from benchmarks.support.pytorch_pipeline import InitialWeights, Network, PyTorchPipeline
+    from benchmarks.support.pytorch_pipeline import PyTorchPipeline, noise_checkpoint
 
     torch.set_num_threads(run.threads)
-    network: Path | Network = run.checkpoint or InitialWeights.of_bundle(contender.bundle, contender.device)
-    return PyTorchPipeline(
-        network, run.workload.resolution, contender.device, contender.precision, contender.compiled
-    )
+    device, precision = contender.device, contender.precision
+    checkpoint = run.checkpoint or noise_checkpoint(Path(contender.bundle), device, precision)
+    return PyTorchPipeline(checkpoint, run.workload.resolution, device, precision, contender.compiled)
 
 
 class Scenarios:

@@ -85,8 +85,7 @@ class Run:
     workload: Workload
     contender: Contender
     checkpoint: Path | None
-    """What the bundle was built from, for PyTorch; if None, it runs the bundle's network with weights of its
-    own."""
+    """What the bundle was built from, for PyTorch; if None, it runs the bundle's network with noise."""
     threads: int
     samples: int
     """Pictures of a batch."""

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,49 +35,30 @@ from runtime.request import Placement, Sampling
 from runtime.result import Composite, Stopwatch
 from runtime.systems.anydoor import DEFAULTS, AnyDoorPlacement, Preprocessing
 from runtime.validation import LARGEST
-from training.network.architecture import REFERENCE_SIZE, Architecture
-from training.network.checkpoint import read_checkpoint
+from training.network.architecture import REFERENCE_SIZE
+from training.network.checkpoint import Checkpoint, read_checkpoint
 from training.network.modules import AnyDoor
 from training.network.official_keys import PREFIXES
 
-
-class Network(Protocol):
-    """What the pipeline needs of a checkpoint; see `training.network.checkpoint.Checkpoint`."""
-
-    @property
-    def architecture(self) -> Architecture:
-        """The sizes."""
-
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        """Parameters that the model was trained for."""
-
-    @property
-    def alphas_cumprod(self) -> Tensor | None:
-        """The noise schedule; the usual one if None."""
-
-    def load_part(self, part: str, dtype: torch.dtype, check_finite: bool = True) -> AnyDoor:
-        """Build a network with one part."""
+_NOISE_DEVIATION = 0.02
 
 
-@dataclass(frozen=True)
-class InitialWeights:
-    """A network of any size with the weights that PyTorch gives new modules: they take as long as others."""
+def noise_checkpoint(bundle: Path, device: str, precision: str) -> Checkpoint:
+    """Make a checkpoint of noise, on the device, for the network that a bundle or skeleton was exported from.
 
-    architecture: Architecture
-    device: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    alphas_cumprod: None = None
-
-    @classmethod
-    def of_bundle(cls, bundle: str | Path, device: str) -> InitialWeights:
-        """The network that a bundle or skeleton was exported from."""
-        return cls(architecture_of(read_manifest(Path(bundle) / MANIFEST)), device)
-
-    def load_part(self, part: str, dtype: torch.dtype, check_finite: bool = True) -> AnyDoor:
-        """Build a network with one part, on the device."""
-        with torch.device(self.device):
-            return AnyDoor(self.architecture, parts=[part]).to(dtype).eval()
+    Args:
+        bundle: its directory.
+        device: cpu or cuda.
+        precision: of the weights: fp32, fp16 or bf16.
+    """
+    architecture, dtype = architecture_of(read_manifest(bundle / MANIFEST)), torch_dtype(precision)
+    with torch.device("meta"):
+        shapes = AnyDoor(architecture).official_shapes()
+    tensors = {
+        key: torch.empty(shape, dtype=dtype, device=device).normal_(std=_NOISE_DEVIATION)
+        for key, shape in shapes.items()
+    }
+    return Checkpoint(Path("noise"), architecture, tensors)
 
 
 class PyTorchPipeline:
@@ -90,23 +69,23 @@ class PyTorchPipeline:
 
     def __init__(
         self,
-        network: Path | Network,
+        checkpoint: Path | Checkpoint,
         resolution: int,
         device: str = "cpu",
         precision: str = "fp32",
         compiled: bool = False,
     ) -> None:
-        """Load a network.
+        """Load a checkpoint.
 
         Args:
-            network: the checkpoint that the bundle was built from, or an opened one.
+            checkpoint: the file that the bundle was built from, or an opened one.
             resolution: side of the pictures that the networks draw.
             device: cpu or cuda.
             precision: of weights and activations: fp32, fp16 or bf16.
             compiled: run UNet, ControlNet and VAE through `torch.compile`; on a card with channels last and
                 CUDA graphs.
         """
-        opened: Network = read_checkpoint(network) if isinstance(network, Path) else network
+        opened = read_checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
         self.device = device
         self.synchronous = device == "cpu"
         """Whether to wait for every stage, to measure each; on a card calls return before they are done."""

@@ -42,7 +42,10 @@ def _head(results: Json) -> str:
 
 
 def _pictures(rows: list[Json]) -> str:
-    """Seconds of every scenario, a line per contender and one for the limit."""
+    """Seconds of every scenario, a line per contender and one for the limit.
+
+    In brackets: the part of compiled PyTorch's seconds that they are.
+    """
     lines: dict[str, Json] = {}
     limits: Json = {"contender": "limit", "device_gb": None}
     for row in rows:
@@ -56,11 +59,19 @@ def _pictures(rows: list[Json]) -> str:
             # it keeps nothing: its re-roll is a picture
             line[REROLL] = line.get(PICTURE)
 
+    compiled = next((line for name, line in lines.items() if name.startswith("PyTorch compiled")), {})
+
     def seconds(scenario: str) -> Cell:
-        return lambda line: number(line.get(scenario), 3)
+        def cell(line: Json) -> str:
+            found, theirs = line.get(scenario), compiled.get(scenario)
+            ratio = f" ({found / theirs:.2f})" if found and theirs and line is not limits else ""
+            return number(found, 3) + ratio
+
+        return cell
 
     counts = {row["scenario"]: row["pictures"] for row in rows if "pictures" in row}
-    columns: dict[str, Cell] = {"seconds": lambda line: line["contender"]}
+    head = "seconds (of compiled PyTorch's)" if compiled else "seconds"
+    columns: dict[str, Cell] = {head: lambda line: line["contender"]}
     for scenario in _SCENARIOS:
         count = counts.get(scenario, 1)
         columns[f"{count} {scenario}" if count > 1 else scenario] = seconds(scenario)

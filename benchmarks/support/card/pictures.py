@@ -1,6 +1,6 @@
 """Seconds of pictures: this runtime, and PyTorch, eager and compiled, with the same architecture.
 
-PyTorch has no weights to read here: it runs with those that it gives new modules.
+PyTorch has no weights to read: its noise is drawn on the device.
 """
 
 from __future__ import annotations
