@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from statistics import fmean
 
-from benchmarks.load import BATCHING, LoadTest
 from benchmarks.support.card.task import BACKEND, Row, Task
 from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
+from benchmarks.support.open_load import BATCHING, LoadTest
 
 _LOADS = (0.5, 1.0, 1.5, 2.5)
 """Arrivals, as multiples of the rate of one request at a time."""
