@@ -69,8 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skeleton",
         action="store_true",
-        help="instead of a checkpoint: the ONNX graphs of the published network without weights, about a "
-        f"megabyte, to be filled with noise where they are measured (default output: {_SKELETON})",
+        help=f"instead of CKPT: the published network without weights, 2 MB (default output: {_SKELETON})",
     )
     parser.add_argument(
         "--output",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from benchmarks.support.card.parity import BUNDLES
@@ -16,16 +17,16 @@ from engines.manifest import ANY_TARGET, MANIFEST, read_manifest
 from export.noise import fill, is_filled
 from training.network.architecture import Architecture
 
-FULL, TINY = NETWORKS["cuda"], NETWORKS["cpu"]
-TINY_RESOLUTION = 64
+_FULL, _TINY = NETWORKS["cuda"], NETWORKS["cpu"]
 
+_TINY_RESOLUTION = 64
 _COUNTED = "latency-full-cpu"
 """Results with the operations of the full-size graphs."""
 
 
 def needed(device: str) -> list[str]:
     """Return the names of all bundles that are measured on a device."""
-    return list(dict.fromkeys([NETWORKS[device], TINY, *BUNDLES[device]]))
+    return list(dict.fromkeys([NETWORKS[device], _TINY, *BUNDLES[device]]))
 
 
 def missing(folder: Path, device: str) -> list[str]:
@@ -52,25 +53,25 @@ def make(folder: Path, name: str) -> None:
     from export.systems import open_source, published_source
     from export.systems.anydoor import AnyDoorSource
 
-    if name == FULL:
+    if name == _FULL:
         options = BuildOptions(precision="fp16", targets=("cuda",))
         build_skeleton(published_source(options.precision), folder / name, options)
-    elif name == NETWORKS["cpu"]:
+    elif name == _TINY:
         source = AnyDoorSource.without_weights(TINY, torch.float32)
-        build_skeleton(source, folder / name, BuildOptions(resolution=TINY_RESOLUTION))
+        build_skeleton(source, folder / name, BuildOptions(resolution=_TINY_RESOLUTION))
     else:
-        # the weights that the recordings were made with
-        checkpoint = folder / "small.safetensors"
-        if not checkpoint.exists():
-            seeded_checkpoint(checkpoint, SMALL, seed=0)
         target, precision = name.split("-")
         options = BuildOptions(precision=precision, targets=(target,))
-        build_bundle(open_source(checkpoint), folder / name, options)
+        with tempfile.TemporaryDirectory() as temporary:
+            # the weights that the recordings were made with
+            checkpoint = Path(temporary) / "small.safetensors"
+            seeded_checkpoint(checkpoint, SMALL, seed=0)
+            build_bundle(open_source(checkpoint), folder / name, options)
 
 
 def fill_skeletons(folder: Path, device: str) -> None:
     """Give weights to the skeletons that have none yet."""
-    for name in {NETWORKS[device], TINY} - set(missing(folder, device)):
+    for name in {NETWORKS[device], _TINY} - set(missing(folder, device)):
         if not is_filled(folder / name):
             fill(folder / name)
 
