@@ -1,4 +1,4 @@
-"""Milliseconds of every graph, and of the step graph by batch, captured as a CUDA graph and not."""
+"""Milliseconds of every graph, and of the step graph by batch, with capture as CUDA graphs and without."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.support.card.task import Row, Task, repetitions
+from benchmarks.support.card.task import Row, Task, reason, repetitions
 from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER, ROW_INPUTS
 from engines.bundle import Bundle
 from engines.engine import Array, DeviceTensor, Engine, open_engine
@@ -37,19 +37,19 @@ def graph_times(task: Task) -> Iterator[Row]:
     large = Bundle(built.path, replace(built.manifest, max_batch=max(BATCHES)))
     captures = (False, True) if task.device == "cuda" else (False,)
     left = len(captures) * len(_CALLS)
-    for captured, bundle in itertools.product(captures, (built, large)):
-        engine = open_engine(bundle, replace(task.engine_options, cuda_graphs=captured))
+    for capture, bundle in itertools.product(captures, (built, large)):
+        engine = open_engine(bundle, replace(task.engine_options, cuda_graphs=capture))
         for graph, samples in _CALLS:
             if (samples > built.manifest.max_batch) != (bundle is large):
                 continue
             now = time.monotonic()
             until = now + (task.deadline - now) / left
             left -= 1
-            row = {"graph": graph, "samples": samples, "captured": captured}
+            row = {"graph": graph, "samples": samples, "capture": capture}
             try:
                 yield row | _time(engine, bundle, graph, samples, until)
             except Exception as error:  # the library's own, mostly because memory ran out
-                yield row | {"failure": str(error).splitlines()[0]}
+                yield row | {"failure": reason(error)}
         del engine
         gc.collect()
 

@@ -85,7 +85,7 @@ def _graphs(rows: list[Json]) -> str:
     columns: dict[str, Cell] = {
         "graph": lambda row: row["graph"],
         "samples": lambda row: str(row["samples"]),
-        "captured": lambda row: "yes" if row["captured"] else "no",
+        "capture": lambda row: "on" if row["capture"] else "off",
         "ms": lambda row: row.get("failure") or number(1000 * row["seconds"]),
         "ms per sample": lambda row: number(
             1000 * row["seconds"] / row["samples"] if "seconds" in row else None

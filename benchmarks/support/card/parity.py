@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.support.card.task import Row, Task
+from benchmarks.support.card.task import Row, Task, reason
 from benchmarks.support.checks import Check
 from benchmarks.support.comparison import RunComparison
 from benchmarks.support.golden import read_case
@@ -30,7 +30,7 @@ def parity(task: Task) -> Iterator[Row]:
         try:
             yield {"bundle": name, **_compare(Path(task.folder) / name, task, until)}
         except Exception as error:  # also those of the library that runs the graphs
-            yield {"bundle": name, "failure": str(error).splitlines()[0]}
+            yield {"bundle": name, "failure": reason(error)}
 
 
 def _compare(bundle: Path, task: Task, until: float) -> Row:

@@ -69,6 +69,11 @@ class Task:
         return cls(**json.loads(text))
 
 
+def reason(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def repetitions(until: float, most: int) -> Iterator[int]:
     """Count from 0 until a time on the monotonic clock, at most so far, and at least once."""
     for number in range(most):
