@@ -1,5 +1,5 @@
-# Plans and anydoor serve on a Jetson Orin. TensorRT comes with JetPack, in NVIDIA's image for it; give the tag of
-# your JetPack (JetPack 6: r36.x, JetPack 7: r38.x).
+# Plans and anydoor serve on a Jetson. TensorRT comes in NVIDIA's image; give the one of your JetPack: for JetPack 6
+# l4t-tensorrt:r36.x; for JetPack 7 an SBSA image with TensorRT, and --build-arg CUDA_PYTHON='cuda-python>=13'.
 #
 #   docker build -f docker/jetson.Dockerfile --build-arg BASE=nvcr.io/nvidia/l4t-tensorrt:TAG -t anydoor-jetson .
 #   docker run --runtime nvidia -v $PWD/engines:/engines anydoor-jetson \
@@ -7,6 +7,7 @@
 #   docker run --runtime nvidia -p 50051:50051 -v $PWD/engines/orin:/bundle:ro anydoor-jetson
 ARG BASE
 FROM ${BASE}
+ARG CUDA_PYTHON='cuda-python>=12.6,<13'
 
 WORKDIR /app
 # the versions are those of the JetPack that BASE is of
@@ -19,7 +20,7 @@ COPY runtime runtime
 COPY export export
 # no PyTorch: plans are built from ONNX graphs
 # hadolint ignore=DL3013
-RUN python3 -m pip install --no-cache-dir '.[serve]' 'cuda-python>=12.6,<13'
+RUN python3 -m pip install --no-cache-dir '.[serve]' "${CUDA_PYTHON}"
 
 ENV ANYDOOR_BUNDLE=/bundle ANYDOOR_CACHE=/cache
 VOLUME /cache

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BundleError
-from engines.manifest import BUILD_COMMAND, MANIFEST, FileRecord, Manifest, read_manifest
+from engines.manifest import ANY_TARGET, BUILD_COMMAND, MANIFEST, FileRecord, Manifest, read_manifest
 from engines.verified import FileState
 
 CONSTANTS = "constants.npz"
@@ -54,11 +54,12 @@ class Bundle:
     def files(self) -> list[FileRecord]:
         """Every file but the manifest."""
         graphs = self.manifest.graphs.values()
-        return [self.manifest.constants, *(record for graph in graphs for record in graph.files)]
+        return [self.manifest.constants, *(record for graph in graphs for record in graph.all_files)]
 
-    def graph_file(self, graph: str) -> Path:
-        """The file to load for a graph."""
-        return self.path / self.manifest.graphs[graph].files[0].path
+    def graph_file(self, graph: str, target: str = ANY_TARGET) -> Path:
+        """The file to load for a graph: the variant for a target if there is one."""
+        record = self.manifest.graphs[graph]
+        return self.path / record.variants.get(target, record.files[0]).path
 
     def verify(self, graph: str, progress: Progress | None = None, reread: bool = False) -> None:
         """Compares the hashes of a graph's files, once per opened bundle.
@@ -75,7 +76,7 @@ class Bundle:
         """
         if graph in self._verified and not reread:
             return
-        for record in self.manifest.graphs[graph].files:
+        for record in self.manifest.graphs[graph].all_files:
             self._verify_file(record, progress, reread)
         self._verified.add(graph)
 

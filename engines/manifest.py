@@ -18,6 +18,9 @@ MANIFEST = "manifest.json"
 BUILD_COMMAND = "anydoor build CHECKPOINT"
 
 ANY_TARGET = "any"
+CUDA = "cuda"
+CPU = "cpu"
+"""Targets of ONNX graphs: standard operators alone, or those of an execution provider of ONNX Runtime."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,17 @@ class GraphRecord:
     scratch_bytes: Mapping[str, int] = field(default_factory=dict)
     """Backend -> memory for intermediate results: of a typical call on a CPU, of the largest call for
     plans."""
+    variants: Mapping[str, FileRecord] = field(default_factory=dict)
+    """Target -> the same graph in its operators, with the weights of `files`."""
+
+    @property
+    def all_files(self) -> tuple[FileRecord, ...]:
+        """Its files and those of its variants."""
+        return (*self.files, *self.variants.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its files."""
+        """Bytes of its files, variants apart."""
         return sum(file.bytes for file in self.files)
 
 
@@ -232,6 +242,7 @@ def _parse_graph(name: str, content: Mapping[str, Any]) -> GraphRecord:
         error={output: float(error) for output, error in content["error"].items()},
         build_seconds=float(content["build_seconds"]),
         scratch_bytes={backend: int(size) for backend, size in content["scratch_bytes"].items()},
+        variants={target: _parse_file(record) for target, record in content.get("variants", {}).items()},
     )
 
 

@@ -15,8 +15,8 @@ from engines.bundle import Bundle
 from engines.cuda import Device
 from engines.errors import AnyDoorError
 from engines.files import replacing
-from engines.manifest import MANIFEST, Manifest
-from export.options import BACKENDS, CUDA, ONNX, BuildOptions
+from engines.manifest import CUDA, MANIFEST, Manifest
+from export.options import BACKENDS, ONNX, BuildOptions
 from export.plans import build_plans, check_targets
 from export.progress import Progress
 

@@ -17,10 +17,11 @@ import torch
 
 from engines.bundle import CONSTANTS, Bundle, file_record, sha256
 from engines.engine import open_engine
-from engines.manifest import ANY_TARGET, FileRecord, GraphRecord, Manifest
+from engines.manifest import ANY_TARGET, CPU, CUDA, FileRecord, GraphRecord, Manifest
 from engines.options import EngineOptions
+from engines.spec import GraphSpec
 from export.onnx_graph import export_onnx
-from export.options import CUDA, ONNX, BuildOptions
+from export.options import ONNX, BuildOptions
 from export.precision import TORCH_DTYPES
 from export.progress import Progress
 from export.rewrite.files import rewrite_file
@@ -99,6 +100,22 @@ def _store_exact_halves(path: Path, source: ExportSource, manifest: Manifest) ->
         store_exact_halves(path)
 
 
+def _record(spec: GraphSpec, path: Path, manifest: Manifest) -> GraphRecord:
+    """The record of an exported graph, after its variant for ONNX Runtime's CPU provider is written.
+
+    The provider's attention computes in float32 alone. Without a matrix of scores it takes much less memory.
+    """
+    variants = {}
+    if manifest.target == ANY_TARGET and manifest.precision == "fp32":
+        variant = path.with_name(f"{spec.name}.{CPU}.onnx")
+        if rewrite_file(path, variant, CPU).matches:
+            variants[CPU] = file_record(path.parent, variant.name)
+        else:
+            variant.unlink()
+    scratch = scratch_bytes(path, manifest.typical_sizes, has_attention=bool(variants))
+    return GraphRecord(spec, _files(path), scratch_bytes=scratch, variants=variants)
+
+
 def _files(path: Path) -> tuple[FileRecord, ...]:
     """The records of a graph's file and of the file of its weights."""
     files = (path, path.with_name(f"{path.name}.data"))
@@ -134,13 +151,13 @@ def _build_graph(
     progress.step(f"{name}: reading weights")
     module = graph.load(TORCH_DTYPES[manifest.precision])
     progress.step(f"{name}: exporting")
-    export_onnx(module, spec, path)
+    export_onnx(module, spec, path, None if manifest.target == CUDA else ANY_TARGET)
     _strip(path)
     _store_exact_halves(path, source, manifest)
     del module
     gc.collect()
     progress.step(f"{name}: hashing")
-    record = GraphRecord(spec, _files(path), scratch_bytes=scratch_bytes(path, manifest.typical_sizes))
+    record = _record(spec, path, manifest)
     progress.step(f"{name}: comparing with PyTorch")
     alone = replace(manifest, graphs={name: record})
     engine = open_engine(Bundle(output, alone), _ON_THE_CPU)

@@ -15,20 +15,26 @@ from torch import nn
 
 from engines.spec import GraphSpec
 from export.example_inputs import example_inputs
+from export.rewrite.rewriting import rewrite
 
 OPSET = 18
 
 
-def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, opset: int = OPSET) -> None:
+def export_onnx(
+    module: nn.Module, spec: GraphSpec, path: Path, target: str | None = None, opset: int = OPSET
+) -> None:
     """Writes a graph as ONNX, its weights beside it in `PATH.data`.
 
     Args:
         module: takes the inputs in their order; the last may be variadic.
         spec: its signature.
         path: where to.
+        target: what to rewrite it for, see `export.rewrite.rewriting`; not at all if None.
         opset: version of the ONNX operators.
     """
     program = trace(module, spec, opset)
+    if target:
+        rewrite(program.model, target)
     with _quiet():
         program.save(path, external_data=True)
 

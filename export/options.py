@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engines.errors import AnyDoorError
-from engines.manifest import ANY_TARGET
+from engines.manifest import ANY_TARGET, CUDA
 from engines.registry import backends
 
 ONNX = "onnxruntime"
@@ -16,9 +16,6 @@ ONNX = "onnxruntime"
 BACKENDS = tuple(dict.fromkeys(backend.runs for backend in backends().values()))
 
 PRECISIONS = ("fp32", "fp16")
-
-CUDA = "cuda"
-"""Target of bundles of ONNX graphs in the operators of ONNX Runtime's CUDA provider."""
 
 
 @dataclass(frozen=True)

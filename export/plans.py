@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.backends.tensorrt.library import Library
 from engines.backends.tensorrt.plans import DTYPES, PlanTensor, check_signature
@@ -18,7 +18,11 @@ from engines.errors import AnyDoorError
 from engines.files import write_bytes
 from engines.manifest import GraphRecord, Manifest
 from engines.spec import GraphSpec, TensorSpec
+from export.options import CUDA
 from export.progress import Progress
+
+if TYPE_CHECKING:
+    import tensorrt
 
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")
 """RTX 30, 40 and 50. Several targets in one plan take no more room than one."""
@@ -60,6 +64,11 @@ def build_plans(
     Raises:
         AnyDoorError: a target or the source is unusable, or a graph cannot be built.
     """
+    if source.manifest.target == CUDA:
+        raise AnyDoorError(
+            f"'{source.path}' holds graphs in the operators of ONNX Runtime's CUDA provider, which "
+            f"{library.variant.title} does not have: build it again with --backend onnxruntime --targets any"
+        )
     manifest = replace(source.manifest, max_batch=max_batch)
     target = ",".join(check_targets(library, targets))
     records = {}
@@ -91,7 +100,7 @@ def check_targets(library: Library, targets: Sequence[str]) -> Sequence[str]:
     """The architectures to build for: those that were asked for, or else what makes sense.
 
     Raises:
-        AnyDoorError: the library cannot build for one of them.
+        AnyDoorError: the library does not support one of them.
     """
     possible = library.variant.targets
     if not possible:
@@ -104,8 +113,9 @@ def check_targets(library: Library, targets: Sequence[str]) -> Sequence[str]:
     unknown = [target for target in targets if target not in possible]
     if unknown:
         raise AnyDoorError(
-            f"{library.variant.title} builds for {', '.join(possible)}, not for {', '.join(unknown)}: for "
-            "other cards build with --backend tensorrt on a machine that has one"
+            f"{library.variant.title} supports {', '.join(possible)}, not {', '.join(unknown)}: for other "
+            "cards build with --backend onnxruntime --targets cuda, or with --backend tensorrt on a machine "
+            "that has one"
         )
     return tuple(targets) or DEFAULT_TARGETS
 
@@ -126,9 +136,10 @@ def build_plan(
     """
     trt, spec = library.module, manifest.specs[graph]
     library.clear_messages()
-    builder = trt.Builder(library.logger)
-    network = builder.create_network(_flag(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
-    parser = trt.OnnxParser(network, library.logger)
+    builder: tensorrt.Builder = trt.Builder(library.logger)
+    flags: type[tensorrt.NetworkDefinitionCreationFlag] = trt.NetworkDefinitionCreationFlag
+    network = builder.create_network(1 << int(flags.STRONGLY_TYPED))
+    parser: tensorrt.OnnxParser = trt.OnnxParser(network, library.logger)
     if not parser.parse_from_file(str(onnx_file)):
         reason = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise AnyDoorError(f"{library.variant.title} cannot read the graph '{graph}': {reason}")
@@ -139,10 +150,7 @@ def build_plan(
     for flag in library.variant.builder_flags:
         config.set_flag(getattr(trt.BuilderFlag, flag))
     if library.variant.targets:
-        names = target.split(",")
-        config.num_compute_capabilities = len(names)
-        for index, name in enumerate(names):
-            config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+        _set_targets(trt, config, target.split(","))
     timings = _load_timings(config, timing_cache) if library.variant.times_kernels else None
     content = builder.build_serialized_network(network, config)
     if content is None:
@@ -152,7 +160,14 @@ def build_plan(
     return BuiltPlan(content, scratch_bytes(library.messages))
 
 
-def network_signature(network: Any) -> list[PlanTensor]:
+def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
+    """Says what to build for, which only TensorRT for RTX can be told."""
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+
+
+def network_signature(network: tensorrt.INetworkDefinition) -> list[PlanTensor]:
     """Inputs and outputs of a network, before it is built; their names are those of its file."""
     inputs = [(network.get_input(i), True) for i in range(network.num_inputs)]
     outputs = [(network.get_output(i), False) for i in range(network.num_outputs)]
@@ -163,12 +178,15 @@ def network_signature(network: Any) -> list[PlanTensor]:
 
 
 def scratch_bytes(messages: Sequence[tuple[str, str]]) -> int:
-    """Size of the scratch memory, which only the builder's log tells without a card; 0 if it does not."""
-    sizes = [re.fullmatch(r"Total Activation Memory: (\d+) bytes", text) for _, text in messages]
+    """Size of the scratch memory, which only the builder's log tells without a card; 0 if it does not.
+
+    Older versions leave out the unit (log in github.com/NVIDIA/TensorRT-LLM/issues/1397).
+    """
+    sizes = [re.fullmatch(r"Total Activation Memory: (\d+)(?: bytes)?", text) for _, text in messages]
     return max((int(match[1]) for match in sizes if match), default=0)
 
 
-def _profile(builder: Any, spec: GraphSpec, manifest: Manifest) -> Any:
+def _profile(builder: tensorrt.Builder, spec: GraphSpec, manifest: Manifest) -> tensorrt.IOptimizationProfile:
     """The sizes that a plan is built for: one of everything, one picture with guidance, the largest call."""
     profile = builder.create_optimization_profile()
     smallest = dict.fromkeys(manifest.dimensions, 1)
@@ -180,12 +198,7 @@ def _profile(builder: Any, spec: GraphSpec, manifest: Manifest) -> Any:
     return profile
 
 
-def _flag(flags: Any, name: str) -> int:
-    """The bit of a flag; 0 where the library dropped it because there is no other way any more."""
-    return 1 << int(getattr(flags, name)) if hasattr(flags, name) else 0
-
-
-def _load_timings(config: Any, path: Path | None) -> Any:
+def _load_timings(config: tensorrt.IBuilderConfig, path: Path | None) -> tensorrt.ITimingCache | None:
     known = path.read_bytes() if path is not None and path.is_file() else b""
     # one that is damaged, or of another version or card, is refused; then start with an empty one
     for content in (known, b""):
@@ -195,7 +208,7 @@ def _load_timings(config: Any, path: Path | None) -> Any:
     return None
 
 
-def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
+def _monitor(trt: Any, report: Callable[[float], None]) -> tensorrt.IProgressMonitor:
     """TensorRT's own progress, as one number."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -221,7 +234,8 @@ def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
             report(self._done)
             return True
 
-    return Monitor()
+    monitor: tensorrt.IProgressMonitor = Monitor()
+    return monitor
 
 
 @dataclass

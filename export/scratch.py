@@ -9,11 +9,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-_BACKENDS = {"onnxruntime": False, "openvino": True}
-"""Backend that runs ONNX graphs -> whether it computes attention without its matrix of scores."""
 
-
-def scratch_bytes(path: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+def scratch_bytes(path: Path, sizes: Mapping[str, int], has_attention: bool = False) -> dict[str, int]:
     """Backend -> most bytes of intermediate results that exist at the same time in one call.
 
     A result exists from the node that makes it to the last node that reads it. What a backend does in place
@@ -22,6 +19,8 @@ def scratch_bytes(path: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     Args:
         path: an ONNX graph; its weights are not read.
         sizes: variable dimension -> its size in the call.
+        has_attention: whether ONNX Runtime computes attention as one operator, without the matrix of scores,
+            as OpenVINO always does.
     """
     model = onnx.load(path, load_external_data=False)
     for tensor in (*model.graph.input, *model.graph.output):
@@ -35,7 +34,8 @@ def scratch_bytes(path: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     nbytes = {name: _nbytes(value) for name, value in inferred.items()}
     scores = {_shape(inferred[node.output[0]]) for node in model.graph.node if node.op_type == "Softmax"}
     fused = {name: 0 if _shape(inferred[name]) in scores else size for name, size in nbytes.items()}
-    return {backend: _peak(model.graph, fused if fuses else nbytes) for backend, fuses in _BACKENDS.items()}
+    peak = _peak(model.graph, fused)
+    return {"onnxruntime": peak if has_attention else _peak(model.graph, nbytes), "openvino": peak}
 
 
 def _peak(graph: onnx.GraphProto, nbytes: Mapping[str, int]) -> int:

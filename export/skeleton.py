@@ -22,7 +22,7 @@ from torch import nn
 from engines.bundle import CONSTANTS, file_record
 from engines.engine import Array, Engine
 from engines.files import replacing
-from engines.manifest import ANY_TARGET, MANIFEST, FileRecord, GraphRecord, Manifest
+from engines.manifest import MANIFEST, FileRecord, GraphRecord, Manifest
 from export.noise import write_recipe
 from export.noise_recipe import noise_recipe
 from export.onnx_bundle import empty_manifest
@@ -86,13 +86,12 @@ def _build_graph(graph: GraphExport, folder: Path, manifest: Manifest) -> GraphR
     passes.ClearMetadataAndDocStringPass()(model)
     path = folder / f"{graph.spec.name}.onnx"
     data = f"{path.name}.data"
-    size = _leave_out_weights(model, data, marks)
+    _leave_out_weights(model, data, marks)
     ir.save(model, path)
     scratch = scratch_bytes(path, manifest.typical_sizes)
-    if manifest.target != ANY_TARGET:
-        rewrite(model, manifest.target)
-        size = _leave_out_weights(model, data, marks)
-        ir.save(model, path)
+    rewrite(model, manifest.target)
+    size = _leave_out_weights(model, data, marks)
+    ir.save(model, path)
     files = (file_record(folder, path.name), FileRecord(data, size, ""))
     return GraphRecord(graph.spec, files, scratch_bytes=scratch)
 

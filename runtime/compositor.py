@@ -18,6 +18,7 @@ from engines.engine import Engine, open_engine
 from engines.errors import BundleError
 from engines.memory_plan import LARGEST_CACHE
 from engines.options import EngineOptions
+from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.drawing import Drawing
 from runtime.errors import InputError, in_field
@@ -27,11 +28,13 @@ from runtime.job import ImageJob, Job
 from runtime.parameters import (
     PLACEMENT_PARAMETERS,
     SAMPLING_PARAMETERS,
+    SamplingParameters,
     placement_parameters,
     sampling_parameters,
 )
 from runtime.request import Placement, Request, Sampling
 from runtime.result import Composite, Stopwatch
+from runtime.sampling.running_batch import guided_steps
 from runtime.systems import open_system
 from runtime.systems.system import Model
 from runtime.validation import (
@@ -214,9 +217,9 @@ class Compositor:
             done += len(samples)
             if on_step and not any(sample.error for sample in samples):
                 on_step(done, job.total_steps)
-            for sample, picture in list(drawing.finished(samples)):
+            for sample, drawn in list(drawing.finished(samples)):
                 image = drawing.running.pop(sample)
-                image.paste(picture)
+                image.paste(drawn())
                 if not image.done:
                     waiting.append(image)
             for sample in samples:
@@ -232,11 +235,7 @@ class Compositor:
         """
         num_images, noise = request.num_images, request.initial_noise
         seed = secrets.randbelow(MAX_SEED >> 32) if request.seed is None else request.seed
-        with in_field("sampling"):
-            sampling = sampling_parameters(request.sampling, self.defaults)
-            check_sampling(sampling, limits)
-        check_seeds(seed, num_images, limits)
-        check_placement_count(len(request.placements), limits)
+        sampling = self._check_numbers(request, limits)
         if noise is not None:
             noise = check_initial_noise(noise, (num_images, *self.bundle.manifest.latent_shape))
         watch = Stopwatch()
@@ -253,15 +252,39 @@ class Compositor:
             scene=scene,
             placements=prepared,
             sampling=sampling,
-            schedule=SAMPLERS[sampling.sampler](
-                self._alphas_cumprod, sampling.steps, sampling.eta, sampling.timesteps
-            ),
+            schedule=self._schedule(sampling),
             seeds=[seed + i for i in range(num_images)],
             initial_noise=noise,
             watch=watch,
         )
         job.images = [ImageJob(job, index, seed, scene, prepared[0]) for index, seed in enumerate(job.seeds)]
         return job
+
+    def steps_of(self, request: Request, limits: Limits = LARGEST) -> tuple[int, int]:
+        """Counts the steps of a request with guidance and those without, over all pictures and placements.
+
+        Decodes nothing and uses no engine.
+
+        Raises:
+            InputError: a number cannot be used, in one sentence.
+        """
+        sampling = self._check_numbers(request, limits)
+        guided = guided_steps(sampling, self._schedule(sampling))
+        runs = request.num_images * len(request.placements)
+        return runs * guided.count(True), runs * guided.count(False)
+
+    def _check_numbers(self, request: Request, limits: Limits) -> SamplingParameters:
+        """Refuses what can be refused before anything is decoded."""
+        with in_field("sampling"):
+            sampling = sampling_parameters(request.sampling, self.defaults)
+            check_sampling(sampling, limits)
+        check_seeds(0 if request.seed is None else request.seed, request.num_images, limits)
+        check_placement_count(len(request.placements), limits)
+        return sampling
+
+    def _schedule(self, sampling: SamplingParameters) -> Schedule:
+        make = SAMPLERS[sampling.sampler]
+        return make(self._alphas_cumprod, sampling.steps, sampling.eta, sampling.timesteps)
 
     def new_drawing(self) -> Drawing:
         """What draws the pictures of jobs; the engine serves one at a time."""

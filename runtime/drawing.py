@@ -6,14 +6,16 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.engine import DeviceTensor
 from runtime.job import ImageJob
-from runtime.sampling.running_batch import LatentRow, RunningBatch, Sample
+from runtime.result import Stopwatch
+from runtime.sampling.running_batch import LatentRow, RunningBatch, Sample, StepCall
 from runtime.systems.system import Model, System
 
 _FILLS_A_CPU = 32 * 32
@@ -22,6 +24,9 @@ time and in memory (docs/studies/samples-per-call.md)."""
 
 Picture = NDArray[np.uint8]
 """(R, R, 3) RGB, as the networks draw it."""
+
+Drawn = Callable[[], Picture]
+"""Gives a picture that was put to the engine, and waits until it is drawn. For one call, from any thread."""
 
 
 class Drawing:
@@ -70,14 +75,24 @@ class Drawing:
         self._batch.step(steps)
         return samples
 
-    def finished(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Picture]]:
-        """Decodes the samples that are done. One that cannot be decoded gets its `error`, and is not
+    @property
+    def samples_per_call(self) -> int | None:
+        """Most samples in one call of the step graph; all if None."""
+        return self._batch.samples_per_call
+
+    @property
+    def last_call(self) -> StepCall:
+        """The call of the step graph that was made last."""
+        return self._batch.last_call
+
+    def finished(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Drawn]]:
+        """Lets the engine decode the samples that are done. One that it refuses gets its `error`, and is not
         yielded."""
         done = [sample for sample in samples if sample.done and not sample.error]
         return self._decode([(sample, self._batch.latents([sample])) for sample in done])
 
-    def previews(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Picture]]:
-        """Decodes what the samples that were asked for it look like so far; likewise."""
+    def previews(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Drawn]]:
+        """Lets it decode what the samples that were asked for it look like so far; likewise."""
         asked = [(sample, sample.clean_latent) for sample in samples]
         latents = [(sample, latent[None]) for sample, latent in asked if latent is not None]
         for sample, _ in latents:
@@ -86,13 +101,18 @@ class Drawing:
 
     def _decode(
         self, latents: Sequence[tuple[Sample, DeviceTensor | NDArray[np.float32]]]
-    ) -> Iterator[tuple[Sample, Picture]]:
+    ) -> Iterator[tuple[Sample, Drawn]]:
         for sample, latent in latents:
-            with self.running[sample].job.watch.measure("decode"):
-                try:
+            watch = self.running[sample].job.watch
+            try:
+                with watch.measure("decode"):
                     image = self._engine.run(self._decoder, {"latent": latent}, ["image"])["image"]
-                    picture: Picture = self._engine.to_host(image)[0]
-                except Exception as error:
-                    sample.error = error
-                    continue
-            yield sample, picture
+            except Exception as error:
+                sample.error = error
+                continue
+            yield sample, partial(self._fetch, image, watch)
+
+    def _fetch(self, image: DeviceTensor, watch: Stopwatch) -> Picture:
+        with watch.measure("decode"):
+            picture: Picture = self._engine.to_host(image)[0]
+        return picture

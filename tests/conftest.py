@@ -45,17 +45,17 @@ def _checkpoint(name: str) -> Path:
     return path
 
 
-def _bundle(name: str, resolution: int, precision: str = "fp32") -> Path:
+def _bundle(name: str, resolution: int, precision: str = "fp32", targets: tuple[str, ...] = ()) -> Path:
     from export.build import build_bundle
     from export.options import BuildOptions
     from export.progress import Progress
     from export.systems import open_source
 
     checkpoint = _checkpoint(name)
-    path = checkpoint.parent / (name if precision == "fp32" else f"{name}-{precision}")
+    path = checkpoint.parent / "-".join((name, precision, *targets))
     with _lock(path.with_suffix(".bundle.lock")):
         if not path.exists():
-            options = BuildOptions(precision=precision, resolution=resolution)
+            options = BuildOptions(precision=precision, resolution=resolution, targets=targets)
             build_bundle(open_source(checkpoint), path, options, Progress(quiet=True))
     return path
 
@@ -93,6 +93,12 @@ def tiny_bundle() -> Path:
 def tiny_half_bundle() -> Path:
     """The same in FP16; do not write into it."""
     return _bundle("tiny", TINY_RESOLUTION, "fp16")
+
+
+@pytest.fixture(scope="session")
+def tiny_cuda_bundle() -> Path:
+    """The same in the operators of ONNX Runtime's CUDA provider; do not write into it."""
+    return _bundle("tiny", TINY_RESOLUTION, "fp16", ("cuda",))
 
 
 @pytest.fixture(scope="session")

@@ -128,8 +128,8 @@ class AnyDoorPipeline:
                 drawing.step()
             for error in (sample.error for sample in samples if sample.error):
                 raise error
-        for sample, picture in drawing.finished(samples):
-            drawing.running[sample].paste(picture)
+        for sample, drawn in list(drawing.finished(samples)):
+            drawing.running[sample].paste(drawn())
         for job in jobs[1:]:
             for stage, seconds in job.watch.seconds.items():
                 watch.add(stage, seconds)

@@ -1,12 +1,16 @@
-"""GEGLU -> com.microsoft.BiasSplitGelu."""
+"""GEGLU -> two projections, or com.microsoft.BiasSplitGelu."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
-from export.rewrite.rule import MICROSOFT, Rule
-from export.rewrite.values import dimensions, is_close
+import onnx_ir as ir
+
+from export.rewrite.rule import MICROSOFT, Rule, operator
+from export.rewrite.values import describe, dimensions, is_close
+from export.rewrite.weights import derived_weight
 
 _WIDTHS = (1280, 2560, 5120)
 
@@ -47,3 +51,55 @@ class BiasSplitGelu(Rule):
     def rewrite(self, op: Any, x: Any, bias: Any, **found: Any) -> Any:
         """BiasSplitGelu."""
         return op.BiasSplitGelu(x, bias, _domain=MICROSOFT, _version=1)
+
+
+class TwoProjections(Rule):
+    """x W + b, split in two along the last axis -> two projections, each with its half of the weights.
+
+    The numbers are the same. The Split is a copy in ONNX Runtime, and a reference kernel in OpenVINO, which
+    took 7 % of a UNet's call in BF16.
+    """
+
+    name = "two projections"
+
+    def pattern(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
+        """A linear layer of which each half goes its own way."""
+        whole = op.Add(op.MatMul(x, weight), bias)
+        return op.Split(whole, num_outputs=2, _outputs=["left", "right"])
+
+    def check(self, context: Any, **found: Any) -> bool:
+        """Requires weights that are stored, and halves of the last axis."""
+        weight, bias, rank = found["weight"], found["bias"], len(dimensions(found["x"]) or ())
+        axis = found["left"].producer().attributes.get_int("axis", 0)
+        if weight.const_value is None or bias.const_value is None or axis not in (-1, rank - 1):
+            return False
+        width = weight.const_value.shape[-1]
+        return len(weight.const_value.shape) == 2 and width % 2 == 0 and dimensions(bias) == (width,)
+
+    def rewrite(self, op: Any, x: Any, weight: Any, bias: Any, **_: Any) -> Any:
+        """Two times MatMul and Add."""
+        return tuple(self._half(op, x, weight, bias, side) for side in (0, 1))
+
+    def _half(self, op: Any, x: Any, weight: ir.Value, bias: ir.Value, side: int) -> Any:
+        assert weight.const_value is not None
+        rows, columns = weight.const_value.shape.numpy()
+        width, suffix, transform = columns // 2, ("left", "right")[side], partial(_half_of, side=side)
+        projected = op.MatMul(x, derived_weight(op, weight, suffix, transform, (rows, width)))
+        describe(projected, x, (*(dimensions(x) or ())[:-1], width))
+        return op.Add(projected, derived_weight(op, bias, suffix, transform, (width,)))
+
+
+def _half_of(weights: Any, side: int) -> Any:
+    width = weights.shape[-1] // 2
+    return weights[..., side * width : (side + 1) * width]
+
+
+def is_split_projection(node: ir.Node) -> bool:
+    """Whether a node splits what a linear layer with stored weights returns."""
+    if not operator("Split")(node) or node.inputs[0] is None:
+        return False
+    add = node.inputs[0].producer()
+    products = (
+        [] if add is None or add.op_type != "Add" else [value.producer() for value in add.inputs if value]
+    )
+    return any(product is not None and product.op_type == "MatMul" for product in products)

@@ -18,11 +18,11 @@ class RewriteError(AnyDoorError):
 
 
 def rewrite(model: ir.Model, target: str, strict: bool = True) -> Report:
-    """Replaces patterns by the operators of ONNX Runtime's execution provider, in place.
+    """Replaces patterns by operators that the target is faster with, in place.
 
     Args:
         model: an exported graph. Weights are not read: those that change are computed when it is saved.
-        target: cuda or cpu.
+        target: one of `TARGETS`.
         strict: refuse a graph in which a pattern was not recognised, rather than leave it slow.
 
     Raises:
@@ -30,11 +30,12 @@ def rewrite(model: ir.Model, target: str, strict: bool = True) -> Report:
     """
     graph = model.graph
     before = count_operators(graph)
-    fold_casts(graph)
+    if TARGETS[target].changes_weights:
+        fold_casts(graph)
     matches: Counter[str] = Counter()
     kept: list[Kept] = []
     missed: list[str] = []
-    for family in TARGETS[target]():
+    for family in TARGETS[target].families():
         expected = sum(map(family.anchor, graph))
         matches.update(family.apply(model))
         nodes: defaultdict[str | None, list[str]] = defaultdict(list)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from engines.manifest import ANY_TARGET, CPU, CUDA
 from export.rewrite.attention import CPU_HEADS, CUDA_HEADS, Attention, TransposedKeys
 from export.rewrite.convolution import Convolution
-from export.rewrite.geglu import BiasSplitGelu
+from export.rewrite.geglu import BiasSplitGelu, TwoProjections, is_split_projection
 from export.rewrite.group_norm import (
     GroupNorm,
     GroupNormSiLU,
@@ -70,5 +71,19 @@ def _cpu() -> list[Family]:
     return [Family("MultiHeadAttention", [TransposedKeys(), Attention(CPU_HEADS)], operator("Softmax"))]
 
 
-TARGETS: dict[str, Callable[[], list[Family]]] = {"cuda": _cuda, "cpu": _cpu}
-"""Execution provider -> makes its families of rules, in the order in which they are applied."""
+def _any() -> list[Family]:
+    return [Family("two projections", [TwoProjections()], is_split_projection)]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What graphs are rewritten for."""
+
+    families: Callable[[], list[Family]]
+    """Makes the families of rules, in the order in which they are applied."""
+    changes_weights: bool = True
+    """Whether the rules may make other weights of those that there are."""
+
+
+TARGETS = {ANY_TARGET: Target(_any), CUDA: Target(_cuda), CPU: Target(_cpu, changes_weights=False)}
+"""`ANY_TARGET`, standard operators alone, or an execution provider of ONNX Runtime."""

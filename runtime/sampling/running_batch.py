@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -113,6 +114,17 @@ class Sample:
         return self.step + 1 == self.schedule.steps
 
     @property
+    def is_guided(self) -> bool:
+        """Whether the step to come has guidance."""
+        return self.sampling.guided_at(int(self.schedule.timesteps[self.step]))
+
+    @property
+    def has_banks(self) -> bool:
+        """Whether the banks of the step to come are in the tensors of the step before: none has to be
+        computed."""
+        return self.step > 0 and self.conditions.steps_ready(self.step - 1) > 1
+
+    @property
     def steps_alike(self) -> int:
         """How many steps to come differ in a few numbers only: they have the same rows, their banks are ready
         together, and nothing comes in or goes out between them."""
@@ -140,6 +152,20 @@ class Sample:
         self._noise = None
 
 
+@dataclass(frozen=True)
+class StepCall:
+    """A call of the step graph, for those who measure."""
+
+    began: float
+    """`time.perf_counter()` when the engine was called; a CPU's engine had computed all banks by then."""
+    samples: int
+    """How many shared it."""
+    guided: bool
+    """Whether one of them had guidance."""
+    has_banks: bool
+    """Whether no bank had to be computed for it."""
+
+
 class RunningBatch:
     """Samples that take their steps together, each at its own step and settings: in one call of the step
     graph, or in as few as the device makes good use of.
@@ -157,6 +183,8 @@ class RunningBatch:
         """
         self.samples_per_call = samples_per_call
         self.samples: list[Sample] = []
+        self.last_call: StepCall
+        """Of the step graph; there is none before the first step."""
         self._engine = engine
         self._spec = spec
         self._shape: tuple[int, ...] = spec.tensor(LATENT).resolve({"samples": 1})[1:]
@@ -213,6 +241,7 @@ class RunningBatch:
 
     def _advance(self, samples: Sequence[Sample], steps: int) -> None:
         spec = self._spec
+        has_banks = all(sample.has_banks for sample in samples)
         here = self._banks(samples)
         gathered = {bank.name: self._gather_bank(bank, [of[bank.name] for of in here]) for bank in spec.banks}
         rows = [{name: of[index] for name, (_, of) in gathered.items()} for index in range(len(samples))]
@@ -227,6 +256,8 @@ class RunningBatch:
             step_inputs([_step_of_sample(*of, ahead) for of in zip(samples, here, rows)], spec)
             for ahead in range(steps)
         ]
+        guided = any(sample.is_guided for sample in samples)
+        self.last_call = StepCall(time.perf_counter(), len(samples), guided, has_banks)
         if steps == 1:
             outputs = self._engine.run(spec.name, inputs | numbers[0], names)
         else:

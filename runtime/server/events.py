@@ -87,5 +87,21 @@ class EngineLostError(AnyDoorError):
 class DeadlineError(AnyDoorError):
     """The caller no longer wants the result."""
 
-    def __init__(self) -> None:
-        super().__init__("the deadline passed before the pictures were finished")
+    def __init__(self, message: str = "the deadline passed before the pictures were finished") -> None:
+        super().__init__(message)
+
+
+class UnmeetableDeadlineError(DeadlineError):
+    """The caller will no longer want the result when it is there."""
+
+    def __init__(self, least: float, left: float) -> None:
+        """Says what is missing.
+
+        Args:
+            least: seconds that the pictures take at the very least.
+            left: seconds until the deadline.
+        """
+        super().__init__(
+            f"the deadline cannot be met: {left:.3g} s are left, and the steps still to take need at least "
+            f"{least:.3g} s here; allow more time, or ask for fewer steps or pictures"
+        )

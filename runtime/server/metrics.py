@@ -25,6 +25,11 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.deadline_refusals = Counter(
+            "anydoor_deadline_refusals",
+            "Requests that ended before they started because they could not meet their deadline any more",
+            registry=self.registry,
+        )
         self.stage_seconds = Histogram(
             "anydoor_stage_seconds",
             "Time per stage of finished requests",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import heapq
 import threading
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from runtime.server.deadlines import FastestCalls
 from runtime.server.events import (
+    DeadlineError,
     EngineLostError,
     Event,
     Failed,
@@ -16,6 +19,7 @@ from runtime.server.events import (
     Queued,
     QueueFullError,
     ShuttingDownError,
+    UnmeetableDeadlineError,
 )
 from runtime.server.ticket import Ticket
 
@@ -140,6 +144,22 @@ class SharedQueue:
         """Why nothing is accepted any more."""
         self.seconds_per_step = 0.0
         """Time of a step of one sample in a full batch; 0 if not known."""
+        self.fastest = FastestCalls()
+        """How fast the step graph was at best."""
+
+    def missed(self, ticket: Ticket) -> DeadlineError | None:
+        """Why a request cannot meet its deadline any more; None if it may, or has none.
+
+        Whoever is in the batch stays until the deadline is over: how far a card is with a step is not known.
+        The caller holds the lock.
+        """
+        if ticket.deadline is None:
+            return None
+        left = ticket.deadline - time.monotonic()
+        if left <= 0:
+            return DeadlineError()
+        least = self.fastest.least_seconds(ticket.work) if ticket.work and not ticket.starts else 0.0
+        return UnmeetableDeadlineError(least, left) if least > left else None
 
     def announce(self) -> None:
         """Tells the requests that moved up; the caller holds the lock."""

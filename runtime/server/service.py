@@ -32,6 +32,7 @@ from runtime.server.events import (
     Finished,
     QueueFullError,
     ShuttingDownError,
+    UnmeetableDeadlineError,
 )
 from runtime.server.logs import FIELDS
 from runtime.server.metrics import Metrics
@@ -211,6 +212,8 @@ class CompositorService:
         seconds = time.perf_counter() - call.started
         self._metrics.requests.labels(call.method, code.name).inc()
         self._metrics.request_seconds.labels(call.method).observe(seconds)
+        if isinstance(failure, UnmeetableDeadlineError):
+            self._metrics.deadline_refusals.inc()
         for stage, duration in call.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(duration)
         if call.span is not None and call.span.is_recording():
@@ -265,6 +268,7 @@ def _status(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, str
     if isinstance(error, ShuttingDownError | EngineLostError):
         return grpc.StatusCode.UNAVAILABLE, str(error), []
     if isinstance(error, DeadlineError):
+        # of those that cannot be met as well: RESOURCE_EXHAUSTED would have clients try again within it
         return grpc.StatusCode.DEADLINE_EXCEEDED, str(error), []
     # what went wrong inside is for the log; the request id leads there
     return grpc.StatusCode.INTERNAL, "the engine failed on this request", []

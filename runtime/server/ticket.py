@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from runtime.server.deadlines import Work
 from runtime.server.events import Event, Finished
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Ticket:
     """Whether it is accepted and not over."""
     accepted: float = field(default_factory=time.monotonic)
     """`time.monotonic()` when it came."""
+    work: Work | None = None
+    """Its steps; set when it is submitted."""
     job: Job | None = None
     """Set when the request is decoded and checked."""
     waiting: deque[ImageJob] = field(default_factory=deque)

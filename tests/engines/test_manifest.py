@@ -63,6 +63,7 @@ MANIFEST_OF_TWO = Manifest(
             error={"epsilon": 1.5e-7},
             build_seconds=3.25,
             scratch_bytes={"onnxruntime": 1 << 33, "openvino": 7},
+            variants={"cpu": FileRecord("denoise.cpu.onnx", 11, "ff")},
         ),
         "decode": GraphRecord(DECODER, (FileRecord("decode.onnx", 34, "cc"),)),
     },
@@ -128,6 +129,7 @@ def test_the_file_says_what_the_documentation_says() -> None:
     assert graph["feedback"] == {"latent": "next_latent", "carry": "epsilon"}
     assert graph["scratch_bytes"] == {"onnxruntime": 1 << 33, "openvino": 7}
     assert graph["files"][0] == {"path": "denoise.onnx", "bytes": 12, "sha256": "aa"}
+    assert graph["variants"] == {"cpu": {"path": "denoise.cpu.onnx", "bytes": 11, "sha256": "ff"}}
     assert "spec" not in graph
 
 
@@ -165,6 +167,7 @@ def records(name: str, role: str) -> st.SearchStrategy[GraphRecord]:
         error=st.dictionaries(names, st.floats(0, 1), max_size=2),
         build_seconds=st.floats(0, 1e6),
         scratch_bytes=st.dictionaries(names, counts, max_size=2),
+        variants=st.dictionaries(names, files, max_size=1),
     )
 
 

@@ -153,13 +153,17 @@ def test_attention_without_its_scores_takes_less(tmp_path: Path) -> None:
         **{f"w{name}": np.zeros((4, 4), np.float32) for name in "qkv"},
     )
     assert scratch_bytes(path, {"rows": 2}) == {"onnxruntime": 512 + 2 * 2048, "openvino": 4 * 512}
+    assert scratch_bytes(path, {"rows": 2}, has_attention=True) == both(4 * 512)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_larger_calls_of_a_real_graph_take_more(tiny_bundle: Path, graph: str) -> None:
     bundle = Bundle.open(tiny_bundle)
     manifest, path = bundle.manifest, bundle.graph_file(graph)
-    one, four = (scratch_bytes(path, sizes) for sizes in (manifest.typical_sizes, manifest.largest_sizes))
+    one, four = (
+        scratch_bytes(path, sizes, has_attention=bool(manifest.graphs[graph].variants))
+        for sizes in (manifest.typical_sizes, manifest.largest_sizes)
+    )
     assert manifest.graphs[graph].scratch_bytes == one
     outputs = sum(tensor.nbytes(manifest.typical_sizes) for tensor in manifest.specs[graph].outputs)
     for backend in one:

@@ -19,12 +19,15 @@ from engines.bundle import Bundle
 from engines.errors import AnyDoorError, BundleError
 from engines.manifest import Manifest
 from engines.spec import sizes_for
+from export import build
 from export.build import best_backend, build_plan_bundle
 from export.build_engines import main
 from export.options import BuildOptions
 from export.plans import Phase, build_plan, check_targets, completed, network_signature, scratch_bytes
 from export.progress import Progress
 from tests.support.anydoor import CONTROL, GRAPHS, ID_ENCODER
+from tests.support.cards import no_card
+from tests.support.simulated_card import SimulatedDevice
 
 RTX = "tensorrt_rtx"
 ROOT = Path(__file__).parents[2]
@@ -213,8 +216,22 @@ def test_a_graph_that_is_not_the_manifests_is_refused(half: Bundle, library: Lib
 def test_targets(library: Library) -> None:
     assert check_targets(library, ()) == ("sm86", "sm89", "sm120")
     assert check_targets(library, ("sm75",)) == ("sm75",)
-    with pytest.raises(AnyDoorError, match=r"not for sm87, sm90: .* --backend tensorrt on a machine"):
+    sentence = (
+        "supports sm75, sm86, sm89, sm120, sm121, not sm87, sm90: .* --targets cuda, or with --backend "
+        "tensorrt on a machine"
+    )
+    with pytest.raises(AnyDoorError, match=sentence):
         check_targets(library, ("sm89", "sm87", "sm90"))
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm87", "sm90", "sm100", "sm110", "sm99"])
+def test_a_target_outside_the_support_matrix_is_refused_before_the_work(
+    library: Library, half: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    command = [str(half.path), "--backend", RTX, "--targets", f"sm89,{target}", "--quiet"]
+    assert main([*command, "--output", str(tmp_path / "new")]) == 2
+    assert f"supports sm75, sm86, sm89, sm120, sm121, not {target}: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -222,7 +239,7 @@ def test_targets(library: Library) -> None:
     [
         ({"backend": "onnxruntime"}, "is a bundle already"),
         ({"backend": RTX, "max_batch": 0}, "--max-batch must be at least 1"),
-        ({"backend": RTX, "targets": ("sm87",)}, "not for sm87"),
+        ({"backend": RTX, "targets": ("sm87",)}, "not sm87"),
         ({"backend": "openvino"}, "there is no backend 'openvino'"),
     ],
 )
@@ -241,6 +258,15 @@ def test_plans_are_not_built_from_plans_nor_over_their_source(
         build_plan_bundle(plans, tmp_path / "new", BuildOptions(backend=RTX))
     with pytest.raises(AnyDoorError, match="give another --output"):
         build_plan_bundle(half, half.path, BuildOptions(backend=RTX))
+
+
+def test_plans_are_not_built_from_graphs_of_the_cuda_provider(
+    library: Library, half: Bundle, tmp_path: Path
+) -> None:
+    fused = Bundle(half.path, replace(half.manifest, target="cuda"))
+    with pytest.raises(AnyDoorError, match=r"which TensorRT for RTX does not have: .* --targets any"):
+        build_plan_bundle(fused, tmp_path / "new", BuildOptions(backend=RTX))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_pytorch_only_a_bundle_will_do(tmp_path: Path) -> None:
@@ -267,15 +293,33 @@ def test_a_damaged_source_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+@pytest.mark.skipif(not no_card(), reason="there is a card")
 def test_without_a_card_auto_means_onnx_runtime() -> None:
-    from engines.cuda import Device
+    assert best_backend() == "onnxruntime"
 
-    try:
-        Device()
-    except AnyDoorError:
-        assert best_backend() == "onnxruntime"
-    else:
-        pytest.skip("there is a card")
+
+@pytest.mark.parametrize(
+    ("architecture", "installed", "expected"),
+    [
+        ("sm75", {RTX, "tensorrt"}, RTX),
+        ("sm89", {RTX}, RTX),
+        ("sm121", {RTX, "tensorrt"}, RTX),
+        ("sm80", {RTX}, "onnxruntime"),
+        ("sm80", {RTX, "tensorrt"}, "tensorrt"),
+        ("sm87", {RTX, "tensorrt"}, "tensorrt"),
+        ("sm90", {RTX}, "onnxruntime"),
+        ("sm100", {RTX}, "onnxruntime"),
+        ("sm110", {RTX, "tensorrt"}, "tensorrt"),
+        ("sm150", {RTX}, "onnxruntime"),
+        ("sm150", set(), "onnxruntime"),
+    ],
+)
+def test_auto_is_what_supports_the_card(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, installed: set[str], expected: str
+) -> None:
+    monkeypatch.setattr(build, "Device", lambda: SimulatedDevice(architecture=architecture))
+    monkeypatch.setattr(build, "find_spec", lambda name: name in installed)
+    assert best_backend() == expected
 
 
 phases = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 49)), min_size=1, max_size=5)
@@ -296,6 +340,7 @@ def test_progress_is_a_part_of_the_whole(steps: list[tuple[int, int]]) -> None:
 def test_scratch_memory_is_read_from_the_log() -> None:
     log = [("INFO", "Total Weights Memory: 7 bytes"), ("INFO", "Total Activation Memory: 10916352 bytes")]
     assert scratch_bytes(log) == 10916352
+    assert scratch_bytes([("INFO", "Total Activation Memory: 10916352")]) == 10916352
     assert scratch_bytes(log[:1]) == 0
 
 

@@ -96,6 +96,13 @@ def test_more_pictures_than_fit_into_a_batch(compositor: Compositor) -> None:
     assert len({result.image.tobytes() for result in results}) == count
 
 
+def test_steps_are_counted_before_anything_is_decoded(compositor: Compositor) -> None:
+    """Of three pictures with two objects each; timesteps below 300 have no guidance."""
+    sampling = Sampling(timesteps=(101, 501, 701, 901), guidance_interval=(300, 999))
+    broken = Placement(b"no picture", box=(0, 0, 9, 9))
+    assert compositor.steps_of(Request(b"", [broken, broken], 7, sampling, 3)) == (18, 6)
+
+
 def test_noise_of_eta_comes_from_the_seed(compositor: Compositor) -> None:
     noisy = Sampling(steps=3, eta=1.0)
     first, second = (compositor.composite(SCENE, PLACEMENT, seed=7, sampling=noisy) for _ in range(2))

@@ -38,8 +38,9 @@ class SimulatedDevice:
 
     stream = 1
 
-    def __init__(self, memory: int = 1 << 40) -> None:
+    def __init__(self, memory: int = 1 << 40, architecture: str = "sm89") -> None:
         self.memory = memory
+        self.architecture = architecture
         self.allocations = 0
         self.captures = 0
         self.launches = 0
@@ -48,7 +49,7 @@ class SimulatedDevice:
         self._recording: list[Operation] | None = None
 
     def card(self) -> Card:
-        return Card("simulated", "sm89", self.memory, self.memory, "13.0")
+        return Card("simulated", self.architecture, self.memory, self.memory, "13.0")
 
     def allocate(self, nbytes: int) -> int:
         if nbytes > self.memory:

@@ -213,7 +213,7 @@ class OnnxRuntimeEngine:
         options = provider_options(self.device, self._memory_budget, graph in self._captured)
         try:
             session = self._library.InferenceSession(
-                self.model(graph, self._bundle.graph_file(graph)),
+                self.model(graph, self._bundle.graph_file(graph, self.device)),
                 self._options,
                 providers=[(_PROVIDERS[self.device], options)],
             )

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 from engines.backends.tensorrt.capture import Call, CallCache, CallSignature, StepPlaces
-from engines.backends.tensorrt.library import VARIANTS, Library, check_card, check_plans, load_library
+from engines.backends.tensorrt.library import VARIANTS, Library, check_card, check_plans, usable_library
 from engines.backends.tensorrt.plans import Plan, Shape, open_plan
 from engines.backends.tensorrt.tensors import DeviceArray, TensorStore, as_specified, output_shapes
 from engines.bundle import Bundle
@@ -267,15 +267,15 @@ class TensorRTEngine:
 
 
 def usable_devices() -> dict[str, str]:
-    """The card, with the variants of the library that are installed and their versions.
+    """The card, with the variants of the library that are installed and support it, and their versions.
 
     Raises:
-        BackendError: none is installed.
+        BackendError: there is none.
     """
     libraries, refusals = [], []
     for backend in VARIANTS:
         try:
-            libraries.append(load_library(backend))
+            libraries.append(usable_library(backend))
         except BackendError as error:
             refusals.append(error)
     if not libraries:

@@ -10,13 +10,17 @@ import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.backends.tensorrt import BACKENDS
 from engines.bundle import Bundle
-from engines.cuda import Card, OutOfDeviceMemoryError
+from engines.cuda import Card, Device, OutOfDeviceMemoryError
 from engines.errors import BackendError, BundleError
 from engines.manifest import BUILD_COMMAND
+
+if TYPE_CHECKING:
+    # what both have; tests/bindings.py holds the uses against two versions of TensorRT
+    import tensorrt
 
 _TITLES = {backend.name: backend.title for backend in BACKENDS}
 
@@ -28,7 +32,8 @@ class Variant:
     title: str
     install: str
     targets: tuple[str, ...] = ()
-    """GPU architectures whose plans are built on any machine; empty if only for the card of this machine."""
+    """The GPU architectures that it supports, if plans for them are built on any machine; empty if plans are
+    for the card of the machine that builds them."""
     builder_flags: tuple[str, ...] = ()
     times_kernels: bool = False
     """Whether building tries kernels out on the card, and so has timings worth keeping."""
@@ -38,7 +43,9 @@ VARIANTS: Mapping[str, Variant] = {
     "tensorrt_rtx": Variant(
         title=_TITLES["tensorrt_rtx"],
         install="pip install '.[tensorrt]'",
-        targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+        # its support matrix (docs.nvidia.com/deeplearning/tensorrt-rtx, "Supported Compute Capabilities");
+        # sm80 can be built and is not in it
+        targets=("sm75", "sm86", "sm89", "sm120", "sm121"),
         # without it the runtime allocates by itself, and a CUDA graph cannot be captured
         builder_flags=("REQUIRE_USER_ALLOCATION",),
     ),
@@ -50,12 +57,14 @@ VARIANTS: Mapping[str, Variant] = {
 }
 """Backend and name of the package -> its variant."""
 
+_JETSONS = ("sm87", "sm110")
+"""Orin and Thor."""
+
 _DIAGNOSTICS = {
     "MALFORMED_ENGINE": "it is damaged, or is not a plan of {title}: copy the bundle again, or rebuild it "
     "with {rebuild}",
     "VERSION_MISMATCH": "another version of {title} built it: rebuild it with {rebuild}",
-    "UNSUPPORTED_CC": "it is for {target} and this card is another: rebuild it with {rebuild} and the card's "
-    "architecture in --targets, or with --backend tensorrt on this machine",
+    "UNSUPPORTED_CC": "it is for {target} and this card is {architecture}: rebuild it with {rebuild}",
     "OLD_CUDA_DRIVER": "the NVIDIA driver is too old for it: install a current one (on Ubuntu: "
     "sudo ubuntu-drivers install)",
     "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it: pip install -U cuda-python {package}",
@@ -74,7 +83,7 @@ class Library:
         self.backend = backend
         self.variant = VARIANTS[backend]
         try:
-            self.module = importlib.import_module(backend)
+            self.module: Any = importlib.import_module(backend)
         except ImportError as error:
             raise BackendError(
                 f"{self.variant.title} is not installed; install it with: {self.variant.install}"
@@ -85,9 +94,10 @@ class Library:
         self.version: str = self.module.__version__
 
     @functools.cached_property
-    def runtime(self) -> Any:
+    def runtime(self) -> tensorrt.Runtime:
         """TensorRT's runtime."""
-        return self.module.Runtime(self.logger)
+        runtime: tensorrt.Runtime = self.module.Runtime(self.logger)
+        return runtime
 
     def clear_messages(self) -> None:
         """Empties `messages`."""
@@ -99,23 +109,27 @@ class Library:
         return " ".join(errors[-1].split()) if errors else "it does not say why"
 
     def rebuild_command(self, target: str) -> str:
-        """The command that builds a bundle for a target again."""
-        targets = f" --targets {target}" if self.variant.targets else ""
-        return f"'{BUILD_COMMAND} --backend {self.backend}{targets}'"
+        """The command that builds a bundle again, for those of its architectures that can be built for."""
+        targets = ",".join(name for name in target.split(",") if name in self.variant.targets)
+        flag = f" --targets {targets}" if targets else ""
+        return f"'{BUILD_COMMAND} --backend {self.backend}{flag}'"
 
-    def _make_logger(self) -> Any:
+    def _make_logger(self) -> tensorrt.ILogger:
         module, messages = self.module, self.messages
-        kept = {severity: severity.name for severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR)}
-        kept |= {severity: severity.name for severity in (module.ILogger.WARNING, module.ILogger.INFO)}
+        levels: type[tensorrt.ILogger.Severity] = module.ILogger.Severity
+        kept = {
+            level: level.name for level in (levels.INTERNAL_ERROR, levels.ERROR, levels.WARNING, levels.INFO)
+        }
 
         class Logger(module.ILogger):  # type: ignore[misc, name-defined]
             """Keeps what the library says, for refusals and for the sizes that only its log tells."""
 
-            def log(self, severity: Any, text: str) -> None:
+            def log(self, severity: tensorrt.ILogger.Severity, text: str) -> None:
                 if severity in kept:
                     messages.append((kept[severity], text))
 
-        return Logger()
+        logger: tensorrt.ILogger = Logger()
+        return logger
 
 
 @functools.cache
@@ -128,18 +142,39 @@ def load_library(backend: str) -> Library:
     return Library(backend)
 
 
-def check_plans(bundle: Bundle) -> Library:
-    """The library for a bundle, after refusing what can be refused without a card.
+def usable_library(backend: str) -> Library:
+    """The library of a backend, unless this machine has a card that it does not support.
 
     Raises:
-        BackendError: the library is not installed.
+        BackendError: it is not installed, or does not support the card.
+    """
+    library = load_library(backend)
+    if card := _card():
+        check_support(library.variant, card)
+    return library
+
+
+def check_plans(bundle: Bundle) -> Library:
+    """The library for a bundle, after refusing what can be refused before anything is on a card.
+
+    Raises:
+        BackendError: the library is not installed, or does not support the card.
         BundleError: a plan is of another version, damaged, or not a plan.
     """
-    library = load_library(bundle.manifest.backend)
+    # a card that it does not support comes first: no other advice would help
+    library = usable_library(bundle.manifest.backend)
     check_version(library, bundle)
     for graph in bundle.manifest.graphs:
         check_header(library, bundle, graph)
     return library
+
+
+def _card() -> Card | None:
+    """The card of this machine; None without one, which whoever needs it explains."""
+    try:
+        return Device().card()
+    except BackendError:
+        return None
 
 
 def check_version(library: Library, bundle: Bundle) -> None:
@@ -158,12 +193,37 @@ def check_version(library: Library, bundle: Bundle) -> None:
         )
 
 
-def check_card(library: Library, bundle: Bundle, card: Card) -> None:
-    """Refuses plans that were built on another kind of card. TensorRT for RTX tells by the header.
+def check_support(variant: Variant, card: Card) -> None:
+    """Refuses a card that the library does not support, and says what works on it.
 
     Raises:
-        BundleError: they were.
+        BackendError: it is none of `Variant.targets`.
     """
+    if not variant.targets or card.architecture in variant.targets:
+        return
+    instead = (
+        "build plans on this machine with the TensorRT of its JetPack, 'anydoor build ONNX_BUNDLE --backend "
+        "tensorrt'"
+        if card.architecture in _JETSONS
+        else f"build for ONNX Runtime's CUDA provider with '{BUILD_COMMAND} --backend onnxruntime --targets "
+        "cuda', or with --backend tensorrt where TensorRT is installed"
+    )
+    raise BackendError(
+        f"{variant.title} supports {', '.join(variant.targets)}, and not this card, {card.name}, which is "
+        f"{card.architecture}: {instead}"
+    )
+
+
+def check_card(library: Library, bundle: Bundle, card: Card) -> None:
+    """Refuses a card that the library does not support, and plans that were built on another kind of card.
+
+    Of plans for a supported card, TensorRT for RTX tells by the header whether they run on this one.
+
+    Raises:
+        BackendError: the library does not support the card.
+        BundleError: the plans were built on another kind.
+    """
+    check_support(library.variant, card)
     target = bundle.manifest.target
     if target != card.architecture and not library.variant.targets:
         raise BundleError(
@@ -179,9 +239,10 @@ def check_header(library: Library, bundle: Bundle, graph: str) -> None:
     TensorRT has no such check; it says the same when the plan is opened.
 
     Raises:
+        BackendError: the library does not support the card.
         BundleError: the plan is damaged, of another version or for another card, or is not a plan.
     """
-    runtime = library.runtime
+    runtime: Any = library.runtime
     if not hasattr(runtime, "get_engine_validity"):
         return
     with bundle.graph_file(graph).open("rb") as file:
@@ -193,16 +254,24 @@ def check_header(library: Library, bundle: Bundle, graph: str) -> None:
 
 
 def header_refusal(library: Library, bundle: Bundle, graph: str, diagnostics: int) -> BundleError:
-    """The refusal for the diagnostic bits of a plan's header."""
+    """The refusal for the diagnostic bits of a plan's header.
+
+    Raises:
+        BackendError: the library does not support the card, so no other plan of it would run either.
+    """
     bits = library.module.EngineInvalidityDiagnostics
     found = [name for name in _DIAGNOSTICS if diagnostics & int(getattr(bits, name))]
     text = "; ".join(_DIAGNOSTICS[name] for name in found) or f"the library says {diagnostics:#x}"
     target = bundle.manifest.target
+    card = _card() if "UNSUPPORTED_CC" in found else None
+    if card:
+        check_support(library.variant, card)
     meaning = text.format(
         title=library.variant.title,
         package=library.backend,
         target=target,
-        rebuild=library.rebuild_command(target),
+        architecture=card.architecture if card else "another",
+        rebuild=library.rebuild_command(card.architecture if card else target),
     )
     return BundleError(f"the plan '{bundle.graph_file(graph)}' cannot be used: {meaning}")
 

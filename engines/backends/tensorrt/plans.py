@@ -10,7 +10,7 @@ import math
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.backends.tensorrt.library import Library, check_header, loading_refusal
 from engines.bundle import Bundle
@@ -20,6 +20,9 @@ from engines.errors import BackendError, BundleError
 from engines.files import write_bytes
 from engines.manifest import GraphRecord
 from engines.spec import GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import tensorrt
 
 Shape = tuple[int, ...]
 
@@ -49,12 +52,12 @@ def open_plan(library: Library, bundle: Bundle, graph: str) -> Plan:
 class Plan:
     """A graph whose weights are on the card."""
 
-    def __init__(self, library: Library, engine: Any, record: GraphRecord) -> None:
+    def __init__(self, library: Library, engine: tensorrt.ICudaEngine, record: GraphRecord) -> None:
         """Takes over an opened plan; `open_plan` is the way to get one.
 
         Args:
             library: what opened it.
-            engine: TensorRT's ICudaEngine.
+            engine: what it was opened as.
             record: the graph's entry in the manifest.
         """
         self._library = library
@@ -70,9 +73,10 @@ class Plan:
         Raises:
             OutOfDeviceMemoryError: the card has no room for it.
         """
-        strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        config = self._jit_cache.config(strategy)
-        context = self._engine.create_execution_context(strategy if config is None else config)
+        strategies: type[tensorrt.ExecutionContextAllocationStrategy]
+        strategies = self._library.module.ExecutionContextAllocationStrategy
+        config = self._jit_cache.config(strategies.USER_MANAGED)
+        context = self._engine.create_execution_context(config or strategies.USER_MANAGED)
         if context is None:
             raise OutOfDeviceMemoryError(
                 f"the card has no room to run a graph ({self._library.reason()}): give a smaller "
@@ -88,8 +92,8 @@ class Plan:
 class Context:
     """Runs a graph with inputs of one set of shapes."""
 
-    def __init__(self, library: Library, context: Any, spec: GraphSpec) -> None:
-        """Takes over TensorRT's IExecutionContext; `Plan.new_context` is the way to get one."""
+    def __init__(self, library: Library, context: tensorrt.IExecutionContext, spec: GraphSpec) -> None:
+        """Takes over an execution context; `Plan.new_context` is the way to get one."""
         self._library = library
         self._context = context
         self._spec = spec
@@ -136,12 +140,12 @@ class JitCache:
     Kept per plan in `cache_folder`; does nothing where that cannot be written.
     """
 
-    def __init__(self, library: Library, engine: Any, plan_hash: str) -> None:
+    def __init__(self, library: Library, engine: tensorrt.ICudaEngine, plan_hash: str) -> None:
         """Reads nothing yet.
 
         Args:
             library: what opened the plan.
-            engine: TensorRT's ICudaEngine.
+            engine: the plan.
             plan_hash: of the plan's file, hexadecimal.
         """
         folder = cache_folder()
@@ -150,23 +154,26 @@ class JitCache:
         self._engine = engine
         self._cache: Any = None
 
-    def config(self, strategy: Any) -> Any:
+    def config(self, strategy: tensorrt.ExecutionContextAllocationStrategy) -> Any:
         """What a context is created with, or None if this variant has no such thing."""
         if not hasattr(self._engine, "create_runtime_config"):
             return None
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         if hasattr(config, "create_runtime_cache"):
-            # compile for the present shapes in the first call, so that the next one can be captured
-            kinds = self._library.module.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
-            if self._cache is None:
-                self._cache = config.create_runtime_cache()
-                if self._path and self._path.is_file():
-                    self._cache.deserialize(self._path.read_bytes())
-                    mark_used(self._path)
-            config.set_runtime_cache(self._cache)
+            self._add_cache(config)
         return config
+
+    def _add_cache(self, config: Any) -> None:
+        kinds = self._library.module.DynamicShapesKernelSpecializationStrategy
+        # compile for the present shapes in the first call, so that the next one can be captured
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            if self._path and self._path.is_file():
+                self._cache.deserialize(self._path.read_bytes())
+                mark_used(self._path)
+        config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
         """Writes the kernels, if there is a place for them."""
@@ -187,7 +194,7 @@ class PlanTensor:
     """Largest shape of an input, if known."""
 
 
-def read_signature(engine: Any) -> list[PlanTensor]:
+def read_signature(engine: tensorrt.ICudaEngine) -> list[PlanTensor]:
     """The inputs and outputs of an opened plan."""
     tensors = []
     for index in range(engine.num_io_tensors):

@@ -32,7 +32,7 @@ from engines.memory_plan import plan_device_memory
 from engines.options import EngineOptions
 from engines.spec import TensorSpec
 from tests.support.anydoor import DECODE, DENOISE
-from tests.support.cards import no_card
+from tests.support.cards import no_card, put_in_a_card
 from tests.support.simulated_card import SimulatedDevice
 
 RTX = "tensorrt_rtx"
@@ -140,7 +140,7 @@ def test_another_version_is_refused(plans: Bundle, library: Library) -> None:
             "VERSION_MISMATCH",
             "another version of TensorRT for RTX built it: rebuild it with 'anydoor build CHECK",
         ),
-        ("UNSUPPORTED_CC", "it is for sm86,sm89,sm120 and this card is another: .*--targets"),
+        ("UNSUPPORTED_CC", "it is for sm86,sm89,sm120 and this card is sm75: .* --targets sm75'"),
         ("OLD_CUDA_DRIVER", "driver is too old for it: .*ubuntu-drivers install"),
         ("OLD_CUDA_RUNTIME", "pip install -U cuda-python tensorrt_rtx"),
         ("INSUFFICIENT_GPU_MEMORY", "too little memory for it: .*--max-batch 1"),
@@ -148,9 +148,10 @@ def test_another_version_is_refused(plans: Bundle, library: Library) -> None:
     ],
 )
 def test_every_diagnosis_of_the_library_has_its_sentence(
-    plans: Bundle, library: Library, name: str, sentence: str
+    plans: Bundle, library: Library, monkeypatch: pytest.MonkeyPatch, name: str, sentence: str
 ) -> None:
     """The library's own names: a new version that knows more of them fails here."""
+    put_in_a_card(monkeypatch, "sm75")
     bits = library.module.EngineInvalidityDiagnostics
     with pytest.raises(BundleError, match=sentence):
         raise header_refusal(library, plans, DENOISE, int(getattr(bits, name)))
@@ -160,7 +161,7 @@ def test_several_diagnoses_are_all_told(plans: Bundle, library: Library) -> None
     bits = library.module.EngineInvalidityDiagnostics
     both = int(bits.UNSUPPORTED_CC) | int(bits.OLD_CUDA_DRIVER)
     text = str(header_refusal(library, plans, DENOISE, both))
-    assert "this card is another" in text
+    assert "it is for sm86,sm89,sm120 and this card is" in text
     assert "driver is too old" in text
     assert "the library says 0x400" in str(header_refusal(library, plans, DENOISE, 1 << 10))
 
@@ -280,12 +281,18 @@ def test_a_bundle_of_an_unknown_kind_is_refused(plans: Bundle) -> None:
 def test_usable_devices_are_those_of_the_installed_libraries(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert f"{library.variant.title} {library.version}" in tensorrt.usable_devices()["cuda"]
+    monkeypatch.setattr(tensorrt, "VARIANTS", {RTX: VARIANTS[RTX]})
+    assert tensorrt.usable_devices() == {"cuda": f"{library.variant.title} {library.version}"}
+    put_in_a_card(monkeypatch, "sm90")
+    with pytest.raises(
+        BackendError, match=r"TensorRT for RTX supports .* not this card, simulated, which is sm90"
+    ):
+        tensorrt.usable_devices()
 
     def missing(backend: str) -> Library:
         raise BackendError(f"{backend} is not installed")
 
-    monkeypatch.setattr(tensorrt, "load_library", missing)
+    monkeypatch.setattr(tensorrt, "usable_library", missing)
     with pytest.raises(BackendError, match="tensorrt_rtx is not installed"):
         tensorrt.usable_devices()
 

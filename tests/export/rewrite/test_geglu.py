@@ -1,12 +1,14 @@
-"""GEGLU becomes BiasSplitGelu in the widths that the kernel is compiled for."""
+"""GEGLU becomes two projections, or BiasSplitGelu in the widths that the kernel is compiled for."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.rewrite.rewriting import rewrite
+from export.rewrite.rewriting import RewriteError, rewrite
 from tests.export.rewrite.graphs import TOLERANCE, Builder, evaluate, random_inputs, relative_error
 
 
@@ -68,3 +70,30 @@ def test_inputs_of_commutative_operators_may_be_swapped() -> None:
     assert rewrite(model, "cuda").matches["BiasSplitGelu"] == 1
     [found] = evaluate(model, inputs)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [2, -1])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_two_projections_compute_the_same_bits(dtype: str, axis: int) -> None:
+    model = geglu(dtype, 32, axis=axis)
+    inputs = random_inputs(model, {"batch": 2})
+    [expected] = evaluate(model, inputs)
+    report = rewrite(model, "any")
+    assert report.matches == {"two projections": 1}
+    assert report.after == report.before + Counter(MatMul=1, Add=1) - Counter(Split=1)
+    weights = {tuple(weight.const_value.shape) for weight in model.graph.initializers.values()}
+    assert weights == {(6, 32), (32,), ()}
+    [found] = evaluate(model, inputs)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_split_of_another_axis_stays_one_projection() -> None:
+    with pytest.raises(RewriteError, match=r"two projections: 1 of 1"):
+        rewrite(geglu("float32", 32, axis=1), "any")
+
+
+def test_a_split_of_something_else_is_left_alone() -> None:
+    b = Builder("float32")
+    left, right = b.node("Split", b.input("x", "batch", 4, 6), outputs=2, axis=2, num_outputs=2)
+    report = rewrite(b.model(b.node("Mul", left, right)), "any")
+    assert report.after == report.before

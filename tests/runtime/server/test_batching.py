@@ -16,9 +16,9 @@ from PIL import Image
 
 from runtime.compositor import Compositor
 from runtime.request import Placement, Request, Sampling
-from runtime.server import batching
 from runtime.server.events import DeadlineError, Failed, Finished, Preview, Queued, StepDone
 from runtime.server.ticket import Ticket
+from runtime.server.workers import Workers
 from runtime.systems.anydoor import CONTROL, ID_ENCODER
 from tests.support.scheduling import PLACEMENT, TOLERANCE, Bench, request
 from tests.support.serving import BOX, PATIENCE, SCENE, object_array, scene_array, wait_until
@@ -161,13 +161,13 @@ def test_previews_approach_the_picture(bench: Bench) -> None:
 
 
 def test_a_preview_that_is_late_comes_before_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    preview = batching._Workers.preview
+    preview = Workers.preview
 
     def preview_after_the_picture(workers: object, ticket: Ticket, *arguments: Any) -> None:
         wait_until(lambda: ticket.encoded)
         preview(workers, ticket, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(batching._Workers, "preview", preview_after_the_picture)
+    monkeypatch.setattr(Workers, "preview", preview_after_the_picture)
     follower = bench.submit(request(steps=4), preview_every=2)
     assert isinstance(follower.end(), Finished)
     assert [type(event) for event in follower.events[-2:]] == [Preview, Finished]

@@ -1,0 +1,281 @@
+"""The thread that drives the engine: pictures join the batch, take their steps and leave.
+
+A CPU's engine has done its work when it returns; a card's has only put it into the card's stream. There a
+second thread waits for what comes out, in the order of the stream, while this one puts in the next step: at
+most one ahead of the step that the card is at, so that whoever joins or leaves does so at the next step but
+one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.cuda import OutOfDeviceMemoryError
+from engines.engine import DeviceTensor
+from runtime.compositor import Compositor
+from runtime.drawing import Drawn
+from runtime.sampling.running_batch import Sample, StepCall
+from runtime.server.events import EngineLostError, Failed, StepDone
+from runtime.server.queue import SharedQueue
+from runtime.server.ticket import Ticket
+from runtime.server.workers import Workers
+
+Observe = Callable[[float], object]
+"""Told a value that was measured."""
+
+_OLD_STEPS = 0.9
+"""Weight of the steps before in the mean time of a step."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of the batch that the engine was given."""
+
+    began: float
+    """`time.perf_counter()`."""
+    call: StepCall
+    """Its last call of the step graph."""
+    samples: int
+    """How many take it."""
+    of_tickets: Mapping[Ticket, int]
+    """Request -> its samples that take it."""
+    latent: DeviceTensor
+    """What it leaves, when it is taken."""
+
+
+class EngineThread:
+    """Lets pictures join the batch, takes its steps, and hands on what was drawn."""
+
+    def __init__(
+        self,
+        compositor: Compositor,
+        queue: SharedQueue,
+        workers: Workers,
+        max_batch: int,
+        is_static: bool,
+        on_samples: Observe | None,
+        on_seconds: Observe | None,
+    ) -> None:
+        """Starts; see `runtime.server.batching.Batcher`."""
+        self.loaded: Future[None] = Future()
+        self.lost: Future[EngineLostError] = Future()
+        self._compositor = compositor
+        self._engine = compositor.engine
+        self._is_card = compositor.engine.device != "cpu"
+        self._queue = queue
+        self._workers = workers
+        self._max_batch = max_batch
+        self._is_static = is_static
+        self._on_samples = on_samples
+        self._on_seconds = on_seconds
+        self._drawing = compositor.new_drawing()
+        self.most_in_a_call = min(max_batch, self._drawing.samples_per_call or max_batch)
+        """Most samples that share a call of the step graph."""
+        self._tickets: dict[Sample, Ticket] = {}
+        self._stopped = False
+        self._results = ThreadPoolExecutor(1, thread_name_prefix="results")
+        self._awaited = threading.Semaphore(1)
+        """Taken while a step is waited for."""
+        self._last_result = 0.0
+        """`time.perf_counter()` when the last result was there."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Waits until the steps that were begun are over, and takes no other."""
+        with self._queue.changed:
+            self._stopped = True
+            self._queue.changed.notify_all()
+        self._thread.join()
+        self._results.shutdown()
+
+    def _run(self) -> None:
+        try:
+            for _ in self._compositor.load_graphs():
+                pass
+            self.loaded.set_result(None)
+        except Exception as error:
+            self.loaded.set_exception(error)
+            return
+        while self._wait_for_work():
+            try:
+                self._admit()
+                if self._tickets:
+                    self._step()
+            except Exception as error:
+                # a fault of ours, as the batch isolates those of single samples: end what is running, go on
+                logger.exception("the batch failed")
+                for ticket in set(self._tickets.values()):
+                    self._fail(ticket, error)
+        self._tickets.clear()
+        self._drawing.running.clear()
+
+    def _wait_for_work(self) -> bool:
+        """Drops what nobody wants any more, and sleeps until there is a step to take; False when stopped."""
+        queue = self._queue
+        with queue.changed:
+            while True:
+                for ticket in list(queue.requests.tickets):
+                    if late := queue.missed(ticket):
+                        queue.end(ticket, Failed(late))
+                for sample, ticket in list(self._tickets.items()):
+                    if not ticket.open:
+                        del self._tickets[sample], self._drawing.running[sample]
+                if self._stopped or self.lost.done():
+                    return False
+                if self._tickets or any(ticket.waiting for ticket in queue.requests.tickets):
+                    return True
+                queue.changed.wait()
+
+    def _admit(self) -> None:
+        """Fills the free slots of the batch."""
+        if self._is_static and self._tickets:
+            return
+        while len(self._tickets) < self._max_batch:
+            with self._queue.changed:
+                taken = self._queue.requests.next()
+                if taken is None:
+                    return
+                ticket, image = taken
+                if ticket.starts == 1:
+                    seconds = image.job.watch.seconds
+                    busy = seconds.get("read", 0.0) + seconds.get("prepare", 0.0)
+                    image.job.watch.add("queue", max(time.monotonic() - ticket.accepted - busy, 0.0))
+                    self._queue.announce()
+            try:
+                self._tickets[self._drawing.start(image)] = ticket
+            except Exception as error:
+                self._fail(ticket, error)
+
+    def _step(self) -> None:
+        """Takes a step with every picture in the batch; hands on previews and what is drawn."""
+        for sample, ticket in self._tickets.items():
+            every = ticket.preview_every
+            # the picture itself comes after the last step
+            sample.wants_clean_latent = (
+                every > 0 and (sample.step + 1) % every == 0 and not sample.is_last_step
+            )
+        began = time.perf_counter()
+        samples = self._drawing.step()
+        self._follow(samples, began)
+        if any(sample.clean_latent is not None for sample in samples):
+            self._send_previews(samples)
+        for sample, drawn in self._drawing.finished(samples):
+            ticket, image = self._tickets.pop(sample), self._drawing.running.pop(sample)
+            ticket.running -= 1
+            self._when_done(self._deliver, ticket, drawn, self._workers.finish, image)
+        for sample in samples:
+            if sample.error:
+                self._fail(self._tickets[sample], sample.error)
+
+    def _send_previews(self, samples: Sequence[Sample]) -> None:
+        for sample, drawn in self._drawing.previews(samples):
+            ticket, image = self._tickets[sample], self._drawing.running[sample]
+            with self._queue.changed:
+                ticket.previews += 1
+            self._when_done(self._deliver, ticket, drawn, self._workers.preview, image.index, image.overlay())
+
+    # --- what comes out of the engine ---------------------------------------------------------------------
+
+    def _when_done(self, task: Callable[..., None], *arguments: object) -> None:
+        """Runs a task that waits for the device; on a card in the other thread, after those before it."""
+        if self._is_card:
+            self._results.submit(task, *arguments)
+        else:
+            task(*arguments)
+
+    def _follow(self, samples: Sequence[Sample], began: float) -> None:
+        """Has it told when a step is taken; waits until the step before is."""
+        taking = [sample for sample in samples if not sample.error]
+        if taking:
+            self._awaited.acquire()
+            of_tickets = Counter(self._tickets[sample] for sample in taking)
+            # a stream is through with a step when it is through with what was put in last
+            latent = taking[-1].latent.tensor
+            step = _Step(began, self._drawing.last_call, len(samples), of_tickets, latent)
+            self._when_done(self._await_step, step)
+
+    def _await_step(self, step: _Step) -> None:
+        try:
+            if self._is_card:
+                self._engine.to_host(step.latent)
+            self._note_step(step)
+        except Exception as error:
+            for ticket in step.of_tickets:
+                self._fail(ticket, error)
+        finally:
+            self._awaited.release()
+
+    def _note_step(self, step: _Step) -> None:
+        """Tells metrics and requests of a step that is taken."""
+        queue, free, now = self._queue, self._last_result, time.perf_counter()
+        # who notes the step before late makes this one look shorter, never longer
+        seconds, of_call = now - max(free, step.began), now - max(free, step.call.began)
+        self._last_result = now
+        of_one = seconds / self._max_batch
+        with queue.changed:
+            mean = queue.seconds_per_step or of_one
+            queue.seconds_per_step = _OLD_STEPS * mean + (1 - _OLD_STEPS) * of_one
+            if not self._is_card or (step.call.has_banks and step.call.samples == step.samples):
+                queue.fastest.note(step.call.guided, of_call)
+        if self._on_samples:
+            self._on_samples(step.samples)
+        if self._on_seconds:
+            self._on_seconds(seconds)
+        for ticket, count in step.of_tickets.items():
+            job = ticket.job
+            assert job is not None
+            job.watch.add("sample", seconds)
+            ticket.steps_done += count
+            queue.tell(ticket, StepDone(ticket.steps_done, job.total_steps))
+
+    def _deliver(self, ticket: Ticket, drawn: Drawn, task: Callable[..., None], *arguments: object) -> None:
+        """Gives a picture to the workers when it is there."""
+        try:
+            picture = drawn()
+            self._last_result = time.perf_counter()
+        except Exception as error:
+            self._fail(ticket, error)
+        else:
+            self._workers.run(ticket, task, *arguments, picture)
+
+    # --- failures -----------------------------------------------------------------------------------------
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        """Ends a request that the engine failed on; all of them, if no other will fare better."""
+        if self._engine_works():
+            self._queue.end(ticket, Failed(error))
+        else:
+            self._give_up(error)
+
+    def _engine_works(self) -> bool:
+        """Whether a number still gets to the device and back: after a fault, a card refuses everything."""
+        try:
+            number = self._engine.to_host(self._engine.to_device(np.ones(1, np.float32)))
+            return bool(number[0] == 1)
+        except OutOfDeviceMemoryError:
+            return True
+        except Exception:
+            return False
+
+    def _give_up(self, cause: Exception) -> None:
+        """Ends all requests, and accepts no other."""
+        with self._queue.changed:
+            if self.lost.done():
+                return
+            logger.error("the engine is lost", exc_info=cause)
+            error = EngineLostError()
+            self._queue.refusal = EngineLostError
+            for ticket in list(self._queue.requests.tickets):
+                self._queue.end(ticket, Failed(error))
+            self.lost.set_result(error)
