@@ -16,9 +16,8 @@ from engines.bundle import Bundle, file_record
 from engines.cuda import Device
 from engines.errors import AnyDoorError
 from engines.files import write_bytes
-from engines.manifest import GraphRecord, Manifest
+from engines.manifest import CUDA, GraphRecord, Manifest
 from engines.spec import GraphSpec, TensorSpec
-from export.options import CUDA
 from export.progress import Progress
 
 if TYPE_CHECKING:

@@ -53,8 +53,8 @@ def graph(path: Path) -> onnx.GraphProto:
 
 def test_the_graphs_are_those_of_a_build(tiny_skeleton: Path, tiny_bundle: Path) -> None:
     """Same operators in the same order, with weights of the same names and shapes."""
-    for built in tiny_bundle.glob("*.onnx"):
-        ours, theirs = graph(tiny_skeleton / built.name), graph(built)
+    for path in tiny_skeleton.glob("*.onnx"):
+        ours, theirs = graph(path), graph(tiny_bundle / path.name)
         assert [node.op_type for node in ours.node] == [node.op_type for node in theirs.node]
         weights = [{(w.name, *w.dims): w.data_type for w in g.initializer} for g in (ours, theirs)]
         assert weights[0] == weights[1]
@@ -68,9 +68,9 @@ def test_weights_are_left_out(tiny_skeleton: Path) -> None:
 
 def test_constants_are_kept(tiny_skeleton: Path, tiny_bundle: Path) -> None:
     """What is no weight has its value: shapes, scales, the frequencies of the time embedding."""
-    for built in tiny_bundle.glob("*.onnx"):
-        stored = {w.name: w for w in graph(tiny_skeleton / built.name).initializer}
-        for weight in onnx.load(built).graph.initializer:
+    for path in tiny_skeleton.glob("*.onnx"):
+        stored = {w.name: w for w in graph(path).initializer}
+        for weight in onnx.load(tiny_bundle / path.name).graph.initializer:
             ours = stored[weight.name]
             if ours.data_location != onnx.TensorProto.EXTERNAL:
                 np.testing.assert_array_equal(
