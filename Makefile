@@ -1,5 +1,6 @@
 # make demo   the main job, on a machine with Python and make alone
 # make test   formatter, linter, types, import rules, tests
+# make gpu    what only an NVIDIA card can show; ARGS=--help says how
 # make dev    .venv with every extra that installs here, for working on the project
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DEMO_BUNDLE := examples/anydoor-small
 DEMO_PICTURE := build/demo.png
 
-.PHONY: demo test dev check proto nightly format clean
+.PHONY: demo test gpu dev check proto nightly format clean
 
 demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
@@ -20,6 +21,10 @@ demo: $(VENV)/.lean
 
 test: $(VENV)/.dev check
 	$(BIN)/python -m pytest -n 2
+
+# needs nothing of this project installed: PYTHON is one that has onnxruntime-gpu
+gpu:
+	$(PYTHON) benchmarks/card.py $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

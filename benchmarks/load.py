@@ -11,158 +11,16 @@ deadline is lost. Rates are multiples of the rate of one request at a time, whic
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import grpc
-import numpy as np
-from tqdm import tqdm
 
 from benchmarks.support.bundle_option import add_bundle_option
 from benchmarks.support.machine import describe
+from benchmarks.support.open_load import BATCHING, LoadResult, LoadTest
 from benchmarks.support.results import require_writable, write_results
-from benchmarks.support.server_process import ServerProcess, request
 from engines.errors import AnyDoorError
-from runtime.rpc import compositor_pb2 as pb
-from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
-
-BATCHING = {
-    "one at a time": ("--max-batch=1",),
-    "static": ("--batching=static",),
-    "continuous": (),
-}
-"""Way of batching -> flags of the server."""
-_OPTIONS = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1)]
-_WARM_UP = 4
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """One request of the load."""
-
-    at: float
-    """Seconds after the start."""
-    message: pb.CompositeRequest
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a request."""
-
-    code: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class LoadResult:
-    """One line of the table: one way of batching at one rate."""
-
-    mode: str
-    load: float
-    """Rate as a multiple of that of one request at a time."""
-    rate: float
-    """Arrivals per second."""
-    goodput: float
-    """Pictures per second that were in time."""
-    p50: float
-    p95: float
-    p99: float
-    """Seconds, of those that were in time."""
-    refused: int
-    late: int
-    requests: int
-
-
-def arrivals(rate: float, seconds: float, steps: Sequence[int], seed: int) -> list[Arrival]:
-    """Draw Poisson arrivals; numbers of steps are uniformly distributed."""
-    source = np.random.default_rng(seed)
-    times = np.cumsum(source.exponential(1 / rate, int(rate * seconds * 2) + 10))
-    return [
-        Arrival(float(at), request(seed * 100_000 + index, int(source.choice(steps))))
-        for index, at in enumerate(times[times < seconds])
-    ]
-
-
-async def send(stub: Any, arrival: Arrival, start: float, deadline: float) -> Outcome:
-    """Wait for the arrival's time, then for the answer."""
-    await asyncio.sleep(start + arrival.at - time.monotonic())
-    begun = time.monotonic()
-    try:
-        await stub.Composite(arrival.message, timeout=deadline)
-    except grpc.aio.AioRpcError as error:
-        return Outcome(error.code().name, time.monotonic() - begun)
-    return Outcome("OK", time.monotonic() - begun)
-
-
-async def offer(address: str, load: Sequence[Arrival], deadline: float) -> list[Outcome]:
-    """Send all requests at their times."""
-    async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
-        stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
-        for seed in range(_WARM_UP):
-            await stub.Composite(request(seed, 2))
-        start = time.monotonic() + 0.1
-        return list(await asyncio.gather(*(send(stub, each, start, deadline) for each in load)))
-
-
-def summarize(
-    mode: str, load: float, rate: float, seconds: float, deadline: float, outcomes: Sequence[Outcome]
-) -> LoadResult:
-    """Return the figures of one run."""
-    done = [outcome.seconds for outcome in outcomes if outcome.code == "OK"]
-    p50, p95, p99 = np.percentile(done, (50, 95, 99)) if done else (deadline,) * 3
-    codes = [outcome.code for outcome in outcomes]
-    return LoadResult(
-        mode=mode,
-        load=load,
-        rate=rate,
-        # includes requests that arrived before the end and were finished after it
-        goodput=len(done) / max(seconds, 1e-9),
-        p50=float(p50),
-        p95=float(p95),
-        p99=float(p99),
-        refused=codes.count("RESOURCE_EXHAUSTED"),
-        late=codes.count("DEADLINE_EXCEEDED"),
-        requests=len(outcomes),
-    )
-
-
-async def service_seconds(address: str, steps: Sequence[int], count: int = 8) -> float:
-    """Return the mean time of a request that is alone."""
-    load = [Arrival(0.0, request(900 + index, steps[index % len(steps)])) for index in range(count)]
-    async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
-        stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
-        for seed in range(_WARM_UP):
-            await stub.Composite(request(seed, 2))
-        begun = time.monotonic()
-        for each in load:
-            await stub.Composite(each.message)
-        return (time.monotonic() - begun) / count
-
-
-def measure(options: argparse.Namespace) -> tuple[float, float, list[LoadResult]]:
-    """Return seconds of a request that is alone, the deadline, and all rows."""
-    flags = [f"--queue={options.queue}", *options.serve]
-    with ServerProcess(options.bundle, *flags, *BATCHING["one at a time"]) as server:
-        alone = asyncio.run(service_seconds(server.address, options.steps))
-    deadline = options.deadline * alone
-    rows = []
-    with tqdm(total=len(BATCHING) * len(options.loads), unit="run", disable=options.quiet) as bar:
-        for load in options.loads:
-            rate = load / alone
-            seconds = options.requests / rate
-            sent = arrivals(rate, seconds, options.steps, options.seed)
-            for mode, mode_flags in BATCHING.items():
-                bar.set_description(f"{mode}, {rate:.2f}/s")
-                with ServerProcess(options.bundle, *flags, *mode_flags) as server:
-                    outcomes = asyncio.run(offer(server.address, sent, deadline))
-                rows.append(summarize(mode, load, rate, seconds, deadline, outcomes))
-                bar.update()
-    return alone, deadline, rows
 
 
 def table(rows: Sequence[LoadResult]) -> str:
@@ -245,22 +103,47 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def measure(test: LoadTest, quiet: bool) -> list[LoadResult]:
+    """Return all rows, with a progress bar."""
+    from tqdm import tqdm
+
+    rows = []
+    with tqdm(total=len(BATCHING) * len(test.loads), unit="run", disable=quiet or None) as bar:
+        for row in test.rows():
+            rows.append(row)
+            bar.set_description(f"{row.mode}, {row.rate:.2f}/s")
+            bar.update()
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, write the plot and a results file beside it; returns 0 or 2."""
     options = parser().parse_args(arguments)
+    test = LoadTest(
+        bundle=options.bundle,
+        loads=options.loads,
+        steps=options.steps,
+        deadline_factor=options.deadline,
+        requests=options.requests,
+        seed=options.seed,
+        flags=[f"--queue={options.queue}", *options.serve],
+    )
     try:
         require_writable(options.output)
-        alone, deadline, rows = measure(options)
+        rows = measure(test, options.quiet)
     except AnyDoorError as error:
         print(f"load.py: {error}", file=sys.stderr)
         return 2
-    print(f"one request alone: {alone:.3f} s; deadline {deadline:.2f} s; steps drawn from {options.steps}")
+    print(
+        f"one request alone: {test.alone:.3f} s; deadline {test.deadline:.2f} s; "
+        f"steps drawn from {options.steps}"
+    )
     print(table(rows))
-    plot(rows, deadline, options.output)
+    plot(rows, test.deadline, options.output)
     results = {
         "machine": describe(),
-        "alone": alone,
-        "deadline": deadline,
+        "alone": test.alone,
+        "deadline": test.deadline,
         "rows": [asdict(row) for row in rows],
     }
     write_results(options.output.with_suffix(".json"), results)

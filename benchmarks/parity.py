@@ -40,9 +40,9 @@ def compare(options: argparse.Namespace) -> list[Check]:
         return checks
     bundle = options.bundle or bundle_of(options, options.precision)
     compositor = Compositor.load(bundle, engine_options(options))
-    # elsewhere than on a terminal, the rows say how far it is
+    # a bar in a log is thousands of control characters
     with tqdm(unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
-        comparisons = [RunComparison(run, compositor, bar) for run in runs]
+        comparisons = [RunComparison(run, compositor, bar.update) for run in runs]
         bar.total = sum(comparison.steps() for comparison in comparisons)
         for comparison in comparisons:
             bar.set_description(comparison.run.label)

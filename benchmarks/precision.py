@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.support.case_options import add_case_options, bundle_of, read_runs
+from benchmarks.support.checks import TOLERANCES
 from benchmarks.support.comparison import Networks
 from benchmarks.support.golden import Array, GoldenRun
 from benchmarks.support.graphs import GRAPHS
@@ -32,8 +33,6 @@ from engines.errors import AnyDoorError
 from engines.options import EngineOptions
 from runtime import Compositor
 
-TOKENS_TOLERANCE = 5e-3
-LATENT_TOLERANCE = 2e-2
 PICTURE_PSNR = 40.0
 HEADROOM = 8.0
 """Least factor between the largest magnitude of any result and the largest number of FP16."""
@@ -55,9 +54,8 @@ class RunError:
     @property
     def passed(self) -> bool:
         """Whether all are within tolerance; False if one is NaN."""
-        return (
-            self.tokens <= TOKENS_TOLERANCE and self.latent <= LATENT_TOLERANCE and self.psnr >= PICTURE_PSNR
-        )
+        most = TOLERANCES["fp16"]
+        return self.tokens <= most.tokens and self.latent <= most.latents and self.psnr >= PICTURE_PSNR
 
     def row(self) -> str:
         """Format the line as it is printed."""
@@ -126,7 +124,7 @@ def compare_run(
 def _run_networks(
     run: GoldenRun, compositor: Compositor, progress: tqdm[Any], steps: int | None
 ) -> tuple[Array, Array, Array]:
-    networks = Networks(run, compositor, progress)
+    networks = Networks(run, compositor, progress.update)
     tokens = networks.id_tokens()
     *_, latent = networks.latents(tokens, networks.sampling(_timesteps(run, steps)))
     picture = networks.decode(latent, "image")

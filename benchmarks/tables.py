@@ -14,46 +14,20 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from benchmarks.support.markdown import Cell, Json, amount, number, percent, table
 from benchmarks.support.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
-
-Json = dict[str, Any]
-Cell = Callable[[Json], str]
-"""Writes a cell of a table from a row of results."""
 
 _BLOCK = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 _SAMPLES, _BATCH = "samples of one placement", "different placements at once"
 _BACKENDS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "": "PyTorch, eager"}
 _PRECISIONS = {"fp32": "FP32", "bf16": "BF16"}
 _METHODS = {"AnyDoor": "**the example model**"}
-
-
-def table(rows: Iterable[Json], columns: Mapping[str, Cell]) -> str:
-    """Renders a Markdown table: a line per row, a column per header and what writes its cell."""
-    lines = [list(columns), ["---"] * len(columns)]
-    lines += [[cell(row) for cell in columns.values()] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Renders a number, or nothing where it was not measured."""
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def amount(value: float | None) -> str:
-    """Renders seconds or gigabytes with about three significant digits."""
-    return "" if value is None else number(value, 0 if value >= 100 else 1 if value >= 1 else 2)
-
-
-def percent(value: float | None) -> str:
-    """Renders a share, 0..1, as a percentage."""
-    return "" if value is None else f"{100 * value:.0f} %"
 
 
 def machine(results: Json) -> str:

@@ -118,9 +118,18 @@ def _build_beside(
     return manifest
 
 
-def _check(output: Path, options: BuildOptions) -> None:
+def check_output(output: Path) -> None:
+    """Refuses to replace a directory that is no bundle.
+
+    Raises:
+        AnyDoorError: other things are in it.
+    """
     if output.exists() and not (output / MANIFEST).is_file() and any(output.iterdir()):
         raise AnyDoorError(f"'{output}' is a directory with other things in it: give another --output")
+
+
+def _check(output: Path, options: BuildOptions) -> None:
+    check_output(output)
     if options.backend != ONNX:
         # before an export of minutes
         check_targets(load_library(options.backend), options.targets)

@@ -20,7 +20,7 @@ try:
     from engines.bundle import Bundle
     from engines.errors import AnyDoorError
     from engines.manifest import Manifest
-    from export.build import best_backend, build_bundle, build_plan_bundle, default_targets
+    from export.build import best_backend, build_bundle, build_plan_bundle, check_output, default_targets
     from export.options import BACKENDS, ONNX, PRECISIONS, BuildOptions
     from export.progress import Progress
     from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS
@@ -43,6 +43,7 @@ anydoor build anydoor.safetensors --backend tensorrt_rtx --targets sm89,sm120
 anydoor build build/engines/half --backend tensorrt --output build/engines/orin
 anydoor build small.safetensors --unet-head-width 8 --dino-heads 6
 anydoor build small.safetensors --default guidance_scale=2 --default mode=keep_background
+anydoor build --skeleton --precision fp16 --targets cuda
 """
 
 _PARAMETERS = (*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS)
@@ -50,14 +51,25 @@ _PARAMETERS = (*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS)
 _OF_THE_CHECKPOINT = ("precision", "resolution", "unet_head_width", "dino_heads", "default")
 """Options that a bundle of ONNX graphs has decided already."""
 
+_OF_ITS_NETWORK = ("unet_head_width", "dino_heads", "default")
+"""Options that a skeleton has decided already."""
+
+_SKELETON = Path("build/card/full")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument(
         "source",
         type=Path,
+        nargs="?",
         metavar="CKPT",
         help=".safetensors, .ckpt or .pth file; or a bundle of ONNX graphs, to build plans without PyTorch",
+    )
+    parser.add_argument(
+        "--skeleton",
+        action="store_true",
+        help=f"instead of CKPT: the published network without weights, 2 MB (default output: {_SKELETON})",
     )
     parser.add_argument(
         "--output",
@@ -144,6 +156,10 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     Raises:
         AnyDoorError: it cannot be built; says why.
     """
+    if options.skeleton:
+        return _build_skeleton(options)
+    if options.source is None:
+        raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
     build = build_options(options)
     if options.source.is_dir():
         for name in _OF_THE_CHECKPOINT:
@@ -168,6 +184,34 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         ) from error
     output = options.output or Path("build/engines") / options.source.stem
     return output, build_bundle(source, output, build, Progress(quiet=options.quiet))
+
+
+def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:
+    """Builds the published network without weights.
+
+    Raises:
+        AnyDoorError: other options do not go with it, or PyTorch is not installed.
+    """
+    if options.source is not None:
+        raise AnyDoorError(f"--skeleton has no weights: give it or '{options.source}', not both")
+    if options.backend not in ("auto", ONNX):
+        raise AnyDoorError(f"--skeleton makes ONNX graphs: it goes with --backend {ONNX}")
+    for name in _OF_ITS_NETWORK:
+        if getattr(options, name) is not None:
+            raise AnyDoorError(f"--{name.replace('_', '-')} goes with a checkpoint, not with --skeleton")
+    options.backend = ONNX
+    build, output = build_options(options), options.output or _SKELETON
+    check_output(output)
+    try:
+        from export.skeleton import build_skeleton
+        from export.systems import published_source
+
+        source = published_source(build.precision)
+    except ModuleNotFoundError as error:
+        raise AnyDoorError(
+            f"--skeleton needs PyTorch, and '{error.name}' is not installed: pip install '.[export]'"
+        ) from error
+    return output, build_skeleton(source, output, build, Progress(quiet=options.quiet))
 
 
 def build_options(options: argparse.Namespace) -> BuildOptions:
@@ -198,9 +242,9 @@ def summary(manifest: Manifest) -> str:
     ]
     for name, graph in manifest.graphs.items():
         scratch = f"{max(graph.scratch_bytes.values(), default=0) / 1e6:.1f}"
-        error = max(graph.error.values())
+        error = f"{max(graph.error.values()):.1e}" if graph.error else "-"
         sizes = f"{graph.nbytes / 1e6:>8.1f} {scratch:>11}"
-        lines.append(f"{name:<12} {sizes} {graph.build_seconds:>8.1f} {error:>22.1e}")
+        lines.append(f"{name:<12} {sizes} {graph.build_seconds:>8.1f} {error:>22}")
     return "\n".join(lines)
 
 

@@ -1,39 +1,62 @@
-"""Seeded noise in place of weights: what a skeleton is filled with where it runs.
+"""Seeded noise in place of weights: what a skeleton is filled with where it runs. Needs NumPy alone.
 
-Every tensor is scaled by what reads it, so that numbers stay of an ordinary size all through the network.
 What the network draws means nothing.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import zlib
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, external_data_helper, helper
 
-from engines.bundle import sha256
+from engines.errors import BundleError
 from engines.files import replacing, write_text
 from engines.manifest import MANIFEST, FileRecord, GraphRecord, Manifest, read_manifest
+from engines.verified import FileState
+
+RECIPE = "noise.json"
+"""File of a skeleton: graph -> its weights, each a `NoisyWeight`."""
 
 _PERIOD = 1_000_003
 """Numbers that are drawn and then repeated; a prime, so that no two rows of a weight are the same."""
 
-_GAIN = 0.7
-"""Standard deviation of a projection's results for inputs of 1: residual blocks add up."""
 
-_SCALES = {
-    "GroupNorm": 1,
-    "InstanceNormalization": 1,
-    "LayerNormalization": 1,
-    "Mul": None,
-}
-"""Operator -> which of its inputs is multiplied with data; None is any."""
+@dataclass(frozen=True)
+class NoisyWeight:
+    """A weight that is left out: where it belongs in the file, and how its values are distributed."""
+
+    name: str
+    offset: int
+    """Bytes before it."""
+    count: int
+    """Of values."""
+    dtype: str
+    mean: float
+    deviation: float
+
+
+def write_recipe(bundle: Path, weights: Mapping[str, Sequence[NoisyWeight]]) -> None:
+    """Writes what `fill` needs.
+
+    Args:
+        bundle: a directory.
+        weights: graph -> its weights.
+    """
+    content = {graph: [list(asdict(weight).values()) for weight in of] for graph, of in weights.items()}
+    write_text(bundle / RECIPE, json.dumps(content) + "\n")
+
+
+def is_filled(bundle: Path) -> bool:
+    """Whether all files that the manifest of a bundle names are there and have their hashes."""
+    records = [file for graph in read_manifest(bundle / MANIFEST).graphs.values() for file in graph.files]
+    return all(record.sha256 and (bundle / record.path).is_file() for record in records)
 
 
 def fill(bundle: Path, seed: int = 0) -> Manifest:
@@ -42,67 +65,51 @@ def fill(bundle: Path, seed: int = 0) -> Manifest:
     Args:
         bundle: a directory that `build_skeleton` wrote.
         seed: of the noise. A weight depends on it and on the weight's name alone.
+
+    Raises:
+        BundleError: the directory is no skeleton.
     """
     manifest = read_manifest(bundle / MANIFEST)
+    try:
+        recipe = json.loads((bundle / RECIPE).read_text("utf-8"))
+        weights = {graph: [NoisyWeight(*weight) for weight in recipe[graph]] for graph in manifest.graphs}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BundleError(
+            f"'{bundle}' is no skeleton: its {RECIPE} is missing or damaged; make it again with "
+            "'anydoor build --skeleton'"
+        ) from error
     noise = np.random.default_rng(seed).standard_normal(_PERIOD, dtype=np.float32)
-    graphs = {name: _fill_graph(bundle, record, noise) for name, record in manifest.graphs.items()}
+    graphs = {
+        name: _fill_graph(bundle, record, weights[name], noise) for name, record in manifest.graphs.items()
+    }
     manifest = replace(manifest, graphs=graphs)
     write_text(bundle / MANIFEST, manifest.to_json())
     return manifest
 
 
-def _fill_graph(bundle: Path, record: GraphRecord, noise: NDArray[np.float32]) -> GraphRecord:
+def _fill_graph(
+    bundle: Path, record: GraphRecord, weights: Sequence[NoisyWeight], noise: NDArray[np.float32]
+) -> GraphRecord:
     graph_file, data_file = record.files
-    graph = onnx.load(bundle / graph_file.path, load_external_data=False).graph
-    readers = _readers(graph)
-    weights = [w for w in graph.initializer if external_data_helper.uses_external_data(w)]
     path = bundle / data_file.path
+    digest = hashlib.sha256()
     with replacing(path) as partial, partial.open("wb") as file:
-        for weight in sorted(weights, key=_offset):
-            file.seek(_offset(weight))
-            file.write(_draw(weight, *readers[weight.name], noise).tobytes())
-    data = FileRecord(data_file.path, path.stat().st_size, sha256(path))
+        for weight in sorted(weights, key=lambda weight: weight.offset):
+            assert weight.offset == file.tell()
+            for piece in _pieces(weight, noise):
+                file.write(piece.data)
+                digest.update(piece.data)
+    data = FileRecord(data_file.path, path.stat().st_size, digest.hexdigest())
+    # the hash was computed of what was written: the engine need not read it again
+    FileState.of(path, data.sha256).remember()
     return replace(record, files=(graph_file, data))
 
 
-def _readers(graph: onnx.GraphProto) -> dict[str, tuple[onnx.NodeProto, int]]:
-    """Weight -> the first node that reads it, beyond a Cast, and as which input."""
-    readers: dict[str, tuple[onnx.NodeProto, int]] = {}
-    for node in graph.node:
-        for index, name in enumerate(node.input):
-            readers.setdefault(name, (node, index))
-    for name, (node, _) in list(readers.items()):
-        if node.op_type == "Cast" and node.output[0] in readers:
-            readers[name] = readers[node.output[0]]
-    return readers
-
-
-def _offset(weight: TensorProto) -> int:
-    return int(external_data_helper.ExternalDataInfo(weight).offset or 0)
-
-
-def _draw(
-    weight: TensorProto, reader: onnx.NodeProto, index: int, noise: NDArray[np.float32]
-) -> NDArray[Any]:
-    """The values of a weight."""
-    count, dtype = math.prod(weight.dims), helper.tensor_dtype_to_np_dtype(weight.data_type)
+def _pieces(weight: NoisyWeight, noise: NDArray[np.float32]) -> list[NDArray[Any]]:
+    """The values of a weight: a stretch of noise, and its beginning as often as is needed."""
     start = zlib.crc32(weight.name.encode()) % _PERIOD
-    values = np.resize(np.roll(noise, -start), count)
-    mean, deviation = _distribution(list(weight.dims), reader, index)
-    scaled: NDArray[np.float32] = values * np.float32(deviation) + np.float32(mean)
-    return scaled.astype(dtype)
-
-
-def _distribution(shape: list[int], reader: onnx.NodeProto, index: int) -> tuple[float, float]:
-    """Mean and standard deviation of a weight that is an input of a node."""
-    kind = reader.op_type
-    if kind in ("Conv", "NhwcConv") and index == 1:
-        return 0.0, _GAIN / math.sqrt(math.prod(shape[1:]))
-    if kind == "MatMul":
-        return 0.0, _GAIN / math.sqrt(shape[-2])
-    if kind == "Gemm" and index == 1:
-        transposed = any(attribute.name == "transB" and attribute.i for attribute in reader.attribute)
-        return 0.0, _GAIN / math.sqrt(shape[1 if transposed else 0])
-    if kind in _SCALES and _SCALES[kind] in (None, index):
-        return 1.0, 0.1
-    return 0.0, 0.05
+    stretch = np.roll(noise, -start)[: weight.count]
+    scaled = stretch * np.float32(weight.deviation) + np.float32(weight.mean)
+    values = scaled.astype(weight.dtype)
+    whole, rest = divmod(weight.count, len(values))
+    return [values] * whole + ([values[:rest]] if rest else [])

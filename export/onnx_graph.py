@@ -1,4 +1,4 @@
-"""One graph: example inputs for it, and its export to ONNX."""
+"""One graph and its export to ONNX."""
 
 from __future__ import annotations
 
@@ -7,49 +7,17 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-from engines.engine import Array
-from engines.spec import ROWS, SAMPLES, GraphSpec, TensorSpec
+from engines.spec import GraphSpec
+from export.example_inputs import example_inputs
 from export.rewrite.rewriting import rewrite
-from export.systems.system import Draw
 
 OPSET = 18
-
-TRAIN_TIMESTEPS = 1000
-
-
-def example_inputs(
-    spec: GraphSpec, sizes: Mapping[str, int], seed: int = 0, examples: Mapping[str, Draw] | None = None
-) -> dict[str, Array]:
-    """Seeded inputs: timesteps in 0..999, indices of rows that exist, the rest normal.
-
-    Args:
-        spec: signature of the graph.
-        sizes: variable dimension -> its size.
-        seed: of the random numbers.
-        examples: input -> how to draw it instead.
-    """
-    rng = np.random.default_rng(seed)
-    rows = {"conditional_row": ROWS, "unconditional_row": ROWS, "row_sample": SAMPLES}
-    rows |= {bank.index: str(spec.tensor(bank.tensors[0]).shape[0]) for bank in spec.banks}
-
-    def draw(tensor: TensorSpec) -> Array:
-        shape = tensor.resolve(sizes)
-        if examples and tensor.name in examples:
-            return examples[tensor.name](rng, shape)
-        if tensor.name in rows and tensor.dtype == "int32":
-            return (np.arange(shape[0]) % sizes[rows[tensor.name]]).astype(np.int32)
-        if tensor.name == "timestep":
-            return rng.integers(0, TRAIN_TIMESTEPS, shape).astype(np.float32)
-        return rng.standard_normal(shape, dtype=np.float32).astype(tensor.dtype)
-
-    return {tensor.name: draw(tensor) for tensor in spec.inputs}
 
 
 def export_onnx(

@@ -1,7 +1,8 @@
 """Bundles without weights, about a megabyte at full size: graphs and manifest as a build would write them.
 
 The network that they are exported from has parameters that take no memory. Operators can be counted in a
-skeleton, and it is a small thing to move to another machine, where `export.noise` gives it weights.
+skeleton, and it is a small thing to move to another machine, where `export.noise` gives it weights. For that
+it has a file more than a bundle: how the noise of each weight is distributed.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from engines.bundle import CONSTANTS, file_record
 from engines.engine import Array, Engine
 from engines.files import replacing
 from engines.manifest import MANIFEST, FileRecord, GraphRecord, Manifest
+from export.noise import write_recipe
+from export.noise_recipe import noise_recipe
 from export.onnx_bundle import empty_manifest
 from export.onnx_graph import trace
 from export.options import BuildOptions
 from export.precision import TORCH_DTYPES
+from export.progress import Progress
 from export.rewrite.rewriting import rewrite
 from export.scratch import scratch_bytes
 from export.systems.system import ExportSource, GraphExport
@@ -38,26 +42,36 @@ _MARKS = [float(mark) for mark in np.arange(0x3000, 0x4400, dtype=np.uint16).vie
 constants."""
 
 
-def build_skeleton(source: ExportSource, output: Path, options: BuildOptions) -> Manifest:
+def build_skeleton(
+    source: ExportSource, output: Path, options: BuildOptions, progress: Progress | None = None
+) -> Manifest:
     """Builds a bundle of ONNX graphs whose weights are left out.
 
     Args:
         source: a network; `AnyDoorSource.without_weights` makes one that takes no memory.
         output: directory of the bundle; what is there is replaced.
         options: precision, resolution, batch and target.
+        progress: told of every graph; a bar on the terminal if None.
 
     Returns:
         The manifest. It names the missing files with their sizes and with empty hashes.
 
     Raises:
+        AnyDoorError: the network cannot make pictures of this size.
         RewriteError: a graph has a pattern that no rule for the target recognised.
     """
+    source.check_resolution(options.resolution)
+    graphs = source.graphs(options.resolution, options.precision)
     manifest = empty_manifest(source, options, checkpoint={})
-    with replacing(output) as folder:
+    with replacing(output) as folder, progress or Progress() as shown:
+        shown.steps = len(graphs)
         folder.mkdir()
-        for graph in source.graphs(options.resolution, options.precision):
+        for graph in graphs:
+            shown.step(f"{graph.spec.name}: exporting")
             record = _build_graph(graph, folder, manifest)
             manifest = replace(manifest, graphs={**manifest.graphs, graph.spec.name: record})
+        recipes = {name: noise_recipe(folder / of.files[0].path) for name, of in manifest.graphs.items()}
+        write_recipe(folder, recipes)
         constants: dict[str, Any] = {**source.constants(cast(Engine, _NoiseEngine(manifest)))}
         np.savez(folder / CONSTANTS, **constants)
         manifest = replace(manifest, constants=file_record(folder, CONSTANTS))

@@ -9,7 +9,7 @@ from torch import nn
 from engines.engine import Array, Engine
 from engines.errors import AnyDoorError
 from engines.manifest import Manifest
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from export.systems.system import GraphExport
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.support.contenders import HOST, LOAD, PASTE_BACK, PREPROCESSING, Run
-from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
+from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER, ROW_INPUTS
 from engines.engine import Engine
 from runtime.request import Placement, Request, Sampling
 from runtime.result import Composite
@@ -21,13 +21,15 @@ _SAMPLING_LOAD = "load while sampling"
 
 
 class GraphTimer:
-    """An engine's observer that adds up the seconds of loading and of each graph's runs."""
+    """An engine's observer that adds up the seconds of loading, and seconds and rows of each graph's runs."""
 
     def __init__(self, engine: Engine) -> None:
         self.wait = engine.device == "cpu"
         """Whether to wait until a run is done; on a card, calls return before that."""
         self.seconds: dict[str, float] = {}
         """Graph -> seconds of its runs; and of loading graphs, in all and while sampling."""
+        self.rows: dict[str, int] = {}
+        """Graph -> rows that its runs evaluated."""
         self._engine = engine
         self._inside = 0.0
         """Seconds of the observations inside the current one."""
@@ -38,6 +40,11 @@ class GraphTimer:
         before, self._inside = self._inside, 0.0
         started = time.perf_counter()
         yield
+        if action == "run":
+            # an engine that takes several steps at once is given the values of all of them
+            per_row = ROW_INPUTS.get(graph, "")
+            rows = int(np.size(inputs[per_row])) if per_row in inputs else 1
+            self.rows[graph] = self.rows.get(graph, 0) + rows
         if action == "run" and self.wait and self._engine.device != "cpu":
             # a copy to the host waits for all work before it
             self._engine.to_host(self._engine.to_device(np.zeros(1, np.float32)))
@@ -80,11 +87,20 @@ class AnyDoorPipeline:
     def synchronous(self, wait: bool) -> None:
         self._timer.wait = wait
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """See `Pipeline.rows`."""
+        return self._timer.rows
+
+    def clear(self) -> None:
+        """Drop what is kept for later pictures."""
+        self._compositor.clear()
+
     def run(
         self, scene: Any, placements: Sequence[Placement], noise: NDArray[np.float32], sampling: Sampling
     ) -> list[Composite]:
         """Composite; see `benchmarks.support.pytorch_pipeline.PyTorchPipeline.run`."""
-        self._timer.seconds = {}
+        self._timer.seconds, self._timer.rows = {}, {}
         if len(placements) == 1:
             results = self._compositor.run(Request(scene, placements, None, sampling, len(noise), noise))
         else:

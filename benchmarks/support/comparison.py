@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from benchmarks.support import checks
 from benchmarks.support.checks import Check, at_least, exact, pixels, relative
@@ -29,6 +27,9 @@ from runtime.sampling.conditions import BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps
 from runtime.sampling.running_batch import StepOfSample, guided_steps, step_inputs
 from runtime.systems.anydoor import AnyDoor, AnyDoorConditions
+
+Advance = Callable[[], object]
+"""Called after every sampling step."""
 
 
 class Preprocessing:
@@ -79,16 +80,16 @@ class Preprocessing:
 class Networks:
     """The networks' stages, each fed with the recorded inputs: reference, hint and noise."""
 
-    def __init__(self, run: GoldenRun, compositor: Compositor, progress: tqdm[Any]) -> None:
+    def __init__(self, run: GoldenRun, compositor: Compositor, advance: Advance) -> None:
         self._run = run
         assert isinstance(compositor.system, AnyDoor)
         self._engine = compositor.engine
         self._step = compositor.bundle.manifest.step
-        self._tolerances = checks.tolerances(compositor.bundle.manifest.precision)
         self._defaults = compositor.defaults
         self._cache = compositor.system.cache
+        self._tolerances = checks.TOLERANCES[compositor.bundle.manifest.precision]
         self._alphas_cumprod = compositor.bundle.constants()["alphas_cumprod"]
-        self._progress = progress
+        self._advance = advance
 
     def id_tokens(self) -> NDArray[np.float32]:
         """Return ID tokens (2, T, D): of the recorded reference, and the unconditional ones."""
@@ -126,7 +127,7 @@ class Networks:
         conditions = AnyDoorConditions(BankRows({"tokens": tokens}, 0, len(tokens) - 1, on_host=True), maps)
         start = self._run.arrays["x_T"].astype(np.float32)
         for latent in sample(self._engine, self._step, conditions, schedule, sampling, start):
-            self._progress.update()
+            self._advance()
             yield self._engine.to_host(latent)
 
     def compare_tokens(self, tokens: NDArray[np.float32]) -> Iterator[Check]:
@@ -142,13 +143,10 @@ class Networks:
         if not recorded and not self._run.has("ctl_first8"):
             return
         # in half precision, sums overflow
-        maps = self._first_detail_maps(tokens).values()
-        found = [tensor[:1].astype(np.float32) for tensor in maps]
+        found = [tensor[:1].astype(np.float32) for tensor in self._first_detail_maps(tokens).values()]
         for index, expected in enumerate(recorded):
-            half = expected.dtype == np.float16
-            tolerance = self._tolerances.detail_maps
-            if half:
-                tolerance = max(tolerance, checks.DETAIL_MAPS_RECORDED_IN_FP16)
+            # what was recorded in half precision is no more exact than that
+            tolerance = max(self._tolerances.detail_maps, 1e-3 if expected.dtype == np.float16 else 0)
             yield relative(self._run.label, f"detail map {index}", found[index], expected, tolerance)
         if self._run.has("ctl_first8", "ctl_std") and not recorded:
             first = np.stack([tensor.ravel()[:8] for tensor in found])
@@ -205,7 +203,7 @@ class Networks:
             if self._run.has(name):
                 decoded = self.decode(last, "decoded")[:, :, region, region]
                 value = psnr(decoded, self._run.arrays[name], peak=2)
-                yield at_least(self._run.label, name, value, self._tolerances.decoded, "dB")
+                yield at_least(self._run.label, name, value, self._tolerances.decoded_psnr, "dB")
 
     def _first_detail_maps(self, tokens: NDArray[np.float32]) -> dict[str, Array]:
         """Detail maps of the first step, conditional and unconditional."""
@@ -226,13 +224,13 @@ class Networks:
 class RunComparison:
     """Compares one recorded run with the runtime, from its pictures to the composite."""
 
-    def __init__(self, run: GoldenRun, compositor: Compositor, progress: tqdm[Any]) -> None:
+    def __init__(self, run: GoldenRun, compositor: Compositor, advance: Advance) -> None:
         self.run = run
         self._compositor = compositor
-        self._progress = progress
-        self._tolerances = checks.tolerances(compositor.bundle.manifest.precision)
+        self._tolerances = checks.TOLERANCES[compositor.bundle.manifest.precision]
+        self._advance = advance
         self._preprocessing = Preprocessing(run, compositor.bundle.manifest.resolution)
-        self._networks = Networks(run, compositor, progress)
+        self._networks = Networks(run, compositor, advance)
 
     def checks(self) -> Iterator[Check]:
         """Yield all checks that the recording allows, in the order of the pipeline."""
@@ -277,7 +275,7 @@ class RunComparison:
         close = np.abs(composite.astype(int) - self.run.arrays["composite"].astype(int)).max(axis=-1) <= 1
         share = float(close.mean())
         return at_least(
-            self.run.label, "composite, networks only", share, self._tolerances.composite, "within 1"
+            self.run.label, "composite, networks only", share, self._tolerances.composite_share, "within 1"
         )
 
     def _end_to_end(self) -> Iterator[Check]:
@@ -285,7 +283,7 @@ class RunComparison:
         composite, expected = self._composite(), self.run.arrays["composite"]
         slices = self._preprocessing.region.slices
         value = psnr(composite[slices], expected[slices], peak=255)
-        yield at_least(self.run.label, "composite, end to end", value, checks.COMPOSITE_PSNR, "dB")
+        yield at_least(self.run.label, "composite, end to end", value, self._tolerances.composite_psnr, "dB")
         differing = (composite != expected).any(axis=-1)
         differing[slices] = False
         yield exact(self.run.label, "unchanged, differing", int(np.count_nonzero(differing)), 0)
@@ -303,7 +301,7 @@ class RunComparison:
         )
         noise = arrays["x_T"].astype(np.float32)
         request = Request(arrays["tar_image"], [placement], 0, self._networks.sampling(), 1, noise)
-        return self._compositor.run(request, lambda done, total: self._progress.update())[0].image
+        return self._compositor.run(request, lambda done, total: self._advance())[0].image
 
 
 def compare_hf_maps(path: Path) -> Iterator[Check]:

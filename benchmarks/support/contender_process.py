@@ -35,6 +35,7 @@ from benchmarks.support.contenders import (
 from benchmarks.support.machine import peak_memory_gb, reset_peak_memory
 from engines.errors import AnyDoorError
 from runtime.diffusion.ddim import ddim_timesteps
+from runtime.diffusion.presets import QUALITIES
 from runtime.request import Placement, Sampling
 from runtime.result import Composite
 
@@ -50,6 +51,10 @@ class Pipeline(Protocol):
     synchronous: bool
     """Whether to wait for every stage, to measure each."""
 
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Graph -> rows that the last run evaluated; empty for PyTorch."""
+
     def run(
         self, scene: Any, placements: Sequence[Placement], noise: NDArray[np.float32], sampling: Sampling
     ) -> list[Composite]:
@@ -63,14 +68,12 @@ def open_pipeline(run: Run) -> Pipeline:
         return AnyDoorPipeline(run)
     import torch
 
-    from benchmarks.support.pytorch_pipeline import PyTorchPipeline
+    from benchmarks.support.pytorch_pipeline import PyTorchPipeline, noise_checkpoint
 
     torch.set_num_threads(run.threads)
-    assert run.checkpoint is not None
-    resolution = run.workload.resolution
-    return PyTorchPipeline(
-        run.checkpoint, resolution, contender.device, contender.precision, contender.compiled
-    )
+    device, precision = contender.device, contender.precision
+    checkpoint = run.checkpoint or noise_checkpoint(Path(contender.bundle), device, precision)
+    return PyTorchPipeline(checkpoint, run.workload.resolution, device, precision, contender.compiled)
 
 
 class Scenarios:
@@ -87,14 +90,14 @@ class Scenarios:
     def calls(self) -> Iterator[Call]:
         """Yield all calls as they are done; the cold start is the first."""
         run, workload = self._run, self._run.workload
-        yield self._cold()
+        yield self.cold_start()
         for _ in range(workload.pictures):
             yield from self._calls(PICTURE, workload.steps, 1, fresh=1)
             if REROLL in run.scenarios:
                 yield from self._calls(REROLL, workload.extra_steps, 1, fresh=0)
         if run.contender.compiled and (SAMPLES in run.scenarios or BATCH in run.scenarios):
             # another batch size is another program; its compilation is not measured
-            inputs = self._inputs(self._new_variants(run.samples), run.samples, _WARM_UP_STEPS)
+            inputs = self.inputs(self._new_variants(run.samples), run.samples, _WARM_UP_STEPS)
             self._pipeline.run(*inputs)
         if SAMPLES in run.scenarios:
             yield from self._calls(SAMPLES, workload.extra_steps, run.samples, fresh=1)
@@ -117,16 +120,25 @@ class Scenarios:
         for wait in self._waits:
             self._pipeline.synchronous = wait
             variants = self._new_variants(fresh) if fresh else [self._variant]
-            yield self._call(scenario, steps, variants, count)
+            yield self.call(scenario, steps, variants, count)
 
-    def _cold(self) -> Call:
+    def cold_start(self) -> Call:
+        """Draw the first picture; its seconds are those since the process was started."""
         steps = self._run.workload.cold_steps
-        self._pipeline.run(*self._inputs([0], 1, steps))
+        self._pipeline.run(*self.inputs([0], 1, steps))
         seconds = time.monotonic() - self._run.started
         return Call(COLD, steps, 1, self._run.started, seconds, {}, _peak())
 
-    def _call(self, scenario: str, steps: int, variants: Sequence[int], count: int) -> Call:
-        inputs = self._inputs(variants, count, steps, reroll=scenario == REROLL)
+    def call(self, scenario: str, steps: int, variants: Sequence[int], count: int) -> Call:
+        """Time one call.
+
+        Args:
+            scenario: its name; that of a quality takes the quality's settings.
+            steps: of each picture.
+            variants: the placements, by number; each number is another reference.
+            count: of pictures.
+        """
+        inputs = self.inputs(variants, count, steps, scenario)
         with suppress(OSError):
             reset_peak_memory()
         started = time.monotonic()
@@ -136,16 +148,21 @@ class Scenarios:
         if scenario == PICTURE and variants == [1] and self._run.picture:
             region = results[0].regions[0]
             np.save(self._run.picture, results[0].image[region.slices])
-        return Call(scenario, steps, count, started, seconds, stages, _peak())
+        return Call(scenario, steps, count, started, seconds, stages, _peak(), dict(self._pipeline.rows))
 
-    def _inputs(
-        self, variants: Sequence[int], count: int, steps: int, reroll: bool = False
+    def inputs(
+        self, variants: Sequence[int], count: int, steps: int, scenario: str = PICTURE
     ) -> tuple[Path, list[Placement], NDArray[np.float32], Sampling]:
-        shape = (count, *self._pipeline.latent_shape)
+        """Return what the pipeline is called with; arguments as of `call`."""
+        reroll, shape = scenario == REROLL, (count, *self._pipeline.latent_shape)
         noise = np.random.default_rng(int(reroll)).standard_normal(shape, dtype=np.float32)
         # a shorter re-roll visits timesteps of the picture before it, whose detail maps are in the cache
         timesteps = tuple(ddim_timesteps(self._run.workload.steps)[-steps:].tolist()) if reroll else None
-        sampling = Sampling(steps=steps, guidance_scale=self._run.guidance_scale, timesteps=timesteps)
+        guidance_scale = self._run.guidance_scale
+        if scenario in QUALITIES:
+            sampling = Sampling(quality=scenario, guidance_scale=guidance_scale)
+        else:
+            sampling = Sampling(steps=steps, guidance_scale=guidance_scale, timesteps=timesteps)
         return example.SCENE, [example.placement(variant) for variant in variants], noise, sampling
 
 

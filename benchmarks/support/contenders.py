@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
@@ -39,7 +39,7 @@ class Contender:
     backend: str = ""
     """What executes the graphs; only the runtime has one."""
     bundle: str = ""
-    """What the runtime opens."""
+    """What the runtime opens; it also says which network PyTorch runs where there is no checkpoint."""
     compiled: bool = False
     """Whether PyTorch compiles."""
 
@@ -85,7 +85,7 @@ class Run:
     workload: Workload
     contender: Contender
     checkpoint: Path | None
-    """What the bundle was built from; only PyTorch needs it."""
+    """What the bundle was built from, for PyTorch; if None, it runs the bundle's network with noise."""
     threads: int
     samples: int
     """Pictures of a batch."""
@@ -127,3 +127,5 @@ class Call:
     """Stage -> seconds, of all pictures together; empty where stages were not waited for."""
     peak_gb: float | None
     """Largest resident memory during the call."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Graph -> rows that it evaluated; empty for PyTorch."""

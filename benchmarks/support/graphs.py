@@ -7,4 +7,7 @@ DECODE = "decode"
 
 GRAPHS = (ID_ENCODER, CONTROL, DENOISE, DECODE)
 
-__all__ = ["CONTROL", "DECODE", "DENOISE", "GRAPHS", "ID_ENCODER"]
+ROW_INPUTS = {CONTROL: "timestep", DENOISE: "row_sample"}
+"""Graph that evaluates its network for several rows -> an input that has one value per row."""
+
+__all__ = ["CONTROL", "DECODE", "DENOISE", "GRAPHS", "ID_ENCODER", "ROW_INPUTS"]

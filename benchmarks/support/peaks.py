@@ -47,6 +47,27 @@ PUBLISHED = (
 )
 """Published figures; the Jetsons' are of the GPU alone, at full clock and without the "super" modes."""
 
+_SHEET = f"data sheet: {_DENSE}, FP32 accumulation; half of the figure with sparsity"
+
+CARDS = {
+    "NVIDIA H100 80GB HBM3": Peak("H100 SXM", 989.5, 3350, _SHEET),
+    "NVIDIA H100 PCIe": Peak("H100 PCIe", 756.5, 2000, _SHEET),
+    "NVIDIA H100 NVL": Peak("H100 NVL", 835.5, 3900, _SHEET),
+    "NVIDIA H200": Peak("H200 SXM", 989.5, 4800, _SHEET),
+    "NVIDIA A100-SXM4-40GB": Peak("A100 SXM 40 GB", 312, 1555, _SHEET),
+    "NVIDIA A100-SXM4-80GB": Peak("A100 SXM 80 GB", 312, 2039, _SHEET),
+    "NVIDIA A100-PCIE-40GB": Peak("A100 PCIe 40 GB", 312, 1555, _SHEET),
+    "NVIDIA A100 80GB PCIe": Peak("A100 PCIe 80 GB", 312, 1935, _SHEET),
+    "NVIDIA L40S": Peak("L40S", 362, 864, _SHEET),
+    "NVIDIA L4": Peak("L4", 121, 300, _SHEET),
+    "NVIDIA GeForce RTX 3090": Peak("RTX 3090", 71, 936, f"GA102 white paper: {_DENSE}, FP32 accumulation"),
+    "NVIDIA GeForce RTX 4090": Peak("RTX 4090", 165.2, 1008, f"Ada white paper: {_DENSE}, FP32 accumulation"),
+    "NVIDIA GeForce RTX 5090": Peak(
+        "RTX 5090", 209.5, 1792, f"Blackwell white paper: {_DENSE}, FP32 accumulation"
+    ),
+}
+"""Name that the driver gives a card -> its published rates."""
+
 _PRODUCT_SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 """Small ones too: on a busy machine a short product is sometimes undisturbed, a long one never."""
 _COPIED_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}

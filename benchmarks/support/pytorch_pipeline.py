@@ -8,7 +8,7 @@ same noise gives the same picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.support.graphs import DECODE, ID_ENCODER
+from benchmarks.support.networks import architecture_of
 from benchmarks.support.precisions import torch_dtype
 from benchmarks.support.sampling_step import guided_step
+from engines.manifest import MANIFEST, read_manifest
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.diffusion.noise_schedule import alphas_cumprod
 from runtime.imaging.pictures import PictureLike, load_picture
@@ -34,16 +36,40 @@ from runtime.result import Composite, Stopwatch
 from runtime.systems.anydoor import DEFAULTS, AnyDoorPlacement, Preprocessing
 from runtime.validation import LARGEST
 from training.network.architecture import REFERENCE_SIZE
-from training.network.checkpoint import read_checkpoint
+from training.network.checkpoint import Checkpoint, read_checkpoint
+from training.network.modules import AnyDoor
 from training.network.official_keys import PREFIXES
+
+_NOISE_DEVIATION = 0.02
+
+
+def noise_checkpoint(bundle: Path, device: str, precision: str) -> Checkpoint:
+    """Make a checkpoint of noise, on the device, for the network that a bundle or skeleton was exported from.
+
+    Args:
+        bundle: its directory.
+        device: cpu or cuda.
+        precision: of the weights: fp32, fp16 or bf16.
+    """
+    architecture, dtype = architecture_of(read_manifest(bundle / MANIFEST)), torch_dtype(precision)
+    with torch.device("meta"):
+        shapes = AnyDoor(architecture).official_shapes()
+    tensors = {
+        key: torch.empty(shape, dtype=dtype, device=device).normal_(std=_NOISE_DEVIATION)
+        for key, shape in shapes.items()
+    }
+    return Checkpoint(Path("noise"), architecture, tensors)
 
 
 class PyTorchPipeline:
     """Composites with PyTorch."""
 
+    rows: Mapping[str, int] = {}
+    """Not counted."""
+
     def __init__(
         self,
-        checkpoint: Path,
+        checkpoint: Path | Checkpoint,
         resolution: int,
         device: str = "cpu",
         precision: str = "fp32",
@@ -52,13 +78,14 @@ class PyTorchPipeline:
         """Load a checkpoint.
 
         Args:
-            checkpoint: the file that the bundle was built from.
+            checkpoint: the file that the bundle was built from, or an opened one.
             resolution: side of the pictures that the networks draw.
             device: cpu or cuda.
             precision: of weights and activations: fp32, fp16 or bf16.
-            compiled: run UNet, ControlNet and VAE through `torch.compile`; on a card with CUDA graphs.
+            compiled: run UNet, ControlNet and VAE through `torch.compile`; on a card with channels last and
+                CUDA graphs.
         """
-        opened = read_checkpoint(checkpoint)
+        opened = read_checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
         self.device = device
         self.synchronous = device == "cpu"
         """Whether to wait for every stage, to measure each; on a card calls return before they are done."""
@@ -79,7 +106,11 @@ class PyTorchPipeline:
             mode = "default" if device == "cpu" else "reduce-overhead"
             for part, method in (("unet", "predict_noise"), ("control", "detail_maps"), ("vae", "decode")):
                 model = self._models[part]
-                setattr(model, method, torch.compile(getattr(model, method), mode=mode))
+                if device != "cpu":
+                    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                # another batch size is another program: one for all sizes would be slower
+                compiled_method = torch.compile(getattr(model, method), mode=mode, dynamic=False)
+                setattr(model, method, compiled_method)
 
     @torch.inference_mode()
     def run(

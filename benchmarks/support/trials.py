@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.support.graphs import CONTROL, DENOISE
+from benchmarks.support.graphs import CONTROL, DENOISE, ROW_INPUTS
 from benchmarks.support.identity import Gallery, identity_of
 from benchmarks.support.similarity import region_psnr, region_ssim
 from benchmarks.support.truth_set import TruthPair
@@ -25,9 +25,6 @@ Picture = NDArray[np.uint8]
 EXACT = "exact"
 OTHER_SEED = "exact, other seed"
 _SEED_OFFSET = 1_000_000
-
-_ROWS = {CONTROL: "timestep", DENOISE: "row_sample"}
-"""Graph -> an input that has one value per row."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +68,18 @@ class RowCounter:
     """An engine's observer that counts the rows that UNet and ControlNet evaluate."""
 
     def __init__(self) -> None:
-        self.rows = dict.fromkeys(_ROWS, 0)
+        self.rows = dict.fromkeys(ROW_INPUTS, 0)
         """Graph -> rows since the last reset."""
 
     def reset(self) -> None:
         """Count from 0."""
-        self.rows = dict.fromkeys(_ROWS, 0)
+        self.rows = dict.fromkeys(ROW_INPUTS, 0)
 
     def __call__(self, action: str, graph: str, inputs: Mapping[str, Any]) -> AbstractContextManager[object]:
         """Count the rows of a run."""
-        if action == "run" and graph in _ROWS:
+        if action == "run" and graph in ROW_INPUTS:
             # an engine that takes several steps at once is given the values of all of them
-            self.rows[graph] += int(np.size(inputs[_ROWS[graph]]))
+            self.rows[graph] += int(np.size(inputs[ROW_INPUTS[graph]]))
         return nullcontext()
 
 

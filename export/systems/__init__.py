@@ -26,3 +26,16 @@ def open_source(
     from training.network.checkpoint import read_checkpoint
 
     return AnyDoorSource(read_checkpoint(path, unet_head_width, dino_heads))
+
+
+def published_source(precision: str) -> ExportSource:
+    """The network of the published AnyDoor checkpoint without weights, to export a skeleton from.
+
+    Args:
+        precision: fp32 or fp16.
+    """
+    from export.precision import TORCH_DTYPES
+    from export.systems.anydoor import AnyDoorSource
+    from training.network.architecture import Architecture
+
+    return AnyDoorSource.without_weights(Architecture(), TORCH_DTYPES[precision])

@@ -20,7 +20,7 @@ from benchmarks.support.limits import picture_limit
 from benchmarks.support.peaks import PUBLISHED, Peak
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from export.systems.anydoor import GRAPH_MODULES, PARTS
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from training.network.checkpoint import read_checkpoint

@@ -30,7 +30,7 @@ from engines.memory_plan import (
 )
 from engines.options import EngineOptions
 from engines.spec import BankSpec, GraphSpec, TensorSpec
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 
 MB = 1_000_000

@@ -15,7 +15,7 @@ from engines.bundle import Bundle
 from engines.engine import Engine, open_engine
 from engines.memory_plan import groupings
 from engines.options import EngineOptions
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from tests.support.observers import RunCounter
 

@@ -103,3 +103,25 @@ def test_without_pytorch_it_names_the_extra(tmp_path: Path) -> None:
         "anydoor: a checkpoint needs PyTorch to be exported, and 'torch' is not installed: "
         "pip install '.[export]', or give a bundle of ONNX graphs\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give a checkpoint or a bundle to build from, or --skeleton"),
+        (["a.ckpt", "--skeleton"], "--skeleton has no weights: give it or 'a.ckpt', not both"),
+        (
+            ["--skeleton", "--backend=tensorrt"],
+            "--skeleton makes ONNX graphs: it goes with --backend onnxruntime",
+        ),
+        (["--skeleton", "--dino-heads=6"], "--dino-heads goes with a checkpoint, not with --skeleton"),
+        (
+            ["--skeleton", "--resolution=100"],
+            "--resolution must be a multiple of 64 for this network, not 100",
+        ),
+        (["--skeleton", "--output=."], "'.' is a directory with other things in it: give another --output"),
+    ],
+)
+def test_what_a_skeleton_does_not_go_with(arguments: list[str], sentence: str, capsys: Capture) -> None:
+    assert main(["build", *arguments, "--quiet"]) == 2
+    assert capsys.readouterr().err == f"anydoor: {sentence}\n"

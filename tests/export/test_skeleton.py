@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,15 +15,18 @@ import torch
 from benchmarks.seeded import TINY
 from engines.bundle import Bundle
 from engines.engine import open_engine
+from engines.errors import BundleError
 from engines.options import EngineOptions
-from export.noise import fill
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
+from export.noise import fill, is_filled
 from export.options import CUDA, BuildOptions
 from export.precision import TORCH_DTYPES
 from export.skeleton import build_skeleton
 from export.systems.anydoor import AnyDoorSource
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from training.network.architecture import Architecture
+
+ROOT = Path(__file__).parents[2]
 
 WIDE = Architecture(
     unet_channels=(320, 640),
@@ -48,23 +53,24 @@ def graph(path: Path) -> onnx.GraphProto:
 
 def test_the_graphs_are_those_of_a_build(tiny_skeleton: Path, tiny_bundle: Path) -> None:
     """Same operators in the same order, with weights of the same names and shapes."""
-    for built in tiny_bundle.glob("*.onnx"):
-        ours, theirs = graph(tiny_skeleton / built.name), graph(built)
+    for path in tiny_skeleton.glob("*.onnx"):
+        ours, theirs = graph(path), graph(tiny_bundle / path.name)
         assert [node.op_type for node in ours.node] == [node.op_type for node in theirs.node]
         weights = [{(w.name, *w.dims): w.data_type for w in g.initializer} for g in (ours, theirs)]
         assert weights[0] == weights[1]
 
 
 def test_weights_are_left_out(tiny_skeleton: Path) -> None:
+    assert not is_filled(tiny_skeleton)
     assert not list(tiny_skeleton.glob("*.data"))
     assert sum(file.stat().st_size for file in tiny_skeleton.iterdir()) < 500_000
 
 
 def test_constants_are_kept(tiny_skeleton: Path, tiny_bundle: Path) -> None:
     """What is no weight has its value: shapes, scales, the frequencies of the time embedding."""
-    for built in tiny_bundle.glob("*.onnx"):
-        stored = {w.name: w for w in graph(tiny_skeleton / built.name).initializer}
-        for weight in onnx.load(built).graph.initializer:
+    for path in tiny_skeleton.glob("*.onnx"):
+        stored = {w.name: w for w in graph(path).initializer}
+        for weight in onnx.load(tiny_bundle / path.name).graph.initializer:
             ours = stored[weight.name]
             if ours.data_location != onnx.TensorProto.EXTERNAL:
                 np.testing.assert_array_equal(
@@ -88,6 +94,20 @@ def test_a_filled_skeleton_runs_on_numbers_of_an_ordinary_size(tiny_skeleton: Pa
 def test_noise_depends_on_the_seed_alone(tiny_skeleton: Path) -> None:
     hashes = [[record.sha256 for record in fill_and_open(tiny_skeleton, seed).files()] for seed in (1, 1, 2)]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_filling_needs_no_onnx_and_no_pytorch(tiny_skeleton: Path) -> None:
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'onnx', 'onnx_ir', 'onnxscript', 'tqdm'));"
+        "from pathlib import Path; from export.noise import fill; fill(Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tiny_skeleton)], check=True, cwd=ROOT)
+    assert is_filled(tiny_skeleton)
+
+
+def test_only_skeletons_are_filled(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"is no skeleton: its noise\.json is missing"):
+        fill(tiny_bundle)
 
 
 def fill_and_open(path: Path, seed: int) -> Bundle:

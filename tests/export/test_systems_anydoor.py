@@ -11,7 +11,7 @@ import torch
 from engines.bundle import Bundle
 from engines.engine import Array, Engine, open_engine
 from engines.options import EngineOptions
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from export.systems.anydoor import GRAPH_MODULES, PARTS
 from export.verification import output_error, relative_error
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER

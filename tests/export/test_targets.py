@@ -16,7 +16,7 @@ from engines.bundle import Bundle, sha256
 from engines.engine import open_engine
 from engines.errors import BundleError
 from engines.options import EngineOptions
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from tests.export.rewrite.graphs import evaluate, relative_error
 from tests.support.anydoor import GRAPHS
 

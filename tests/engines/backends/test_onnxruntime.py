@@ -13,7 +13,7 @@ from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import BackendError
 from engines.options import EngineOptions
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from tests.support.anydoor import DENOISE
 
 SIZES = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}

@@ -20,7 +20,7 @@ from engines.bundle import Bundle, file_record
 from engines.engine import open_engine
 from engines.errors import BackendError, BundleError
 from engines.options import EngineOptions
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from tests.support.anydoor import DECODE, DENOISE, ID_ENCODER
 
 pytest.importorskip("openvino", reason="needs pip install '.[openvino]'")

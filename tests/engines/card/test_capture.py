@@ -12,7 +12,7 @@ import pytest
 
 from engines.bundle import Bundle
 from engines.engine import Engine
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from tests.support.anydoor import CONTROL, DENOISE
 from tests.support.simulated_engine import Simulation, on_onnxruntime, renamed
 

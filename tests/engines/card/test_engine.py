@@ -14,7 +14,7 @@ from engines.bundle import Bundle
 from engines.card.tensors import DeviceArray, Downloads, Staging
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from tests.support.simulated_card import SimulatedDevice
 from tests.support.simulated_engine import Painter, Simulation, memory_plan, on_onnxruntime, renamed

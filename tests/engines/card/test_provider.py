@@ -19,7 +19,7 @@ from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError, BundleError
 from engines.memory_plan import plan_device_memory
 from engines.options import EngineOptions
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from runtime import Compositor, Placement, Sampling
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 from tests.support.observers import RunCounter

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 
 from engines.bundle import Bundle
-from export.onnx_graph import example_inputs
+from export.example_inputs import example_inputs
 from export.rewrite.files import rewrite_file
 from export.verification import relative_error
 from tests.support.anydoor import CONTROL

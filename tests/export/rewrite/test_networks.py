@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from engines.bundle import Bundle
 from engines.engine import Array
 from engines.spec import GraphSpec, TensorSpec
-from export.onnx_graph import example_inputs, trace
+from export.example_inputs import example_inputs
+from export.onnx_graph import trace
 from export.precision import TORCH_DTYPES, keep_float32_layers
 from export.rewrite.report import Report
 from export.rewrite.rewriting import rewrite
