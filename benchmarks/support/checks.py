@@ -36,7 +36,7 @@ TOLERANCES = {
 """Precision of the bundle -> tolerances. In FP16 the small network was off by 1.1e-3 in tokens and 7.7e-3 in
 latents on an H100, and decoded at 70 dB (docs/studies/h100.md). On a CPU with every result rounded to FP16
 (`benchmarks.support.rounding`) it is off by 1.1e-3, 5.7e-3 in detail maps, 5.0e-3 in epsilon and 5.9e-3 in
-latents, decodes at 71 dB, and 99.79 % of the composite are within a level (tests/data/drawn.npz, 2026-11-26)."""
+latents, decodes at 71 dB, and 99.79 % of the composite are within a level (drawn.npz, 2026-11-26)."""
 
 PIXEL_SHARE = 0.995
 """Least share of values of reference, hint and HF map within about one level of 255."""
