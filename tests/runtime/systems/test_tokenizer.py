@@ -4,68 +4,23 @@ from __future__ import annotations
 
 import gzip
 import unicodedata
-from collections import Counter
 from functools import cache
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from engines.errors import BundleError
 from runtime.errors import InputError
 from runtime.systems.tokenizer import END, START, TOKENS, Tokenizer
-
-TEXT = (
-    "a photo of a cat on a mat, the cats sat in the snow and didn't see the red car; "
-    "we'll paint the castle, they've painted 10 of 12 ... straße, naïve café, δέντρο, 東京の猫"
-)
-WORD = "</w>"
+from tests.support.vocabulary import TEXT, clip_tokenizer, learned_merges, merges_text
 
 STABLE_DIFFUSION_1: dict[str, Any] = {}
 STABLE_DIFFUSION_2 = {"pad": "!", "any_case": [START, END]}
-
-
-def byte_letters() -> dict[int, str]:
-    """Byte -> what stands for it, as CLIP derives its vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-@cache
-def learned_merges() -> tuple[tuple[str, str], ...]:
-    """Byte pairs of TEXT until every word is one token, the most frequent first."""
-    words = [[byte_letters()[byte] for byte in word.encode()] for word in TEXT.split()]
-    words = [[*word[:-1], word[-1] + WORD] for word in words]
-    merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for word in words for pair in pairwise(word)):
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        for word in words:
-            for i in reversed(range(len(word) - 1)):
-                if (word[i], word[i + 1]) == best:
-                    word[i : i + 2] = ["".join(best)]
-    return tuple(merges)
-
-
-def merges_text(merges: tuple[tuple[str, str], ...]) -> str:
-    return "".join(["#version: 0.2\n", *(f"{a} {b}\n" for a, b in merges)])
-
-
-def reference(merges: tuple[tuple[str, str], ...], pad: str = END, any_case: Any = ()) -> CLIPTokenizer:
-    letters = byte_letters().values()
-    tokens = [*letters, *(letter + WORD for letter in letters), *map("".join, merges), START, END]
-    named = {"bos_token": START, "eos_token": END, "pad_token": pad}
-    special = {
-        name: AddedToken(token, special=True, normalized=token in any_case) for name, token in named.items()
-    }
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), unk_token=special["eos_token"], **special)
 
 
 def padded(tokenizer: CLIPTokenizer, prompt: str, length: int = TOKENS) -> list[int]:
@@ -77,7 +32,7 @@ def padded(tokenizer: CLIPTokenizer, prompt: str, length: int = TOKENS) -> list[
 def both(variant: str) -> tuple[Tokenizer, CLIPTokenizer]:
     """Ours and theirs, of the same small vocabulary."""
     options = {"1.x": STABLE_DIFFUSION_1, "2.x": STABLE_DIFFUSION_2}[variant]
-    return Tokenizer(merges_text(learned_merges()), **options), reference(learned_merges(), **options)
+    return Tokenizer(merges_text(learned_merges()), **options), clip_tokenizer(learned_merges(), **options)
 
 
 def newly_composed(text: str) -> bool:
@@ -151,7 +106,7 @@ def test_the_published_vocabulary() -> None:
     text = openai_merges() or ""
     ours = Tokenizer(text)
     merges = tuple((a, b) for a, b in (line.split() for line in text.splitlines()))
-    theirs = reference(merges)
+    theirs = clip_tokenizer(merges)
     assert len(ours) == 49408
     assert ours.encode("sks") == [49406, 48136, *[49407] * 75]
 
