@@ -20,7 +20,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from runtime.diffusion.noise_schedule import BETA_END, BETA_START, TRAIN_TIMESTEPS
-from training.network.architecture import SD21_NORM_GROUPS, ArchitectureError
+from training.network.architecture import SD21_NORM_GROUPS, ArchitectureError, Prediction
 from training.network.checkpoint_file import CheckpointError, LazyTensors, TensorFile, read_tensors, reader
 from training.network.stable_diffusion import ACTIVATIONS, BUILDERS, StableDiffusionArchitecture
 from training.network.tokenizer_files import read_object
@@ -32,7 +32,7 @@ STEMS = {
 }
 """Part -> names of its .safetensors and of its .bin file."""
 
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
 
 _SCHEDULE = {
     "num_train_timesteps": TRAIN_TIMESTEPS,
@@ -99,7 +99,7 @@ def read_architecture(folder: Path) -> StableDiffusionArchitecture:
             vae_channels=tuple(vae["block_out_channels"]),
             vae_layers=vae["layers_per_block"],
             vae_norm_groups=vae.get("norm_num_groups", SD21_NORM_GROUPS),
-            prediction=_PREDICTIONS[prediction],  # type: ignore[arg-type]
+            prediction=_PREDICTIONS[prediction],
             text_encoder=activations[text.get("hidden_act", "quick_gelu")],
             text_width=text["hidden_size"],
             text_layers=text["num_hidden_layers"],
@@ -109,7 +109,7 @@ def read_architecture(folder: Path) -> StableDiffusionArchitecture:
             text_positions=text["max_position_embeddings"],
         )
         _check_settings(architecture, {"unet": unet, "vae": vae})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ArchitectureError(f"its configurations do not describe a network ({error!r})") from error
     return architecture
 

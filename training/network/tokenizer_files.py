@@ -57,14 +57,15 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
             added += dict(config.get("added_tokens_decoder") or {}).values()
         added = [token for token in added if isinstance(token, dict)]
         normalised = {token["content"] for token in added if token.get("normalized")}
+        named = {token["content"] for token in added}
         pad = config.get("pad_token") or END
         pad = pad["content"] if isinstance(pad, dict) else pad
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the tokenizer in '{folder}' cannot be read ({error!r})") from error
     learned = ["".join(pair.split(" ")) for pair in pairs]
     expected = {token: number for number, token in enumerate([*learned, START, END], _FIRST_MERGE)}
-    different = [token for token, number in vocabulary.items() if expected.get(token, number) != number]
-    unknown = {token["content"] for token in added} - {START, END, pad}
+    different = [token for token, number in expected.items() if vocabulary.get(token) != number]
+    unknown = named - {START, END, pad}
     if different or unknown or len(vocabulary) != _FIRST_MERGE + len(expected):
         first = next(iter([*different, *unknown]), "")
         raise CheckpointError(

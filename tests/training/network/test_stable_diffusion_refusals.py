@@ -29,6 +29,7 @@ from training.network.stable_diffusion_checkpoint import read_stable_diffusion
             "tokens of 96 numbers .* makes them of 64: the two are",
         ),
         ("unet/config.json", "attention_head_dim", 7, "number of attention heads does not divide"),
+        ("unet/config.json", "attention_head_dim", [0, 2], "do not describe a network"),
         ("unet/config.json", "addition_embed_type", "text_time", "its unet has addition_embed_type"),
         ("unet/config.json", "block_out_channels", [64], "unet_channels names 1 levels"),
         ("unet/config.json", "block_out_channels", None, "do not describe a network"),

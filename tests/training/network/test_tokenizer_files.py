@@ -77,6 +77,17 @@ def test_added_tokens_are_refused(tmp_path: Path) -> None:
         read_stable_diffusion(tmp_path)
 
 
+def renamed(content: dict[str, Any]) -> None:
+    vocabulary = content["model"]["vocab"]
+    vocabulary["elsewhere"] = vocabulary.pop("cat</w>")
+
+
+def test_a_vocabulary_without_a_merged_token_is_refused(tmp_path: Path) -> None:
+    change_json(folder(tmp_path) / "tokenizer" / "tokenizer.json", renamed)
+    with pytest.raises(CheckpointError, match="follows from its merges: see 'cat</w>'"):
+        read_stable_diffusion(tmp_path)
+
+
 def test_a_vocabulary_in_another_order_is_refused(tmp_path: Path) -> None:
     change_json(folder(tmp_path) / "tokenizer" / "tokenizer.json", swapped)
     with pytest.raises(CheckpointError, match="not the one that follows from its merges"):
