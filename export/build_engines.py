@@ -161,7 +161,7 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     if options.source is None:
         raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
     build = build_options(options)
-    if options.source.is_dir():
+    if options.source.is_dir() and not (options.source / "unet").is_dir():
         for name in _OF_THE_CHECKPOINT:
             if getattr(options, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
@@ -182,6 +182,7 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
             f"a checkpoint needs PyTorch to be exported, and '{error.name}' is not installed: pip install "
             "'.[export]', or give a bundle of ONNX graphs"
         ) from error
+    print(f"checkpoint: {source.description}", flush=True)
     output = options.output or Path("build/engines") / options.source.stem
     return output, build_bundle(source, output, build, Progress(quiet=options.quiet))
 

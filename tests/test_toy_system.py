@@ -115,7 +115,7 @@ def write_checkpoint(path: Path) -> None:
 class ToySource:
     """A checkpoint, ready for export; see `export.systems.system.ExportSource`."""
 
-    system, dtype = "toy", torch.float32
+    system, description, dtype = "toy", "a toy", torch.float32
     defaults: Mapping[str, Any] = {"steps": 3, "guidance_scale": 1.5}
     architecture: Mapping[str, Any] = {"latent_channels": CHANNELS}
     dimensions: Mapping[str, int] = {SAMPLES: 1, ROWS: 2, COLOURS: 2}

@@ -12,19 +12,25 @@ if TYPE_CHECKING:
 def open_source(
     path: Path, unet_head_width: int | None = None, dino_heads: int | None = None
 ) -> ExportSource:
-    """Opens a checkpoint of any system.
+    """Opens a checkpoint of any system, which is found from its keys.
 
     Args:
-        path: .safetensors, .ckpt or .pth file.
+        path: .safetensors, .ckpt or .pth file, or a folder in the layout of diffusers.
         unet_head_width: channels per attention head of the UNet, where the file does not say.
         dino_heads: attention heads of the ID encoder, where the file does not say.
 
     Raises:
-        CheckpointError: the file cannot be read, or is no checkpoint of a known system.
+        CheckpointError: it cannot be read, is of no known system, or of one that has no graphs.
     """
     from export.systems.anydoor import AnyDoorSource
-    from training.network.checkpoint import read_checkpoint
+    from training.network.checkpoint import CheckpointError, read_checkpoint
+    from training.network.stable_diffusion_checkpoint import is_stable_diffusion, read_stable_diffusion
 
+    if is_stable_diffusion(path):
+        raise CheckpointError(
+            f"'{path}' is {read_stable_diffusion(path).describe()}. This system cannot be exported yet: give "
+            "a checkpoint of AnyDoor"
+        )
     return AnyDoorSource(read_checkpoint(path, unet_head_width, dino_heads))
 
 

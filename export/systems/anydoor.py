@@ -76,6 +76,11 @@ class AnyDoorSource:
         tensors = {key: zero.expand(shape) for key, shape in shapes.items()}
         return cls(Checkpoint(Path("without weights"), architecture, tensors))
 
+    @property
+    def description(self) -> str:
+        """What the checkpoint is."""
+        return self._checkpoint.describe()
+
     def check_resolution(self, resolution: int) -> None:
         """Refuses a picture size that the network cannot halve often enough.
 

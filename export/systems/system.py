@@ -37,6 +37,11 @@ class ExportSource(Protocol):
     """Name of the system, as in the manifest."""
     path: Path
     """The checkpoint."""
+
+    @property
+    def description(self) -> str:
+        """What the checkpoint is, in one sentence."""
+
     dtype: torch.dtype
     """Of the stored weights."""
     defaults: Mapping[str, Any]

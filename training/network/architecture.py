@@ -1,11 +1,11 @@
-"""The sizes of an AnyDoor network, and how to read them off the tensors of an official checkpoint."""
+"""The sizes of a network, and how to read those of AnyDoor off the tensors of an official checkpoint."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from engines.errors import AnyDoorError
 
@@ -26,17 +26,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 Prediction = Literal["epsilon", "v"]
 
+PREDICTED: Mapping[Prediction, str] = {"epsilon": "the noise", "v": "v"}
+"""What the UNet's output means, for people."""
+
 
 class ArchitectureError(AnyDoorError):
-    """The tensors are not those of an AnyDoor network; the text says why."""
+    """The tensors are not those of a network that is known here; the text says why."""
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Everything that determines the shapes and the meaning of the weights.
+class DiffusionArchitecture:
+    """What determines the shapes and the meaning of the weights of UNet and autoencoder.
 
-    The defaults are the published model: SD 2.1 with DINOv2 ViT-g/14.
+    The defaults are SD 2.1.
     """
+
+    not_inferable: ClassVar[tuple[str, ...]]
+    """Fields that the shapes of the weights do not determine; checkpoints have them in their metadata."""
 
     unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     unet_attention: tuple[bool, ...] = (True, True, True, False)
@@ -53,15 +59,6 @@ class Architecture:
     vae_layers: int = 2
     vae_norm_groups: int = SD21_NORM_GROUPS
     """Groups of the VAE's normalisation layers. Cannot be read off the weights."""
-    dino_width: int = 1536
-    dino_depth: int = 40
-    dino_heads: int = 24
-    """Attention heads of the ID encoder. Cannot be read off the weights."""
-    dino_mlp_ratio: int = 4
-    """The SwiGLU layers are two thirds of this times as wide as the tokens."""
-    dino_patch: int = 14
-    dino_grid: int = 37
-    """Patches per side that the position embeddings were trained for (518 px)."""
     prediction: Prediction = "epsilon"
     """What the UNet's output means: the noise, or sqrt(a_t) noise - sqrt(1 - a_t) latent (Salimans and Ho,
     2022, appendix D). The network as a whole always answers with the noise. Cannot be read off the
@@ -79,11 +76,6 @@ class Architecture:
             )
 
     @property
-    def token_count(self) -> int:
-        """ID tokens per reference: the class token and one per patch."""
-        return 1 + (REFERENCE_SIZE // self.dino_patch) ** 2
-
-    @property
     def unet_heads(self) -> tuple[int, ...]:
         """Attention heads per level."""
         return tuple(width // self.unet_head_width for width in self.unet_channels)
@@ -92,6 +84,34 @@ class Architecture:
     def latent_factor(self) -> int:
         """How many picture pixels one latent pixel spans, per side."""
         return int(2 ** (len(self.vae_channels) - 1))
+
+
+NOT_INFERABLE = ("unet_head_width", "unet_norm_groups", "vae_norm_groups", "dino_heads", "prediction")
+
+
+@dataclass(frozen=True)
+class Architecture(DiffusionArchitecture):
+    """Everything that determines the shapes and the meaning of AnyDoor's weights.
+
+    The defaults are the published model: SD 2.1 with DINOv2 ViT-g/14.
+    """
+
+    not_inferable: ClassVar[tuple[str, ...]] = NOT_INFERABLE
+
+    dino_width: int = 1536
+    dino_depth: int = 40
+    dino_heads: int = 24
+    """Attention heads of the ID encoder. Cannot be read off the weights."""
+    dino_mlp_ratio: int = 4
+    """The SwiGLU layers are two thirds of this times as wide as the tokens."""
+    dino_patch: int = 14
+    dino_grid: int = 37
+    """Patches per side that the position embeddings were trained for (518 px)."""
+
+    @property
+    def token_count(self) -> int:
+        """ID tokens per reference: the class token and one per patch."""
+        return 1 + (REFERENCE_SIZE // self.dino_patch) ** 2
 
     def detail_shapes(self, resolution: int) -> tuple[tuple[int, int, int], ...]:
         """Computes the (channels, height, width) of the detail maps for a picture of `resolution` pixels."""
@@ -105,27 +125,25 @@ class Architecture:
         return (*shapes, (channels[-1], side, side))
 
 
-NOT_INFERABLE = ("unet_head_width", "unet_norm_groups", "vae_norm_groups", "dino_heads", "prediction")
-"""Fields that the shapes of the weights do not determine; checkpoints have them in their metadata."""
-
 _METADATA_PREFIX = "anydoor."
 
 
-def settings_to_metadata(architecture: Architecture) -> dict[str, str]:
-    """Gives the metadata of a checkpoint: "anydoor.FIELD" -> value, for the fields in `NOT_INFERABLE`."""
-    return {_METADATA_PREFIX + name: str(getattr(architecture, name)) for name in NOT_INFERABLE}
+def settings_to_metadata(architecture: DiffusionArchitecture) -> dict[str, str]:
+    """Gives the metadata of a checkpoint: "anydoor.FIELD" -> value, for fields that are `not_inferable`."""
+    settings = {name: getattr(architecture, name) for name in architecture.not_inferable}
+    return {_METADATA_PREFIX + name: str(value) for name, value in settings.items() if value is not None}
 
 
-def settings_from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Reads what `settings_to_metadata` wrote, as keyword arguments of `infer_architecture`.
-
-    Fields may be missing.
+def settings_from_metadata(
+    metadata: Mapping[str, str], names: Iterable[str] = NOT_INFERABLE
+) -> dict[str, Any]:
+    """Reads what `settings_to_metadata` wrote: field -> value, for those of `names` that are there.
 
     Raises:
         ArchitectureError: a value is not one that the field can have.
     """
     found: dict[str, Any] = {}
-    for name in NOT_INFERABLE:
+    for name in names:
         text = metadata.get(_METADATA_PREFIX + name)
         if text is None:
             continue
@@ -167,32 +185,45 @@ def infer_architecture(
     Raises:
         ArchitectureError: a tensor that determines a size is missing, or a head width does not divide.
     """
-    channels, attention, layers = _unet_levels(shapes)
-    dino_width = _shape(shapes, "cond_stage_model.model.cls_token")[-1]
-    mlp_width = _shape(shapes, "cond_stage_model.model.blocks.0.mlp.w12.weight")[0]
-    positions = _shape(shapes, "cond_stage_model.model.pos_embed")[1] - 1
+    dino_width = shape_of(shapes, "cond_stage_model.model.cls_token")[-1]
+    mlp_width = shape_of(shapes, "cond_stage_model.model.blocks.0.mlp.w12.weight")[0]
+    positions = shape_of(shapes, "cond_stage_model.model.pos_embed")[1] - 1
+    sizes = infer_diffusion(shapes)
     return Architecture(
-        unet_channels=channels,
-        unet_attention=attention,
-        unet_layers=layers,
-        unet_head_width=_unet_head_width(channels, unet_head_width or SD21_HEAD_WIDTH),
+        **sizes,
+        unet_head_width=_unet_head_width(sizes["unet_channels"], unet_head_width or SD21_HEAD_WIDTH),
         unet_norm_groups=unet_norm_groups or SD21_NORM_GROUPS,
-        token_width=_shape(shapes, "cond_stage_model.projector.weight")[0],
-        latent_channels=_shape(shapes, "model.diffusion_model.input_blocks.0.0.weight")[1],
-        vae_channels=_vae_channels(shapes),
+        token_width=shape_of(shapes, "cond_stage_model.projector.weight")[0],
+        latent_channels=shape_of(shapes, "model.diffusion_model.input_blocks.0.0.weight")[1],
         vae_norm_groups=vae_norm_groups or SD21_NORM_GROUPS,
-        vae_layers=_count(shapes, r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
         dino_width=dino_width,
-        dino_depth=_count(shapes, r"cond_stage_model\.model\.blocks\.(\d+)\."),
+        dino_depth=count(shapes, r"cond_stage_model\.model\.blocks\.(\d+)\."),
         dino_heads=_dino_heads(dino_width, dino_heads),
         dino_mlp_ratio=round(mlp_width * 0.75 / dino_width),
-        dino_patch=_shape(shapes, "cond_stage_model.model.patch_embed.proj.weight")[-1],
+        dino_patch=shape_of(shapes, "cond_stage_model.model.patch_embed.proj.weight")[-1],
         dino_grid=round(positions**0.5),
         prediction=prediction or "epsilon",
     )
 
 
-def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
+def infer_diffusion(shapes: Shapes) -> dict[str, Any]:
+    """Reads levels, widths and layers of UNet and VAE off the shapes, as fields of an architecture."""
+    channels, attention, layers = _unet_levels(shapes)
+    return {
+        "unet_channels": channels,
+        "unet_attention": attention,
+        "unet_layers": layers,
+        "vae_channels": _vae_channels(shapes),
+        "vae_layers": count(shapes, r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
+    }
+
+
+def shape_of(shapes: Shapes, key: str) -> tuple[int, ...]:
+    """Looks up a shape.
+
+    Raises:
+        ArchitectureError: there is no such key.
+    """
     if key not in shapes:
         raise ArchitectureError(f"'{key}' is missing, so the size of the network is unknown")
     return tuple(shapes[key])
@@ -219,13 +250,17 @@ def _dino_heads(width: int, heads: int | None) -> int:
 
 
 def _vae_channels(shapes: Shapes) -> tuple[int, ...]:
-    levels = _count(shapes, r"first_stage_model\.encoder\.down\.(\d+)\.")
+    levels = count(shapes, r"first_stage_model\.encoder\.down\.(\d+)\.")
     key = "first_stage_model.encoder.down.{}.block.0.conv1.weight"
-    return tuple(_shape(shapes, key.format(level))[0] for level in range(levels))
+    return tuple(shape_of(shapes, key.format(level))[0] for level in range(levels))
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest index that `pattern` captures among the keys."""
+def count(shapes: Shapes, pattern: str) -> int:
+    """One more than the largest index that `pattern` captures among the keys.
+
+    Raises:
+        ArchitectureError: no key matches.
+    """
     found = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
     if not found:
         raise ArchitectureError(f"no key matches {pattern}, so the size of the network is unknown")
@@ -238,7 +273,7 @@ def _unet_levels(shapes: Shapes) -> tuple[tuple[int, ...], tuple[bool, ...], int
     channels: list[int] = []
     attention: list[bool] = []
     blocks_per_level = [0]
-    for index in range(1, _count(shapes, re.escape(prefix) + r"(\d+)\.")):
+    for index in range(1, count(shapes, re.escape(prefix) + r"(\d+)\.")):
         if f"{prefix}{index}.0.op.weight" in shapes:
             blocks_per_level.append(0)
             continue

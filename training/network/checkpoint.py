@@ -6,6 +6,7 @@ Reading costs nothing until a tensor is used: files are memory-mapped, and no co
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -17,15 +18,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.files import replacing
+from training.network import checkpoint_file
 from training.network.architecture import (
     NOT_INFERABLE,
+    PREDICTED,
     Architecture,
     ArchitectureError,
+    DiffusionArchitecture,
     infer_architecture,
     settings_from_metadata,
     settings_to_metadata,
 )
-from training.network.checkpoint_file import CheckpointError, read_tensors
+from training.network.checkpoint_file import CheckpointError, describe_differences, read_tensors
 from training.network.modules import AnyDoor
 from training.network.official_keys import PREFIXES, SCHEDULE_KEYS, schedule_buffers
 
@@ -41,9 +45,6 @@ __all__ = [
 
 DEFAULTS_KEY = "anydoor.defaults"
 """Metadata of a checkpoint: the parameters that its model is best used with, a JSON object."""
-
-_MOST_NAMED = 3
-"""How many keys an error names before it says how many more there are."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,17 @@ class Checkpoint:
         """The noise schedule (1000,) that the checkpoint was trained with, if it says so."""
         return self.tensors.get("alphas_cumprod")
 
+    def describe(self) -> str:
+        """Says what it is, in one sentence for the person who builds from it."""
+        a = self.architecture
+        with torch.device("meta"):
+            weights = sum(map(math.prod, AnyDoor(a).official_shapes().values()))
+        return (
+            f"AnyDoor, {weights / 1e6:.0f} million weights, {str(self.dtype).removeprefix('torch.')}: "
+            f"UNet predicts {PREDICTED[a.prediction]}; ID encoder DINOv2 of {a.dino_depth} layers, "
+            f"{a.dino_width} wide"
+        )
+
     def load_part(self, part: str, dtype: torch.dtype | None = None, check_finite: bool = True) -> AnyDoor:
         """Builds a network with one part and loads its weights, sharing memory with the file if it can.
 
@@ -80,11 +92,8 @@ class Checkpoint:
             CheckpointError: a weight is not a finite number.
         """
         weights = {k: self.tensors[k] for k in self.tensors if k.startswith(PREFIXES[part])}
-        broken = [key for key, tensor in weights.items() if check_finite and not _all_finite(tensor)]
-        if broken:
-            raise CheckpointError(
-                f"'{self.path}' has weights that are not finite numbers (NaN or infinity): {_some(broken)}"
-            )
+        if check_finite:
+            checkpoint_file.check_finite(self.path, weights)
         with torch.device("meta"):
             model = AnyDoor(self.architecture, parts=[part])
         model.load_official_state_dict(weights, assign=True)
@@ -191,7 +200,7 @@ def _defaults(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def write_checkpoint(
     path: str | Path,
     tensors: Mapping[str, Tensor],
-    architecture: Architecture,
+    architecture: DiffusionArchitecture,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a .safetensors checkpoint as a whole or not at all.
@@ -236,24 +245,11 @@ def write_model(
 
 def compare_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
     """Says in one sentence what is missing, unexpected or mis-shaped; empty if nothing is."""
-    missing = [key for key in expected if key not in shapes]
-    unexpected = [key for key in shapes if key not in expected and key not in SCHEDULE_KEYS]
-    wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {len(expected)} keys are missing ({_some(missing)})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} keys are unexpected ({_some(unexpected)})")
-    if wrong:
-        first = wrong[0]
-        problems.append(
-            f"{len(wrong)} tensors have the wrong shape ({_some(wrong)}; "
-            f"'{first}' is {shapes[first]} and should be {expected[first]})"
-        )
+    problems = describe_differences(shapes, expected, SCHEDULE_KEYS)
     if not problems:
         return ""
     kind = _looks_like(shapes)
-    return "; ".join(problems) + (f". {kind}" if kind else "")
+    return problems + (f". {kind}" if kind else "")
 
 
 def _compare_prefixes(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -294,13 +290,3 @@ def _looks_like(keys: Mapping[str, tuple[int, ...]]) -> str:
 _INITIALISE = (
     "python export/initialise.py --stable-diffusion SD21.ckpt --dinov2 DINOV2.pth --output INIT.safetensors"
 )
-
-
-def _some(keys: list[str]) -> str:
-    named = ", ".join(f"'{key}'" for key in keys[:_MOST_NAMED])
-    return named + (f" and {len(keys) - _MOST_NAMED} more" if len(keys) > _MOST_NAMED else "")
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    # minimum and maximum are NaN or infinite if any value is; no mask as large as the tensor is made
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()) if tensor.numel() else True

@@ -5,7 +5,7 @@ Tensors are mapped into memory and read when they are used; those of optimizer s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,11 @@ from engines.errors import AnyDoorError
 
 
 class CheckpointError(AnyDoorError):
-    """The file is not an AnyDoor checkpoint that can be used, and why."""
+    """The file is not a checkpoint that can be used, and why."""
+
+
+_MOST_NAMED = 3
+"""How many keys an error names before it says how many more there are."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,27 @@ def read_tensors(path: Path) -> TensorFile:
     if not tensors:
         raise CheckpointError(f"'{path}' holds no named tensors")
     return TensorFile(tensors, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Named tensors that are read, and computed where need be, when they are asked for."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
+def reader(tensors: Mapping[str, Tensor], name: str) -> Callable[[], Tensor]:
+    """Reads one tensor when it is called."""
+    return lambda: tensors[name]
 
 
 class _SafetensorsFile(Mapping[str, Tensor]):
@@ -106,3 +131,50 @@ def _load_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError("its pickle is damaged or does more than hold tensors") from error
+
+
+def describe_differences(
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Collection[str] = (),
+) -> str:
+    """Says what is missing, unexpected (and not ignored) or mis-shaped; empty if nothing is."""
+    missing = [key for key in expected if key not in shapes]
+    unexpected = [key for key in shapes if key not in expected and key not in ignored]
+    wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(expected)} keys are missing ({some_keys(missing)})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} keys are unexpected ({some_keys(unexpected)})")
+    if wrong:
+        first = wrong[0]
+        problems.append(
+            f"{len(wrong)} tensors have the wrong shape ({some_keys(wrong)}; "
+            f"'{first}' is {shapes[first]} and should be {expected[first]})"
+        )
+    return "; ".join(problems)
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Reads tensors once to see that each number is finite.
+
+    Raises:
+        CheckpointError: some are not; names them.
+    """
+    broken = [key for key, tensor in tensors.items() if not _all_finite(tensor)]
+    if broken:
+        raise CheckpointError(
+            f"'{path}' has weights that are not finite numbers (NaN or infinity): {some_keys(broken)}"
+        )
+
+
+def some_keys(keys: Sequence[str]) -> str:
+    """The first three keys, and how many more there are."""
+    named = ", ".join(f"'{key}'" for key in keys[:_MOST_NAMED])
+    return named + (f" and {len(keys) - _MOST_NAMED} more" if len(keys) > _MOST_NAMED else "")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # minimum and maximum are NaN or infinite if any value is; no mask as large as the tensor is made
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()) if tensor.numel() else True

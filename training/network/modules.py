@@ -20,14 +20,19 @@ from transformers import Dinov2Config, Dinov2Model
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 
 from runtime.diffusion.noise_schedule import alphas_cumprod
-from training.network.architecture import HINT_BLOCK_CHANNELS, LATENT_SCALE, Architecture
+from training.network.architecture import (
+    HINT_BLOCK_CHANNELS,
+    LATENT_SCALE,
+    Architecture,
+    DiffusionArchitecture,
+)
 from training.network.official_keys import PREFIXES, expected_shapes, from_official, to_official
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def _unet_settings(architecture: Architecture) -> dict[str, Any]:
+def _unet_settings(architecture: DiffusionArchitecture) -> dict[str, Any]:
     """What UNet and ControlNet have in common."""
     attention = architecture.unet_attention
     return {
@@ -43,17 +48,22 @@ def _unet_settings(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def build_unet(architecture: Architecture) -> UNet2DConditionModel:
-    """Builds the UNet of Stable Diffusion 2.1, cross-attending to ID tokens instead of text."""
+def build_unet(architecture: DiffusionArchitecture, **settings: Any) -> UNet2DConditionModel:
+    """Builds the UNet of Stable Diffusion 2.1, cross-attending to ID tokens instead of text.
+
+    Args:
+        architecture: its sizes.
+        settings: of diffusers, where another UNet differs from it.
+    """
     attention = architecture.unet_attention
     return UNet2DConditionModel(
-        **_unet_settings(architecture),
+        **_unet_settings(architecture) | settings,
         out_channels=architecture.latent_channels,
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
     )
 
 
-def build_vae(architecture: Architecture) -> AutoencoderKL:
+def build_vae(architecture: DiffusionArchitecture) -> AutoencoderKL:
     """Builds the autoencoder of Stable Diffusion 2.1."""
     levels = len(architecture.vae_channels)
     return AutoencoderKL(

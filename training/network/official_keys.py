@@ -1,8 +1,9 @@
-"""The official checkpoint's tensor names, and how they map to the modules of `training.network.modules`.
+"""The official checkpoints' tensor names, and how they map to the modules of diffusers and transformers.
 
-A table of renamings, applied to our names. Two things are more than a new name: DINOv2 keeps query, key and
-value in one tensor, and the SwiGLU's two inputs in another; and the VAE's attention stores its linear layers
-as 1 x 1 convolutions. Both ways are exact, so a checkpoint survives the round trip bit for bit.
+A table of renamings, applied to our names. Two things are more than a new name: DINOv2 and OpenCLIP keep
+query, key and value in one tensor, and DINOv2 the SwiGLU's two inputs in another; and the VAE's attention
+stores its linear layers as 1 x 1 convolutions. Both ways are exact, so a checkpoint survives the round trip
+bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from runtime.diffusion.noise_schedule import betas
-from training.network.architecture import Architecture
+from training.network.architecture import DiffusionArchitecture
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -24,6 +25,11 @@ PREFIXES = {
     "id_encoder": "cond_stage_model.",
 }
 """Part of `AnyDoor` -> prefix of its official keys."""
+
+CLIP_PREFIX = "cond_stage_model.transformer.text_model."
+"""Of the text encoder of Stable Diffusion 1.x, CLIP's, under the names of transformers."""
+OPENCLIP_PREFIX = "cond_stage_model.model."
+"""Of the text encoder of Stable Diffusion 2.x, OpenCLIP's; AnyDoor's DINOv2 has the same prefix."""
 
 SCHEDULE_KEYS = (
     "betas",
@@ -77,6 +83,18 @@ _DINO_RULES = (
     (r"\.mlp\.down_proj\.", ".mlp.w3."),
 )
 
+_OPENCLIP_RULES = (
+    (r"^embeddings\.token_embedding\.", "token_embedding."),
+    (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
+    (r"^encoder\.layers\.", "transformer.resblocks."),
+    (r"^final_layer_norm\.", "ln_final."),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.self_attn\.[qkv]_proj\.", ".attn.in_proj_"),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+)
+
 _PARTS_OF_FUSED = {
     "q_proj": (0, 3),
     "k_proj": (1, 3),
@@ -96,25 +114,30 @@ class OfficialTensor:
     """Our tensor is part `part` of `parts` equal ones along the first axis."""
 
 
-def official_tensor(part: str, name: str, architecture: Architecture) -> OfficialTensor:
+def official_tensor(part: str, name: str, architecture: DiffusionArchitecture) -> OfficialTensor:
     """Finds the official place of a tensor.
 
     Args:
-        part: a key of `PREFIXES`.
+        part: a key of `PREFIXES`, or clip or openclip for a text encoder.
         name: the tensor's name in the state_dict of that part.
         architecture: which blocks have attention.
     """
-    if part == "id_encoder":
-        official = _substitute(name, _DINO_RULES)
+    if part == "clip":
+        return OfficialTensor(CLIP_PREFIX + name)
+    if part in ("id_encoder", "openclip"):
+        prefix, rules = {
+            "id_encoder": (PREFIXES["id_encoder"], _DINO_RULES),
+            "openclip": (OPENCLIP_PREFIX, _OPENCLIP_RULES),
+        }[part]
         fused = next((v for k, v in _PARTS_OF_FUSED.items() if f".{k}." in name), (0, 1))
-        return OfficialTensor(PREFIXES[part] + official, *fused)
+        return OfficialTensor(prefix + _substitute(name, rules), *fused)
     if part == "vae":
         return OfficialTensor(PREFIXES[part] + _vae_name(name, len(architecture.vae_channels)))
     return OfficialTensor(PREFIXES[part] + _unet_name(name, architecture))
 
 
 def to_official(
-    part: str, tensors: Mapping[str, torch.Tensor], architecture: Architecture
+    part: str, tensors: Mapping[str, torch.Tensor], architecture: DiffusionArchitecture
 ) -> dict[str, torch.Tensor]:
     """Gives the state_dict of one part under its official names."""
     pieces: dict[str, dict[int, torch.Tensor]] = {}
@@ -133,12 +156,12 @@ def from_official(
     part: str,
     names: Mapping[str, torch.Size],
     tensors: Mapping[str, torch.Tensor],
-    architecture: Architecture,
+    architecture: DiffusionArchitecture,
 ) -> dict[str, torch.Tensor]:
     """Gives the tensors of one part under our names, as views of the official ones where possible.
 
     Args:
-        part: a key of `PREFIXES`.
+        part: see `official_tensor`.
         names: our tensor name -> shape, as in the state_dict of the part.
         tensors: official key -> tensor; has every key that is needed.
         architecture: sizes of the network.
@@ -151,7 +174,7 @@ def from_official(
 
 
 def expected_shapes(
-    part: str, names: Mapping[str, torch.Size], architecture: Architecture
+    part: str, names: Mapping[str, torch.Size], architecture: DiffusionArchitecture
 ) -> dict[str, tuple[int, ...]]:
     """Maps official key -> shape, for one part of a network of this architecture."""
     with torch.device("meta"):
@@ -175,7 +198,7 @@ def _vae_name(name: str, levels: int) -> str:
     return _substitute(name, _VAE_RULES)
 
 
-def _unet_name(name: str, architecture: Architecture) -> str:
+def _unet_name(name: str, architecture: DiffusionArchitecture) -> str:
     """UNet and ControlNet: the original numbers all blocks of a side in one row."""
     per_level = architecture.unet_layers + 1
     stem, _, rest = name.partition(".")
