@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DEMO_BUNDLE := examples/anydoor-small
 DEMO_PICTURE := build/demo.png
 
-.PHONY: demo test gpu dev check proto nightly format clean
+.PHONY: demo test gpu dev check proto nightly bindings format clean
 
 demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
@@ -40,6 +40,10 @@ proto: $(VENV)/.dev
 nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -m nightly
 	ANYDOOR_FUZZ_REQUESTS=5000 $(BIN)/python -m pytest tests/runtime/server/test_server_fuzz.py
+
+# the code against the types of TensorRT 10.3 and 11; downloads both
+bindings: $(VENV)/.dev
+	$(BIN)/python -m tests.bindings
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(text.lower().split(",")),
         default=(),
         metavar="SM,SM",
-        help="cards that tensorrt_rtx builds for: sm75 sm80 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120)."
+        help="cards that tensorrt_rtx builds for: sm75 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120)."
         " Of onnxruntime: cuda or any (default: cuda where there is a card)",
     )
     parser.add_argument(
