@@ -170,7 +170,7 @@ class LoopCountingEngine(OnnxRuntimeEngine):
     """A real engine that notes how many steps each loop has, and what it feeds back."""
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, "cpu")
+        super().__init__(bundle)
         self.loops: list[tuple[int, set[str]]] = []
 
     def run_steps(self, graph, inputs, per_step, feedback, outputs=None):  # type: ignore[no-untyped-def]
