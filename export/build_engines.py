@@ -19,7 +19,7 @@ from typing import Any
 try:
     from engines.bundle import Bundle
     from engines.errors import AnyDoorError
-    from engines.manifest import Manifest
+    from engines.manifest import CUDA, Manifest
     from export.build import best_backend, build_bundle, build_plan_bundle, check_output, default_targets
     from export.options import BACKENDS, ONNX, PRECISIONS, BuildOptions
     from export.progress import Progress
@@ -242,7 +242,8 @@ def summary(manifest: Manifest) -> str:
         f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {'error against PyTorch':>22}",
     ]
     for name, graph in manifest.graphs.items():
-        scratch = f"{max(graph.scratch_bytes.values(), default=0) / 1e6:.1f}"
+        where = CUDA if manifest.target == CUDA else manifest.backend
+        scratch = f"{graph.scratch_bytes.get(where, 0) / 1e6:.1f}"
         error = f"{max(graph.error.values()):.1e}" if graph.error else "-"
         sizes = f"{graph.nbytes / 1e6:>8.1f} {scratch:>11}"
         lines.append(f"{name:<12} {sizes} {graph.build_seconds:>8.1f} {error:>22}")

@@ -25,7 +25,7 @@ from export.options import ONNX, BuildOptions
 from export.precision import TORCH_DTYPES
 from export.progress import Progress
 from export.rewrite.files import rewrite_file
-from export.scratch import scratch_bytes
+from export.scratch import scratch_of_graph
 from export.systems.system import ExportSource, GraphExport
 from export.verification import verify_graph
 from export.weights import store_exact_halves
@@ -112,7 +112,7 @@ def _record(spec: GraphSpec, path: Path, manifest: Manifest) -> GraphRecord:
             variants[CPU] = file_record(path.parent, variant.name)
         else:
             variant.unlink()
-    scratch = scratch_bytes(path, manifest.typical_sizes, has_attention=bool(variants))
+    scratch = scratch_of_graph(path, manifest, has_attention=bool(variants))
     return GraphRecord(spec, _files(path), scratch_bytes=scratch, variants=variants)
 
 

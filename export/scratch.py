@@ -9,6 +9,21 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
+from engines.manifest import CUDA, Manifest
+
+
+def scratch_of_graph(path: Path, manifest: Manifest, has_attention: bool = False) -> dict[str, int]:
+    """Backend -> `scratch_bytes` of a typical call on a CPU; `cuda` -> of the largest call on a card.
+
+    Args:
+        path: a graph of the bundle, in standard operators.
+        manifest: of the bundle, for its sizes and target. Graphs for `cuda` have attention as one operator.
+        has_attention: whether ONNX Runtime has it on a CPU.
+    """
+    on_a_cpu = scratch_bytes(path, manifest.typical_sizes, has_attention)
+    on_a_card = scratch_bytes(path, manifest.largest_sizes, manifest.target == CUDA)
+    return {**on_a_cpu, CUDA: on_a_card["onnxruntime"]}
+
 
 def scratch_bytes(path: Path, sizes: Mapping[str, int], has_attention: bool = False) -> dict[str, int]:
     """Backend -> most bytes of intermediate results that exist at the same time in one call.

@@ -31,7 +31,7 @@ from export.options import BuildOptions
 from export.precision import TORCH_DTYPES
 from export.progress import Progress
 from export.rewrite.rewriting import rewrite
-from export.scratch import scratch_bytes
+from export.scratch import scratch_of_graph
 from export.systems.system import ExportSource, GraphExport
 
 _LARGEST_CONSTANT = 4096
@@ -88,7 +88,7 @@ def _build_graph(graph: GraphExport, folder: Path, manifest: Manifest) -> GraphR
     data = f"{path.name}.data"
     _leave_out_weights(model, data, marks)
     ir.save(model, path)
-    scratch = scratch_bytes(path, manifest.typical_sizes)
+    scratch = scratch_of_graph(path, manifest)
     rewrite(model, manifest.target)
     size = _leave_out_weights(model, data, marks)
     ir.save(model, path)

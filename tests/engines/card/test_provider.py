@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,21 @@ def test_the_provider_allocates_what_the_plan_says(bundle: Bundle) -> None:
 
 
 def test_a_bundle_that_says_nothing_of_cards_is_planned_from_a_cpu(bundle: Bundle) -> None:
-    scratch = [record.scratch_bytes["onnxruntime"] for record in bundle.manifest.graphs.values()]
+    scratch = {name: of.scratch_bytes["onnxruntime"] for name, of in bundle.manifest.graphs.items()}
+    graphs = {
+        name: replace(record, scratch_bytes={"onnxruntime": scratch[name]})
+        for name, record in bundle.manifest.graphs.items()
+    }
+    plan = plan_device_memory(replace(bundle.manifest, graphs=graphs), 10**9)
+    assert plan.library >= bundle.manifest.max_batch * max(scratch.values()) > 0
+
+
+def test_a_bundle_says_what_its_largest_calls_take_on_a_card(bundle: Bundle) -> None:
     plan = plan_device_memory(bundle.manifest, 10**9)
-    assert plan.library >= bundle.manifest.max_batch * max(scratch) > 0
+    for name, record in bundle.manifest.graphs.items():
+        assert (
+            plan.graphs[name].scratch == record.scratch_bytes["cuda"] >= record.scratch_bytes["onnxruntime"]
+        )
 
 
 def test_groups_are_swapped_and_captured_anew(bundle: Bundle, expected_pictures: np.ndarray) -> None:
