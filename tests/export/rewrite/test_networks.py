@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from engines.bundle import Bundle
 from engines.engine import Array
 from engines.spec import GraphSpec, TensorSpec
 from export.example_inputs import example_inputs
@@ -25,7 +23,6 @@ from export.precision import TORCH_DTYPES, keep_float32_layers
 from export.rewrite.report import Report
 from export.rewrite.rewriting import rewrite
 from tests.export.rewrite.graphs import TOLERANCE, evaluate, relative_error
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 
 TYPES = {"fp32": "float32", "fp16": "float16"}
 
@@ -127,32 +124,6 @@ def test_sizes_that_the_kernels_do_not_take(precision: str) -> None:
         ("GroupNorm", "groups of 3 channels are odd", 6),
         ("BiasSplitGelu", "its width is 288, not two times 1280, 2560, 5120", 1),
     }
-
-
-KEPT_IN_TINY = {
-    ("GroupNorm", "groups of 1 channels are odd"): (CONTROL, DENOISE, DECODE),
-    ("GroupNorm", "groups of 3 channels are odd"): (DENOISE,),
-    ("BiasSplitGelu", "its width is 256, not two times 1280, 2560, 5120"): (CONTROL, DENOISE),
-    ("BiasSplitGelu", "its width is 512, not two times 1280, 2560, 5120"): (CONTROL, DENOISE),
-}
-"""What the tiny network has that no kernel takes -> in which graphs."""
-
-
-@pytest.fixture
-def tiny(request: pytest.FixtureRequest) -> Callable[[str], Bundle]:
-    names = {"fp32": "tiny_bundle", "fp16": "tiny_half_bundle"}
-    return lambda precision: Bundle.open(request.getfixturevalue(names[precision]))
-
-
-@pytest.mark.parametrize("graph", [ID_ENCODER, CONTROL, DENOISE, DECODE])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_graphs_of_a_bundle(tiny: Callable[[str], Bundle], precision: str, graph: str) -> None:
-    bundle = tiny(precision)
-    spec = bundle.manifest.specs[graph]
-    sizes = {"samples": 2, "rows": 3, "conditions": 2, "maps": 3}
-    report = compare(ir.load(bundle.graph_file(graph)), example_inputs(spec, sizes), TYPES[precision])
-    kept = {(kept.rule, kept.reason) for kept in report.kept}
-    assert kept == {pair for pair, graphs in KEPT_IN_TINY.items() if graph in graphs}
 
 
 def test_halves_in_a_float32_bundle(tmp_path: Path) -> None:
