@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from engines.bundle import Bundle
 from engines.engine import Engine
 from engines.errors import AnyDoorError, BackendError
-from engines.memory_plan import plan_device_memory, plan_host_memory, table_name
+from engines.memory_plan import place_name, plan_device_memory, plan_host_memory, table_name
 from engines.options import EngineOptions
 from engines.spec import ROWS, SAMPLES, BankSpec, GraphSpec, TensorSpec
 from export.build import build_bundle
@@ -53,6 +53,7 @@ from tests.support.pictures import PLACEMENT, SCENE, Pixels, cutout
 from tests.support.serving import ServerThread
 
 PREDICT, PAINT, COLOURS = "predict", "paint", "colours"
+RTX = "tensorrt_rtx"
 CHANNELS, FACTOR, RESOLUTION = 5, 4, 32
 """Of the latent; pixels along a cell of it; pixels along the picture."""
 EVERYWHERE = np.ones(SCENE.shape[:2], bool)
@@ -369,14 +370,14 @@ def test_its_graphs_are_swapped_where_the_hosts_memory_is_short(bundle: Path) ->
 
 def test_its_plans_have_a_memory_plan_for_a_card(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
-    scratch = {"tensorrt_rtx": 1_000_000}
-    graphs = {name: replace(record, scratch_bytes=scratch) for name, record in manifest.graphs.items()}
-    manifest = replace(manifest, backend="tensorrt_rtx", graphs=graphs)
+    graphs = {name: replace(of, scratch_bytes={RTX: 1_000_000}) for name, of in manifest.graphs.items()}
+    manifest = replace(manifest, backend=RTX, graphs=graphs)
     plan = plan_device_memory(manifest, 1 << 30)
     assert plan.groups == ((PREDICT, PAINT),)
     assert plan.weights == sum(record.nbytes for record in graphs.values())
-    tables = {table_name(name) for name in manifest.step.per_step}
-    assert {tensor.name for tensor in manifest.step.tensors} | tables <= plan.fixed.offsets.keys()
+    step, fixed = manifest.step, plan.fixed.offsets
+    assert all(table_name(step.name, name) in fixed for name in step.per_step)
+    assert all(place_name(step.name, tensor.name) in fixed for tensor in step.tensors)
     assert plan.total <= plan.budget
     tight = plan_device_memory(manifest, plan.total - plan.cache - 1)
     assert tight.groups == ((PREDICT,), (PAINT,))

@@ -41,7 +41,7 @@ def bytes_read(bundle: Path, graph: str = DENOISE, reread: bool = False) -> int:
 
 
 def graph_bytes(bundle: Path, graph: str = DENOISE) -> int:
-    return sum(file.bytes for file in Bundle.open(bundle).manifest.graphs[graph].files)
+    return sum(file.bytes for file in Bundle.open(bundle).manifest.graphs[graph].all_files)
 
 
 def corrupt(file: Path) -> None:

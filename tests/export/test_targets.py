@@ -44,8 +44,8 @@ def test_the_variant_computes_the_same_with_the_same_weights(tiny_bundle: Path, 
     results = [
         {name: engine.to_host(value) for name, value in engine.run(graph, inputs).items()}
         for engine in (
-            OnnxRuntimeEngine(bundle, "cpu"),
-            OnnxRuntimeEngine(Bundle(bundle.path, replace(bundle.manifest, graphs=graphs)), "cpu"),
+            OnnxRuntimeEngine(bundle),
+            OnnxRuntimeEngine(Bundle(bundle.path, replace(bundle.manifest, graphs=graphs))),
         )
     ]
     for name, expected in results[1].items():
