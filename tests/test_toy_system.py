@@ -53,7 +53,6 @@ from tests.support.pictures import PLACEMENT, SCENE, Pixels, cutout
 from tests.support.serving import ServerThread
 
 PREDICT, PAINT, COLOURS = "predict", "paint", "colours"
-RTX = "tensorrt_rtx"
 CHANNELS, FACTOR, RESOLUTION = 5, 4, 32
 """Of the latent; pixels along a cell of it; pixels along the picture."""
 EVERYWHERE = np.ones(SCENE.shape[:2], bool)
@@ -370,8 +369,8 @@ def test_its_graphs_are_swapped_where_the_hosts_memory_is_short(bundle: Path) ->
 
 def test_its_plans_have_a_memory_plan_for_a_card(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
-    graphs = {name: replace(of, scratch_bytes={RTX: 1_000_000}) for name, of in manifest.graphs.items()}
-    manifest = replace(manifest, backend=RTX, graphs=graphs)
+    graphs = {name: replace(of, scratch_bytes={"tensorrt_rtx": 10**6}) for name, of in manifest.graphs.items()}
+    manifest = replace(manifest, backend="tensorrt_rtx", graphs=graphs)
     plan = plan_device_memory(manifest, 1 << 30)
     assert plan.groups == ((PREDICT, PAINT),)
     assert plan.weights == sum(record.nbytes for record in graphs.values())
