@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks.support.markdown import Cell, Json, amount, number, percent, table
+from benchmarks.support.markdown import LOAD_COLUMNS, Cell, Json, amount, number, percent, table
 from benchmarks.support.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,12 +279,7 @@ def load() -> str:
     columns = {
         "arrivals/s": lambda row: number(row["rate"]),
         "batching": lambda row: row["mode"],
-        "in time/s": lambda row: number(row["goodput"]),
-        "p50 s": lambda row: number(row["p50"]),
-        "p95 s": lambda row: number(row["p95"]),
-        "p99 s": lambda row: number(row["p99"]),
-        "refused": lambda row: str(row["refused"]),
-        "late": lambda row: str(row["late"]),
+        **LOAD_COLUMNS,
     }
     return table(read_results("load-small-cpu")["rows"], columns)
 

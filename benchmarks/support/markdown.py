@@ -30,3 +30,14 @@ def amount(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """Renders a share, 0..1, as a percentage."""
     return "" if value is None else f"{100 * value:.0f} %"
+
+
+LOAD_COLUMNS: Mapping[str, Cell] = {
+    "in time/s": lambda row: number(row["goodput"]),
+    "p50 s": lambda row: number(row["p50"]),
+    "p95 s": lambda row: number(row["p95"]),
+    "p99 s": lambda row: number(row["p99"]),
+    "refused": lambda row: str(row["refused"]),
+    "late": lambda row: str(row["late"]),
+}
+"""What became of the requests that a server got at one rate of arrivals."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from benchmarks.support.card.pictures import PRESETS, SAME_BITS
 from benchmarks.support.contenders import COLD, PICTURE, REROLL, SAMPLES
-from benchmarks.support.markdown import Cell, Json, number, percent, table
+from benchmarks.support.markdown import LOAD_COLUMNS, Cell, Json, number, percent, table
 
 _SCENARIOS = (PICTURE, REROLL, SAMPLES, *PRESETS, COLD)
 
@@ -100,12 +100,7 @@ def _server(rows: list[Json]) -> str:
     columns: dict[str, Cell] = {
         "batching": lambda row: row["mode"],
         "arrivals/s": lambda row: number(row["rate"]),
-        "in time/s": lambda row: number(row["goodput"]),
-        "p50 s": lambda row: number(row["p50"]),
-        "p95 s": lambda row: number(row["p95"]),
-        "p99 s": lambda row: number(row["p99"]),
-        "refused": lambda row: str(row["refused"]),
-        "late": lambda row: str(row["late"]),
+        **LOAD_COLUMNS,
         "requests": lambda row: str(row["requests"]),
         "limit, pictures/s": lambda row: number(1 / row["limit"]) if "limit" in row else "",
     }

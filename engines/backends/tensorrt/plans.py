@@ -90,7 +90,7 @@ class Plan:
 
 
 class Context:
-    """Runs a graph with inputs of one set of shapes."""
+    """Runs a plan with inputs of one set of shapes; see `engines.card.graph.Context`."""
 
     def __init__(self, library: Library, context: tensorrt.IExecutionContext, spec: GraphSpec) -> None:
         """Takes over an execution context; `Plan.new_context` is the way to get one."""
@@ -101,17 +101,7 @@ class Context:
     def prepare(
         self, shapes: Mapping[str, Shape], addresses: Mapping[str, int], scratch: int, scratch_size: int
     ) -> None:
-        """Says where everything is.
-
-        Args:
-            shapes: input -> its shape.
-            addresses: input or output -> its address.
-            scratch: address of memory for intermediate results.
-            scratch_size: its bytes.
-
-        Raises:
-            BackendError: the plan does not take a shape or an address.
-        """
+        """Says where everything is."""
         self._context.set_device_memory(scratch, scratch_size)
         for tensor in self._spec.inputs:
             name, shape = tensor.stored_name, shapes[tensor.name]
