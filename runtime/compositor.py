@@ -1,11 +1,11 @@
-"""The Compositor: a scene and placements go in, pictures come out."""
+"""The Compositor: a scene and placements, or a prompt, go in; pictures come out."""
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,8 +16,8 @@ from PIL import Image
 from engines.bundle import Bundle
 from engines.engine import Engine, open_engine
 from engines.errors import BundleError
-from engines.memory_plan import LARGEST_CACHE
 from engines.options import EngineOptions
+from runtime.cache_size import usable_cache_bytes
 from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.drawing import Drawing
@@ -32,29 +32,30 @@ from runtime.parameters import (
     placement_parameters,
     sampling_parameters,
 )
-from runtime.request import Placement, Request, Sampling
+from runtime.request import Blank, Placement, Request, Sampling
 from runtime.result import Composite, Stopwatch
 from runtime.sampling.running_batch import guided_steps
 from runtime.systems import open_system
-from runtime.systems.system import Model
+from runtime.systems.system import Model, Prepared
 from runtime.validation import (
     LARGEST,
     MAX_SEED,
     Limits,
+    check_blank,
     check_initial_noise,
     check_placement_count,
     check_sampling,
     check_seeds,
+    check_usable,
+    in_placement,
 )
 
 StepCallback = Callable[[int, int], object]
 """Called after every step with the steps done and all steps, counted over all pictures and placements."""
 
-_SHARE_OF_MEMORY = 8
-
 
 class Compositor:
-    """Composites objects into scenes with one bundle.
+    """Composites objects into scenes, or draws pictures from nothing, with one bundle.
 
     compositor = Compositor.load("build/engines/anydoor")
     image = compositor.composite(scene, Placement(reference, box=(80, 60, 300, 260)), seed=7)
@@ -72,7 +73,7 @@ class Compositor:
         Args:
             bundle: says sizes and defaults, and holds the constants.
             engine: runs the graphs.
-            cache_bytes: memory for what is kept for re-rolls; see `default_cache_bytes`.
+            cache_bytes: memory for what is kept for re-rolls; see `runtime.cache_size`.
             control_window: sampling steps that a window graph computes in one call. If None, as many as the
                 bundle's batch on a card, where they cost less together, and one on a CPU, where more cost
                 memory and gain nothing.
@@ -97,7 +98,7 @@ class Compositor:
         constants = bundle.constants()
         self.bundle = bundle
         self.engine = engine
-        self.model = Model(bundle, engine, constants, _cache_bytes(engine, cache_bytes), control_window)
+        self.model = Model(bundle, engine, constants, usable_cache_bytes(engine, cache_bytes), control_window)
         self.system = open_system(manifest.system, self.model)
         self.defaults: Mapping[str, Any] = {**self.system.defaults, **manifest.defaults}
         """Parameter -> its value where neither the request nor its quality says one."""
@@ -198,8 +199,63 @@ class Compositor:
             InputError: something about the request cannot be used, in one sentence.
         """
         request = Request.of(scene, placements, seed, sampling, num_images, initial_noise)
-        images = [Image.fromarray(result.image) for result in self.run(request, on_step)]
+        images = self._images(request, on_step)
         return images[0] if num_images is None else images
+
+    @overload
+    def draw(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = ...,
+        size: tuple[int, int] | None = ...,
+        seed: int | None = ...,
+        sampling: Sampling | None = ...,
+        num_images: None = ...,
+        initial_noise: NDArray[np.float32] | None = ...,
+        on_step: StepCallback | None = ...,
+    ) -> Image.Image: ...
+
+    @overload
+    def draw(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = ...,
+        size: tuple[int, int] | None = ...,
+        seed: int | None = ...,
+        sampling: Sampling | None = ...,
+        num_images: int,
+        initial_noise: NDArray[np.float32] | None = ...,
+        on_step: StepCallback | None = ...,
+    ) -> list[Image.Image]: ...
+
+    def draw(
+        self,
+        prompt: str,
+        *,
+        num_images: int | None = None,
+        on_step: StepCallback | None = None,
+        **others: Any,
+    ) -> Image.Image | list[Image.Image]:
+        """A picture from nothing but words, or several; the bundle must be of a model that takes prompts.
+
+        Args:
+            prompt: what to draw.
+            num_images: see `composite`.
+            on_step: see `composite`.
+            others: `negative_prompt` says what not to draw; `size` is (width, height), which must be that of
+                the bundle; all others as of `composite`.
+
+        Raises:
+            InputError: something about the request cannot be used, in one sentence.
+        """
+        request = Request.drawing(prompt, num_images=num_images, **others)
+        images = self._images(request, on_step)
+        return images[0] if num_images is None else images
+
+    def _images(self, request: Request, on_step: StepCallback | None) -> list[Image.Image]:
+        return [Image.fromarray(result.image) for result in self.run(request, on_step)]
 
     def run(self, request: Request, on_step: StepCallback | None = None) -> list[Composite]:
         """All pictures of a request, with seeds, regions and times.
@@ -247,13 +303,11 @@ class Compositor:
             noise = check_initial_noise(noise, (num_images, *self.bundle.manifest.latent_shape))
         watch = Stopwatch()
         with watch.measure("read"), in_field("scene"):
-            scene = load_picture(request.scene, "the scene", limits.pixels).rgb
+            scene = self._load_scene(request, limits)
         prepared = []
         for index, placement in enumerate(request.placements):
-            with in_field(f"placements[{index}]"):
-                given = {name: getattr(placement, name) for name in PLACEMENT_PARAMETERS}
-                parameters = placement_parameters(given, self.defaults)
-                prepared.append(self.system.prepare(scene, placement, parameters, limits, watch))
+            with in_placement(request, index):
+                prepared.append(self._prepare(request, placement, scene, limits, watch))
         job = Job(
             system=self.system,
             scene=scene,
@@ -266,6 +320,21 @@ class Compositor:
         )
         job.images = [ImageJob(job, index, seed, scene, prepared[0]) for index, seed in enumerate(job.seeds)]
         return job
+
+    def _prepare(
+        self,
+        request: Request,
+        placement: Placement,
+        scene: NDArray[np.uint8],
+        limits: Limits,
+        watch: Stopwatch,
+    ) -> Prepared:
+        if isinstance(request.scene, Blank) and placement.box is None and placement.mask is None:
+            height, width = scene.shape[:2]
+            placement = replace(placement, box=(0, 0, width, height))
+        given = {name: getattr(placement, name) for name in PLACEMENT_PARAMETERS}
+        parameters = placement_parameters(given, self.defaults)
+        return self.system.prepare(scene, placement, parameters, limits, watch)
 
     def steps_of(self, request: Request, limits: Limits = LARGEST) -> tuple[int, int]:
         """Counts the steps of a request with guidance and those without, over all pictures and placements.
@@ -287,7 +356,16 @@ class Compositor:
             check_sampling(sampling, limits)
         check_seeds(0 if request.seed is None else request.seed, request.num_images, limits)
         check_placement_count(len(request.placements), limits)
+        check_usable(request, self.system.abilities)
+        if isinstance(request.scene, Blank):
+            check_blank(request.scene, self.bundle.manifest.picture_size)
         return sampling
+
+    def _load_scene(self, request: Request, limits: Limits) -> NDArray[np.uint8]:
+        """The scene, (H, W, 3) RGB; grey if there is none."""
+        if isinstance(request.scene, Blank):
+            return np.full((*self.bundle.manifest.picture_size, 3), 128, np.uint8)
+        return load_picture(request.scene, "the scene", limits.pixels).rgb
 
     def _schedule(self, sampling: SamplingParameters) -> Schedule:
         make = SAMPLERS[sampling.sampler]
@@ -305,25 +383,3 @@ class Compositor:
     def max_batch(self) -> int:
         """Most samples in one call."""
         return self.bundle.manifest.max_batch
-
-
-def default_cache_bytes() -> int:
-    """An eighth of the machine's memory, at most 4 GiB.
-
-    The detail maps of AnyDoor at full size, 512 px, 50 steps with guidance take 2.7 GB in fp32 and 1.3 GB in
-    fp16.
-    """
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return LARGEST_CACHE // 4
-    return min(memory // _SHARE_OF_MEMORY, LARGEST_CACHE)
-
-
-def _cache_bytes(engine: Engine, wanted: int | None) -> int:
-    """Bytes to keep: as many as wanted, never more than the engine's device has room for."""
-    room = engine.cache_bytes
-    if wanted is None:
-        # on a card, what there is room for is already no more than is worth keeping
-        wanted = room if engine.device != "cpu" and room is not None else default_cache_bytes()
-    return wanted if room is None else min(wanted, room)

@@ -38,7 +38,8 @@ class PlacementParameters:
     """The parameters of a `runtime.request.Placement` with nothing left open."""
 
     mode: str
-    reference_ratio: float
+    reference_ratio: float | None
+    """None: the system takes no reference."""
     box_ratio: float
     crop_ratio: float
 
@@ -49,8 +50,9 @@ class PlacementParameters:
         Raises:
             InputError: one is out of range.
         """
+        reference = {} if self.reference_ratio is None else {"reference": self.reference_ratio}
         with in_field("ratios"):
-            return Ratios(self.reference_ratio, self.box_ratio, self.crop_ratio)
+            return Ratios(**reference, box=self.box_ratio, crop=self.crop_ratio)
 
 
 SAMPLING_PARAMETERS = tuple(field.name for field in fields(SamplingParameters))

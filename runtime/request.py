@@ -1,4 +1,4 @@
-"""What a caller asks for: where an object goes, and how the picture is sampled.
+"""What a caller asks for: what goes where, and how the picture is sampled.
 
 A field that is None is open. It then comes from the quality preset, from the bundle's manifest, or from the
 system, in this order; see `runtime.parameters`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,9 @@ from runtime.imaging.pictures import PictureLike
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """An object and its place in the scene."""
+    """What is drawn, and its place in the scene. Models take either a reference or a prompt."""
 
-    reference: PictureLike
+    reference: PictureLike | None = None
     """Picture of the object."""
     reference_mask: PictureLike | NDArray[np.bool_] | None = None
     """Where the object is in it; its transparency if None."""
@@ -28,14 +29,19 @@ class Placement:
     mask: PictureLike | NDArray[np.bool_] | None = None
     """Place: a mask of the scene's size, instead of a box."""
     mode: str | None = None
-    """How it is placed, one of `runtime.imaging.modes.MODES`: "crop" generates the surroundings of the box
-    anew; "shape" makes the object fill the mask; "keep_background" changes nothing outside the box."""
+    """How it is placed, one of `runtime.imaging.modes.MODES`: "crop" generates the surroundings of the place
+    anew; "shape" fills the mask; "keep_background" changes nothing outside the place, which with a prompt has
+    a soft edge."""
     reference_ratio: float | None = None
     """White around the reference object, a factor from 1 to 100."""
     box_ratio: float | None = None
     """Target box around the place, likewise."""
     crop_ratio: float | None = None
     """Zoom-in crop around the target box, likewise."""
+    prompt: str | None = None
+    """What to draw, in words, instead of a reference."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, in words; nothing in particular if None."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,24 @@ class Sampling:
     """Exact timesteps to visit, rising, to follow another implementation; overrides `steps`."""
 
 
+@dataclass(frozen=True)
+class Blank:
+    """No scene: a picture is drawn from nothing. A placement without a place then takes all of it."""
+
+    width: int | None = None
+    """In pixels; that of the bundle if None, and no other."""
+    height: int | None = None
+    """Likewise."""
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """Everything that makes a picture."""
 
-    scene: PictureLike
-    """File, bytes, Pillow image or array."""
+    scene: PictureLike | Blank
+    """File, bytes, Pillow image or array; or none."""
     placements: Sequence[Placement]
-    """The objects and their places; placed one after the other, each into the result of the one before."""
+    """What goes where; placed one after the other, each into the result of the one before."""
     seed: int | None = None
     """The same seed gives the same picture bit for bit on one machine; random if None. Picture i of several
     has the seed `seed + i`."""
@@ -84,7 +100,7 @@ class Request:
     @classmethod
     def of(
         cls,
-        scene: PictureLike,
+        scene: PictureLike | Blank,
         placements: Placement | Sequence[Placement],
         seed: int | None = None,
         sampling: Sampling | None = None,
@@ -96,3 +112,22 @@ class Request:
         listed = [placements] if isinstance(placements, Placement) else list(placements)
         count = 1 if num_images is None else num_images
         return cls(scene, listed, seed, sampling or Sampling(), count, initial_noise)
+
+    @classmethod
+    def drawing(
+        cls,
+        prompt: str,
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | None = None,
+        **others: Any,
+    ) -> Request:
+        """A request for a picture from nothing.
+
+        Args:
+            prompt: what to draw.
+            negative_prompt: see `Placement`.
+            size: (width, height) in pixels; that of the bundle if None, and no other.
+            others: as of `of`, after the placements.
+        """
+        placement = Placement(prompt=prompt, negative_prompt=negative_prompt)
+        return cls.of(Blank(*size or ()), placement, **others)

@@ -7,7 +7,10 @@ Pictures, masks and boxes are refused where they are read: `runtime.imaging.pict
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +20,8 @@ from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError, in_field
 from runtime.imaging.pictures import MAX_PIXELS
 from runtime.imaging.target import is_integer
-from runtime.parameters import SamplingParameters
+from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS, SamplingParameters
+from runtime.request import Blank, Placement, Request
 
 MAX_IMAGES = 64
 MAX_PLACEMENTS = 16
@@ -39,6 +43,122 @@ class Limits:
 
 LARGEST = Limits()
 """What this package accepts at all."""
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What the models of a system can be asked for."""
+
+    title: str
+    """What to call them in an error."""
+    condition: Literal["reference", "text"]
+    """What says what to draw."""
+    parameters: Collection[str]
+    """Parameters that have an effect, of sampling and of placements."""
+    qualities: Collection[str]
+    """Presets that were measured on them."""
+
+
+def check_usable(request: Request, abilities: Abilities) -> None:
+    """Refuses what a model cannot use, or lacks. Decodes nothing.
+
+    Raises:
+        InputError: names the model, and what it takes instead.
+    """
+    title = abilities.title
+    is_drawing = isinstance(request.scene, Blank)
+    if is_drawing and abilities.condition != "text":
+        with in_field("prompt"):
+            raise InputError(
+                f"{title} puts objects from pictures into scenes, and draws nothing from a prompt: give a "
+                "scene and a reference"
+            )
+    with in_field("sampling"):
+        quality = request.sampling.quality
+        with in_field("quality"):
+            if quality is not None and quality not in abilities.qualities:
+                raise InputError(
+                    f"the quality '{quality}' was not measured on {title}, and is not offered for it: choose "
+                    f"{' or '.join(abilities.qualities)}, or set steps and sampler"
+                )
+        _check_parameters(request.sampling, SAMPLING_PARAMETERS, abilities)
+    for index, placement in enumerate(request.placements):
+        with in_placement(request, index):
+            _check_parameters(placement, PLACEMENT_PARAMETERS, abilities)
+            _check_condition(placement, abilities)
+
+
+def check_blank(blank: Blank, size: tuple[int, int]) -> None:
+    """Refuses to draw a picture of another size than the bundle's, (height, width).
+
+    Raises:
+        InputError: names both sizes.
+    """
+    height, width = size
+    asked = (width if blank.width is None else blank.width, height if blank.height is None else blank.height)
+    for name, own, other in (("width", width, asked[0]), ("height", height, asked[1])):
+        with in_field(name):
+            if other != own:
+                raise InputError(
+                    f"this bundle draws pictures of {width} x {height} pixels, not of {asked[0]} x {asked[1]}: "
+                    f"build one with --resolution {asked[0]}x{asked[1]}"
+                )
+
+
+def in_placement(request: Request, index: int) -> AbstractContextManager[None]:
+    """`in_field` for a placement. A drawing has a single one, and its fields are the request's."""
+    is_drawing = isinstance(request.scene, Blank) and len(request.placements) == 1
+    return nullcontext() if is_drawing else in_field(f"placements[{index}]")
+
+
+def check_prompt(prompt: object) -> str:
+    """Refuses what is no text, or cannot be sent as one.
+
+    Raises:
+        InputError: it is no string, or has half of a surrogate pair.
+    """
+    if not isinstance(prompt, str):
+        raise InputError(f"a prompt is text, not {prompt!r}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        code = ord(prompt[error.start])
+        raise InputError(
+            f"the prompt's character {error.start + 1} is U+{code:04X}, half of a surrogate pair, which "
+            "stands for nothing: leave it out"
+        ) from error
+    return prompt
+
+
+def _check_parameters(given: object, names: Sequence[str], abilities: Abilities) -> None:
+    for name in names:
+        if getattr(given, name) is not None and name not in abilities.parameters:
+            with in_field(f"ratios.{name.removesuffix('_ratio')}" if name.endswith("_ratio") else name):
+                raise InputError(f"{abilities.title} has no {name}: leave it out")
+
+
+def _check_condition(placement: Placement, abilities: Abilities) -> None:
+    title = abilities.title
+    by_text = abilities.condition == "text"
+    if by_text:
+        wanted, instead, unusable = "prompt", "draws what a prompt says", ("reference", "reference_mask")
+    else:
+        wanted, instead, unusable = (
+            "reference",
+            "places what a reference shows",
+            ("prompt", "negative_prompt"),
+        )
+    for name in unusable:
+        if getattr(placement, name) is not None:
+            with in_field(name):
+                raise InputError(f"{title} {instead} and takes no {name.replace('_', ' ')}: leave it out")
+    with in_field(wanted):
+        if getattr(placement, wanted) is None:
+            raise InputError(f"{title} {instead}: give a {wanted}")
+    for name in ("prompt", "negative_prompt"):
+        with in_field(name):
+            if (prompt := getattr(placement, name)) is not None:
+                check_prompt(prompt)
 
 
 def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> None:

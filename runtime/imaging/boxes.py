@@ -131,11 +131,21 @@ def square(box: Box, size: tuple[int, int]) -> Box:
 
     size: (width, height) of the picture.
     """
+    return to_aspect(box, (1, 1), size)
+
+
+def to_aspect(box: Box, aspect: tuple[int, int], size: tuple[int, int]) -> Box:
+    """`square` for any ratio of the sides: lengthens the one that is too short, around the centre.
+
+    aspect: width and height, or anything in proportion to them. size: (width, height) of the picture.
+    """
+    width, height = aspect
     x_centre, y_centre = (box.x0 + box.x1) // 2, (box.y0 + box.y1) // 2
-    half = max(box.width, box.height) // 2
-    if box.height >= box.width:
+    if box.height * width >= box.width * height:
+        half = box.height * width // height // 2
         box = Box(x_centre - half, box.y0, x_centre + half, box.y1)
     else:
+        half = box.width * height // width // 2
         box = Box(box.x0, y_centre - half, box.x1, y_centre + half)
     return _at_least_one_pixel(box.clip(size), size)
 
@@ -147,8 +157,17 @@ def box_in_box(inner: Box, outer: Box) -> Box:
 
 def square_padding(width: int, height: int) -> Padding:
     """Padding that makes a picture square; the odd pixel goes right or below. Source: `pad_to_square`."""
-    side = max(width, height)
-    return _centred_padding(width, height, side, side)
+    return aspect_padding(width, height, (1, 1))
+
+
+def aspect_padding(width: int, height: int, aspect: tuple[int, int]) -> Padding:
+    """`square_padding` for any ratio of the sides, given as for `to_aspect`."""
+    return _centred_padding(
+        width,
+        height,
+        max(width, -(-height * aspect[0] // aspect[1])),
+        max(height, -(-width * aspect[1] // aspect[0])),
+    )
 
 
 def expansion_padding(width: int, height: int, ratio: float) -> Padding:

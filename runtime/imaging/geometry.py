@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError
-from runtime.imaging.boxes import Box, Padding, box_extent, expand, mask_extent, square, square_padding
+from runtime.imaging.boxes import Box, Padding, aspect_padding, box_extent, expand, mask_extent, to_aspect
 
 _LARGEST_RATIO = 100
 
@@ -39,6 +39,7 @@ class Geometry:
 
     crop: Box  # the zoom-in crop, in scene coordinates
     box: Box  # the expanded target box, in scene coordinates; always inside the crop
+    aspect: tuple[int, int] = (1, 1)  # width and height of the networks' picture, or in proportion to them
 
     @property
     def crop_size(self) -> tuple[int, int]:
@@ -47,27 +48,30 @@ class Geometry:
 
     @property
     def padding(self) -> Padding:
-        """What makes the crop square."""
-        return square_padding(*self.crop_size)
+        """What gives the crop the aspect ratio of the networks' picture."""
+        return aspect_padding(*self.crop_size, self.aspect)
 
     @property
     def padded_size(self) -> tuple[int, int]:
-        """(width, height) of the crop after padding to a square."""
-        side = max(self.crop_size)
-        return side, side
+        """(width, height) of the crop after padding."""
+        left, top, right, bottom = self.padding
+        return self.crop.width + left + right, self.crop.height + top + bottom
 
 
-def zoom_in(target: NDArray[Any] | Box, size: tuple[int, int], ratios: Ratios) -> Geometry:
+def zoom_in(
+    target: NDArray[Any] | Box, size: tuple[int, int], ratios: Ratios, aspect: tuple[int, int] = (1, 1)
+) -> Geometry:
     """Target box and zoom-in crop for a place in a scene of `size` (width, height).
 
     target: (H, W) mask, bool or 0/1, of which fewer than 10 pixels stand for the whole scene; or a box in
     scene coordinates, which is clipped to the scene and then treated like its filled mask, however small.
+    aspect: of the networks' picture, see `Geometry`.
     """
     extent = box_extent(_clip(target, size)) if isinstance(target, Box) else mask_extent(target)
     box = expand(extent, ratios.box, size)
-    crop = square(expand(box, ratios.crop, size), size)
+    crop = to_aspect(expand(box, ratios.crop, size), aspect, size)
     # Ratios near 1 and odd sides can cost the crop a column or row of the box, which the original fails on.
-    return Geometry(crop.union(box), box)
+    return Geometry(crop.union(box), box, aspect)
 
 
 def _clip(box: Box, size: tuple[int, int]) -> Box:

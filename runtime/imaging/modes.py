@@ -1,4 +1,5 @@
-"""The modes of a placement: what the original's two entry scripts do differently."""
+"""The modes of a placement: what AnyDoor's two entry scripts do differently. Other systems give the names a
+meaning of their own that is as close as they can."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from runtime.errors import InputError, in_field
 from runtime.imaging.paste_back import TARGET_BOX, WHOLE_CROP, PasteRule
 
 
@@ -32,3 +34,14 @@ MODES: Mapping[str, Mode] = MappingProxyType(
         "keep_background": Mode(shape_control=False, smooth_mask=False, paste=TARGET_BOX),
     }
 )
+
+
+def check_mode(name: str) -> None:
+    """Refuses a name that is no mode.
+
+    Raises:
+        InputError: lists those that there are.
+    """
+    with in_field("mode"):
+        if name not in MODES:
+            raise InputError(f"there is no mode '{name}': choose one of {', '.join(MODES)}")

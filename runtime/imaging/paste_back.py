@@ -1,4 +1,4 @@
-"""From the networks' picture back into the scene."""
+"""From the networks' picture back into the scene: a rectangle (AnyDoor), or a mask with a soft edge."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from runtime.imaging.geometry import Geometry
 from runtime.imaging.resize import resize_linear
 
 _BAND_ROWS = 256
+
+FEATHER = 8 / 512
+"""Share of the networks' picture over which a soft edge fades. A VAE does not return what it was given, so a
+hard one would show."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,60 @@ def paste_back(
         pixels = resize_linear(without_first_row, geometry.padded_size, window=in_padded_crop)
         composite[band.slices] = pixels.astype(np.uint8)
     return composite
+
+
+def feathered_region(geometry: Geometry, weights: NDArray[np.float32]) -> Box:
+    """The only part of the scene that `paste_feathered` may change, in scene coordinates."""
+    ends = []
+    for axis, (first, before) in enumerate(
+        ((geometry.crop.y0, geometry.padding.top), (geometry.crop.x0, geometry.padding.left))
+    ):
+        along = weights.max(axis=1 - axis)[:, None]
+        reached = np.flatnonzero(resize_linear(along, (1, geometry.padded_size[1 - axis])) > 0)
+        ends.append((first + int(reached[0]) - before, first + int(reached[-1]) + 1 - before))
+    (y0, y1), (x0, x1) = ends
+    return Box(x0, y0, x1, y1).intersection(geometry.crop)
+
+
+def paste_feathered(
+    picture: NDArray[np.uint8],
+    scene: NDArray[np.uint8],
+    geometry: Geometry,
+    weights: NDArray[np.float32],
+) -> NDArray[np.uint8]:
+    """A copy of the scene with the picture at its place, faded into it.
+
+    Where the scene goes on beyond the crop, the picture fades towards the crop's edge, too.
+
+    picture: (H, W, 3) RGB. scene: (H, W, 3) RGB, of another size and left untouched. weights: (H, W) in 0..1,
+    of the picture's size; see `runtime.imaging.masked_scene`.
+    Returns (H, W, 3) uint8 RGB of the scene's size, bit-identical to it where the weights are 0.
+    """
+    drawn, crop, padded = picture.astype(np.float32), geometry.crop, geometry.padded_size
+    width = max(1.0, min(weights.shape) * FEATHER * padded[0] / weights.shape[1])
+    rows = _towards_edges(crop.y0, crop.y1, scene.shape[0], width)[:, None]
+    columns = _towards_edges(crop.x0, crop.x1, scene.shape[1], width)[None]
+    composite: NDArray[np.uint8] = scene.copy()
+    for band in _bands(feathered_region(geometry, weights)):
+        within = box_in_box(band, crop)
+        window = within.shift(geometry.padding.left, geometry.padding.top)
+        share = resize_linear(weights, padded, window=window)
+        share *= np.minimum(rows[within.slices[0]], columns[:, within.slices[1]])
+        before = scene[band.slices].astype(np.float32)
+        pixels = before + share[..., None] * (resize_linear(drawn, padded, window=window) - before)
+        composite[band.slices] = np.rint(pixels).astype(np.uint8)
+    return composite
+
+
+def _towards_edges(first: int, end: int, length: int, width: float) -> NDArray[np.float32]:
+    """1, falling towards those ends of first..end - 1 that are not those of 0..length - 1."""
+    inside = np.arange(end - first) + 0.5
+    share = np.ones(end - first)
+    if first > 0:
+        share = np.minimum(share, inside / width)
+    if end < length:
+        share = np.minimum(share, inside[::-1] / width)
+    return share.astype(np.float32)
 
 
 def _bands(region: Box) -> Iterator[Box]:

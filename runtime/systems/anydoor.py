@@ -6,7 +6,6 @@ run_gradio_demo.py.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +15,11 @@ from numpy.typing import NDArray
 
 from engines.errors import BundleError
 from runtime.diffusion.ddim import Schedule
-from runtime.errors import InputError, in_field
+from runtime.diffusion.presets import QUALITIES
 from runtime.imaging.boxes import Box
 from runtime.imaging.collage import Hint, make_hint
 from runtime.imaging.geometry import Ratios
-from runtime.imaging.modes import MODES, Mode
+from runtime.imaging.modes import MODES, Mode, check_mode
 from runtime.imaging.paste_back import paste_back, pasted_region
 from runtime.imaging.reference import PreparedReference, load_reference, prepare_reference
 from runtime.imaging.target import load_target
@@ -29,9 +28,10 @@ from runtime.request import Placement
 from runtime.result import Stopwatch
 from runtime.sampling.conditions import BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, shared_timesteps
+from runtime.sampling.remembered import Remembered
 from runtime.sampling.running_batch import guided_steps
 from runtime.systems.system import Model
-from runtime.validation import Limits
+from runtime.validation import Abilities, Limits
 
 ID_ENCODER = "id_encoder"
 CONTROL = "control"
@@ -51,6 +51,8 @@ DEFAULTS: Mapping[str, Any] = {
     "crop_ratio": 2.0,
 }
 """The original's (run_inference.py)."""
+
+ABILITIES = Abilities("AnyDoor", "reference", DEFAULTS, QUALITIES)
 
 _KEPT_TOKENS = 32
 """References whose ID tokens are remembered; 1 MB each at full size."""
@@ -114,11 +116,10 @@ class Preprocessing:
         Raises:
             InputError: a picture, a mask, the place or a parameter cannot be used.
         """
-        with in_field("mode"):
-            if parameters.mode not in MODES:
-                raise InputError(f"there is no mode '{parameters.mode}': choose one of {', '.join(MODES)}")
+        check_mode(parameters.mode)
         mode, ratios = MODES[parameters.mode], parameters.ratios
         with watch.measure("read"):
+            assert placement.reference is not None
             picture, mask = load_reference(placement.reference, placement.reference_mask, limits.pixels)
             target = load_target(placement.box, placement.mask, scene, limits.pixels)
         with watch.measure("prepare"):
@@ -145,6 +146,7 @@ class Preprocessing:
 class AnyDoor(Preprocessing):
     """The system with a model; see `runtime.systems.system.System`."""
 
+    abilities = ABILITIES
     defaults = DEFAULTS
 
     def __init__(self, model: Model) -> None:
@@ -166,7 +168,7 @@ class AnyDoor(Preprocessing):
         self._window = model.control_window
         self.cache = DetailMapCache(model.cache_bytes)
         """Detail maps that are kept for re-rolls."""
-        self._tokens: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+        self._tokens = Remembered[bytes](_KEPT_TOKENS)
 
     def conditions(
         self, prepared: AnyDoorPlacement, sampling: SamplingParameters, schedule: Schedule, watch: Stopwatch
@@ -174,16 +176,14 @@ class AnyDoor(Preprocessing):
         """Encodes the reference, unless its ID tokens are remembered; detail maps are computed when
         needed."""
         image = prepared.reference.image
-        key = image.tobytes()
-        if key not in self._tokens:
+
+        def encode() -> NDArray[np.float32]:
             with watch.measure("condition"):
                 network_input = (image.astype(np.float32) / 255).transpose(2, 0, 1)[None]
                 outputs = self._engine.run(ID_ENCODER, {"reference": network_input})
-                self._tokens[key] = self._engine.to_host(outputs["tokens"])
-            if len(self._tokens) > _KEPT_TOKENS:
-                self._tokens.popitem(last=False)
-        self._tokens.move_to_end(key)
-        tokens = self._tokens[key]
+                return self._engine.to_host(outputs["tokens"])
+
+        tokens = self._tokens.get(image.tobytes(), encode)
         guided = guided_steps(sampling, schedule)
         if any(guided):
             tokens = np.concatenate([tokens, self._unconditional_tokens])

@@ -22,7 +22,7 @@ from runtime.parameters import PlacementParameters, SamplingParameters
 from runtime.request import Placement
 from runtime.result import Stopwatch
 from runtime.sampling.conditions import Conditions
-from runtime.validation import Limits
+from runtime.validation import Abilities, Limits
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,8 @@ class Prepared(Protocol):
 class System(Protocol):
     """One compositing system with its model. `prepare`, `renew` and `finish` may run in any thread."""
 
+    abilities: Abilities
+    """What a request may ask for; `runtime.validation.check_usable` refuses all else."""
     defaults: Mapping[str, Any]
     """Parameter -> value, for what neither the request nor the manifest says; see `runtime.parameters`."""
 
@@ -86,8 +88,7 @@ class System(Protocol):
     def finish(
         self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: Any
     ) -> NDArray[np.uint8]:
-        """The result: a copy of the scene, (H, W, 3), with the networks' picture, (R, R, 3) RGB, at its
-        place."""
+        """The result: a copy of the scene, (H, W, 3), with the networks' picture, RGB, at its place."""
 
     def kept_bytes(self) -> int:
         """Memory of tensors that are kept for later pictures."""

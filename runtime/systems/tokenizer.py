@@ -17,6 +17,7 @@ from itertools import pairwise
 
 from engines.errors import BundleError
 from runtime.errors import InputError
+from runtime.validation import check_prompt
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -98,14 +99,7 @@ class Tokenizer:
         Raises:
             InputError: it has more tokens than fit, or half of a surrogate pair.
         """
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            code = ord(prompt[error.start])
-            raise InputError(
-                f"the prompt's character {error.start + 1} is U+{code:04X}, half of a surrogate pair, which "
-                "stands for nothing: leave it out"
-            ) from error
+        check_prompt(prompt)
         ids: list[int] = []
         for piece, special in self._pieces(prompt):
             room = TOKENS - 2 - len(ids)

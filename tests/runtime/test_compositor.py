@@ -17,7 +17,7 @@ from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.options import EngineOptions
 from runtime import Composite, Compositor, InputError, Placement, Request, Sampling
-from runtime.compositor import default_cache_bytes
+from runtime.cache_size import default_cache_bytes
 from runtime.imaging.modes import MODES
 from tests.support.anydoor import CONTROL, DENOISE, ID_ENCODER
 from tests.support.observers import RunCounter

@@ -1,0 +1,32 @@
+"""How much memory may keep what later pictures need again, like detail maps."""
+
+from __future__ import annotations
+
+import os
+
+from engines.engine import Engine
+from engines.memory_plan import LARGEST_CACHE
+
+_SHARE_OF_MEMORY = 8
+
+
+def default_cache_bytes() -> int:
+    """An eighth of the machine's memory, at most 4 GiB.
+
+    The detail maps of AnyDoor at full size, 512 px, 50 steps with guidance take 2.7 GB in fp32 and 1.3 GB in
+    fp16.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return LARGEST_CACHE // 4
+    return min(memory // _SHARE_OF_MEMORY, LARGEST_CACHE)
+
+
+def usable_cache_bytes(engine: Engine, wanted: int | None) -> int:
+    """Bytes to keep: as many as wanted, never more than the engine's device has room for."""
+    room = engine.cache_bytes
+    if wanted is None:
+        # on a card, what there is room for is already no more than is worth keeping
+        wanted = room if engine.device != "cpu" and room is not None else default_cache_bytes()
+    return wanted if room is None else min(wanted, room)
