@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.errors import InputError
 from runtime.imaging.pictures import PictureLike
 
 
@@ -131,3 +132,22 @@ class Request:
         """
         placement = Placement(prompt=prompt, negative_prompt=negative_prompt)
         return cls.of(Blank(*size or ()), placement, **others)
+
+
+def check_prompt(prompt: object) -> str:
+    """Refuses what is no text, or cannot be sent as one.
+
+    Raises:
+        InputError: it is no string, or has half of a surrogate pair.
+    """
+    if not isinstance(prompt, str):
+        raise InputError(f"a prompt is text, not {prompt!r}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        code = ord(prompt[error.start])
+        raise InputError(
+            f"the prompt's character {error.start + 1} is U+{code:04X}, half of a surrogate pair, which "
+            "stands for nothing: leave it out"
+        ) from error
+    return prompt

@@ -21,7 +21,7 @@ from runtime.errors import InputError, in_field
 from runtime.imaging.pictures import MAX_PIXELS
 from runtime.imaging.target import is_integer
 from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS, SamplingParameters
-from runtime.request import Blank, Placement, Request
+from runtime.request import Blank, Placement, Request, check_prompt
 
 MAX_IMAGES = 64
 MAX_PLACEMENTS = 16
@@ -100,8 +100,8 @@ def check_blank(blank: Blank, size: tuple[int, int]) -> None:
         with in_field(name):
             if other != own:
                 raise InputError(
-                    f"this bundle draws pictures of {width} x {height} pixels, not of {asked[0]} x {asked[1]}: "
-                    f"build one with --resolution {asked[0]}x{asked[1]}"
+                    f"this bundle draws pictures of {width} x {height} pixels and not of {asked[0]} x "
+                    f"{asked[1]}: build one with --resolution {asked[0]}x{asked[1]}"
                 )
 
 
@@ -109,25 +109,6 @@ def in_placement(request: Request, index: int) -> AbstractContextManager[None]:
     """`in_field` for a placement. A drawing has a single one, and its fields are the request's."""
     is_drawing = isinstance(request.scene, Blank) and len(request.placements) == 1
     return nullcontext() if is_drawing else in_field(f"placements[{index}]")
-
-
-def check_prompt(prompt: object) -> str:
-    """Refuses what is no text, or cannot be sent as one.
-
-    Raises:
-        InputError: it is no string, or has half of a surrogate pair.
-    """
-    if not isinstance(prompt, str):
-        raise InputError(f"a prompt is text, not {prompt!r}")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        code = ord(prompt[error.start])
-        raise InputError(
-            f"the prompt's character {error.start + 1} is U+{code:04X}, half of a surrogate pair, which "
-            "stands for nothing: leave it out"
-        ) from error
-    return prompt
 
 
 def _check_parameters(given: object, names: Sequence[str], abilities: Abilities) -> None:

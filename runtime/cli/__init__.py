@@ -21,6 +21,7 @@ GROUP = "anydoor.commands"
 
 BUILT_IN: Mapping[str, tuple[str, str]] = {
     "composite": ("runtime.cli.composite", "cpu"),
+    "draw": ("runtime.cli.draw", "cpu"),
     "serve": ("runtime.cli.serve", "cpu,serve"),
     "doctor": ("runtime.cli.doctor", "cpu"),
     "build": ("export.build_engines", "export"),
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
     """The parser of a command line with some commands. Its result has a function `run`."""
     result = argparse.ArgumentParser(
-        prog="anydoor", description="Put an object from one picture into another."
+        prog="anydoor", description="Put an object from one picture into another, or draw one from words."
     )
     _add_flags_for_everywhere(result)
     subparsers = result.add_subparsers(required=True, metavar="COMMAND")

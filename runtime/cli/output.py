@@ -17,12 +17,12 @@ _FIRST_TURNED = 5
 """EXIF orientations from this one on swap width and height."""
 
 
-def check_output(output: Path, scene: Path, num_images: int, grid: bool) -> None:
+def check_output(output: Path, scene: Path | None, num_images: int, grid: bool) -> None:
     """Refuses an output that could not be written after minutes of work.
 
     Args:
         output: as given with --output.
-        scene: the picture whose size the output has; not decoded.
+        scene: the picture whose size the output has; not decoded. None if there is none.
         num_images: how many pictures there will be.
         grid: whether they are written as one contact sheet.
 
@@ -39,7 +39,7 @@ def check_output(output: Path, scene: Path, num_images: int, grid: bool) -> None
     for path in [output] if grid else output_paths(output, num_images):
         if path.is_dir():
             raise InputError(f"cannot write '{path}': it is a folder")
-    size = _size_of(scene)
+    size = _size_of(scene) if scene else None
     if size and num_images > 0:
         check_size(sheet_size(size, num_images) if grid else size, output)
 

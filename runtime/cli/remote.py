@@ -1,4 +1,4 @@
-"""The part of `anydoor composite` that lets a server draw."""
+"""The part of the commands that make pictures which lets a server do it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What an inpainting network gets of a scene: the zoomed-in crop, what is drawn of it, and how that blends with
-the rest.
+"""What an inpainting network gets of a scene: the zoomed-in crop, what is drawn of it, and how that blends
+with the rest.
 
 Sources: diffusers' `StableDiffusionInpaintPipeline` (mask and masked picture); Blended Latent Diffusion
 (Avrahami et al., 2023).

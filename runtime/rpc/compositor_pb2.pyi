@@ -33,6 +33,12 @@ class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     IMAGE_FORMAT_PNG: _ClassVar[ImageFormat]
     IMAGE_FORMAT_JPEG: _ClassVar[ImageFormat]
     IMAGE_FORMAT_WEBP: _ClassVar[ImageFormat]
+
+class Condition(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CONDITION_UNSPECIFIED: _ClassVar[Condition]
+    CONDITION_REFERENCE: _ClassVar[Condition]
+    CONDITION_TEXT: _ClassVar[Condition]
 PLACEMENT_MODE_UNSPECIFIED: PlacementMode
 PLACEMENT_MODE_CROP: PlacementMode
 PLACEMENT_MODE_SHAPE: PlacementMode
@@ -48,6 +54,9 @@ IMAGE_FORMAT_UNSPECIFIED: ImageFormat
 IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_JPEG: ImageFormat
 IMAGE_FORMAT_WEBP: ImageFormat
+CONDITION_UNSPECIFIED: Condition
+CONDITION_REFERENCE: Condition
+CONDITION_TEXT: Condition
 
 class CompositeRequest(_message.Message):
     __slots__ = ("scene", "placements", "sampling", "seed", "num_images", "output_format")
@@ -66,20 +75,24 @@ class CompositeRequest(_message.Message):
     def __init__(self, scene: _Optional[bytes] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios")
+    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "prompt", "negative_prompt")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_MASK_FIELD_NUMBER: _ClassVar[int]
     BOX_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     RATIOS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     reference: bytes
     reference_mask: bytes
     box: Box
     mask: bytes
     mode: PlacementMode
     ratios: Ratios
-    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ...) -> None: ...
+    prompt: str
+    negative_prompt: str
+    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ...) -> None: ...
 
 class Box(_message.Message):
     __slots__ = ("x0", "y0", "x1", "y1")
@@ -131,6 +144,26 @@ class TimestepInterval(_message.Message):
     last: int
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
+class DrawRequest(_message.Message):
+    __slots__ = ("prompt", "negative_prompt", "width", "height", "sampling", "seed", "num_images", "output_format")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NUM_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    sampling: Sampling
+    seed: int
+    num_images: int
+    output_format: ImageFormat
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
+
 class CompositeResponse(_message.Message):
     __slots__ = ("images", "request_id", "seconds")
     class SecondsEntry(_message.Message):
@@ -165,6 +198,14 @@ class CompositeStreamRequest(_message.Message):
     request: CompositeRequest
     preview_every: int
     def __init__(self, request: _Optional[_Union[CompositeRequest, _Mapping]] = ..., preview_every: _Optional[int] = ...) -> None: ...
+
+class DrawStreamRequest(_message.Message):
+    __slots__ = ("request", "preview_every")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
+    request: DrawRequest
+    preview_every: int
+    def __init__(self, request: _Optional[_Union[DrawRequest, _Mapping]] = ..., preview_every: _Optional[int] = ...) -> None: ...
 
 class CompositeStreamResponse(_message.Message):
     __slots__ = ("queued", "step_done", "preview", "result", "request_id")
@@ -207,7 +248,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults")
+    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults", "condition", "picture_width", "picture_height", "scene_channels", "qualities")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
@@ -218,6 +259,11 @@ class GetModelInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SYSTEM_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    CONDITION_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    SCENE_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    QUALITIES_FIELD_NUMBER: _ClassVar[int]
     version: str
     checkpoint_sha256: str
     precision: str
@@ -228,7 +274,12 @@ class GetModelInfoResponse(_message.Message):
     limits: Limits
     system: str
     defaults: ModelDefaults
-    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ...) -> None: ...
+    condition: Condition
+    picture_width: int
+    picture_height: int
+    scene_channels: int
+    qualities: _containers.RepeatedScalarFieldContainer[Quality]
+    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ...) -> None: ...
 
 class ModelDefaults(_message.Message):
     __slots__ = ("sampling", "mode", "ratios")

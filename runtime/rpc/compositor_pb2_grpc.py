@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CompositorServiceStub:
-    """Composites objects into scenes.
+    """Composites objects into scenes, and draws pictures.
     """
 
     def __init__(self, channel):
@@ -45,6 +45,16 @@ class CompositorServiceStub:
                 request_serializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamRequest.SerializeToString,
                 response_deserializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.FromString,
                 _registered_method=True)
+        self.Draw = channel.unary_unary(
+                '/anydoor.v1.CompositorService/Draw',
+                request_serializer=anydoor_dot_v1_dot_compositor__pb2.DrawRequest.SerializeToString,
+                response_deserializer=anydoor_dot_v1_dot_compositor__pb2.CompositeResponse.FromString,
+                _registered_method=True)
+        self.DrawStream = channel.unary_stream(
+                '/anydoor.v1.CompositorService/DrawStream',
+                request_serializer=anydoor_dot_v1_dot_compositor__pb2.DrawStreamRequest.SerializeToString,
+                response_deserializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/anydoor.v1.CompositorService/GetModelInfo',
                 request_serializer=anydoor_dot_v1_dot_compositor__pb2.GetModelInfoRequest.SerializeToString,
@@ -53,7 +63,7 @@ class CompositorServiceStub:
 
 
 class CompositorServiceServicer:
-    """Composites objects into scenes.
+    """Composites objects into scenes, and draws pictures.
     """
 
     def Composite(self, request, context):
@@ -66,6 +76,20 @@ class CompositorServiceServicer:
     def CompositeStream(self, request, context):
         """The same, with events on the way: positions in the queue, then steps and previews, then one result. The
         result is always the last message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Draw(self, request, context):
+        """A picture from words alone, by a model that takes prompts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrawStream(self, request, context):
+        """The same, with events on the way, like `CompositeStream`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,6 +115,16 @@ def add_CompositorServiceServicer_to_server(servicer, server):
                     request_deserializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamRequest.FromString,
                     response_serializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.SerializeToString,
             ),
+            'Draw': grpc.unary_unary_rpc_method_handler(
+                    servicer.Draw,
+                    request_deserializer=anydoor_dot_v1_dot_compositor__pb2.DrawRequest.FromString,
+                    response_serializer=anydoor_dot_v1_dot_compositor__pb2.CompositeResponse.SerializeToString,
+            ),
+            'DrawStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrawStream,
+                    request_deserializer=anydoor_dot_v1_dot_compositor__pb2.DrawStreamRequest.FromString,
+                    response_serializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.SerializeToString,
+            ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
                     request_deserializer=anydoor_dot_v1_dot_compositor__pb2.GetModelInfoRequest.FromString,
@@ -105,7 +139,7 @@ def add_CompositorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CompositorService:
-    """Composites objects into scenes.
+    """Composites objects into scenes, and draws pictures.
     """
 
     @staticmethod
@@ -151,6 +185,60 @@ class CompositorService:
             target,
             '/anydoor.v1.CompositorService/CompositeStream',
             anydoor_dot_v1_dot_compositor__pb2.CompositeStreamRequest.SerializeToString,
+            anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Draw(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anydoor.v1.CompositorService/Draw',
+            anydoor_dot_v1_dot_compositor__pb2.DrawRequest.SerializeToString,
+            anydoor_dot_v1_dot_compositor__pb2.CompositeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrawStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/anydoor.v1.CompositorService/DrawStream',
+            anydoor_dot_v1_dot_compositor__pb2.DrawStreamRequest.SerializeToString,
             anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.FromString,
             options,
             channel_credentials,

@@ -38,7 +38,15 @@ from runtime.server.logs import FIELDS
 from runtime.server.metrics import Metrics
 from runtime.server.settings import Settings
 from runtime.server.ticket import Ticket
-from runtime.server.wire import defaults_message, event_message, request_from_message, response_message
+from runtime.server.wire import (
+    CONDITIONS,
+    QUALITIES,
+    Message,
+    defaults_message,
+    event_message,
+    request_from_message,
+    response_message,
+)
 from runtime.version import version
 
 if TYPE_CHECKING:
@@ -81,24 +89,42 @@ class CompositorService:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         serialize = methodcaller("SerializeToString")
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Composite": unary(self._composite, None, serialize),
-            "CompositeStream": stream(self._composite_stream, None, serialize),
+            "Composite": unary(partial(self._finish, "Composite", pb.CompositeRequest), None, serialize),
+            "CompositeStream": stream(
+                partial(self._stream, "CompositeStream", pb.CompositeStreamRequest), None, serialize
+            ),
+            "Draw": unary(partial(self._finish, "Draw", pb.DrawRequest), None, serialize),
+            "DrawStream": stream(partial(self._stream, "DrawStream", pb.DrawStreamRequest), None, serialize),
             "GetModelInfo": unary(self._get_model_info, None, serialize),
         }
         return grpc.method_handlers_generic_handler(NAME, methods)
 
-    async def _composite(self, content: bytes, context: Context) -> pb.CompositeResponse:
-        async with self._observe("Composite", context) as call:
-            message = pb.CompositeRequest.FromString(content)
+    async def _finish(
+        self,
+        method: str,
+        kind: type[pb.CompositeRequest] | type[pb.DrawRequest],
+        content: bytes,
+        context: Context,
+    ) -> pb.CompositeResponse:
+        """Composite and Draw."""
+        async with self._observe(method, context) as call:
+            message = kind.FromString(content)
             async with aclosing(self._events(call, context, message)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
                         return response_message(event, call.request_id)
         raise AssertionError("unreachable")
 
-    async def _composite_stream(self, content: bytes, context: Context) -> None:
-        async with self._observe("CompositeStream", context) as call:
-            message = pb.CompositeStreamRequest.FromString(content)
+    async def _stream(
+        self,
+        method: str,
+        kind: type[pb.CompositeStreamRequest] | type[pb.DrawStreamRequest],
+        content: bytes,
+        context: Context,
+    ) -> None:
+        """CompositeStream and DrawStream."""
+        async with self._observe(method, context) as call:
+            message = kind.FromString(content)
             with in_field("request"):
                 async with aclosing(
                     self._events(call, context, message.request, message.preview_every)
@@ -115,14 +141,15 @@ class CompositorService:
     def model_info(self) -> pb.GetModelInfoResponse:
         """The answer to GetModelInfo."""
         settings, compositor = self._settings, self._batcher.compositor
-        manifest = compositor.bundle.manifest
+        manifest, abilities = compositor.bundle.manifest, compositor.system.abilities
+        height, width = manifest.picture_size
         return pb.GetModelInfoResponse(
             version=version(),
             checkpoint_sha256=str(manifest.checkpoint.get("sha256", "")),
             precision=manifest.precision,
             backend=compositor.engine.backend,
             device=compositor.engine.device,
-            resolution=manifest.resolution,
+            resolution=max(width, height),
             max_batch=self._batcher.max_batch,
             limits=pb.Limits(
                 message_bytes=settings.max_message_bytes,
@@ -134,10 +161,15 @@ class CompositorService:
             ),
             system=manifest.system,
             defaults=defaults_message(compositor.defaults),
+            condition=CONDITIONS[abilities.condition],
+            picture_width=width,
+            picture_height=height,
+            scene_channels=int(manifest.architecture.get("scene_channels", 0)),
+            qualities=[QUALITIES[quality] for quality in abilities.qualities],
         )
 
     async def _events(
-        self, call: _Call, context: Context, message: pb.CompositeRequest, preview_every: int = 0
+        self, call: _Call, context: Context, message: Message, preview_every: int = 0
     ) -> AsyncGenerator[Event, None]:
         """Submits a request and yields its events up to `Finished`; closing it earlier cancels the request.
 

@@ -17,43 +17,43 @@ from PIL import Image
 from runtime.errors import InputError, in_field
 from runtime.imaging.boxes import Box
 from runtime.imaging.pictures import PictureLike, load_picture
-from runtime.request import Placement, Request, Sampling
+from runtime.request import Blank, Placement, Request, Sampling, check_prompt
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.events import Event, Finished, Preview, Queued, StepDone
 
 
-def _numbers(enum: Any, prefix: str) -> dict[str, int]:
+def _numbers(enum: Any, prefix: str) -> dict[str, Any]:
     """Name -> number on the wire, of every value of an enum but UNSPECIFIED."""
     return {name.removeprefix(prefix): number for name, number in enum.items() if number}
 
 
-def _lower(numbers: Mapping[str, int]) -> dict[str, int]:
+def _lower(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {name.lower(): number for name, number in numbers.items()}
 
 
 MODES = _lower(_numbers(pb.PlacementMode, "PLACEMENT_MODE_"))
 SAMPLERS = _lower(_numbers(pb.Sampler, "SAMPLER_"))
 QUALITIES = _lower(_numbers(pb.Quality, "QUALITY_"))
+CONDITIONS = _lower(_numbers(pb.Condition, "CONDITION_"))
 FORMATS = _numbers(pb.ImageFormat, "IMAGE_FORMAT_")
 
 
 # ---- requests
 
 
-def request_from_message(message: pb.CompositeRequest) -> tuple[Request, str]:
+Message = pb.CompositeRequest | pb.DrawRequest
+"""What asks for pictures."""
+
+
+def request_from_message(message: Message) -> tuple[Request, str]:
     """The request, and the name of the file format for its results.
 
     Raises:
         InputError: the value of an enum is unknown. All else is checked later, by `Compositor.accept`.
     """
-    placements = []
-    for index, placement in enumerate(message.placements):
-        with in_field(f"placements[{index}]"):
-            placements.append(_placement(placement))
     request = Request(
-        scene=message.scene,
-        placements=placements,
+        **_content(message),
         seed=message.seed if message.HasField("seed") else None,
         sampling=_sampling(message.sampling),
         num_images=message.num_images if message.HasField("num_images") else 1,
@@ -61,13 +61,34 @@ def request_from_message(message: pb.CompositeRequest) -> tuple[Request, str]:
     return request, _name_of(message.output_format, FORMATS, "output_format", "image format") or "PNG"
 
 
+def _content(message: Message) -> dict[str, Any]:
+    """Scene and placements."""
+    if isinstance(message, pb.DrawRequest):
+        size = {name: getattr(message, name) for name in ("width", "height") if message.HasField(name)}
+        return {
+            "scene": Blank(**size),
+            "placements": [Placement(prompt=message.prompt, **_negative(message))],
+        }
+    placements = []
+    for index, placement in enumerate(message.placements):
+        with in_field(f"placements[{index}]"):
+            placements.append(_placement(placement))
+    return {"scene": message.scene, "placements": placements}
+
+
+def _negative(message: pb.Placement | pb.DrawRequest) -> dict[str, str]:
+    return {"negative_prompt": message.negative_prompt} if message.HasField("negative_prompt") else {}
+
+
 def _placement(message: pb.Placement) -> Placement:
     target = message.WhichOneof("target")
     box = message.box
     ratios = {f"{field.name}_ratio": value for field, value in message.ratios.ListFields()}
     return Placement(
-        reference=message.reference,
+        reference=message.reference or None,
         reference_mask=message.reference_mask or None,
+        prompt=message.prompt if message.HasField("prompt") else None,
+        **_negative(message),
         box=(box.x0, box.y0, box.x1, box.y1) if target == "box" else None,
         mask=message.mask if target == "mask" else None,
         mode=_name_of(message.mode, MODES, "mode", "placement mode"),
@@ -96,43 +117,62 @@ def _name_of(number: int, numbers: Mapping[str, int], field: str, what: str) -> 
         raise InputError(f"there is no {what} {number}")
 
 
-def message_from_request(request: Request, file_format: str = "PNG") -> pb.CompositeRequest:
+def message_from_request(request: Request, file_format: str = "PNG") -> Message:
     """The message for a request.
 
     Raises:
-        InputError: a file cannot be read, a name or a number cannot be sent, or the request has initial noise
-            or exact timesteps, which a server does not take.
+        InputError: a file cannot be read, a name, a number or a prompt cannot be sent, or the request has
+            initial noise or exact timesteps, which a server does not take.
     """
     if request.initial_noise is not None or request.sampling.timesteps is not None:
         raise InputError("a server takes no initial noise and no exact timesteps: run without a server")
     try:
+        common = {
+            "sampling": _sampling_message(request.sampling),
+            "seed": request.seed,
+            "num_images": request.num_images,
+            "output_format": _number_of(file_format, FORMATS, "output_format", "image format"),
+        }
+        if isinstance(request.scene, Blank):
+            return pb.DrawRequest(**_drawing_fields(request, request.scene), **common)
         with in_field("scene"):
             scene = _file(request.scene, "the scene")
         placements = []
         for index, placement in enumerate(request.placements):
             with in_field(f"placements[{index}]"):
                 placements.append(_placement_message(placement))
-        return pb.CompositeRequest(
-            scene=scene,
-            placements=placements,
-            sampling=_sampling_message(request.sampling),
-            seed=request.seed,
-            num_images=request.num_images,
-            output_format=_number_of(file_format, FORMATS, "output_format", "image format"),
-        )
+        return pb.CompositeRequest(scene=scene, placements=placements, **common)
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"the request has a number that cannot be sent: {error}") from error
 
 
+def _drawing_fields(request: Request, blank: Blank) -> dict[str, Any]:
+    first = next(iter(request.placements), Placement())
+    plain = Placement(prompt=first.prompt, negative_prompt=first.negative_prompt)
+    if len(request.placements) != 1 or vars(first) != vars(plain):
+        raise InputError("without a scene a server draws one prompt and nothing else: give a scene")
+    return {**_prompts(first), "width": blank.width, "height": blank.height}
+
+
+def _prompts(placement: Placement) -> dict[str, str | None]:
+    prompts = {"prompt": placement.prompt, "negative_prompt": placement.negative_prompt}
+    for name, prompt in prompts.items():
+        with in_field(name):
+            if prompt is not None:
+                check_prompt(prompt)
+    return prompts
+
+
 def _placement_message(placement: Placement) -> pb.Placement:
     if placement.box is not None and placement.mask is not None:
         raise InputError("a placement needs either a box or a mask, and not both")
-    mask, reference_mask = placement.mask, placement.reference_mask
+    mask, reference, reference_mask = placement.mask, placement.reference, placement.reference_mask
     return pb.Placement(
-        reference=_file(placement.reference, "the reference"),
+        reference=None if reference is None else _file(reference, "the reference"),
         reference_mask=None if reference_mask is None else _file(reference_mask, "the reference mask"),
+        **_prompts(placement),
         box=None if placement.box is None else pb.Box(**Box(*placement.box)._asdict()),
         mask=None if mask is None else _file(mask, "the scene mask"),
         mode=_number_of(placement.mode, MODES, "mode", "mode"),

@@ -18,7 +18,7 @@ from itertools import pairwise
 from engines.bundle import Bundle
 from engines.errors import BundleError
 from runtime.errors import InputError
-from runtime.validation import check_prompt
+from runtime.request import check_prompt
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"

@@ -1,12 +1,4 @@
-"""Talks to a server as if it were a Compositor: the same calls give the same pictures.
-
-from runtime.client import Client
-
-with Client("localhost:50051") as client:
-    image = client.composite("desk.jpg", Placement("cup.png", box=(80, 60, 300, 260)), seed=7)
-
-`AsyncClient` is the same for asyncio.
-"""
+"""A connection to a server: its channel, how requests travel, and what refusals say."""
 
 from __future__ import annotations
 
@@ -104,7 +96,7 @@ One = TypeVar("One")
 Several = TypeVar("Several")
 
 
-class _Connection(Generic[One, Several]):
+class Connection(Generic[One, Several]):
     """What both clients have in common: a channel, requests and refusals."""
 
     _channels: Any
@@ -184,21 +176,74 @@ class _Connection(Generic[One, Several]):
         images: One | Several = self._images(request, num_images is None, on_step, timeout)
         return images
 
+    @overload
+    def draw(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = ...,
+        size: tuple[int, int] | None = ...,
+        seed: int | None = ...,
+        sampling: Sampling | None = ...,
+        num_images: None = ...,
+        on_step: StepCallback | None = ...,
+        timeout: float | None = ...,
+    ) -> One: ...
+
+    @overload
+    def draw(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = ...,
+        size: tuple[int, int] | None = ...,
+        seed: int | None = ...,
+        sampling: Sampling | None = ...,
+        num_images: int,
+        on_step: StepCallback | None = ...,
+        timeout: float | None = ...,
+    ) -> Several: ...
+
+    def draw(
+        self,
+        prompt: str,
+        *,
+        num_images: int | None = None,
+        on_step: StepCallback | None = None,
+        timeout: float | None = None,
+        **others: Any,
+    ) -> One | Several:
+        """A picture from nothing but words, or several; see `Compositor.draw`. Raises as `composite`."""
+        request = Request.drawing(prompt, num_images=num_images, **others)
+        images: One | Several = self._images(request, num_images is None, on_step, timeout)
+        return images
+
     def _images(
         self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
     ) -> Any:
         raise NotImplementedError
 
+    def _begin(self, request: Request, file_format: str, timeout: float | None) -> Any:
+        """Begins a call that ends with the pictures."""
+        message = message_from_request(request, file_format)
+        method = "Draw" if isinstance(message, pb.DrawRequest) else "Composite"
+        return self._call(method, message, timeout)
+
+    def _begin_stream(
+        self, request: Request, preview_every: int, file_format: str, timeout: float | None
+    ) -> Any:
+        """Begins a call that tells events."""
+        message = message_from_request(request, file_format)
+        if isinstance(message, pb.DrawRequest):
+            drawing = pb.DrawStreamRequest(request=message, preview_every=preview_every)
+            return self._call("DrawStream", drawing, timeout)
+        composite = pb.CompositeStreamRequest(request=message, preview_every=preview_every)
+        return self._call("CompositeStream", composite, timeout)
+
     def _call(self, method: str, message: Any, timeout: float | None) -> Any:
         """Begins a call of a method."""
         timeout = self._timeout if timeout is None else timeout
         return getattr(self._stub, method)(message, metadata=self._metadata, timeout=timeout)
-
-    def _stream(self, request: Request, preview_every: int, file_format: str, timeout: float | None) -> Any:
-        message = pb.CompositeStreamRequest(
-            request=message_from_request(request, file_format), preview_every=preview_every
-        )
-        return self._call("CompositeStream", message, timeout)
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -226,151 +271,8 @@ class _Connection(Generic[One, Several]):
         return ServerError(f"{text}: {error.details()}", code.name, request_id)
 
 
-class Client(_Connection[Image.Image, list[Image.Image]]):
-    """A server's Compositor; may be used from several threads."""
-
-    _channels = grpc
-
-    def run(
-        self,
-        request: Request,
-        on_step: StepCallback | None = None,
-        *,
-        file_format: str = "PNG",
-        timeout: float | None = None,
-    ) -> list[Composite]:
-        """All pictures of a request, with seeds, regions and times. Raises as `composite`.
-
-        Args:
-            request: what to draw.
-            on_step: called with (steps done, steps in all).
-            file_format: PNG, JPEG or WEBP: how the pictures travel.
-            timeout: seconds that it may take, instead of the client's.
-        """
-        if on_step is None:
-            with self._refusals():
-                message = message_from_request(request, file_format)
-                return composites_from_message(self._call("Composite", message, timeout))
-        results: list[Composite] = []
-        for event in self.stream(request, file_format=file_format, timeout=timeout):
-            results = _note(event, on_step)
-        return results
-
-    def stream(
-        self,
-        request: Request,
-        *,
-        preview_every: int = 0,
-        file_format: str = "PNG",
-        timeout: float | None = None,
-    ) -> Iterator[ClientEvent]:
-        """Like `run`, and yields events on the way; leaving the loop cancels the request.
-
-        Args:
-            request: what to draw.
-            preview_every: steps between previews; 0 for none.
-            file_format: see `run`.
-            timeout: see `run`.
-        """
-        call = self._stream(request, preview_every, file_format, timeout)
-        try:
-            with self._refusals():
-                for response in call:
-                    yield _event(response)
-        finally:
-            call.cancel()
-
-    def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
-        """Which model the server runs, its defaults, and what the server accepts. Raises as `composite`."""
-        with self._refusals():
-            info: pb.GetModelInfoResponse = self._call("GetModelInfo", pb.GetModelInfoRequest(), timeout)
-            return info
-
-    def close(self) -> None:
-        """Ends the connection, and every call on it."""
-        self._channel.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _images(
-        self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
-    ) -> Image.Image | list[Image.Image]:
-        images = [Image.fromarray(result.image) for result in self.run(request, on_step, timeout=timeout)]
-        return images[0] if single else images
-
-
-class AsyncClient(_Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, Any, list[Image.Image]]]):
-    """The same for asyncio."""
-
-    _channels = grpc.aio
-
-    async def run(
-        self,
-        request: Request,
-        on_step: StepCallback | None = None,
-        *,
-        file_format: str = "PNG",
-        timeout: float | None = None,
-    ) -> list[Composite]:
-        """See `Client.run`."""
-        if on_step is None:
-            with self._refusals():
-                message = message_from_request(request, file_format)
-                return composites_from_message(await self._call("Composite", message, timeout))
-        results: list[Composite] = []
-        async for event in self.stream(request, file_format=file_format, timeout=timeout):
-            results = _note(event, on_step)
-        return results
-
-    async def stream(
-        self,
-        request: Request,
-        *,
-        preview_every: int = 0,
-        file_format: str = "PNG",
-        timeout: float | None = None,
-    ) -> AsyncIterator[ClientEvent]:
-        """See `Client.stream`; close the iterator (`contextlib.aclosing`) to cancel."""
-        call = self._stream(request, preview_every, file_format, timeout)
-        try:
-            with self._refusals():
-                async for response in call:
-                    yield _event(response)
-        finally:
-            call.cancel()
-
-    async def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
-        """See `Client.model_info`."""
-        with self._refusals():
-            info: pb.GetModelInfoResponse = await self._call(
-                "GetModelInfo", pb.GetModelInfoRequest(), timeout
-            )
-            return info
-
-    async def close(self) -> None:
-        """Ends the connection, and every call on it."""
-        await self._channel.close()
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
-
-    async def _images(
-        self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
-    ) -> Image.Image | list[Image.Image]:
-        images = [
-            Image.fromarray(result.image) for result in await self.run(request, on_step, timeout=timeout)
-        ]
-        return images[0] if single else images
-
-
-def _event(response: pb.CompositeStreamResponse) -> ClientEvent:
+def event_of(response: pb.CompositeStreamResponse) -> ClientEvent:
+    """The event in a message."""
     kind = response.WhichOneof("event")
     if kind == "queued":
         return Queued(response.queued.position)
@@ -381,7 +283,7 @@ def _event(response: pb.CompositeStreamResponse) -> ClientEvent:
     return composites_from_message(response.result)
 
 
-def _note(event: ClientEvent, on_step: StepCallback) -> list[Composite]:
+def note(event: ClientEvent, on_step: StepCallback) -> list[Composite]:
     """Reports a step; returns the pictures, none before the last event."""
     if isinstance(event, StepDone):
         on_step(event.done, event.total)

@@ -1,0 +1,176 @@
+"""What the commands that make pictures have in common: flags, and the way from a request to files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.options import EngineOptions
+from runtime.cli.flags import (
+    add_bundle_flag,
+    add_engine_flags,
+    default_bundle,
+    engine_options,
+    field_names,
+    flag_of,
+    given,
+)
+from runtime.cli.output import write_output
+from runtime.cli.progress import Progress
+from runtime.cli.remote import SERVER_FLAGS, add_server_flags, connect, follow
+from runtime.diffusion.presets import QUALITIES
+from runtime.diffusion.samplers import SAMPLERS
+from runtime.errors import InputError
+from runtime.request import Request, Sampling
+
+_SAMPLING = (
+    *("quality", "steps", "guidance_scale", "control_scale", "eta", "sampler"),
+    *("guidance_interval", "map_steps"),
+)
+_MACHINE = ("bundle", *field_names(EngineOptions), "control_window", "initial_noise")
+"""Flags that have an effect without --server only."""
+
+
+def add_picture_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of sampling, output, machine and server."""
+    _add_sampling_flags(parser)
+    out = parser.add_argument_group("output")
+    out.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .jpg or .webp")
+    out.add_argument(
+        "--num-images", type=int, default=1, metavar="N", help="pictures with seeds S, S+1, ... (default: 1)"
+    )
+    out.add_argument("--grid", action="store_true", help="write one contact sheet instead of numbered files")
+    out.add_argument("--quiet", action="store_true", help="show no progress and no memory plan")
+    machine = parser.add_argument_group("machine")
+    add_bundle_flag(machine)
+    add_engine_flags(machine)
+    machine.add_argument(
+        "--control-window",
+        type=int,
+        metavar="N",
+        help="steps whose detail maps are computed in one call, up to the bundle's batch (default: the batch "
+        "on a card, 1 on a CPU)",
+    )
+    add_server_flags(parser.add_argument_group("server (instead of this machine)"))
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (default: what --quality says, else the model's)")
+    group.add_argument(
+        "--seed", type=int, metavar="S", help="the same seed gives the same picture (default: random)"
+    )
+    group.add_argument(
+        "--quality",
+        choices=list(QUALITIES),
+        help="exact: as the model's authors sample it; balanced, fast: nearly the same picture, at least "
+        "twice and four times as fast",
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="sampling steps")
+    group.add_argument(
+        "--guidance-scale", type=float, metavar="G", help="classifier-free guidance; 1 is without"
+    )
+    group.add_argument("--control-scale", type=float, metavar="C", help="factor of the detail maps")
+    group.add_argument("--eta", type=float, metavar="E", help="noise per step, 0 (DDIM) to 1 (DDPM)")
+    group.add_argument(
+        "--sampler",
+        choices=list(SAMPLERS),
+        help="ddim, or dpm_solver_2m, of second order, which needs fewer steps and has no eta",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=parse_interval,
+        metavar="FIRST,LAST",
+        help="timesteps with guidance, of 0 (picture) to 999 (noise); the others cost half",
+    )
+    group.add_argument(
+        "--map-steps",
+        type=int,
+        metavar="N",
+        help="compute detail maps at so many timesteps, shared by neighbouring steps",
+    )
+    group.add_argument(
+        "--initial-noise",
+        type=Path,
+        metavar="FILE.npy",
+        help="latents (N, C, h, w) to start from, to reproduce another implementation",
+    )
+
+
+def parse_interval(text: str) -> tuple[int, int]:
+    """`first,last` as two numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    try:
+        first, last = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not an interval: two timesteps first,last are expected, like 200,999"
+        ) from error
+    return first, last
+
+
+def common_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a request that the flags say: seed, sampling, number of pictures, noise.
+
+    Raises:
+        InputError: the noise cannot be read.
+    """
+    return {
+        "seed": options.seed,
+        "sampling": Sampling(**given(options, _SAMPLING)),
+        "num_images": options.num_images,
+        "initial_noise": _read_noise(options.initial_noise) if options.initial_noise else None,
+    }
+
+
+def make_pictures(request: Request, options: argparse.Namespace) -> None:
+    """Has a request done, on this machine or on a server; writes the pictures and prints their names.
+
+    Raises:
+        AnyDoorError: the request, the bundle or the server cannot be used.
+    """
+    with Progress(options.quiet) as progress:
+        if options.server:
+            with connect(options) as client:
+                results = follow(client.stream(request), progress)
+        else:
+            from runtime.compositor import Compositor
+
+            compositor = Compositor.load(
+                options.bundle or default_bundle(),
+                engine_options(options),
+                **given(options, ["control_window"]),
+            )
+            if not options.quiet and (plan := compositor.engine.describe()):
+                print(plan, file=sys.stderr)
+            results = compositor.run(request, progress.on_step)
+    write_output(options.output, results, options.grid)
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Refuses flags that would have no effect.
+
+    Raises:
+        InputError: names the flag.
+    """
+    for name in given(options, _MACHINE if options.server else SERVER_FLAGS):
+        if options.server:
+            raise InputError(f"{flag_of(name)} is for this machine and has no effect with --server")
+        raise InputError(f"{flag_of(name)} is for a server: name one with --server")
+
+
+def _read_noise(path: Path) -> NDArray[np.float32]:
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read the initial noise '{path}': a .npy file is expected") from error
+    if not isinstance(noise, np.ndarray) or noise.dtype.kind != "f":
+        raise InputError(f"the initial noise '{path}' must be one array of floating-point numbers")
+    return noise

@@ -1,0 +1,87 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import grpc
+from PIL import Image
+
+from runtime.client.connection import (
+    ClientEvent,
+    Connection,
+    StepCallback,
+    event_of,
+    note,
+)
+from runtime.request import Request
+from runtime.result import Composite
+from runtime.rpc import compositor_pb2 as pb
+from runtime.server.wire import composites_from_message
+
+
+class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, Any, list[Image.Image]]]):
+    """The same for asyncio."""
+
+    _channels = grpc.aio
+
+    async def run(
+        self,
+        request: Request,
+        on_step: StepCallback | None = None,
+        *,
+        file_format: str = "PNG",
+        timeout: float | None = None,
+    ) -> list[Composite]:
+        """See `Client.run`."""
+        if on_step is None:
+            with self._refusals():
+                return composites_from_message(await self._begin(request, file_format, timeout))
+        results: list[Composite] = []
+        async for event in self.stream(request, file_format=file_format, timeout=timeout):
+            results = note(event, on_step)
+        return results
+
+    async def stream(
+        self,
+        request: Request,
+        *,
+        preview_every: int = 0,
+        file_format: str = "PNG",
+        timeout: float | None = None,
+    ) -> AsyncIterator[ClientEvent]:
+        """See `Client.stream`; close the iterator (`contextlib.aclosing`) to cancel."""
+        call = self._begin_stream(request, preview_every, file_format, timeout)
+        try:
+            with self._refusals():
+                async for response in call:
+                    yield event_of(response)
+        finally:
+            call.cancel()
+
+    async def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
+        """See `Client.model_info`."""
+        with self._refusals():
+            info: pb.GetModelInfoResponse = await self._call(
+                "GetModelInfo", pb.GetModelInfoRequest(), timeout
+            )
+            return info
+
+    async def close(self) -> None:
+        """Ends the connection, and every call on it."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def _images(
+        self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
+    ) -> Image.Image | list[Image.Image]:
+        images = [
+            Image.fromarray(result.image) for result in await self.run(request, on_step, timeout=timeout)
+        ]
+        return images[0] if single else images

@@ -1,0 +1,95 @@
+"""The client that waits for every call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import grpc
+from PIL import Image
+
+from runtime.client.connection import (
+    ClientEvent,
+    Connection,
+    StepCallback,
+    event_of,
+    note,
+)
+from runtime.request import Request
+from runtime.result import Composite
+from runtime.rpc import compositor_pb2 as pb
+from runtime.server.wire import composites_from_message
+
+
+class Client(Connection[Image.Image, list[Image.Image]]):
+    """A server's Compositor; may be used from several threads."""
+
+    _channels = grpc
+
+    def run(
+        self,
+        request: Request,
+        on_step: StepCallback | None = None,
+        *,
+        file_format: str = "PNG",
+        timeout: float | None = None,
+    ) -> list[Composite]:
+        """All pictures of a request, with seeds, regions and times. Raises as `composite`.
+
+        Args:
+            request: what to draw.
+            on_step: called with (steps done, steps in all).
+            file_format: PNG, JPEG or WEBP: how the pictures travel.
+            timeout: seconds that it may take, instead of the client's.
+        """
+        if on_step is None:
+            with self._refusals():
+                return composites_from_message(self._begin(request, file_format, timeout))
+        results: list[Composite] = []
+        for event in self.stream(request, file_format=file_format, timeout=timeout):
+            results = note(event, on_step)
+        return results
+
+    def stream(
+        self,
+        request: Request,
+        *,
+        preview_every: int = 0,
+        file_format: str = "PNG",
+        timeout: float | None = None,
+    ) -> Iterator[ClientEvent]:
+        """Like `run`, and yields events on the way; leaving the loop cancels the request.
+
+        Args:
+            request: what to draw.
+            preview_every: steps between previews; 0 for none.
+            file_format: see `run`.
+            timeout: see `run`.
+        """
+        call = self._begin_stream(request, preview_every, file_format, timeout)
+        try:
+            with self._refusals():
+                for response in call:
+                    yield event_of(response)
+        finally:
+            call.cancel()
+
+    def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
+        """Which model the server runs, its defaults, and what the server accepts. Raises as `composite`."""
+        with self._refusals():
+            info: pb.GetModelInfoResponse = self._call("GetModelInfo", pb.GetModelInfoRequest(), timeout)
+            return info
+
+    def close(self) -> None:
+        """Ends the connection, and every call on it."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _images(
+        self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
+    ) -> Image.Image | list[Image.Image]:
+        images = [Image.fromarray(result.image) for result in self.run(request, on_step, timeout=timeout)]
+        return images[0] if single else images
