@@ -83,8 +83,8 @@ class StableDiffusionSource:
         a = checkpoint.architecture
         if checkpoint.tokenizer is None:
             raise CheckpointError(
-                f"'{checkpoint.path}' has no tokenizer: give the merges.txt of Stable Diffusion, or the folder "
-                "that has it, with --tokenizer"
+                f"'{checkpoint.path}' has no tokenizer: give the merges.txt of Stable Diffusion, or the "
+                "folder that has it, with --tokenizer"
             )
         if a.text_positions != TOKENS:
             raise CheckpointError(
