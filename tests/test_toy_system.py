@@ -37,6 +37,7 @@ from export.verification import TOLERANCE
 from runtime import Compositor, InputError, Placement, Request, Sampling
 from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.noise_schedule import alphas_cumprod
+from runtime.diffusion.presets import QUALITIES
 from runtime.imaging.boxes import Box
 from runtime.imaging.reference import load_reference
 from runtime.imaging.resize import resize_nearest
@@ -47,7 +48,7 @@ from runtime.sampling.conditions import BankRows
 from runtime.sampling.running_batch import guided_steps
 from runtime.systems import register_system
 from runtime.systems.system import Model
-from runtime.validation import Limits
+from runtime.validation import Abilities, Limits
 from tests.support.observers import RunCounter
 from tests.support.pictures import PLACEMENT, SCENE, Pixels, cutout
 from tests.support.serving import ServerThread
@@ -195,9 +196,10 @@ class Toy:
     """The system with a model; see `runtime.systems.system.System`."""
 
     defaults: Mapping[str, Any] = {
-        **{"steps": 20, "guidance_scale": 1.0, "control_scale": 1.0},
+        **{"steps": 20, "guidance_scale": 1.0, "control_scale": 1.0, "timesteps": None},
         **{"eta": 0.0, "sampler": "ddim", "guidance_interval": (0, 999)},
     }
+    abilities = Abilities("Toy", "reference", defaults, QUALITIES)
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -206,7 +208,7 @@ class Toy:
         self,
         scene: Pixels,
         placement: Placement,
-        parameters: PlacementParameters,
+        values: PlacementParameters,
         limits: Limits,
         watch: Stopwatch,
     ) -> ToyPlacement:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, Generic, TypeVar, overload
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from engines.errors import AnyDoorError
 from runtime.errors import InputError

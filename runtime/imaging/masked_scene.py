@@ -106,7 +106,7 @@ def feather(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     """
     margin = max(1, round(min(mask.shape) * FEATHER))
     half = max(1, round(margin / 2))
-    grown = mask.astype(np.float32)
+    grown: NDArray[np.float32] = mask.astype(np.float32)
     for axis in (0, 1):
         grown = np.asarray(_windows(grown, margin + half, axis).max(axis=-1))
     for axis in (0, 1):
@@ -122,7 +122,7 @@ def _blend(mask: NDArray[np.bool_], mode: str, latent_size: tuple[int, int]) -> 
     drawn = mask.reshape(h, height // h, w, width // w).any(axis=(1, 3)).astype(np.float32)
     if mode == "shape":
         return drawn
-    share = drawn
+    share: NDArray[np.float32] = drawn
     for axis in (0, 1):
         share = np.asarray(_windows(share, 1, axis).max(axis=-1))
     for axis in (0, 1):

@@ -76,7 +76,7 @@ def _content(message: Message) -> dict[str, Any]:
     return {"scene": message.scene, "placements": placements}
 
 
-def _negative(message: pb.Placement | pb.DrawRequest) -> dict[str, str]:
+def _negative(message: pb.Placement | pb.DrawRequest) -> dict[str, Any]:
     return {"negative_prompt": message.negative_prompt} if message.HasField("negative_prompt") else {}
 
 

@@ -16,7 +16,7 @@ from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError
 from runtime.imaging.modes import MODES
 from runtime.imaging.pictures import WRITABLE_FORMATS, load_mask, load_picture
-from runtime.request import Placement, Request, Sampling
+from runtime.request import Blank, Placement, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc import generate
 from runtime.server import wire
@@ -60,7 +60,9 @@ def test_every_method_has_messages_of_its_own() -> None:
         assert service.name.endswith("Service")
         for method in service.methods:
             assert method.input_type.name == f"{method.name}Request"
-            assert method.output_type.name == f"{method.name}Response"
+            # what is drawn comes back as what is composited does
+            answer = method.name.replace("Draw", "Composite")
+            assert method.output_type.name == f"{answer}Response"
 
 
 def test_everything_is_documented() -> None:
@@ -78,6 +80,7 @@ def test_wire_has_every_name() -> None:
     assert wire.MODES.keys() == MODES.keys()
     assert wire.SAMPLERS.keys() == SAMPLERS.keys()
     assert wire.QUALITIES.keys() == QUALITIES.keys()
+    assert wire.CONDITIONS.keys() == {"reference", "text"}
     assert wire.FORMATS.keys() == set(WRITABLE_FORMATS.values())
 
 
@@ -109,8 +112,28 @@ def test_request_survives_the_wire() -> None:
 def test_unset_fields_are_open() -> None:
     request, file_format = request_from_message(pb.CompositeRequest(placements=[pb.Placement()]))
     assert (request.seed, request.num_images, request.sampling) == (None, 1, Sampling())
-    assert vars(request.placements[0]) == vars(Placement(b""))
+    assert vars(request.placements[0]) == vars(Placement())
     assert file_format == "PNG"
+
+
+def test_a_drawing_survives_the_wire() -> None:
+    request = Request.drawing("a cup", "", (768, 512), seed=7, sampling=Sampling(steps=9), num_images=2)
+    content = message_from_request(request, "JPEG").SerializeToString()
+    back, file_format = request_from_message(pb.DrawRequest.FromString(content))
+    assert file_format == "JPEG"
+    assert (back.scene, back.seed, back.num_images) == (Blank(768, 512), 7, 2)
+    assert vars(back.placements[0]) == vars(Placement(prompt="a cup", negative_prompt=""))
+    assert back.sampling == request.sampling
+
+
+def test_prompts_of_placements_survive_the_wire() -> None:
+    placements = [
+        Placement(prompt="", box=BOX),
+        Placement(prompt="eine Tasse ☕", negative_prompt="", mask=SCENE),
+    ]
+    content = message_from_request(Request(SCENE, placements)).SerializeToString()
+    back, _ = request_from_message(pb.CompositeRequest.FromString(content))
+    assert [vars(placement) for placement in back.placements] == [vars(placement) for placement in placements]
 
 
 def test_open_fields_do_not_travel() -> None:
@@ -142,7 +165,7 @@ def test_defaults_of_a_model_are_its_open_request(tiny_bundle: Path) -> None:
     back, _ = request_from_message(pb.CompositeRequest(sampling=message.sampling, placements=[placement]))
     for read in (back.sampling, back.placements[0]):
         for field in fields(read):
-            assert getattr(read, field.name) in (compositor.defaults.get(field.name), b"")
+            assert getattr(read, field.name) == compositor.defaults.get(field.name)
     assert (back.sampling.guidance_scale, back.sampling.map_steps) == (2.0, 7)
     assert (back.placements[0].mode, back.placements[0].crop_ratio) == ("keep_background", 1.3)
 
@@ -170,6 +193,11 @@ def test_pictures_in_memory_become_files(tmp_path: Path) -> None:
         (Request(SCENE, [], sampling=Sampling(sampler="heun")), "no sampler 'heun': choose one of ddim"),
         (Request(SCENE, [], sampling=Sampling(guidance_interval=(7,))), "cannot be sent"),  # type: ignore[arg-type]
         (Request(SCENE, [Placement(OBJECT, box=BOX, mask=SCENE)]), "not both"),
+        (Request(SCENE, [Placement(prompt="\ud83d", box=BOX)]), "U\\+D83D, half of a surrogate pair"),
+        (Request(SCENE, [Placement(prompt=b"cup", box=BOX)]), "a prompt is text, not b'cup'"),  # type: ignore[arg-type]
+        (Request.drawing("a cup", "\udc00"), "U\\+DC00, half of a surrogate pair"),
+        (Request(Blank(), [Placement(prompt="a cup", box=BOX)]), "draws one prompt and nothing else"),
+        (Request(Blank(), []), "draws one prompt and nothing else"),
         (Request(SCENE, [], seed=-1), "cannot be sent"),
         (Request(SCENE, [], initial_noise=np.zeros((1, 4, 8, 8), np.float32)), "no initial noise"),
         (Request(SCENE, [], sampling=Sampling(timesteps=(1, 2))), "no exact timesteps"),
