@@ -108,9 +108,9 @@ def feather(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     half = max(1, round(margin / 2))
     grown: NDArray[np.float32] = mask.astype(np.float32)
     for axis in (0, 1):
-        grown = np.asarray(_windows(grown, margin + half, axis).max(axis=-1))
+        grown = np.asarray(_windows(grown, margin + half, axis).max(axis=-1), np.float32)
     for axis in (0, 1):
-        grown = np.asarray(_windows(grown, half, axis).mean(axis=-1))
+        grown = np.asarray(_windows(grown, half, axis).mean(axis=-1), np.float32)
     return grown
 
 
@@ -124,7 +124,7 @@ def _blend(mask: NDArray[np.bool_], mode: str, latent_size: tuple[int, int]) -> 
         return drawn
     share: NDArray[np.float32] = drawn
     for axis in (0, 1):
-        share = np.asarray(_windows(share, 1, axis).max(axis=-1))
+        share = np.asarray(_windows(share, 1, axis).max(axis=-1), np.float32)
     for axis in (0, 1):
         share = _windows(share, len(_SEAM) // 2, axis) @ (_SEAM / _SEAM.sum())
     return np.maximum(share, drawn).clip(0, 1)

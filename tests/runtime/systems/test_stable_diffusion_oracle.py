@@ -1,4 +1,4 @@
-"""Pictures of the Compositor and of the server against diffusers' pipelines, with the same small random weights."""
+"""Pictures of Compositor and server against those of diffusers, with the same small random weights."""
 
 from __future__ import annotations
 
