@@ -119,7 +119,8 @@ def _blend(mask: NDArray[np.bool_], mode: str, latent_size: tuple[int, int]) -> 
     if mode == "crop":
         return np.ones(latent_size, np.float32)
     (height, width), (h, w) = mask.shape, latent_size
-    drawn = mask.reshape(h, height // h, w, width // w).any(axis=(1, 3)).astype(np.float32)
+    cells = mask.reshape(h, height // h, w, width // w)
+    drawn: NDArray[np.float32] = np.asarray(cells.any(axis=(1, 3)), np.float32)
     if mode == "shape":
         return drawn
     share: NDArray[np.float32] = drawn
