@@ -81,7 +81,9 @@ class Attention(Rule):
         self, op: Any, query: Any, key: Any, value: Any, query_scale: Any, key_scale: Any, merged_shape: Any
     ) -> Any:
         """Softmax(s Q (s K)^T) V for every head."""
-        return self._pattern(op, query, key, value, query_scale, key_scale, merged_shape, lambda scores: scores)
+        return self._pattern(
+            op, query, key, value, query_scale, key_scale, merged_shape, lambda scores: scores
+        )
 
     def _pattern(
         self,
@@ -189,7 +191,13 @@ def _is_causal(mask: ir.Value) -> bool:
     is_lower = not triangle.attributes.get_int("upper", 1)
     on_diagonal = len(triangle.inputs) == 1 or scalar(triangle.inputs[1]) == 0
     ones = triangle.inputs[0].producer() if triangle.inputs[0] else None
-    return is_lower and on_diagonal and ones is not None and ones.op_type == "Expand" and scalar(ones.inputs[0]) == 1
+    return (
+        is_lower
+        and on_diagonal
+        and ones is not None
+        and ones.op_type == "Expand"
+        and scalar(ones.inputs[0]) == 1
+    )
 
 
 def _scale(found: Mapping[str, ir.Value]) -> float | None:
