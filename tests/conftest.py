@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,6 +21,10 @@ TINY_RESOLUTION = 64
 # no test depends on how busy the machine is
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+# Read when PyTorch is imported. Test processes share the cores, and in networks as small as these, threads
+# only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _checkpoint(name: str) -> Path:
@@ -44,6 +50,34 @@ def _bundle(name: str, resolution: int, precision: str = "fp32", targets: tuple[
             options = BuildOptions(precision=precision, resolution=resolution, targets=targets)
             build_bundle(open_source(checkpoint), path, options, Progress(quiet=True))
     return path
+
+
+@contextmanager
+def _traced_once() -> Iterator[None]:
+    """Lets bundles of one network in one precision share their graphs, which differ only after they are
+    rewritten for a target: tracing them takes most of a build's time."""
+    from export import onnx_graph
+
+    traced: dict[str, Any] = {}
+    trace = onnx_graph.trace
+
+    def once(module: Any, spec: Any, opset: int) -> Any:
+        if spec.name not in traced:
+            traced[spec.name] = trace(module, spec, opset)
+        program = copy.copy(traced[spec.name])
+        program.model = program.model.clone()
+        return program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_graph, "trace", once)
+        yield
+
+
+def _half_bundles() -> tuple[Path, Path]:
+    """The smallest network's bundles in FP16, for any target and for CUDA."""
+    with _lock(CACHE / fingerprint() / "halves.lock"), _traced_once():
+        plain, cuda = (_bundle("tiny", TINY_RESOLUTION, "fp16", targets) for targets in ((), ("cuda",)))
+    return plain, cuda
 
 
 def _plans(bundle: Path) -> Path:
@@ -78,36 +112,36 @@ def tiny_bundle() -> Path:
 @pytest.fixture(scope="session")
 def tiny_half_bundle() -> Path:
     """The same in FP16; do not write into it."""
-    return _bundle("tiny", TINY_RESOLUTION, "fp16")
+    return _half_bundles()[0]
 
 
 @pytest.fixture(scope="session")
 def tiny_cuda_bundle() -> Path:
     """The same in the operators of ONNX Runtime's CUDA provider; do not write into it."""
-    return _bundle("tiny", TINY_RESOLUTION, "fp16", ("cuda",))
+    return _half_bundles()[1]
 
 
 @pytest.fixture(scope="session")
-def tiny_plan_bundle(tiny_half_bundle: Path) -> Path:
-    """Its plans of TensorRT for RTX; do not write into them."""
+def tiny_plan_bundle(tiny_bundle: Path) -> Path:
+    """Plans of TensorRT for RTX, in FP32; do not write into them."""
+    return _plans(tiny_bundle)
+
+
+@pytest.fixture(scope="session")
+def tiny_half_plan_bundle(tiny_half_bundle: Path) -> Path:
+    """The same in FP16; do not write into them."""
     return _plans(tiny_half_bundle)
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint() -> Path:
-    """The checkpoint that the golden cases were recorded with."""
-    return _checkpoint("small")
-
-
-@pytest.fixture(scope="session")
 def small_bundle() -> Path:
-    """A bundle of it for 512 px; do not write into it."""
+    """A bundle of the network that the golden cases were recorded with, for 512 px; do not write into it."""
     return _bundle("small", 512)
 
 
 @pytest.fixture(scope="session")
 def small_plan_bundle(small_bundle: Path) -> Path:
-    """Its plans of TensorRT for RTX, in FP32 like the bundle; do not write into them."""
+    """Its plans of TensorRT for RTX; do not write into them."""
     return _plans(small_bundle)
 
 
@@ -115,9 +149,3 @@ def small_plan_bundle(small_bundle: Path) -> Path:
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is kept from one start to the next stays out of the user's home."""
     os.environ["ANYDOOR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
-    """Parallel test processes share the cores."""
-    os.environ.setdefault("OMP_NUM_THREADS", "2")

@@ -58,7 +58,7 @@ def rehearsed(bundles: Path, output: Path, *arguments: str) -> Json:
 
 
 def test_a_rehearsal_measures_all_that_a_cpu_can(bundles: Path, tmp_path: Path, capsys: Capture) -> None:
-    results = rehearsed(bundles, tmp_path / "out", "--budget", "20")
+    results = rehearsed(bundles, tmp_path / "out", "--budget", "1")
     parts = {part["name"]: part for part in results["parts"]}
     assert list(parts) == list(SECONDS)
     failures = {name: part["failure"] for name, part in parts.items() if part["failure"]}
@@ -93,7 +93,7 @@ def test_a_part_that_fails_leaves_its_reason_and_the_others_go_on(bundles: Path,
     damaged.unlink()
     damaged.mkdir()
     (damaged / MANIFEST).write_text(manifest, "utf-8")
-    results = rehearsed(bundles, tmp_path / "out", "--parts", "parity", "graphs", "--budget", "2")
+    results = rehearsed(bundles, tmp_path / "out", "--parts", "parity", "graphs", "--budget", "1")
     parity, graphs = results["parts"]
     assert "constants.npz is missing" in parity["rows"][0]["failure"]
     assert len(graphs["rows"]) == 3 + len(BATCHES)

@@ -227,25 +227,20 @@ def test_a_run_leaves_tables_results_and_a_plot(
     assert ours["summary"]["50 steps"]["p50"] > ours["summary"]["20 steps"]["p50"]
 
 
-def test_a_checkpoint_that_is_not_the_bundles_is_noticed(
+def test_what_fails_and_what_draws_another_picture_is_named_and_all_others_are_measured(
     tiny_bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    other = tmp_path / "other.safetensors"
-    seeded_checkpoint(other, TINY, seed=5)
-    assert measured(tmp_path, "--bundle", str(tiny_bundle), "--checkpoint", str(other)) == 1
-    assert "not the picture of PyTorch" in capsys.readouterr().out
-
-
-def test_a_contender_that_fails_is_named_and_the_others_are_measured(
-    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    damaged = tmp_path / "damaged"
+    """A bundle with damaged weights, and one that was not built from the checkpoint."""
+    damaged, other = tmp_path / "damaged", tmp_path / "other.safetensors"
     shutil.copytree(tiny_bundle, damaged)
     weights = damaged / "decode.onnx.data"
     weights.write_bytes(bytes(weights.stat().st_size))
-    assert measured(tmp_path, "--bundle", str(damaged), "--checkpoint", str(tiny_checkpoint)) == 1
+    seeded_checkpoint(other, TINY, seed=5)
+    bundles = ["--bundle", str(damaged), str(tiny_bundle)]
+    assert measured(tmp_path, *bundles, "--checkpoint", str(other)) == 1
     printed = capsys.readouterr().out
     assert "decode.onnx.data is not the file that was built" in printed
+    assert "not the picture of PyTorch" in printed
     assert "PyTorch eager" in printed.split("stage, s")[1]
 
 

@@ -105,10 +105,13 @@ def test_a_system_that_has_no_graphs_is_named(tmp_path: Path, capsys: Capture, l
     assert "This system cannot be exported yet" in line
 
 
-def test_runs_as_a_script(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "export" / "build_engines.py"), str(tmp_path / "none.safetensors")]
+def test_no_checkpoint(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "none.safetensors"
+    assert refused(capsys, path) == f"build_engines.py: there is no checkpoint at '{path}'"
+
+
+def test_runs_as_a_script() -> None:
+    command = [sys.executable, str(ROOT / "export" / "build_engines.py")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert (
-        result.stderr.strip() == f"build_engines.py: there is no checkpoint at '{tmp_path}/none.safetensors'"
-    )
+    assert result.stderr == ("build_engines.py: give a checkpoint or a bundle to build from, or --skeleton\n")

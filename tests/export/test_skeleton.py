@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 WIDE = Architecture(
     unet_channels=(320, 640),
-    unet_attention=(True, True),
+    unet_attention=(True, False),
     unet_layers=1,
     vae_channels=(128, 256, 512, 512),
     vae_layers=1,

@@ -45,17 +45,17 @@ def half(tiny_half_bundle: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def plans(tiny_plan_bundle: Path) -> Bundle:
+def plans(tiny_half_plan_bundle: Path) -> Bundle:
     """Built in a process without PyTorch."""
-    return Bundle.open(tiny_plan_bundle)
+    return Bundle.open(tiny_half_plan_bundle)
 
 
-@pytest.fixture(scope="module", params=["tiny-fp16", "small"])
+@pytest.fixture(
+    scope="module", params=["tiny", "tiny_half", pytest.param("small", marks=pytest.mark.nightly)]
+)
 def built(request: pytest.FixtureRequest) -> tuple[Bundle, Bundle]:
     """ONNX graphs, and the plans built from them."""
-    fixtures = ["tiny_half_bundle", "tiny_plan_bundle"]
-    if request.param == "small":
-        fixtures = ["small_bundle", "small_plan_bundle"]
+    fixtures = (f"{request.param}_bundle", f"{request.param}_plan_bundle")
     source, plans = (Bundle.open(request.getfixturevalue(fixture)) for fixture in fixtures)
     return source, plans
 

@@ -67,7 +67,6 @@ def finish(*processes: BaseProcess) -> None:
 
 def _run(environment: dict[str, str], work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
-    torch.set_num_threads(1)
     sys.exit(work(*arguments))
 
 

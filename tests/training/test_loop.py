@@ -21,8 +21,6 @@ from training.loop import LoopSettings, ShardedSampler, join_processes, save_ato
 from training.network.modules import AnyDoor
 from training.systems.anydoor import Denoising, DiffusionTask, noisy_latents
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def diffusion_task(rules: Denoising | None = None, pairs: Any = None) -> DiffusionTask:
     torch.manual_seed(0)

@@ -28,8 +28,6 @@ from training.network.modules import AnyDoor
 from training.preview import Preview, held_out_pairs, sample
 from training.systems.anydoor import Denoiser, Denoising, DiffusionTask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RECIPE = Recipe(architecture=TINY, pairs=PairRules(resolution=32))
 
 

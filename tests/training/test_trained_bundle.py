@@ -34,7 +34,7 @@ from training.systems.anydoor import Denoising, DiffusionTask
 SIDE, STEPS, GUIDANCE, SEED = 64, 4, 2.0, 3
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", [pytest.param("epsilon", marks=pytest.mark.nightly), "v"])
 def test_what_was_trained_is_what_is_served(prediction: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AnyDoor(replace(TINY, prediction=prediction))

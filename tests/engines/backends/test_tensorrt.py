@@ -49,10 +49,10 @@ def library() -> Library:
 
 
 @pytest.fixture
-def plans(small_plan_bundle: Path, tmp_path: Path) -> Bundle:
+def plans(tiny_plan_bundle: Path, tmp_path: Path) -> Bundle:
     """A copy whose files may be replaced."""
     path = tmp_path / "plans"
-    shutil.copytree(small_plan_bundle, path, copy_function=os.symlink)
+    shutil.copytree(tiny_plan_bundle, path, copy_function=os.symlink)
     return Bundle.open(path)
 
 
@@ -116,8 +116,8 @@ def test_a_foreign_file_is_refused_by_its_header(plans: Bundle, library: Library
         check_plans(foreign)
 
 
-def test_an_onnx_graph_is_not_a_plan(plans: Bundle, small_bundle: Path, library: Library) -> None:
-    onnx_graph = (small_bundle / "denoise.onnx").read_bytes()
+def test_an_onnx_graph_is_not_a_plan(plans: Bundle, tiny_bundle: Path, library: Library) -> None:
+    onnx_graph = (tiny_bundle / "denoise.onnx").read_bytes()
     with pytest.raises(BundleError, match=r"not a plan of TensorRT for RTX.*--backend tensorrt_rtx"):
         check_plans(with_plan(plans, DENOISE, onnx_graph))
 

@@ -35,8 +35,8 @@ def library() -> Library:
 
 
 @pytest.fixture
-def plans(small_plan_bundle: Path) -> Bundle:
-    return Bundle.open(small_plan_bundle)
+def plans(tiny_plan_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_plan_bundle)
 
 
 def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:

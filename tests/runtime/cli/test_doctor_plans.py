@@ -11,9 +11,9 @@ from tests.support.cards import no_card
 
 
 def test_doctor_tells_what_would_live_where(
-    small_plan_bundle: Path, capsys: pytest.CaptureFixture[str]
+    tiny_plan_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = main(["doctor", str(small_plan_bundle), "--memory-budget", "8G"])
+    code = main(["doctor", str(tiny_plan_bundle), "--memory-budget", "8G"])
     printed = capsys.readouterr().out
     assert "made by tensorrt_rtx" in printed
     assert "for sm86,sm89,sm120" in printed

@@ -10,6 +10,7 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from runtime import client
 from runtime.client import Client, ServerError, Tls
 from runtime.errors import InputError
 from runtime.request import Placement, Sampling
@@ -37,6 +38,12 @@ class Certificates:
         return certificate, key
 
 
+@pytest.fixture(autouse=True)
+def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that lets nobody in is asked only once: to ask five times takes seconds."""
+    monkeypatch.setattr(client, "_OPTIONS", [*client._OPTIONS, ("grpc.enable_retries", 0)])
+
+
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(tmp_path_factory.mktemp("tls") / "ours")
@@ -47,9 +54,9 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(tmp_path_factory.mktemp("tls") / "strangers")
 
 
-def composite(client: Client) -> Any:
-    with client:
-        return client.composite(SCENE, Placement(OBJECT, box=BOX), seed=7, sampling=Sampling(steps=1))
+def composite(caller: Client) -> Any:
+    with caller:
+        return caller.composite(SCENE, Placement(OBJECT, box=BOX), seed=7, sampling=Sampling(steps=1))
 
 
 def test_tls(tiny_bundle: Path, ours: Certificates, strangers: Certificates) -> None:
@@ -92,8 +99,8 @@ def test_bearer_tokens(tiny_bundle: Path, token_file: Path) -> None:
 
 def test_tokens_guard_every_method_but_health(tiny_bundle: Path, token_file: Path) -> None:
     with ServerThread(tiny_bundle, tokens=str(token_file)) as server:
-        with server.client() as client, pytest.raises(ServerError, match="does not let you in"):
-            client.model_info()
+        with server.client() as guest, pytest.raises(ServerError, match="does not let you in"):
+            guest.model_info()
         with grpc.insecure_channel(server.address) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             assert health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE).status == 1

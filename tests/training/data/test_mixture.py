@@ -59,11 +59,11 @@ def test_data_sets_are_asked_as_often_as_they_weigh(tmp_path: Path) -> None:
     sources = [Counted(tmp_path) for _ in weights]
     pairs = Mixture(list(zip(sources, weights, strict=True)), PairRules(resolution=8), (4, 1, 1))
     rng = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(150):
         pairs.draw(rng)
     asked = np.array([source.asked for source in sources])
     expected = asked.sum() * weights / weights.sum()
-    assert asked.sum() >= 300
+    assert asked.sum() >= 150
     assert ((asked - expected) ** 2 / expected).sum() < 13.8
 
 

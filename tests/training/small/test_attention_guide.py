@@ -15,8 +15,6 @@ from training.loop import LoopSettings, train
 from training.network.modules import AnyDoor
 from training.systems.anydoor import Denoiser, Denoising, DiffusionTask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @torch.no_grad()
 def test_a_guided_network_computes_the_same() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from tests.support.tiny import TINY
@@ -14,8 +13,6 @@ from training.data.view_store import ViewStore, draw_views
 from training.loop import LoopSettings, train
 from training.network.modules import IDEncoder
 from training.systems.identity import IdentityTask, start_with_pixels
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fit(tokens: torch.Tensor, wanted: torch.Tensor) -> float:
