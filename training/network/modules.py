@@ -8,7 +8,7 @@ cldm/cldm.py and ldm/modules/encoders/modules.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -189,20 +189,64 @@ class IDEncoder(nn.Module):
         embeddings.position_embeddings = nn.Parameter(grid, requires_grad=False)
 
 
-BUILDERS = {"unet": build_unet, "control": build_control, "vae": build_vae, "id_encoder": IDEncoder}
+BUILDERS: Mapping[str, Callable[[Architecture], nn.Module]] = {
+    "unet": build_unet,
+    "control": build_control,
+    "vae": build_vae,
+    "id_encoder": IDEncoder,
+}
 """Part of `AnyDoor` -> what builds it; the parts are those of `official_keys.PREFIXES`."""
 
 
-class AnyDoor(nn.Module):
-    """The whole network. `unet`, `control`, `vae` and `id_encoder` are its parts."""
+class DiffusionNetwork(nn.Module):
+    """What the networks of all systems have: a UNet, an autoencoder and a noise schedule."""
 
     unet: UNet2DConditionModel
-    control: DetailControlNet
     vae: AutoencoderKL
-    id_encoder: IDEncoder
     alphas_cumprod: Tensor
     signal_rate: Tensor
     noise_rate: Tensor
+
+    def __init__(self, architecture: DiffusionArchitecture, parts: Mapping[str, nn.Module]) -> None:
+        """Takes the parts that are there.
+
+        Args:
+            architecture: its sizes.
+            parts: name -> module; export goes through a large network one part at a time.
+        """
+        super().__init__()
+        self.prediction = architecture.prediction
+        self.parts = tuple(parts)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.register_buffer("alphas_cumprod", torch.from_numpy(alphas_cumprod()), persistent=False)
+        # apart, because in half precision 1 - alphas_cumprod is 0 where there is little noise
+        self.register_buffer("signal_rate", self.alphas_cumprod.sqrt(), persistent=False)
+        self.register_buffer("noise_rate", (1 - self.alphas_cumprod).sqrt(), persistent=False)
+
+    def noise_of(self, output: Tensor, latent: Tensor, timestep: Tensor) -> Tensor:
+        """The noise in `latent` (N, C, h, w), by the UNet's output for it; `timestep` (N,)."""
+        if self.prediction == "epsilon":
+            return output
+        signal, noise = (
+            rate[timestep.long()].view(-1, 1, 1, 1) for rate in (self.signal_rate, self.noise_rate)
+        )
+        return signal * output + noise * latent
+
+    def encode(self, picture: Tensor) -> DiagonalGaussianDistribution:
+        """Computes the VAE's posterior of pictures (N, 3, H, W), -1..1; scale samples by `LATENT_SCALE`."""
+        return self.vae.encode(picture).latent_dist
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decodes scaled latents (N, C, h, w) to pictures (N, 3, H, W), -1..1 but not clipped."""
+        return self.vae.decode(latent / LATENT_SCALE, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+class AnyDoor(DiffusionNetwork):
+    """The whole network. `unet`, `control`, `vae` and `id_encoder` are its parts."""
+
+    control: DetailControlNet
+    id_encoder: IDEncoder
 
     def __init__(self, architecture: Architecture, parts: Iterable[str] = tuple(PREFIXES)) -> None:
         """Builds a network with fresh weights.
@@ -211,15 +255,8 @@ class AnyDoor(nn.Module):
             architecture: its sizes.
             parts: which parts to build; export goes through a large network one part at a time.
         """
-        super().__init__()
+        super().__init__(architecture, {part: BUILDERS[part](architecture) for part in parts})
         self.architecture = architecture
-        self.parts = tuple(parts)
-        for part in self.parts:
-            setattr(self, part, BUILDERS[part](architecture))
-        self.register_buffer("alphas_cumprod", torch.from_numpy(alphas_cumprod()), persistent=False)
-        # apart, because in half precision 1 - alphas_cumprod is 0 where there is little noise
-        self.register_buffer("signal_rate", self.alphas_cumprod.sqrt(), persistent=False)
-        self.register_buffer("noise_rate", (1 - self.alphas_cumprod).sqrt(), persistent=False)
 
     def encode_reference(self, reference: Tensor) -> Tensor:
         """Computes ID tokens (N, T, D) of references (N, 3, 224, 224) in 0..1 RGB."""
@@ -241,24 +278,11 @@ class AnyDoor(nn.Module):
             mid_block_additional_residual=details[-1],
             return_dict=False,
         )[0]
-        if self.architecture.prediction == "epsilon":
-            return output
-        signal, noise = (
-            rate[timestep.long()].view(-1, 1, 1, 1) for rate in (self.signal_rate, self.noise_rate)
-        )
-        return signal * output + noise * latent
+        return self.noise_of(output, latent, timestep)
 
     def forward(self, latent: Tensor, timestep: Tensor, tokens: Tensor, hint: Tensor) -> Tensor:
         """Estimates the noise, for training: detail maps and UNet in one go (equation 3)."""
         return self.predict_noise(latent, timestep, tokens, self.detail_maps(hint, timestep, tokens))
-
-    def encode(self, picture: Tensor) -> DiagonalGaussianDistribution:
-        """Computes the VAE's posterior of pictures (N, 3, H, W), -1..1; scale samples by `LATENT_SCALE`."""
-        return self.vae.encode(picture).latent_dist
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Decodes scaled latents (N, C, h, w) to pictures (N, 3, H, W), -1..1 but not clipped."""
-        return self.vae.decode(latent / LATENT_SCALE, return_dict=False)[0]  # type: ignore[no-any-return]
 
     def official_shapes(self) -> dict[str, tuple[int, ...]]:
         """Maps official key -> shape, for every weight of the parts that were built."""

@@ -10,12 +10,12 @@ CompVis/stable-diffusion and Stability-AI/stablediffusion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from training.network.architecture import (
@@ -27,7 +27,7 @@ from training.network.architecture import (
     infer_diffusion,
     shape_of,
 )
-from training.network.modules import build_unet, build_vae
+from training.network.modules import DiffusionNetwork, build_unet, build_vae
 from training.network.official_keys import CLIP_PREFIX, OPENCLIP_PREFIX, PREFIXES
 
 SD1_HEADS = 8
@@ -211,3 +211,29 @@ BUILDERS: Mapping[str, Callable[[StableDiffusionArchitecture], nn.Module]] = {
     "text_encoder": build_text_encoder,
 }
 """Part -> what builds it."""
+
+
+class StableDiffusion(DiffusionNetwork):
+    """The whole network, or some of its parts: those of `BUILDERS`."""
+
+    text_encoder: CLIPTextModel
+
+    def encode_prompt(self, ids: Tensor) -> Tensor:
+        """Computes the tokens (N, 77, D) of encoded prompts (N, 77)."""
+        return self.text_encoder(ids).last_hidden_state  # type: ignore[no-any-return]
+
+    def predict_noise(
+        self, latent: Tensor, timestep: Tensor, tokens: Tensor, scene: Sequence[Tensor]
+    ) -> Tensor:
+        """Estimates the noise in `latent`.
+
+        Args:
+            latent: (N, C, h, w).
+            timestep: (N,).
+            tokens: (N, 77, D).
+            scene: none, or (N, 1 + C, h, w): mask (1 where to draw) and latents of the scene without what is
+                there, in the order of `StableDiffusionInpaintPipeline` in diffusers.
+        """
+        inputs = torch.cat([latent, *scene], 1)
+        output: Tensor = self.unet(inputs, timestep, encoder_hidden_states=tokens, return_dict=False)[0]
+        return self.noise_of(output, latent, timestep)
