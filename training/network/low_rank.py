@@ -24,6 +24,10 @@ ATTENTION = {
 attentions."""
 
 
+_STORED_AS = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
+"""Part -> how its keys begin in files; `transformers` had a module more in its text encoder once."""
+
+
 class LowRankLinear(nn.Module):
     """A frozen linear layer with an update that learns."""
 
@@ -86,8 +90,8 @@ def write_low_rank(path: str | Path, parts: Mapping[str, nn.Module]) -> None:
     tensors = {}
     for part, module in parts.items():
         for name, layer in low_rank_layers(module):
-            tensors[f"{part}.{name}.lora_A.weight"] = layer.down.detach().cpu().contiguous()
-            tensors[f"{part}.{name}.lora_B.weight"] = layer.up.detach().cpu().contiguous()
+            tensors[f"{_STORED_AS[part]}{name}.lora_A.weight"] = layer.down.detach().cpu().contiguous()
+            tensors[f"{_STORED_AS[part]}{name}.lora_B.weight"] = layer.up.detach().cpu().contiguous()
     umask = os.umask(0)
     os.umask(umask)
     with replacing(path) as partial:
