@@ -1,0 +1,64 @@
+"""How precisely a mask outlines the object to be drawn: four levels, each a superset of the one before.
+
+A network draws inside the mask only. A precise one says which pose the object takes; a coarse one leaves it
+room for another pose, for shadows and for what the object touches. After SmartBrush (Xie et al., 2023), which
+blurs an instance's mask more and more until its box is left; IMPRINT (section 3.2) takes its four levels from
+there. How much they blur is not published: widths and thresholds are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from runtime.imaging.boxes import Box, bounding_box
+
+MaskLevel = Literal["exact", "outline", "blob", "box"]
+
+MASK_LEVELS: tuple[MaskLevel, ...] = get_args(MaskLevel)
+"""From the most precise one to the coarsest."""
+
+_BLURS = {"outline": (0.02, 0.10), "blob": (0.08, 0.05)}
+"""Level -> standard deviation of the Gaussian, in longer sides of the object's box, and share of the blurred
+mask from which on a pixel belongs to it. Shares below a half only ever add to a mask."""
+
+_REACH = 3
+"""Standard deviations after which a Gaussian has ended, for all that a byte can tell."""
+
+
+def coarsen_mask(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float = 1.0) -> NDArray[np.bool_]:
+    """Makes a mask as coarse as a level, so that everything in it stays inside.
+
+    Args:
+        mask: (H, W), bool or 0/1, not empty.
+        level: how coarse.
+        box: the place of the object in the picture; the coarsest level, beyond which no other goes.
+        spread: factor on the widths of the blurs; training draws it, so that no outline is always as far off.
+
+    Returns:
+        (H, W), a superset of `mask` and of all finer levels with the same box and spread.
+    """
+    coarse = mask.astype(bool)
+    for each in MASK_LEVELS[1 : MASK_LEVELS.index(level) + 1]:
+        if each == "box":
+            coarse[box.slices] = True
+        else:
+            coarse[box.slices] |= _blurred(mask, each, box, spread)
+    return coarse
+
+
+def _blurred(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float) -> NDArray[np.bool_]:
+    """The part of a blurred mask that lies in the box."""
+    width, share = _BLURS[level]
+    object_box = bounding_box(mask)
+    sigma = width * spread * max(object_box.width, object_box.height)
+    margin = int(np.ceil(_REACH * sigma))
+    seen = Box(box.x0 - margin, box.y0 - margin, box.x1 + margin, box.y1 + margin)
+    # beyond the picture's edges a crop is black: there is no object
+    around = Image.fromarray(mask.astype(bool).astype(np.uint8) * 255).crop(seen)
+    blurred = np.asarray(around.filter(ImageFilter.GaussianBlur(sigma)))
+    inner: NDArray[np.bool_] = blurred[margin:, margin:][: box.height, : box.width] > 255 * share
+    return inner

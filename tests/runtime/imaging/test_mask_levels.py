@@ -1,0 +1,95 @@
+"""Mask levels: each holds all of the one before, and nothing beyond the box."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from runtime.imaging.boxes import Box, expand, mask_extent
+from runtime.imaging.mask_levels import MASK_LEVELS, MaskLevel, coarsen_mask
+
+Mask = NDArray[np.bool_]
+
+
+def ellipse(size: tuple[int, int], box: tuple[int, int, int, int]) -> Mask:
+    canvas = Image.new("1", size)
+    ImageDraw.Draw(canvas).ellipse(box, fill=1)
+    return np.asarray(canvas)
+
+
+def levels(mask: Mask, box: Box, spread: float = 1.0) -> list[Mask]:
+    return [coarsen_mask(mask, level, box, spread) for level in MASK_LEVELS]
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[Mask, Box]:
+    """Ellipses, half of them with a hole or a piece apart, and the box around what is there."""
+    width, height = draw(st.integers(12, 90)), draw(st.integers(12, 90))
+    x0, y0 = draw(st.integers(0, width - 6)), draw(st.integers(0, height - 6))
+    x1, y1 = draw(st.integers(x0 + 4, width - 1)), draw(st.integers(y0 + 4, height - 1))
+    mask = ellipse((width, height), (x0, y0, x1, y1)).copy()
+    if draw(st.booleans()):
+        mask[draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))] ^= True
+    return mask, expand(mask_extent(mask), draw(st.sampled_from([1.0, 1.1, 1.5])), (width, height))
+
+
+@given(masks(), st.floats(0.7, 1.3))
+def test_each_level_holds_the_one_before(case: tuple[Mask, Box], spread: float) -> None:
+    mask, box = case
+    exact, outline, blob, whole = levels(mask, box, spread)
+    assert np.array_equal(exact, mask)
+    assert (exact <= outline).all()
+    assert (outline <= blob).all()
+    assert (blob <= whole).all()
+
+
+@given(masks())
+def test_no_level_goes_beyond_mask_and_box(case: tuple[Mask, Box]) -> None:
+    mask, box = case
+    allowed = mask.copy()
+    allowed[box.slices] = True
+    assert np.array_equal(coarsen_mask(mask, "box", box), allowed)
+    for level in levels(mask, box):
+        assert not (level & ~allowed).any()
+
+
+@given(masks())
+def test_a_mirrored_mask_gives_mirrored_levels(case: tuple[Mask, Box]) -> None:
+    mask, box = case
+    width = mask.shape[1]
+    mirrored = Box(width - box.x1, box.y0, width - box.x0, box.y1)
+    for one, other in zip(levels(mask, box), levels(mask[:, ::-1], mirrored), strict=True):
+        assert (one[:, ::-1] != other).mean() < 0.02  # Pillow rounds each pass of its blur
+
+
+@pytest.mark.parametrize(("level", "reach"), [("outline", 0.026), ("blob", 0.132)])
+def test_a_straight_edge_moves_by_the_quantile_of_the_gaussian(level: MaskLevel, reach: float) -> None:
+    """Sigma times 1.28, where a tenth of the mask is left, and 1.64, where a twentieth is."""
+    mask = np.zeros((400, 1000), bool)
+    mask[:, 300:700] = True
+    coarse = coarsen_mask(mask, level, Box(0, 0, 1000, 400))
+    grown = (np.count_nonzero(coarse[200]) - 400) / 2
+    assert grown == pytest.approx(400 * reach, abs=2.5)
+
+
+def test_a_wider_spread_draws_a_coarser_outline() -> None:
+    mask = ellipse((200, 200), (50, 60, 150, 140))
+    areas = [coarsen_mask(mask, "blob", Box(0, 0, 200, 200), spread).sum() for spread in (0.7, 1.0, 1.3)]
+    assert areas == sorted(set(areas))
+
+
+def test_the_mask_itself_is_left_as_it_is() -> None:
+    mask = ellipse((60, 40), (10, 10, 40, 30)).copy()
+    before = mask.copy()
+    levels(mask, Box(0, 0, 60, 40))
+    assert np.array_equal(mask, before)
+
+
+def test_a_box_is_itself_at_every_level() -> None:
+    mask = np.zeros((40, 40), np.uint8)
+    mask[10:30, 5:25] = 1
+    assert all(np.array_equal(level, mask == 1) for level in levels(mask, Box(5, 10, 25, 30)))

@@ -1,0 +1,313 @@
+"""DreamBooth: a subject from a few pictures, by fine-tuning that keeps what the model knows of its class.
+
+All layers of the UNet, and the text encoder, learn to draw the subject for "a IDENTIFIER CLASS"; beside each
+picture of it stands one of its class, which the model drew for "a CLASS" before it was tuned. Source:
+DreamBooth (Ruiz et al., CVPR 2023), section 3, equation 2, for the noise instead of the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engines.files import replacing
+from runtime.diffusion.ddim import ddim_schedule
+from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
+from runtime.systems.tokenizer import Tokenizer
+from training import seeds
+from training.data.pairs import Picture
+from training.data.subject import SubjectSamples, read_pictures
+from training.loop import Batch, LoopSettings, NumberedDataset
+from training.network.architecture import LATENT_SCALE
+from training.network.low_rank import ATTENTION, add_low_rank
+from training.network.stable_diffusion import StableDiffusion
+from training.systems.anydoor import noisy_latents
+
+STEPS, GUIDANCE_SCALE = 50, 7.5
+"""How pictures of the class, and previews, are drawn: by DDIM."""
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """A subject, and how it is learned. The defaults are the usual ones for Stable Diffusion."""
+
+    pictures: str
+    """Folder of its pictures."""
+    class_noun: str = field(metadata={"key": "class"})
+    """What it is: a noun, like cup."""
+    identifier: str
+    """A word for this one, rare in the model's vocabulary; see `training.rare_tokens`."""
+    class_images: int = 200
+    """Pictures of the class that are drawn before training."""
+    prior_weight: float = 1.0
+    """Weight of the loss on these; 0 is plain fine-tuning, and draws none."""
+    text_encoder: bool = True
+    """Whether the text encoder learns as well."""
+    rank: int = 0
+    """Of low-rank updates of the attentions' projections, which learn alone; 0: all layers learn."""
+    resolution: int = 512
+    """Side of the pictures, in pixels."""
+    checkpointing: bool = True
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
+    loop: LoopSettings = field(
+        default_factory=lambda: LoopSettings(1000, 1, learning_rate=2e-6, save_every=200, draw_every=200)
+    )
+
+    @property
+    def prompt(self) -> str:
+        """What the subject's pictures are called."""
+        return f"a {self.identifier} {self.class_noun}"
+
+    @property
+    def class_prompt(self) -> str:
+        """What those of its class are called."""
+        return f"a {self.class_noun}"
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether pictures of the class are learned from."""
+        return self.prior_weight > 0
+
+
+class Learner(nn.Module):
+    """The parts that learn, as one module with one forward pass (which DDP needs)."""
+
+    def __init__(self, network: StableDiffusion) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = network.unet, network.text_encoder
+        # plain references, so that the network is not a second owner of these weights
+        self._predict, self._encode_prompt = network.predict_noise, network.encode_prompt
+
+    def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor, scene: Sequence[Tensor]) -> Tensor:
+        """Estimates the noise in latents (N, C, h, w), with encoded prompts (N, 77)."""
+        return self._predict(latent, timestep, self._encode_prompt(ids), scene)
+
+
+def choose_learning(network: StableDiffusion, settings: SubjectSettings) -> None:
+    """Sets what learns: all layers of the UNet and the text encoder, or low-rank updates of them."""
+    if settings.checkpointing:
+        network.unet.enable_gradient_checkpointing()
+        encoder: Any = network.text_encoder  # transformers renamed the method
+        getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()
+    network.requires_grad_(False)
+    learning = ("unet", "text_encoder") if settings.text_encoder else ("unet",)
+    for index, part in enumerate(learning):
+        module = getattr(network, part)
+        if settings.rank:
+            add_low_rank(module, ATTENTION[part], settings.rank, seed=index)
+        else:
+            module.requires_grad_(True)
+
+
+class SubjectTask:
+    """Mean squared error of the noise in pictures of the subject, and in those of its class."""
+
+    def __init__(self, network: StableDiffusion, samples: NumberedDataset, settings: SubjectSettings) -> None:
+        """Makes the network ready to learn.
+
+        Args:
+            network: with its three parts; is trained in place.
+            samples: see `SubjectSamples`.
+            settings: what learns, and the weight of the class.
+        """
+        choose_learning(network, settings)
+        self.module = Learner(network)
+        self._network, self._samples = network, samples
+        self._share = torch.tensor([1.0, settings.prior_weight] if settings.has_prior else [1.0])
+        self.alphas_cumprod = network.alphas_cumprod
+        # an error of the noise is sqrt(a_t) times the error of v that it comes from
+        epsilon = network.prediction == "epsilon"
+        self.weights = torch.ones(TRAIN_TIMESTEPS) if epsilon else 1 / network.alphas_cumprod
+
+    def dataset(self) -> NumberedDataset:
+        """Gives the samples."""
+        return self._samples
+
+    def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Computes the loss of a batch of `SubjectSamples`, whose arrays are (N, K, ...)."""
+        latents, noise, timestep, ids = (
+            batch[name].flatten(0, 1) for name in ("latents", "noise", "timestep", "ids")
+        )
+        noisy = noisy_latents(latents, noise, timestep, self.alphas_cumprod.to(noise.device))
+        estimate = module(noisy, timestep, ids, self._scene(batch))
+        weights = self.weights.to(noise.device)[timestep]
+        error = weights * (estimate.float() - noise).square().mean((1, 2, 3))
+        by_kind = error.view(batch["timestep"].shape).mean(0)
+        shown = dict(zip(("subject", "class"), by_kind.detach()))
+        return {"loss": (self._share.to(by_kind.device) * by_kind).sum(), **shown}
+
+    @torch.no_grad()
+    def _scene(self, batch: Batch) -> list[Tensor]:
+        """The scene that an inpainting model sees: mask and latents without the place, (N, 1 + C, h, w)."""
+        if "mask" not in batch:
+            return []
+        vae = self._network.vae.to(batch["mask"].device)
+        latents = vae.encode(batch["surroundings"].flatten(0, 1)).latent_dist.mean * LATENT_SCALE
+        mask = nn.functional.interpolate(batch["mask"].flatten(0, 1), latents.shape[-2:])
+        return [torch.cat([mask, latents], 1)]
+
+
+# --- what it learns from ----------------------------------------------------------------------------------
+
+
+def make_samples(
+    network: StableDiffusion, tokenizer: Tokenizer, settings: SubjectSettings, prior: Path
+) -> SubjectSamples:
+    """Reads and encodes the pictures of the subject, and those of its class, if it has a prior.
+
+    Args:
+        network: encodes them.
+        tokenizer: encodes their prompts.
+        settings: which they are.
+        prior: folder of the pictures of the class, see `draw_class`.
+
+    Raises:
+        SubjectError, InputError: a picture, or a prompt, cannot be used.
+    """
+    folders = {settings.prompt: Path(settings.pictures)}
+    if settings.has_prior:
+        folders[settings.class_prompt] = prior
+    ids = np.array([tokenizer.encode(prompt) for prompt in folders], np.int64)
+    pictures = [read_pictures(folder, settings.resolution) for folder in folders.values()]
+    moments = [encode_moments(network, of_kind) for of_kind in pictures]
+    inpaints = network.unet.config.in_channels > network.vae.config.latent_channels
+    return SubjectSamples(moments, ids, seeds.SUBJECT_PICTURES, pictures if inpaints else None)
+
+
+@torch.no_grad()
+def encode_moments(network: StableDiffusion, pictures: Sequence[Picture]) -> NDArray[np.float32]:
+    """Encodes pictures (R, R, 3): mean and standard deviation of their scaled latents, (N, 2, C, h, w)."""
+    moments = []
+    for picture in tqdm(pictures, desc="encoding pictures", disable=None, leave=False):
+        values = torch.from_numpy(picture.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+        posterior = network.encode(values[None])
+        moments.append(torch.cat([posterior.mean, posterior.std]) * LATENT_SCALE)
+    return torch.stack(moments).numpy()
+
+
+def draw_class(
+    network: StableDiffusion,
+    tokenizer: Tokenizer,
+    settings: SubjectSettings,
+    folder: Path,
+    steps: int = STEPS,
+) -> None:
+    """Draws the pictures of the class that are not drawn yet, as PNG: number n with the seed n.
+
+    Args:
+        network: as it is before it is tuned. An inpainting model draws into an empty scene.
+        tokenizer: encodes the prompts.
+        settings: class, and how many.
+        folder: of the pictures; is made if it is not there.
+        steps: of sampling.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:05d}.png" for number in range(settings.class_images)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    drawn = draw_pictures(network, tokenizer, settings.class_prompt, missing, settings.resolution, steps)
+    bar = tqdm(zip(missing, drawn), desc=settings.class_prompt, total=len(missing), disable=None)
+    for number, picture in bar:
+        with replacing(paths[number]) as partial:
+            Image.fromarray(picture).save(partial, "PNG")
+
+
+@torch.no_grad()
+def draw_pictures(
+    network: StableDiffusion,
+    tokenizer: Tokenizer,
+    prompt: str,
+    picture_seeds: Sequence[int],
+    resolution: int,
+    steps: int = STEPS,
+    guidance_scale: float = GUIDANCE_SCALE,
+) -> Iterator[Picture]:
+    """Draws pictures (R, R, 3) one after the other, each from its seed's noise, as the runtime does.
+
+    Source: classifier-free guidance (Ho and Salimans, 2022); DDIM without added noise.
+    """
+    device = next(network.unet.parameters()).device
+    ids = torch.tensor([tokenizer.encode(text) for text in (prompt, "")], device=device)
+    tokens = network.encode_prompt(ids)
+    side = resolution // 2 ** (len(network.vae.config.block_out_channels) - 1)
+    shape = (1, network.vae.config.latent_channels, side, side)
+    schedule = ddim_schedule(network.alphas_cumprod.cpu().numpy(), steps)
+    scene = _empty_scene(network, resolution)
+    for seed in picture_seeds:
+        generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
+        latent = torch.from_numpy(generator.standard_normal(shape, np.float32)).to(device)
+        for timestep, (from_latent, from_noise, _) in zip(
+            schedule.timesteps.tolist(), schedule.coefficients.tolist()
+        ):
+            both = torch.full((2,), timestep, device=device)
+            wanted, unconditional = network.predict_noise(
+                latent.expand(2, -1, -1, -1), both, tokens, [part.expand(2, -1, -1, -1) for part in scene]
+            ).chunk(2)
+            noise = unconditional + guidance_scale * (wanted - unconditional)
+            latent = from_latent * latent + from_noise * noise
+        decoded = network.decode(latent)[0].permute(1, 2, 0).cpu()
+        yield (decoded * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8).numpy()
+
+
+def _empty_scene(network: StableDiffusion, resolution: int) -> list[Tensor]:
+    """What an inpainting model sees where it draws the whole picture; none for the others."""
+    if network.unet.config.in_channels == network.vae.config.latent_channels:
+        return []
+    device = next(network.unet.parameters()).device
+    grey = network.encode(torch.zeros(1, 3, resolution, resolution, device=device)).mean * LATENT_SCALE
+    return [torch.cat([torch.ones_like(grey[:, :1]), grey], 1)]
+
+
+class SubjectPreview:
+    """Sheets of the subject and of its class with the weights that training has reached: a row per prompt."""
+
+    def __init__(
+        self,
+        network: StableDiffusion,
+        tokenizer: Tokenizer,
+        settings: SubjectSettings,
+        count: int = 4,
+        steps: int = 20,
+    ) -> None:
+        """Takes a network whose UNet and text encoder are as `choose_learning` leaves them."""
+        self._network, self._tokenizer, self._settings = network, tokenizer, settings
+        self._count, self._steps = count, steps
+        self.prompts = (
+            settings.prompt,
+            f"{settings.prompt} in the snow",
+            settings.class_prompt,
+        )
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> Picture:
+        """Draws the sheet with weights of `Learner`; those of the network are put back."""
+        learner = Learner(self._network)
+        before = {name: value.clone() for name, value in learner.state_dict().items()}
+        learner.load_state_dict(weights)
+        try:
+            rows = [
+                np.concatenate(
+                    list(
+                        draw_pictures(
+                            self._network,
+                            self._tokenizer,
+                            prompt,
+                            range(self._count),
+                            self._settings.resolution,
+                            self._steps,
+                        )
+                    ),
+                    axis=1,
+                )
+                for prompt in self.prompts
+            ]
+        finally:
+            learner.load_state_dict(before)
+        return np.concatenate(rows)
