@@ -2,6 +2,7 @@
 
 manifest.json       what this is, what it was made from, and the hash of every other file (`engines.manifest`)
 constants.npz       noise schedule, and what a system needs besides its graphs
+merges.txt          the tokenizer, of a bundle that takes prompts
 NAME.onnx           the graphs, with their weights beside them; or NAME.plan
 NAME.onnx.data
 ...
@@ -10,6 +11,7 @@ NAME.onnx.data
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from engines.manifest import ANY_TARGET, BUILD_COMMAND, MANIFEST, FileRecord, Ma
 from engines.verified import FileState
 
 CONSTANTS = "constants.npz"
+MERGES = "merges.txt"
 
 Progress = Callable[[int], object]
 """Called with the number of bytes just read."""
@@ -54,7 +57,12 @@ class Bundle:
     def files(self) -> list[FileRecord]:
         """Every file but the manifest."""
         graphs = self.manifest.graphs.values()
-        return [self.manifest.constants, *(record for graph in graphs for record in graph.all_files)]
+        return [*self.small_files(), *(record for graph in graphs for record in graph.all_files)]
+
+    def small_files(self) -> list[FileRecord]:
+        """Every file but the manifest and those of the graphs."""
+        tokenizer = self.manifest.tokenizer
+        return [self.manifest.constants, *([tokenizer.merges] if tokenizer else [])]
 
     def graph_file(self, graph: str, target: str = ANY_TARGET) -> Path:
         """The file to load for a graph: the variant for a target if there is one."""
@@ -86,12 +94,21 @@ class Bundle:
         Raises:
             BundleError: the file is damaged.
         """
-        self._check_hash(self.manifest.constants, None)
+        content = self.read(self.manifest.constants)
         try:
-            with np.load(self.path / self.manifest.constants.path, allow_pickle=False) as stored:
+            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise self._damaged(self.manifest.constants, "cannot be read") from error
+
+    def read(self, record: FileRecord) -> bytes:
+        """The content of a small file, whose hash is compared.
+
+        Raises:
+            BundleError: it is not the file that was built.
+        """
+        self._check_hash(record, None)
+        return (self.path / record.path).read_bytes()
 
     def _check_size(self, record: FileRecord) -> None:
         file = self.path / record.path

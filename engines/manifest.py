@@ -37,6 +37,18 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class TokenizerRecord:
+    """How prompts become the numbers that a text encoder reads."""
+
+    merges: FileRecord
+    """The byte pairs that are merged, in order: merges.txt."""
+    pad: str
+    """The token that fills an encoded prompt."""
+    any_case: tuple[str, ...] = ()
+    """Special tokens that are recognised in capitals, too."""
+
+
+@dataclass(frozen=True)
 class GraphRecord:
     """One graph of the bundle."""
 
@@ -82,10 +94,12 @@ class Manifest:
     """Variable dimension -> its size for one sample with guidance."""
     graphs: Mapping[str, GraphRecord]
     constants: FileRecord
+    tokenizer: TokenizerRecord | None = None
+    """None: the bundle takes no prompts."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Parameter -> the value that the model was trained for; what a request leaves open comes from here."""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
-    """File name and sha256 of the checkpoint."""
+    """File name and sha256 of the checkpoint, and what was merged into it."""
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Sizes of the network that was exported, for information."""
     schedule: Mapping[str, Any] = field(default_factory=dict)
@@ -128,9 +142,21 @@ class Manifest:
         return channels, height, width
 
     @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width) of the generated picture, in pixels."""
+        height, width = self.decoder.tensor("image").resolve(self.typical_sizes)[1:3]
+        return height, width
+
+    @property
     def resolution(self) -> int:
-        """Side of the generated picture, in pixels."""
-        return self.decoder.tensor("image").resolve(self.typical_sizes)[1]
+        """Side of the generated picture, in pixels, of a bundle whose pictures are square."""
+        return self.picture_size[0]
+
+    @property
+    def size_text(self) -> str:
+        """The size of the generated picture, for people: 512 px, or 768x512 px, width first."""
+        height, width = self.picture_size
+        return f"{width} px" if width == height else f"{width}x{height} px"
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -139,6 +165,8 @@ class Manifest:
             content["graphs"][name] = _spec_to_json(record.spec) | {
                 key: value for key, value in content["graphs"][name].items() if key != "spec"
             }
+        if self.tokenizer is None:
+            del content["tokenizer"]
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "producer": content.pop("producer")}
         return json.dumps(head | content, indent=1) + "\n"
 
@@ -192,6 +220,7 @@ def parse_manifest(content: Mapping[str, Any]) -> Manifest:
         dimensions={name: int(size) for name, size in content["dimensions"].items()},
         graphs={name: _parse_graph(name, record) for name, record in content["graphs"].items()},
         constants=_parse_file(content["constants"]),
+        tokenizer=_parse_tokenizer(content["tokenizer"]) if "tokenizer" in content else None,
         defaults=dict(content["defaults"]),
         checkpoint=dict(content["checkpoint"]),
         architecture=dict(content["architecture"]),
@@ -220,7 +249,7 @@ def _check(manifest: Manifest) -> None:
     banks = [name for bank in step.banks for name in (*bank.tensors, bank.index)]
     for name in (*banks, *step.per_step, *step.feedback, *step.feedback.values()):
         step.tensor(name)
-    if len(manifest.latent_shape) != 3 or manifest.resolution < 1:
+    if len(manifest.latent_shape) != 3 or min(manifest.picture_size) < 1:
         raise ValueError("the latent or the picture has no size")
 
 
@@ -259,6 +288,11 @@ def _parse_file(record: Mapping[str, Any]) -> FileRecord:
     if relative.is_absolute() or ".." in relative.parts:
         raise ValueError(f"path '{relative}' leaves the bundle")
     return FileRecord(str(record["path"]), int(record["bytes"]), str(record["sha256"]))
+
+
+def _parse_tokenizer(content: Mapping[str, Any]) -> TokenizerRecord:
+    any_case = tuple(str(token) for token in content["any_case"])
+    return TokenizerRecord(_parse_file(content["merges"]), str(content["pad"]), any_case)
 
 
 def _spec_to_json(spec: GraphSpec) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def build_bundle(
     from export import onnx_bundle
 
     _check(output, options)
-    source.check_resolution(options.resolution)
-    count = len(source.graphs(options.resolution, options.precision))
+    source.check_size(options.size)
+    count = len(source.graphs(options.size, options.precision))
 
     def build(folder: Path, progress: Progress) -> Manifest:
         progress.steps = onnx_bundle.step_count(count)

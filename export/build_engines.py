@@ -236,7 +236,7 @@ def summary(manifest: Manifest) -> str:
     """What a bundle is, and a table of its graphs."""
     defaults = ", ".join(f"{name} {value}" for name, value in manifest.defaults.items())
     lines = [
-        f"system: {manifest.system}, {manifest.precision}, {manifest.resolution} px, batch up to "
+        f"system: {manifest.system}, {manifest.precision}, {manifest.size_text}, batch up to "
         f"{manifest.max_batch}",
         f"defaults: {defaults or 'those of the system'}",
         f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {'error against PyTorch':>22}",

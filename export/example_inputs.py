@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from export.systems.system import Draw
 
 TRAIN_TIMESTEPS = 1000
+SMALLEST_VOCABULARY = 512
+"""Tokens that every vocabulary has: the bytes, inside and at the end of a word."""
 
 
 def example_inputs(
     spec: GraphSpec, sizes: Mapping[str, int], seed: int = 0, examples: Mapping[str, Draw] | None = None
 ) -> dict[str, Array]:
-    """Seeded inputs: timesteps in 0..999, indices of rows that exist, the rest normal.
+    """Seeded inputs: timesteps in 0..999, indices of rows that exist, ids of tokens, the rest normal.
 
     Args:
         spec: signature of the graph.
@@ -40,6 +42,8 @@ def example_inputs(
             return (np.arange(shape[0]) % sizes[rows[tensor.name]]).astype(np.int32)
         if tensor.name == "timestep":
             return rng.integers(0, TRAIN_TIMESTEPS, shape).astype(np.float32)
+        if tensor.dtype == "int32":
+            return rng.integers(0, SMALLEST_VOCABULARY, shape, np.int32)
         return rng.standard_normal(shape, dtype=np.float32).astype(tensor.dtype)
 
     return {tensor.name: draw(tensor) for tensor in spec.inputs}

@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 import torch
 
-from engines.bundle import CONSTANTS, Bundle, file_record, sha256
+from engines.bundle import CONSTANTS, MERGES, Bundle, file_record
 from engines.engine import Engine, open_engine
-from engines.manifest import ANY_TARGET, CPU, CUDA, FileRecord, GraphRecord, Manifest
+from engines.manifest import ANY_TARGET, CPU, CUDA, FileRecord, GraphRecord, Manifest, TokenizerRecord
 from engines.options import EngineOptions
 from engines.spec import GraphSpec
 from export.onnx_graph import export_onnx
@@ -29,6 +29,7 @@ from export.scratch import scratch_of_graph
 from export.systems.system import ExportSource, GraphExport
 from export.verification import verify_graph
 from export.weights import store_exact_halves
+from training.network.tokenizer_files import TokenizerFiles
 
 _ON_THE_CPU = EngineOptions(backend=ONNX, device="cpu")
 
@@ -56,14 +57,15 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
         AnyDoorError: a graph does not compute what PyTorch does.
     """
     progress.step("reading the checkpoint")
-    checkpoint = {"file": source.path.name, "sha256": sha256(source.path)}
-    manifest = empty_manifest(source, options, checkpoint)
-    for graph in source.graphs(options.resolution, options.precision):
+    manifest = empty_manifest(source, options, source.record())
+    for graph in source.graphs(options.size, options.precision):
         record = _build_graph(source, graph, output, manifest, progress)
         manifest = replace(manifest, graphs={**manifest.graphs, graph.spec.name: record})
     progress.step("computing constants")
     constants: dict[str, Any] = {**source.constants(_open_on_the_cpu(output, manifest))}
     np.savez(output / CONSTANTS, **constants)
+    if source.tokenizer is not None:
+        manifest = replace(manifest, tokenizer=_write_tokenizer(output, source.tokenizer))
     if manifest.target != ANY_TARGET:
         progress.steps += len(manifest.graphs)
         graphs = {
@@ -72,6 +74,11 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
         }
         manifest = replace(manifest, graphs=graphs)
     return replace(manifest, constants=file_record(output, CONSTANTS))
+
+
+def _write_tokenizer(output: Path, tokenizer: TokenizerFiles) -> TokenizerRecord:
+    (output / MERGES).write_text(tokenizer.merges, "utf-8", newline="\n")
+    return TokenizerRecord(file_record(output, MERGES), tokenizer.pad, tokenizer.any_case)
 
 
 def _open_on_the_cpu(output: Path, manifest: Manifest) -> Engine:

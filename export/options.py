@@ -26,13 +26,18 @@ class BuildOptions:
     precision: str = "fp32"
     max_batch: int = 4
     """Most samples in one call."""
-    resolution: int = 512
-    """Side of the generated picture, in pixels."""
+    resolution: int | tuple[int, int] = 512
+    """Side of the generated picture, or its (height, width), in pixels."""
     targets: tuple[str, ...] = ()
     """GPU architectures of plans, like sm89; what suits the library if empty. Of ONNX graphs `CUDA`, for the
     operators of ONNX Runtime's CUDA provider, or any."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Parameters for the manifest's `defaults`, beside those of the checkpoint."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the generated picture, in pixels."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)
 
     def __post_init__(self) -> None:
         """Refuses values that no build has.

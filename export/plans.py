@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +84,8 @@ def build_plans(
             build_seconds=round(time.monotonic() - started, 1),
             scratch_bytes={library.backend: plan.scratch_bytes},
         )
-    shutil.copyfile(source.path / manifest.constants.path, output / manifest.constants.path)
+    for record in source.small_files():
+        (output / record.path).write_bytes(source.read(record))
     return replace(
         manifest,
         backend=library.backend,

@@ -60,8 +60,8 @@ def build_skeleton(
         AnyDoorError: the network cannot make pictures of this size.
         RewriteError: a graph has a pattern that no rule for the target recognised.
     """
-    source.check_resolution(options.resolution)
-    graphs = source.graphs(options.resolution, options.precision)
+    source.check_size(options.size)
+    graphs = source.graphs(options.size, options.precision)
     manifest = empty_manifest(source, options, checkpoint={})
     with replacing(output) as folder, progress or Progress() as shown:
         shown.steps = len(graphs)

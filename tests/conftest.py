@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from benchmarks.support.fingerprint import fingerprint
+from tests.support.shared import lock, shared_folder
 
 ROOT = Path(__file__).parents[1]
 
-CACHE = ROOT / "build" / "tests"
 TINY_RESOLUTION = 64
 
 # no test depends on how busy the machine is
@@ -24,22 +21,11 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Lets one of the parallel test processes build while the others wait."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _checkpoint(name: str) -> Path:
     from benchmarks.seeded import ARCHITECTURES, seeded_checkpoint
 
-    path = CACHE / fingerprint() / f"{name}.safetensors"
-    with _lock(path.with_suffix(".lock")):
+    path = shared_folder() / f"{name}.safetensors"
+    with lock(path.with_suffix(".lock")):
         if not path.exists():
             seeded_checkpoint(path, ARCHITECTURES[name], seed=0)
     return path
@@ -53,7 +39,7 @@ def _bundle(name: str, resolution: int, precision: str = "fp32", targets: tuple[
 
     checkpoint = _checkpoint(name)
     path = checkpoint.parent / "-".join((name, precision, *targets))
-    with _lock(path.with_suffix(".bundle.lock")):
+    with lock(path.with_suffix(".bundle.lock")):
         if not path.exists():
             options = BuildOptions(precision=precision, resolution=resolution, targets=targets)
             build_bundle(open_source(checkpoint), path, options, Progress(quiet=True))
@@ -64,7 +50,7 @@ def _plans(bundle: Path) -> Path:
     """Plans of TensorRT for RTX, for three architectures, built on the CPU."""
     pytest.importorskip("tensorrt_rtx", reason="needs pip install '.[tensorrt]'")
     path = bundle.with_name(f"{bundle.name}-plans")
-    with _lock(path.with_suffix(".bundle.lock")):
+    with lock(path.with_suffix(".bundle.lock")):
         if not path.exists():
             # in a process that cannot import PyTorch: on a Jetson there is none
             code = (

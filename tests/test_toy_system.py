@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from engines.bundle import Bundle
 from engines.engine import Engine
-from engines.errors import AnyDoorError, BackendError
+from engines.errors import BackendError
 from engines.memory_plan import place_name, plan_device_memory, plan_host_memory, table_name
 from engines.options import EngineOptions
 from engines.spec import ROWS, SAMPLES, BankSpec, GraphSpec, TensorSpec
 from export.build import build_bundle
 from export.options import BuildOptions
 from export.progress import Progress
-from export.systems.system import GraphExport
+from export.systems.system import GraphExport, Size, checkpoint_record
 from export.verification import TOLERANCE
 from runtime import Compositor, InputError, Placement, Request, Sampling
 from runtime.diffusion.ddim import Schedule
@@ -115,7 +115,7 @@ def write_checkpoint(path: Path) -> None:
 class ToySource:
     """A checkpoint, ready for export; see `export.systems.system.ExportSource`."""
 
-    system, description, dtype = "toy", "a toy", torch.float32
+    system, description, dtype, tokenizer = "toy", "a toy", torch.float32, None
     defaults: Mapping[str, Any] = {"steps": 3, "guidance_scale": 1.5}
     architecture: Mapping[str, Any] = {"latent_channels": CHANNELS}
     dimensions: Mapping[str, int] = {SAMPLES: 1, ROWS: 2, COLOURS: 2}
@@ -123,12 +123,14 @@ class ToySource:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def check_resolution(self, resolution: int) -> None:
-        if resolution % FACTOR:
-            raise AnyDoorError(f"--resolution must be a multiple of {FACTOR}, not {resolution}")
+    def record(self) -> dict[str, Any]:
+        return checkpoint_record(self.path)
 
-    def graphs(self, resolution: int, precision: str) -> Sequence[GraphExport]:
-        return [GraphExport(spec, partial(self._load, spec.name)) for spec in toy_specs(resolution)]
+    def check_size(self, size: Size) -> None:
+        pass
+
+    def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
+        return [GraphExport(spec, partial(self._load, spec.name)) for spec in toy_specs(size[0])]
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
         return {"alphas_cumprod": alphas_cumprod()}

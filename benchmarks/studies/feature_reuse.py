@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"--count must be at least 1, not {options.count}")
         require_writable(options.output)
         checkpoint = read_checkpoint(options.checkpoint)
-        AnyDoorSource(checkpoint).check_resolution(options.resolution)
+        AnyDoorSource(checkpoint).check_size((options.resolution, options.resolution))
         model = AnyDoor(checkpoint.architecture, ("unet", "control", "id_encoder")).eval()
         model.load_official_state_dict(checkpoint.tensors)
         with torch.device("meta"):

@@ -166,7 +166,12 @@ class Networks:
         banks = [bank.name for bank in self._step.banks]
         halves = [
             StepOfSample(
-                self._run.timesteps[-1], np.zeros(3, np.float32), sampling, dict.fromkeys(banks, row), None
+                self._run.timesteps[-1],
+                np.zeros(3, np.float32),
+                np.zeros(2, np.float32),
+                sampling,
+                dict.fromkeys(banks, row),
+                None,
             )
             for row in (0, 1)
         ]

@@ -20,18 +20,19 @@ def open_source(
         dino_heads: attention heads of the ID encoder, where the file does not say.
 
     Raises:
-        CheckpointError: it cannot be read, is of no known system, or of one that has no graphs.
+        CheckpointError: it cannot be read, or is of no known system.
     """
     from export.systems.anydoor import AnyDoorSource
+    from export.systems.stable_diffusion import StableDiffusionSource
     from training.network.checkpoint import CheckpointError, read_checkpoint
     from training.network.stable_diffusion_checkpoint import is_stable_diffusion, read_stable_diffusion
 
     if is_stable_diffusion(path):
-        raise CheckpointError(
-            f"'{path}' is {read_stable_diffusion(path).describe()}. This system cannot be exported yet: give "
-            "a checkpoint of AnyDoor"
-        )
-    return AnyDoorSource(read_checkpoint(path, unet_head_width, dino_heads))
+        return StableDiffusionSource(read_stable_diffusion(path))
+    checkpoint = read_checkpoint(path, unet_head_width, dino_heads)
+    if checkpoint.system != AnyDoorSource.system:
+        raise CheckpointError(f"'{path}' is {checkpoint.describe()}. This system cannot be exported yet")
+    return AnyDoorSource(checkpoint)
 
 
 def published_source(precision: str) -> ExportSource:

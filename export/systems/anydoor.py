@@ -6,12 +6,7 @@
     latent ---------------------> [decode] ------> picture
 
 Value ranges: `reference` 0..1 RGB; `hint` three channels of collage in -1..1 RGB and the mask channel (-1, 0
-or 1); `timestep` 0..999; `coefficients` as `runtime.diffusion.ddim` defines them; `carry` noise, or what the
-sampler keeps of the step before; `decoded` -1..1 before clipping; `image` 0..255 RGB. Index inputs count from
-0.
-
-The decode graph takes one picture at a time: a single one keeps a card busy, and its intermediate results, by
-far the largest of all graphs, would grow with the batch.
+or 1); the others as in `export.systems.diffusion`.
 """
 
 from __future__ import annotations
@@ -26,25 +21,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from engines.engine import Array, Engine
 from engines.errors import AnyDoorError
-from engines.spec import ROWS, SAMPLES, BankSpec, Dimension, GraphSpec, TensorSpec
+from engines.spec import ROWS, SAMPLES, BankSpec, GraphSpec, TensorSpec
 from export.precision import BANK_DTYPES, keep_float32_layers
-from export.systems.system import GraphExport
+from export.systems.diffusion import (
+    CONDITIONS,
+    DECODE,
+    DENOISE,
+    DecodeGraph,
+    check_size,
+    decode_spec,
+    f32,
+    guided,
+    index,
+    latent_shape,
+    per_sample,
+    step_spec,
+    weighted_sum,
+    without_masks,
+)
+from export.systems.system import GraphExport, Size, checkpoint_record
 from training.network.architecture import REFERENCE_SIZE, Architecture
 from training.network.checkpoint import Checkpoint
 from training.network.modules import AnyDoor
 
 ID_ENCODER = "id_encoder"
 CONTROL = "control"
-DENOISE = "denoise"
-DECODE = "decode"
-
-CONDITIONS = "conditions"
-"""Dimension: sets of ID tokens in a call, of references and of the black picture."""
 MAPS = "maps"
 """Dimension: sets of detail maps in a call, one per hint, timestep and set of ID tokens."""
 
@@ -59,6 +63,7 @@ class AnyDoorSource:
 
     system = "anydoor"
     dimensions: Mapping[str, int] = DIMENSIONS
+    tokenizer = None
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path = checkpoint.path
@@ -81,22 +86,26 @@ class AnyDoorSource:
         """What the checkpoint is."""
         return self._checkpoint.describe()
 
-    def check_resolution(self, resolution: int) -> None:
-        """Refuses a picture size that the network cannot halve often enough.
+    def record(self) -> dict[str, Any]:
+        """File name and sha256 of the checkpoint."""
+        return checkpoint_record(self.path)
+
+    def check_size(self, size: Size) -> None:
+        """Refuses a picture size that the network cannot make.
 
         Raises:
-            AnyDoorError: it cannot.
+            AnyDoorError: its sides differ, or it cannot be halved often enough.
         """
-        a = self._checkpoint.architecture
-        step = a.latent_factor * 2 ** (len(a.unet_channels) - 1)
-        if resolution < step or resolution % step:
+        height, width = size
+        if height != width:
             raise AnyDoorError(
-                f"--resolution must be a multiple of {step} for this network, not {resolution}"
+                f"--resolution {width}x{height}: AnyDoor draws square pictures, so give the side alone"
             )
+        check_size(self._checkpoint.architecture, size)
 
-    def graphs(self, resolution: int, precision: str) -> Sequence[GraphExport]:
+    def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
         """The four graphs, the largest first."""
-        specs = graph_specs(self._checkpoint.architecture, resolution, BANK_DTYPES[precision])
+        specs = graph_specs(self._checkpoint.architecture, size[0], BANK_DTYPES[precision])
         examples = {"reference": lambda rng, shape: rng.random(shape, dtype=np.float32)}
         return [GraphExport(spec, partial(self._load, name), examples) for name, spec in specs.items()]
 
@@ -116,24 +125,16 @@ class AnyDoorSource:
         return GRAPH_MODULES[graph](part).eval()
 
 
-def _f32(name: str, *shape: Dimension) -> TensorSpec:
-    return TensorSpec(name, "float32", shape)
-
-
-def _index(name: str, dimension: str) -> TensorSpec:
-    return TensorSpec(name, "int32", (dimension,))
-
-
 _NUMBERS = (
-    _f32("timestep", SAMPLES),
-    _f32("guidance_scale", SAMPLES),
-    _f32("control_scale", SAMPLES),
-    _f32("coefficients", SAMPLES, 3),
-    _index("conditional_row", SAMPLES),
-    _index("unconditional_row", SAMPLES),
-    _index("row_sample", ROWS),
-    _index("row_condition", ROWS),
-    _index("row_map", ROWS),
+    f32("timestep", SAMPLES),
+    f32("guidance_scale", SAMPLES),
+    f32("control_scale", SAMPLES),
+    f32("coefficients", SAMPLES, 3),
+    index("conditional_row", SAMPLES),
+    index("unconditional_row", SAMPLES),
+    index("row_sample", ROWS),
+    index("row_condition", ROWS),
+    index("row_map", ROWS),
 )
 """Inputs of the step: a few numbers per sample or row."""
 
@@ -148,8 +149,8 @@ def graph_specs(
         resolution: side of the picture and of the hint, in pixels.
         detail_dtype: float16 in an fp16 bundle: the detail maps of all steps are what fills the memory.
     """
-    size, side = resolution, resolution // architecture.latent_factor
-    latent = (architecture.latent_channels, side, side)
+    size = (resolution, resolution)
+    latent = latent_shape(architecture, size)
     tokens = (architecture.token_count, architecture.token_width)
     detail_maps = tuple(
         TensorSpec(f"detail_{index:02d}", detail_dtype, (MAPS, *shape))
@@ -159,45 +160,28 @@ def graph_specs(
         GraphSpec(
             ID_ENCODER,
             "condition",
-            inputs=(_f32("reference", SAMPLES, 3, REFERENCE_SIZE, REFERENCE_SIZE),),
-            outputs=(_f32("tokens", SAMPLES, *tokens),),
+            inputs=(f32("reference", SAMPLES, 3, REFERENCE_SIZE, REFERENCE_SIZE),),
+            outputs=(f32("tokens", SAMPLES, *tokens),),
         ),
         GraphSpec(
             CONTROL,
             "window",
             # one hint, embedded once, for any number of (timestep, tokens) pairs
-            inputs=(_f32("hint", 1, 4, size, size), _f32("timestep", MAPS), _f32("tokens", MAPS, *tokens)),
+            inputs=(f32("hint", 1, 4, *size), f32("timestep", MAPS), f32("tokens", MAPS, *tokens)),
             outputs=detail_maps,
         ),
-        GraphSpec(
-            DENOISE,
-            "step",
-            inputs=(
-                _f32("latent", SAMPLES, *latent),
-                _f32("carry", SAMPLES, *latent),
-                *_NUMBERS,
-                _f32("tokens", CONDITIONS, *tokens),
-                *detail_maps,
-            ),
-            outputs=(_f32("next_latent", SAMPLES, *latent), _f32("epsilon", SAMPLES, *latent)),
-            banks=(
+        step_spec(
+            latent,
+            _NUMBERS,
+            (f32("tokens", CONDITIONS, *tokens), *detail_maps),
+            (
                 BankSpec("tokens", ("tokens",), "row_condition"),
                 BankSpec("detail_maps", tuple(tensor.name for tensor in detail_maps), "row_map"),
             ),
-            per_step=tuple(tensor.name for tensor in _NUMBERS),
-            feedback={"latent": "next_latent", "carry": "epsilon"},
         ),
-        GraphSpec(
-            DECODE,
-            "decode",
-            inputs=(_f32("latent", 1, *latent),),
-            outputs=(TensorSpec("image", "uint8", (1, size, size, 3)), _f32("decoded", 1, 3, size, size)),
-        ),
+        decode_spec(latent, size),
     )
     return {spec.name: spec for spec in specs}
-
-
-_UNMASKED = "sdpa_unmasked"
 
 
 class IDEncoderGraph(nn.Module):
@@ -208,10 +192,7 @@ class IDEncoderGraph(nn.Module):
     def __init__(self, model: AnyDoor) -> None:
         super().__init__()
         self.model = model
-        # while it is traced, transformers makes a mask that masks nothing, and PyTorch guards against rows
-        # that are all masked; it makes none for an implementation that it does not know
-        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
-        model.id_encoder.dino.set_attn_implementation(_UNMASKED)
+        without_masks(model.id_encoder.dino)
         model.id_encoder.fix_positions(REFERENCE_SIZE)
         self.dtype = model.id_encoder.projector.weight.dtype
 
@@ -238,8 +219,7 @@ class ControlGraph(nn.Module):
 class DenoiseGraph(nn.Module):
     """One step: UNet, classifier-free guidance and the DDIM update, for samples that share nothing.
 
-    Rows are the UNet's batch. A sample without guidance names the same row as its conditional and its
-    unconditional one, and the guidance term vanishes exactly. The update is done in float32.
+    Rows are the UNet's batch. The update is done in float32.
     """
 
     dtype: torch.dtype
@@ -266,41 +246,15 @@ class DenoiseGraph(nn.Module):
         *details: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Takes a step. Returns the next latent and the guided epsilon, both (N, C, h, w)."""
-        row_scale = _per_sample(control_scale).index_select(0, row_sample)
+        row_scale = per_sample(control_scale).index_select(0, row_sample)
         row_epsilon = self.model.predict_noise(
             latent.index_select(0, row_sample).to(self.dtype),
             timestep.index_select(0, row_sample),
             tokens.index_select(0, row_condition).to(self.dtype),
             [detail.index_select(0, row_map) * row_scale.to(detail.dtype) for detail in details],
         ).float()
-        conditional = row_epsilon.index_select(0, conditional_row)
-        unconditional = row_epsilon.index_select(0, unconditional_row)
-        epsilon = unconditional + _per_sample(guidance_scale) * (conditional - unconditional)
-        from_latent, from_epsilon, from_carry = coefficients.unbind(1)
-        next_latent = (
-            _per_sample(from_latent) * latent
-            + _per_sample(from_epsilon) * epsilon
-            + _per_sample(from_carry) * carry
-        )
-        return next_latent, epsilon
-
-
-class DecodeGraph(nn.Module):
-    """Latent -> picture."""
-
-    dtype: torch.dtype
-
-    def __init__(self, model: AnyDoor) -> None:
-        super().__init__()
-        self.model = model
-        self.dtype = model.vae.post_quant_conv.weight.dtype
-
-    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, C, h, w) -> (1, H, W, 3) uint8 RGB, and the same before clipping, (1, 3, H, W) in -1..1."""
-        decoded = self.model.decode(latent.to(self.dtype)).float()
-        image = (decoded * 127.5 + 127.5).clamp(0, 255).round().permute(0, 2, 3, 1)
-        # TensorRT knows uint8 at the border of a network only: nothing may follow the cast
-        return image.to(torch.uint8), decoded
+        epsilon = guided(row_epsilon, guidance_scale, conditional_row, unconditional_row)
+        return weighted_sum(coefficients, latent, epsilon, carry), epsilon
 
 
 GRAPH_MODULES: Mapping[str, type[nn.Module]] = {
@@ -309,7 +263,3 @@ GRAPH_MODULES: Mapping[str, type[nn.Module]] = {
     DENOISE: DenoiseGraph,
     DECODE: DecodeGraph,
 }
-
-
-def _per_sample(values: Tensor) -> Tensor:
-    return values[:, None, None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from engines.bundle import sha256
 from engines.engine import Array, Engine
 from engines.spec import GraphSpec
+from training.network.tokenizer_files import TokenizerFiles
+
+Size = tuple[int, int]
+"""(height, width) of a picture, in pixels."""
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
 """Makes an example input: (random numbers, shape) -> array."""
@@ -50,15 +56,20 @@ class ExportSource(Protocol):
     """Sizes of the network, for information."""
     dimensions: Mapping[str, int]
     """Variable dimension -> its size for one sample with guidance."""
+    tokenizer: TokenizerFiles | None
+    """What it reads prompts with; None if it takes none."""
 
-    def check_resolution(self, resolution: int) -> None:
+    def record(self) -> dict[str, Any]:
+        """What the bundle is made from, for the manifest: see `checkpoint_record`."""
+
+    def check_size(self, size: Size) -> None:
         """Refuses a picture size that the network cannot make.
 
         Raises:
             AnyDoorError: says which sizes it can make.
         """
 
-    def graphs(self, resolution: int, precision: str) -> Sequence[GraphExport]:
+    def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
         """The graphs, in the order in which they are built. Loads nothing yet: one is in memory at a time."""
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
@@ -67,3 +78,16 @@ class ExportSource(Protocol):
         Args:
             engine: runs the built graphs.
         """
+
+
+def checkpoint_record(path: Path, files: Sequence[Path] = ()) -> dict[str, Any]:
+    """Name and sha256 of a checkpoint. That of a folder is the hash of what sha256sum prints for its files.
+
+    Args:
+        path: the file or the folder.
+        files: those of the folder that the bundle is made from.
+    """
+    if path.is_file():
+        return {"file": path.name, "sha256": sha256(path)}
+    lines = [f"{sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+    return {"file": path.resolve().name, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}

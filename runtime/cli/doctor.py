@@ -145,7 +145,7 @@ def _print_bundle(path: Path, options: EngineOptions) -> bool:
         manifest = bundle.manifest
         size = sum(record.bytes for record in bundle.files())
         print(
-            f"    {manifest.system}, {manifest.precision}, {manifest.resolution} px, batch up to "
+            f"    {manifest.system}, {manifest.precision}, {manifest.size_text}, batch up to "
             f"{manifest.max_batch}, {size / 1e6:.1f} MB, from {manifest.checkpoint.get('file', 'unknown')}"
         )
         print(f"    made by {manifest.backend} {manifest.backend_version} for {manifest.target}")
@@ -157,6 +157,8 @@ def _print_bundle(path: Path, options: EngineOptions) -> bool:
             for graph in manifest.graphs:
                 bundle.verify(graph, bar.update, reread=True)
         bundle.constants()
+        for record in bundle.small_files():
+            bundle.read(record)
         runs_on = _print_plan(bundle, options)
     except AnyDoorError as error:
         print(f"    unusable: {error}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,14 @@ class Schedule:
     def steps(self) -> int:
         """Number of steps."""
         return len(self.timesteps)
+
+    @cached_property
+    def background_coefficients(self) -> NDArray[np.float32]:
+        """(S, 2) factors of a clean latent and of noise that make of both a latent of the timestep that each
+        step goes to. After the last step the latent is the clean one, as in diffusers'
+        `StableDiffusionInpaintPipeline`."""
+        after = np.append(self.alphas[1:], 1.0)
+        return np.sqrt(np.stack([after, 1 - after], axis=1)).astype(np.float32)
 
 
 def ddim_timesteps(steps: int, train_timesteps: int = 1000) -> NDArray[np.int64]:

@@ -19,6 +19,9 @@ from runtime.sampling.conditions import BankRows, Conditions
 LATENT, CARRY = "latent", "carry"
 """Inputs of every step graph: the latent, and noise or what the sampler keeps of the step before."""
 
+START_NOISE = "start_noise"
+"""Input of step graphs that blend the latent with a background: the sample's first latent."""
+
 NEXT_LATENT, EPSILON = "next_latent", "epsilon"
 """Its outputs."""
 
@@ -30,6 +33,8 @@ class StepOfSample:
     timestep: int
     coefficients: NDArray[np.float32]
     """(3,), see `runtime.diffusion.ddim` and `runtime.diffusion.samplers`."""
+    background_coefficients: NDArray[np.float32]
+    """(2,), see `runtime.diffusion.ddim`."""
     sampling: SamplingParameters
     conditional: Mapping[str, int]
     """Bank -> its row for the conditional half."""
@@ -52,6 +57,7 @@ def step_inputs(samples: Sequence[StepOfSample], spec: GraphSpec) -> dict[str, A
     inputs: dict[str, Array] = {
         "timestep": np.array([sample.timestep for sample in samples], np.float32),
         "coefficients": np.stack([sample.coefficients for sample in samples]),
+        "background_coefficients": np.stack([sample.background_coefficients for sample in samples]),
         "conditional_row": np.arange(len(samples), dtype=np.int32),
         "unconditional_row": np.array(unconditional_row, np.int32),
         "row_sample": np.array([i for i, _ in rows], np.int32),
@@ -101,6 +107,8 @@ class Sample:
     """Asks the next step for `clean_latent`."""
     clean_latent: NDArray[np.float32] | None = None
     """(C, h, w), what the latent would be without noise, as far as the last step could tell."""
+    start_noise: LatentRow | None = field(default=None, init=False)
+    """Its first latent, if the step graph needs it."""
     _noise: NDArray[np.float32] | None = field(default=None, init=False)
 
     @property
@@ -188,6 +196,7 @@ class RunningBatch:
         self._engine = engine
         self._spec = spec
         self._shape: tuple[int, ...] = spec.tensor(LATENT).resolve({"samples": 1})[1:]
+        self._needs_start_noise = START_NOISE in {tensor.name for tensor in spec.inputs}
         self._no_carry: dict[int, DeviceTensor] = {}
         self._from_host: dict[str, tuple[list[BankRows], Mapping[str, DeviceTensor]]] = {}
         """Bank -> rows that came from the host, and where they are on the device."""
@@ -250,6 +259,8 @@ class RunningBatch:
         wants_epsilon = wants_clean_latents or any(sample.keeps_epsilon(steps) for sample in samples)
         names = [NEXT_LATENT, EPSILON] if wants_epsilon else [NEXT_LATENT]
         inputs: dict[str, DeviceTensor | Array] = {LATENT: latents, CARRY: self._carry(samples)}
+        if self._needs_start_noise:
+            inputs[START_NOISE] = self._start_noise(samples)
         for tensors, _ in gathered.values():
             inputs |= tensors
         numbers = [
@@ -330,6 +341,13 @@ class RunningBatch:
                 rows.append(sample.epsilon or LatentRow(self._no_carry[count], row, count))
         return self._gather(rows)
 
+    def _start_noise(self, samples: Sequence[Sample]) -> DeviceTensor:
+        """The first latents; the next step of the same samples finds them together."""
+        noise = self._gather([sample.start_noise or sample.latent for sample in samples])
+        for row, sample in enumerate(samples):
+            sample.start_noise = LatentRow(noise, row, len(samples))
+        return noise
+
     def _predict_clean_latents(
         self, samples: Sequence[Sample], latents: DeviceTensor, epsilon: DeviceTensor
     ) -> None:
@@ -366,6 +384,7 @@ def _step_of_sample(
     return StepOfSample(
         timestep=timestep,
         coefficients=sample.schedule.coefficients[step],
+        background_coefficients=sample.schedule.background_coefficients[step],
         sampling=sample.sampling,
         conditional=conditional,
         unconditional=unconditional if guided else None,

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 
+from engines.bundle import Bundle
 from engines.errors import BundleError
 from runtime.errors import InputError
 
@@ -92,6 +93,11 @@ class Tokenizer:
         """Size of the vocabulary."""
         return len(self._tokens)
 
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Token -> id."""
+        return self._ids
+
     def encode(self, prompt: str) -> list[int]:
         """Gives the `TOKENS` ids of a prompt, padded.
 
@@ -157,6 +163,18 @@ class Tokenizer:
                     joined.append(token)
             tokens = joined
         return [self._ids[token] for token in tokens]
+
+
+def open_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The tokenizer of a bundle.
+
+    Raises:
+        BundleError: it has none, or its merges are damaged.
+    """
+    record = bundle.manifest.tokenizer
+    if record is None:
+        raise BundleError(f"the bundle at '{bundle.path}' has no tokenizer")
+    return Tokenizer(bundle.read(record.merges).decode(errors="replace"), record.pad, record.any_case)
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:

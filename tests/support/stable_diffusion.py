@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from runtime.systems.tokenizer import END, START
+from tests.support.shared import lock, shared_folder
 from tests.support.vocabulary import clip_tokenizer, learned_merges
 from training.network.stable_diffusion_checkpoint import read_stable_diffusion, write_single_file
 
@@ -117,6 +118,33 @@ def single_file(path: Path, version: Version = "1.x") -> Path:
         tensors["cond_stage_model.model.text_projection"] = torch.zeros(64, 64)
         tensors["cond_stage_model.model.logit_scale"] = torch.zeros(())
     save_file(tensors, path)
+    return path
+
+
+def tiny_stable_diffusion_bundle(
+    channels: Literal[4, 9] = 4,
+    prediction: Literal["epsilon", "v"] = "epsilon",
+    version: Version = "2.x",
+    resolution: int | tuple[int, int] = 64,
+    precision: str = "fp32",
+    targets: tuple[str, ...] = (),
+) -> Path:
+    """A bundle with the weights of `pipeline`; do not write into it."""
+    from export.build import build_bundle
+    from export.options import BuildOptions
+    from export.progress import Progress
+    from export.systems import open_source
+
+    size = str(resolution).strip("()").replace(", ", "x")
+    names = ("stable-diffusion", version, str(channels), prediction, size, precision, *targets)
+    path = shared_folder() / "-".join(names)
+    with lock(path.with_suffix(f"{path.suffix}.lock")):
+        if not path.exists():
+            checkpoint = path.with_name(f"{path.name}-checkpoint")
+            pipe = pipeline(version, channels == 9, "v_prediction" if prediction == "v" else "epsilon")
+            pipe.save_pretrained(checkpoint)
+            options = BuildOptions(precision=precision, resolution=resolution, targets=targets)
+            build_bundle(open_source(checkpoint), path, options, Progress(quiet=True))
     return path
 
 

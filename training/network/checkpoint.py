@@ -198,7 +198,8 @@ def _read(path: Path, given: Mapping[str, Any], otherwise: Mapping[str, Any]) ->
             file, architecture = _as_imprint(file, given, otherwise)
         else:
             settings = settings_from_metadata(file.metadata) or _configuration_beside(path)
-            architecture = infer_architecture(file.shapes, **{**otherwise, **settings, **given})
+            known = {name: otherwise[name] for name in otherwise if name in Architecture.not_inferable}
+            architecture = infer_architecture(file.shapes, **{**known, **settings, **given})
         with torch.device("meta"):
             expected = _network(architecture).official_shapes()
     except (ArchitectureError, KeyError, ValueError) as error:

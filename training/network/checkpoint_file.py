@@ -32,6 +32,8 @@ class TensorFile:
     tensors: Mapping[str, Tensor]
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    paths: tuple[Path, ...] = ()
+    """Where they are."""
 
 
 def read_tensors(path: Path) -> TensorFile:
@@ -45,7 +47,7 @@ def read_tensors(path: Path) -> TensorFile:
     try:
         if path.suffix == ".safetensors":
             file = _SafetensorsFile(path)
-            return TensorFile(file, file.shapes, file.metadata)
+            return TensorFile(file, file.shapes, file.metadata, (path,))
         content = _load_pickle(path)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(
@@ -59,7 +61,7 @@ def read_tensors(path: Path) -> TensorFile:
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise CheckpointError(f"'{path}' holds no named tensors")
-    return TensorFile(tensors, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    return TensorFile(tensors, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, paths=(path,))
 
 
 class LazyTensors(Mapping[str, Tensor]):

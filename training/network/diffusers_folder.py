@@ -32,6 +32,13 @@ STEMS = {
 }
 """Part -> names of its .safetensors and of its .bin file."""
 
+CONFIGURATIONS = (
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+)
+
 _PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
 
 _SCHEDULE = {
@@ -63,15 +70,7 @@ def read_architecture(folder: Path) -> StableDiffusionArchitecture:
     """
     if (folder / "text_encoder_2").exists():
         raise ArchitectureError("it has a second text encoder, as Stable Diffusion XL; 1.x and 2.x have one")
-    unet, vae, text, scheduler = (
-        read_object(folder / part / name)
-        for part, name in [
-            ("unet", "config.json"),
-            ("vae", "config.json"),
-            ("text_encoder", "config.json"),
-            ("scheduler", "scheduler_config.json"),
-        ]
-    )
+    unet, vae, text, scheduler = (read_object(folder / name) for name in CONFIGURATIONS)
     for name, value in _SCHEDULE.items():
         if scheduler.get(name, value) != value:
             raise ArchitectureError(
@@ -168,7 +167,7 @@ def read_part(folder: Path, part: str, variant: str | None) -> TensorFile:
     file = _read_shards(path) if path.suffix == ".json" else read_tensors(path)
     names = {_module_name(part, key): key for key in file.shapes if not key.endswith(".position_ids")}
     tensors = LazyTensors({name: reader(file.tensors, key) for name, key in names.items()})
-    return TensorFile(tensors, {name: file.shapes[key] for name, key in names.items()})
+    return TensorFile(tensors, {name: file.shapes[key] for name, key in names.items()}, paths=file.paths)
 
 
 def _find_weights(folder: Path, stem: str, bin_stem: str, variant: str | None) -> Path:
@@ -205,7 +204,9 @@ def _read_shards(index: Path) -> TensorFile:
     if lost:
         raise CheckpointError(f"'{index}' says that '{places[lost[0]]}' has '{lost[0]}', and it has not")
     tensors = {key: reader(files[name].tensors, key) for key, name in places.items()}
-    return TensorFile(LazyTensors(tensors), {key: files[name].shapes[key] for key, name in places.items()})
+    shapes = {key: files[name].shapes[key] for key, name in places.items()}
+    paths = (index, *(path for file in files.values() for path in file.paths))
+    return TensorFile(LazyTensors(tensors), shapes, paths=paths)
 
 
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

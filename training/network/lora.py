@@ -93,7 +93,7 @@ def merge_lora(
                 factor = scale * alpha / down.shape[0]
                 readers[name[1]] = partial(_merged, readers[name[1]], down, up, factor)
         parts[part] = LazyTensors(readers)
-    return replace(checkpoint, parts=parts)
+    return replace(checkpoint, parts=parts, loras=(*checkpoint.loras, (path, scale)))
 
 
 def _collect(

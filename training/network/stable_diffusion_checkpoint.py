@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,10 @@ class StableDiffusionCheckpoint:
     """Single files have none."""
     prediction_is_assumed: bool = False
     """Whether nothing says what the UNet predicts."""
+    files: Sequence[Path] = ()
+    """What it was read from, for a folder."""
+    loras: Sequence[tuple[Path, float]] = ()
+    """LoRA files that were merged into it, and their scales, in order."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +98,8 @@ class StableDiffusionCheckpoint:
         with torch.device("meta"):
             module = BUILDERS[part](self.architecture)
         module.load_state_dict(weights, assign=True)
-        return (module if dtype is None else module.to(dtype)).eval()
+        # not the method of diffusers, which warns of modules that it does not have
+        return (module if dtype is None else nn.Module.to(module, dtype)).eval()
 
     def describe(self) -> str:
         """Says what it is, in one sentence for the person who builds from it."""
@@ -164,7 +169,12 @@ def _read_folder(folder: Path, variant: str | None) -> StableDiffusionCheckpoint
             f"{architecture.text_vocabulary}"
         )
     tensors = {part: file.tensors for part, file in files.items()}
-    return StableDiffusionCheckpoint(folder, architecture, tensors, tokenizer)
+    paths = [
+        *(folder / name for name in diffusers_folder.CONFIGURATIONS),
+        *sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file()),
+        *(path for file in files.values() for path in file.paths),
+    ]
+    return StableDiffusionCheckpoint(folder, architecture, tensors, tokenizer, files=paths)
 
 
 def _read_file(path: Path, prediction: Prediction | None) -> StableDiffusionCheckpoint:
