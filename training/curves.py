@@ -42,15 +42,18 @@ class Curves:
             self.shown[name] = _MEMORY * self.shown.get(name, value) + (1 - _MEMORY) * value
         return {name: f"{value:.4f}" for name, value in self.shown.items()}
 
-    def plot(self, step: int, losses: Mapping[str, Tensor], rate: float) -> None:
-        """Points of the curves: losses of the step, learning rate, samples per second since the last ones."""
+    def plot(self, step: int, losses: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+        """Points of the curves: losses of the step, learning rates of the parts ("" for all that have none of
+        their own), samples per second since the last ones.
+        """
         if not self._events:
             return
         now = time.monotonic()
         speed = (step - self._plotted) * self._samples / max(now - self._last, 1e-9)
         self._plotted, self._last = step, now
         points = {f"loss/{name}": loss.item() for name, loss in losses.items()}
-        for name, value in {**points, "learning rate": rate, "samples per second": speed}.items():
+        points |= {f"learning rate/{part}".rstrip("/"): rate for part, rate in rates.items()}
+        for name, value in {**points, "samples per second": speed}.items():
             self._events.add_scalar(name, value, step)
 
     def picture(self, step: int, sheet: NDArray[np.uint8]) -> None:

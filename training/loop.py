@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from engines.files import replacing
+from runtime.errors import InputError
 from training.curves import Curves
 from training.sharding import gather, shard, shard_module, to_local
 
@@ -71,6 +72,10 @@ class LoopSettings:
     accumulate: int = 1
     """Forward passes per step."""
     learning_rate: float = 1e-5
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Part of the network, a child of the task's module -> its own learning rate."""
+    swap: float = 1.0
+    """Share of the steps after which two parts exchange their rates; 1 for never."""
     weight_decay: float = 0.01
     warmup: int = 0
     """Steps over which the learning rate rises from zero."""
@@ -92,6 +97,20 @@ class LoopSettings:
     them (DDP)."""
     workers: int = 0
     """Processes that prepare data; 0 prepares it in the loop."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.swap <= 1 or (self.swap < 1 and len(self.rates) != 2):
+            raise InputError(
+                f"swap is {self.swap:g} with {len(self.rates)} rates; expected a share of the steps, above 0 and "
+                "at most 1, and two rates to exchange"
+            )
+
+    def part_rate(self, part: str, step: int) -> float:
+        """Gives the learning rate of a part at a step, warm-up, decay and exchange included."""
+        rates = self.rates
+        if self.swap * self.steps <= step and self.swap < 1:
+            rates = dict(zip(rates, reversed(rates.values()), strict=True))
+        return rates.get(part, self.learning_rate) * self.rate(step)
 
     def rate(self, step: int) -> float:
         """Gives the factor on the learning rate at a step: a linear warm-up, then a cosine."""
@@ -192,6 +211,26 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def parts_to_train(module: nn.Module, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
+    """Groups the weights that learn: one group per part with a rate of its own, "" for all others.
+
+    Raises:
+        InputError: a rate is for a part that does not exist, or does not learn.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            part = name.partition(".")[0]
+            groups.setdefault(part if part in rates else "", []).append(weight)
+    for part in rates:
+        if part not in groups:
+            learning = {name.partition(".")[0] for name, p in module.named_parameters() if p.requires_grad}
+            raise InputError(
+                f"rates has '{part}', which does not learn; those that do: {', '.join(sorted(learning))}"
+            )
+    return groups
+
+
 class TrainState:
     """A module, and what is kept from one step to the next to train it."""
 
@@ -200,11 +239,19 @@ class TrainState:
     ) -> None:
         """`scaler` keeps the gradients of fp16 from vanishing; other precisions have none."""
         self.module, self.scaler = module, scaler
-        self.trained = [p for p in module.parameters() if p.requires_grad]
+        groups = parts_to_train(module, settings.rates)
+        self.trained = [weight for weights in groups.values() for weight in weights]
         self.optimizer = torch.optim.AdamW(
-            self.trained, settings.learning_rate, weight_decay=settings.weight_decay
+            [{"params": weights, "part": part} for part, weights in groups.items()],
+            settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
         self.ema = EMA(module, settings.ema) if settings.ema else None
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts with rates of their own, and "" if there are others."""
+        return [group["part"] for group in self.optimizer.param_groups]
 
     def weights(self) -> dict[str, Tensor]:
         """Gives the weights to use: their average if there is one, else the last ones."""
@@ -272,14 +319,14 @@ def train(task: Task, settings: LoopSettings, folder: Path, draw: SampleSheet | 
     curves = Curves(folder, start, step_over.samples, write=main)
     progress = tqdm(range(start, settings.steps), initial=start, total=settings.steps, disable=not main)
     for step in progress:
-        rate = settings.learning_rate * settings.rate(step)
-        losses = step_over(rate)
+        rates = {part: settings.part_rate(part, step) for part in state.parts}
+        losses = step_over(rates)
         if state.ema is not None:
             state.ema.update(task.module, step)
         progress.set_postfix(curves.add(losses), refresh=False)
         done = step + 1
         if settings.is_due(settings.log_every, done):
-            curves.plot(done, losses, rate)
+            curves.plot(done, losses, rates)
         if settings.is_due(settings.save_every, done):
             state.save(done, folder if main else None)
             curves.row(done)
@@ -313,11 +360,11 @@ class _Stepper:
         )
         self._batches = iter(load_batches(task.dataset(), settings, sampler))
 
-    def __call__(self, rate: float) -> dict[str, Tensor]:
-        """Takes one step with a learning rate; returns the losses of its last batch."""
+    def __call__(self, rates: Mapping[str, float]) -> dict[str, Tensor]:
+        """Takes one step with the learning rate of each part; returns the losses of its last batch."""
         accelerator, optimizer = self._accelerator, self._optimizer
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rates[group["part"]]
         for _ in range(self._settings.accumulate):
             batch = {name: value.to(accelerator.device) for name, value in next(self._batches).items()}
             with accelerator.accumulate(self._module), accelerator.autocast():

@@ -45,7 +45,7 @@ from export.systems.diffusion import (
 )
 from export.systems.system import GraphExport, Size, checkpoint_record
 from training.network.architecture import REFERENCE_SIZE, Architecture
-from training.network.checkpoint import Checkpoint, read_checkpoint
+from training.network.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from training.network.modules import AnyDoor
 
 ID_ENCODER = "id_encoder"
@@ -82,7 +82,10 @@ class AnyDoorSource:
             AnyDoorError: an option does not go with it.
         """
         options.require("AnyDoor", "unet_head_width", "dino_heads")
-        return cls(read_checkpoint(path, options.unet_head_width, options.dino_heads))
+        checkpoint = read_checkpoint(path, options.unet_head_width, options.dino_heads)
+        if checkpoint.system != cls.system:
+            raise CheckpointError(f"'{path}' is {checkpoint.describe()}. This system cannot be exported yet")
+        return cls(checkpoint)
 
     @classmethod
     def without_weights(cls, architecture: Architecture, dtype: torch.dtype) -> AnyDoorSource:

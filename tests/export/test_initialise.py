@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.seeded import TINY
-from export.initialise import main
-from training.network.checkpoint import read_checkpoint
+from export.initialise import join_imprint, main
+from training.network.checkpoint import CheckpointError, read_checkpoint
+from training.network.checkpoint_file import read_tensors
+from training.network.imprint import Imprint, ImprintArchitecture
 from training.network.modules import AnyDoor
 
 DINO = "cond_stage_model.model."
@@ -58,3 +60,41 @@ def test_wrong_ingredient_is_refused_in_one_sentence(
     assert main(arguments) == 2
     assert "do not make an AnyDoor network" in capsys.readouterr().err
     assert not output.exists()
+
+
+# --- IMPRINT ----------------------------------------------------------------------------------------------
+
+
+def test_imprint_starts_with_an_unet_that_ignores_the_scene(
+    ingredients: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Where it inherits a UNet that has never seen one."""
+    diffusion, dino = ingredients
+    output = tmp_path / "init.safetensors"
+    heads = ["--unet-head-width", "8", "--dino-heads", "2"]
+    files = ["--stable-diffusion", str(diffusion), "--dinov2", str(dino), "--output", str(output)]
+    assert main(["--system", "imprint", *files, *heads]) == 0
+    checkpoint = read_checkpoint(output)
+    architecture = checkpoint.architecture
+    assert isinstance(architecture, ImprintArchitecture)
+    assert architecture.adapter_layers == 5
+    model = Imprint(architecture)
+    model.load_official_state_dict(checkpoint.tensors)
+    latent, tokens, timestep = torch.randn(1, 4, 8, 8), torch.randn(1, 9, 32), torch.tensor([501])
+    scenes = [torch.randn(1, 5, 8, 8) for _ in range(2)]
+    with torch.no_grad():
+        one, other = (model.predict_noise(latent, timestep, tokens, scene) for scene in scenes)
+    torch.testing.assert_close(one, other)
+
+
+def test_imprint_inherits_the_unet_of_an_inpainting_model(
+    ingredients: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tensors = dict(read_tensors(ingredients[0]).tensors)
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[key] = torch.randn(tensors[key].shape[0], 9, 3, 3)
+    joined, _ = join_imprint(tensors, read_tensors(ingredients[1]).tensors, unet_head_width=8, dino_heads=2)
+    assert torch.equal(joined[key], tensors[key])
+    tensors[key] = torch.randn(tensors[key].shape[0], 8, 3, 3)
+    with pytest.raises(CheckpointError, match="do not make an IMPRINT network: its UNet takes 8 channels"):
+        join_imprint(tensors, read_tensors(ingredients[1]).tensors, unet_head_width=8, dino_heads=2)

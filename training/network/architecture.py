@@ -25,6 +25,7 @@ DINO_HEAD_WIDTH = 64
 Shapes = Mapping[str, tuple[int, ...]]
 
 Prediction = Literal["epsilon", "v"]
+SceneOrder = Literal["mask_latents", "latents_keep"]
 
 PREDICTED: Mapping[Prediction, str] = {"epsilon": "the noise", "v": "v"}
 """What the UNet's output means, for people."""
@@ -84,6 +85,33 @@ class DiffusionArchitecture:
     def latent_factor(self) -> int:
         """How many picture pixels one latent pixel spans, per side."""
         return int(2 ** (len(self.vae_channels) - 1))
+
+
+@dataclass(frozen=True)
+class SceneArchitecture(DiffusionArchitecture):
+    """A UNet as of Stable Diffusion 1.x or 2.x, which may see the scene that it draws into."""
+
+    unet_head_count: int | None = None
+    """Attention heads of every level, where that is what the levels share. Cannot be read off the weights."""
+    unet_linear_projection: bool = True
+    """Whether the projections around the transformer blocks are linear layers, or 1 x 1 convolutions."""
+    scene_channels: int = 0
+    """Channels that the UNet sees beside the noisy latent: none, or the mask and the latent of a scene."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scene_channels not in (0, 1 + self.latent_channels):
+            raise ArchitectureError(
+                f"its UNet takes {self.latent_channels + self.scene_channels} channels: expected "
+                f"{self.latent_channels}, or {2 * self.latent_channels + 1} with mask and scene"
+            )
+
+    @property
+    def unet_heads(self) -> tuple[int, ...]:
+        """Attention heads per level."""
+        if self.unet_head_count is None:
+            return super().unet_heads
+        return (self.unet_head_count,) * len(self.unet_channels)
 
 
 NOT_INFERABLE = ("unet_head_width", "unet_norm_groups", "vae_norm_groups", "dino_heads", "prediction")
@@ -153,6 +181,10 @@ def settings_from_metadata(
                     f"its metadata says that it predicts '{text}', which is not known here"
                 )
             found[name] = text
+        elif name == "scene_order":
+            if text not in get_args(SceneOrder):
+                raise ArchitectureError(f"its metadata says '{text}' of scene_order, which is not known here")
+            found[name] = text
         elif text.isdecimal() and int(text) > 0:
             found[name] = int(text)
         else:
@@ -185,9 +217,6 @@ def infer_architecture(
     Raises:
         ArchitectureError: a tensor that determines a size is missing, or a head width does not divide.
     """
-    dino_width = shape_of(shapes, "cond_stage_model.model.cls_token")[-1]
-    mlp_width = shape_of(shapes, "cond_stage_model.model.blocks.0.mlp.w12.weight")[0]
-    positions = shape_of(shapes, "cond_stage_model.model.pos_embed")[1] - 1
     sizes = infer_diffusion(shapes)
     return Architecture(
         **sizes,
@@ -196,14 +225,24 @@ def infer_architecture(
         token_width=shape_of(shapes, "cond_stage_model.projector.weight")[0],
         latent_channels=shape_of(shapes, "model.diffusion_model.input_blocks.0.0.weight")[1],
         vae_norm_groups=vae_norm_groups or SD21_NORM_GROUPS,
-        dino_width=dino_width,
-        dino_depth=count(shapes, r"cond_stage_model\.model\.blocks\.(\d+)\."),
-        dino_heads=_dino_heads(dino_width, dino_heads),
-        dino_mlp_ratio=round(mlp_width * 0.75 / dino_width),
-        dino_patch=shape_of(shapes, "cond_stage_model.model.patch_embed.proj.weight")[-1],
-        dino_grid=round(positions**0.5),
+        **infer_dino(shapes, dino_heads),
         prediction=prediction or "epsilon",
     )
+
+
+def infer_dino(shapes: Shapes, heads: int | None = None) -> dict[str, Any]:
+    """Reads the sizes of DINOv2 off the shapes, as fields of an architecture; `heads` no shape tells."""
+    prefix = "cond_stage_model.model."
+    width = shape_of(shapes, f"{prefix}cls_token")[-1]
+    mlp_width = shape_of(shapes, f"{prefix}blocks.0.mlp.w12.weight")[0]
+    return {
+        "dino_width": width,
+        "dino_depth": count(shapes, re.escape(prefix) + r"blocks\.(\d+)\."),
+        "dino_heads": _dino_heads(width, heads),
+        "dino_mlp_ratio": round(mlp_width * 0.75 / width),
+        "dino_patch": shape_of(shapes, f"{prefix}patch_embed.proj.weight")[-1],
+        "dino_grid": round((shape_of(shapes, f"{prefix}pos_embed")[1] - 1) ** 0.5),
+    }
 
 
 def infer_diffusion(shapes: Shapes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""AnyDoor checkpoints in the official layout: the one place that reads, checks and writes them.
+"""Checkpoints of AnyDoor and IMPRINT in AnyDoor's layout: the one place that reads, checks and writes them.
 
 Reading costs nothing until a tensor is used: files are memory-mapped, and no code in them is run.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch import Tensor
 from engines.files import replacing
 from training.network import checkpoint_file
 from training.network.architecture import (
-    NOT_INFERABLE,
     PREDICTED,
     Architecture,
     ArchitectureError,
@@ -29,8 +28,22 @@ from training.network.architecture import (
     settings_from_metadata,
     settings_to_metadata,
 )
-from training.network.checkpoint_file import CheckpointError, describe_differences, read_tensors
-from training.network.modules import AnyDoor
+from training.network.checkpoint_file import (
+    CheckpointError,
+    TensorFile,
+    describe_differences,
+    read_tensors,
+)
+from training.network.imprint import (
+    UNCONDITIONAL,
+    Imprint,
+    ImprintArchitecture,
+    from_object_stitch,
+    infer_imprint,
+    is_imprint,
+    is_object_stitch,
+)
+from training.network.modules import AnyDoor, ReferenceNetwork
 from training.network.official_keys import PREFIXES, SCHEDULE_KEYS, schedule_buffers
 
 __all__ = [
@@ -49,7 +62,7 @@ DEFAULTS_KEY = "anydoor.defaults"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An AnyDoor checkpoint that is complete; its tensors are read when they are used."""
+    """A checkpoint of AnyDoor or IMPRINT that is complete; its tensors are read when they are used."""
 
     path: Path
     architecture: Architecture
@@ -65,6 +78,16 @@ class Checkpoint:
         return self.tensors["model.diffusion_model.input_blocks.0.0.weight"].dtype
 
     @property
+    def system(self) -> str:
+        """Name of the system that it is a model of."""
+        return "imprint" if isinstance(self.architecture, ImprintArchitecture) else "anydoor"
+
+    @property
+    def unconditional_tokens(self) -> Tensor:
+        """The tokens (1, T, D) that stand for no reference, where they are weights: those of IMPRINT."""
+        return self.tensors[UNCONDITIONAL].expand(-1, self.architecture.token_count, -1)
+
+    @property
     def alphas_cumprod(self) -> Tensor | None:
         """The noise schedule (1000,) that the checkpoint was trained with, if it says so."""
         return self.tensors.get("alphas_cumprod")
@@ -73,31 +96,46 @@ class Checkpoint:
         """Says what it is, in one sentence for the person who builds from it."""
         a = self.architecture
         with torch.device("meta"):
-            weights = sum(map(math.prod, AnyDoor(a).official_shapes().values()))
+            weights = sum(map(math.prod, _network(a).official_shapes().values()))
+        name, encoder, adapter = "AnyDoor", "DINOv2", ""
+        if isinstance(a, ImprintArchitecture):
+            name, adapter = "IMPRINT", f", content adapter of {a.adapter_layers}"
+            encoder = {"dinov2": encoder, "clip": "CLIP"}[a.id_backbone]
         return (
-            f"AnyDoor, {weights / 1e6:.0f} million weights, {str(self.dtype).removeprefix('torch.')}: "
-            f"UNet predicts {PREDICTED[a.prediction]}; ID encoder DINOv2 of {a.dino_depth} layers, "
-            f"{a.dino_width} wide"
+            f"{name}, {weights / 1e6:.0f} million weights, {str(self.dtype).removeprefix('torch.')}: "
+            f"UNet predicts {PREDICTED[a.prediction]}; ID encoder {encoder} of {a.dino_depth} layers, "
+            f"{a.dino_width} wide{adapter}"
         )
 
-    def load_part(self, part: str, dtype: torch.dtype | None = None, check_finite: bool = True) -> AnyDoor:
+    def load_part(
+        self, part: str, dtype: torch.dtype | None = None, check_finite: bool = True
+    ) -> ReferenceNetwork:
         """Builds a network with one part and loads its weights, sharing memory with the file if it can.
 
         Args:
-            part: unet, control, vae or id_encoder.
+            part: unet, vae, id_encoder, or control of AnyDoor.
             dtype: dtype of the weights; as stored if None.
             check_finite: read all weights once to see that each is a number.
 
         Raises:
             CheckpointError: a weight is not a finite number.
         """
-        weights = {k: self.tensors[k] for k in self.tensors if k.startswith(PREFIXES[part])}
+        with torch.device("meta"):
+            model = _network(self.architecture, [part])
+            keys = model.official_shapes()
+        weights = {key: self.tensors[key] for key in keys}
         if check_finite:
             checkpoint_file.check_finite(self.path, weights)
-        with torch.device("meta"):
-            model = AnyDoor(self.architecture, parts=[part])
         model.load_official_state_dict(weights, assign=True)
         return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _network(architecture: Architecture, parts: Iterable[str] | None = None) -> ReferenceNetwork:
+    """Builds the network of an architecture, or some of its parts."""
+    chosen = {} if parts is None else {"parts": parts}
+    if isinstance(architecture, ImprintArchitecture):
+        return Imprint(architecture, **chosen)
+    return AnyDoor(architecture, **chosen)
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -118,7 +156,7 @@ def read_checkpoint(
         dino_heads: attention heads of the ID encoder.
 
     Raises:
-        CheckpointError: the file cannot be read, or is not an AnyDoor checkpoint.
+        CheckpointError: the file cannot be read, or is no checkpoint of AnyDoor, IMPRINT or ObjectStitch.
     """
     given = {"unet_head_width": unet_head_width, "dino_heads": dino_heads}
     return _read(Path(path), {name: value for name, value in given.items() if value is not None}, {})
@@ -135,9 +173,11 @@ def read_start(path: str | Path, architecture: Architecture) -> Checkpoint:
     Raises:
         CheckpointError: see `read_checkpoint`, or it is of another architecture.
     """
-    expected = {name: getattr(architecture, name) for name in NOT_INFERABLE}
+    expected = {name: getattr(architecture, name) for name in architecture.not_inferable}
     checkpoint = _read(Path(path), {}, expected)
-    for name in (each.name for each in fields(Architecture)):
+    if type(checkpoint.architecture) is not type(architecture):
+        raise CheckpointError(f"'{path}' is of the system {checkpoint.system}, the recipe is of another one")
+    for name in (each.name for each in fields(architecture)):
         there, here = getattr(checkpoint.architecture, name), getattr(architecture, name)
         if there != here:
             raise CheckpointError(
@@ -150,18 +190,35 @@ def read_start(path: str | Path, architecture: Architecture) -> Checkpoint:
 def _read(path: Path, given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> Checkpoint:
     """Opens a checkpoint; settings are taken from `given`, then from the file, then from `otherwise`."""
     file = read_tensors(path)
+    scene = is_imprint(file.shapes)
+    name = "IMPRINT" if scene else "AnyDoor"
+    architecture: Architecture
     try:
-        settings = settings_from_metadata(file.metadata) or _configuration_beside(path)
-        architecture = infer_architecture(file.shapes, **{**otherwise, **settings, **given})
+        if scene:
+            file, architecture = _as_imprint(file, given, otherwise)
+        else:
+            settings = settings_from_metadata(file.metadata) or _configuration_beside(path)
+            known = {name: otherwise[name] for name in otherwise if name in Architecture.not_inferable}
+            architecture = infer_architecture(file.shapes, **{**known, **settings, **given})
         with torch.device("meta"):
-            expected = AnyDoor(architecture).official_shapes()
+            expected = _network(architecture).official_shapes()
     except (ArchitectureError, KeyError, ValueError) as error:
-        problem = _compare_prefixes(file.shapes) or str(error)
-        raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint: {problem}") from error
+        problem = (not scene and _compare_prefixes(file.shapes)) or str(error)
+        raise CheckpointError(f"'{path}' is not an {name} checkpoint: {problem}") from error
     problem = compare_shapes(file.shapes, expected)
     if problem:
-        raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint: {problem}")
+        raise CheckpointError(f"'{path}' is not an {name} checkpoint: {problem}")
     return Checkpoint(path, architecture, file.tensors, _defaults(path, file.metadata))
+
+
+def _as_imprint(
+    file: TensorFile, given: Mapping[str, Any], otherwise: Mapping[str, Any]
+) -> tuple[TensorFile, ImprintArchitecture]:
+    """The file in our layout, whichever it has, and its sizes."""
+    settings = settings_from_metadata(file.metadata, ImprintArchitecture.not_inferable)
+    if is_object_stitch(file.shapes):
+        file, settings = from_object_stitch(file), {"scene_order": "latents_keep", **settings}
+    return file, infer_imprint(file.shapes, {**otherwise, **settings, **given})
 
 
 def _configuration_beside(path: Path) -> dict[str, Any]:
@@ -223,7 +280,7 @@ def write_checkpoint(
 
 def write_model(
     path: str | Path,
-    model: AnyDoor,
+    model: ReferenceNetwork,
     dtype: torch.dtype = torch.float32,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:

@@ -20,6 +20,7 @@ from transformers import Dinov2Config, Dinov2Model
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 
 from runtime.diffusion.noise_schedule import alphas_cumprod
+from training.network.adapter import ContentAdapter
 from training.network.architecture import (
     HINT_BLOCK_CHANNELS,
     LATENT_SCALE,
@@ -147,9 +148,10 @@ class _PositionEmbeddings(Dinov2Embeddings):  # type: ignore[misc]
 
 
 class IDEncoder(nn.Module):
-    """The ID extractor (section 3.2): DINOv2 and one linear layer, the projector."""
+    """The ID extractor (section 3.2): DINOv2 and what makes ID tokens of its tokens, the projector."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, projector: ContentAdapter | None = None) -> None:
+        """Builds it with fresh weights; the projector is one linear layer unless another is given."""
         super().__init__()
         a = architecture
         config = Dinov2Config(
@@ -164,14 +166,20 @@ class IDEncoder(nn.Module):
         )
         self.dino = Dinov2Model(config)
         self.dino.embeddings = _PositionEmbeddings(config)
-        self.projector = nn.Linear(a.dino_width, a.token_width)
+        self.projector = projector or ContentAdapter(a.dino_width, a.token_width)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What looks at the picture: DINOv2."""
+        return self.dino  # type: ignore[no-any-return]
 
     def forward(self, reference: Tensor) -> Tensor:
         """Computes ID tokens (N, T, D) of background-free references (N, 3, 224, 224) in 0..1 RGB.
 
         A black picture gives the unconditional tokens of classifier-free guidance.
         """
-        return self.projector(self.features(reference))  # type: ignore[no-any-return]
+        tokens: Tensor = self.projector(self.features(reference))
+        return tokens
 
     def features(self, reference: Tensor) -> Tensor:
         """Computes DINOv2's tokens (N, T, width) of references, before the projector; see `forward`."""
@@ -242,47 +250,18 @@ class DiffusionNetwork(nn.Module):
         return self.vae.decode(latent / LATENT_SCALE, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-class AnyDoor(DiffusionNetwork):
-    """The whole network. `unet`, `control`, `vae` and `id_encoder` are its parts."""
+class ReferenceNetwork(DiffusionNetwork):
+    """A network that is told by a picture what to draw; its checkpoints have AnyDoor's layout."""
 
-    control: DetailControlNet
     id_encoder: IDEncoder
 
-    def __init__(self, architecture: Architecture, parts: Iterable[str] = tuple(PREFIXES)) -> None:
-        """Builds a network with fresh weights.
-
-        Args:
-            architecture: its sizes.
-            parts: which parts to build; export goes through a large network one part at a time.
-        """
-        super().__init__(architecture, {part: BUILDERS[part](architecture) for part in parts})
+    def __init__(self, architecture: Architecture, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__(architecture, parts)
         self.architecture = architecture
 
     def encode_reference(self, reference: Tensor) -> Tensor:
         """Computes ID tokens (N, T, D) of references (N, 3, 224, 224) in 0..1 RGB."""
         return self.id_encoder(reference)  # type: ignore[no-any-return]
-
-    def detail_maps(self, hint: Tensor, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Computes detail maps; see `DetailControlNet.forward`."""
-        return self.control(hint, timestep, tokens)  # type: ignore[no-any-return]
-
-    def predict_noise(
-        self, latent: Tensor, timestep: Tensor, tokens: Tensor, details: Sequence[Tensor]
-    ) -> Tensor:
-        """Estimates the noise in `latent` (N, C, h, w); `timestep` (N,), tokens (N, T, D)."""
-        output: Tensor = self.unet(
-            latent,
-            timestep,
-            encoder_hidden_states=tokens,
-            down_block_additional_residuals=tuple(details[:-1]),
-            mid_block_additional_residual=details[-1],
-            return_dict=False,
-        )[0]
-        return self.noise_of(output, latent, timestep)
-
-    def forward(self, latent: Tensor, timestep: Tensor, tokens: Tensor, hint: Tensor) -> Tensor:
-        """Estimates the noise, for training: detail maps and UNet in one go (equation 3)."""
-        return self.predict_noise(latent, timestep, tokens, self.detail_maps(hint, timestep, tokens))
 
     def official_shapes(self) -> dict[str, tuple[int, ...]]:
         """Maps official key -> shape, for every weight of the parts that were built."""
@@ -310,3 +289,41 @@ class AnyDoor(DiffusionNetwork):
             module = getattr(self, part)
             names = {k: v.shape for k, v in module.state_dict().items()}
             module.load_state_dict(from_official(part, names, tensors, self.architecture), assign=assign)
+
+
+class AnyDoor(ReferenceNetwork):
+    """The whole network. `unet`, `control`, `vae` and `id_encoder` are its parts."""
+
+    control: DetailControlNet
+    architecture: Architecture
+
+    def __init__(self, architecture: Architecture, parts: Iterable[str] = tuple(PREFIXES)) -> None:
+        """Builds a network with fresh weights.
+
+        Args:
+            architecture: its sizes.
+            parts: which parts to build; export goes through a large network one part at a time.
+        """
+        super().__init__(architecture, {part: BUILDERS[part](architecture) for part in parts})
+
+    def detail_maps(self, hint: Tensor, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Computes detail maps; see `DetailControlNet.forward`."""
+        return self.control(hint, timestep, tokens)  # type: ignore[no-any-return]
+
+    def predict_noise(
+        self, latent: Tensor, timestep: Tensor, tokens: Tensor, details: Sequence[Tensor]
+    ) -> Tensor:
+        """Estimates the noise in `latent` (N, C, h, w); `timestep` (N,), tokens (N, T, D)."""
+        output: Tensor = self.unet(
+            latent,
+            timestep,
+            encoder_hidden_states=tokens,
+            down_block_additional_residuals=tuple(details[:-1]),
+            mid_block_additional_residual=details[-1],
+            return_dict=False,
+        )[0]
+        return self.noise_of(output, latent, timestep)
+
+    def forward(self, latent: Tensor, timestep: Tensor, tokens: Tensor, hint: Tensor) -> Tensor:
+        """Estimates the noise, for training: detail maps and UNet in one go (equation 3)."""
+        return self.predict_noise(latent, timestep, tokens, self.detail_maps(hint, timestep, tokens))

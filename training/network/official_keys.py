@@ -28,6 +28,8 @@ PREFIXES = {
 
 CLIP_PREFIX = "cond_stage_model.transformer.text_model."
 """Of the text encoder of Stable Diffusion 1.x, CLIP's, under the names of transformers."""
+CLIP_VISION_PREFIX = "cond_stage_model.transformer.vision_model."
+"""Of an image encoder that is CLIP's, as ObjectStitch has one, under the names of transformers."""
 OPENCLIP_PREFIX = "cond_stage_model.model."
 """Of the text encoder of Stable Diffusion 2.x, OpenCLIP's; AnyDoor's DINOv2 has the same prefix."""
 
@@ -81,6 +83,14 @@ _DINO_RULES = (
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.(gate|up)_proj\.", ".mlp.w12."),
     (r"\.mlp\.down_proj\.", ".mlp.w3."),
+    # IMPRINT's content adapter, under the names of ObjectStitch's public reimplementation
+    (r"^projector\.norm\.", "final_ln."),
+    (r"^projector\.blocks\.", "mapper.resblocks."),
+    (r"^(mapper\.resblocks\.\d+)\.norm([12])\.", r"\1.ln_\2."),
+    (r"^(mapper\.resblocks\.\d+)\.qkv\.", r"\1.attn.c_qkv."),
+    (r"^(mapper\.resblocks\.\d+)\.out\.", r"\1.attn.c_proj."),
+    (r"^(mapper\.resblocks\.\d+)\.mlp\.0\.", r"\1.mlp.c_fc."),
+    (r"^(mapper\.resblocks\.\d+)\.mlp\.2\.", r"\1.mlp.c_proj."),
 )
 
 _OPENCLIP_RULES = (
@@ -124,6 +134,8 @@ def official_tensor(part: str, name: str, architecture: DiffusionArchitecture) -
     """
     if part == "clip":
         return OfficialTensor(CLIP_PREFIX + name)
+    if part == "id_encoder" and name.startswith("clip."):
+        return OfficialTensor(CLIP_VISION_PREFIX + name.removeprefix("clip."))
     if part in ("id_encoder", "openclip"):
         prefix, rules = {
             "id_encoder": (PREFIXES["id_encoder"], _DINO_RULES),

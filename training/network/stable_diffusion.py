@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from training.network.architecture import (
     SD21_HEAD_WIDTH,
     ArchitectureError,
-    DiffusionArchitecture,
+    SceneArchitecture,
     Shapes,
     count,
     infer_diffusion,
@@ -46,7 +46,7 @@ ACTIVATIONS: Mapping[TextEncoderName, str] = {"clip": "quick_gelu", "openclip": 
 
 
 @dataclass(frozen=True)
-class StableDiffusionArchitecture(DiffusionArchitecture):
+class StableDiffusionArchitecture(SceneArchitecture):
     """Everything that determines the shapes and the meaning of the weights.
 
     The defaults are Stable Diffusion 2.1.
@@ -62,12 +62,6 @@ class StableDiffusionArchitecture(DiffusionArchitecture):
         "prediction",
     )
 
-    unet_head_count: int | None = None
-    """Attention heads of every level, where that is what the levels share. Cannot be read off the weights."""
-    unet_linear_projection: bool = True
-    """Whether the projections around the transformer blocks are linear layers, or 1 x 1 convolutions."""
-    scene_channels: int = 0
-    """Channels that the UNet sees beside the noisy latent: none, or the mask and the latent of a scene."""
     text_encoder: TextEncoderName = "openclip"
     text_width: int = 1024
     text_layers: int = OPENCLIP_LAYERS - 1
@@ -80,11 +74,6 @@ class StableDiffusionArchitecture(DiffusionArchitecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scene_channels not in (0, 1 + self.latent_channels):
-            raise ArchitectureError(
-                f"its UNet takes {self.latent_channels + self.scene_channels} channels: expected "
-                f"{self.latent_channels}, or {2 * self.latent_channels + 1} with mask and scene"
-            )
         if self.text_width != self.token_width:
             raise ArchitectureError(
                 f"its UNet reads tokens of {self.token_width} numbers and its text encoder makes them of "
@@ -96,13 +85,6 @@ class StableDiffusionArchitecture(DiffusionArchitecture):
                 "the number of attention heads does not divide the widths of its UNet, "
                 f"{self.unet_channels}, or of its text encoder, {self.text_width}"
             )
-
-    @property
-    def unet_heads(self) -> tuple[int, ...]:
-        """Attention heads per level."""
-        if self.unet_head_count is None:
-            return super().unet_heads
-        return (self.unet_head_count,) * len(self.unet_channels)
 
     @property
     def version(self) -> str:
@@ -195,7 +177,8 @@ def build_text_encoder(architecture: StableDiffusionArchitecture) -> CLIPTextMod
     return encoder
 
 
-def _build_unet(architecture: StableDiffusionArchitecture) -> nn.Module:
+def build_scene_unet(architecture: SceneArchitecture) -> nn.Module:
+    """Builds the UNet, with the channels of a scene if it sees one."""
     a = architecture
     return build_unet(  # type: ignore[no-any-return]
         a,
@@ -206,7 +189,7 @@ def _build_unet(architecture: StableDiffusionArchitecture) -> nn.Module:
 
 
 BUILDERS: Mapping[str, Callable[[StableDiffusionArchitecture], nn.Module]] = {
-    "unet": _build_unet,
+    "unet": build_scene_unet,
     "vae": build_vae,
     "text_encoder": build_text_encoder,
 }
