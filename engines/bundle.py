@@ -111,7 +111,7 @@ class Bundle:
 
     def _check_hash(self, record: FileRecord, progress: Progress | None) -> None:
         try:
-            found = sha256(self.path / record.path, progress)
+            found = sha256(self.path / record.path, progress=progress)
         except OSError as error:
             raise self._damaged(record, f"cannot be read ({error.strerror})") from error
         if found != record.sha256:
@@ -124,14 +124,15 @@ class Bundle:
         )
 
 
-def sha256(path: Path, progress: Progress | None = None) -> str:
-    """The hexadecimal hash of a file."""
+def sha256(*paths: Path, progress: Progress | None = None) -> str:
+    """The hexadecimal hash of a file, or of several in a row."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            if progress:
-                progress(len(block))
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                if progress:
+                    progress(len(block))
     return digest.hexdigest()
 
 

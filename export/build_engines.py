@@ -48,10 +48,10 @@ anydoor build --skeleton --precision fp16 --targets cuda
 
 _PARAMETERS = (*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS)
 
-_OF_THE_CHECKPOINT = ("precision", "resolution", "unet_head_width", "dino_heads", "default")
+_OF_THE_CHECKPOINT = ("precision", "resolution", "unet_head_width", "dino_heads", "ema", "default")
 """Options that a bundle of ONNX graphs has decided already."""
 
-_OF_ITS_NETWORK = ("unet_head_width", "dino_heads", "default")
+_OF_ITS_NETWORK = ("unet_head_width", "dino_heads", "ema", "default")
 """Options that a skeleton has decided already."""
 
 _SKELETON = Path("build/card/full")
@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="CKPT",
-        help=".safetensors, .ckpt or .pth file; or a bundle of ONNX graphs, to build plans without PyTorch",
+        help="checkpoint: a file of safetensors or torch.save, or the folder or index of one in shards; or a "
+        "bundle of ONNX graphs, to build plans without PyTorch",
     )
     parser.add_argument(
         "--skeleton",
@@ -116,6 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="heads of the ID encoder, if not stored (default: width / 64)",
     )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        default=None,
+        help="take averages of weights, where the checkpoint has them",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -161,7 +168,7 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     if options.source is None:
         raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
     build = build_options(options)
-    if options.source.is_dir() and not (options.source / "unet").is_dir():
+    if options.source.is_dir() and not holds_checkpoint(options.source):
         for name in _OF_THE_CHECKPOINT:
             if getattr(options, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
@@ -176,15 +183,28 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     try:
         from export.systems import open_source
 
-        source = open_source(options.source, options.unet_head_width, options.dino_heads)
+        source = open_source(options.source, options.unet_head_width, options.dino_heads, bool(options.ema))
     except ModuleNotFoundError as error:
         raise AnyDoorError(
             f"a checkpoint needs PyTorch to be exported, and '{error.name}' is not installed: pip install "
             "'.[export]', or give a bundle of ONNX graphs"
         ) from error
     print(f"checkpoint: {source.description}", flush=True)
-    output = options.output or Path("build/engines") / options.source.stem
+    output = options.output or Path("build/engines") / checkpoint_name(options.source)
     return output, build_bundle(source, output, build, Progress(quiet=options.quiet))
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint: in the layout of diffusers, in shards, or with its file in it."""
+    suffixes = (".index.json", ".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    return (folder / "unet").is_dir() or any(
+        name.name.lower().endswith(suffixes) for name in folder.iterdir()
+    )
+
+
+def checkpoint_name(path: Path) -> str:
+    """What a bundle of a checkpoint is called: its file's name, or its folder's if it is in shards."""
+    return path.resolve().parent.name if path.name.endswith(".index.json") else path.stem
 
 
 def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:

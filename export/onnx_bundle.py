@@ -29,6 +29,7 @@ from export.scratch import scratch_of_graph
 from export.systems.system import ExportSource, GraphExport
 from export.verification import verify_graph
 from export.weights import store_exact_halves
+from training.network.checkpoint_file import weight_files
 
 _ON_THE_CPU = EngineOptions(backend=ONNX, device="cpu")
 
@@ -56,7 +57,7 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
         AnyDoorError: a graph does not compute what PyTorch does.
     """
     progress.step("reading the checkpoint")
-    checkpoint = {"file": source.path.name, "sha256": sha256(source.path)}
+    checkpoint = {"file": source.path.name, "sha256": sha256(*weight_files(source.path))}
     manifest = empty_manifest(source, options, checkpoint)
     for graph in source.graphs(options.resolution, options.precision):
         record = _build_graph(source, graph, output, manifest, progress)

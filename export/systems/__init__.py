@@ -10,14 +10,15 @@ if TYPE_CHECKING:
 
 
 def open_source(
-    path: Path, unet_head_width: int | None = None, dino_heads: int | None = None
+    path: Path, unet_head_width: int | None = None, dino_heads: int | None = None, ema: bool = False
 ) -> ExportSource:
     """Opens a checkpoint of any system, which is found from its keys.
 
     Args:
-        path: .safetensors, .ckpt or .pth file, or a folder in the layout of diffusers.
+        path: see `training.network.checkpoint_file.read_tensors`; or a folder in the layout of diffusers.
         unet_head_width: channels per attention head of the UNet, where the file does not say.
         dino_heads: attention heads of the ID encoder, where the file does not say.
+        ema: take the averages of weights, of those that have one.
 
     Raises:
         CheckpointError: it cannot be read, is of no known system, or of one that has no graphs.
@@ -31,7 +32,7 @@ def open_source(
             f"'{path}' is {read_stable_diffusion(path).describe()}. This system cannot be exported yet: give "
             "a checkpoint of AnyDoor"
         )
-    return AnyDoorSource(read_checkpoint(path, unet_head_width, dino_heads))
+    return AnyDoorSource(read_checkpoint(path, unet_head_width, dino_heads, ema))
 
 
 def published_source(precision: str) -> ExportSource:

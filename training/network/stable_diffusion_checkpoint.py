@@ -34,8 +34,8 @@ from training.network.checkpoint_file import (
     TensorFile,
     check_finite,
     describe_differences,
-    read_tensors,
 )
+from training.network.checkpoint_keys import read_network, unneeded_keys
 from training.network.official_keys import (
     PREFIXES,
     SCHEDULE_KEYS,
@@ -66,6 +66,8 @@ class StableDiffusionCheckpoint:
     """Single files have none."""
     prediction_is_assumed: bool = False
     """Whether nothing says what the UNet predicts."""
+    remarks: str = ""
+    """What is left out of a single file, for `describe`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +112,9 @@ class StableDiffusionCheckpoint:
             f"Stable Diffusion {a.version}, {weights / 1e6:.0f} million weights, "
             f"{str(self.dtype).removeprefix('torch.')}: UNet with {scene}, predicts "
             f"{PREDICTED[a.prediction]}{assumed}; text encoder {a.text_encoder} of {a.text_layers} layers, "
-            f"{a.text_width} wide; " + ("with its tokenizer" if self.tokenizer else "without a tokenizer")
+            f"{a.text_width} wide; "
+            + ("with its tokenizer" if self.tokenizer else "without a tokenizer")
+            + self.remarks
         )
 
 
@@ -119,33 +123,34 @@ class StableDiffusionCheckpoint:
 
 def is_stable_diffusion(path: Path) -> bool:
     """Whether a path is a Stable Diffusion checkpoint, by the folders or keys that are there."""
-    if path.is_dir():
-        return (path / "unet").is_dir()
-    shapes = read_tensors(path).shapes
+    if (path / "unet").is_dir():
+        return True
+    shapes = read_network(path).file.shapes
     has_control = any(key.startswith(PREFIXES["control"]) for key in shapes)
     return find_text_encoder(shapes) is not None and not has_control
 
 
 def read_stable_diffusion(
-    path: str | Path, variant: str | None = None, prediction: Prediction | None = None
+    path: str | Path, variant: str | None = None, prediction: Prediction | None = None, ema: bool = False
 ) -> StableDiffusionCheckpoint:
     """Opens a checkpoint and checks that it is complete.
 
     Args:
-        path: a folder in the layout of diffusers, or a .safetensors, .ckpt or .pth file in the original one.
+        path: a folder in the layout of diffusers; or in the original one, see `checkpoint_file.read_tensors`.
         variant: of a folder's weights, like fp16; see `diffusers_folder.read_part`.
         prediction: what the UNet's output means, where the checkpoint does not say: the noise if None. In the
             original layout nothing tells Stable Diffusion 2.0 and 2.1 for 768 px, which predict v, from those
             for 512 px.
+        ema: of a checkpoint in the original layout, take the averages of weights, of those that have one.
 
     Raises:
         CheckpointError: it cannot be read, or is not a Stable Diffusion checkpoint that is known here.
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        if (path / "unet").is_dir():
             return _read_folder(path, variant)
-        return _read_file(path, prediction)
+        return _read_file(path, prediction, ema)
     except ArchitectureError as error:
         raise CheckpointError(
             f"'{path}' is not a Stable Diffusion 1.x or 2.x checkpoint that can be used: {error}"
@@ -167,8 +172,9 @@ def _read_folder(folder: Path, variant: str | None) -> StableDiffusionCheckpoint
     return StableDiffusionCheckpoint(folder, architecture, tensors, tokenizer)
 
 
-def _read_file(path: Path, prediction: Prediction | None) -> StableDiffusionCheckpoint:
-    file = read_tensors(path)
+def _read_file(path: Path, prediction: Prediction | None, ema: bool) -> StableDiffusionCheckpoint:
+    network = read_network(path, ema=ema)
+    file = network.file
     settings = settings_from_metadata(file.metadata, StableDiffusionArchitecture.not_inferable)
     assumed = "prediction" not in settings and prediction is None
     if prediction is not None:
@@ -182,7 +188,9 @@ def _read_file(path: Path, prediction: Prediction | None) -> StableDiffusionChec
     expected: dict[str, tuple[int, ...]] = {}
     for part, layout in layouts.items():
         expected |= expected_shapes(layout, names[part], architecture)
-    _compare({key: file.shapes[key] for key in file.shapes if not _is_unused(key, architecture)}, expected)
+    shapes = {key: shape for key, shape in file.shapes.items() if not _is_unused(key, architecture)}
+    unneeded = unneeded_keys(shapes, expected)
+    _compare({key: shape for key, shape in shapes.items() if key not in unneeded}, expected)
     parts = {
         part: LazyTensors(
             {
@@ -192,7 +200,10 @@ def _read_file(path: Path, prediction: Prediction | None) -> StableDiffusionChec
         )
         for part, layout in layouts.items()
     }
-    return StableDiffusionCheckpoint(path, architecture, parts, prediction_is_assumed=assumed)
+    remarks = network.remarks(unneeded)
+    return StableDiffusionCheckpoint(
+        path, architecture, parts, prediction_is_assumed=assumed, remarks=remarks
+    )
 
 
 def _layouts(architecture: StableDiffusionArchitecture) -> dict[str, str]:
@@ -219,11 +230,11 @@ def _compare(shapes: Shapes, expected: Mapping[str, tuple[int, ...]], where: str
 
 
 def _is_unused(key: str, architecture: StableDiffusionArchitecture) -> bool:
-    """Tensors in files of the original layout that no part needs: buffers, averages, and OpenCLIP's end."""
+    """Tensors in files of the original layout that no part needs: buffers, and OpenCLIP's end."""
     last = official_tensor("openclip", f"encoder.layers.{architecture.text_layers}.", architecture).key
     return (
         key in SCHEDULE_KEYS
-        or key.startswith(("model_ema.", last))
+        or key.startswith(last)
         or key.endswith(".position_ids")
         or key
         in {f"cond_stage_model.model.{name}" for name in ("logit_scale", "text_projection", "attn_mask")}
