@@ -37,6 +37,9 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 _EIGHT_BITS = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 
+_DEEPEST = 8
+"""Dictionaries within dictionaries that are opened."""
+
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _LARGEST_INDEX = 64 << 20
@@ -149,7 +152,7 @@ def _open(path: Path) -> TensorFile:
         text = (str(error) or repr(error)).splitlines()[0]
         damaged = "" if type(error) is ValueError else ": it is damaged or incomplete"
         raise CheckpointError(f"'{path}' cannot be read as a checkpoint ({text}){damaged}") from error
-    tensors = dict(_named_tensors(content))
+    tensors = dict(_named_tensors(content, "", (), set()))
     if not tensors:
         what = f"an object of the class {unknown}" if unknown else f"a {type(content).__name__}"
         raise CheckpointError(f"'{path}' holds no named tensors but {what}: save its state_dict()")
@@ -157,10 +160,13 @@ def _open(path: Path) -> TensorFile:
     return TensorFile(_Widened(tensors), shapes, {}, (path,))
 
 
-def _named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(
+    content: object, prefix: str, within: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested dictionaries, but for those of optimizers, with the names of the dictionaries."""
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or id(content) in seen or len(within) > _DEEPEST:
         return
+    seen.add(id(content))
     wrapper = next((name for name in _DICTIONARIES if isinstance(content.get(name), Mapping)), "")
     for key, value in content.items():
         if not isinstance(key, str) or key.startswith("optimizer"):
@@ -168,7 +174,8 @@ def _named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Ten
         if isinstance(value, Tensor):
             yield prefix + key, value
         else:
-            yield from _named_tensors(value, prefix if key == wrapper else f"{prefix}{key}.")
+            named = prefix if key == wrapper else f"{prefix}{key}."
+            yield from _named_tensors(value, named, (*within, key), seen)
 
 
 def _open_index(index: Path) -> TensorFile:

@@ -1,9 +1,9 @@
 """Files that torch.save wrote, opened without running any of their code.
 
 Such a file is a zip archive: a pickle of nested containers, and beside it the bytes of every tensor. Of what
-the pickle names, only tensors and ordered dictionaries are made. Any other class or function becomes a
-`StandIn`, whose items are kept, and whose state is not: nothing is imported or called. That is why this does
-not use torch.load, which refuses the containers that Lightning makes.
+the pickle names, only tensors are made. Dictionaries, and any other class or function, become a `Container`,
+whose named items are kept, and whose state is not: nothing is imported or called. torch.load, told to load
+weights only, refuses the containers that Lightning makes.
 
 Source: PyTorch, torch/serialization.py (`_save`) and torch/_utils.py (`_rebuild_*`).
 """
@@ -14,7 +14,6 @@ import io
 import mmap
 import pickle
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,13 +45,16 @@ _LOCAL_HEADER = 30
 """Bytes of a zip record before its name, its extra field and its content."""
 
 
-class StandIn(dict[Any, Any]):
-    """Takes the place of any class or function that a pickle names; keeps items and does nothing."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
+class Container(dict[str, Any]):
+    """Takes the place of any dictionary, set, class or function of a pickle: keeps items that have a name."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
+
+    def __setitem__(self, key: object, value: Any) -> None:
+        # other keys are of no use, and the hash of tuples that are nested a million times ends the process
+        if isinstance(key, str):
+            super().__setitem__(key, value)
 
     def append(self, item: object) -> None:
         """Forgets it."""
@@ -113,7 +115,6 @@ class _Unpickler(pickle._Unpickler):
         """What it names and is not made, in that order."""
         # bound methods, which no pickle can change
         self._makers: dict[tuple[str, str], Callable[..., Any]] = {
-            ("collections", "OrderedDict"): OrderedDict,
             ("torch", "Size"): torch.Size,
             ("torch._utils", "_rebuild_tensor"): self._tensor,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
@@ -133,8 +134,9 @@ class _Unpickler(pickle._Unpickler):
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value
-        self.unknown[f"{module}.{name}"] = None
-        return StandIn
+        if (module, name) != ("collections", "OrderedDict"):
+            self.unknown[f"{module}.{name}"] = None
+        return Container
 
     def persistent_load(self, pid: Any) -> Tensor:
         """The elements of a storage, in one row."""
@@ -161,8 +163,18 @@ class _Unpickler(pickle._Unpickler):
     def _subclass(self, make: Callable[..., Any], kind: object, arguments: Any, state: object) -> Any:
         return make(*arguments)
 
+    def _load_container(self) -> None:
+        self.append(Container())  # type: ignore[attr-defined]
+
     def _forget_state(self) -> None:
         self.stack.pop()  # type: ignore[attr-defined]
 
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _forget_state}
-    del dispatch[pickle.BYTEARRAY8[0]]  # it reserves memory before it reads
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.EMPTY_DICT[0]: _load_container,
+        pickle.EMPTY_SET[0]: _load_container,
+        pickle.BUILD[0]: _forget_state,
+    }
+    # other ways to make dictionaries and sets, and one that reserves memory before it reads
+    for opcode in (pickle.DICT, pickle.FROZENSET, pickle.BYTEARRAY8):
+        del dispatch[opcode[0]]
