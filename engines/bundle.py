@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BundleError
+from engines.files import put_back
 from engines.manifest import ANY_TARGET, BUILD_COMMAND, MANIFEST, FileRecord, Manifest, read_manifest
 from engines.verified import FileState
 
@@ -40,10 +41,14 @@ class Bundle:
     def open(cls, path: str | Path) -> Bundle:
         """Opens a bundle and checks that every file is there with the size it should have.
 
+        Where a build was killed while it replaced the bundle, the old one is put back first.
+
         Raises:
             BundleError: there is no bundle, it is damaged, or a newer version made it.
         """
         path = Path(path)
+        if not path.is_dir():
+            put_back(path)
         if not path.is_dir():
             raise BundleError(f"there is no bundle at '{path}': build one with '{BUILD_COMMAND}'")
         bundle = cls(path, read_manifest(path / MANIFEST))

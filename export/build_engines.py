@@ -285,6 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AnyDoorError as error:
         print(f"build_engines.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("build_engines.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def _read(
     """Opens a checkpoint; settings are taken from `given`, then from the file, then from `otherwise`."""
     file = network.file
     try:
-        settings = settings_from_metadata(file.metadata) or _configuration_beside(file.files[0], path)
+        settings = settings_from_metadata(file.metadata) or _configuration_beside(file.paths[0], path)
         architecture = infer_architecture(file.shapes, **{**otherwise, **settings, **given})
         with torch.device("meta"):
             expected = AnyDoor(architecture).official_shapes()

@@ -53,14 +53,14 @@ class TensorFile:
     """Those in eight bits of floating point are widened to float16, which is exact."""
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] = ()
     """Where they are."""
 
     def renamed(self, names: Mapping[str, str]) -> TensorFile:
         """Some of its tensors: new name -> name in this file."""
         tensors = LazyTensors({new: reader(self.tensors, old) for new, old in names.items()})
         shapes = {new: self.shapes[old] for new, old in names.items()}
-        return TensorFile(tensors, shapes, self.metadata, self.files)
+        return TensorFile(tensors, shapes, self.metadata, self.paths)
 
 
 def read_tensors(path: Path) -> TensorFile:
@@ -97,7 +97,7 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     """
     if (path / "unet").is_dir():
         return tuple(sorted(file for file in path.rglob("*") if file.name.lower().endswith(_SUFFIXES)))
-    return read_tensors(path).files
+    return read_tensors(path).paths
 
 
 def find_file(path: Path) -> Path:
@@ -199,7 +199,7 @@ def _open_index(index: Path) -> TensorFile:
     shapes = {key: files[name].shapes[key] for key, name in places.items()}
     metadata = {name: text for file in files.values() for name, text in file.metadata.items()}
     return TensorFile(
-        tensors, shapes, metadata, tuple(path for file in files.values() for path in file.files)
+        tensors, shapes, metadata, tuple(path for file in files.values() for path in file.paths)
     )
 
 
