@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BundleError
+from engines.files import put_back
 from engines.manifest import ANY_TARGET, BUILD_COMMAND, MANIFEST, FileRecord, Manifest, read_manifest
 from engines.verified import FileState
 
@@ -43,10 +44,14 @@ class Bundle:
     def open(cls, path: str | Path) -> Bundle:
         """Opens a bundle and checks that every file is there with the size it should have.
 
+        Where a build was killed while it replaced the bundle, the old one is put back first.
+
         Raises:
             BundleError: there is no bundle, it is damaged, or a newer version made it.
         """
         path = Path(path)
+        if not path.is_dir():
+            put_back(path)
         if not path.is_dir():
             raise BundleError(f"there is no bundle at '{path}': build one with '{BUILD_COMMAND}'")
         bundle = cls(path, read_manifest(path / MANIFEST))
@@ -128,7 +133,7 @@ class Bundle:
 
     def _check_hash(self, record: FileRecord, progress: Progress | None) -> None:
         try:
-            found = sha256(self.path / record.path, progress)
+            found = sha256(self.path / record.path, progress=progress)
         except OSError as error:
             raise self._damaged(record, f"cannot be read ({error.strerror})") from error
         if found != record.sha256:
@@ -141,14 +146,15 @@ class Bundle:
         )
 
 
-def sha256(path: Path, progress: Progress | None = None) -> str:
-    """The hexadecimal hash of a file."""
+def sha256(*paths: Path, progress: Progress | None = None) -> str:
+    """The hexadecimal hash of a file, or of several in a row."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            if progress:
-                progress(len(block))
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                if progress:
+                    progress(len(block))
     return digest.hexdigest()
 
 

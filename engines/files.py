@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_LONGEST_NAME = 40
+"""Characters of a name that the names beside it begin with: of its 255 bytes, each may take 4."""
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Arguments of Linux's renameat2: <fcntl.h>, <linux/fs.h>."""
 
 
 @contextmanager
@@ -14,8 +23,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path`; what is written there takes its place when the block ends without an
     error.
 
-    Works for a file and for a folder. After an error `path` is as it was before. The folder that holds `path`
-    is made if it does not exist.
+    Works for a file and for a folder. After an error `path` is as it was before. Where it is a symbolic link,
+    what the link leads to is replaced. The folder that holds it is made if it does not exist.
 
     Args:
         path: the file or folder to write.
@@ -23,10 +32,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: the place cannot be written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # of one process and call: several may write the same file at once, and the last one to finish wins
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
+    partial = partial_path(path)
     try:
         yield partial
         if partial.is_dir():
@@ -38,6 +46,39 @@ def replacing(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_writer(path: str | Path) -> Iterator[None]:
+    """Keeps other processes that ask for it from writing a folder, and removes what killed ones have left.
+
+    The lock ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: another process writes it; says which.
+        OSError: there can be no lock file beside it.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path):
+        _put_back(path)
+        partial = re.compile(re.escape(_beside(path)) + r"\d+-[0-9a-f]{8}\.partial")
+        for left in filter(lambda left: partial.fullmatch(left.name), path.parent.iterdir()):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def put_back(path: str | Path) -> None:
+    """Puts back the old folder where a process was killed between taking it away and placing the new one."""
+    path = Path(os.path.realpath(path))
+    if _old(path).is_dir():
+        with suppress(OSError), _lock(path):
+            _put_back(path)
+
+
+def partial_path(path: Path) -> Path:
+    """A path beside a file or folder that no other process and no other call has."""
+    return path.with_name(f"{_beside(path)}{os.getpid()}-{os.urandom(4).hex()}.partial")
 
 
 def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
@@ -52,10 +93,74 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_text(text, "utf-8")
 
 
-def _replace_folder(partial: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+def _beside(path: Path) -> str:
+    """How the names of the hidden files beside a path begin."""
+    name = path.name
+    if len(name) > _LONGEST_NAME:
+        name = name[: _LONGEST_NAME - 9] + "-" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    return f".{name}."
+
+
+def _old(path: Path) -> Path:
+    """Where a folder is while another takes its place."""
+    return path.with_name(f"{_beside(path)}old")
+
+
+def _put_back(path: Path) -> None:
     if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(_old(path), ignore_errors=True)
+    elif _old(path).is_dir():
+        _old(path).rename(path)
+
+
+def _replace_folder(partial: Path, path: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+    elif not _exchange(partial, path):
+        shutil.rmtree(_old(path), ignore_errors=True)
+        path.rename(_old(path))
+        partial.rename(path)
+        shutil.rmtree(_old(path), ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two paths, so that there is something at each at all times; False where that is not possible."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return rename is not None and rename(*arguments) == 0
+
+
+def _is_open_as(path: Path, file: int) -> bool:
+    """Whether an open file is the one that is at a path."""
+    with suppress(FileNotFoundError):
+        return file >= 0 and os.path.samestat(os.stat(path), os.fstat(file))
+    return False
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError:  # not a POSIX system: nothing is locked
+        yield
+        return
+    lock = path.with_name(f"{_beside(path)}lock")
+    file = -1
+    # the one before removes the file when it is done: whoever waits with that one has no lock
+    while not _is_open_as(lock, file):
+        if file >= 0:
+            os.close(file)
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(file, 20).decode() or "another process"
+            os.close(file)
+            raise BlockingIOError(error.errno, f"{owner} is writing there", str(path)) from error
+    try:
+        os.truncate(file, 0)
+        os.write(file, f"process {os.getpid()}".encode())
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)

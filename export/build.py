@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from engines.backends.tensorrt.library import VARIANTS, load_library
 from engines.bundle import Bundle
 from engines.cuda import Device
 from engines.errors import AnyDoorError
-from engines.files import replacing
+from engines.files import only_writer, replacing
 from engines.manifest import CUDA, MANIFEST, Manifest
 from export.options import BACKENDS, ONNX, BuildOptions
 from export.plans import build_plans, check_targets
@@ -110,20 +110,39 @@ def _build_beside(
     output: Path, build: Callable[[Path, Progress], Manifest], progress: Progress | None
 ) -> Manifest:
     """Builds into a folder beside `output`; nobody ever sees half a bundle."""
-    with replacing(output) as partial:
-        partial.mkdir()
-        with progress or Progress() as shown:
-            manifest = build(partial, shown)
-        (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    with placing(output) as folder, progress or Progress() as shown:
+        manifest = build(folder, shown)
+        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
+
+
+@contextmanager
+def placing(output: Path) -> Iterator[Path]:
+    """Yields a new folder for a bundle, which takes its place when it is complete.
+
+    Raises:
+        AnyDoorError: another process builds there, or the folder cannot be written.
+    """
+    try:
+        with only_writer(output), replacing(output) as folder:
+            folder.mkdir()
+            yield folder
+    except BlockingIOError as error:
+        raise AnyDoorError(
+            f"cannot build '{output}': {error.strerror}; wait for it, or give another --output"
+        ) from error
+    except OSError as error:
+        raise AnyDoorError(f"cannot build '{output}': {error.strerror or error}") from error
 
 
 def check_output(output: Path) -> None:
     """Refuses to replace a directory that is no bundle.
 
     Raises:
-        AnyDoorError: other things are in it.
+        AnyDoorError: other things are in it, or it is a file.
     """
+    if output.is_file():
+        raise AnyDoorError(f"'{output}' is a file, and a bundle is a folder: give another --output")
     if output.exists() and not (output / MANIFEST).is_file() and any(output.iterdir()):
         raise AnyDoorError(f"'{output}' is a directory with other things in it: give another --output")
 

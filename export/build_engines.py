@@ -76,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="CKPT",
-        help=".safetensors, .ckpt or .pth file, or a folder of diffusers; or a bundle of ONNX graphs, to "
-        "build plans without PyTorch",
+        help="checkpoint: a file of safetensors or torch.save, the folder or index of one in shards, or a folder "
+        "of diffusers; or a bundle of ONNX graphs, to build plans without PyTorch",
     )
     parser.add_argument(
         "--skeleton",
@@ -134,6 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="heads of the ID encoder, if not stored (default: width / 64)",
+    )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        default=None,
+        help="take averages of weights, where the checkpoint has them",
     )
     stable_diffusion = parser.add_argument_group("checkpoints of Stable Diffusion")
     stable_diffusion.add_argument("--variant", metavar="NAME", help="of the weights in a folder, like fp16")
@@ -234,7 +240,7 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     if options.source is None:
         raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
     build = build_options(options)
-    if options.source.is_dir() and not (options.source / "unet").is_dir():
+    if options.source.is_dir() and not holds_checkpoint(options.source):
         for name in _OF_THE_CHECKPOINT:
             if getattr(options, name) is not None:
                 raise AnyDoorError(
@@ -255,9 +261,21 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
             "'.[export]', or give a bundle of ONNX graphs"
         ) from error
     print(f"checkpoint: {source.description}", flush=True)
-    name = options.source.resolve().name if options.source.is_dir() else options.source.stem
-    output = options.output or Path("build/engines") / name
+    output = options.output or Path("build/engines") / checkpoint_name(options.source)
     return output, build_bundle(source, output, build, Progress(quiet=options.quiet))
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint: in the layout of diffusers, in shards, or with its file in it."""
+    suffixes = (".index.json", ".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    return (folder / "unet").is_dir() or any(
+        name.name.lower().endswith(suffixes) for name in folder.iterdir()
+    )
+
+
+def checkpoint_name(path: Path) -> str:
+    """What a bundle of a checkpoint is called: its file's name, or its folder's if it is in shards."""
+    return path.resolve().parent.name if path.name.endswith(".index.json") else path.stem
 
 
 def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:
@@ -344,6 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AnyDoorError as error:
         print(f"build_engines.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("build_engines.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

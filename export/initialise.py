@@ -32,7 +32,7 @@ from training.network.architecture import (
     infer_architecture,
 )
 from training.network.checkpoint import CheckpointError, compare_shapes, write_checkpoint
-from training.network.checkpoint_file import read_tensors
+from training.network.checkpoint_keys import DINO_KEY, read_network
 from training.network.imprint import Imprint, ImprintArchitecture, infer_imprint
 from training.network.modules import AnyDoor
 from training.network.official_keys import PREFIXES, schedule_buffers
@@ -183,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--dinov2", type=Path, required=True, metavar="FILE", help="DINOv2 with SwiGLU (ViT-g/14)"
     )
+    result.add_argument("--ema", action="store_true", help="take Stable Diffusion's averaged weights")
     result.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
     result.add_argument("--seed", type=int, default=0, help="of the parts that start from random numbers")
     result.add_argument("--unet-head-width", type=int, metavar="N", help="channels per head (default: 64)")
@@ -195,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         tensors, architecture = JOINS[options.system](
-            read_tensors(options.stable_diffusion).tensors,
-            read_tensors(options.dinov2).tensors,
+            read_network(options.stable_diffusion, ema=options.ema).file.tensors,
+            read_network(options.dinov2, DINO_KEY).file.tensors,
             options.seed,
             options.unet_head_width,
             options.dino_heads,

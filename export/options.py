@@ -68,6 +68,8 @@ class SourceOptions:
     """Channels per attention head of the UNet."""
     dino_heads: int | None = None
     """Attention heads of the ID encoder."""
+    ema: bool | None = None
+    """Whether to take the averages of weights, of those that have one."""
     variant: str | None = None
     """Of the weights in a folder, like fp16."""
     prediction: str | None = None

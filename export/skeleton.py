@@ -21,8 +21,8 @@ from torch import nn
 
 from engines.bundle import CONSTANTS, file_record
 from engines.engine import Array, Engine
-from engines.files import replacing
 from engines.manifest import MANIFEST, FileRecord, GraphRecord, Manifest
+from export.build import placing
 from export.noise import write_recipe
 from export.noise_recipe import noise_recipe
 from export.onnx_bundle import empty_manifest
@@ -63,9 +63,8 @@ def build_skeleton(
     source.check_size(options.size)
     graphs = source.graphs(options.size, options.precision)
     manifest = empty_manifest(source, options, checkpoint={})
-    with replacing(output) as folder, progress or Progress() as shown:
+    with placing(output) as folder, progress or Progress() as shown:
         shown.steps = len(graphs)
-        folder.mkdir()
         for graph in graphs:
             shown.step(f"{graph.spec.name}: exporting")
             record = _build_graph(graph, folder, manifest)

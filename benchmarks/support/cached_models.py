@@ -66,7 +66,7 @@ def find_or_build(
     with tqdm(
         total=checkpoint.stat().st_size, unit="B", unit_scale=True, desc="hashing the checkpoint", leave=False
     ) as bar:
-        digest = sha256(checkpoint, bar.update)
+        digest = sha256(checkpoint, progress=bar.update)
     bundle = BUNDLES / f"{checkpoint.stem}-{digest[:12]}-{precision}-{resolution}-{fingerprint()}"
     try:
         if read_manifest(bundle / MANIFEST).checkpoint["sha256"] == digest:

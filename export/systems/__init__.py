@@ -15,7 +15,7 @@ def open_source(path: Path, options: SourceOptions = NOTHING_GIVEN) -> ExportSou
     """Opens a checkpoint of any system, which is found from its keys.
 
     Args:
-        path: .safetensors, .ckpt or .pth file, or a folder in the layout of diffusers.
+        path: see `training.network.checkpoint_file.read_tensors`; or a folder in the layout of diffusers.
         options: what the checkpoint does not say, and what goes into it.
 
     Raises:

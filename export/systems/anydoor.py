@@ -46,6 +46,7 @@ from export.systems.diffusion import (
 from export.systems.system import GraphExport, Size, checkpoint_record
 from training.network.architecture import REFERENCE_SIZE, Architecture
 from training.network.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from training.network.checkpoint_file import weight_files
 from training.network.modules import AnyDoor
 
 ID_ENCODER = "id_encoder"
@@ -81,8 +82,8 @@ class AnyDoorSource:
             CheckpointError: it cannot be read, or is of another system.
             AnyDoorError: an option does not go with it.
         """
-        options.require("AnyDoor", "unet_head_width", "dino_heads")
-        checkpoint = read_checkpoint(path, options.unet_head_width, options.dino_heads)
+        options.require("AnyDoor", "unet_head_width", "dino_heads", "ema")
+        checkpoint = read_checkpoint(path, options.unet_head_width, options.dino_heads, bool(options.ema))
         if checkpoint.system != cls.system:
             raise CheckpointError(f"'{path}' is {checkpoint.describe()}. This system cannot be exported yet")
         return cls(checkpoint)
@@ -103,7 +104,7 @@ class AnyDoorSource:
 
     def record(self) -> dict[str, Any]:
         """File name and sha256 of the checkpoint."""
-        return checkpoint_record(self.path)
+        return checkpoint_record(self.path, weight_files(self.path))
 
     def check_size(self, size: Size) -> None:
         """Refuses a picture size that the network cannot make.

@@ -113,8 +113,8 @@ class StableDiffusionSource:
             CheckpointError: it, or what goes with it, cannot be used.
             AnyDoorError: an option does not go with it.
         """
-        options.require("Stable Diffusion", "variant", "prediction", "tokenizer", "lora")
-        checkpoint = read_stable_diffusion(path, options.variant, options.prediction)
+        options.require("Stable Diffusion", "ema", "variant", "prediction", "tokenizer", "lora")
+        checkpoint = read_stable_diffusion(path, options.variant, options.prediction, bool(options.ema))
         checkpoint = with_tokenizer(checkpoint, options.tokenizer)
         for file, scale in options.lora or ():
             checkpoint = merge_lora(checkpoint, file, scale)

@@ -86,10 +86,11 @@ def checkpoint_record(path: Path, files: Sequence[Path] = ()) -> dict[str, Any]:
     """Name and sha256 of a checkpoint. That of a folder is the hash of what sha256sum prints for its files.
 
     Args:
-        path: the file or the folder.
-        files: those of the folder that the bundle is made from.
+        path: the file, the folder, or the index of a file in shards.
+        files: those that the bundle is made from, if they are not the path itself.
     """
-    if path.is_file():
+    if tuple(files) in ((), (path,)):
         return {"file": path.name, "sha256": sha256(path)}
-    lines = [f"{sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+    folder = path if path.is_dir() else path.parent
+    lines = [f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
     return {"file": path.resolve().name, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}

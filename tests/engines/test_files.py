@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from engines.files import replacing, write_bytes, write_text
+from engines import files
+from engines.files import only_writer, put_back, replacing, write_bytes, write_text
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -44,3 +52,118 @@ def test_after_an_error_everything_is_as_before(tmp_path: Path, as_folder: bool)
         write_half()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_may_have_all_of_its_255_bytes(tmp_path: Path) -> None:
+    for name in ("n" * 251 + ".txt", "\u30ab" * 85):
+        write_text(tmp_path / name, "written")
+        assert (tmp_path / name).read_text() == "written"
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.txt").symlink_to("there/new.txt")
+    write_text(tmp_path / "link.txt", "written")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "there" / "new.txt").read_text() == "written"
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["new.txt"]
+
+
+def fill(folder: Path, text: str) -> None:
+    with only_writer(folder), replacing(folder) as partial:
+        partial.mkdir()
+        (partial / "a").write_text(text)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_there_is_a_folder_at_all_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    """Where the file system cannot swap two folders, the one that is killed in between leaves the old one."""
+    folder = tmp_path / "bundle"
+    fill(folder, "old")
+    rename, seen = Path.rename, []
+
+    def watch(path: Path, target: Path) -> Path:
+        result = rename(path, target)
+        seen.append(folder.exists())
+        return result
+
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", watch)
+    fill(folder, "new")
+    assert (folder / "a").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [folder]
+    assert seen == ([] if can_exchange and sys.platform == "linux" else [False, True])
+
+
+def test_a_folder_that_a_killed_process_took_away_is_put_back(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    fill(folder, "old")
+    folder.rename(tmp_path / ".bundle.old")
+    put_back(folder)
+    assert (folder / "a").read_text() == "old"
+    put_back(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+WRITER = """
+import sys, time
+from engines.files import only_writer, replacing
+with only_writer(sys.argv[1]), replacing(sys.argv[1]) as partial:
+    partial.mkdir()
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def other_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """One that is writing a folder."""
+    command = [sys.executable, "-c", WRITER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "writing\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    fill(folder, "old")
+    with other_process(folder) as process:
+        with pytest.raises(BlockingIOError, match=f"process {process.pid} is writing there"):
+            fill(folder, "new")
+        fill(tmp_path / "bundle.2", "another folder")
+        assert len(list(tmp_path.glob(".bundle.*.partial"))) == 1
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (folder / "a").read_text() == "old"
+    fill(folder, "new")
+    assert (folder / "a").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.2"]
+
+
+def test_many_take_turns(tmp_path: Path) -> None:
+    """Whoever finds the lock taken is refused; none of the others is disturbed."""
+    folder, written = tmp_path / "bundle", []
+
+    def write() -> None:
+        for _ in range(50):
+            try:
+                fill(folder, "whole")
+            except BlockingIOError:
+                continue
+            written.append(os.getpid())
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert written
+    assert (folder / "a").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [folder]

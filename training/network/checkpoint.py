@@ -28,12 +28,8 @@ from training.network.architecture import (
     settings_from_metadata,
     settings_to_metadata,
 )
-from training.network.checkpoint_file import (
-    CheckpointError,
-    TensorFile,
-    describe_differences,
-    read_tensors,
-)
+from training.network.checkpoint_file import CheckpointError, TensorFile, describe_differences
+from training.network.checkpoint_keys import NetworkFile, read_network, unneeded_keys
 from training.network.imprint import (
     UNCONDITIONAL,
     Imprint,
@@ -71,6 +67,8 @@ class Checkpoint:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What a request should use where it gives no value, as the checkpoint's metadata says: parameter (like
     guidance_scale, crop_ratio or mode) -> value."""
+    remarks: str = ""
+    """What is left out of them, for `describe`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,8 +87,16 @@ class Checkpoint:
 
     @property
     def alphas_cumprod(self) -> Tensor | None:
-        """The noise schedule (1000,) that the checkpoint was trained with, if it says so."""
-        return self.tensors.get("alphas_cumprod")
+        """The noise schedule (1000,) that the checkpoint was trained with, if it says so.
+
+        A checkpoint that was rounded to half precision says it too roughly: then None stands for the usual
+        schedule, if it is that one.
+        """
+        stored = self.tensors.get("alphas_cumprod")
+        if stored is None or stored.dtype.itemsize >= torch.float32.itemsize:
+            return stored
+        usual = schedule_buffers()["alphas_cumprod"].to(stored.dtype)
+        return None if torch.equal(stored, usual) else stored
 
     def describe(self) -> str:
         """Says what it is, in one sentence for the person who builds from it."""
@@ -104,7 +110,7 @@ class Checkpoint:
         return (
             f"{name}, {weights / 1e6:.0f} million weights, {str(self.dtype).removeprefix('torch.')}: "
             f"UNet predicts {PREDICTED[a.prediction]}; ID encoder {encoder} of {a.dino_depth} layers, "
-            f"{a.dino_width} wide{adapter}"
+            f"{a.dino_width} wide{adapter}{self.remarks}"
         )
 
     def load_part(
@@ -142,24 +148,29 @@ def _network(architecture: Architecture, parts: Iterable[str] | None = None) -> 
 
 
 def read_checkpoint(
-    path: str | Path, unet_head_width: int | None = None, dino_heads: int | None = None
+    path: str | Path,
+    unet_head_width: int | None = None,
+    dino_heads: int | None = None,
+    ema: bool = False,
 ) -> Checkpoint:
     """Opens a checkpoint and checks that it is complete.
 
     What the shapes do not determine comes from the arguments, else from the file's metadata, else from a
     configuration of the original's kind beside it (`NAME_config.json` for `NAME.safetensors`), else it is
-    as in SD 2.1 and DINOv2.
+    as in SD 2.1 and DINOv2. Keys that no part needs are left out.
 
     Args:
-        path: .safetensors, or a .ckpt/.pt/.pth written by torch.save.
+        path: see `checkpoint_file.read_tensors`.
         unet_head_width: channels per attention head of UNet and ControlNet.
         dino_heads: attention heads of the ID encoder.
+        ema: take the averages of weights, of those that have one.
 
     Raises:
         CheckpointError: the file cannot be read, or is no checkpoint of AnyDoor, IMPRINT or ObjectStitch.
     """
     given = {"unet_head_width": unet_head_width, "dino_heads": dino_heads}
-    return _read(Path(path), {name: value for name, value in given.items() if value is not None}, {})
+    known = {name: value for name, value in given.items() if value is not None}
+    return _read(Path(path), read_network(Path(path), ema=ema), known, {})
 
 
 def read_start(path: str | Path, architecture: Architecture) -> Checkpoint:
@@ -174,7 +185,7 @@ def read_start(path: str | Path, architecture: Architecture) -> Checkpoint:
         CheckpointError: see `read_checkpoint`, or it is of another architecture.
     """
     expected = {name: getattr(architecture, name) for name in architecture.not_inferable}
-    checkpoint = _read(Path(path), {}, expected)
+    checkpoint = _read(Path(path), read_network(Path(path)), {}, expected)
     if type(checkpoint.architecture) is not type(architecture):
         raise CheckpointError(f"'{path}' is of the system {checkpoint.system}, the recipe is of another one")
     for name in (each.name for each in fields(architecture)):
@@ -187,9 +198,11 @@ def read_start(path: str | Path, architecture: Architecture) -> Checkpoint:
     return checkpoint
 
 
-def _read(path: Path, given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> Checkpoint:
+def _read(
+    path: Path, network: NetworkFile, given: Mapping[str, Any], otherwise: Mapping[str, Any]
+) -> Checkpoint:
     """Opens a checkpoint; settings are taken from `given`, then from the file, then from `otherwise`."""
-    file = read_tensors(path)
+    file = network.file
     scene = is_imprint(file.shapes)
     name = "IMPRINT" if scene else "AnyDoor"
     architecture: Architecture
@@ -197,7 +210,7 @@ def _read(path: Path, given: Mapping[str, Any], otherwise: Mapping[str, Any]) ->
         if scene:
             file, architecture = _as_imprint(file, given, otherwise)
         else:
-            settings = settings_from_metadata(file.metadata) or _configuration_beside(path)
+            settings = settings_from_metadata(file.metadata) or _configuration_beside(file.paths[0], path)
             known = {name: otherwise[name] for name in otherwise if name in Architecture.not_inferable}
             architecture = infer_architecture(file.shapes, **{**known, **settings, **given})
         with torch.device("meta"):
@@ -205,10 +218,13 @@ def _read(path: Path, given: Mapping[str, Any], otherwise: Mapping[str, Any]) ->
     except (ArchitectureError, KeyError, ValueError) as error:
         problem = (not scene and _compare_prefixes(file.shapes)) or str(error)
         raise CheckpointError(f"'{path}' is not an {name} checkpoint: {problem}") from error
+    unneeded = unneeded_keys(file.shapes, {*expected, *SCHEDULE_KEYS})
+    file = file.renamed({key: key for key in file.shapes if key not in unneeded})
     problem = compare_shapes(file.shapes, expected)
     if problem:
         raise CheckpointError(f"'{path}' is not an {name} checkpoint: {problem}")
-    return Checkpoint(path, architecture, file.tensors, _defaults(path, file.metadata))
+    defaults, remarks = _defaults(path, file.metadata), network.remarks(unneeded)
+    return Checkpoint(path, architecture, file.tensors, defaults, remarks)
 
 
 def _as_imprint(
@@ -221,10 +237,16 @@ def _as_imprint(
     return file, infer_imprint(file.shapes, {**otherwise, **settings, **given})
 
 
-def _configuration_beside(path: Path) -> dict[str, Any]:
-    """Head widths from a configuration of the original's kind; empty if there is none."""
-    beside = path.with_name(f"{path.stem}_config.json")
-    if not beside.is_file():
+def _configuration_beside(*paths: Path) -> dict[str, Any]:
+    """Head widths from a configuration of the original's kind; empty if there is none.
+
+    Args:
+        paths: of the checkpoint: its first file, and what was given, which may be an index or a folder.
+    """
+    places = (path.with_name(f"{path.name.split('.')[0]}_config.json") for path in paths)
+    stems = (path.with_name(f"{path.stem}_config.json") for path in paths)
+    beside = next((place for place in (*stems, *places) if place.is_file()), None)
+    if beside is None:
         return {}
     try:
         config = json.loads(beside.read_text("utf-8"))
@@ -339,6 +361,8 @@ def _looks_like(keys: Mapping[str, tuple[int, ...]]) -> str:
         return f"It looks like a DINOv2 encoder alone; start training from it with '{_INITIALISE}'"
     if has("down_blocks.") or has("unet.down_blocks."):
         return "It looks like diffusers' layout of a UNet; convert it to the original layout first"
+    if any(key.endswith(".scale_weight") for key in keys):
+        return "Its weights are in eight bits and scaled: get them as float16 or bfloat16"
     if has("model_ema.") or has("optimizer"):
         return "It looks like a training state; export its model weights alone"
     return ""

@@ -164,7 +164,7 @@ def read_part(folder: Path, part: str, variant: str | None) -> TensorFile:
         CheckpointError: there are none, they are damaged, or there are several variants to choose from.
     """
     path = _find_weights(folder / part, *STEMS[part], variant)
-    file = _read_shards(path) if path.suffix == ".json" else read_tensors(path)
+    file = read_tensors(path)
     names = {_module_name(part, key): key for key in file.shapes if not key.endswith(".position_ids")}
     tensors = LazyTensors({name: reader(file.tensors, key) for name, key in names.items()})
     return TensorFile(tensors, {name: file.shapes[key] for name, key in names.items()}, paths=file.paths)
@@ -188,25 +188,6 @@ def _find_weights(folder: Path, stem: str, bin_stem: str, variant: str | None) -
         f"'{folder}' has no {f'weights of the variant {variant!r}' if variant else f'{stem}.safetensors'}"
         + (f": choose one of the variants {others}" if others else "")
     )
-
-
-def _read_shards(index: Path) -> TensorFile:
-    """Opens the files that an index names."""
-    places = read_object(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"'{index}' is not an index of shards: it has no weight_map")
-    files = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise CheckpointError(f"'{index}' names the shard '{name}', which is not in its folder")
-        files[name] = read_tensors(index.with_name(name))
-    lost = [key for key, name in places.items() if key not in files[name].shapes]
-    if lost:
-        raise CheckpointError(f"'{index}' says that '{places[lost[0]]}' has '{lost[0]}', and it has not")
-    tensors = {key: reader(files[name].tensors, key) for key, name in places.items()}
-    shapes = {key: files[name].shapes[key] for key, name in places.items()}
-    paths = (index, *(path for file in files.values() for path in file.paths))
-    return TensorFile(LazyTensors(tensors), shapes, paths=paths)
 
 
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -34,8 +34,8 @@ from training.network.checkpoint_file import (
     TensorFile,
     check_finite,
     describe_differences,
-    read_tensors,
 )
+from training.network.checkpoint_keys import read_network, unneeded_keys
 from training.network.official_keys import (
     PREFIXES,
     SCHEDULE_KEYS,
@@ -70,6 +70,8 @@ class StableDiffusionCheckpoint:
     """What it was read from, for a folder."""
     loras: Sequence[tuple[Path, float]] = ()
     """LoRA files that were merged into it, and their scales, in order."""
+    remarks: str = ""
+    """What is left out of a single file, for `describe`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,6 +120,7 @@ class StableDiffusionCheckpoint:
             f"{a.text_width} wide; "
             + ("with its tokenizer" if self.tokenizer else "without a tokenizer")
             + "".join(f"; merged: {path.name} x {scale:g}" for path, scale in self.loras)
+            + self.remarks
         )
 
 
@@ -126,24 +129,25 @@ class StableDiffusionCheckpoint:
 
 def is_stable_diffusion(path: Path) -> bool:
     """Whether a path is a Stable Diffusion checkpoint, by the folders or keys that are there."""
-    if path.is_dir():
-        return (path / "unet").is_dir()
-    shapes = read_tensors(path).shapes
+    if (path / "unet").is_dir():
+        return True
+    shapes = read_network(path).file.shapes
     has_control = any(key.startswith(PREFIXES["control"]) for key in shapes)
     return find_text_encoder(shapes) is not None and not has_control
 
 
 def read_stable_diffusion(
-    path: str | Path, variant: str | None = None, prediction: str | None = None
+    path: str | Path, variant: str | None = None, prediction: str | None = None, ema: bool = False
 ) -> StableDiffusionCheckpoint:
     """Opens a checkpoint and checks that it is complete.
 
     Args:
-        path: a folder in the layout of diffusers, or a .safetensors, .ckpt or .pth file in the original one.
+        path: a folder in the layout of diffusers; or in the original one, see `checkpoint_file.read_tensors`.
         variant: of a folder's weights, like fp16; see `diffusers_folder.read_part`.
         prediction: what the UNet's output means, where the checkpoint does not say: the noise if None. In the
             original layout nothing tells Stable Diffusion 2.0 and 2.1 for 768 px, which predict v, from those
             for 512 px.
+        ema: of a checkpoint in the original layout, take the averages of weights, of those that have one.
 
     Raises:
         CheckpointError: it cannot be read, or is not a Stable Diffusion checkpoint that is known here.
@@ -152,7 +156,8 @@ def read_stable_diffusion(
     if variant is not None and not path.is_dir():
         raise CheckpointError(f"'{path}' is a file: a variant, like {variant}, is of the weights in a folder")
     try:
-        checkpoint = _read_folder(path, variant) if path.is_dir() else _read_file(path, prediction)
+        is_folder = (path / "unet").is_dir()
+        checkpoint = _read_folder(path, variant) if is_folder else _read_file(path, prediction, ema)
     except ArchitectureError as error:
         raise CheckpointError(
             f"'{path}' is not a Stable Diffusion 1.x or 2.x checkpoint that can be used: {error}"
@@ -195,8 +200,9 @@ def check_tokenizer(tokenizer: TokenizerFiles, architecture: StableDiffusionArch
         )
 
 
-def _read_file(path: Path, prediction: str | None) -> StableDiffusionCheckpoint:
-    file = read_tensors(path)
+def _read_file(path: Path, prediction: str | None, ema: bool) -> StableDiffusionCheckpoint:
+    network = read_network(path, ema=ema)
+    file = network.file
     settings = settings_from_metadata(file.metadata, StableDiffusionArchitecture.not_inferable)
     assumed = "prediction" not in settings and prediction is None
     if prediction is not None:
@@ -210,7 +216,9 @@ def _read_file(path: Path, prediction: str | None) -> StableDiffusionCheckpoint:
     expected: dict[str, tuple[int, ...]] = {}
     for part, layout in layouts.items():
         expected |= expected_shapes(layout, names[part], architecture)
-    _compare({key: file.shapes[key] for key in file.shapes if not _is_unused(key, architecture)}, expected)
+    shapes = {key: shape for key, shape in file.shapes.items() if not _is_unused(key, architecture)}
+    unneeded = unneeded_keys(shapes, expected)
+    _compare({key: shape for key, shape in shapes.items() if key not in unneeded}, expected)
     parts = {
         part: LazyTensors(
             {
@@ -220,7 +228,10 @@ def _read_file(path: Path, prediction: str | None) -> StableDiffusionCheckpoint:
         )
         for part, layout in layouts.items()
     }
-    return StableDiffusionCheckpoint(path, architecture, parts, prediction_is_assumed=assumed)
+    remarks = network.remarks(unneeded)
+    return StableDiffusionCheckpoint(
+        path, architecture, parts, None, assumed, files=file.paths, remarks=remarks
+    )
 
 
 def _layouts(architecture: StableDiffusionArchitecture) -> dict[str, str]:
@@ -247,11 +258,11 @@ def _compare(shapes: Shapes, expected: Mapping[str, tuple[int, ...]], where: str
 
 
 def _is_unused(key: str, architecture: StableDiffusionArchitecture) -> bool:
-    """Tensors in files of the original layout that no part needs: buffers, averages, and OpenCLIP's end."""
+    """Tensors in files of the original layout that no part needs: buffers, and OpenCLIP's end."""
     last = official_tensor("openclip", f"encoder.layers.{architecture.text_layers}.", architecture).key
     return (
         key in SCHEDULE_KEYS
-        or key.startswith(("model_ema.", last))
+        or key.startswith(last)
         or key.endswith(".position_ids")
         or key
         in {f"cond_stage_model.model.{name}" for name in ("logit_scale", "text_projection", "attn_mask")}

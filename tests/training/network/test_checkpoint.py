@@ -132,7 +132,7 @@ def test_functions_that_a_pickle_names_are_not_called(tiny_checkpoint: Path, tmp
 def test_pickle_that_names_a_shell_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     path, proof = tmp_path / "evil.ckpt", tmp_path / "proof"
     torch.save({"state_dict": weights(tiny_checkpoint), "x": Malicious(os.system, f"touch {proof}")}, path)
-    with pytest.raises(CheckpointError, match="does more than hold tensors"):
+    with pytest.raises(CheckpointError, match=r"does more than hold tensors: it names \w+\.system"):
         read_tensors(path)
     assert not proof.exists()
 
@@ -213,8 +213,10 @@ def test_missing_keys_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_unexpected_keys_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    path = broken(tiny_checkpoint, tmp_path, lambda tensors: {**tensors, "lora.up": torch.zeros(3)})
-    with pytest.raises(CheckpointError, match=r"1 keys are unexpected \('lora.up'\)"):
+    path = broken(
+        tiny_checkpoint, tmp_path, lambda tensors: {**tensors, "control_model.lora": torch.zeros(3)}
+    )
+    with pytest.raises(CheckpointError, match=r"1 keys are unexpected \('control_model.lora'\)"):
         read_checkpoint(path)
 
 

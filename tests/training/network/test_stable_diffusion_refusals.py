@@ -119,7 +119,10 @@ def without(prefix: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         (without("cond_stage_model."), "it has no text encoder"),
         (without("first_stage_model."), "'first_stage_model.post_quant_conv.weight' is missing"),
         (without("cond_stage_model.transformer.text_model.encoder.layers.0"), "keys? are missing|is missing"),
-        (lambda tensors: tensors | {"lora.up": torch.zeros(3)}, r"1 keys are unexpected \('lora.up'\)"),
+        (
+            lambda tensors: tensors | {"control_model.a": torch.zeros(3)},
+            r"1 keys are unexpected \('control_model.a'\)",
+        ),
     ],
 )
 def test_single_files_that_are_not_complete(
