@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.errors import AnyDoorError
-from runtime.errors import InputError
-from runtime.imaging.pictures import PictureLike
+from runtime.errors import InputError, warn
+from runtime.imaging.sources import PictureLike
 from runtime.request import Placement, Request, Sampling
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
@@ -299,8 +299,7 @@ class Client(_Connection[Image.Image, list[Image.Image]]):
     def _images(
         self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
     ) -> Image.Image | list[Image.Image]:
-        images = [Image.fromarray(result.image) for result in self.run(request, on_step, timeout=timeout)]
-        return images[0] if single else images
+        return _pictures(self.run(request, on_step, timeout=timeout), single)
 
 
 class AsyncClient(_Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, Any, list[Image.Image]]]):
@@ -364,10 +363,14 @@ class AsyncClient(_Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, A
     async def _images(
         self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
     ) -> Image.Image | list[Image.Image]:
-        images = [
-            Image.fromarray(result.image) for result in await self.run(request, on_step, timeout=timeout)
-        ]
-        return images[0] if single else images
+        return _pictures(await self.run(request, on_step, timeout=timeout), single)
+
+
+def _pictures(results: list[Composite], single: bool) -> Image.Image | list[Image.Image]:
+    for text in results[0].warnings:
+        warn(text)
+    images = [result.to_pillow() for result in results]
+    return images[0] if single else images
 
 
 def _event(response: pb.CompositeStreamResponse) -> ClientEvent:

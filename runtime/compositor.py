@@ -6,6 +6,7 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,9 +22,13 @@ from engines.options import EngineOptions
 from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.drawing import Drawing
-from runtime.errors import InputError, in_field
+from runtime.errors import InputError, collecting_warnings, in_field, warn
+from runtime.imaging.decoding import UPRIGHT
 from runtime.imaging.geometry import Ratios
-from runtime.imaging.pictures import PictureLike, load_picture
+from runtime.imaging.pictures import Picture
+from runtime.imaging.scene import load_scene
+from runtime.imaging.sources import PictureLike
+from runtime.imaging.target import turned_mask
 from runtime.job import ImageJob, Job
 from runtime.parameters import (
     PLACEMENT_PARAMETERS,
@@ -185,7 +190,7 @@ class Compositor:
         """The scene with the object in it, or several such pictures.
 
         Args:
-            scene: file, bytes, Pillow image or array.
+            scene: file, bytes, open file, Pillow image, array or tensor.
             placements: the object and its place; several are placed one after the other.
             seed: the same seed gives the same picture bit for bit on one machine; random if None. Picture i
                 of several has the seed `seed + i`.
@@ -194,11 +199,19 @@ class Compositor:
             initial_noise: (N, C, h, w) standard normal latents to start from instead of those of the seeds.
             on_step: called with (steps done, steps in all).
 
+        Returns:
+            Pictures as the scene is: transparent where it is, in the colours of its profile, which is in
+            their `info` with its EXIF and resolution. What a caller should know about how pictures and masks
+            were read comes as an `InputWarning` of Python's.
+
         Raises:
             InputError: something about the request cannot be used, in one sentence.
         """
         request = Request.of(scene, placements, seed, sampling, num_images, initial_noise)
-        images = [Image.fromarray(result.image) for result in self.run(request, on_step)]
+        results = self.run(request, on_step)
+        for text in results[0].warnings:
+            warn(text)
+        images = [result.to_pillow() for result in results]
         return images[0] if num_images is None else images
 
     def run(self, request: Request, on_step: StepCallback | None = None) -> list[Composite]:
@@ -246,14 +259,16 @@ class Compositor:
         if noise is not None:
             noise = check_initial_noise(noise, (num_images, *self.bundle.manifest.latent_shape))
         watch = Stopwatch()
-        with watch.measure("read"), in_field("scene"):
-            scene = load_picture(request.scene, "the scene", limits.pixels).rgb
-        prepared = []
-        for index, placement in enumerate(request.placements):
-            with in_field(f"placements[{index}]"):
-                given = {name: getattr(placement, name) for name in PLACEMENT_PARAMETERS}
-                parameters = placement_parameters(given, self.defaults)
-                prepared.append(self.system.prepare(scene, placement, parameters, limits, watch))
+        with collecting_warnings() as warnings:
+            with watch.measure("read"), in_field("scene"):
+                seen, scene = load_scene(request.scene, limits.pixels)
+            prepared = []
+            for index, placement in enumerate(request.placements):
+                with in_field(f"placements[{index}]"):
+                    given = {name: getattr(placement, name) for name in PLACEMENT_PARAMETERS}
+                    parameters = placement_parameters(given, self.defaults)
+                    turned = _turned_like(scene, placement, limits)
+                    prepared.append(self.system.prepare(seen, turned, parameters, limits, watch))
         job = Job(
             system=self.system,
             scene=scene,
@@ -263,8 +278,9 @@ class Compositor:
             seeds=[seed + i for i in range(num_images)],
             initial_noise=noise,
             watch=watch,
+            warnings=warnings,
         )
-        job.images = [ImageJob(job, index, seed, scene, prepared[0]) for index, seed in enumerate(job.seeds)]
+        job.images = [ImageJob(job, index, seed, seen, prepared[0]) for index, seed in enumerate(job.seeds)]
         return job
 
     def steps_of(self, request: Request, limits: Limits = LARGEST) -> tuple[int, int]:
@@ -305,6 +321,15 @@ class Compositor:
     def max_batch(self) -> int:
         """Most samples in one call."""
         return self.bundle.manifest.max_batch
+
+
+def _turned_like(scene: Picture, placement: Placement, limits: Limits) -> Placement:
+    """The placement, whose scene mask is turned as the scene was, if it was made of that unturned."""
+    if placement.mask is None or scene.orientation == UPRIGHT:
+        return placement
+    with in_field("mask"):
+        mask = turned_mask(placement.mask, scene, "the scene mask", "the scene", limits.pixels)
+    return replace(placement, mask=mask)
 
 
 def default_cache_bytes() -> int:

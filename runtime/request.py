@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.imaging.pictures import PictureLike
+from runtime.imaging.sources import PictureLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +21,12 @@ class Placement:
 
     reference: PictureLike
     """Picture of the object."""
-    reference_mask: PictureLike | NDArray[np.bool_] | None = None
+    reference_mask: PictureLike | None = None
     """Where the object is in it; its transparency if None."""
-    box: tuple[int, int, int, int] | None = None
-    """Place: x0, y0, x1, y1 in pixels of the scene, x1 and y1 exclusive. May cross the scene's border."""
-    mask: PictureLike | NDArray[np.bool_] | None = None
+    box: Sequence[float] | None = None
+    """Place: x0, y0, x1, y1 in whole pixels of the scene, x1 and y1 exclusive. May cross the scene's
+    border."""
+    mask: PictureLike | None = None
     """Place: a mask of the scene's size, instead of a box."""
     mode: str | None = None
     """How it is placed, one of `runtime.imaging.modes.MODES`: "crop" generates the surroundings of the box
@@ -36,6 +37,9 @@ class Placement:
     """Target box around the place, likewise."""
     crop_ratio: float | None = None
     """Zoom-in crop around the target box, likewise."""
+    keep_specks: bool = False
+    """Whether pixels of a mask that lie far from the rest belong to it, as in the original; if not, they are
+    left out with a warning (`runtime.imaging.specks`)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Request:
     """Everything that makes a picture."""
 
     scene: PictureLike
-    """File, bytes, Pillow image or array."""
+    """File, bytes, Pillow image, array or tensor."""
     placements: Sequence[Placement]
     """The objects and their places; placed one after the other, each into the result of the one before."""
     seed: int | None = None

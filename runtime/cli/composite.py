@@ -22,6 +22,7 @@ from runtime.cli.flags import (
 from runtime.cli.output import check_output, write_output
 from runtime.cli.progress import Progress
 from runtime.cli.remote import SERVER_FLAGS, add_server_flags, connect, follow
+from runtime.cli.standard_streams import read_standard_input
 from runtime.diffusion.presets import QUALITIES
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError
@@ -39,9 +40,10 @@ anydoor composite --reference cup.png --box 80,60,300,260 --reference book.png -
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --num-images 4 --grid -o cups.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --quality fast -o out.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --server gpu:50051 -o out.png
+anydoor composite --reference cup.png --scene - --box 80,60,300,260 -o - < desk.jpg > out.png
 """
 
-_PLACEMENT = ("mode", "reference_ratio", "box_ratio", "crop_ratio")
+_PLACEMENT = ("mode", "reference_ratio", "box_ratio", "crop_ratio", "keep_specks")
 _SAMPLING = (
     *("quality", "steps", "guidance_scale", "control_scale", "eta", "sampler"),
     *("guidance_interval", "map_steps"),
@@ -55,7 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_placement_flags(parser)
     _add_sampling_flags(parser)
     out = parser.add_argument_group("output")
-    out.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .jpg or .webp")
+    out.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".png, .jpg, .webp or .avif; - writes a PNG to standard output",
+    )
     out.add_argument(
         "--num-images", type=int, default=1, metavar="N", help="pictures with seeds S, S+1, ... (default: 1)"
     )
@@ -79,7 +88,12 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         "what goes where (repeat for several objects, placed one after the other)"
     )
     group.add_argument(
-        "--reference", action="append", type=Path, required=True, metavar="FILE", help="picture of the object"
+        "--reference",
+        action="append",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="picture of the object; of all pictures, one may be -, standard input",
     )
     group.add_argument(
         "--reference-mask",
@@ -106,6 +120,11 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         choices=list(MODES),
         help="crop: surroundings are generated anew; shape: the object fills the mask; keep_background: "
         "nothing outside the box changes (default: the model's)",
+    )
+    group.add_argument(
+        "--keep-specks",
+        action="store_true",
+        help="let pixels of a mask that lie far from the rest belong to it, as the original does",
     )
     for name, what in (
         ("--reference-ratio", "white around the object"),
@@ -201,12 +220,13 @@ def run(options: argparse.Namespace) -> int:
     masks = chosen.pop("reference_mask") or [None] * len(references)
     _check_counts(len(references), len(places), len(masks))
     _check_flags(options)
-    check_output(options.output, options.scene, options.num_images, options.grid)
+    (scene,), references, masks, places = read_standard_input([options.scene], references, masks, places)
+    check_output(options.output, scene, options.num_images, options.grid)
     placement = given(options, _PLACEMENT)
     request = Request(
-        scene=options.scene,
+        scene=scene,
         placements=[
-            Placement(reference, mask, **{"mask" if isinstance(place, Path) else "box": place}, **placement)
+            Placement(reference, mask, **{"box" if isinstance(place, tuple) else "mask": place}, **placement)
             for reference, mask, place in zip(references, masks, places)
         ],
         seed=options.seed,

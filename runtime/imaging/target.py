@@ -6,17 +6,23 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from runtime.errors import InputError, in_field
+from runtime.errors import InputError, in_field, warn
 from runtime.imaging.boxes import SMALLEST_MASK_AREA, Box
-from runtime.imaging.pictures import MAX_PIXELS, PictureLike, load_mask
+from runtime.imaging.decoding import FIRST_SWAPPED, MAX_PIXELS, UPRIGHT, decode, turned
+from runtime.imaging.masks import load_mask, read_mask
+from runtime.imaging.pictures import Picture
+from runtime.imaging.sources import PictureLike
+from runtime.imaging.specks import without_specks
 
 
 def load_target(
-    box: Sequence[int] | None,
-    mask: PictureLike | NDArray[np.bool_] | None,
+    box: Sequence[float] | None,
+    mask: PictureLike | None,
     scene: NDArray[np.uint8],
     max_pixels: int = MAX_PIXELS,
+    keep_specks: bool = False,
 ) -> Box | NDArray[np.bool_]:
     """Decodes and checks the place of an object; one of `box` and `mask` is needed.
 
@@ -25,6 +31,7 @@ def load_target(
         mask: picture or array of the scene's size.
         scene: (H, W, 3) uint8 RGB.
         max_pixels: of the mask.
+        keep_specks: whether pixels far from the place belong to it; see `runtime.imaging.specks`.
 
     Returns:
         The box, or the mask (H, W).
@@ -44,18 +51,65 @@ def load_target(
     with in_field("mask"):
         inside = load_mask(mask, "the scene mask", max_pixels)
         check_mask(inside, scene.shape, "the scene mask", "the scene")
-    return inside
+        return inside if keep_specks else without_specks(inside, "the scene mask")
 
 
-def check_box(box: Sequence[int], size: tuple[int, int]) -> Box:
+def turned_mask(
+    source: PictureLike, picture: Picture, name: str, of: str, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.bool_]:
+    """Reads the mask of a picture, and turns it like the picture if it was made of that unturned.
+
+    Cameras store pictures turned, and say so in EXIF. Masks from tools that ignore it lie as the picture is
+    stored.
+
+    Args:
+        source: picture or array.
+        picture: what it is a mask of.
+        name: what to call the mask in an error.
+        of: what to call the picture.
+        max_pixels: of the mask.
+
+    Raises:
+        InputError: see `load_mask`.
+    """
+    decoded = decode(source, name, max_pixels)
+    mask, orientation = read_mask(decoded, name), picture.orientation
+    height, width = picture.rgb.shape[:2]
+    if orientation == UPRIGHT or decoded.orientation != UPRIGHT:
+        return mask
+    if orientation >= FIRST_SWAPPED and height != width:
+        if mask.shape == (width, height):
+            warn(
+                f"{of} is turned, as its EXIF says; {name} has the size that it had before, and is turned too"
+            )
+            return np.asarray(turned(Image.fromarray(mask), orientation))
+    elif mask.shape == (height, width):
+        warn(
+            f"{of} is turned, as its EXIF says, and {name} is not: if it was made by a tool that ignores EXIF, "
+            "turn it"
+        )
+    return mask
+
+
+def whole_box(box: Sequence[float]) -> Box:
+    """A box of four whole numbers, which may be floating point, NumPy's or of a tensor.
+
+    Raises:
+        InputError: it is something else.
+    """
+    values = box.tolist() if hasattr(box, "tolist") else box
+    if not isinstance(values, Sequence) or len(values) != 4 or not all(map(_is_whole, values)):
+        raise InputError(f"a box is four whole numbers x0,y0,x1,y1, not {values}")
+    return Box(*map(int, values))
+
+
+def check_box(box: Sequence[float], size: tuple[int, int]) -> Box:
     """The box, if any of it lies in a scene of `size` (width, height).
 
     Raises:
         InputError: it is not four whole numbers, has no area, or lies outside.
     """
-    if len(box) != 4 or any(not is_integer(value) for value in box):
-        raise InputError(f"a box is four whole numbers x0,y0,x1,y1, not {tuple(box)}")
-    checked = Box(*(int(value) for value in box))
+    checked = whole_box(box)
     if checked.is_empty:
         raise InputError(f"the box {tuple(checked)} has no area: x1 must exceed x0, and y1 exceed y0")
     if checked.clip(size).is_empty:
@@ -84,6 +138,10 @@ def check_mask(mask: NDArray[np.bool_], shape: tuple[int, ...], name: str, of: s
     if pixels < SMALLEST_MASK_AREA:
         what = "is empty" if pixels == 0 else f"has only {pixels} pixels set"
         raise InputError(f"{name} {what}; at least {SMALLEST_MASK_AREA} pixels must be")
+
+
+def _is_whole(value: object) -> bool:
+    return is_integer(value) or (isinstance(value, float | np.floating) and float(value).is_integer())
 
 
 def is_integer(value: object) -> bool:

@@ -14,8 +14,9 @@ from PIL import Image
 from runtime.diffusion.presets import QUALITIES
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError
+from runtime.imaging.masks import load_mask
 from runtime.imaging.modes import MODES
-from runtime.imaging.pictures import WRITABLE_FORMATS, load_mask, load_picture
+from runtime.imaging.pictures import WRITABLE_FORMATS, load_picture
 from runtime.request import Placement, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc import generate
