@@ -25,10 +25,11 @@ from runtime.drawing import Drawing
 from runtime.errors import InputError, collecting_warnings, in_field, warn
 from runtime.imaging.decoding import UPRIGHT
 from runtime.imaging.geometry import Ratios
+from runtime.imaging.masks import MaskedPicture, load_mask
 from runtime.imaging.pictures import Picture
 from runtime.imaging.scene import load_scene
 from runtime.imaging.sources import PictureLike
-from runtime.imaging.target import turned_mask
+from runtime.imaging.target import SCENE_MASK
 from runtime.job import ImageJob, Job
 from runtime.parameters import (
     PLACEMENT_PARAMETERS,
@@ -328,7 +329,8 @@ def _turned_like(scene: Picture, placement: Placement, limits: Limits) -> Placem
     if placement.mask is None or scene.orientation == UPRIGHT:
         return placement
     with in_field("mask"):
-        mask = turned_mask(placement.mask, scene, "the scene mask", "the scene", limits.pixels)
+        of = MaskedPicture("the scene", scene.rgb.shape, scene.orientation)
+        mask = load_mask(placement.mask, SCENE_MASK, limits.pixels, of)
     return replace(placement, mask=mask)
 
 

@@ -36,8 +36,7 @@ _SIGNATURES = {
     "BPG": [(0, b"BPG\xfb")],
     "FITS": [(0, b"SIMPLE  =")],
     "DICOM": [(128, b"DICM")],
-    "a portable map (PBM, PGM, PPM)": [(0, b"P%d" % digit) for digit in range(1, 8)]
-    + [(0, b"PF"), (0, b"Pf")],
+    "a portable map (PBM, PGM, PPM)": [(0, b"P%c" % kind) for kind in b"1234567Ff"],
     "a NumPy array (.npy)": [(0, b"\x93NUMPY")],
     "a gzip archive": [(0, b"\x1f\x8b")],
     "a zip archive": [(0, b"PK\x03\x04")],

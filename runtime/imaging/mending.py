@@ -40,7 +40,7 @@ def without_text(png: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes, memoryview]]:
-    """(kind, content, whole chunk) of a PNG, up to where it is cut; the content is that of a profile alone."""
+    """(kind, content, whole chunk) of a PNG, up to where it is cut; the content of a profile alone."""
     view, at = memoryview(png), len(PNG_SIGNATURE)
     while at + 8 <= len(png):
         length, kind = struct.unpack_from(">I4s", png, at)

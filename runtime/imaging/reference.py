@@ -13,12 +13,18 @@ from runtime.errors import InputError, in_field
 from runtime.imaging.boxes import Padding, bounding_box, expansion_padding, square_padding
 from runtime.imaging.decoding import MAX_PIXELS
 from runtime.imaging.high_frequency_map import high_frequency_map
-from runtime.imaging.masks import MASK_THRESHOLD, mask_from_alpha, values_of
+from runtime.imaging.masks import (
+    MASK_THRESHOLD,
+    MaskedPicture,
+    check_area,
+    load_mask,
+    mask_from_alpha,
+    values_of,
+)
 from runtime.imaging.pictures import load_picture
 from runtime.imaging.resize import resize_linear
 from runtime.imaging.sources import PictureLike
 from runtime.imaging.specks import without_specks
-from runtime.imaging.target import check_mask, turned_mask
 
 _BACKGROUND = 255
 
@@ -58,21 +64,18 @@ def load_reference(
     with in_field("reference_mask"):
         if mask is not None:
             name = "the reference mask"
-            inside = turned_mask(mask, picture, name, "the reference", max_pixels)
+            of = MaskedPicture("the reference", picture.rgb.shape, picture.orientation)
+            inside = load_mask(mask, name, max_pixels, of)
         elif picture.alpha is not None:
             name = "the reference's opaque part"
             inside = mask_from_alpha(picture.alpha)
-            if not inside.any():
-                raise InputError(
-                    f"{name} is empty: inside is where the opacity is above {MASK_THRESHOLD}, and "
-                    f"{values_of(picture.alpha)}; give a reference mask"
-                )
+            rule = f"inside is where the opacity is above {MASK_THRESHOLD}, and {values_of(picture.alpha)}"
+            check_area(inside, name, f"{rule}; or give a reference mask")
         else:
             raise InputError(
                 "the reference has no transparency, so where the object is must be said: "
                 "give a reference mask"
             )
-        check_mask(inside, picture.rgb.shape, name, "the reference")
         if not keep_specks:
             inside = without_specks(inside, name)
     return picture.rgb, inside

@@ -112,7 +112,7 @@ def _array_of_tensor(tensor: Any) -> NDArray[Any]:
 
 def _image_of_array(array: NDArray[Any], name: str) -> Image.Image:
     pixels = array
-    if pixels.ndim == 3 and pixels.shape[0] in _CHANNELS and pixels.shape[2] not in _CHANNELS:
+    if pixels.ndim == 3 and pixels.shape[0] in _CHANNELS and pixels.shape[2] > max(_CHANNELS):
         pixels = np.moveaxis(pixels, 0, 2)
     if pixels.shape[2:] == (1,):
         pixels = pixels[..., 0]

@@ -137,11 +137,14 @@ def message_from_request(request: Request, file_format: str = "PNG") -> pb.Compo
 def _placement_message(placement: Placement) -> pb.Placement:
     if placement.box is not None and placement.mask is not None:
         raise InputError("a placement needs either a box or a mask, and not both")
-    mask, reference_mask = placement.mask, placement.reference_mask
+    mask, reference_mask, box = placement.mask, placement.reference_mask, None
+    if placement.box is not None:
+        with in_field("box"):
+            box = pb.Box(**whole_box(placement.box)._asdict())
     return pb.Placement(
         reference=_file(placement.reference, "the reference"),
         reference_mask=None if reference_mask is None else _file(reference_mask, "the reference mask"),
-        box=None if placement.box is None else pb.Box(**whole_box(placement.box)._asdict()),
+        box=box,
         mask=None if mask is None else _file(mask, "the scene mask"),
         mode=_number_of(placement.mode, MODES, "mode", "mode"),
         ratios=pb.Ratios(
