@@ -85,7 +85,7 @@ def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None
                 save_picture(result.image, path, metadata)
                 print(f"{path} (seed {result.seed})")
     for text in dict.fromkeys((*results[0].warnings, *warned)):
-        print(f"anydoor: {text}", file=sys.stderr)
+        print(f"anydoor: warning: {text}", file=sys.stderr)
 
 
 def _size_of(picture: Path | bytes) -> tuple[int, int] | None:

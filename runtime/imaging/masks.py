@@ -96,8 +96,8 @@ def _turned_like(decoded: Decoded, of: MaskedPicture, name: str) -> Decoded:
     height, width = of.shape[:2]
     if of.orientation < FIRST_SWAPPED or height == width:
         warn(
-            f"{of.name} is turned, as its EXIF says, and {name} is not: turn it if it was made by a tool that "
-            "ignores EXIF"
+            f"{of.name} is turned, as its EXIF says, and {name} is not: turn it if a tool that ignores EXIF "
+            "has made it"
         )
     elif decoded.image.size == (height, width):
         warn(f"{of.name} is turned, as its EXIF says; {name} has the size from before, and is turned too")

@@ -57,12 +57,12 @@ def read_source(source: PictureLike, name: str) -> bytes | Image.Image:
         return _bounded(bytes(source), name)
     if isinstance(source, str | os.PathLike):
         return _bounded(_read_file(Path(source), name), f"{name} '{os.fspath(source)}'")
+    if hasattr(source, "read"):
+        return _bounded(_read_open_file(source, name), name)
     if hasattr(source, "detach"):
         source = _array_of_tensor(source)
     if isinstance(source, np.ndarray):
         return _image_of_array(source, name)
-    if hasattr(source, "read"):
-        return _bounded(_read_open_file(source, name), name)
     raise InputError(
         f"{name} must be a file, its bytes, a Pillow image, an array or a tensor, not {type(source).__name__}"
     )
