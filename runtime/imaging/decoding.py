@@ -107,7 +107,7 @@ def _loaded(image: Image.Image, where: str) -> Image.Image:
 
 def _decode_file(content: bytes, where: str, max_pixels: int) -> Image.Image:
     try:
-        image = _load(content, where, max_pixels)
+        return _load(content, where, max_pixels)
     except InputError:
         raise
     except Exception as error:
@@ -115,8 +115,7 @@ def _decode_file(content: bytes, where: str, max_pixels: int) -> Image.Image:
         mended = _mended(content, where, max_pixels)
         if mended is None:
             raise InputError(f"{where} {refusal_of_format(content)}") from error
-        image = mended
-    return _with_all_bits(image, content, where)
+        return mended
 
 
 def _load(content: bytes, where: str, max_pixels: int) -> Image.Image:
@@ -131,7 +130,7 @@ def _load(content: bytes, where: str, max_pixels: int) -> Image.Image:
             ) from error
     _check_size(image, where, max_pixels)
     image.load()
-    return image
+    return _with_all_bits(image, content, where)
 
 
 def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:

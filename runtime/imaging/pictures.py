@@ -113,7 +113,7 @@ def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -
     if image.mode not in ("RGB", "L", "CMYK", "LAB"):
         image = image.convert("RGB" if not image.mode.startswith("L") else "L")
     profile = decoded.stored.info.get("icc_profile")
-    srgb = _in_srgb(image, profile, name) if profile else None
+    srgb = _in_srgb(image, profile, name) if isinstance(profile, bytes) and profile else None
     if kind:
         own = rgb = np.asarray(image.convert("RGB") if srgb is None else srgb)
     else:
@@ -240,10 +240,8 @@ def _exif(decoded: Decoded, name: str) -> bytes | None:
             tags = stored.getexif()
             exif.update({tag: tags[tag] for tag in _TIFF_TAGS if tag in tags})
         exif.pop(ExifTags.Base.Orientation, None)
-        inner = exif.get_ifd(ExifTags.IFD.Exif)
-        sides = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
-        if decoded.orientation >= FIRST_SWAPPED and all(side in inner for side in sides):
-            inner.update(zip(sides, [inner[side] for side in reversed(sides)]))
+        if decoded.orientation >= FIRST_SWAPPED and ExifTags.IFD.Exif in exif:
+            _swap_sides(exif.get_ifd(ExifTags.IFD.Exif))
         # the thumbnail is in a directory of its own, which Pillow does not write
         content = exif.tobytes() if len(exif) else None
     except Exception:
@@ -253,6 +251,13 @@ def _exif(decoded: Decoded, name: str) -> bytes | None:
         warn(f"{name} has {len(content):,} bytes of EXIF data, more than a JPEG holds: they are not kept")
         return None
     return content
+
+
+def _swap_sides(tags: dict[int, Any]) -> None:
+    """Width for height, where EXIF says them."""
+    sides = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
+    if all(side in tags for side in sides):
+        tags.update(zip(sides, [tags[side] for side in reversed(sides)]))
 
 
 def _dpi(decoded: Decoded) -> tuple[float, float] | None:
