@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from runtime import Compositor, Placement, Sampling
 from runtime.imaging.boxes import Box
 from runtime.imaging.collage import make_hint
+from runtime.imaging.masks import mask_from_alpha
 from runtime.imaging.modes import MODES
-from runtime.imaging.pictures import mask_from_alpha
 from runtime.imaging.reference import prepare_reference
 from runtime.parameters import PLACEMENT_PARAMETERS, PlacementParameters
 

@@ -21,9 +21,11 @@ from runtime.cache_size import usable_cache_bytes
 from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.drawing import Drawing
-from runtime.errors import InputError, in_field
+from runtime.errors import InputError, collecting_warnings, in_field, warn
 from runtime.imaging.geometry import Ratios
-from runtime.imaging.pictures import PictureLike, load_picture
+from runtime.imaging.pictures import Picture
+from runtime.imaging.scene import load_scene, upright_mask
+from runtime.imaging.sources import PictureLike
 from runtime.job import ImageJob, Job
 from runtime.parameters import (
     PLACEMENT_PARAMETERS,
@@ -186,7 +188,7 @@ class Compositor:
         """The scene with the object in it, or several such pictures.
 
         Args:
-            scene: file, bytes, Pillow image or array.
+            scene: file, bytes, open file, Pillow image, array or tensor.
             placements: the object and its place; several are placed one after the other.
             seed: the same seed gives the same picture bit for bit on one machine; random if None. Picture i
                 of several has the seed `seed + i`.
@@ -194,6 +196,11 @@ class Compositor:
             num_images: how many pictures to return as a list; None returns a single one.
             initial_noise: (N, C, h, w) standard normal latents to start from instead of those of the seeds.
             on_step: called with (steps done, steps in all).
+
+        Returns:
+            Pictures as the scene is: transparent where it is, in the colours of its profile, which is in
+            their `info` with its EXIF and resolution. What a caller should know about how pictures and masks
+            were read comes as an `InputWarning` of Python's.
 
         Raises:
             InputError: something about the request cannot be used, in one sentence.
@@ -255,7 +262,10 @@ class Compositor:
         return images[0] if num_images is None else images
 
     def _images(self, request: Request, on_step: StepCallback | None) -> list[Image.Image]:
-        return [Image.fromarray(result.image) for result in self.run(request, on_step)]
+        results = self.run(request, on_step)
+        for text in results[0].warnings:
+            warn(text)
+        return [result.to_pillow() for result in results]
 
     def run(self, request: Request, on_step: StepCallback | None = None) -> list[Composite]:
         """All pictures of a request, with seeds, regions and times.
@@ -302,12 +312,16 @@ class Compositor:
         if noise is not None:
             noise = check_initial_noise(noise, (num_images, *self.bundle.manifest.latent_shape))
         watch = Stopwatch()
-        with watch.measure("read"), in_field("scene"):
-            scene = self._load_scene(request, limits)
-        prepared = []
-        for index, placement in enumerate(request.placements):
-            with in_placement(request, index):
-                prepared.append(self._prepare(request, placement, scene, limits, watch))
+        with collecting_warnings() as warnings:
+            with watch.measure("read"), in_field("scene"):
+                seen, scene = self._load_scene(request, limits)
+            prepared = []
+            for index, placement in enumerate(request.placements):
+                with in_placement(request, index):
+                    if placement.mask is not None:
+                        mask = upright_mask(placement.mask, scene, limits.pixels)
+                        placement = replace(placement, mask=mask)
+                    prepared.append(self._prepare(request, placement, seen, limits, watch))
         job = Job(
             system=self.system,
             scene=scene,
@@ -317,8 +331,9 @@ class Compositor:
             seeds=[seed + i for i in range(num_images)],
             initial_noise=noise,
             watch=watch,
+            warnings=warnings,
         )
-        job.images = [ImageJob(job, index, seed, scene, prepared[0]) for index, seed in enumerate(job.seeds)]
+        job.images = [ImageJob(job, index, seed, seen, prepared[0]) for index, seed in enumerate(job.seeds)]
         return job
 
     def _prepare(
@@ -361,11 +376,11 @@ class Compositor:
             check_blank(request.scene, self.bundle.manifest.picture_size)
         return sampling
 
-    def _load_scene(self, request: Request, limits: Limits) -> NDArray[np.uint8]:
-        """The scene, (H, W, 3) RGB; grey if there is none."""
+    def _load_scene(self, request: Request, limits: Limits) -> tuple[NDArray[np.uint8], Picture]:
+        """What the networks see of the scene, (H, W, 3) RGB, and the scene; grey if there is none."""
         if isinstance(request.scene, Blank):
-            return np.full((*self.bundle.manifest.picture_size, 3), 128, np.uint8)
-        return load_picture(request.scene, "the scene", limits.pixels).rgb
+            return load_scene(np.full((*self.bundle.manifest.picture_size, 3), 128, np.uint8))
+        return load_scene(request.scene, limits.pixels)
 
     def _schedule(self, sampling: SamplingParameters) -> Schedule:
         make = SAMPLERS[sampling.sampler]

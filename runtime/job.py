@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from runtime.diffusion.ddim import Schedule
 from runtime.imaging.boxes import Box
+from runtime.imaging.pictures import Picture
+from runtime.imaging.scene import with_own_pixels
 from runtime.parameters import SamplingParameters
 from runtime.result import Composite, Stopwatch
 from runtime.sampling.conditions import Conditions
@@ -28,8 +30,8 @@ class Job:
     """A request whose pictures are decoded and whose parameters are checked."""
 
     system: System
-    scene: NDArray[np.uint8]
-    """(H, W, 3) RGB."""
+    scene: Picture
+    """As it was given; what the networks see of it is where the pictures start."""
     placements: list[Prepared]
     """In the scene as it is given."""
     sampling: SamplingParameters
@@ -43,6 +45,8 @@ class Job:
     """What the first placement of all pictures shares; set when the first of them starts."""
     images: list[ImageJob] = field(default_factory=list)
     """One per seed."""
+    warnings: list[str] = field(default_factory=list)
+    """What the caller should know about how the pictures were read."""
 
     @property
     def total_steps(self) -> int:
@@ -52,7 +56,17 @@ class Job:
     def results(self) -> list[Composite]:
         """The finished pictures."""
         seconds = self.watch.seconds
-        return [Composite(of.image, of.seed, tuple(of.regions), dict(seconds)) for of in self.images]
+        return [
+            Composite(
+                image=of.finished(),
+                seed=of.seed,
+                regions=tuple(of.regions),
+                seconds=dict(seconds),
+                metadata=self.scene.metadata,
+                warnings=tuple(self.warnings),
+            )
+            for of in self.images
+        ]
 
 
 @dataclass(eq=False)
@@ -64,7 +78,7 @@ class ImageJob:
     """Which of the job's pictures this is."""
     seed: int
     image: NDArray[np.uint8]
-    """(H, W, 3) RGB."""
+    """(H, W, 3) in sRGB."""
     prepared: Prepared
     """The next placement."""
     regions: list[Box] = field(default_factory=list)
@@ -79,6 +93,10 @@ class ImageJob:
     def done(self) -> bool:
         """Whether all objects are placed."""
         return self.placed == len(self.job.placements)
+
+    def finished(self) -> NDArray[np.uint8]:
+        """The picture in the scene's own colours and with its transparency, (H, W, 3) or (H, W, 4)."""
+        return with_own_pixels(self.image, self.job.scene, self.regions)
 
     def new_generator(self) -> np.random.Generator:
         """The random numbers of the next placement."""

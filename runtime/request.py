@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError
-from runtime.imaging.pictures import PictureLike
+from runtime.imaging.sources import PictureLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +23,12 @@ class Placement:
 
     reference: PictureLike | None = None
     """Picture of the object."""
-    reference_mask: PictureLike | NDArray[np.bool_] | None = None
+    reference_mask: PictureLike | None = None
     """Where the object is in it; its transparency if None."""
-    box: tuple[int, int, int, int] | None = None
-    """Place: x0, y0, x1, y1 in pixels of the scene, x1 and y1 exclusive. May cross the scene's border."""
-    mask: PictureLike | NDArray[np.bool_] | None = None
+    box: Sequence[float] | None = None
+    """Place: x0, y0, x1, y1 in whole pixels of the scene, x1 and y1 exclusive. May cross the scene's
+    border."""
+    mask: PictureLike | None = None
     """Place: a mask of the scene's size, instead of a box."""
     mode: str | None = None
     """How it is placed, one of `runtime.imaging.modes.MODES`: "crop" generates the surroundings of the place
@@ -43,6 +44,9 @@ class Placement:
     """What to draw, in words, instead of a reference."""
     negative_prompt: str | None = None
     """What guidance leads away from, in words; nothing in particular if None."""
+    keep_specks: bool = False
+    """Whether pixels of a mask that lie far from the rest belong to it, as in the original; if not, they are
+    left out with a warning (`runtime.imaging.specks`)."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Request:
     """Everything that makes a picture."""
 
     scene: PictureLike | Blank
-    """File, bytes, Pillow image or array; or none."""
+    """File, bytes, Pillow image, array or tensor; or none."""
     placements: Sequence[Placement]
     """What goes where; placed one after the other, each into the result of the one before."""
     seed: int | None = None

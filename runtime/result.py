@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from runtime.imaging.boxes import Box
+from runtime.imaging.pictures import NO_METADATA, Metadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +21,24 @@ class Composite:
     """One picture, and how it came about."""
 
     image: NDArray[np.uint8]
-    """(H, W, 3) RGB, of the scene's size."""
+    """(H, W, 3) of the scene's size, in the colours of its profile; (H, W, 4) if it is transparent in
+    parts."""
     seed: int
     """Gives the same picture again, on the same machine and bundle."""
     regions: tuple[Box, ...]
     """Per placement: the only part of the scene that it may have changed."""
     seconds: dict[str, float]
     """Stage -> time spent, for all pictures of the call together."""
+    metadata: Metadata = NO_METADATA
+    """The scene's: profile, EXIF and resolution."""
+    warnings: tuple[str, ...] = ()
+    """What the caller should know about how the pictures and masks were read, a sentence each."""
+
+    def to_pillow(self) -> Image.Image:
+        """The picture, with its metadata in `info`."""
+        image = Image.fromarray(self.image)
+        image.info.update(self.metadata.info)
+        return image
 
 
 class Stopwatch:

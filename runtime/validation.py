@@ -1,7 +1,7 @@
 """Where a request is refused: every range and limit of its parameters, checked before any work.
 
-Pictures, masks and boxes are refused where they are read: `runtime.imaging.pictures`, `reference` and
-`target`.
+Pictures, masks and boxes are refused where they are read: `runtime.imaging.decoding`, `masks`,
+`reference` and `target`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from runtime.diffusion.ddim import MAX_STEPS
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError, in_field
-from runtime.imaging.pictures import MAX_PIXELS
+from runtime.imaging.decoding import MAX_PIXELS
 from runtime.imaging.target import is_integer
 from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS, SamplingParameters
 from runtime.request import Blank, Placement, Request, check_prompt

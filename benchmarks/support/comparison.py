@@ -303,6 +303,7 @@ class RunComparison:
             reference_ratio=ratios.reference,
             box_ratio=ratios.box,
             crop_ratio=ratios.crop,
+            keep_specks=True,
         )
         noise = arrays["x_T"].astype(np.float32)
         request = Request(arrays["tar_image"], [placement], 0, self._networks.sampling(), 1, noise)

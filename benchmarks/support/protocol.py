@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from benchmarks.support.baselines import exact_box, on_white
 from engines.errors import AnyDoorError
 from runtime.imaging.boxes import Box
-from runtime.imaging.pictures import load_mask, load_picture, mask_from_alpha
+from runtime.imaging.masks import load_mask, mask_from_alpha
+from runtime.imaging.pictures import load_picture
 
 Picture = NDArray[np.uint8]
 

@@ -24,7 +24,8 @@ from benchmarks.support.sampling_step import guided_step
 from engines.manifest import MANIFEST, read_manifest
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.diffusion.noise_schedule import alphas_cumprod
-from runtime.imaging.pictures import PictureLike, load_picture
+from runtime.imaging.pictures import load_picture
+from runtime.imaging.sources import PictureLike
 from runtime.parameters import (
     PLACEMENT_PARAMETERS,
     SamplingParameters,

@@ -9,6 +9,7 @@ from typing import Any
 from runtime.cli.flags import given
 from runtime.cli.output import check_output
 from runtime.cli.pictures import add_picture_flags, check_flags, common_arguments, make_pictures
+from runtime.cli.standard_streams import read_standard_input
 from runtime.errors import InputError
 from runtime.imaging.modes import MODES
 from runtime.request import Placement, Request
@@ -25,9 +26,10 @@ anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --num
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --quality fast -o out.png
 anydoor composite --prompt "a sks cup" --scene desk.jpg --box 80,60,300,260 --bundle build/sks -o out.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --server gpu:50051 -o out.png
+anydoor composite --reference cup.png --scene - --box 80,60,300,260 -o - < desk.jpg > out.png
 """
 
-_PLACEMENT = ("mode", "reference_ratio", "box_ratio", "crop_ratio", "negative_prompt")
+_PLACEMENT = ("mode", "reference_ratio", "box_ratio", "crop_ratio", "negative_prompt", "keep_specks")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +49,7 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=Path,
         metavar="FILE",
-        help="picture of the object",
+        help="picture of the object; of all pictures, one may be -, standard input",
     )
     group.add_argument(
         "--prompt",
@@ -84,6 +86,11 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         choices=list(MODES),
         help="crop: surroundings are generated anew; shape: the mask is filled; keep_background: nothing "
         "outside the place changes (default: the model's)",
+    )
+    group.add_argument(
+        "--keep-specks",
+        action="store_true",
+        help="let pixels of a mask that lie far from the rest belong to it, as the original does",
     )
     for name, what in (
         ("--reference-ratio", "white around the object"),
@@ -122,22 +129,23 @@ def run(options: argparse.Namespace) -> int:
     masks = chosen.pop("reference_mask") or []
     _check_counts(objects, len(places), len(masks))
     check_flags(options)
-    check_output(options.output, options.scene, options.num_images, options.grid)
+    (scene,), objects, masks, places = read_standard_input([options.scene], objects, masks, places)
+    check_output(options.output, scene, options.num_images, options.grid)
     common = given(options, _PLACEMENT)
     placements = [
         Placement(**_object(what), reference_mask=mask, **_place(place), **common)
         for what, place, mask in zip(objects, places, masks or [None] * len(objects))
     ]
-    make_pictures(Request.of(options.scene, placements, **common_arguments(options)), options)
+    make_pictures(Request.of(scene, placements, **common_arguments(options)), options)
     return 0
 
 
-def _object(what: Path | str) -> dict[str, Any]:
-    return {"reference" if isinstance(what, Path) else "prompt": what}
+def _object(what: Path | bytes | str) -> dict[str, Any]:
+    return {"prompt" if isinstance(what, str) else "reference": what}
 
 
-def _place(place: Path | tuple[int, int, int, int]) -> dict[str, Any]:
-    return {"mask" if isinstance(place, Path) else "box": place}
+def _place(place: Path | bytes | tuple[int, int, int, int]) -> dict[str, Any]:
+    return {"box" if isinstance(place, tuple) else "mask": place}
 
 
 def _check_counts(objects: list[Path | str], places: int, masks: int) -> None:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from runtime.errors import InputError
-from runtime.imaging.pictures import check_size, contact_sheet, format_of, save_picture, sheet_size
+from runtime.cli.standard_streams import STREAM, check_standard_output, write_standard_output
+from runtime.errors import InputError, collecting_warnings
+from runtime.imaging.decoding import FIRST_SWAPPED
+from runtime.imaging.pictures import (
+    check_size,
+    contact_sheet,
+    encode_picture,
+    format_of,
+    save_picture,
+    sheet_size,
+)
 from runtime.result import Composite
 
-_FIRST_TURNED = 5
-"""EXIF orientations from this one on swap width and height."""
 
-
-def check_output(output: Path, scene: Path | None, num_images: int, grid: bool) -> None:
+def check_output(output: Path, scene: Path | bytes | None, num_images: int, grid: bool) -> None:
     """Refuses an output that could not be written after minutes of work.
 
     Args:
         output: as given with --output.
-        scene: the picture whose size the output has; not decoded. None if there is none.
+        scene: the picture whose size the output has, or the bytes of its file; not decoded. None if there is
+            none.
         num_images: how many pictures there will be.
         grid: whether they are written as one contact sheet.
 
@@ -30,6 +39,9 @@ def check_output(output: Path, scene: Path | None, num_images: int, grid: bool) 
         InputError: the name has no known ending, its format cannot hold a picture of the size, or its folder
             is missing or cannot be written to.
     """
+    if output == STREAM:
+        check_standard_output(1 if grid else num_images)
+        return
     format_of(output)
     folder = output.parent
     if not folder.is_dir():
@@ -52,30 +64,40 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 
 def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None:
-    """Writes pictures, and prints their names and seeds.
+    """Writes pictures, and prints their names and seeds, and on standard error their warnings.
 
     Raises:
         InputError: a file cannot be written.
     """
-    images = [result.image for result in results]
+    images, metadata = [result.image for result in results], results[0].metadata
+    seeds = f"(seed {results[0].seed})"
     if grid:
-        save_picture(contact_sheet(images), output)
-        print(f"{output} (seeds {results[0].seed} to {results[-1].seed})")
-        return
-    for path, result in zip(output_paths(output, len(results)), results):
-        save_picture(result.image, path)
-        print(f"{path} (seed {result.seed})")
+        images = [contact_sheet(images)]
+        seeds = f"(seeds {results[0].seed} to {results[-1].seed})"
+    with collecting_warnings() as warned:
+        if output == STREAM:
+            write_standard_output(encode_picture(images[0], "PNG", metadata))
+            print(f"standard output {seeds}", file=sys.stderr)
+        elif grid:
+            save_picture(images[0], output, metadata)
+            print(f"{output} {seeds}")
+        else:
+            for path, result in zip(output_paths(output, len(results)), results):
+                save_picture(result.image, path, metadata)
+                print(f"{path} (seed {result.seed})")
+    for text in dict.fromkeys((*results[0].warnings, *warned)):
+        print(f"anydoor: warning: {text}", file=sys.stderr)
 
 
-def _size_of(picture: Path) -> tuple[int, int] | None:
+def _size_of(picture: Path | bytes) -> tuple[int, int] | None:
     """(width, height) in pixels, from the head of a file; None if it cannot be read, which is refused
     later."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures; those that are too large are refused when they are decoded
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(picture) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= _FIRST_TURNED
+            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_SWAPPED
                 return (image.height, image.width) if turned else image.size
     except Exception:
         # on a damaged file Pillow's readers raise almost any class there is

@@ -40,7 +40,14 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of sampling, output, machine and server."""
     _add_sampling_flags(parser)
     out = parser.add_argument_group("output")
-    out.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .jpg or .webp")
+    out.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".png, .jpg, .webp or .avif; - writes a PNG to standard output",
+    )
     out.add_argument(
         "--num-images", type=int, default=1, metavar="N", help="pictures with seeds S, S+1, ... (default: 1)"
     )

@@ -14,6 +14,7 @@ from runtime.client.connection import (
     StepCallback,
     event_of,
     note,
+    pictures_of,
 )
 from runtime.request import Request
 from runtime.result import Composite
@@ -81,7 +82,4 @@ class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, An
     async def _images(
         self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
     ) -> Image.Image | list[Image.Image]:
-        images = [
-            Image.fromarray(result.image) for result in await self.run(request, on_step, timeout=timeout)
-        ]
-        return images[0] if single else images
+        return pictures_of(await self.run(request, on_step, timeout=timeout), single)

@@ -13,6 +13,7 @@ from runtime.client.connection import (
     StepCallback,
     event_of,
     note,
+    pictures_of,
 )
 from runtime.request import Request
 from runtime.result import Composite
@@ -92,5 +93,4 @@ class Client(Connection[Image.Image, list[Image.Image]]):
     def _images(
         self, request: Request, single: bool, on_step: StepCallback | None, timeout: float | None
     ) -> Image.Image | list[Image.Image]:
-        images = [Image.fromarray(result.image) for result in self.run(request, on_step, timeout=timeout)]
-        return images[0] if single else images
+        return pictures_of(self.run(request, on_step, timeout=timeout), single)

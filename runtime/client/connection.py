@@ -12,10 +12,11 @@ from typing import Any, Generic, TypeVar, overload
 import grpc
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from engines.errors import AnyDoorError
-from runtime.errors import InputError
-from runtime.imaging.pictures import PictureLike
+from runtime.errors import InputError, warn
+from runtime.imaging.sources import PictureLike
 from runtime.request import Placement, Request, Sampling
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
@@ -268,6 +269,14 @@ class Connection(Generic[One, Several]):
             grpc.StatusCode.UNAUTHENTICATED: f"{server} does not let you in",
         }.get(code, f"{server} failed ({code.name}{f', request {request_id}' if request_id else ''})")
         return ServerError(f"{text}: {error.details()}", code.name, request_id)
+
+
+def pictures_of(results: list[Composite], single: bool) -> Image.Image | list[Image.Image]:
+    """The pictures of a request, or its single one; its warnings become Python's."""
+    for text in results[0].warnings:
+        warn(text)
+    images = [result.to_pillow() for result in results]
+    return images[0] if single else images
 
 
 def event_of(response: pb.CompositeStreamResponse) -> ClientEvent:

@@ -1,52 +1,100 @@
-"""Pictures and masks, in and out: any common file or array to RGB uint8, bounded before it is decoded."""
+"""Pictures, in and out: any common file or array to RGB uint8 and back, with what belongs to a picture."""
 
 from __future__ import annotations
 
 import errno
 import io
+import math
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from engines.files import write_bytes
-from runtime.errors import InputError
+from runtime.errors import InputError, warn
+from runtime.imaging.colour_profile import ProfileError, to_srgb
+from runtime.imaging.decoding import FIRST_SWAPPED, MAX_PIXELS, Decoded, decode
+from runtime.imaging.formats import HAS_AVIF
+from runtime.imaging.masks import has_transparency, opacity
+from runtime.imaging.mending import MAX_PROFILE_BYTES
+from runtime.imaging.sources import PictureLike
 
-MAX_FILE_BYTES = 256 * 1024 * 1024
-MAX_PIXELS = 100_000_000
-"""Largest picture that is decoded; 100 megapixels take 300 MB."""
-MAX_SIDE = 65_535
-"""Longest side, that of a JPEG: making a picture square takes memory by its side, not by its area."""
+WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"} | (
+    {".avif": "AVIF"} if HAS_AVIF else {}
+)
+_LARGEST_SIDES = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 32_768}
+"""In pixels, as libjpeg, the WebP container and libavif's readers have it; a PNG has no such limit in
+practice."""
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "PNG": {"compress_level": 6},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+}
 
-READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_LARGEST_SIDES = {"JPEG": 65_500, "WEBP": 16_383}
-"""In pixels, as libjpeg and the WebP container have it; a PNG has no such limit in practice."""
+BACKGROUND = 255
+"""White: what lies behind a transparent picture where there is no transparency."""
 
-MASK_THRESHOLD = 128
-"""A pixel of a mask or of an alpha channel (0..255) is covered above this value, as in the original."""
+_MAX_EXIF_BYTES = 65_527
+"""A JPEG's segment holds no more."""
+_MAX_DPI = 65_535
+_NEARLY_BLACK = 8
+_KINDS = {"1": "black and white", "L": "grey", "LA": "grey", "CMYK": "CMYK", "LAB": "Lab", "YCbCr": "YCbCr"}
+_TIFF_TAGS = (
+    *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software),
+    *(ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright),
+)
+"""What a TIFF's own tags say of the picture, not of the file."""
 
-PictureLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
-"""A file, the bytes of one, a Pillow image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8."""
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says of a picture beside its pixels; each None where it says nothing."""
+
+    icc_profile: bytes | None = None
+    """Of its colours; sRGB if None."""
+    exif: bytes | None = None
+    """Without orientation and thumbnail, beginning with "Exif"."""
+    dpi: tuple[float, float] | None = None
+    """Pixels per inch along x and y."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What Pillow takes, as arguments of `save` or in an image's `info`."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+NO_METADATA = Metadata()
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A decoded picture."""
+    """A decoded picture, upright."""
 
     rgb: NDArray[np.uint8]
-    """(H, W, 3), upright."""
+    """(H, W, 3) in sRGB."""
     alpha: NDArray[np.uint8] | None
     """(H, W) opacity, if the picture has any transparency."""
+    own: NDArray[np.uint8]
+    """(H, W, 3) in its own colours, those of `metadata.icc_profile`; `rgb` itself where they are sRGB."""
+    metadata: Metadata
+    kind: str
+    """What its colours are if not RGB, like "CMYK"; empty if they are."""
+    orientation: int
+    """EXIF orientation that was undone, `UPRIGHT` if none."""
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(H, W, 3) in its own colours, or (H, W, 4) with its transparency."""
+        return self.own if self.alpha is None else np.dstack([self.own, self.alpha])
 
 
 def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Decodes a picture: greyscale, palette, 16-bit, CMYK, transparent or turned by EXIF.
+    """Decodes a picture: greyscale, palette, 16-bit, CMYK, transparent, with a profile, or turned by EXIF.
 
     Args:
         source: where the picture is.
@@ -56,56 +104,52 @@ def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -
     Raises:
         InputError: it is not a picture, is damaged, or is too large.
     """
-    image = _upright(_decode(source, name, max_pixels), name)
-    has_alpha = "A" in image.getbands() or "transparency" in image.info
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    if not has_alpha:
-        return Picture(np.asarray(image.convert("RGB")), None)
-    rgba = np.asarray(image.convert("RGBA"))
-    alpha = rgba[..., 3]
-    return Picture(np.ascontiguousarray(rgba[..., :3]), None if (alpha == 255).all() else alpha)
+    decoded = decode(source, name, max_pixels)
+    image = decoded.image
+    kind = _KINDS.get(image.mode, "")
+    alpha = opacity(image) if has_transparency(image) else None
+    if alpha is not None and (alpha == 255).all():
+        alpha = None
+    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        image = image.convert("RGB" if not image.mode.startswith("L") else "L")
+    profile = decoded.stored.info.get("icc_profile")
+    srgb = _in_srgb(image, profile, name) if isinstance(profile, bytes) and profile else None
+    if kind:
+        own = rgb = np.asarray(image.convert("RGB") if srgb is None else srgb)
+    else:
+        own = np.asarray(image)
+        rgb = own if srgb is None or srgb is image else np.asarray(srgb)
+    if 0 < rgb.max() < _NEARLY_BLACK:
+        warn(f"{name} is nearly black: the largest of its values is {rgb.max()} of 255")
+    metadata = Metadata(
+        profile if srgb is not None and not kind else None, _exif(decoded, name), _dpi(decoded)
+    )
+    return Picture(rgb, alpha, own, metadata, kind, decoded.orientation)
 
 
-def load_mask(
-    source: PictureLike | NDArray[Any], name: str, max_pixels: int = MAX_PIXELS
-) -> NDArray[np.bool_]:
-    """A mask (H, W): first channel above 128, or not 0 where no value exceeds 1.
-
-    Args:
-        source: a picture, or an array of bool or of 0 and 1.
-        name: what to call it in an error.
-        max_pixels: see `load_picture`.
-
-    Raises:
-        InputError: it is not a picture, is damaged, or is too large.
-    """
-    if isinstance(source, np.ndarray) and source.dtype == np.bool_:
-        source = source.astype(np.uint8)
-    values = load_picture(source, name, max_pixels).rgb[..., 0]
-    return values > (MASK_THRESHOLD if values.max() > 1 else 0)
-
-
-def mask_from_alpha(alpha: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """The mask of a picture's opaque part, as the original takes it: more than 128."""
-    return alpha > MASK_THRESHOLD
-
-
-def encode_picture(image: NDArray[np.uint8], file_format: str) -> bytes:
-    """The bytes of a picture file.
+def encode_picture(image: NDArray[np.uint8], file_format: str, metadata: Metadata = NO_METADATA) -> bytes:
+    """The bytes of a picture file. Where the format has no transparency, the picture is put on white.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
-        file_format: PNG, JPEG or WEBP.
+        image: (H, W, 3) uint8 RGB or (H, W, 4) RGBA.
+        file_format: PNG, JPEG, WEBP or AVIF.
+        metadata: what the file says of it.
     """
+    if file_format == "JPEG" and image.shape[2] == 4:
+        warn("a JPEG holds no transparency: the picture is on white; a PNG or a WebP keeps it")
+        image = on_white(image[..., :3], image[..., 3])
     buffer = io.BytesIO()
-    settings = {
-        "PNG": {"compress_level": 6},
-        "JPEG": {"quality": 95, "subsampling": 0},
-        "WEBP": {"quality": 95},
-    }
-    Image.fromarray(image).save(buffer, file_format, **settings[file_format])
+    Image.fromarray(image).save(buffer, file_format, **_SETTINGS[file_format], **metadata.info)
     return buffer.getvalue()
+
+
+def on_white(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A transparent picture on `BACKGROUND`: (H, W, 3) of (H, W, 3) and its opacity (H, W)."""
+    result = Image.new("RGB", (rgb.shape[1], rgb.shape[0]), (BACKGROUND,) * 3)
+    result.paste(
+        Image.fromarray(np.ascontiguousarray(rgb)), mask=Image.fromarray(np.ascontiguousarray(alpha))
+    )
+    return np.asarray(result)
 
 
 def format_of(path: Path) -> str:
@@ -133,7 +177,7 @@ def check_size(size: tuple[int, int], path: Path) -> None:
         )
 
 
-def save_picture(image: NDArray[np.uint8], path: str | Path) -> None:
+def save_picture(image: NDArray[np.uint8], path: str | Path, metadata: Metadata = NO_METADATA) -> None:
     """Writes a picture beside its place, then renames it: nobody sees half a file.
 
     Raises:
@@ -142,7 +186,7 @@ def save_picture(image: NDArray[np.uint8], path: str | Path) -> None:
     """
     path = Path(path)
     check_size((image.shape[1], image.shape[0]), path)
-    content = encode_picture(image, format_of(path))
+    content = encode_picture(image, format_of(path), metadata)
     if not path.parent.is_dir():
         raise InputError(f"cannot write '{path}': {os.strerror(errno.ENOENT)}")
     try:
@@ -159,11 +203,11 @@ def sheet_size(size: tuple[int, int], count: int, gap: int = 8) -> tuple[int, in
 
 
 def contact_sheet(images: list[NDArray[np.uint8]], gap: int = 8) -> NDArray[np.uint8]:
-    """Pictures of one size in a near-square grid on white."""
+    """Pictures of one size, all RGB or all RGBA, in a near-square grid on white."""
     columns = _columns(len(images))
-    height, width = images[0].shape[:2]
+    height, width, channels = images[0].shape
     sheet_width, sheet_height = sheet_size((width, height), len(images), gap)
-    sheet = np.full((sheet_height, sheet_width, 3), 255, np.uint8)
+    sheet = np.full((sheet_height, sheet_width, channels), 255, np.uint8)
     for index, image in enumerate(images):
         y, x = (index // columns) * (height + gap), (index % columns) * (width + gap)
         sheet[y : y + height, x : x + width] = image
@@ -175,72 +219,54 @@ def _columns(count: int) -> int:
     return int(np.ceil(np.sqrt(count)))
 
 
-def _decode(source: PictureLike, name: str, max_pixels: int) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, np.ndarray):
-        return _from_array(source, name)
-    where = name if isinstance(source, bytes) else f"{name} '{source}'"
-    content = source if isinstance(source, bytes) else _read(Path(source), where)
-    if len(content) > MAX_FILE_BYTES:
-        raise InputError(f"{where} has {len(content)} bytes; at most {MAX_FILE_BYTES} are read")
+def _in_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image | None:
+    """The image by its profile; None, with a warning, if that cannot be used."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large pictures; the limit below is the one that counts
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{where} has more than {max_pixels:,} pixels, the most that are decoded") from error
-    except Exception as error:
-        # on a damaged file Pillow's readers raise almost any class there is
-        raise InputError(f"{where} is not a picture ({', '.join(READABLE_FORMATS)} are read)") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise InputError(
-            f"{where} is {width} x {height}: more than {max_pixels:,} pixels, the most that are decoded"
-        )
-    if max(width, height) > MAX_SIDE:
-        raise InputError(f"{where} is {width} x {height}: a side may have at most {MAX_SIDE:,} pixels")
+        if len(profile) > MAX_PROFILE_BYTES:
+            raise ProfileError(f"it has more than {MAX_PROFILE_BYTES} bytes")
+        return to_srgb(image, profile)
+    except ProfileError as error:
+        warn(f"{name} has a colour profile that cannot be used ({error}): its colours are taken as sRGB")
+        return None
+
+
+def _exif(decoded: Decoded, name: str) -> bytes | None:
+    """EXIF of the upright picture, without its thumbnail."""
+    stored, exif = decoded.stored, Image.Exif()
     try:
-        image.load()
-    except Exception as error:
-        raise InputError(f"{where} is damaged or cut short") from error
-    return image
+        if "exif" in stored.info:
+            exif.load(stored.info["exif"])
+        else:
+            tags = stored.getexif()
+            exif.update({tag: tags[tag] for tag in _TIFF_TAGS if tag in tags})
+        exif.pop(ExifTags.Base.Orientation, None)
+        if decoded.orientation >= FIRST_SWAPPED and ExifTags.IFD.Exif in exif:
+            _swap_sides(exif.get_ifd(ExifTags.IFD.Exif))
+        # the thumbnail is in a directory of its own, which Pillow does not write
+        content = exif.tobytes() if len(exif) else None
+    except Exception:
+        # in damaged EXIF data Pillow raises almost any class there is
+        return None
+    if content and len(content) > _MAX_EXIF_BYTES:
+        warn(f"{name} has {len(content):,} bytes of EXIF data, more than a JPEG holds: they are not kept")
+        return None
+    return content
 
 
-def _read(path: Path, where: str) -> bytes:
+def _swap_sides(tags: dict[int, Any]) -> None:
+    """Width for height, where EXIF says them."""
+    sides = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
+    if all(side in tags for side in sides):
+        tags.update(zip(sides, [tags[side] for side in reversed(sides)]))
+
+
+def _dpi(decoded: Decoded) -> tuple[float, float] | None:
+    """Pixels per inch, if the file has any that make sense."""
     try:
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"cannot read {where}: {error.strerror}") from error
-
-
-def _from_array(array: NDArray[np.uint8], name: str) -> Image.Image:
-    channels = array.shape[2:]
-    if (
-        array.dtype != np.uint8
-        or array.ndim not in (2, 3)
-        or channels not in ((), (3,), (4,))
-        or not array.size
-    ):
-        raise InputError(
-            f"{name} must be an array (H, W), (H, W, 3) or (H, W, 4) of uint8, "
-            f"not {array.dtype} of shape {array.shape}"
-        )
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, ZeroDivisionError):
-        # damaged EXIF data does not make the pixels unusable
-        return image
-
-
-def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """16-bit greyscale keeps its top 8 bits; Pillow would clip it to white."""
-    values = values.astype(np.float64)
-    scale = 257.0 if values.max(initial=0) > 255 else 1.0
-    return np.clip(values / scale, 0, 255).astype(np.uint8)
+        x, y = (float(value) for value in decoded.stored.info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    # files that say nothing have 1 or 0 there
+    if not all(math.isfinite(value) and 1 < value <= _MAX_DPI for value in (x, y)):
+        return None
+    return (y, x) if decoded.orientation >= FIRST_SWAPPED else (x, y)

@@ -11,10 +11,20 @@ from numpy.typing import NDArray
 
 from runtime.errors import InputError, in_field
 from runtime.imaging.boxes import Padding, bounding_box, expansion_padding, square_padding
+from runtime.imaging.decoding import MAX_PIXELS
 from runtime.imaging.high_frequency_map import high_frequency_map
-from runtime.imaging.pictures import MAX_PIXELS, PictureLike, load_mask, load_picture, mask_from_alpha
+from runtime.imaging.masks import (
+    MASK_THRESHOLD,
+    MaskedPicture,
+    check_area,
+    load_mask,
+    mask_from_alpha,
+    values_of,
+)
+from runtime.imaging.pictures import load_picture
 from runtime.imaging.resize import resize_linear
-from runtime.imaging.target import check_mask
+from runtime.imaging.sources import PictureLike
+from runtime.imaging.specks import without_specks
 
 _BACKGROUND = 255
 
@@ -33,7 +43,7 @@ class PreparedReference:
 
 
 def load_reference(
-    source: PictureLike, mask: PictureLike | NDArray[np.bool_] | None, max_pixels: int = MAX_PIXELS
+    source: PictureLike, mask: PictureLike | None, max_pixels: int = MAX_PIXELS, keep_specks: bool = False
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Decodes the picture of an object, and where the object is in it.
 
@@ -41,9 +51,10 @@ def load_reference(
         source: the picture.
         mask: where the object is; the picture's opaque part if None.
         max_pixels: of each picture.
+        keep_specks: whether pixels far from the object belong to it; see `runtime.imaging.specks`.
 
     Returns:
-        (H, W, 3) uint8 RGB and the mask (H, W).
+        (H, W, 3) uint8 sRGB and the mask (H, W).
 
     Raises:
         InputError: a picture cannot be used, or nothing says where the object is.
@@ -52,16 +63,21 @@ def load_reference(
         picture = load_picture(source, "the reference", max_pixels)
     with in_field("reference_mask"):
         if mask is not None:
-            inside = load_mask(mask, "the reference mask", max_pixels)
-            check_mask(inside, picture.rgb.shape, "the reference mask", "the reference")
+            name = "the reference mask"
+            of = MaskedPicture("the reference", picture.rgb.shape, picture.orientation)
+            inside = load_mask(mask, name, max_pixels, of)
         elif picture.alpha is not None:
+            name = "the reference's opaque part"
             inside = mask_from_alpha(picture.alpha)
-            check_mask(inside, picture.rgb.shape, "the reference's opaque part", "the reference")
+            rule = f"inside is where the opacity is above {MASK_THRESHOLD}, and {values_of(picture.alpha)}"
+            check_area(inside, name, f"{rule}; or give a reference mask")
         else:
             raise InputError(
                 "the reference has no transparency, so where the object is must be said: "
                 "give a reference mask"
             )
+        if not keep_specks:
+            inside = without_specks(inside, name)
     return picture.rgb, inside
 
 

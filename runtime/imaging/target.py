@@ -8,15 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError, in_field
-from runtime.imaging.boxes import SMALLEST_MASK_AREA, Box
-from runtime.imaging.pictures import MAX_PIXELS, PictureLike, load_mask
+from runtime.imaging.boxes import Box
+from runtime.imaging.decoding import MAX_PIXELS
+from runtime.imaging.masks import MaskedPicture, load_mask
+from runtime.imaging.sources import PictureLike
+from runtime.imaging.specks import without_specks
+
+SCENE_MASK = "the scene mask"
 
 
 def load_target(
-    box: Sequence[int] | None,
-    mask: PictureLike | NDArray[np.bool_] | None,
+    box: Sequence[float] | None,
+    mask: PictureLike | None,
     scene: NDArray[np.uint8],
     max_pixels: int = MAX_PIXELS,
+    keep_specks: bool = False,
 ) -> Box | NDArray[np.bool_]:
     """Decodes and checks the place of an object; one of `box` and `mask` is needed.
 
@@ -25,6 +31,7 @@ def load_target(
         mask: picture or array of the scene's size.
         scene: (H, W, 3) uint8 RGB.
         max_pixels: of the mask.
+        keep_specks: whether pixels far from the place belong to it; see `runtime.imaging.specks`.
 
     Returns:
         The box, or the mask (H, W).
@@ -42,20 +49,29 @@ def load_target(
             return check_box(box, (scene.shape[1], scene.shape[0]))
     assert mask is not None
     with in_field("mask"):
-        inside = load_mask(mask, "the scene mask", max_pixels)
-        check_mask(inside, scene.shape, "the scene mask", "the scene")
-    return inside
+        inside = load_mask(mask, SCENE_MASK, max_pixels, of=MaskedPicture("the scene", scene.shape[:2]))
+        return inside if keep_specks else without_specks(inside, SCENE_MASK)
 
 
-def check_box(box: Sequence[int], size: tuple[int, int]) -> Box:
+def whole_box(box: Sequence[float]) -> Box:
+    """A box of four whole numbers, which may be floating point, NumPy's or of a tensor.
+
+    Raises:
+        InputError: it is something else.
+    """
+    values = box.tolist() if hasattr(box, "tolist") else box
+    if not isinstance(values, Sequence) or len(values) != 4 or not all(map(_is_whole, values)):
+        raise InputError(f"a box is four whole numbers x0,y0,x1,y1, not {values}")
+    return Box(*map(int, values))
+
+
+def check_box(box: Sequence[float], size: tuple[int, int]) -> Box:
     """The box, if any of it lies in a scene of `size` (width, height).
 
     Raises:
         InputError: it is not four whole numbers, has no area, or lies outside.
     """
-    if len(box) != 4 or any(not is_integer(value) for value in box):
-        raise InputError(f"a box is four whole numbers x0,y0,x1,y1, not {tuple(box)}")
-    checked = Box(*(int(value) for value in box))
+    checked = whole_box(box)
     if checked.is_empty:
         raise InputError(f"the box {tuple(checked)} has no area: x1 must exceed x0, and y1 exceed y0")
     if checked.clip(size).is_empty:
@@ -63,27 +79,8 @@ def check_box(box: Sequence[int], size: tuple[int, int]) -> Box:
     return checked
 
 
-def check_mask(mask: NDArray[np.bool_], shape: tuple[int, ...], name: str, of: str) -> None:
-    """Refuses a mask that does not fit its picture, or has next to nothing in it.
-
-    Args:
-        mask: (H, W).
-        shape: (H, W, ...) of the picture.
-        name: what to call the mask in an error.
-        of: what to call the picture.
-
-    Raises:
-        InputError: says both sizes, or how many pixels are set.
-    """
-    if mask.shape != shape[:2]:
-        raise InputError(
-            f"{name} is {mask.shape[1]} x {mask.shape[0]} and {of} is "
-            f"{shape[1]} x {shape[0]} pixels: they must have the same size"
-        )
-    pixels = int(np.count_nonzero(mask))
-    if pixels < SMALLEST_MASK_AREA:
-        what = "is empty" if pixels == 0 else f"has only {pixels} pixels set"
-        raise InputError(f"{name} {what}; at least {SMALLEST_MASK_AREA} pixels must be")
+def _is_whole(value: object) -> bool:
+    return is_integer(value) or (isinstance(value, float | np.floating) and float(value).is_integer())
 
 
 def is_integer(value: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engines.errors import AnyDoorError
 from runtime.imaging.boxes import Box
@@ -45,10 +45,11 @@ class FinishedImage:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end: the pictures, and the seconds that each stage took."""
+    """The end: the pictures, the seconds that each stage took, and what the caller should know."""
 
     images: list[FinishedImage]
     seconds: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

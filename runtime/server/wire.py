@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.errors import InputError, in_field
+from runtime.errors import InputError, collecting_warnings, in_field
 from runtime.imaging.boxes import Box
-from runtime.imaging.pictures import PictureLike, load_picture
+from runtime.imaging.pictures import WRITABLE_FORMATS, load_picture
+from runtime.imaging.sources import PictureLike, read_source
+from runtime.imaging.target import whole_box
 from runtime.request import Blank, Placement, Request, Sampling, check_prompt
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
@@ -38,6 +37,10 @@ QUALITIES = _lower(_numbers(pb.Quality, "QUALITY_"))
 CONDITIONS = _lower(_numbers(pb.Condition, "CONDITION_"))
 FORMATS = _numbers(pb.ImageFormat, "IMAGE_FORMAT_")
 
+_TIFF_ONLY = ("F", "CMYK", "LAB", "YCbCr")
+_NEITHER_PNG_NOR_TIFF = ("HSV", "RGBa", "La", "PA")
+"""Modes of Pillow images that no file format on the wire has."""
+
 
 # ---- requests
 
@@ -58,7 +61,11 @@ def request_from_message(message: Message) -> tuple[Request, str]:
         sampling=_sampling(message.sampling),
         num_images=message.num_images if message.HasField("num_images") else 1,
     )
-    return request, _name_of(message.output_format, FORMATS, "output_format", "image format") or "PNG"
+    file_format = _name_of(message.output_format, FORMATS, "output_format", "image format") or "PNG"
+    if file_format not in WRITABLE_FORMATS.values():
+        with in_field("output_format"):
+            raise InputError(f"this server does not write {file_format}")
+    return request, file_format
 
 
 def _content(message: Message) -> dict[str, Any]:
@@ -92,6 +99,7 @@ def _placement(message: pb.Placement) -> Placement:
         box=(box.x0, box.y0, box.x1, box.y1) if target == "box" else None,
         mask=message.mask if target == "mask" else None,
         mode=_name_of(message.mode, MODES, "mode", "placement mode"),
+        keep_specks=message.keep_specks,
         **ratios,
     )
 
@@ -169,16 +177,21 @@ def _placement_message(placement: Placement) -> pb.Placement:
     if placement.box is not None and placement.mask is not None:
         raise InputError("a placement needs either a box or a mask, and not both")
     mask, reference, reference_mask = placement.mask, placement.reference, placement.reference_mask
+    box = None
+    if placement.box is not None:
+        with in_field("box"):
+            box = pb.Box(**whole_box(placement.box)._asdict())
     return pb.Placement(
         reference=None if reference is None else _file(reference, "the reference"),
         reference_mask=None if reference_mask is None else _file(reference_mask, "the reference mask"),
         **_prompts(placement),
-        box=None if placement.box is None else pb.Box(**Box(*placement.box)._asdict()),
+        box=box,
         mask=None if mask is None else _file(mask, "the scene mask"),
         mode=_number_of(placement.mode, MODES, "mode", "mode"),
         ratios=pb.Ratios(
             reference=placement.reference_ratio, box=placement.box_ratio, crop=placement.crop_ratio
         ),
+        keep_specks=placement.keep_specks,
     )
 
 
@@ -210,22 +223,24 @@ def _number_of(name: str | None, numbers: Mapping[str, int], field: str, what: s
     return numbers[name]
 
 
-def _file(picture: PictureLike | NDArray[np.bool_], name: str) -> bytes:
-    """The bytes of a picture's file; pictures in memory become a PNG."""
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str | Path):
-        try:
-            return Path(picture).read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read {name} '{picture}': {error.strerror}") from error
-    if isinstance(picture, np.ndarray):
-        array: NDArray[Any] = picture.astype(np.uint8) if picture.dtype == np.bool_ else picture
-        load_picture(array, name)  # refuses arrays that are not pictures
-        picture = Image.fromarray(array)
+def _file(picture: PictureLike, name: str) -> bytes:
+    """The bytes of a picture's file; pictures in memory become a PNG, or a TIFF if a PNG cannot hold them."""
+    found = read_source(picture, name)
+    if isinstance(found, bytes):
+        return found
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    try:
+        if found.mode in _NEITHER_PNG_NOR_TIFF:
+            found = found.convert("RGBA" if found.mode.endswith("a") else "RGB")
+        _save(found, buffer)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} is a Pillow image that is closed, damaged or cut short") from error
     return buffer.getvalue()
+
+
+def _save(image: Image.Image, buffer: io.BytesIO) -> None:
+    metadata = {key: image.info[key] for key in ("icc_profile", "exif", "dpi") if key in image.info}
+    image.save(buffer, "TIFF" if image.mode in _TIFF_ONLY else "PNG", **metadata)
 
 
 # ---- answers
@@ -257,7 +272,9 @@ def response_message(finished: Finished, request_id: str) -> pb.CompositeRespons
         )
         for image in finished.images
     ]
-    return pb.CompositeResponse(images=images, request_id=request_id, seconds=finished.seconds)
+    return pb.CompositeResponse(
+        images=images, request_id=request_id, seconds=finished.seconds, warnings=finished.warnings
+    )
 
 
 def event_message(event: Event, request_id: str) -> pb.CompositeStreamResponse:
@@ -276,12 +293,18 @@ def event_message(event: Event, request_id: str) -> pb.CompositeStreamResponse:
 
 def composites_from_message(message: pb.CompositeResponse) -> list[Composite]:
     """The finished pictures, decoded."""
+    with (
+        collecting_warnings()
+    ):  # of the pictures that the server made; those of the request are in the message
+        pictures = [load_picture(image.image, "the server's picture") for image in message.images]
     return [
         Composite(
-            image=load_picture(image.image, "the server's picture").rgb,
+            image=picture.pixels,
             seed=image.seed,
             regions=tuple(Box(box.x0, box.y0, box.x1, box.y1) for box in image.regions),
             seconds=dict(message.seconds),
+            metadata=picture.metadata,
+            warnings=tuple(message.warnings),
         )
-        for image in message.images
+        for picture, image in zip(pictures, message.images)
     ]

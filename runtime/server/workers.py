@@ -9,6 +9,7 @@ from functools import partial
 
 from runtime.compositor import Compositor
 from runtime.drawing import Picture
+from runtime.errors import collecting_warnings
 from runtime.imaging.pictures import encode_picture
 from runtime.job import ImageJob
 from runtime.request import Request
@@ -66,15 +67,16 @@ class Workers:
             self._queue.put(ticket, [image])
             return
         job = image.job
-        with job.watch.measure("encode"):
-            content = encode_picture(image.image, ticket.file_format)
+        with job.watch.measure("encode"), collecting_warnings() as warnings:
+            content = encode_picture(image.finished(), ticket.file_format, job.scene.metadata)
         with self._queue.changed:
+            job.warnings += [text for text in warnings if text not in job.warnings]
             ticket.encoded[image.index] = content
             if len(ticket.encoded) == len(job.images):
                 images = [
                     FinishedImage(ticket.encoded[of.index], of.seed, tuple(of.regions)) for of in job.images
                 ]
-                ticket.finished = Finished(images, job.watch.seconds)
+                ticket.finished = Finished(images, job.watch.seconds, job.warnings)
                 # else the last preview, which another worker encodes, ends it
                 if not ticket.previews:
                     self._queue.end(ticket, ticket.finished)

@@ -120,8 +120,10 @@ class Preprocessing:
         mode, ratios = MODES[parameters.mode], parameters.ratios
         with watch.measure("read"):
             assert placement.reference is not None
-            picture, mask = load_reference(placement.reference, placement.reference_mask, limits.pixels)
-            target = load_target(placement.box, placement.mask, scene, limits.pixels)
+            picture, mask = load_reference(
+                placement.reference, placement.reference_mask, limits.pixels, placement.keep_specks
+            )
+            target = load_target(placement.box, placement.mask, scene, limits.pixels, placement.keep_specks)
         with watch.measure("prepare"):
             reference = prepare_reference(picture, mask, ratios.reference, self._reference_size)
             hint = make_hint(scene, target, reference, ratios, mode, self._resolution)

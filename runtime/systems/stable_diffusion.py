@@ -133,7 +133,7 @@ class StableDiffusion:
         negative_prompt = self._encode_prompt("negative_prompt", placement.negative_prompt)
         assert prompt is not None
         with watch.measure("read"):
-            target = load_target(placement.box, placement.mask, scene, limits.pixels)
+            target = load_target(placement.box, placement.mask, scene, limits.pixels, placement.keep_specks)
         with watch.measure("prepare"):
             masked = mask_scene(scene, target, ratios, parameters.mode, self._picture_size, self._latent_size)
             region = feathered_region(masked.geometry, masked.paste)

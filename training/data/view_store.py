@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engines.errors import AnyDoorError
 from engines.files import write_text
-from runtime.imaging.pictures import MASK_THRESHOLD
+from runtime.imaging.masks import MASK_THRESHOLD
 from training.data.pairs import Shot
 from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
 

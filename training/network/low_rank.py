@@ -34,10 +34,9 @@ class LowRankLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        place = {"device": base.weight.device, "dtype": torch.float32}
         down = torch.randn(rank, base.in_features, generator=generator) / rank
-        self.down = nn.Parameter(down.to(**place))
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank, **place))
+        self.down = nn.Parameter(down.to(base.weight.device))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import InputError
-from runtime.imaging import pictures
-from runtime.imaging.pictures import contact_sheet, load_mask, load_picture, mask_from_alpha, save_picture
+from runtime.imaging import sources
+from runtime.imaging.masks import load_mask, mask_from_alpha
+from runtime.imaging.pictures import contact_sheet, load_picture, save_picture
 
 
 def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
@@ -91,7 +92,7 @@ def test_arrays_and_pillow_images_are_taken_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((4, 4), np.float32), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8)]
+    "array", [np.zeros((4, 4), np.complex64), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8)]
 )
 def test_arrays_that_are_no_pictures(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
     with pytest.raises(InputError, match=r"the scene must be an array \(H, W\)"):
@@ -100,7 +101,7 @@ def test_arrays_that_are_no_pictures(array: np.ndarray[tuple[int, ...], np.dtype
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
 def test_bytes_that_are_no_picture(content: bytes) -> None:
-    with pytest.raises(InputError, match=r"is not a picture|damaged"):
+    with pytest.raises(InputError, match=r"is not a picture|damaged|is empty"):
         load_picture(content, "the scene")
 
 
@@ -130,7 +131,7 @@ def test_picture_with_too_many_pixels_is_refused_by_its_header(width: int, heigh
 
 
 def test_file_with_too_many_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10)
     (tmp_path / "x.png").write_bytes(encoded(Image.fromarray(gradient())))
     with pytest.raises(InputError, match="at most 10 are read"):
         load_picture(tmp_path / "x.png", "the scene")

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from engines.errors import AnyDoorError
-from runtime.imaging.pictures import MASK_THRESHOLD
+from runtime.imaging.masks import MASK_THRESHOLD
 from training.data.masks import Mask
 from training.data.pairs import Kind, Picture, Shot
 

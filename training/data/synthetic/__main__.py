@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from runtime.imaging.pictures import MASK_THRESHOLD
+from runtime.imaging.masks import MASK_THRESHOLD
 from training.data.synthetic.rendering import Pose, make_object, render_all, render_cutout
 from training.data.synthetic.scenes import make_light, make_scene
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view

@@ -1,0 +1,51 @@
+"""`-` among the files of a command: a picture from standard input, or one to standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import InputError
+from runtime.imaging.sources import read_source
+
+STREAM = Path("-")
+
+
+def read_standard_input(*groups: Sequence[Any]) -> list[list[Any]]:
+    """The same lists of arguments, with the bytes of standard input in place of `-`.
+
+    Raises:
+        InputError: several of them are `-`, or nothing comes.
+    """
+    wanted = sum(argument == STREAM for group in groups for argument in group)
+    if wanted > 1:
+        raise InputError("standard input holds one picture, and several are -")
+    content = read_source(sys.stdin.buffer, "standard input") if wanted else b""
+    return [[content if argument == STREAM else argument for argument in group] for group in groups]
+
+
+def check_standard_output(pictures: int) -> None:
+    """Refuses to write to standard output what does not belong there.
+
+    Raises:
+        InputError: there are several pictures, or they would be seen as text.
+    """
+    if pictures > 1:
+        raise InputError("standard output holds one picture: write one, or a contact sheet with --grid")
+    if sys.stdout.isatty():
+        raise InputError("the picture would be written to the terminal: send standard output elsewhere")
+
+
+def write_standard_output(content: bytes) -> None:
+    """Writes a picture's file to standard output.
+
+    Raises:
+        InputError: nobody reads it, or it cannot be written.
+    """
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        raise InputError(f"cannot write to standard output: {error.strerror}") from error

@@ -1,0 +1,220 @@
+"""From a source to a loaded image: bounded before it is decoded, mended where that is safe, upright.
+
+A picture takes at most 24 bytes of memory for each of its pixels, twice the size of its file, and 128 MB for
+texts and tables. Pixels are counted before they are decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, TiffImagePlugin
+
+from runtime.errors import InputError, warn
+from runtime.imaging.formats import READABLE_FORMATS, refusal_of_format
+from runtime.imaging.mending import JPEG_START, PNG_SIGNATURE, jpegs_with_end, without_text
+from runtime.imaging.sources import PictureLike, described, read_source
+from runtime.imaging.value_range import to_8_bits
+
+MAX_PIXELS = 100_000_000
+"""Largest picture that is decoded; 100 megapixels take 300 MB."""
+MAX_SIDE = 65_535
+"""Longest side, that of a JPEG: making a picture square takes memory by its side, not by its area."""
+
+UPRIGHT = 1
+"""The EXIF orientation of a picture that is stored as it is shown."""
+FIRST_SWAPPED = 5
+"""EXIF orientations from this one on swap width and height."""
+
+_LOSSY_FORMATS = ("JPEG", "MPO", "AVIF")
+_LOSSLESS_WEBP = b"VP8L"
+_DARK = 64
+"""High bytes of 16-bit colours below it: the picture fills 14 bits at most."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A loaded image of 8 bits for each channel, upright."""
+
+    image: Image.Image
+    stored: Image.Image
+    """The image as it lies in the file, whose EXIF is untouched."""
+    orientation: int
+    """In which it is stored, as EXIF counts."""
+    exact: bool
+    """Whether no lossy format has changed the values."""
+
+
+def decode(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decodes an image: of any mode and depth, lacking its end, or turned by EXIF.
+
+    Args:
+        source: where the picture is.
+        name: what to call it in an error.
+        max_pixels: a larger picture is refused before it is decoded.
+
+    Raises:
+        InputError: it is not a picture, is damaged, or is too large.
+    """
+    where, found = described(source, name), read_source(source, name)
+    exact = True
+    if isinstance(found, Image.Image):
+        stored = _loaded(found, where)
+    else:
+        stored = _decode_file(found, where, max_pixels)
+        lossy_webp = stored.format == "WEBP" and _LOSSLESS_WEBP not in found[:64]
+        exact = not lossy_webp and stored.format not in _LOSSY_FORMATS
+    image = stored
+    if image.mode.startswith("I") or image.mode == "F":
+        values, guess = to_8_bits(np.asarray(image), where)
+        if guess:
+            warn(f"{where} {guess}")
+        image = Image.fromarray(values)
+    elif image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())
+    orientation = _orientation(stored)
+    return Decoded(turned(image, orientation), stored, orientation, exact)
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image upright, of one that is stored in an EXIF orientation."""
+    return image if orientation == UPRIGHT else image.transpose(_TURNS[orientation])
+
+
+def _loaded(image: Image.Image, where: str) -> Image.Image:
+    """A caller's own image, which may not be loaded yet."""
+    try:
+        image.load()
+    except Exception as error:
+        raise InputError(f"{where} is a Pillow image that is closed, damaged or cut short") from error
+    if not image.width or not image.height:
+        raise InputError(f"{where} has no pixels: it is {image.width} x {image.height}")
+    return image
+
+
+def _decode_file(content: bytes, where: str, max_pixels: int) -> Image.Image:
+    try:
+        return _load(content, where, max_pixels)
+    except InputError:
+        raise
+    except Exception as error:
+        # on a damaged file Pillow's readers raise almost any class there is
+        mended = _mended(content, where, max_pixels)
+        if mended is None:
+            raise InputError(f"{where} {refusal_of_format(content)}") from error
+        return mended
+
+
+def _load(content: bytes, where: str, max_pixels: int) -> Image.Image:
+    with warnings.catch_warnings():
+        # Pillow warns of large pictures; the limit below is the one that counts
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise InputError(
+                f"{where} has more than {max_pixels:,} pixels, the most that are decoded"
+            ) from error
+    _check_size(image, where, max_pixels)
+    image.load()
+    return _with_all_bits(image, content, where)
+
+
+def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
+    """Refuses an image before it is decoded; so that one small file cannot take all memory.
+
+    Raises:
+        InputError: it has too many pixels, a side that is too long, or a tile far larger than the image.
+    """
+    width, height = image.size
+    if width * height > max_pixels:
+        raise InputError(
+            f"{where} is {width} x {height}: more than {max_pixels:,} pixels, the most that are decoded"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise InputError(f"{where} is {width} x {height}: a side may have at most {MAX_SIDE:,} pixels")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags: Any = image.tag_v2
+        tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
+        if tile > max_pixels:
+            raise InputError(
+                f"{where} has tiles of more than {max_pixels:,} pixels, the most that are decoded"
+            )
+
+
+def _mended(content: bytes, where: str, max_pixels: int) -> Image.Image | None:
+    """The picture of a file that Pillow refuses, if all of it is there."""
+    try:
+        if content.startswith(PNG_SIGNATURE):
+            lean, profile = without_text(content)
+            if len(lean) == len(content):
+                return None
+            image = _load(lean, where, max_pixels)
+            if profile:
+                image.info["icc_profile"] = profile
+            return image
+        ended = jpegs_with_end(content) if content.startswith(JPEG_START) else None
+        if ended is None:
+            return None
+        image, filled = (_load(jpeg, where, max_pixels) for jpeg in ended)
+    except InputError:
+        raise
+    except Exception:
+        return None
+    if not np.array_equal(np.asarray(image), np.asarray(filled)):
+        return None
+    warn(f"{where} lacks the end of its file; all of the picture is there, and it is read")
+    return image
+
+
+def _with_all_bits(image: Image.Image, content: bytes, where: str) -> Image.Image:
+    """The image with a range found by rule, if its colours have 16 bits and fill far fewer.
+
+    Of such colours Pillow keeps the high bytes. Read in the other byte order, it keeps the low ones.
+    """
+    high = np.asarray(image)
+    if image.mode not in ("RGB", "RGBA") or high[..., :3].max(initial=0) >= _DARK:
+        return image
+    with Image.open(io.BytesIO(content), formats=READABLE_FORMATS) as again:
+        swapped = [_in_other_order(tile) for tile in getattr(again, "tile", [])]
+        if not swapped or None in swapped:
+            return image
+        again.tile = swapped
+        low = np.asarray(again)
+    values, guess = to_8_bits(high[..., :3] * np.uint16(256) + low[..., :3], where)
+    if guess:
+        warn(f"{where} {guess}")
+    image.paste(Image.fromarray(np.concatenate([values, high[..., 3:]], axis=2)))
+    return image
+
+
+def _in_other_order(tile: Any) -> Any:
+    """A tile of 16-bit colours that is read in the other byte order; None if it is another."""
+    mode = tile[3] if isinstance(tile[3], str) else tile[3][0]
+    if ";16" not in mode or not isinstance(mode, str):
+        return None
+    order = "L" if mode.endswith("B") else "B"
+    other = f"{mode.partition(';')[0]};16{order}"
+    return tile._replace(args=other if isinstance(tile[3], str) else (other, *tile[3][1:]))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        # damaged EXIF data does not make the pixels unusable; Pillow raises almost any class there is on it
+        return UPRIGHT
+    return orientation if orientation in _TURNS else UPRIGHT

@@ -1,0 +1,176 @@
+"""The one reader of masks: of scenes and of references, from files and from arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime.errors import InputError, warn
+from runtime.imaging.boxes import SMALLEST_MASK_AREA
+from runtime.imaging.decoding import FIRST_SWAPPED, MAX_PIXELS, UPRIGHT, Decoded, decode, turned
+from runtime.imaging.sources import PictureLike
+
+MASK_THRESHOLD = 128
+"""A pixel of a mask or of an alpha channel (0..255) is covered above this value, as in the original."""
+_MOST_LABELS = 32
+_MOST_NAMED = 6
+"""Values that a refusal lists; of more it says the range."""
+
+
+@dataclass(frozen=True)
+class MaskedPicture:
+    """The picture that a mask belongs to."""
+
+    name: str
+    """What to call it in an error."""
+    shape: tuple[int, ...]
+    """(H, W, ...), upright."""
+    orientation: int = UPRIGHT
+    """EXIF orientation in which it was stored."""
+
+
+def load_mask(
+    source: PictureLike, name: str, max_pixels: int = MAX_PIXELS, of: MaskedPicture | None = None
+) -> NDArray[np.bool_]:
+    """A mask (H, W), read by the first of these rules that applies.
+
+    1. Transparency with pixels on both sides of 128: what is more opaque than that.
+    2. No value above 1, but 1 itself, in no lossy format: what is not 0.
+    3. Labels - a palette with colours or without anything brighter than 128, or at most 32 different colours
+       of at most 128 in no lossy format: everything but the most frequent value of the border.
+    4. What has a channel above 128. Where that is everything, what has the first channel above it, as in the
+       original.
+
+    The mask of a picture that was turned upright is turned, too, if it lies as that was stored.
+
+    Args:
+        source: a picture or an array; bool is taken as it is.
+        name: what to call it in an error.
+        max_pixels: a larger one is refused before it is decoded.
+        of: the picture that it must fit.
+
+    Raises:
+        InputError: it is not a picture, is damaged or too large; it does not fit the picture; or no pixel,
+            of a picture fewer than 10, is inside by the rule that applies: says which that is, and the
+            values.
+    """
+    decoded = decode(source, name, max_pixels)
+    if of:
+        decoded = _turned_like(decoded, of, name)
+        width, height = decoded.image.size
+        if (height, width) != of.shape[:2]:
+            raise InputError(
+                f"{name} is {width} x {height} and {of.name} is {of.shape[1]} x {of.shape[0]} pixels: "
+                "they must have the same size"
+            )
+    inside, rule = _inside(decoded)
+    check_area(inside, name, rule, SMALLEST_MASK_AREA if of else 1)
+    return inside
+
+
+def check_area(inside: NDArray[np.bool_], name: str, rule: str, least: int = SMALLEST_MASK_AREA) -> None:
+    """Refuses a mask with next to nothing in it.
+
+    Args:
+        inside: (H, W).
+        name: what to call it in an error.
+        rule: how it was read, as a clause.
+        least: pixels that must be set.
+
+    Raises:
+        InputError: says how many pixels are set.
+    """
+    pixels = int(np.count_nonzero(inside))
+    if pixels < least:
+        what = "is empty" if pixels == 0 else f"has only {pixels} pixels set"
+        raise InputError(f"{name} {what}; at least {least} pixels must be: {rule}")
+
+
+def _turned_like(decoded: Decoded, of: MaskedPicture, name: str) -> Decoded:
+    """The mask of a turned picture: turned, if its size says that it lies as the picture was stored."""
+    if of.orientation == UPRIGHT or decoded.orientation != UPRIGHT:
+        return decoded
+    height, width = of.shape[:2]
+    if of.orientation < FIRST_SWAPPED or height == width:
+        warn(
+            f"{of.name} is turned, as its EXIF says, and {name} is not: turn it if a tool that ignores EXIF "
+            "has made it"
+        )
+    elif decoded.image.size == (height, width):
+        warn(f"{of.name} is turned, as its EXIF says; {name} has the size from before, and is turned too")
+        return replace(decoded, image=turned(decoded.image, of.orientation))
+    return decoded
+
+
+def _inside(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
+    """What is inside a mask, and by which rule."""
+    image, hint = decoded.image, ""
+    if has_transparency(image):
+        alpha = opacity(image)
+        inside = mask_from_alpha(alpha)
+        if inside.any() and not inside.all():
+            return inside, "inside is what is opaque"
+        hint = f"; its opacity goes from {alpha.min()} to {alpha.max()}, and decides nothing"
+    if image.mode == "1":
+        return np.asarray(image), "inside is what is white" + hint
+    inside, rule = _from_colours(decoded)
+    return inside, rule + hint
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether an image has an alpha channel, a transparent palette entry or a transparent colour."""
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def opacity(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W), 0 to 255."""
+    return np.asarray(image.convert("RGBA").getchannel("A"))
+
+
+def mask_from_alpha(alpha: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """The mask of a picture's opaque part, as the original takes it: more than 128."""
+    return alpha > MASK_THRESHOLD
+
+
+def values_of(values: NDArray[np.uint8]) -> str:
+    """The values of a mask, as a clause of a refusal."""
+    found = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256)).tolist()
+    if len(found) > _MOST_NAMED:
+        return f"its {len(found)} values go from {found[0]} to {found[-1]}"
+    return (
+        f"its values are {', '.join(map(str, found))}" if len(found) > 1 else f"it is {found[0]} everywhere"
+    )
+
+
+def _from_colours(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
+    image = decoded.image
+    colours = image.convert("RGB")
+    rgb = np.asarray(colours)
+    value = rgb.max(axis=2)
+    if decoded.exact and value.max() == 1:
+        return value > 0, "inside is what is 1"
+    is_coloured = bool((rgb.min(axis=2) != value).any())
+    is_dark = value.max() <= MASK_THRESHOLD
+    as_labels = "it is read as labels, of which the most frequent of the border is outside"
+    if image.mode == "P" and (is_coloured or is_dark):
+        labels = np.asarray(image)
+        return _from_labels(labels), f"{as_labels}, and {values_of(labels)}"
+    if is_dark and decoded.exact and colours.getcolors(_MOST_LABELS):
+        codes = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        return _from_labels(codes), f"{as_labels}, and {values_of(value)}"
+    inside = value > MASK_THRESHOLD
+    if is_coloured and inside.all() and not (red := rgb[..., 0] > MASK_THRESHOLD).all():
+        inside = red
+    channel = "the largest channel" if is_coloured else "the value"
+    return inside, f"inside is where {channel} is above {MASK_THRESHOLD}, and {values_of(value)}"
+
+
+def _from_labels(labels: NDArray[np.uint8] | NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Everything but the most frequent value of the border."""
+    border = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
+    values, counts = np.unique(border, return_counts=True)
+    inside: NDArray[np.bool_] = labels != values[counts.argmax()]
+    return inside

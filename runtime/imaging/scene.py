@@ -1,0 +1,91 @@
+"""The scene: what the networks see of it, and what of it stays its own in the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import in_field, warn
+from runtime.imaging.boxes import Box
+from runtime.imaging.colour_profile import ProfileError, from_srgb
+from runtime.imaging.decoding import MAX_PIXELS, UPRIGHT
+from runtime.imaging.masks import MaskedPicture, load_mask
+from runtime.imaging.pictures import Metadata, Picture, load_picture, on_white
+from runtime.imaging.sources import PictureLike
+from runtime.imaging.target import SCENE_MASK
+
+
+def load_scene(source: PictureLike, max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.uint8], Picture]:
+    """Decodes a scene.
+
+    Args:
+        source: where the picture is.
+        max_pixels: a larger picture is refused before it is decoded.
+
+    Returns:
+        What the networks see, (H, W, 3) in sRGB, on white where the scene is transparent; and the scene.
+
+    Raises:
+        InputError: it is not a picture, is damaged, or is too large.
+    """
+    picture = load_picture(source, "the scene", max_pixels)
+    if picture.kind:
+        warn(f"the scene is {picture.kind}: the result is in sRGB")
+    if picture.own is not picture.rgb:
+        picture = _checked(picture)
+    if picture.alpha is None:
+        return picture.rgb, picture
+    warn("the scene is transparent in parts: the model sees them on white, and what is drawn there is opaque")
+    return on_white(picture.rgb, picture.alpha), picture
+
+
+def upright_mask(mask: PictureLike, scene: Picture, max_pixels: int = MAX_PIXELS) -> PictureLike:
+    """The mask of a scene, turned as the scene was, if it was made of that unturned.
+
+    Raises:
+        InputError: the scene was turned, and it is no mask of it.
+    """
+    if scene.orientation == UPRIGHT:
+        return mask
+    with in_field("mask"):
+        of = MaskedPicture("the scene", scene.rgb.shape, scene.orientation)
+        return load_mask(mask, SCENE_MASK, max_pixels, of)
+
+
+def with_own_pixels(image: NDArray[np.uint8], scene: Picture, regions: Sequence[Box]) -> NDArray[np.uint8]:
+    """The result as the scene is: what was drawn in the scene's colours and opaque, all else untouched.
+
+    Args:
+        image: (H, W, 3) in sRGB, drawn into what the networks see of the scene.
+        scene: the scene that it was drawn into.
+        regions: the only parts of it that may have changed.
+
+    Returns:
+        (H, W, 3) in the colours of the scene's profile, or (H, W, 4) with the scene's transparency.
+    """
+    if scene.own is scene.rgb and scene.alpha is None:
+        return image
+    result: NDArray[np.uint8] = scene.pixels.copy()
+    for region in regions:
+        drawn = image[region.slices]
+        if scene.own is not scene.rgb and drawn.size:
+            assert scene.metadata.icc_profile
+            drawn = from_srgb(drawn, scene.metadata.icc_profile)
+        result[region.slices][..., :3] = drawn
+        result[region.slices][..., 3:] = 255
+    return result
+
+
+def _checked(picture: Picture) -> Picture:
+    """The picture; in sRGB if its profile leads from its own colours and not back."""
+    assert picture.metadata.icc_profile
+    try:
+        from_srgb(picture.rgb[:1, :1], picture.metadata.icc_profile)
+    except ProfileError:
+        warn("the scene has a colour profile that leads to sRGB and not back: the result is in sRGB")
+        metadata = Metadata(None, picture.metadata.exif, picture.metadata.dpi)
+        return replace(picture, own=picture.rgb, metadata=metadata)
+    return picture
