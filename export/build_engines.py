@@ -76,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="CKPT",
-        help="checkpoint: a file of safetensors or torch.save, the folder or index of one in shards, or a folder "
-        "of diffusers; or a bundle of ONNX graphs, to build plans without PyTorch",
+        help="checkpoint: a file of safetensors or torch.save, the folder or index of one in shards, or a "
+        "folder of diffusers; or a bundle of ONNX graphs, to build plans without PyTorch",
     )
     parser.add_argument(
         "--skeleton",

@@ -318,10 +318,11 @@ class Compositor:
             prepared = []
             for index, placement in enumerate(request.placements):
                 with in_placement(request, index):
-                    if placement.mask is not None:
-                        mask = upright_mask(placement.mask, scene, limits.pixels)
-                        placement = replace(placement, mask=mask)
-                    prepared.append(self._prepare(request, placement, seen, limits, watch))
+                    mask = placement.mask
+                    if mask is not None:
+                        mask = upright_mask(mask, scene, limits.pixels)
+                    turned = replace(placement, mask=mask)
+                    prepared.append(self._prepare(request, turned, seen, limits, watch))
         job = Job(
             system=self.system,
             scene=scene,

@@ -6,6 +6,8 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def _traced_once() -> Iterator[None]:
 
 def _half_bundles() -> tuple[Path, Path]:
     """The smallest network's bundles in FP16, for any target and for CUDA."""
-    with _lock(CACHE / fingerprint() / "halves.lock"), _traced_once():
+    with lock(shared_folder() / "halves.lock"), _traced_once():
         plain, cuda = (_bundle("tiny", TINY_RESOLUTION, "fp16", targets) for targets in ((), ("cuda",)))
     return plain, cuda
 
