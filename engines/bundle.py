@@ -11,22 +11,34 @@ NAME.onnx.data
 from __future__ import annotations
 
 import hashlib
-import io
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.arrays import read_arrays
 from engines.errors import BundleError
 from engines.files import put_back
-from engines.manifest import ANY_TARGET, BUILD_COMMAND, MANIFEST, FileRecord, Manifest, read_manifest
+from engines.manifest import (
+    ANY_TARGET,
+    BUILD_COMMAND,
+    MANIFEST,
+    ONNX,
+    FileRecord,
+    GraphRecord,
+    Manifest,
+    read_manifest,
+)
+from engines.onnx_file import external_data
 from engines.verified import FileState
 
 CONSTANTS = "constants.npz"
 MERGES = "merges.txt"
+
+SCHEDULE = "alphas_cumprod"
+_TIMESTEPS = 1000
 
 Progress = Callable[[int], object]
 """Called with the number of bytes just read."""
@@ -75,7 +87,7 @@ class Bundle:
         return self.path / record.variants.get(target, record.files[0]).path
 
     def verify(self, graph: str, progress: Progress | None = None, reread: bool = False) -> None:
-        """Compares the hashes of a graph's files, once per opened bundle.
+        """Compares the hashes of a graph's files, once per opened bundle, and what files it names.
 
         A file that was found sound before and has not changed since is not read (`engines.verified`).
 
@@ -85,12 +97,16 @@ class Bundle:
             reread: read all files, whatever was found before.
 
         Raises:
-            BundleError: a file is not the one that was built.
+            BundleError: a file is not the one that was built, or names one that the manifest does not list.
         """
         if graph in self._verified and not reread:
             return
-        for record in self.manifest.graphs[graph].all_files:
-            self._verify_file(record, progress, reread)
+        record = self.manifest.graphs[graph]
+        for file in record.all_files:
+            self._verify_file(file, progress, reread)
+        if self.manifest.backend == ONNX:
+            for file in (record.files[0], *record.variants.values()):
+                self._check_weights(file, record)
         self._verified.add(graph)
 
     def constants(self) -> dict[str, NDArray[np.float32]]:
@@ -99,26 +115,41 @@ class Bundle:
         Raises:
             BundleError: the file is damaged.
         """
-        content = self.read(self.manifest.constants)
+        record = self.manifest.constants
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise self._damaged(self.manifest.constants, "cannot be read") from error
+            constants = read_arrays(self.read(record))
+        except ValueError as error:
+            raise self._damaged(record, f"cannot be read ({error})") from error
+        schedule = constants.get(SCHEDULE)
+        if schedule is None or schedule.shape != (_TIMESTEPS,) or schedule.dtype != np.float32:
+            raise self._damaged(record, f"has no {SCHEDULE} ({_TIMESTEPS},) float32")
+        if schedule.min() < 0 or schedule.max() > 1 or np.any(np.diff(schedule) > 0):
+            raise self._damaged(record, f"has {SCHEDULE} that do not fall from 1 to 0")
+        return constants
 
     def read(self, record: FileRecord) -> bytes:
-        """The content of a small file, whose hash is compared.
+        """The content of a small file: what was compared is what is returned.
 
         Raises:
             BundleError: it is not the file that was built.
         """
-        self._check_hash(record, None)
-        return (self.path / record.path).read_bytes()
+        try:
+            content = (self.path / record.path).read_bytes()
+        except OSError as error:
+            raise self._damaged(record, f"cannot be read ({error.strerror})") from error
+        if hashlib.sha256(content).hexdigest() != record.sha256:
+            raise self._damaged(record, "is not the file that was built (its hash differs)")
+        return content
 
     def _check_size(self, record: FileRecord) -> None:
         file = self.path / record.path
         if not file.is_file():
             raise self._damaged(record, "is missing")
+        if not file.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(
+                f"the bundle at '{self.path}' cannot be loaded: {record.path} is a link to a file outside of "
+                "it; copy the bundle with the files that its links lead to, as 'cp -rL' does"
+            )
         if file.stat().st_size != record.bytes:
             raise self._damaged(record, f"has {file.stat().st_size} bytes instead of {record.bytes}")
 
@@ -138,6 +169,25 @@ class Bundle:
             raise self._damaged(record, f"cannot be read ({error.strerror})") from error
         if found != record.sha256:
             raise self._damaged(record, "is not the file that was built (its hash differs)")
+
+    def _check_weights(self, file: FileRecord, record: GraphRecord) -> None:
+        """Refuses a graph that takes weights from elsewhere than the files that its record lists.
+
+        The libraries read whatever file a graph names, and only what is listed has a hash.
+        """
+        listed = {PurePosixPath(other.path): other.bytes for other in record.files[1:]}
+        folder = PurePosixPath(file.path).parent
+        try:
+            found = list(external_data((self.path / file.path).read_bytes()))
+        except (OSError, ValueError) as error:
+            raise self._damaged(file, f"is not an ONNX file ({error})") from error
+        for weights in found:
+            size = listed.get(folder / weights.location)
+            if size is None:
+                where = f"'{weights.location}', which the manifest does not list"
+                raise self._damaged(file, f"takes weights from {where}")
+            if min(weights.offset, weights.length) < 0 or weights.offset + weights.length > size:
+                raise self._damaged(file, f"takes weights from beyond the end of '{weights.location}'")
 
     def _damaged(self, record: FileRecord, what: str) -> BundleError:
         return BundleError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import time
 from pathlib import Path
+
+from engines.files import write_bytes
 
 UNUSED_DAYS = 90
 """What was compiled for a bundle that nobody opened for so long is thrown away."""
@@ -22,6 +25,26 @@ def cache_folder() -> Path | None:
         return (Path(root) if root else Path.home() / ".cache") / "anydoor"
     except RuntimeError:
         return None
+
+
+def keep(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file for `kept` to read, with its hash; does nothing where that cannot be written."""
+    with contextlib.suppress(OSError):
+        write_bytes(path, hashlib.sha256(content).digest() + content)
+        mark_used(path)
+
+
+def kept(path: Path) -> bytes | None:
+    """What `keep` wrote; None if there is nothing, or if it is no longer what was written."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    size = hashlib.sha256().digest_size
+    if hashlib.sha256(stored[size:]).digest() != stored[:size]:
+        return None
+    mark_used(path)
+    return stored[size:]
 
 
 def mark_used(kept: Path) -> None:

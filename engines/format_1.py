@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engines.schema import anything, record, sequence, text, whole
+
 _ROLES = {"id_encoder": "condition", "control": "window", "denoise": "step", "decode": "decode"}
 
 _RENAMED = {"noise": "carry", "guidance": "guidance_scale", "strength": "control_scale"}
@@ -27,6 +29,37 @@ _SCORES_AT_ONCE = 3
 _FLOAT_BYTES = 4
 
 
+_SIZE = whole(1, 1 << 16)
+
+_GRAPH = record(
+    {
+        "backend": text,
+        "inputs": sequence(record({"name": text})),
+        **dict.fromkeys(
+            ("backend_version", "target", "outputs", "files", "error", "build_seconds", "scratch_bytes"),
+            anything,
+        ),
+    }
+)
+
+_KEPT = ("checkpoint", "architecture", "schedule", "precision", "max_batch", "constants", "producer")
+
+_FIELDS = record(
+    {
+        **dict.fromkeys(_KEPT, anything),
+        "graphs": record(dict.fromkeys(_ROLES, _GRAPH)),
+        "model": record(dict.fromkeys(("latent_size", "resolution", "token_count"), _SIZE)),
+        "architecture": record(
+            {
+                **dict.fromkeys(("unet_channels", "vae_channels"), sequence(_SIZE, least=1)),
+                **dict.fromkeys(("unet_head_width", "dino_width", "dino_mlp_ratio"), _SIZE),
+            }
+        ),
+    }
+)
+"""What the upgrade takes from a version 1 manifest."""
+
+
 def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a version 2 manifest that says the same.
 
@@ -34,15 +67,15 @@ def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
         content: of a version 1 manifest.
 
     Raises:
-        KeyError: it is incomplete.
+        ValueError: a field is missing, or has a value that it cannot have.
     """
+    _FIELDS("", content)
     records = {name: content["graphs"][name] for name in _ROLES}
     backends = {str(record["backend"]) for record in records.values()}
     if len(backends) != 1:
         raise ValueError(f"its graphs are for several backends: {', '.join(sorted(backends))}")
-    kept = ("checkpoint", "architecture", "schedule", "precision", "max_batch", "constants", "producer")
     return {
-        **{key: content[key] for key in kept},
+        **{key: content[key] for key in _KEPT},
         "system": "anydoor",
         "defaults": {},
         "backend": backends.pop(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from engines import format_1
 from engines.errors import BundleError
-from engines.spec import ROLES, BankSpec, GraphSpec, Role, TensorSpec, sizes_for
+from engines.schema import MANIFEST_2
+from engines.spec import BankSpec, GraphSpec, Role, TensorSpec, sizes_for
 
 FORMAT = "anydoor-bundle"
 FORMAT_VERSION = 2
@@ -24,6 +26,10 @@ ANY_TARGET = "any"
 CUDA = "cuda"
 CPU = "cpu"
 """Targets of ONNX graphs: standard operators alone, or those of an execution provider of ONNX Runtime."""
+
+_LARGEST_MANIFEST = 16 << 20
+_LARGEST_TENSOR = 1 << 40
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +185,13 @@ def read_manifest(path: Path) -> Manifest:
     """
     where = f"'{path.parent}'"
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = _parse_json(_read_limited(path))
     except FileNotFoundError:
         raise BundleError(f"{where} is not a bundle: it has no {MANIFEST}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"the bundle at {where} is damaged: {MANIFEST} is not readable JSON") from error
+        raise BundleError(
+            f"the bundle at {where} is damaged: {MANIFEST} is not readable JSON ({error})"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BundleError(f"{where} is not a bundle: its {MANIFEST} does not say format '{FORMAT}'")
     version = content.get("format_version")
@@ -193,22 +201,54 @@ def read_manifest(path: Path) -> Manifest:
             f"{FORMAT_VERSION}: upgrade anydoor-runtime, or rebuild the bundle with '{BUILD_COMMAND}'"
         )
     try:
-        manifest = parse_manifest(format_1.upgrade(content) if version == 1 else content)
+        content = format_1.upgrade(content) if version == 1 else content
+        MANIFEST_2("", content)
+        manifest = parse_manifest(content)
         _check(manifest)
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (ValueError, BundleError) as error:
         raise BundleError(
-            f"the bundle at {where} is damaged: {MANIFEST} cannot be used ({error!r}); "
+            f"the bundle at {where} is damaged: {MANIFEST} cannot be used ({error}); "
             f"rebuild it with '{BUILD_COMMAND}'"
         ) from error
     return manifest
 
 
-def parse_manifest(content: Mapping[str, Any]) -> Manifest:
-    """Makes a manifest of the content of a version 2 file; whether its parts fit together is not checked.
+def _read_limited(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(_LARGEST_MANIFEST + 1)
+    if len(content) > _LARGEST_MANIFEST:
+        raise ValueError(f"it has more than {_LARGEST_MANIFEST >> 20} MiB")
+    return content
+
+
+def _parse_json(content: bytes) -> Any:
+    """Parses JSON as the standard has it: no key twice, and no number that is none or too large.
 
     Raises:
-        LookupError, TypeError, ValueError, AttributeError, OverflowError: a field is missing or of another
-        kind.
+        ValueError: it is not JSON, or one of these.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        return table
+
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{text[:60]} is no finite number")
+        return float(text)
+
+    return json.loads(
+        content.decode("utf-8"), object_pairs_hook=once, parse_float=finite, parse_constant=finite
+    )
+
+
+def parse_manifest(content: Mapping[str, Any]) -> Manifest:
+    """Makes a manifest of content that `engines.schema.MANIFEST_2` takes.
+
+    Whether its parts fit together is not checked.
     """
     return Manifest(
         system=str(content["system"]),
@@ -233,10 +273,8 @@ def _check(manifest: Manifest) -> None:
     """Refuses a manifest whose parts do not fit together.
 
     Raises:
-        ValueError, LookupError: says which part.
+        ValueError, BundleError: says which part.
     """
-    if manifest.max_batch < 1:
-        raise ValueError(f"max_batch is {manifest.max_batch}")
     roles = [spec.role for spec in manifest.specs.values()]
     for role in ("step", "decode"):
         if roles.count(role) != 1:
@@ -245,17 +283,22 @@ def _check(manifest: Manifest) -> None:
         named = {size for tensor in spec.tensors for size in tensor.shape if isinstance(size, str)}
         if unknown := sorted(named - manifest.dimensions.keys()):
             raise ValueError(f"'{spec.name}' has the unknown dimension '{unknown[0]}'")
+        for tensor in spec.tensors:
+            if tensor.nbytes(manifest.largest_sizes) > _LARGEST_TENSOR:
+                raise ValueError(f"'{tensor.name}' of '{spec.name}' would take more than 1 TiB")
     step = manifest.step
     banks = [name for bank in step.banks for name in (*bank.tensors, bank.index)]
     for name in (*banks, *step.per_step, *step.feedback, *step.feedback.values()):
         step.tensor(name)
-    if len(manifest.latent_shape) != 3 or min(manifest.picture_size) < 1:
-        raise ValueError("the latent or the picture has no size")
+    if len(step.tensor("latent").shape) != 4 or len(manifest.decoder.tensor("image").shape) != 4:
+        raise ValueError("the latent or the picture has not four dimensions")
+    for graph, record in manifest.graphs.items():
+        loaded = (record.files[0], *record.variants.values())
+        if manifest.backend == ONNX and not all(file.path.endswith(".onnx") for file in loaded):
+            raise ValueError(f"a file of '{graph}' is not named .onnx")
 
 
 def _parse_graph(name: str, content: Mapping[str, Any]) -> GraphRecord:
-    if content["role"] not in ROLES:
-        raise ValueError(f"'{name}' has the unknown role '{content['role']}'")
     spec = GraphSpec(
         name=name,
         role=content["role"],
@@ -284,9 +327,6 @@ def _parse_tensor(content: Mapping[str, Any]) -> TensorSpec:
 
 
 def _parse_file(record: Mapping[str, Any]) -> FileRecord:
-    relative = Path(record["path"])
-    if relative.is_absolute() or ".." in relative.parts:
-        raise ValueError(f"path '{relative}' leaves the bundle")
     return FileRecord(str(record["path"]), int(record["bytes"]), str(record["sha256"]))
 
 

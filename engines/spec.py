@@ -24,11 +24,16 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from engines.errors import BundleError
+
 Role = Literal["condition", "scene", "window", "step", "decode", "segment"]
 """When a graph runs: condition, once per reference or prompt; scene, once per picture; window, for several
 steps at a time; step, at every step; decode, at the end; segment, to find an object."""
 
 ROLES: tuple[Role, ...] = get_args(Role)
+
+DTYPES = ("float32", "float16", "int32", "uint8")
+"""NumPy names of the dtypes that inputs and outputs have."""
 
 SAMPLING_ROLES = frozenset[Role]({"step", "window"})
 """The roles that alternate while a picture is sampled."""
@@ -48,7 +53,7 @@ class TensorSpec:
 
     name: str
     dtype: str
-    """NumPy name of the dtype: float32, float16, int32 or uint8."""
+    """One of `DTYPES`."""
     shape: tuple[Dimension, ...]
     """Sizes; a string names a variable dimension."""
     file_name: str = ""
@@ -103,12 +108,12 @@ class GraphSpec:
         """The input or output of that name.
 
         Raises:
-            KeyError: there is none.
+            BundleError: there is none.
         """
         for tensor in self.tensors:
             if tensor.name == name:
                 return tensor
-        raise KeyError(f"the graph '{self.name}' has no tensor '{name}'")
+        raise BundleError(f"the graph '{self.name}' has no tensor '{name}'")
 
     def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Variable dimension -> its size in a call.

@@ -155,7 +155,7 @@ class AnyDoor(Preprocessing):
         """Looks up what the model has.
 
         Raises:
-            BundleError: a graph is missing.
+            BundleError: a graph or a constant is missing.
         """
         manifest = model.bundle.manifest
         missing = [graph for graph in (ID_ENCODER, CONTROL) if graph not in manifest.graphs]
@@ -166,7 +166,8 @@ class AnyDoor(Preprocessing):
         self._reference_size = (
             manifest.specs[ID_ENCODER].tensor("reference").resolve(manifest.typical_sizes)[-1]
         )
-        self._unconditional_tokens = model.constants["unconditional_tokens"]
+        tokens = manifest.specs[ID_ENCODER].tensor("tokens").resolve(manifest.typical_sizes)
+        self._unconditional_tokens = model.constant("unconditional_tokens", tokens)
         self._window = model.control_window
         self.cache = DetailMapCache(model.cache_bytes)
         """Detail maps that are kept for re-rolls."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.engine import Engine
+from engines.errors import BundleError
 from runtime.diffusion.ddim import Schedule
 from runtime.imaging.boxes import Box
 from runtime.parameters import PlacementParameters, SamplingParameters
@@ -37,6 +38,17 @@ class Model:
     """Memory for tensors that are kept for later pictures."""
     control_window: int
     """Sampling steps that a window graph computes in one call."""
+
+    def constant(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A constant that the system needs.
+
+        Raises:
+            BundleError: the bundle has none of that shape, in float32.
+        """
+        found = self.constants.get(name)
+        if found is None or found.shape != shape or found.dtype != np.float32:
+            raise BundleError(f"the bundle at '{self.bundle.path}' has no constant '{name}' {shape} float32")
+        return found
 
 
 class Prepared(Protocol):

@@ -59,17 +59,20 @@ MANIFEST_OF_TWO = Manifest(
     graphs={
         "denoise": GraphRecord(
             STEP,
-            (FileRecord("denoise.onnx", 12, "aa"), FileRecord("weights/denoise.data", 1 << 40, "bb")),
+            (
+                FileRecord("denoise.onnx", 12, "aa" * 32),
+                FileRecord("weights/denoise.data", 1 << 40, "bb" * 32),
+            ),
             error={"epsilon": 1.5e-7},
             build_seconds=3.25,
             scratch_bytes={"onnxruntime": 1 << 33, "openvino": 7},
-            variants={"cpu": FileRecord("denoise.cpu.onnx", 11, "ff")},
+            variants={"cpu": FileRecord("denoise.cpu.onnx", 11, "ff" * 32)},
         ),
-        "decode": GraphRecord(DECODER, (FileRecord("decode.onnx", 34, "cc"),)),
+        "decode": GraphRecord(DECODER, (FileRecord("decode.onnx", 34, "cc" * 32),)),
     },
-    constants=FileRecord("constants.npz", 56, "dd"),
+    constants=FileRecord("constants.npz", 56, "dd" * 32),
     defaults={"guidance_scale": 2.0, "mode": "keep_background", "guidance_interval": [200, 999]},
-    checkpoint={"file": "weights.safetensors", "sha256": "ee"},
+    checkpoint={"file": "weights.safetensors", "sha256": "ee" * 32},
     architecture={"channels": [1, 2], "attention": [True, False]},
     schedule={"kind": "ddpm", "prediction": "epsilon"},
     producer="a test",
@@ -128,8 +131,8 @@ def test_the_file_says_what_the_documentation_says() -> None:
     assert graph["per_step"] == ["timestep", "row_token"]
     assert graph["feedback"] == {"latent": "next_latent", "carry": "epsilon"}
     assert graph["scratch_bytes"] == {"onnxruntime": 1 << 33, "openvino": 7}
-    assert graph["files"][0] == {"path": "denoise.onnx", "bytes": 12, "sha256": "aa"}
-    assert graph["variants"] == {"cpu": {"path": "denoise.cpu.onnx", "bytes": 11, "sha256": "ff"}}
+    assert graph["files"][0] == {"path": "denoise.onnx", "bytes": 12, "sha256": "aa" * 32}
+    assert graph["variants"] == {"cpu": {"path": "denoise.cpu.onnx", "bytes": 11, "sha256": "ff" * 32}}
     assert "spec" not in graph
 
 
@@ -260,13 +263,14 @@ GRAPH_FIELDS = ("role", "inputs", "outputs", "banks", "per_step", "feedback", "f
 def test_a_graph_with_something_missing(tmp_path: Path, field: str) -> None:
     sentence = refused(tmp_path, changed(lambda content: content["graphs"]["denoise"].pop(field)))
     assert "is damaged: manifest.json cannot be used" in sentence
-    assert f"'{field}'" in sentence
+    assert f"'graphs.denoise.{field}' is missing" in sentence
 
 
 @pytest.mark.parametrize("role", ["abacus", "", "Step", None, 7])
 def test_a_role_that_there_is_not(tmp_path: Path, role: Any) -> None:
     sentence = refused(tmp_path, changed(lambda content: content["graphs"]["decode"].update(role=role)))
-    assert f"'decode' has the unknown role '{role}'" in sentence
+    assert "graphs.decode.role must be one of condition, scene, window, step, decode, segment" in sentence
+    assert f"not {role!r}" in sentence
 
 
 @pytest.mark.parametrize("role", ["step", "decode"])
@@ -335,7 +339,9 @@ def test_parts_that_do_not_fit_together(tmp_path: Path) -> None:
         step["inputs"] = [tensor for tensor in step["inputs"] if tensor["name"] != name]
 
     changes: dict[str, Callable[[dict[str, Any]], object]] = {
-        "max_batch is -1": lambda content: content.update(max_batch=-1),
+        "max_batch must be a whole number from 1 to 4096, not -1": lambda content: content.update(
+            max_batch=-1
+        ),
         "unknown dimension 'conditions'": lambda content: content["dimensions"].pop("conditions"),
         "no tensor 'latent'": lambda content: without(content, "latent"),
         "no tensor 'tokens'": lambda content: without(content, "tokens"),

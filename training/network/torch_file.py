@@ -11,8 +11,10 @@ Source: PyTorch, torch/serialization.py (`_save`) and torch/_utils.py (`_rebuild
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +25,10 @@ from torch import Tensor
 
 MOST_PICKLE_BYTES = 8 << 20
 """Largest pickle that is read; that of a full AnyDoor checkpoint with optimizer states has 1.5 MB. What it
-makes takes at most a hundred times as much memory, tensors aside, which are mapped."""
+makes is counted before it is made; tensors are mapped."""
+
+MOST_OPERATIONS = 2_000_000
+"""Of a pickle: what each of them makes can take a hundred times the memory of its bytes."""
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -37,6 +42,8 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }
 _SHELLS = ("os", "posix", "nt", "sys", "subprocess")
 """Modules that no honest checkpoint names."""
@@ -55,6 +62,10 @@ class Container(dict[str, Any]):
         # other keys are of no use, and the hash of tuples that are nested a million times ends the process
         if isinstance(key, str):
             super().__setitem__(key, value)
+
+    def __call__(self, *args: object, **kwargs: object) -> Container:
+        """Does nothing: what a function gave may be a function."""
+        return self
 
     def append(self, item: object) -> None:
         """Forgets it."""
@@ -89,8 +100,17 @@ def read_torch_file(path: Path) -> tuple[Any, str]:
     span = spans["data.pkl"]
     if span.stop - span.start > MOST_PICKLE_BYTES:
         raise ValueError(f"its pickle has more than {MOST_PICKLE_BYTES >> 20} MB, which no checkpoint needs")
+    _count_operations(content[span])
     unpickler = _Unpickler(content, spans)
     return unpickler.load(), next(iter(unpickler.unknown), "")
+
+
+def _count_operations(content: bytes) -> None:
+    for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
+        if count >= MOST_OPERATIONS:
+            raise ValueError(f"its pickle has more than {MOST_OPERATIONS} operations, which no checkpoint needs")
+        if operation.name.endswith("PUT") and (argument or 0) > count:
+            raise ValueError("its pickle is damaged: it counts what it holds wrongly")
 
 
 def _span(content: mmap.mmap, info: zipfile.ZipInfo) -> slice:
@@ -151,6 +171,8 @@ class _Unpickler(pickle._Unpickler):
         return torch.frombuffer(self._content, dtype=dtype, count=count, offset=span.start)
 
     def _tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *_: object) -> Tensor:
+        if math.prod(size) > storage.numel():
+            raise ValueError("it is damaged: a tensor is larger than its storage")
         return storage.as_strided(size, stride, offset)
 
     def _tensor_of_type(self, storage: Tensor, offset: int, size: Any, stride: Any, *more: Any) -> Tensor:

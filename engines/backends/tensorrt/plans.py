@@ -5,7 +5,6 @@ What an input or output is called in the plan (`TensorSpec.stored_name`) is know
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from engines.backends.tensorrt.library import Library, check_header, loading_refusal
 from engines.bundle import Bundle
-from engines.cache_folder import cache_folder, mark_used
+from engines.cache_folder import cache_folder, keep, kept
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError, BundleError
-from engines.files import write_bytes
 from engines.manifest import GraphRecord
 from engines.spec import GraphSpec, TensorSpec
 
@@ -160,17 +158,16 @@ class JitCache:
         config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            if self._path and self._path.is_file():
-                self._cache.deserialize(self._path.read_bytes())
-                mark_used(self._path)
+            if self._path and (content := kept(self._path)):
+                self._cache.deserialize(content)
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
         """Writes the kernels, if there is a place for them."""
         if self._cache is None or self._path is None:
             return
-        with contextlib.suppress(OSError), self._cache.serialize() as content:
-            write_bytes(self._path, content)
+        with self._cache.serialize() as content:
+            keep(self._path, content)
 
 
 @dataclass(frozen=True)
