@@ -23,6 +23,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "composite": ("runtime.cli.composite", "cpu"),
     "serve": ("runtime.cli.serve", "cpu,serve"),
     "doctor": ("runtime.cli.doctor", "cpu"),
+    "sign": ("runtime.cli.sign", "cpu,sign"),
     "build": ("export.build_engines", "export"),
 }
 """Name -> module, and the extras of this package that the command needs. They are entries of the group, too;
