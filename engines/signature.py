@@ -74,8 +74,8 @@ def check(content: bytes, signature: Path, trusted_key: Path) -> None:
         key.verify(_read(signature), content)
     except Exception as error:  # InvalidSignature, which says nothing
         raise BundleError(
-            f"the bundle at '{signature.parent}' is not signed by the owner of '{trusted_key}', or was changed "
-            "since it was signed"
+            f"the bundle at '{signature.parent}' is not signed by the owner of '{trusted_key}', or was "
+            "changed since it was signed"
         ) from error
 
 
