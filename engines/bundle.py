@@ -50,23 +50,30 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    signed: bool = False
+    """Whether the manifest's signature was checked. Then all files are read, whatever was found before."""
     _verified: set[str] = field(default_factory=set)
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
+    def open(cls, path: str | Path, trusted_key: Path | None = None) -> Bundle:
         """Opens a bundle and checks that every file is there with the size it should have.
 
         Where a build was killed while it replaced the bundle, the old one is put back first.
 
+        Args:
+            path: its directory.
+            trusted_key: PEM file; the bundle must be signed by its owner. None: no signature is needed.
+
         Raises:
-            BundleError: there is no bundle, it is damaged, or a newer version made it.
+            BundleError: there is no bundle, it is damaged, of a newer version, or not signed by the key.
+            BackendError: a signature is needed, and cryptography is not installed.
         """
         path = Path(path)
         if not path.is_dir():
             put_back(path)
         if not path.is_dir():
             raise BundleError(f"there is no bundle at '{path}': build one with '{BUILD_COMMAND}'")
-        bundle = cls(path, read_manifest(path / MANIFEST))
+        bundle = cls(path, read_manifest(path / MANIFEST, trusted_key), signed=trusted_key is not None)
         for record in bundle.files():
             bundle._check_size(record)
         return bundle
@@ -103,11 +110,23 @@ class Bundle:
             return
         record = self.manifest.graphs[graph]
         for file in record.all_files:
-            self._verify_file(file, progress, reread)
+            self._verify_file(file, progress, reread or self.signed)
         if self.manifest.backend == ONNX:
             for file in (record.files[0], *record.variants.values()):
                 self._check_weights(file, record)
         self._verified.add(graph)
+
+    def verify_all(self, progress: Progress | None = None) -> None:
+        """Reads all files and compares their hashes, whatever was found before.
+
+        Raises:
+            BundleError: a file is not the one that was built, or cannot be used.
+        """
+        for graph in self.manifest.graphs:
+            self.verify(graph, progress, reread=True)
+        for record in self.small_files():
+            self.read(record)
+        self.constants()
 
     def constants(self) -> dict[str, NDArray[np.float32]]:
         """Name -> array: `alphas_cumprod` (1000,) float32, and what the bundle's system keeps there.

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engines import format_1
+from engines import format_1, signature
 from engines.errors import BundleError
 from engines.schema import MANIFEST_2
 from engines.spec import BankSpec, GraphSpec, Role, TensorSpec, sizes_for
@@ -177,15 +177,23 @@ class Manifest:
         return json.dumps(head | content, indent=1) + "\n"
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path, trusted_key: Path | None = None) -> Manifest:
     """Reads manifest.json, of this format version or an older one.
 
+    Args:
+        path: of the file.
+        trusted_key: PEM file; the manifest must be signed by its owner. None: no signature is needed.
+
     Raises:
-        BundleError: it is missing, is not a manifest, or is of a newer version.
+        BundleError: it is missing, is not a manifest, is of a newer version, or is not signed by the key.
+        BackendError: cryptography is not installed.
     """
     where = f"'{path.parent}'"
     try:
-        content = _parse_json(_read_limited(path))
+        text = _read_limited(path)
+        if trusted_key is not None:
+            signature.check(text, path.with_name(signature.SIGNATURE), trusted_key)
+        content = _parse_json(text)
     except FileNotFoundError:
         raise BundleError(f"{where} is not a bundle: it has no {MANIFEST}") from None
     except (OSError, ValueError, RecursionError) as error:

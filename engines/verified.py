@@ -5,8 +5,9 @@ times of its last change, inode, and the hash. Where all of that is as it was, t
 
 The hashes are for what they always were for: they find copies that were cut short and files that were mixed
 up. They do not protect from somebody who can write the bundle, since the manifest with the hashes lies in
-it, and neither does the record. What the record cannot see is a disk that loses bits without a write:
-`anydoor doctor BUNDLE` reads all files anew, and so does every load where ANYDOOR_VERIFY is set.
+it, and neither does the record. What the record cannot see is a disk that loses bits without a write, or a
+program that keeps writing to a file that it has mapped. `anydoor doctor BUNDLE` reads all files anew, and so
+does every load of a signed bundle (`engines.signature`), or where ANYDOOR_VERIFY is set.
 """
 
 from __future__ import annotations

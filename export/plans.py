@@ -143,11 +143,9 @@ def build_plan(
         reason = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise AnyDoorError(f"{library.variant.title} cannot read the graph '{graph}': {reason}")
     check_signature(network_signature(network), spec, manifest.largest_sizes)
-    config = builder.create_builder_config()
+    config = new_config(library, builder)
     config.add_optimization_profile(_profile(builder, spec, manifest))
     config.progress_monitor = _monitor(trt, progress.percent)
-    for flag in library.variant.builder_flags:
-        config.set_flag(getattr(trt.BuilderFlag, flag))
     if library.variant.targets:
         _set_targets(trt, config, target.split(","))
     timings = _load_timings(config, timing_cache) if library.variant.times_kernels else None
@@ -157,6 +155,19 @@ def build_plan(
     if timings is not None and timing_cache is not None:
         write_bytes(timing_cache, timings.serialize())
     return BuiltPlan(content, scratch_bytes(library.messages))
+
+
+def new_config(library: Library, builder: tensorrt.Builder) -> tensorrt.IBuilderConfig:
+    """How plans are built, whatever their graph. Products of FP32 numbers are in FP32.
+
+    The library sets the flag TF32 by itself (`BuilderFlag` in the documentation of TensorRT's Python API).
+    """
+    flags: type[tensorrt.BuilderFlag] = library.module.BuilderFlag
+    config = builder.create_builder_config()
+    config.clear_flag(flags.TF32)
+    for flag in library.variant.builder_flags:
+        config.set_flag(getattr(flags, flag))
+    return config
 
 
 def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:

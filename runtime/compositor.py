@@ -127,6 +127,7 @@ class Compositor:
         options: EngineOptions = EngineOptions(),
         cache_bytes: int | None = None,
         control_window: int | None = None,
+        trusted_key: str | Path | None = None,
     ) -> Compositor:
         """Opens a bundle; each graph is loaded when it is first needed.
 
@@ -135,11 +136,13 @@ class Compositor:
             options: where and how the graphs run.
             cache_bytes: see `__init__`.
             control_window: see `__init__`.
+            trusted_key: PEM file with an Ed25519 public key; the bundle must be signed by its owner
+                (`anydoor sign`). None: no signature is needed.
 
         Raises:
             AnyDoorError: the bundle or its backend cannot be used, and why.
         """
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, None if trusted_key is None else Path(trusted_key))
         return cls(bundle, open_engine(bundle, options), cache_bytes, control_window)
 
     def load_graphs(self) -> Iterator[str]:

@@ -24,6 +24,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "draw": ("runtime.cli.draw", "cpu"),
     "serve": ("runtime.cli.serve", "cpu,serve"),
     "doctor": ("runtime.cli.doctor", "cpu"),
+    "sign": ("runtime.cli.sign", "cpu,sign"),
     "build": ("export.build_engines", "export"),
 }
 """Name -> module, and the extras of this package that the command needs. They are entries of the group, too;

@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BUNDLE",
         help=f"bundles to check (default: all in {_DEFAULT_BUNDLES})",
     )
+    parser.add_argument(
+        "--trusted-key", type=Path, metavar="FILE", help="PEM file; bundles must be signed by its owner"
+    )
     add_engine_flags(parser.add_argument_group("how the bundles would be run"))
 
 
@@ -74,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     print("\nbundles")
     if not paths:
         print(f"  none in {_DEFAULT_BUNDLES}; build one with: anydoor build CHECKPOINT")
-    sound = [_print_bundle(path, engine) for path in paths]
+    sound = [_print_bundle(path, engine, options.trusted_key) for path in paths]
     return 0 if usable and (all(sound) or not named) else 2
 
 
@@ -133,7 +136,7 @@ def _print_devices() -> bool:
     return bool(found)
 
 
-def _print_bundle(path: Path, options: EngineOptions) -> bool:
+def _print_bundle(path: Path, options: EngineOptions, trusted_key: Path | None) -> bool:
     """Prints what a bundle is and how it would run here; returns whether it is sound and can."""
     from tqdm import tqdm
 
@@ -141,7 +144,7 @@ def _print_bundle(path: Path, options: EngineOptions) -> bool:
 
     print(f"  {path}")
     try:
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, trusted_key)
         manifest = bundle.manifest
         size = sum(record.bytes for record in bundle.files())
         print(
@@ -154,18 +157,15 @@ def _print_bundle(path: Path, options: EngineOptions) -> bool:
         with tqdm(
             total=size, unit="B", unit_scale=True, desc="    hashing", leave=False, disable=None
         ) as bar:
-            for graph in manifest.graphs:
-                bundle.verify(graph, bar.update, reread=True)
-        bundle.constants()
-        for record in bundle.small_files():
-            bundle.read(record)
+            bundle.verify_all(bar.update)
         runs_on = _print_plan(bundle, options)
     except AnyDoorError as error:
         print(f"    unusable: {error}")
         return False
     errors = [error for record in manifest.graphs.values() for error in record.error.values()]
     worst = f"{max(errors):.1e}" if errors else "not measured"
-    print(f"    sound; largest error against PyTorch {worst}; runs on {runs_on}")
+    signed = f"signed by the owner of {trusted_key}; " if trusted_key else ""
+    print(f"    sound; {signed}largest error against PyTorch {worst}; runs on {runs_on}")
     return True
 
 

@@ -142,7 +142,11 @@ def serve(settings: Settings) -> int:
     tracing.configure()
     cache_bytes = None if settings.cache_bytes < 0 else settings.cache_bytes
     compositor = Compositor.load(
-        settings.bundle, settings.engine, cache_bytes, settings.control_window or None
+        settings.bundle,
+        settings.engine,
+        cache_bytes,
+        settings.control_window or None,
+        settings.trusted_key or None,
     )
     if plan := compositor.engine.describe():
         _log("memory plan", plan=plan.splitlines())

@@ -37,6 +37,10 @@ class Settings:
         "directory of the bundle; $ANYDOOR_BUNDLE, else build/engines/anydoor, if unset",
         metavar="DIR",
     )
+    require_signature: bool = _setting(False, "serve a bundle only if it is signed by the trusted key")
+    trusted_key: str = _setting(
+        "", "PEM file with the Ed25519 public key of who signs bundles", metavar="FILE"
+    )
     engine: EngineOptions = EngineOptions()
     """Where and how the graphs run. Its fields have flags and keys beside the others."""
     listen: tuple[str, ...] = _setting(
@@ -108,6 +112,8 @@ class Settings:
             raise InputError("listen must name at least one address")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise InputError("tls_certificate and tls_key are only of use together")
+        if self.require_signature != bool(self.trusted_key):
+            raise InputError("require_signature and trusted_key are only of use together")
         if self.tls_client_ca and not self.tls_certificate:
             raise InputError("tls_client_ca needs tls_certificate and tls_key")
 

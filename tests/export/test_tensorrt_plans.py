@@ -23,7 +23,15 @@ from export import build
 from export.build import best_backend, build_plan_bundle
 from export.build_engines import main
 from export.options import BuildOptions
-from export.plans import Phase, build_plan, check_targets, completed, network_signature, scratch_bytes
+from export.plans import (
+    Phase,
+    build_plan,
+    check_targets,
+    completed,
+    network_signature,
+    new_config,
+    scratch_bytes,
+)
 from export.progress import Progress
 from tests.support.anydoor import CONTROL, GRAPHS, ID_ENCODER
 from tests.support.cards import no_card
@@ -72,6 +80,14 @@ def test_all_graphs_are_built_for_three_architectures(built: tuple[Bundle, Bundl
     assert plans.manifest.target == "sm86,sm89,sm120"
     assert list(plans.manifest.graphs) == list(GRAPHS)
     assert plans.manifest.precision == source.manifest.precision
+
+
+def test_products_of_float32_numbers_are_not_rounded_to_tf32(library: Library) -> None:
+    """The library would allow that by itself."""
+    trt = library.module
+    builder = trt.Builder(library.logger)
+    assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
+    assert not new_config(library, builder).get_flag(trt.BuilderFlag.TF32)
 
 
 def test_constants_and_signatures_are_those_of_the_source(built: tuple[Bundle, Bundle]) -> None:

@@ -53,13 +53,13 @@ def test_it_reads_what_was_found_sound_before(tmp_path: Path, tiny_bundle: Path,
     """A disk may lose bits without a write, which leaves every time of the file as it was."""
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     assert main(["doctor", str(bundle)]) == 0
-    file = bundle / "decode.onnx"
+    file = bundle / "decode.onnx.data"
     file.write_bytes(b"x" * file.stat().st_size)
-    record = json.loads((bundle / "manifest.json").read_text())["graphs"]["decode"]["files"][0]
+    record = json.loads((bundle / "manifest.json").read_text())["graphs"]["decode"]["files"][1]
     FileState.of(file, record["sha256"]).remember()
     Bundle.open(bundle).verify("decode")
     assert main(["doctor", str(bundle)]) == 2
-    assert "decode.onnx is not the file that was built" in capsys.readouterr().out
+    assert "decode.onnx.data is not the file that was built" in capsys.readouterr().out
 
 
 def test_a_library_without_metadata_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
