@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from runtime.errors import InputError
-from runtime.imaging.pictures import check_size, contact_sheet, format_of, save_picture, sheet_size
+from runtime.cli.output_place import check_place, save_pictures
+from runtime.imaging.pictures import check_size, contact_sheet, format_of, sheet_size
 from runtime.result import Composite
 
 _FIRST_TURNED = 5
@@ -27,18 +26,12 @@ def check_output(output: Path, scene: Path, num_images: int, grid: bool) -> None
         grid: whether they are written as one contact sheet.
 
     Raises:
-        InputError: the name has no known ending, its format cannot hold a picture of the size, or its folder
-            is missing or cannot be written to.
+        InputError: the name has no known ending, its format cannot hold a picture of the size, or it cannot
+            be written there.
     """
     format_of(output)
-    folder = output.parent
-    if not folder.is_dir():
-        raise InputError(f"cannot write '{output}': there is no folder '{folder}'")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write '{output}': the folder '{folder}' may not be written to")
     for path in [output] if grid else output_paths(output, num_images):
-        if path.is_dir():
-            raise InputError(f"cannot write '{path}': it is a folder")
+        check_place(path)
     size = _size_of(scene)
     if size and num_images > 0:
         check_size(sheet_size(size, num_images) if grid else size, output)
@@ -55,15 +48,16 @@ def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None
     """Writes pictures, and prints their names and seeds.
 
     Raises:
-        InputError: a file cannot be written.
+        InputError: a file cannot be written; its picture is elsewhere then.
     """
     images = [result.image for result in results]
     if grid:
-        save_picture(contact_sheet(images), output)
+        save_pictures([(contact_sheet(images), output)])
         print(f"{output} (seeds {results[0].seed} to {results[-1].seed})")
         return
-    for path, result in zip(output_paths(output, len(results)), results):
-        save_picture(result.image, path)
+    paths = output_paths(output, len(results))
+    save_pictures(zip(images, paths))
+    for path, result in zip(paths, results):
         print(f"{path} (seed {result.seed})")
 
 
