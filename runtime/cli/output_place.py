@@ -34,7 +34,7 @@ def _try_place(path: Path) -> None:
     real = Path(os.path.realpath(path))
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     else:
         if not stat.S_ISREG(mode):
