@@ -5,23 +5,11 @@ from __future__ import annotations
 import io
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-T = TypeVar("T")
-
 SECONDS_BETWEEN_LINES = 10.0
-
-if TYPE_CHECKING:
-
-    class _Bar(tqdm[T]):
-        """A bar over things of a type."""
-
-else:  # tqdm is generic in its stubs alone
-
-    class _Bar(tqdm, Generic[T]):
-        """A bar."""
 
 
 class _Nowhere(io.TextIOBase):
@@ -31,7 +19,7 @@ class _Nowhere(io.TextIOBase):
         return len(text)
 
 
-class ProgressBar(_Bar[T]):
+class _ProgressBar(tqdm):  # type: ignore[type-arg]
     """tqdm on standard error, which in a log writes no bar but lines: when what it describes changes, every
     ten seconds, and at the end."""
 
@@ -41,7 +29,7 @@ class ProgressBar(_Bar[T]):
         self._is_done = False
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         if self._lines:
-            options = {"bar_format": "{n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]", **options}
+            options.setdefault("bar_format", "{n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]")
             options["file"] = _Nowhere()
         super().__init__(*arguments, **options)
 
@@ -52,12 +40,16 @@ class ProgressBar(_Bar[T]):
             return
         described = (self.desc or "").removesuffix(": ").strip()
         is_done = self.total is not None and self.n >= self.total
-        if described == self._described and is_done == self._is_done and time.monotonic() < self._next_line:
+        is_time = time.monotonic() >= self._next_line
+        if described == self._described and is_done == self._is_done and not is_time:
             return
         self._described, self._is_done = described, is_done
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-        if self.bar_format == "{desc}":
-            text = described
-        else:
-            text = f"{described}: {self}" if described else str(self)
-        print(text, file=sys.stderr, flush=True)
+        count = "" if self.bar_format == "{desc}" else str(self)
+        print(": ".join(filter(None, (described, count))), file=sys.stderr, flush=True)
+
+
+if TYPE_CHECKING:
+    ProgressBar = tqdm  # for its types of iterables
+else:
+    ProgressBar = _ProgressBar
