@@ -105,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="value of a parameter that requests leave open, which the model was trained for, like "
         "guidance_scale=2; may be repeated (default: those of the system)",
     )
+    _add_checkpoint_flags(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unet-head-width",
         type=int,
@@ -123,7 +128,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="take averages of weights, where the checkpoint has them",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def parse_default(text: str) -> tuple[str, Any]:

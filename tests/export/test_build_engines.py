@@ -158,6 +158,7 @@ def test_a_file_is_not_replaced_by_a_bundle(tiny_checkpoint: Path, tmp_path: Pat
     assert "there is no checkpoint" in refused(capsys, tmp_path / "a", "--output", tmp_path / "b")
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_in_shards_is_built(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     """In eight bits, with averages and with a key that nobody needs."""
     tensors = {
