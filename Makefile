@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DEMO_BUNDLE := examples/anydoor-small
 DEMO_PICTURE := build/demo.png
 
-.PHONY: demo test gpu dev check proto nightly bindings format clean
+.PHONY: demo test gpu dev check proto nightly versions bindings format clean
 
 demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
@@ -40,6 +40,12 @@ proto: $(VENV)/.dev
 nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -m nightly
 	ANYDOOR_FUZZ_REQUESTS=5000 $(BIN)/python -m pytest tests/runtime/server/test_server_fuzz.py
+	ANYDOOR_FUZZ_CHECKPOINTS=20000 $(BIN)/python -m pytest tests/training/network/test_checkpoint_fuzz.py
+	$(BIN)/python -m tests.versions
+
+# the lean tests with the oldest versions that pyproject.toml allows, and on other Pythons; downloads them
+versions: $(VENV)/.dev
+	$(BIN)/python -m tests.versions
 
 # the code against the types of TensorRT 10.3 and 11; downloads both
 bindings: $(VENV)/.dev

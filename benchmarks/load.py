@@ -105,10 +105,10 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(test: LoadTest, quiet: bool) -> list[LoadResult]:
     """Return all rows, with a progress bar."""
-    from tqdm import tqdm
+    from runtime.progress_bar import ProgressBar
 
     rows = []
-    with tqdm(total=len(BATCHING) * len(test.loads), unit="run", disable=quiet or None) as bar:
+    with ProgressBar(total=len(BATCHING) * len(test.loads), unit="run", disable=quiet or None) as bar:
         for row in test.rows():
             rows.append(row)
             bar.set_description(f"{row.mode}, {row.rate:.2f}/s")

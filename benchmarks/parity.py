@@ -13,8 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmarks.support.case_options import add_case_options, bundle_of, read_runs
 from benchmarks.support.checks import HEADER, Check
 from benchmarks.support.comparison import RunComparison, compare_hf_maps
@@ -22,6 +20,7 @@ from benchmarks.support.golden import GoldenRun
 from engines.errors import AnyDoorError
 from runtime import Compositor
 from runtime.cli.flags import add_engine_flags, engine_options
+from runtime.progress_bar import ProgressBar
 
 
 def compare(options: argparse.Namespace) -> list[Check]:
@@ -41,7 +40,7 @@ def compare(options: argparse.Namespace) -> list[Check]:
     bundle = options.bundle or bundle_of(options, options.precision)
     compositor = Compositor.load(bundle, engine_options(options))
     # a bar in a log is thousands of control characters
-    with tqdm(unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
+    with ProgressBar(unit="step", dynamic_ncols=True, leave=False) as bar:
         comparisons = [RunComparison(run, compositor, bar.update) for run in runs]
         bar.total = sum(comparison.steps() for comparison in comparisons)
         for comparison in comparisons:

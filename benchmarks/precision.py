@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.support.case_options import add_case_options, bundle_of, read_runs
 from benchmarks.support.checks import TOLERANCES
@@ -32,6 +31,7 @@ from engines.engine import open_engine
 from engines.errors import AnyDoorError
 from engines.options import EngineOptions
 from runtime import Compositor
+from runtime.progress_bar import ProgressBar
 
 PICTURE_PSNR = 40.0
 HEADROOM = 8.0
@@ -100,7 +100,7 @@ GRAPH_HEADER = "| graph | FP16 results | largest | headroom | in | |\n| --- | --
 
 
 def compare_run(
-    run: GoldenRun, full: Compositor, half: Compositor, progress: tqdm[Any], steps: int | None = None
+    run: GoldenRun, full: Compositor, half: Compositor, progress: ProgressBar[Any], steps: int | None = None
 ) -> RunError:
     """Run the networks of one recorded case in both precisions, from the recorded reference, hint and noise.
 
@@ -122,7 +122,7 @@ def compare_run(
 
 
 def _run_networks(
-    run: GoldenRun, compositor: Compositor, progress: tqdm[Any], steps: int | None
+    run: GoldenRun, compositor: Compositor, progress: ProgressBar[Any], steps: int | None
 ) -> tuple[Array, Array, Array]:
     networks = Networks(run, compositor, progress.update)
     tokens = networks.id_tokens()
@@ -160,7 +160,7 @@ def compare(options: argparse.Namespace) -> list[RunError | GraphExtremes]:
     total = 2 * sum(len(_timesteps(run, options.steps)) for run in runs)
     results: list[RunError | GraphExtremes] = []
     print(RUN_HEADER)
-    with tqdm(total=total, unit="step", dynamic_ncols=True, leave=False) as bar:
+    with ProgressBar(total=total, unit="step", dynamic_ncols=True, leave=False) as bar:
         for run in runs:
             bar.set_description(run.label)
             results.append(error := compare_run(run, *compositors, bar, options.steps))

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from runtime.progress_bar import ProgressBar
 from training.network.architecture import Architecture
 from training.network.checkpoint import write_checkpoint
 from training.network.modules import AnyDoor
@@ -97,7 +97,7 @@ def seeded_checkpoint(path: Path, architecture: Architecture, seed: int, quiet: 
         shapes = AnyDoor(architecture).official_shapes()
     tensors = {
         key: torch.from_numpy(seeded_tensor(key, shape, seed))
-        for key, shape in tqdm(shapes.items(), desc="seeding", disable=quiet)
+        for key, shape in ProgressBar(shapes.items(), desc="seeding", disable=quiet)
     }
     write_checkpoint(path, schedule_buffers() | tensors, architecture)
 

@@ -26,8 +26,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks.support.baselines import exact_box
 from benchmarks.support.bundle_option import EXAMPLE_BUNDLE
 from benchmarks.support.identity import Gallery, identity_of
@@ -43,6 +41,7 @@ from runtime import Compositor
 from runtime.cli.flags import add_engine_flags, engine_options
 from runtime.errors import InputError
 from runtime.imaging.modes import MODES
+from runtime.progress_bar import ProgressBar
 
 EXAMPLES = """examples:
   python benchmarks/speed_vs_quality.py --count 8
@@ -56,7 +55,7 @@ def gallery_of(pairs: Sequence[TruthPair], among: int, quiet: bool) -> Gallery |
         return None
     drawn = max(len(pairs), among)
     numbers = [pair.seed for pair in truth_pairs(drawn)]
-    bar = tqdm(numbers, "drawing other views", leave=False, disable=quiet)
+    bar = ProgressBar(numbers, "drawing other views", leave=False, disable=quiet)
     return Gallery(
         {
             number: [identity_of(view.image[exact_box(view.mask).slices]) for view in other_views(number)]
@@ -116,13 +115,15 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[SettingResult
     compositor = Compositor(bundle, engine)
     deque(compositor.load_graphs(), maxlen=0)
     todo = settings(options.guidance_scale)
-    bar = tqdm(truth_pairs(options.count), "drawing", options.count, leave=False, disable=options.quiet)
+    bar = ProgressBar(
+        truth_pairs(options.count), "drawing", options.count, leave=False, disable=options.quiet
+    )
     pairs = list(bar)
     gallery = gallery_of(pairs, options.among, options.quiet)
     runner = TrialRunner(compositor, options.mode, options.seed, gallery)
     # the first call of every shape is slower on some backends
     runner.run(pairs[0], 0, [todo[0], *todo[-len(LIMITS) :]], lambda: None)
-    with tqdm(total=len(pairs) * len(todo), desc="compositing", disable=options.quiet) as progress:
+    with ProgressBar(total=len(pairs) * len(todo), desc="compositing", disable=options.quiet) as progress:
         trials = [runner.run(pair, n, todo, progress.update) for n, pair in enumerate(pairs)]
     rows = summarise(todo, trials)
     seconds = [of_pair[0].seconds for of_pair in trials]

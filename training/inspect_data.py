@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
+from runtime.progress_bar import ProgressBar
 from training.assemble import encoded_pairs, mixture, view_pairs
 from training.config import Recipe, read_recipe
 from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, rows_done
@@ -71,7 +71,7 @@ def pairs_to_read(recipe: Recipe, folder: Path) -> EncodedPairs:
 
 def rate(work: Callable[[], object], samples: int, seconds: float, what: str) -> float:
     """Measures samples per second of repeated work, without its first time and at least twice more."""
-    with tqdm(desc=f"measuring {what}", unit="sample", leave=False) as bar:
+    with ProgressBar(desc=f"measuring {what}", unit="sample", leave=False) as bar:
         work()
         began, elapsed = time.perf_counter(), 0.0
         for times in count(1):
@@ -173,7 +173,7 @@ def inspect(options: argparse.Namespace) -> None:
     recipe = read_recipe(options.recipe)
     folder = options.folder or Path("runs") / options.recipe.stem
     pairs = fresh_pairs(recipe, folder)
-    numbers = tqdm(range(options.count), "drawing pairs", unit="pair", leave=False)
+    numbers = ProgressBar(range(options.count), "drawing pairs", unit="pair", leave=False)
     drawn = (first_pair(pairs, recipe, number) for number in numbers)
     write_sheet([column(pair.reference, pair.hint, pair.picture) for pair in drawn], options.output)
     print(f"the sheet: {options.output}")

@@ -22,10 +22,10 @@ from accelerate.utils import InitProcessGroupKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from engines.files import replacing
 from runtime.errors import InputError
+from runtime.progress_bar import ProgressBar
 from training.curves import Curves
 from training.sharding import gather, shard, shard_module, to_local
 
@@ -317,7 +317,9 @@ def train(task: Task, settings: LoopSettings, folder: Path, draw: SampleSheet | 
     start, main = saved.get("step", 0), accelerator.is_main_process
     step_over = _Stepper(task, module, state, settings, accelerator, start)
     curves = Curves(folder, start, step_over.samples, write=main)
-    progress = tqdm(range(start, settings.steps), initial=start, total=settings.steps, disable=not main)
+    progress = ProgressBar(
+        range(start, settings.steps), initial=start, total=settings.steps, disable=not main
+    )
     for step in progress:
         rates = {part: settings.part_rate(part, step) for part in state.parts}
         losses = step_over(rates)

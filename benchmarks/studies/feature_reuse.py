@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from benchmarks.support.machine import describe
 from benchmarks.support.results import require_writable, write_results
@@ -42,6 +41,7 @@ from runtime.imaging.collage import make_hint
 from runtime.imaging.geometry import Ratios
 from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
+from runtime.progress_bar import ProgressBar
 from training.network.architecture import REFERENCE_SIZE, Architecture
 from training.network.checkpoint import read_checkpoint
 from training.network.modules import AnyDoor
@@ -202,7 +202,7 @@ def measure(
     todo = [(sampler, steps, every) for sampler, steps, all_of in SAMPLERS_AND_STEPS for every in all_of]
     distances: dict[tuple[str, int, int], list[float]] = {key: [] for key in todo}
     total = len(pairs) * (TARGET_STEPS + sum(steps for _, steps, _ in todo))
-    with tqdm(total=total, unit="step") as progress, torch.no_grad():
+    with ProgressBar(total=total, unit="step") as progress, torch.no_grad():
         for number, pair in enumerate(pairs):
             pair_sampler = PairSampler(model, pair, resolution, guidance_scale, number)
             target = pair_sampler.latents(

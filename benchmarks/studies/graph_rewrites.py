@@ -24,7 +24,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.support.graphs import CONTROL, DENOISE
 from benchmarks.support.machine import describe
@@ -36,6 +35,7 @@ from engines.errors import AnyDoorError
 from engines.options import INFERENCE_PRECISIONS, EngineOptions
 from export.example_inputs import example_inputs
 from runtime.errors import InputError
+from runtime.progress_bar import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def compare(before: Path, after: Path, graph: str, options: EngineOptions, calls
     """
     sides: tuple[list[Calls], list[Calls]] = ([], [])
     with tempfile.TemporaryDirectory() as folder:
-        for _ in tqdm(range(rounds), desc=f"{graph}, {options.backend}", disable=None, leave=False):
+        for _ in ProgressBar(range(rounds), desc=f"{graph}, {options.backend}", leave=False):
             for index, bundle in enumerate((before, after)):
                 task = (str(bundle), graph, asdict(options), calls, f"{folder}/{index}.npz")
                 sides[index].append(_in_process(task))

@@ -6,12 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmarks.support.fingerprint import CHECKPOINT_SOURCES, fingerprint
 from engines.bundle import sha256
 from engines.errors import AnyDoorError, BundleError
 from engines.manifest import MANIFEST, read_manifest
+from runtime.progress_bar import ProgressBar
 
 SEEDED = Path("build/latency")
 BUNDLES = Path("build/parity")
@@ -63,7 +62,7 @@ def find_or_build(
     """
     if not checkpoint.is_file():
         raise AnyDoorError(f"there is no checkpoint at '{checkpoint}'")
-    with tqdm(
+    with ProgressBar(
         total=checkpoint.stat().st_size, unit="B", unit_scale=True, desc="hashing the checkpoint", leave=False
     ) as bar:
         digest = sha256(checkpoint, progress=bar.update)

@@ -15,6 +15,7 @@ from benchmarks.support.golden import Array, GoldenRun, read_archive
 from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
 from benchmarks.support.sampling_loop import sample
 from benchmarks.support.similarity import psnr
+from engines.errors import AnyDoorError
 from runtime import Compositor, Placement, Request, Sampling
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.imaging.boxes import Box
@@ -144,7 +145,12 @@ class Networks:
             return
         # in half precision, sums overflow
         found = [tensor[:1].astype(np.float32) for tensor in self._first_detail_maps(tokens).values()]
-        for index, expected in enumerate(recorded):
+        for index, expected in recorded.items():
+            if index >= len(found):
+                raise AnyDoorError(
+                    f"the case {self._run.label} has a detail map {index}, and this network makes "
+                    f"{len(found)}"
+                )
             # what was recorded in half precision is no more exact than that
             tolerance = max(self._tolerances.detail_maps, 1e-3 if expected.dtype == np.float16 else 0)
             yield relative(self._run.label, f"detail map {index}", found[index], expected, tolerance)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.support.contenders import (
     ANYDOOR,
@@ -36,6 +35,7 @@ from benchmarks.support.power import PowerMeter
 from benchmarks.support.similarity import psnr
 from engines.errors import BackendError
 from runtime import huge_pages
+from runtime.progress_bar import ProgressBar
 
 
 def require_contender(contender: Contender) -> None:
@@ -68,7 +68,7 @@ class Rounds:
         """Device and precision -> the best rates of all rounds."""
         self.power_source = ""
         self._common = run
-        self._bar = tqdm(disable=quiet, unit="call", dynamic_ncols=True)
+        self._bar = ProgressBar(disable=quiet, unit="call", dynamic_ncols=True)
 
     def run(self) -> None:
         """Measure everything."""

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from benchmarks.support.baselines import copy_paste, empty_box, fitted, on_white
 from benchmarks.support.embeddings import Embedder, pairwise_score
 from benchmarks.support.protocol import ProtocolObject, ProtocolScene
 from runtime.imaging.boxes import Box
+from runtime.progress_bar import ProgressBar
 
 Picture = NDArray[np.uint8]
 Compose = Callable[[ProtocolObject, Picture, Box, int], Picture]
@@ -82,7 +82,7 @@ def measure(
     """
     scores: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     sheet: dict[str, list[Picture]] = defaultdict(list)
-    with tqdm(total=len(objects) * len(scenes), unit="picture", leave=False) as bar:
+    with ProgressBar(total=len(objects) * len(scenes), unit="picture", leave=False) as bar:
         for row, each in enumerate(objects):
             crops: dict[str, list[Picture]] = defaultdict(list)
             for column, place in enumerate(scenes):

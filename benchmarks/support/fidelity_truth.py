@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from benchmarks.support.baselines import copy_paste, exact_box, fitted, on_white
 from benchmarks.support.identity import PARTS, Gallery, Identity, identity_of
 from benchmarks.support.similarity import region_psnr, region_ssim
 from benchmarks.support.truth_set import TruthPair, other_views, truth_pairs
+from runtime.progress_bar import ProgressBar
 from training.data.synthetic.views import View
 
 Picture = NDArray[np.uint8]
@@ -139,13 +139,16 @@ def measure(method: Callable[[TruthPair, int], Picture], count: int, among: int 
     """
     # recognition needs its distractors, and one object more, however few pairs are asked for
     drawn = max(count, among + 1)
-    candidates = list(tqdm(truth_pairs(drawn), "drawing pairs", drawn, leave=False))
+    candidates = list(ProgressBar(truth_pairs(drawn), "drawing pairs", drawn, leave=False))
     views = {
-        pair.seed: _identities(pair.seed) for pair in tqdm(candidates, "drawing other views", leave=False)
+        pair.seed: _identities(pair.seed)
+        for pair in ProgressBar(candidates, "drawing other views", leave=False)
     }
     gallery = Gallery(views, among)
     pairs = candidates[:count]
-    ours = [method(pair, number) for number, pair in enumerate(tqdm(pairs, "compositing", leave=False))]
+    ours = [
+        method(pair, number) for number, pair in enumerate(ProgressBar(pairs, "compositing", leave=False))
+    ]
     scores = {name: [_score(draw(pair), pair, gallery) for pair in pairs] for name, draw in BASELINES.items()}
     scores[OURS] = [_score(picture, pair, gallery) for picture, pair in zip(ours, pairs, strict=True)]
     scores[WRONG] = list(islice(_wrong_objects(candidates, gallery), count))

@@ -96,10 +96,11 @@ class GoldenRun:
         )
 
     @property
-    def detail_maps(self) -> list[Array]:
-        """The detail maps of the first step, first to last; empty if they were not recorded whole."""
-        names = sorted(name for name in self.arrays if re.fullmatch(r"ctl\d+(_f16)?", name))
-        return [self.arrays[name] for name in names]
+    def detail_maps(self) -> dict[int, Array]:
+        """Number -> detail map of the first step, of those that were recorded whole."""
+        matches = (re.fullmatch(r"ctl(\d+)(?:_f16)?", name) for name in self.arrays)
+        names = {int(match[1]): match[0] for match in matches if match}
+        return {number: self.arrays[names[number]] for number in sorted(names)}
 
 
 def read_case(path: Path, donor: Path | None = None) -> list[GoldenRun]:

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from engines.errors import AnyDoorError, BackendError
@@ -64,12 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: that of the command, or 2 for anything that the user can mend.
     """
-    given = sys.argv[1:] if arguments is None else arguments
+    given = join_negative_values(sys.argv[1:] if arguments is None else arguments)
+    _show_any_name()
     name = next((argument for argument in given if argument not in _EVERYWHERE), "")
     try:
         commands = [load_command(name)] if name in BUILT_IN else all_commands()
         options = parser(commands).parse_args(given)
         code: int = options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except AnyDoorError as error:
         print(f"anydoor: {error}", file=sys.stderr)
@@ -77,6 +84,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("anydoor: interrupted; nothing was written", file=sys.stderr)
         return 130
+    except OSError as error:
+        _forget_output()
+        if isinstance(error, BrokenPipeError):
+            return 1  # whoever read what is printed has gone
+        file = f" '{error.filename}'" if error.filename else " to standard output"
+        print(f"anydoor: cannot write{file}: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def join_negative_values(arguments: Sequence[str]) -> list[str]:
+    """Joins flags and values like -20,30,265,239 with "=": argparse takes such a value for a flag."""
+    joined: list[str] = []
+    for argument in arguments:
+        if re.match(r"-[\d.]", argument) and joined and re.fullmatch(r"--\w[\w-]*", joined[-1]):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _show_any_name() -> None:
+    """Has names that the terminal's encoding lacks printed with escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _forget_output() -> None:
+    """Lets what cannot be printed go nowhere, or Python would try again when it ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser(commands: Iterable[Command]) -> argparse.ArgumentParser:

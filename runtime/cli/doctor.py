@@ -138,9 +138,8 @@ def _print_devices() -> bool:
 
 def _print_bundle(path: Path, options: EngineOptions, trusted_key: Path | None) -> bool:
     """Prints what a bundle is and how it would run here; returns whether it is sound and can."""
-    from tqdm import tqdm
-
     from engines.bundle import Bundle
+    from runtime.progress_bar import ProgressBar
 
     print(f"  {path}")
     try:
@@ -154,9 +153,7 @@ def _print_bundle(path: Path, options: EngineOptions, trusted_key: Path | None) 
         print(f"    made by {manifest.backend} {manifest.backend_version} for {manifest.target}")
         defaults = [f"{name} {value}" for name, value in manifest.defaults.items()]
         print(f"    defaults: {', '.join(defaults) or 'those of the system'}")
-        with tqdm(
-            total=size, unit="B", unit_scale=True, desc="    hashing", leave=False, disable=None
-        ) as bar:
+        with ProgressBar(total=size, unit="B", unit_scale=True, desc="    hashing", leave=False) as bar:
             bundle.verify_all(bar.update)
         runs_on = _print_plan(bundle, options)
     except AnyDoorError as error:

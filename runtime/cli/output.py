@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,17 +10,11 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
+from runtime.cli.output_place import check_place, save_pictures
 from runtime.cli.standard_streams import STREAM, check_standard_output, write_standard_output
-from runtime.errors import InputError, collecting_warnings
+from runtime.errors import collecting_warnings
 from runtime.imaging.decoding import FIRST_SWAPPED
-from runtime.imaging.pictures import (
-    check_size,
-    contact_sheet,
-    encode_picture,
-    format_of,
-    save_picture,
-    sheet_size,
-)
+from runtime.imaging.pictures import check_size, contact_sheet, encode_picture, format_of, sheet_size
 from runtime.result import Composite
 
 
@@ -36,21 +29,15 @@ def check_output(output: Path, scene: Path | bytes | None, num_images: int, grid
         grid: whether they are written as one contact sheet.
 
     Raises:
-        InputError: the name has no known ending, its format cannot hold a picture of the size, or its folder
-            is missing or cannot be written to.
+        InputError: the name has no known ending, its format cannot hold a picture of the size, or it cannot
+            be written there.
     """
     if output == STREAM:
         check_standard_output(1 if grid else num_images)
         return
     format_of(output)
-    folder = output.parent
-    if not folder.is_dir():
-        raise InputError(f"cannot write '{output}': there is no folder '{folder}'")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write '{output}': the folder '{folder}' may not be written to")
     for path in [output] if grid else output_paths(output, num_images):
-        if path.is_dir():
-            raise InputError(f"cannot write '{path}': it is a folder")
+        check_place(path)
     size = _size_of(scene) if scene else None
     if size and num_images > 0:
         check_size(sheet_size(size, num_images) if grid else size, output)
@@ -67,7 +54,7 @@ def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None
     """Writes pictures, and prints their names and seeds, and on standard error their warnings.
 
     Raises:
-        InputError: a file cannot be written.
+        InputError: a file cannot be written; its picture is elsewhere then.
     """
     images, metadata = [result.image for result in results], results[0].metadata
     seeds = f"(seed {results[0].seed})"
@@ -79,11 +66,12 @@ def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None
             write_standard_output(encode_picture(images[0], "PNG", metadata))
             print(f"standard output {seeds}", file=sys.stderr)
         elif grid:
-            save_picture(images[0], output, metadata)
+            save_pictures([(images[0], output)], metadata)
             print(f"{output} {seeds}")
         else:
-            for path, result in zip(output_paths(output, len(results)), results):
-                save_picture(result.image, path, metadata)
+            paths = output_paths(output, len(results))
+            save_pictures(zip(images, paths), metadata)
+            for path, result in zip(paths, results):
                 print(f"{path} (seed {result.seed})")
     for text in dict.fromkeys((*results[0].warnings, *warned)):
         print(f"anydoor: warning: {text}", file=sys.stderr)

@@ -17,6 +17,7 @@ from PIL import Image
 from engines.errors import AnyDoorError
 from runtime.errors import InputError, warn
 from runtime.imaging.sources import PictureLike
+from runtime.proxy import is_local, proxy_for
 from runtime.request import Placement, Request, Sampling
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
@@ -119,10 +120,12 @@ class Connection(Generic[One, Several]):
         self.address = address
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._timeout = timeout
+        # a proxy of the environment does not lead back to this machine
+        options = [*_OPTIONS, ("grpc.enable_http_proxy", int(not is_local(address)))]
         if tls:
-            self._channel = self._channels.secure_channel(address, tls.credentials(), _OPTIONS)
+            self._channel = self._channels.secure_channel(address, tls.credentials(), options)
         else:
-            self._channel = self._channels.insecure_channel(address, _OPTIONS)
+            self._channel = self._channels.insecure_channel(address, options)
         self._stub: Any = CompositorServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     @overload
@@ -268,6 +271,8 @@ class Connection(Generic[One, Several]):
             grpc.StatusCode.DEADLINE_EXCEEDED: f"{server} did not finish in time",
             grpc.StatusCode.UNAUTHENTICATED: f"{server} does not let you in",
         }.get(code, f"{server} failed ({code.name}{f', request {request_id}' if request_id else ''})")
+        if code is grpc.StatusCode.UNAVAILABLE and (proxy := proxy_for(self.address)):
+            text += f" through the proxy of {proxy}; name the server in no_proxy to go without"
         return ServerError(f"{text}: {error.details()}", code.name, request_id)
 
 

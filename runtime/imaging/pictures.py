@@ -169,11 +169,23 @@ def check_size(size: tuple[int, int], path: Path) -> None:
     Raises:
         InputError: the picture is too large for the format, or the name has no known ending.
     """
-    largest = _LARGEST_SIDES.get(format_of(path), max(size))
+    try:
+        check_format(size, format_of(path))
+    except InputError as error:
+        raise InputError(f"cannot write '{path}': {error}: write a .png") from error
+
+
+def check_format(size: tuple[int, int], file_format: str) -> None:
+    """Refuses a format that cannot hold a picture of some size, (width, height) in pixels.
+
+    Raises:
+        InputError: the picture is too large for it.
+    """
+    largest = _LARGEST_SIDES.get(file_format, max(size))
     if max(size) > largest:
         raise InputError(
-            f"cannot write '{path}': the picture has {size[0]} x {size[1]} pixels, and {format_of(path)} "
-            f"holds sides of {largest:,} at most: write a .png"
+            f"the picture has {size[0]} x {size[1]} pixels, and {file_format} holds sides of {largest:,} "
+            "at most"
         )
 
 

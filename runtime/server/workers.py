@@ -9,14 +9,16 @@ from functools import partial
 
 from runtime.compositor import Compositor
 from runtime.drawing import Picture
-from runtime.errors import collecting_warnings
-from runtime.imaging.pictures import encode_picture
+from runtime.errors import collecting_warnings, in_field
+from runtime.imaging.pictures import check_format, encode_picture
 from runtime.job import ImageJob
 from runtime.request import Request
 from runtime.server.events import Failed, Finished, FinishedImage, Preview
 from runtime.server.queue import SharedQueue
 from runtime.server.ticket import Ticket
 from runtime.validation import Limits
+
+PREVIEW_FORMAT = "JPEG"
 
 
 class Workers:
@@ -47,13 +49,19 @@ class Workers:
     def prepare(self, ticket: Ticket, request: Request) -> None:
         """Decodes, checks and prepares a request."""
         ticket.job = self._compositor.accept(request, self._limits)
+        height, width = ticket.job.images[0].image.shape[:2]
+        with in_field("output_format"):
+            check_format((width, height), ticket.file_format)
+        if ticket.preview_every:
+            with in_field("preview_every"):
+                check_format((width, height), PREVIEW_FORMAT)
         self._queue.put(ticket, ticket.job.images)
 
     def preview(
         self, ticket: Ticket, index: int, overlay: Callable[[Picture], Picture], drawn: Picture
     ) -> None:
         """Delivers what a picture looks like so far."""
-        content = encode_picture(overlay(drawn), "JPEG")
+        content = encode_picture(overlay(drawn), PREVIEW_FORMAT)
         with self._queue.changed:
             self._queue.tell(ticket, Preview(index, content))
             ticket.previews -= 1

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks.parity import main
+from benchmarks.support.comparison import Networks
 from benchmarks.support.golden import read_case
+from engines.options import EngineOptions
+from runtime import Compositor
 
 DRAWN = Path(__file__).parents[1] / "data" / "drawn.npz"
 
@@ -45,6 +48,30 @@ def test_drawn_case_is_reproduced_from_pictures_to_picture(small_bundle: Path, c
         assert printed.count(stage) >= 2, stage
     for stage in ("composite, networks only", "composite, end to end", "unchanged, differing"):
         assert printed.count(stage) == 2, stage
+
+
+def first_detail_maps(bundle: Path) -> list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+    """The detail maps of the first run's first step, as we compute them."""
+    run = read_case(DRAWN)[0]
+    networks = Networks(run, Compositor.load(bundle, EngineOptions(backend="onnxruntime")), lambda: None)
+    maps = networks._first_detail_maps(networks.id_tokens())
+    return [tensor[:1] for tensor in maps.values()]
+
+
+def test_detail_maps_are_compared_by_their_number(
+    small_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """A case may lack some of them."""
+    maps = first_detail_maps(small_bundle)
+    recorded = {f"box_ctl{number:02d}": maps[number] for number in (0, 11, 12)}
+    case = altered(tmp_path / "some.npz", SLOW, **recorded)
+    options = ["--bundle", str(small_bundle), "--backend", "onnxruntime"]
+    assert main([*options, str(case)]) == 0
+    printed = capsys.readouterr().out
+    assert [n for n in range(13) if f"detail map {n} " in printed] == [0, 11, 12]
+    assert main([*options, str(altered(tmp_path / "wrong.npz", SLOW, box_ctl11=-maps[11]))]) == 1
+    assert main([*options, str(altered(tmp_path / "many.npz", SLOW, box_ctl13=maps[12]))]) == 2
+    assert "has a detail map 13, and this network makes 13" in capsys.readouterr().err
 
 
 def test_wrong_tokens_are_out_of_tolerance(small_bundle: Path, tmp_path: Path, capsys: Capture) -> None:

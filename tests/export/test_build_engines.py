@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +17,7 @@ from safetensors.torch import load_file
 
 from benchmarks.seeded import TINY
 from engines.bundle import Bundle, sha256
+from engines.files import only_writer
 from export.build_engines import main
 from export.verification import TOLERANCE
 from tests.support.stable_diffusion import pipeline
@@ -115,3 +121,67 @@ def test_runs_as_a_script() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr == ("build_engines.py: give a checkpoint or a bundle to build from, or --skeleton\n")
+
+
+def test_two_builds_do_not_step_on_each_other(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    with only_writer(tmp_path / "bundle"):
+        line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle", "--resolution", 64)
+    assert f"process {os.getpid()} is writing there; wait for it, or give another --output" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A limit on the size of files stops the writing in the middle, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle", "--resolution", 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line == f"build_engines.py: cannot build '{tmp_path}/bundle': {os.strerror(errno.EFBIG)}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--output", str(tmp_path / "bundle"), "--resolution", "64"]
+    command = [sys.executable, str(ROOT / "export" / "build_engines.py"), str(tiny_checkpoint), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        next(line for line in lines if "exporting" in line)
+        process.send_signal(signal.SIGINT)
+        assert list(lines)[-1] == "build_engines.py: interrupted; nothing was written\n"
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_not_replaced_by_a_bundle(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "thesis.txt").write_text("three years of work")
+    assert "is a file" in refused(capsys, tiny_checkpoint, "--output", tmp_path / "thesis.txt")
+    assert "there is no checkpoint" in refused(capsys, tmp_path / "a", "--output", tmp_path / "b")
+
+
+@pytest.mark.nightly
+def test_a_checkpoint_in_shards_is_built(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    """In eight bits, with averages and with a key that nobody needs."""
+    tensors = {
+        key: t.to(torch.float8_e4m3fn) if t.ndim > 1 else t for key, t in load_file(tiny_checkpoint).items()
+    }
+    averages = {
+        "model_ema." + key.removeprefix("model.").replace(".", ""): tensor.clone()
+        for key, tensor in tensors.items()
+        if key.startswith("model.")
+    }
+    (tmp_path / "tiny").mkdir()
+    parts = {"a-00001-of-00002.safetensors": tensors, "a-00002-of-00002.safetensors": averages}
+    for name, part in parts.items():
+        write_checkpoint(tmp_path / "tiny" / name, {"scale_factor": torch.ones(1), **part}, TINY)
+    places = {key: name for name, part in parts.items() for key in part}
+    index = {"weight_map": {**places, "scale_factor": "a-00001-of-00002.safetensors"}}
+    (tmp_path / "tiny" / "a.safetensors.index.json").write_text(json.dumps(index))
+    options = ["--ema", "--output", str(tmp_path / "bundle"), "--resolution", "64", "--quiet"]
+    assert main([str(tmp_path / "tiny"), *options]) == 0
+    assert "no part needs 1 of its keys ('scale_factor')" in capsys.readouterr().out
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert manifest.checkpoint["file"] == "tiny"
+    assert all(max(record.error.values()) < TOLERANCE["fp32"] for record in manifest.graphs.values())

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from engines.errors import AnyDoorError
 from engines.files import write_text
 from runtime.imaging.masks import MASK_THRESHOLD
+from runtime.progress_bar import ProgressBar
 from training.data.pairs import Shot
 from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
 
@@ -111,7 +111,9 @@ def draw_views(folder: Path, count: int, workers: int = 1) -> None:
     start = int(done.read_text()) if done.exists() else 0
     with ProcessPoolExecutor(workers) as pool:
         drawn = pool.map(draw_object, range(start, count), chunksize=4)
-        for row, (scenes, references) in enumerate(tqdm(drawn, total=count - start, unit="object"), start):
+        for row, (scenes, references) in enumerate(
+            ProgressBar(drawn, total=count - start, unit="object"), start
+        ):
             arrays[0][row], arrays[1][row] = scenes, references
             write_text(done, str(row + 1))
 

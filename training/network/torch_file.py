@@ -108,7 +108,9 @@ def read_torch_file(path: Path) -> tuple[Any, str]:
 def _count_operations(content: bytes) -> None:
     for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
         if count >= MOST_OPERATIONS:
-            raise ValueError(f"its pickle has more than {MOST_OPERATIONS} operations, which no checkpoint needs")
+            raise ValueError(
+                f"its pickle has more than {MOST_OPERATIONS} operations, which no checkpoint needs"
+            )
         if operation.name.endswith("PUT") and (argument or 0) > count:
             raise ValueError("its pickle is damaged: it counts what it holds wrongly")
 

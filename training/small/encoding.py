@@ -13,9 +13,9 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from engines.files import write_text
+from runtime.progress_bar import ProgressBar
 from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedError, rows_done, unpack_hint
 from training.data.view_pairs import ViewPairs
 from training.network.architecture import HINT_BLOCK_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
@@ -47,7 +47,7 @@ def encode_pairs(
     np.save(folder / "black.npy", black[0].numpy().astype(np.float16))
     arrays = _open_arrays(model, folder, count, pairs.rules.resolution)
     loader = DataLoader(pairs, batch, sampler=range(done, count), num_workers=workers)
-    with tqdm(total=count, initial=done, unit="pair") as bar:
+    with ProgressBar(total=count, initial=done, unit="pair") as bar:
         for made in loader:
             posterior = model.encode(made["picture"])
             moments = torch.stack([posterior.mean, posterior.std], dim=1) * LATENT_SCALE
@@ -77,7 +77,7 @@ def encode_hints(model: AnyDoor, folder: Path, batch: int = 32) -> None:
     side = hints.shape[-1] // model.architecture.latent_factor
     shape = (len(hints), HINT_BLOCK_CHANNELS[-1], side, side)
     features = _open_rows(folder / "hint_features.npy", np.float16, shape)
-    for start in tqdm(range(done, count, batch), unit="batch"):
+    for start in ProgressBar(range(done, count, batch), unit="batch"):
         rows = slice(start, min(start + batch, count))
         unpacked = torch.from_numpy(np.stack([unpack_hint(hint) for hint in hints[rows]]))
         features[rows] = model.control.hint_features(unpacked).numpy()

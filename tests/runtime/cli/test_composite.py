@@ -158,7 +158,7 @@ BAD_INPUT = {
     "guidance_scale": (lambda f: {"guidance_scale": "nan"}, "guidance_scale must be"),
     "ratio": (lambda f: {"crop_ratio": "0.5"}, "ratio"),
     "output ending": (lambda f: {"output": str(f / "out.txt")}, "its name must end in"),
-    "output folder": (lambda f: {"output": str(f / "none" / "out.png")}, "there is no folder"),
+    "output below a file": (lambda f: {"output": str(f / "scene.png" / "out.png")}, "is not a folder"),
     "output is a folder": (lambda f: {"output": str(folder_named(f / "out.png"))}, "it is a folder"),
     "one of several outputs is a folder": (
         lambda f: {"output": str(folder_named(f / "out-2.png").with_name("out.png")), "num_images": "2"},
@@ -240,7 +240,7 @@ def test_machine_options_that_do_not_fit(
         (["--server", "a:1", "--control-window", "2"], "--control-window is for this machine"),
         (["--server", "a:1", "--initial-noise", "noise.npy"], "--initial-noise is for this machine"),
         (["--output", "out.txt"], "its name must end in .png, .jpg, .jpeg, .webp"),
-        (["--output", "none/out.png"], "there is no folder 'none'"),
+        (["--output", "/dev/null/out.png"], "'/dev/null' is not a folder"),
         (["--threads", "0"], "threads must be at least 1, not 0"),
     ],
 )

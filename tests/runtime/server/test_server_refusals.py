@@ -52,6 +52,12 @@ def black(width: int, height: int) -> bytes:
     return png(np.zeros((height, width, 3), np.uint8))
 
 
+def wide(width: int) -> bytes:
+    """A scene that is one pixel high."""
+    return png(np.zeros((1, width, 3), np.uint8))
+
+
+IN_A_ROW = placement(box=pb.Box(x0=9, y0=0, x1=99, y1=1))
 NAN = float("nan")
 MALFORMED = {
     "scene": [
@@ -108,7 +114,11 @@ MALFORMED = {
     "sampling.map_steps": [message(sampling=pb.Sampling(map_steps=count)) for count in (0, 1000, 2**32 - 1)],
     "seed": [message(seed=2**63 - 1), message(seed=2**64 - 1)],
     "num_images": [message(num_images=0), message(num_images=9), message(num_images=2**32 - 1)],
-    "output_format": [message(output_format=77)],
+    "output_format": [
+        message(output_format=77),
+        message(scene=wide(16_384), placements=[IN_A_ROW], output_format=pb.IMAGE_FORMAT_WEBP),
+        message(scene=wide(65_501), placements=[IN_A_ROW], output_format=pb.IMAGE_FORMAT_JPEG),
+    ],
 }
 
 
@@ -142,6 +152,14 @@ def test_too_many_previews(stub: Any) -> None:
     )
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert trailing(error)["field"] == "request.preview_every"
+
+
+def test_previews_of_a_scene_that_no_preview_can_show(stub: Any) -> None:
+    request = message(scene=wide(65_501), placements=[IN_A_ROW])
+    error = refusal(stub.CompositeStream, pb.CompositeStreamRequest(request=request, preview_every=1))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert trailing(error)["field"] == "request.preview_every"
+    assert "JPEG holds sides of 65,500 at most" in error.details()
 
 
 def test_message_that_cannot_be_parsed(server: ServerThread) -> None:

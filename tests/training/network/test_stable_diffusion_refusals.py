@@ -162,3 +162,23 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=r"not finite numbers.*'conv_out.bias'"):
         read_stable_diffusion(tmp_path).load_part("unet")
+
+
+def test_keys_that_no_part_needs_are_left_out_and_named(tmp_path: Path) -> None:
+    path = single_file(tmp_path / "file.safetensors")
+    tensors = load_file(path)
+    more = {"scale_factor": torch.zeros(1), "lora.up": torch.zeros(1)}
+    save_file({f"module.{key}": tensor for key, tensor in (tensors | more).items()}, path)
+    described = read_stable_diffusion(path).describe()
+    assert described.endswith("; no part needs 2 of its keys ('lora.up', 'scale_factor')")
+
+
+def test_averages_are_left_out_or_taken(tmp_path: Path) -> None:
+    path = single_file(tmp_path / "file.safetensors")
+    tensors = load_file(path)
+    key = "model.diffusion_model.out.2.bias"
+    average = f"model_ema.{key.removeprefix('model.').replace('.', '')}"
+    save_file(tensors | {average: tensors[key] + 1}, path)
+    for ema in (False, True):
+        bias = read_stable_diffusion(path, ema=ema).parts["unet"]["conv_out.bias"]
+        assert torch.equal(bias, tensors[key] + ema)

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from engines.errors import AnyDoorError
 from runtime.imaging.masks import MASK_THRESHOLD
+from runtime.progress_bar import ProgressBar
 from training.data.masks import Mask
 from training.data.pairs import Kind, Picture, Shot
 
@@ -77,12 +77,12 @@ class Source(ABC):
     def search(self, paths: Iterable[Path], unit: str) -> Iterator[Path]:
         """Passes on paths as they are found; counts them on the terminal, as large trees take minutes."""
         return iter(
-            tqdm(paths, f"{type(self).__name__}: searching {self.root}", unit=f" {unit}", leave=False)
+            ProgressBar(paths, f"{type(self).__name__}: searching {self.root}", unit=f" {unit}", leave=False)
         )
 
     def read_index(self, path: Path) -> Any:
         """Reads the JSON file that lists a whole set; says so on the terminal, as gigabytes take a while."""
-        with tqdm(desc=f"{type(self).__name__}: reading {path}", bar_format="{desc}", leave=False):
+        with ProgressBar(desc=f"{type(self).__name__}: reading {path}", bar_format="{desc}", leave=False):
             return json.loads(path.read_bytes())
 
 

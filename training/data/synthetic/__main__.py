@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from runtime.imaging.masks import MASK_THRESHOLD
+from runtime.progress_bar import ProgressBar
 from training.data.synthetic.rendering import Pose, make_object, render_all, render_cutout
 from training.data.synthetic.scenes import make_light, make_scene
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
@@ -51,7 +51,7 @@ def draw_examples(folder: Path) -> None:
 def draw_sheet(path: Path, first: int, rows: int = 8, side: int = 160) -> None:
     """Writes a sheet with three views in scenes and two alone of each of `rows` objects."""
     sheet = Image.new("RGB", (5 * side, rows * side), "white")
-    for row in tqdm(range(rows), "drawing objects", leave=False):
+    for row in ProgressBar(range(rows), "drawing objects", leave=False):
         for number in range(3):
             view = scene_view(first + row, number, side)
             sheet.paste(Image.fromarray(view.image), (number * side, row * side))
