@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from engines.files import replacing
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
+from runtime.progress_bar import ProgressBar
 from runtime.systems.tokenizer import Tokenizer
 from training import seeds
 from training.data.pairs import Picture
@@ -187,7 +187,7 @@ def make_samples(
 def encode_moments(network: StableDiffusion, pictures: Sequence[Picture]) -> NDArray[np.float32]:
     """Encodes pictures (R, R, 3): mean and standard deviation of their scaled latents, (N, 2, C, h, w)."""
     moments = []
-    for picture in tqdm(pictures, desc="encoding pictures", disable=None, leave=False):
+    for picture in ProgressBar(pictures, desc="encoding pictures", leave=False):
         values = torch.from_numpy(picture.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
         posterior = network.encode(values[None])
         moments.append(torch.cat([posterior.mean, posterior.std]) * LATENT_SCALE)
@@ -214,7 +214,7 @@ def draw_class(
     paths = [folder / f"{number:05d}.png" for number in range(settings.class_images)]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     drawn = draw_pictures(network, tokenizer, settings.class_prompt, missing, settings.resolution, steps)
-    bar = tqdm(zip(missing, drawn), desc=settings.class_prompt, total=len(missing), disable=None)
+    bar = ProgressBar(zip(missing, drawn), desc=settings.class_prompt, total=len(missing))
     for number, picture in bar:
         with replacing(paths[number]) as partial:
             Image.fromarray(picture).save(partial, "PNG")
