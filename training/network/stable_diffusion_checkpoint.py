@@ -213,9 +213,7 @@ def _read_file(path: Path, prediction: str | None, ema: bool) -> StableDiffusion
         raise ArchitectureError("the shapes of its tensors do not make a network") from error
     layouts = _layouts(architecture)
     names = {part: _module_shapes(part, architecture) for part in layouts}
-    expected: dict[str, tuple[int, ...]] = {}
-    for part, layout in layouts.items():
-        expected |= expected_shapes(layout, names[part], architecture)
+    expected = official_shapes(architecture)
     shapes = {key: shape for key, shape in file.shapes.items() if not _is_unused(key, architecture)}
     unneeded = unneeded_keys(shapes, expected)
     _compare({key: shape for key, shape in shapes.items() if key not in unneeded}, expected)
@@ -232,6 +230,14 @@ def _read_file(path: Path, prediction: str | None, ema: bool) -> StableDiffusion
     return StableDiffusionCheckpoint(
         path, architecture, parts, None, assumed, files=file.paths, remarks=remarks
     )
+
+
+def official_shapes(architecture: StableDiffusionArchitecture) -> dict[str, tuple[int, ...]]:
+    """Maps key of the original layout -> shape, for every weight."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, layout in _layouts(architecture).items():
+        shapes |= expected_shapes(layout, _module_shapes(part, architecture), architecture)
+    return shapes
 
 
 def _layouts(architecture: StableDiffusionArchitecture) -> dict[str, str]:
