@@ -207,10 +207,8 @@ def _read_file(path: Path, prediction: str | None) -> StableDiffusionCheckpoint:
         raise ArchitectureError("the shapes of its tensors do not make a network") from error
     layouts = _layouts(architecture)
     names = {part: _module_shapes(part, architecture) for part in layouts}
-    expected: dict[str, tuple[int, ...]] = {}
-    for part, layout in layouts.items():
-        expected |= expected_shapes(layout, names[part], architecture)
-    _compare({key: file.shapes[key] for key in file.shapes if not _is_unused(key, architecture)}, expected)
+    used = {key: shape for key, shape in file.shapes.items() if not _is_unused(key, architecture)}
+    _compare(used, official_shapes(architecture))
     parts = {
         part: LazyTensors(
             {
@@ -221,6 +219,14 @@ def _read_file(path: Path, prediction: str | None) -> StableDiffusionCheckpoint:
         for part, layout in layouts.items()
     }
     return StableDiffusionCheckpoint(path, architecture, parts, prediction_is_assumed=assumed)
+
+
+def official_shapes(architecture: StableDiffusionArchitecture) -> dict[str, tuple[int, ...]]:
+    """Maps key of the original layout -> shape, for every weight."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, layout in _layouts(architecture).items():
+        shapes |= expected_shapes(layout, _module_shapes(part, architecture), architecture)
+    return shapes
 
 
 def _layouts(architecture: StableDiffusionArchitecture) -> dict[str, str]:
