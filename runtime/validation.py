@@ -45,6 +45,13 @@ LARGEST = Limits()
 """What this package accepts at all."""
 
 
+_CONDITIONS = {
+    "reference": ("reference", "places what a reference shows", ("prompt", "negative_prompt")),
+    "text": ("prompt", "draws what a prompt says", ("reference", "reference_mask")),
+}
+"""Condition -> the field that has it, what the model does with that, and the fields of the other one."""
+
+
 @dataclass(frozen=True)
 class Abilities:
     """What the models of a system can be asked for."""
@@ -66,8 +73,7 @@ def check_usable(request: Request, abilities: Abilities) -> None:
         InputError: names the model, and what it takes instead.
     """
     title = abilities.title
-    is_drawing = isinstance(request.scene, Blank)
-    if is_drawing and abilities.condition != "text":
+    if isinstance(request.scene, Blank) and abilities.condition != "text":
         with in_field("prompt"):
             raise InputError(
                 f"{title} puts objects from pictures into scenes, and draws nothing from a prompt: give a "
@@ -120,15 +126,7 @@ def _check_parameters(given: object, names: Sequence[str], abilities: Abilities)
 
 def _check_condition(placement: Placement, abilities: Abilities) -> None:
     title = abilities.title
-    by_text = abilities.condition == "text"
-    if by_text:
-        wanted, instead, unusable = "prompt", "draws what a prompt says", ("reference", "reference_mask")
-    else:
-        wanted, instead, unusable = (
-            "reference",
-            "places what a reference shows",
-            ("prompt", "negative_prompt"),
-        )
+    wanted, instead, unusable = _CONDITIONS[abilities.condition]
     for name in unusable:
         if getattr(placement, name) is not None:
             with in_field(name):

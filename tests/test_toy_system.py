@@ -37,12 +37,11 @@ from export.verification import TOLERANCE
 from runtime import Compositor, InputError, Placement, Request, Sampling
 from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.noise_schedule import alphas_cumprod
-from runtime.diffusion.presets import QUALITIES
 from runtime.imaging.boxes import Box
 from runtime.imaging.reference import load_reference
 from runtime.imaging.resize import resize_nearest
 from runtime.imaging.target import load_target
-from runtime.parameters import PlacementParameters, SamplingParameters
+from runtime.parameters import SamplingParameters
 from runtime.result import Stopwatch
 from runtime.sampling.conditions import BankRows
 from runtime.sampling.running_batch import guided_steps
@@ -199,18 +198,13 @@ class Toy:
         **{"steps": 20, "guidance_scale": 1.0, "control_scale": 1.0, "timesteps": None},
         **{"eta": 0.0, "sampler": "ddim", "guidance_interval": (0, 999)},
     }
-    abilities = Abilities("Toy", "reference", defaults, QUALITIES)
+    abilities = Abilities("Toy", "reference", defaults, ["exact", "fast"])
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
     def prepare(
-        self,
-        scene: Pixels,
-        placement: Placement,
-        values: PlacementParameters,
-        limits: Limits,
-        watch: Stopwatch,
+        self, scene: Pixels, placement: Placement, parameters: Any, limits: Limits, watch: Stopwatch
     ) -> ToyPlacement:
         picture, inside = load_reference(placement.reference, placement.reference_mask, limits.pixels)
         place = load_target(placement.box, placement.mask, scene, limits.pixels)

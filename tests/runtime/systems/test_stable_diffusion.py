@@ -131,17 +131,20 @@ def test_a_mask_is_drawn_as_it_is_given(compositor: Compositor) -> None:
     assert not changed[55:, 62:].any()
 
 
-def test_the_scene_around_counts(compositor: Compositor) -> None:
-    """In every pixel that is drawn: what is there before does not."""
-    inside, outside = SCENE.copy(), SCENE.copy()
-    inside[40:50, 50:60] = 255 - inside[40:50, 50:60]
-    outside[20:70, 84:92] = 255 - outside[20:70, 84:92]
-    shape = replace(CUP, mode="shape")
-    expected, same, other = (drawn(compositor, shape, scene)[45, 55] for scene in (SCENE, inside, outside))
-    sees_scene = compositor.bundle.manifest.architecture["scene_channels"] > 0
-    if sees_scene:
-        np.testing.assert_array_equal(same, expected)
-    assert (other != expected).any()
+def test_what_is_around_the_place_counts(compositor: Compositor) -> None:
+    """With 4 channels because the step blends with it, with 9 because the network sees it, too."""
+    other = SCENE.copy()
+    other[20:70, 84:92] = 255 - other[20:70, 84:92]
+    place = np.s_[20:70, 30:80]
+    assert (drawn(compositor, CUP)[place] != drawn(compositor, CUP, other)[place]).any()
+
+
+def test_what_is_drawn_over_does_not_count() -> None:
+    nine = Compositor.load(tiny_stable_diffusion_bundle(9), CPU)
+    other = SCENE.copy()
+    other[20:70, 30:80] = 255 - other[20:70, 30:80]
+    crop = replace(CUP, mode="crop")
+    np.testing.assert_array_equal(drawn(nine, crop), drawn(nine, crop, other))
 
 
 def test_previews_show_the_scene_around(four: Compositor) -> None:

@@ -36,7 +36,9 @@ def start_noise(seed: int = 3) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal((1, 4, SIDE // 2, SIDE // 2), np.float32)
 
 
-def drawn_by_diffusers(pipe: Any, guidance_scale: float, **arguments: Any) -> Pixels:
+def drawn_by_diffusers(
+    pipe: Any, guidance_scale: float, noise: NDArray[np.float32], **arguments: Any
+) -> Pixels:
     with torch.inference_mode():
         result = pipe(
             prompt=PROMPT,
@@ -45,7 +47,7 @@ def drawn_by_diffusers(pipe: Any, guidance_scale: float, **arguments: Any) -> Pi
             width=SIDE,
             num_inference_steps=STEPS,
             guidance_scale=guidance_scale,
-            latents=torch.from_numpy(start_noise()),
+            latents=torch.from_numpy(noise),
             **arguments,
         )
     return np.asarray(result.images[0])
@@ -58,7 +60,7 @@ def difference(found: Any, expected: Any) -> int:
 @pytest.mark.parametrize(("prediction", "guidance_scale"), [("epsilon", 7.5), ("epsilon", 3.0), ("v", 7.5)])
 def test_a_drawing_is_that_of_diffusers(prediction: Literal["epsilon", "v"], guidance_scale: float) -> None:
     pipe = pipeline("2.x", prediction_type="v_prediction" if prediction == "v" else "epsilon")
-    expected = drawn_by_diffusers(pipe, guidance_scale)
+    expected = drawn_by_diffusers(pipe, guidance_scale, start_noise())
     compositor = Compositor.load(tiny_stable_diffusion_bundle(4, prediction), CPU)
     sampling = Sampling(steps=STEPS, guidance_scale=guidance_scale)
     found = compositor.draw(
@@ -83,11 +85,9 @@ def test_a_part_of_a_scene_is_drawn_as_diffusers_draws_it(
     """With 9 channels diffusers blends nothing; with 4 it blends at the hard edge of the mask."""
     scene, mask = scene_and_mask()
     pipe = inpainting_pipeline(channels)
-    drawn = drawn_by_diffusers(
-        pipe, guidance_scale, image=Image.fromarray(scene), mask_image=Image.fromarray(mask), strength=1.0
-    )
+    drawn = drawn_by_diffusers(pipe, guidance_scale, start_noise(), **inpainted(scene, mask))
     compositor = Compositor.load(tiny_stable_diffusion_bundle(channels), CPU)
-    request = inpainting_request(scene, mask, mode, guidance_scale)
+    request = inpainting_request(scene, mask, mode, guidance_scale, initial_noise=start_noise())
     (found,) = compositor.run(request)
     placed: Any = compositor.accept(request).placements[0]
     expected = paste_feathered(drawn, scene, placed.scene.geometry, placed.scene.paste)
@@ -104,12 +104,19 @@ def inpainting_pipeline(channels: Channels) -> Any:
     return StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
 
 
-def inpainting_request(scene: Pixels, mask: NDArray[np.bool_], mode: str, guidance_scale: float) -> Request:
+def inpainted(scene: Pixels, mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """What diffusers' pipeline takes."""
+    return {"image": Image.fromarray(scene), "mask_image": Image.fromarray(mask), "strength": 1.0}
+
+
+def inpainting_request(
+    scene: Pixels, mask: NDArray[np.bool_], mode: str, guidance_scale: float, **others: Any
+) -> Request:
+    """The same for ours: the crop is the scene."""
     placement = Placement(
         prompt=PROMPT, negative_prompt=NEGATIVE, mask=mask, mode=mode, crop_ratio=100.0, box_ratio=1.0
     )
-    sampling = Sampling(steps=STEPS, guidance_scale=guidance_scale)
-    return Request(scene, [placement], 7, sampling, initial_noise=start_noise())
+    return Request(scene, [placement], 7, Sampling(steps=STEPS, guidance_scale=guidance_scale), **others)
 
 
 # --- through the server -----------------------------------------------------------------------------------
@@ -117,8 +124,31 @@ def inpainting_request(scene: Pixels, mask: NDArray[np.bool_], mode: str, guidan
 
 @pytest.fixture(scope="module", params=[4, 9])
 def server(request: pytest.FixtureRequest) -> Iterator[ServerThread]:
-    with ServerThread(tiny_stable_diffusion_bundle(request.param)) as server:
-        yield server
+    """One whose samples share calls, which on a CPU those of this size do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.drawing._FILLS_A_CPU", SIDE * SIDE)
+        with ServerThread(tiny_stable_diffusion_bundle(request.param)) as server:
+            yield server
+
+
+def noise_of_seed(seed: int) -> NDArray[np.float32]:
+    """Of the first placement; see `runtime.job`."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
+    return generator.standard_normal((1, 4, SIDE // 2, SIDE // 2), dtype=np.float32)
+
+
+def test_a_server_draws_what_diffusers_draws(server: ServerThread) -> None:
+    """With 9 channels into a scene, with 4 from nothing."""
+    with server.client() as client:
+        if server.compositor.bundle.manifest.architecture["scene_channels"]:
+            scene, mask = scene_and_mask()
+            (result,) = client.run(inpainting_request(scene, mask, "crop", 7.5))
+            pipe, place = pipeline("2.x", inpaint=True), inpainted(scene, mask)
+        else:
+            request = Request.drawing(PROMPT, NEGATIVE, seed=7, sampling=Sampling(steps=STEPS))
+            (result,) = client.run(request)
+            pipe, place = pipeline("2.x"), {}
+    assert difference(result.image, drawn_by_diffusers(pipe, 7.5, noise_of_seed(7), **place)) <= 1
 
 
 def test_a_picture_of_the_server_is_the_one_alone_whoever_shares_its_batch(server: ServerThread) -> None:
@@ -131,9 +161,9 @@ def test_a_picture_of_the_server_is_the_one_alone_whoever_shares_its_batch(serve
     requests = [
         Request(scene, [placements[0]], 7, Sampling(steps=6, guidance_scale=7.5)),
         Request(picture(90, 120), [placements[1]], 8, Sampling(steps=5, guidance_scale=3.0)),
-        Request.drawing("10 cats", seed=9, sampling=Sampling(steps=4, guidance_scale=1.0), num_images=2),
+        Request.drawing("10 cats", seed=9, sampling=Sampling(steps=4, guidance_scale=1.0)),
+        Request.drawing("the mat", NEGATIVE, seed=9, sampling=Sampling(steps=3)),
     ]
-    compositor = Compositor.load(server.compositor.bundle.path, CPU)
     with server.client() as client, ThreadPoolExecutor() as pool:
         server.engine.hold()
         answers = [pool.submit(client.run, request) for request in requests]
@@ -141,7 +171,8 @@ def test_a_picture_of_the_server_is_the_one_alone_whoever_shares_its_batch(serve
         server.engine.release()
         results = [answer.result() for answer in answers]
     assert max(len(timesteps) for timesteps in server.engine.steps) == 4
-    for request, result in zip(requests, results, strict=True):
-        for found, expected in zip(result, compositor.run(request), strict=True):
-            assert (found.seed, found.regions) == (expected.seed, expected.regions)
-            assert difference(found.image, expected.image) <= 1
+    alone = Compositor.load(server.compositor.bundle.path, CPU)
+    for request, (found,) in zip(requests, results, strict=True):
+        (expected,) = alone.run(request)
+        assert (found.seed, found.regions) == (expected.seed, expected.regions)
+        assert difference(found.image, expected.image) <= 1
