@@ -9,3 +9,4 @@ ENCODED_PAIRS = 2
 TRAINING_PAIRS = 3
 """Which pair is a sample, with which noise and timestep."""
 DECODER_CROPS = 4
+VIEW_SAMPLES = 5
