@@ -67,7 +67,7 @@ def transform_object(shot: Shot, rules: Augmentation, rng: Generator) -> Shot:
     if rng.random() < rules.perspective:
         moved += rng.uniform(-1, 1, (4, 2)) * rng.uniform(*rules.corners) * sides
     moved -= moved.min(0)
-    width, height = (int(side) for side in np.maximum(np.ceil(moved.max(0)), 1))
+    width, height = (int(side) for side in np.maximum(np.ceil(moved.max(0).round(6)), 1))
     where = tuple(homography(moved, corners))
     image, mask = (
         Image.fromarray(np.ascontiguousarray(plane[box.slices])).transform(
