@@ -15,7 +15,7 @@ from training.data.sources import SOURCES
 from training.data.view_pairs import ViewPairs
 from training.data.view_store import ViewStore
 from training.network.checkpoint import read_start
-from training.network.modules import AnyDoor
+from training.network.modules import AnyDoor, ReferenceNetwork
 from training.small.initial_weights import open_control
 from training.systems.anydoor import DiffusionTask
 from training.systems.autoencoder import normalise_latents
@@ -53,15 +53,31 @@ def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
         model.load_official_state_dict(read_start(recipe.start, recipe.architecture).tensors)
         return model.eval()
     open_control(model.control)
+    load_small_parts(model, folder, folder / recipe.objects)
+    return model.eval()
+
+
+def load_small_parts(model: ReferenceNetwork, folder: Path, objects: Path) -> None:
+    """Puts the autoencoder and the image encoder that a small model's run has trained into a network.
+
+    Args:
+        model: changed in place.
+        folder: of the run.
+        objects: the rendered objects, on whose first views the latents are put into units of variance 1.
+
+    Raises:
+        FileNotFoundError: a stage has not been run.
+    """
     improved = (folder / "decoder" / "mean.pt").exists()
     model.vae.load_state_dict(stage_weights(folder / ("decoder" if improved else "autoencoder")))
     identity = stage_weights(folder / "identity")
     encoder = {n.removeprefix("encoder."): w for n, w in identity.items() if n.startswith("encoder.")}
-    model.id_encoder.load_state_dict(encoder)
-    store = ViewStore(folder / "views")
+    # a content adapter has layers that the one linear layer of that stage has not, and starts afresh
+    own = model.id_encoder.state_dict()
+    model.id_encoder.load_state_dict(own | {name: encoder[name] for name in encoder if name in own})
+    store = ViewStore(objects)
     pictures = np.stack([store.scene(row, 0).image for row in range(min(CALIBRATION_VIEWS, len(store)))])
     normalise_latents(model.vae, torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
-    return model.eval()
 
 
 def trained_model(recipe: Recipe, folder: Path) -> AnyDoor:
@@ -82,9 +98,7 @@ def mixture(recipe: Recipe) -> Mixture:
         SourceError: a folder is not that of its data set.
     """
     sources = [(SOURCES[source.name](Path(source.root)), source.weight) for source in recipe.sources]
-    side = recipe.pairs.resolution // recipe.architecture.latent_factor
-    shape = (recipe.architecture.latent_channels, side, side)
-    return Mixture(sources, recipe.pairs, shape, seeds.TRAINING_PAIRS, recipe.denoising.drop)
+    return Mixture(sources, recipe.pairs, recipe.latent_shape, seeds.TRAINING_PAIRS, recipe.denoising.drop)
 
 
 def view_pairs(recipe: Recipe, folder: Path) -> ViewPairs:
@@ -93,7 +107,7 @@ def view_pairs(recipe: Recipe, folder: Path) -> ViewPairs:
     Raises:
         StoreError: nothing is drawn yet.
     """
-    return ViewPairs(ViewStore(folder / "views"), recipe.pairs, single=recipe.data.single)
+    return ViewPairs(ViewStore(folder / recipe.objects), recipe.pairs, single=recipe.data.single)
 
 
 def encoded_pairs(recipe: Recipe, folder: Path, rows: int = 0) -> EncodedPairs:

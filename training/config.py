@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from runtime.errors import InputError
-from runtime.toml_file import read_settings
-from training.data.pairs import Kind, PairRules
+from runtime.toml_file import read_settings, read_toml
+from training.data.augment import Augmentation
+from training.data.pairs import CommonRules, Kind, PairRules
 from training.data.sources import SOURCES
 from training.loop import LoopSettings
 from training.network.architecture import Architecture, ArchitectureError
+from training.network.imprint import ImprintArchitecture
 from training.systems.anydoor import Denoising
+from training.systems.imprint import CompositingSettings, ViewsSettings
 
 Default = bool | float | str | tuple[float, ...]
 
@@ -24,8 +27,9 @@ class DataSettings:
 
     objects: int = 4000
     pairs: int = 8000
+    """Pairs that are encoded once, before training. IMPRINT's are made anew for every step if it is 0."""
     kind: Kind = "multi-view"
-    """What two views of an object count as for the timestep rule."""
+    """What two views of an object count as for AnyDoor's timestep rule."""
     single: float = 0.0
     """Share of the pairs that are one view twice, as those of the sets of still images."""
     workers: int = 0
@@ -34,7 +38,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """A data set of table 1 on disk."""
+    """A data set on disk."""
 
     name: str
     """A key of `training.data.sources.SOURCES`."""
@@ -44,42 +48,124 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A training run. A stage without a section is not run."""
+class StageSource(SourceSettings):
+    """A data set of one of IMPRINT's stages."""
+
+    stage: Literal["views", "compositing"] = "compositing"
+    """Which stage learns from it."""
+
+
+@dataclass(frozen=True)
+class CommonRecipe:
+    """What the runs of all systems have in common. A stage without a section is not run."""
 
     start: str = ""
-    """An official checkpoint to go on from; its autoencoder and ID encoder stay as they are."""
+    """A checkpoint to go on from; what small models train by themselves, autoencoder and image encoder, is
+    taken from there."""
     checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights in the checkpoint that is written."""
     architecture: Architecture = field(default_factory=Architecture)
     data: DataSettings = field(default_factory=DataSettings)
-    pairs: PairRules = field(default_factory=PairRules)
-    denoising: Denoising = field(default_factory=Denoising)
+    pairs: CommonRules = field(default_factory=CommonRules)
     autoencoder: LoopSettings | None = None
     decoder: LoopSettings | None = None
     identity: LoopSettings | None = None
-    hint_block: LoopSettings | None = None
-    diffusion: LoopSettings | None = None
     sources: tuple[SourceSettings, ...] = ()
-    """What the diffusion part learns from; if empty, rendered and encoded pairs."""
+    """What is learned from; if empty, rendered and encoded pairs."""
     defaults: Mapping[str, Default] = field(default_factory=dict)
     """What a request should use where it gives no value: parameter, like guidance_scale or mode -> value.
     Written into the checkpoint and used for the sheets of samples. The runtime checks it."""
 
+    @property
+    def objects(self) -> str:
+        """The folder of a run where its rendered objects are."""
+        return "objects"
 
-def read_recipe(path: Path) -> Recipe:
-    """Reads a recipe; missing settings have their defaults.
+    def default_number(self, name: str, otherwise: float) -> float:
+        """Gives a number of [defaults].
+
+        Raises:
+            InputError: it is none.
+        """
+        value = self.defaults.get(name, otherwise)
+        if not isinstance(value, int | float):
+            raise InputError(f"[defaults] {name} is {value!r}; expected a number")
+        return value
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the pictures' latents."""
+        side = self.pairs.resolution // self.architecture.latent_factor
+        return self.architecture.latent_channels, side, side
+
+
+@dataclass(frozen=True)
+class Recipe(CommonRecipe):
+    """A training run of AnyDoor."""
+
+    system: Literal["anydoor"] = "anydoor"
+    pairs: PairRules = field(default_factory=PairRules)
+    denoising: Denoising = field(default_factory=Denoising)
+    hint_block: LoopSettings | None = None
+    diffusion: LoopSettings | None = None
+
+    @property
+    def objects(self) -> str:
+        """The folder of a run where its rendered objects are."""
+        return "views"
+
+
+@dataclass(frozen=True)
+class ImprintRecipe(CommonRecipe):
+    """A training run of IMPRINT."""
+
+    system: Literal["imprint"] = "imprint"
+    architecture: ImprintArchitecture = field(default_factory=ImprintArchitecture)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """How an object is changed before it is put back into its picture."""
+    views: ViewsSettings | None = None
+    """Stage 1; without it the encoder is the start's."""
+    compositing: CompositingSettings | None = None
+    """Stage 2."""
+    sources: tuple[StageSource, ...] = ()
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the samples of stage 2 are encoded once: rendered ones that no learning part encodes."""
+        learns = self.compositing is not None and self.compositing.backbone
+        return not self.sources and not learns and self.data.pairs > 0
+
+
+RECIPES: Mapping[str, type[Recipe] | type[ImprintRecipe]] = {"anydoor": Recipe, "imprint": ImprintRecipe}
+"""System -> what its recipes say."""
+
+
+def read_recipe(path: Path) -> Recipe | ImprintRecipe:
+    """Reads a recipe; missing settings have their defaults, and the system is AnyDoor.
 
     Raises:
         InputError: it cannot be read, or a section, a setting or a value is not one that exists.
     """
+    system = read_toml(path, "the recipe").get("system", "anydoor")
+    if not isinstance(system, str) or system not in RECIPES:
+        raise InputError(f"'{path}': system is {system!r}, expected {' or '.join(RECIPES)}")
     try:
-        recipe = read_settings(path, Recipe, "the recipe")
+        recipe = read_settings(path, RECIPES[system], "the recipe")
     except ArchitectureError as error:
         raise InputError(f"'{path}': [architecture]: {error}") from error
     for source in recipe.sources:
         if source.name not in SOURCES:
             raise InputError(f"'{path}': no data set is called '{source.name}'; known: {', '.join(SOURCES)}")
-    if recipe.sources and recipe.denoising.attention_guide:
+    if isinstance(recipe, ImprintRecipe):
+        _check_imprint(path, recipe)
+    elif recipe.sources and recipe.denoising.attention_guide:
         raise InputError(f"'{path}': [denoising] attention_guide is for rendered pairs, not for [[sources]]")
     return recipe
+
+
+def _check_imprint(path: Path, recipe: ImprintRecipe) -> None:
+    """Refuses stages that would have nothing to learn from."""
+    for stage in ("views", "compositing"):
+        listed = any(source.stage == stage for source in recipe.sources)
+        if recipe.sources and getattr(recipe, stage) and not listed:
+            raise InputError(f"'{path}': no data set of [[sources]] is for the stage {stage}")

@@ -9,6 +9,9 @@ One column per pair: the reference, the collage of the hint, its mask (white: fi
 padding), and the picture that should come out. Then samples per second of the loop on one batch, of the pairs
 that it reads, and of pairs that are made anew. Those of data sets are made while it trains. Rendered ones are
 made of stored views and encoded once, before it trains; rendering and encoding are not counted.
+
+For IMPRINT the columns show the reference, what is known of the scene, the mask, and the picture; first those
+of the stage `views`, then those of `compositing`.
 """
 
 from __future__ import annotations
@@ -28,15 +31,20 @@ from engines.errors import AnyDoorError
 from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from training.assemble import encoded_pairs, mixture, view_pairs
-from training.config import Recipe, read_recipe
+from training.assemble_imprint import composite_samples, view_samples
+from training.config import ImprintRecipe, Recipe, read_recipe
+from training.data.composites import Composites
 from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, rows_done
 from training.data.mixture import Mixture
 from training.data.pairs import Pair
 from training.data.view_pairs import ViewPairs, pair_of_views
-from training.loop import LoopSettings, NumberedDataset, ShardedSampler, load_batches
+from training.loop import LoopSettings, NumberedDataset, ShardedSampler, Task, load_batches
+from training.network.imprint import Imprint
 from training.network.modules import AnyDoor
+from training.preview_imprint import composite_column
 from training.sheets import column, write_sheet
 from training.systems.anydoor import DiffusionTask
+from training.systems.imprint import ImprintTask, StageSettings
 
 
 def fresh_pairs(recipe: Recipe, folder: Path) -> Mixture | ViewPairs:
@@ -90,7 +98,7 @@ def feed_rate(dataset: NumberedDataset, settings: LoopSettings, seconds: float, 
     return rate(lambda: next(batches), settings.batch, seconds, what)
 
 
-def consume_rate(task: DiffusionTask, settings: LoopSettings, seconds: float) -> float:
+def consume_rate(task: Task, settings: LoopSettings, seconds: float) -> float:
     """Measures samples per second that the loop could take, if they took no time: steps on a single batch."""
     sampler = ShardedSampler(0, settings.batch, process=0, processes=1)
     batch = next(iter(load_batches(task.dataset(), replace(settings, workers=0), sampler)))
@@ -168,10 +176,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def inspect_imprint(recipe: ImprintRecipe, folder: Path, options: argparse.Namespace) -> None:
+    """Does the same for the two stages of IMPRINT, each with half of the columns and lines of its own."""
+    stages: list[tuple[str, StageSettings, Composites]] = []
+    if recipe.views:
+        stages.append(("views", recipe.views, view_samples(recipe, folder)))
+    if recipe.compositing:
+        stages.append(("compositing", recipe.compositing, composite_samples(recipe, folder)))
+    columns = []
+    for _, _, samples in stages:
+        numbers = range(-(-options.count // len(stages)))
+        drawn = (samples.draw(np.random.default_rng(number))[0] for number in tqdm(numbers, leave=False))
+        columns += [composite_column(composite) for composite in drawn]
+    if not columns:
+        raise InputError(f"'{options.recipe}' has neither [views] nor [compositing]")
+    write_sheet(columns, options.output)
+    print(f"the sheet: {options.output}")
+    for name, settings, samples in stages if options.seconds > 0 else ():
+        task = ImprintTask(Imprint(recipe.architecture), samples, settings)
+        taken = consume_rate(task, settings, options.seconds)
+        fed = feed_rate(samples, settings, options.seconds, name)
+        print(
+            f"{name}: the loop, encoding included, takes {taken:.1f} samples per second, {fed:.1f} are made"
+        )
+
+
 def inspect(options: argparse.Namespace) -> None:
     """Writes the sheet and prints what is measured."""
     recipe = read_recipe(options.recipe)
     folder = options.folder or Path("runs") / options.recipe.stem
+    if isinstance(recipe, ImprintRecipe):
+        inspect_imprint(recipe, folder, options)
+        return
     pairs = fresh_pairs(recipe, folder)
     numbers = ProgressBar(range(options.count), "drawing pairs", unit="pair", leave=False)
     drawn = (first_pair(pairs, recipe, number) for number in numbers)

@@ -101,15 +101,15 @@ class LoopSettings:
     def __post_init__(self) -> None:
         if not 0 < self.swap <= 1 or (self.swap < 1 and len(self.rates) != 2):
             raise InputError(
-                f"swap is {self.swap:g} with {len(self.rates)} rates; expected a share of the steps, above 0 and "
-                "at most 1, and two rates to exchange"
+                f"swap is {self.swap:g} with {len(self.rates)} rates; expected a share of the steps, above 0 "
+                "and at most 1, and two rates to exchange"
             )
 
     def part_rate(self, part: str, step: int) -> float:
         """Gives the learning rate of a part at a step, warm-up, decay and exchange included."""
         rates = self.rates
         if self.swap * self.steps <= step and self.swap < 1:
-            rates = dict(zip(rates, reversed(rates.values()), strict=True))
+            rates = dict(zip(rates, reversed(list(rates.values())), strict=True))
         return rates.get(part, self.learning_rate) * self.rate(step)
 
     def rate(self, step: int) -> float:
@@ -240,18 +240,15 @@ class TrainState:
         """`scaler` keeps the gradients of fp16 from vanishing; other precisions have none."""
         self.module, self.scaler = module, scaler
         groups = parts_to_train(module, settings.rates)
+        self.parts = list(groups)
+        """Those with rates of their own, and "" if there are others: the optimizer's groups."""
         self.trained = [weight for weights in groups.values() for weight in weights]
         self.optimizer = torch.optim.AdamW(
-            [{"params": weights, "part": part} for part, weights in groups.items()],
+            [{"params": weights} for weights in groups.values()],
             settings.learning_rate,
             weight_decay=settings.weight_decay,
         )
         self.ema = EMA(module, settings.ema) if settings.ema else None
-
-    @property
-    def parts(self) -> list[str]:
-        """The parts with rates of their own, and "" if there are others."""
-        return [group["part"] for group in self.optimizer.param_groups]
 
     def weights(self) -> dict[str, Tensor]:
         """Gives the weights to use: their average if there is one, else the last ones."""
@@ -365,8 +362,8 @@ class _Stepper:
     def __call__(self, rates: Mapping[str, float]) -> dict[str, Tensor]:
         """Takes one step with the learning rate of each part; returns the losses of its last batch."""
         accelerator, optimizer = self._accelerator, self._optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = rates[group["part"]]
+        for group, part in zip(optimizer.param_groups, self._state.parts, strict=True):
+            group["lr"] = rates[part]
         for _ in range(self._settings.accumulate):
             batch = {name: value.to(accelerator.device) for name, value in next(self._batches).items()}
             with accelerator.accumulate(self._module), accelerator.autocast():

@@ -27,17 +27,17 @@ from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
 from runtime.systems.anydoor import DEFAULTS
 from training.assemble import trained_model
-from training.config import Default, Recipe, read_recipe
+from training.assemble_imprint import trained_imprint
+from training.config import ImprintRecipe, Recipe, read_recipe
 from training.data.pairs import LARGEST_BOX, Picture, UnfitPairError, check_masks
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
 from training.data.view_store import as_shot
 from training.network.architecture import REFERENCE_SIZE
 from training.network.modules import AnyDoor
+from training.preview_imprint import STEPS, ImprintPreview
 from training.sheets import column, write_sheet
 from training.systems.anydoor import Denoiser, DiffusionTask
-
-STEPS = 20
-"""Steps of a sample where neither the caller nor the recipe says how many."""
+from training.systems.imprint import SceneDenoiser
 
 
 @torch.no_grad()
@@ -104,13 +104,10 @@ class Preview:
         Raises:
             InputError: the recipe's defaults cannot be used.
         """
-        self._model, defaults = model, recipe.defaults
-        self._steps = steps if steps is not None else int(_number(defaults, "steps", STEPS))
-        self._guidance_scale = (
-            guidance_scale
-            if guidance_scale is not None
-            else _number(defaults, "guidance_scale", DEFAULTS["guidance_scale"])
-        )
+        self._model = model
+        self._steps = steps if steps is not None else int(recipe.default_number("steps", STEPS))
+        usual = recipe.default_number("guidance_scale", DEFAULTS["guidance_scale"])
+        self._guidance_scale = guidance_scale if guidance_scale is not None else usual
         self._pairs = held_out_pairs(recipe, count)
         references = np.stack([pair.reference for pair in self._pairs])
         self._references = torch.from_numpy(references).permute(0, 3, 1, 2) / 255
@@ -152,10 +149,10 @@ def held_out_pairs(recipe: Recipe, count: int) -> list[HeldOutPair]:
     Raises:
         InputError: a ratio or the mode cannot be used.
     """
-    defaults, usual = recipe.defaults, Ratios()
+    usual = Ratios()
     names = {"reference_ratio": usual.reference, "box_ratio": usual.box, "crop_ratio": usual.crop}
-    ratios = Ratios(*(_number(defaults, name, ratio) for name, ratio in names.items()))
-    mode = defaults.get("mode", DEFAULTS["mode"])
+    ratios = Ratios(*(recipe.default_number(name, ratio) for name, ratio in names.items()))
+    mode = recipe.defaults.get("mode", DEFAULTS["mode"])
     if mode not in MODES:
         raise InputError(f"[defaults] mode is {mode!r}; expected one of {', '.join(MODES)}")
     pairs: list[HeldOutPair] = []
@@ -171,13 +168,6 @@ def held_out_pairs(recipe: Recipe, count: int) -> list[HeldOutPair]:
         made = make_hint(scene.image, scene.mask, reference, ratios, MODES[str(mode)], side)
         pairs.append(HeldOutPair(reference.image, made.hint, crop_scene(scene.image, made.geometry, side)))
     return pairs
-
-
-def _number(defaults: Mapping[str, Default], name: str, otherwise: float) -> float:
-    value = defaults.get(name, otherwise)
-    if not isinstance(value, int | float):
-        raise InputError(f"[defaults] {name} is {value!r}; expected a number")
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,10 +189,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.count < 1:
         parser.error(f"--count is {options.count}; expected at least 1")
     try:
-        recipe = read_recipe(options.recipe)
-        model = trained_model(recipe, options.folder or Path("runs") / options.recipe.stem)
-        preview = Preview(recipe, model, options.count, options.steps, options.guidance_scale)
-        write_sheet(preview.columns(Denoiser(model).state_dict()), options.output)
+        recipe, folder = read_recipe(options.recipe), options.folder or Path("runs") / options.recipe.stem
+        settings = options.count, options.steps, options.guidance_scale
+        if isinstance(recipe, ImprintRecipe):
+            imprint = trained_imprint(recipe, folder)
+            trained = SceneDenoiser(imprint, backbone=False).state_dict()
+            columns = ImprintPreview(recipe, imprint, *settings).columns(trained)
+        else:
+            model = trained_model(recipe, folder)
+            columns = Preview(recipe, model, *settings).columns(Denoiser(model).state_dict())
+        write_sheet(columns, options.output)
     except (AnyDoorError, OSError) as error:
         print(f"preview: {error}", file=sys.stderr)
         return 2

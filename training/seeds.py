@@ -9,4 +9,5 @@ ENCODED_PAIRS = 2
 TRAINING_PAIRS = 3
 """Which pair is a sample, with which noise and timestep."""
 DECODER_CROPS = 4
-SUBJECT_PICTURES = 5
+VIEW_SAMPLES = 5
+SUBJECT_PICTURES = 6

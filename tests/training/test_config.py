@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from runtime.errors import InputError
-from training.config import Recipe, read_recipe
+from training.config import ImprintRecipe, Recipe, read_recipe
 from training.data.pairs import PairRules
+from training.network.imprint import Imprint
 from training.network.modules import AnyDoor
 from training.systems.anydoor import Denoising
 
@@ -21,7 +22,10 @@ def test_every_recipe_can_be_read(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.pairs.resolution % recipe.architecture.latent_factor == 0
     with torch.device("meta"):
-        AnyDoor(recipe.architecture)
+        if isinstance(recipe, ImprintRecipe):
+            Imprint(recipe.architecture)
+        else:
+            AnyDoor(recipe.architecture)
 
 
 def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it that may be changed. What is trained there draws small sheets."""
-    monkeypatch.setattr("training.train.Preview", lambda recipe, model: Preview(recipe, model, 1, 2))
+    monkeypatch.setattr("training.stages.anydoor.Preview", lambda recipe, model: Preview(recipe, model, 1, 2))
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 

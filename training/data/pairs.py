@@ -48,8 +48,8 @@ class Shot:
 
 
 @dataclass(frozen=True)
-class PairRules:
-    """How pairs are made. The defaults are the released code's (datasets/base.py)."""
+class CommonRules:
+    """How the pictures of a pair are prepared. The defaults are AnyDoor's (datasets/base.py)."""
 
     resolution: int = 512
     flip: float = 0.5
@@ -58,11 +58,21 @@ class PairRules:
     """Probability that both pictures are: as good as another object."""
     brighten: float = 0.5
     """Probability that brightness and contrast of the reference change."""
-    box_masks: float = 0.3
-    """Probability that the mask channel is the filled box, not a simulated rough shape."""
     reference_ratios: tuple[float, float] = (1.1, 1.4)
     box_ratio: float = 1.1
     crop_ratios: tuple[float, float] = (1.3, 2.9)
+
+    def ratios(self, rng: Generator) -> Ratios:
+        """Draws the ratios of a pair, as the original does in steps of 0.1."""
+        return Ratios(tenths(self.reference_ratios, rng), self.box_ratio, tenths(self.crop_ratios, rng))
+
+
+@dataclass(frozen=True)
+class PairRules(CommonRules):
+    """How AnyDoor's pairs are made. The defaults are the released code's (datasets/base.py)."""
+
+    box_masks: float = 0.3
+    """Probability that the mask channel is the filled box, not a simulated rough shape."""
     timesteps: TimestepRule = "code"
 
 
@@ -96,15 +106,12 @@ def make_pair(
     Raises:
         UnfitPairError: a mask is too small, too large, in pieces or of another size than its picture.
     """
-    for name, shot in (("reference", reference), ("target", target)):
-        if shot.image.shape[:2] != shot.mask.shape:
-            sizes = f"{shot.image.shape[:2]} and {shot.mask.shape}"
-            raise UnfitPairError(f"picture and mask of the {name} are not of one (height, width): {sizes}")
+    check_sizes(reference, target)
     largest_box = LARGEST_BOX_OF_CLOTHES if kind == "try-on" else LARGEST_BOX
     check_masks(reference.mask, target.mask, largest_box, either_side)
     if rng.random() < rules.mirror:
-        reference, target = (Shot(shot.image[:, ::-1], shot.mask[:, ::-1]) for shot in (reference, target))
-    ratios = Ratios(_tenths(rules.reference_ratios, rng), rules.box_ratio, _tenths(rules.crop_ratios, rng))
+        reference, target = mirrored(reference), mirrored(target)
+    ratios = rules.ratios(rng)
     augmented = augment_reference(reference, rules, rng)
     prepared = prepare_reference(augmented.image, augmented.mask, ratios.reference)
     height, width = target.mask.shape
@@ -119,8 +126,25 @@ def make_pair(
     return Pair(prepared.image, hint, picture, timestep, kind)
 
 
-def _tenths(limits: tuple[float, float], rng: Generator) -> float:
-    """A number between the limits, both included, in steps of 0.1 as the original draws them."""
+def check_sizes(reference: Shot, target: Shot) -> None:
+    """Refuses masks that are of another size than their picture.
+
+    Raises:
+        UnfitPairError: says whose.
+    """
+    for name, shot in (("reference", reference), ("target", target)):
+        if shot.image.shape[:2] != shot.mask.shape:
+            sizes = f"{shot.image.shape[:2]} and {shot.mask.shape}"
+            raise UnfitPairError(f"picture and mask of the {name} are not of one (height, width): {sizes}")
+
+
+def mirrored(shot: Shot) -> Shot:
+    """Mirrors a picture and its mask left to right."""
+    return Shot(shot.image[:, ::-1], shot.mask[:, ::-1])
+
+
+def tenths(limits: tuple[float, float], rng: Generator) -> float:
+    """Draws a number between the limits, both included, in steps of 0.1."""
     return int(rng.integers(round(limits[0] * 10), round(limits[1] * 10) + 1)) / 10
 
 
@@ -159,7 +183,7 @@ def _sides(box: Box, mask: Mask) -> tuple[float, float]:
     return box.width / mask.shape[1], box.height / mask.shape[0]
 
 
-def augment_reference(reference: Shot, rules: PairRules, rng: Generator) -> Shot:
+def augment_reference(reference: Shot, rules: CommonRules, rng: Generator) -> Shot:
     """Mirrors the reference and changes its light, each with its probability.
 
     The ID encoder and the high-frequency map both see the result (aug_data_mask in datasets/base.py).
@@ -205,7 +229,14 @@ def sample_timestep(kind: Kind, rule: TimestepRule, rng: Generator) -> int:
     return int(rng.integers(TRAIN_TIMESTEPS))
 
 
+def as_reference(picture: Picture) -> NDArray[np.float32]:
+    """Gives a prepared reference as the ID encoder takes it: (3, 224, 224) float32 0..1."""
+    planes = np.ascontiguousarray(picture.transpose(2, 0, 1)).astype(np.float32)
+    planes /= 255
+    return planes
+
+
 def as_sample(pair: Pair) -> dict[str, Any]:
     """Gives a pair as the network takes it: reference (3, 224, 224) float32 0..1, hint, picture, timestep."""
-    reference = np.ascontiguousarray(pair.reference.transpose(2, 0, 1)).astype(np.float32) / 255
+    reference = as_reference(pair.reference)
     return {"reference": reference, "hint": pair.hint, "picture": pair.picture, "timestep": pair.timestep}

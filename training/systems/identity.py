@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from runtime.imaging.reference import prepare_reference
 from training import seeds
-from training.data.pairs import PairRules, augment_reference
+from training.data.pairs import CommonRules, augment_reference
 from training.data.view_store import REFERENCES, ViewStore, as_shot
 from training.loop import Batch
 from training.network.architecture import REFERENCE_SIZE, Architecture
@@ -51,7 +51,7 @@ class TwoViews:
 
     store: ViewStore
     seed: int
-    rules: PairRules
+    rules: CommonRules
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Gives views (2, 3, 224, 224), float32, 0..1."""
@@ -139,7 +139,11 @@ class IdentityTask:
     """Contrast across views (InfoNCE, both ways) and reconstruction of shrunken patches."""
 
     def __init__(
-        self, architecture: Architecture, store: ViewStore, rules: PairRules, seed: int = seeds.IDENTITY_VIEWS
+        self,
+        architecture: Architecture,
+        store: ViewStore,
+        rules: CommonRules,
+        seed: int = seeds.IDENTITY_VIEWS,
     ) -> None:
         self.module = IdentityModule(architecture)
         self.patches = REFERENCE_SIZE // architecture.dino_patch

@@ -154,6 +154,25 @@ def sam(root: Path) -> None:
     )
 
 
+def ppr10k(root: Path) -> None:
+    """Two photos of one group, and a group of one, which has no pair."""
+    for number, name in enumerate(("0_0", "0_1", "12_0")):
+        picture(root / f"train/target_a/{name}.tif", number)
+        labels(root / f"train/masks/{name}.png", MASK * 255)
+
+
+def objaverse(root: Path) -> None:
+    for view in range(2):
+        colours = np.random.default_rng(view).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+        labels(root / f"0a1b/{view:03d}.png", np.dstack([colours, MASK * 255]))
+
+
+def stills(root: Path) -> None:
+    picture(root / "images/one.jpg")
+    labels(root / "masks/one.png", MASK * 255)
+    labels(root / "masks/other.png", MASK * 255)  # of no picture
+
+
 MINIATURES: dict[str, Callable[[Path], None]] = {
     "YouTubeVOS": youtube_vos,
     "YouTubeVIS": lambda root: tracks(root, "train/JPEGImages", "train/instances.json"),
@@ -169,6 +188,9 @@ MINIATURES: dict[str, Callable[[Path], None]] = {
     "HFlickr": lambda root: salient(root, "real_images", "masks", "f100", "f100_1"),
     "LVIS": lvis,
     "SAM": sam,
+    "Stills": stills,
+    "PPR10K": ppr10k,
+    "Objaverse": objaverse,
 }
 
 
@@ -231,7 +253,10 @@ def test_what_takes_long_to_open_says_so(
 
 def test_filters_and_timesteps_are_the_released_code_s() -> None:
     """As `check_region_size` of each data set there does it; BURST is not there."""
-    both = {name for name, source in SOURCES.items() if not source.either_side}
+    released = {
+        name: source for name, source in SOURCES.items() if name not in ("Stills", "PPR10K", "Objaverse")
+    }
+    both = {name for name, source in released.items() if not source.either_side}
     assert both == {"YouTubeVOS", "YouTubeVIS", "UVO", "MVImgNet", "VitonHD", "FashionTryon"}
     videos = {name for name, source in SOURCES.items() if source.kind == "video"}
     assert videos == {"YouTubeVOS", "YouTubeVIS", "UVO", "MOSE", "VIPSeg", "BURST"}
@@ -310,3 +335,46 @@ def test_frames_are_apart(count: int) -> None:
     )
     assert {first < second for first, second in pairs} == {True, False}
     assert min(abs(first - second) for first, second in pairs) >= count // 4
+
+
+@pytest.mark.parametrize("count", [2, 5, 40])
+@pytest.mark.parametrize("window", [1, 7])
+def test_frames_lie_within_a_window(count: int, window: int) -> None:
+    pairs = [choose_frames(count, np.random.default_rng(seed), window) for seed in range(200)]
+    apart = {second - first for first, second in pairs}
+    assert apart == {n for n in range(1 - count, count) if 0 < abs(n) <= window}
+    assert {first for first, _ in pairs} == set(range(count))
+
+
+def test_a_window_of_nothing_is_one_frame_twice() -> None:
+    pairs = [choose_frames(9, np.random.default_rng(seed), 0) for seed in range(20)]
+    assert all(first == second for first, second in pairs)
+
+
+def test_a_data_set_keeps_to_its_window(tmp_path: Path) -> None:
+    """Views are numbered by their brightness."""
+    for view in range(20):
+        path = tmp_path / f"0a1b/{view:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((4, 4, 4), view, np.uint8)).save(path)
+    source = SOURCES["Objaverse"](tmp_path)
+    source.window = 7
+    seen = [
+        [shot.image[0, 0, 0] for shot in source.pair(0, np.random.default_rng(seed))] for seed in range(50)
+    ]
+    assert max(abs(int(one) - int(other)) for one, other in seen) == 7
+
+
+def test_several_objects_of_a_still(tmp_path: Path) -> None:
+    stills(tmp_path)
+    labels(tmp_path / "masks/one_2.png", ~MASK * 255)
+    source = SOURCES["Stills"](tmp_path)
+    masks = [source.pair(index, np.random.default_rng(0))[0].mask for index in range(len(source))]
+    assert [mask.sum() for mask in masks] == [MASK.sum(), (~MASK).sum()]
+
+
+def test_views_without_transparency_are_told(tmp_path: Path) -> None:
+    for view in range(2):
+        picture(tmp_path / f"0a1b/{view:03d}.png")
+    with pytest.raises(SourceError, match=r"000\.png has no transparency|001\.png has no transparency"):
+        SOURCES["Objaverse"](tmp_path).pair(0, np.random.default_rng(0))

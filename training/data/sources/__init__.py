@@ -1,4 +1,4 @@
-"""The data sets of the paper's table 1, each in its published folders, behind one small interface."""
+"""The data sets of AnyDoor and IMPRINT, each in its published folders, behind one small interface."""
 
 from training.data.sources.base import Source, SourceError
 from training.data.sources.images import (
@@ -11,6 +11,7 @@ from training.data.sources.images import (
     MVImgNet,
     VitonHD,
 )
+from training.data.sources.objects import PPR10K, Objaverse, Stills
 from training.data.sources.videos import BURST, MOSE, UVO, VIPSeg, YouTubeVIS, YouTubeVOS
 
 SOURCES: dict[str, type[Source]] = {
@@ -30,6 +31,9 @@ SOURCES: dict[str, type[Source]] = {
         HFlickr,
         LVIS,
         SAM,
+        Stills,
+        PPR10K,
+        Objaverse,
     )
 }
 """Name in a recipe -> reader."""

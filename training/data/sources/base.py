@@ -1,4 +1,4 @@
-"""What every data set of table 1 has in common: it gives two pictures of one object."""
+"""What every data set has in common: it gives two pictures of one object."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class Source(ABC):
     """What the set counts as when the released code draws timesteps, where that is another type."""
     either_side: bool = True
     """How the released code filters this set by size, see `training.data.pairs.check_masks`."""
+
+    window: int | None = None
+    """How far apart two frames or views may be, where that is limited; see `choose_frames`."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)

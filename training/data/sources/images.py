@@ -156,7 +156,7 @@ class MVImgNet(Source):
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
         """Reads two views of an object."""
         masks = sorted(self.objects[index].glob("*.jpg.png"))
-        first, second = (self._shot(masks[view]) for view in choose_frames(len(masks), rng))
+        first, second = (self._shot(masks[view]) for view in choose_frames(len(masks), rng, self.window))
         return first, second
 
     def _shot(self, mask: Path) -> Shot:

@@ -26,8 +26,15 @@ LEAST_AREA = 0.005
 """Share of a frame that an instance must cover."""
 
 
-def choose_frames(count: int, rng: Generator) -> tuple[int, int]:
-    """Chooses two frames, not next to each other if there is a choice, so that the object has moved."""
+def choose_frames(count: int, rng: Generator, window: int | None = None) -> tuple[int, int]:
+    """Chooses two frames, not next to each other if there is a choice, so that the object has moved.
+
+    With a window, of IMPRINT's section 3.1, any two that are at most so far apart; one twice if it is 0.
+    """
+    if window is not None:
+        first = int(rng.integers(count))
+        near = [frame for frame in range(count) if 0 < abs(frame - first) <= window]
+        return first, int(rng.choice(near)) if near else first
     gap = int(rng.integers(max(1, count // 4), max(2, count)))
     first = int(rng.integers(count - gap)) if gap < count else 0
     pair = (first, min(first + gap, count - 1))
@@ -56,7 +63,7 @@ class LabelledVideos(Source):
         files = sorted((self._labels / video).glob("*.png"))
         if len(files) < 2:
             raise SourceError(f"{self._labels / video} has fewer than two label maps")
-        chosen = [files[frame] for frame in choose_frames(len(files), rng)]
+        chosen = [files[frame] for frame in choose_frames(len(files), rng, self.window)]
         maps = [read_labels(file) for file in chosen]
         instance = rng.choice(self.instances(maps, video))
         first, second = (
@@ -147,7 +154,9 @@ class TrackedVideos(Source):
         """Reads two frames in which the track is seen."""
         track = self.tracks[index]
         seen = track.seen
-        first, second = (self._shot(track, seen[frame]) for frame in choose_frames(len(seen), rng))
+        first, second = (
+            self._shot(track, seen[frame]) for frame in choose_frames(len(seen), rng, self.window)
+        )
         return first, second
 
     def _shot(self, track: Track, frame: int) -> Shot:

@@ -1,0 +1,107 @@
+"""Samples of IMPRINT's second stage that were encoded once, so that training does not wait for it.
+
+A folder of arrays that are mapped, not read: float16 `moments.npy`, `scene.npy`, `features.npy` and, for the
+attention guide, `places.npy`; bool `counts.npy` and `dropped.npy`. See `ImprintTask.encoded` for what is in
+them. `done.txt` counts the rows that are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from engines.files import write_text
+from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
+from training.data.encoded import PAIRS_DONE, EncodedError, rows_done
+from training.loop import Batch, NumberedDataset
+
+STORED = ("moments", "scene", "features", "counts", "dropped", "places")
+"""What of an encoded batch is kept; timesteps and noises are drawn anew."""
+
+_YES_OR_NO = ("counts", "dropped")
+
+
+def store_samples(
+    samples: NumberedDataset,
+    encode: Callable[[Batch], dict[str, Tensor]],
+    folder: Path,
+    count: int,
+    batch: int = 16,
+    workers: int = 0,
+) -> None:
+    """Writes `count` encoded samples to a folder, or those of them that an earlier call left undone.
+
+    Args:
+        samples: what to encode.
+        encode: see `ImprintTask.encoded`.
+        folder: of the arrays.
+        count: of samples.
+        batch: samples that are encoded at once.
+        workers: processes that make samples while others are encoded; 0 makes them in turn.
+
+    Raises:
+        EncodedError: the folder holds samples of another shape.
+    """
+    done = rows_done(folder)
+    if done >= count:
+        return
+    source: Any = samples
+    with tqdm(total=count, initial=done, unit="sample") as bar:
+        for made in DataLoader(source, batch, sampler=range(done, count), num_workers=workers):
+            encoded = encode(made)
+            rows = slice(done, done + len(encoded["moments"]))
+            for name in STORED:
+                if name in encoded:
+                    values = encoded[name].numpy()
+                    dtype = np.bool_ if name in _YES_OR_NO else np.float16
+                    _open(folder / f"{name}.npy", (count, *values.shape[1:]), dtype)[rows] = values
+            bar.update(rows.stop - rows.start)
+            done = rows.stop
+            write_text(folder / PAIRS_DONE, str(done))
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """An array on disk, made if it is not there."""
+    if not path.exists():
+        return open_memmap(path, "w+", dtype, shape)
+    array: NDArray[Any] = open_memmap(path, "r+")
+    if array.shape != shape:
+        raise EncodedError(f"'{path}' has the shape {array.shape}, expected {shape}: give another --folder")
+    return array
+
+
+class StoredSamples:
+    """The endless dataset of stage 2 over a folder of encoded samples: item n follows from n and the rows."""
+
+    def __init__(self, folder: Path, seed: int, rows: int) -> None:
+        """Opens the arrays; draws from the first `rows` (see `settled_rows`)."""
+        self._seed, self._rows = seed, rows
+        self._arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r")
+            for name in STORED
+            if (folder / f"{name}.npy").exists()
+        }
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Gives what `ImprintTask.loss` takes of a sample that is encoded."""
+        rng = np.random.default_rng([self._seed, number])
+        row = int(rng.integers(self._rows))
+        sample: dict[str, Any] = {
+            name: torch.from_numpy(np.asarray(array[row], np.float32)) for name, array in self._arrays.items()
+        }
+        shape = sample["moments"].shape[1:]
+        return {
+            **sample,
+            "timestep": int(rng.integers(TRAIN_TIMESTEPS)),
+            "noise": rng.standard_normal(shape, np.float32),
+            "posterior_noise": rng.standard_normal(shape, np.float32),
+        }

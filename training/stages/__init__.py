@@ -1,0 +1,1 @@
+"""What a training run does, stage by stage: one module per system, and what they share."""

@@ -1,0 +1,106 @@
+"""AnyDoor's stages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from training import seeds
+from training.assemble import encoded_pairs, frozen_parts, mixture, stage_weights, trained_model, view_pairs
+from training.config import Recipe
+from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, settled_rows
+from training.loop import on_main_process, train
+from training.network.checkpoint import write_model
+from training.network.modules import AnyDoor
+from training.preview import Preview
+from training.small.encoding import check_encoders, encode_hints, encode_pairs
+from training.small.hint_block import HintBlockTask
+from training.stages.common import draw_objects, train_autoencoder, train_decoder, train_identity
+from training.systems.anydoor import DiffusionTask
+
+ROWS = "rows.txt"
+"""Beside a stage's weights: how many of the encoded pairs it learns from."""
+
+
+@on_main_process
+def encode(recipe: Recipe, folder: Path) -> None:
+    """Makes the pairs of stage 3, once."""
+    if not recipe.sources:
+        model, pairs = frozen_parts(recipe, folder), view_pairs(recipe, folder)
+        encode_pairs(model, pairs, folder / "pairs", recipe.data.pairs, workers=recipe.data.workers)
+
+
+def train_hint_block(recipe: Recipe, folder: Path) -> None:
+    """Trains the hint block alone, for a recipe whose `diffusion` does not train it."""
+    if recipe.hint_block:
+        model, stage = frozen_parts(recipe, folder), folder / "hint_block"
+        settle_pairs(recipe, folder, model, stage)
+        pairs = EncodedPairs(folder / "pairs", seeds.TRAINING_PAIRS, recipe.pairs, rows=_rows(stage))
+        train(HintBlockTask(model.control, pairs), recipe.hint_block, stage)
+
+
+def train_diffusion(recipe: Recipe, folder: Path) -> None:
+    """Trains stage 3."""
+    if recipe.diffusion:
+        model, stage = frozen_parts(recipe, folder), folder / "diffusion"
+        if (folder / "hint_block" / "mean.pt").exists():
+            HintBlockTask.load(model.control, stage_weights(folder / "hint_block"))
+        if not recipe.sources:
+            settle_pairs(recipe, folder, model, stage, hints=not recipe.denoising.hint_block)
+        pairs = mixture(recipe) if recipe.sources else encoded_pairs(recipe, folder, _rows(stage))
+        task = DiffusionTask(model, pairs, recipe.denoising)
+        train(task, recipe.diffusion, stage, Preview(recipe, model))
+
+
+@on_main_process
+def settle_pairs(recipe: Recipe, folder: Path, model: AnyDoor, stage: Path, hints: bool = False) -> None:
+    """Makes sure that a stage finds the pairs that it began with, encoded by the weights of `model`.
+
+    Args:
+        recipe: how many pairs there should be.
+        folder: of the run.
+        model: its autoencoder and ID encoder have encoded the pairs.
+        stage: folder of the stage that learns from them; keeps how many they are.
+        hints: whether to take their hints through the model's hint block.
+
+    Raises:
+        EncodedError: other weights have encoded them, or there are too few.
+    """
+    pairs = folder / "pairs"
+    check_encoders(model, pairs)
+    if hints:
+        encode_hints(model, pairs)
+    rows = settled_rows(stage / ROWS, pairs, HINTS_DONE if hints else PAIRS_DONE)
+    if rows < recipe.data.pairs:
+        print(
+            f"{stage.name} learns from {rows} of {recipe.data.pairs} pairs, those that were encoded when it "
+            f"began; to take those that are encoded now, delete {stage / ROWS}",
+            file=sys.stderr,
+        )
+
+
+def _rows(stage: Path) -> int:
+    return int((stage / ROWS).read_text())
+
+
+@on_main_process
+def write_checkpoint(recipe: Recipe, folder: Path) -> None:
+    """Puts the parts together: `folder`/model.safetensors."""
+    dtype: torch.dtype = getattr(torch, recipe.checkpoint_dtype)
+    write_model(folder / "model.safetensors", trained_model(recipe, folder), dtype, recipe.defaults)
+
+
+STAGES: Mapping[str, Callable[[Recipe, Path], None]] = {
+    "views": draw_objects,
+    "autoencoder": train_autoencoder,
+    "identity": train_identity,
+    "encode": encode,
+    "hint_block": train_hint_block,
+    "diffusion": train_diffusion,
+    "decoder": train_decoder,
+    "checkpoint": write_checkpoint,
+}
+"""In their order."""

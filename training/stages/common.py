@@ -1,0 +1,41 @@
+"""Stages that small models of every system have: what the published ones take from SD 2.1 and DINOv2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.assemble import stage_weights
+from training.config import CommonRecipe
+from training.data.view_store import ViewStore, draw_views
+from training.loop import on_main_process, train
+from training.systems.autoencoder import AutoencoderTask, decoder_task
+from training.systems.identity import IdentityTask
+
+
+@on_main_process
+def draw_objects(recipe: CommonRecipe, folder: Path) -> None:
+    """Draws the objects of the recipe."""
+    if not recipe.sources:
+        draw_views(folder / recipe.objects, recipe.data.objects)
+
+
+def train_autoencoder(recipe: CommonRecipe, folder: Path) -> None:
+    """Trains stage 1."""
+    if recipe.autoencoder and not recipe.start:
+        task = AutoencoderTask(recipe.architecture, ViewStore(folder / recipe.objects))
+        train(task, recipe.autoencoder, folder / "autoencoder")
+
+
+def train_decoder(recipe: CommonRecipe, folder: Path) -> None:
+    """Continues stage 1 with the decoder alone, at any time after `encode`, because no latent changes."""
+    if recipe.decoder and not recipe.start:
+        weights = stage_weights(folder / "autoencoder")
+        task = decoder_task(recipe.architecture, ViewStore(folder / recipe.objects), weights)
+        train(task, recipe.decoder, folder / "decoder")
+
+
+def train_identity(recipe: CommonRecipe, folder: Path) -> None:
+    """Trains stage 2."""
+    if recipe.identity and not recipe.start:
+        task = IdentityTask(recipe.architecture, ViewStore(folder / recipe.objects), recipe.pairs)
+        train(task, recipe.identity, folder / "identity")
