@@ -239,7 +239,7 @@ def test_a_tiny_batch_is_learned_by_heart(tmp_path: Path) -> None:
     }
     with torch.no_grad():
         before = task.loss(task.module, batch)["loss"].item()
-    train(task, settings(steps=120, learning_rate=2e-3, save_every=120), tmp_path)
+    train(task, settings(steps=40, learning_rate=4e-3, save_every=40), tmp_path)
     with torch.no_grad():
         after = task.loss(task.module, batch)["loss"].item()
     assert before > 0.8

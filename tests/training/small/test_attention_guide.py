@@ -58,7 +58,7 @@ def test_it_learns_to_look_there(tmp_path: Path) -> None:
     }
     with torch.no_grad():
         before = task.loss(task.module, batch)
-    train(task, LoopSettings(steps=60, batch=4, learning_rate=2e-3), tmp_path)
+    train(task, LoopSettings(steps=20, batch=4, learning_rate=4e-3), tmp_path)
     with torch.no_grad():
         after = task.loss(task.module, batch)
     assert float(after["guide"]) < float(before["guide"]) - 0.5
