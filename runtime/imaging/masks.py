@@ -159,7 +159,7 @@ def _from_colours(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
         labels = np.asarray(image)
         return _from_labels(labels), f"{as_labels}, and {values_of(labels)}"
     if is_dark and decoded.exact and colours.getcolors(_MOST_LABELS):
-        codes = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        codes = np.asarray(colours.convert("RGBA")).view(np.uint32)[..., 0]
         return _from_labels(codes), f"{as_labels}, and {values_of(value)}"
     inside = value > MASK_THRESHOLD
     if is_coloured and inside.all() and not (red := rgb[..., 0] > MASK_THRESHOLD).all():

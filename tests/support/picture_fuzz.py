@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import sys
 import warnings
 from contextlib import suppress
 
+from benchmarks.support.machine import peak_memory_gb
 from runtime.errors import InputError, collecting_warnings
 from runtime.imaging.masks import load_mask
 from runtime.imaging.pictures import encode_picture
@@ -41,7 +41,7 @@ def read(content: bytes) -> bool:
 def main(count: int, seed: int) -> None:
     """Prints a JSON object; an exception says which file it is about."""
     warnings.simplefilter("ignore")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_gb()
     taken = 0
     for index in range(count):
         content = picture_file(random.Random(f"{seed} {index}"))
@@ -50,7 +50,7 @@ def main(count: int, seed: int) -> None:
         except BaseException:
             print(f"file {index} of seed {seed}: {content[:200].hex()}", file=sys.stderr)
             raise
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = round((peak_memory_gb() - before) * 1e9)
     print(json.dumps({"taken": taken, "refused": count - taken, "grown_bytes": grown}))
 
 

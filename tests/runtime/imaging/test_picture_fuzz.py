@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.picture_fuzz import MAX_PIXELS
 
-BYTES_PER_PIXEL = 24
+BYTES_PER_PIXEL = 40
 ELSE = 128_000_000
 """The bounds of `runtime.imaging.decoding`; the files of the grammar are small."""
 
