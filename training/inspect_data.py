@@ -185,8 +185,8 @@ def inspect_imprint(recipe: ImprintRecipe, folder: Path, options: argparse.Names
         stages.append(("compositing", recipe.compositing, composite_samples(recipe, folder)))
     columns = []
     for _, _, samples in stages:
-        numbers = range(-(-options.count // len(stages)))
-        drawn = (samples.draw(np.random.default_rng(number))[0] for number in tqdm(numbers, leave=False))
+        numbers = ProgressBar(range(-(-options.count // len(stages))), leave=False)
+        drawn = (samples.draw(np.random.default_rng(number))[0] for number in numbers)
         columns += [composite_column(composite) for composite in drawn]
     if not columns:
         raise InputError(f"'{options.recipe}' has neither [views] nor [compositing]")

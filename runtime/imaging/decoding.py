@@ -1,7 +1,7 @@
 """From a source to a loaded image: bounded before it is decoded, mended where that is safe, upright.
 
-While it is read, a picture takes at most 40 bytes of memory for each of its pixels (10 where it is plain RGB),
-twice the size of its file, and 128 MB for texts and tables. Pixels are counted before they are decoded.
+While it is read, a picture takes at most 40 bytes of memory for each of its pixels (10 where it is plain
+RGB), twice the size of its file, and 128 MB for texts and tables. Pixels are counted before they are decoded.
 """
 
 from __future__ import annotations

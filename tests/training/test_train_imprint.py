@@ -142,8 +142,8 @@ def test_it_says_what_it_will_do(tmp_path: Path) -> None:
     told = describe(recipe, ["views", "compositing"], tmp_path).splitlines()
     assert told[0] == f"imprint, in {tmp_path}: views, compositing"
     assert told[1] == (
-        "views: 20000 steps of 4 x 8 samples per process, learning rate 4e-06 for backbone, 4e-05 for adapter, "
-        "4e-05 for unet"
+        "views: 20000 steps of 4 x 8 samples per process, "
+        "learning rate 4e-06 for backbone, 4e-05 for adapter, 4e-05 for unet"
     )
     assert told[2].endswith("learning rate 4e-05 for adapter, 4e-06 for unet, exchanged after step 20000")
     assert "MVImgNet (data/MVImgNet)" in told[3]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from runtime.imaging.boxes import bounding_box
-from runtime.imaging.pictures import MASK_THRESHOLD
+from runtime.imaging.masks import MASK_THRESHOLD
 from training.data.pairs import Shot
 
 LUT_NODES = 5

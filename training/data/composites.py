@@ -21,7 +21,7 @@ from runtime.imaging.boxes import expand, mask_extent
 from runtime.imaging.collage import crop_scene
 from runtime.imaging.geometry import Geometry, zoom_in
 from runtime.imaging.mask_levels import MASK_LEVELS, coarsen_mask
-from runtime.imaging.pictures import MASK_THRESHOLD
+from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.imaging.reference import prepare_reference
 from runtime.imaging.resize import resize_nearest
 from training.data.augment import Augmentation, augment_object

@@ -17,10 +17,10 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from engines.files import write_text
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
+from runtime.progress_bar import ProgressBar
 from training.data.encoded import PAIRS_DONE, EncodedError, rows_done
 from training.loop import Batch, NumberedDataset
 
@@ -55,7 +55,7 @@ def store_samples(
     if done >= count:
         return
     source: Any = samples
-    with tqdm(total=count, initial=done, unit="sample") as bar:
+    with ProgressBar(total=count, initial=done, unit="sample") as bar:
         for made in DataLoader(source, batch, sampler=range(done, count), num_workers=workers):
             encoded = encode(made)
             rows = slice(done, done + len(encoded["moments"]))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from runtime.imaging.pictures import MASK_THRESHOLD
+from runtime.imaging.masks import MASK_THRESHOLD
 from training.data.pairs import Shot
 from training.data.sources.base import Source, SourceError, decoding, read_mask, read_picture
 from training.data.sources.videos import choose_frames
