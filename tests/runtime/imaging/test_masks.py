@@ -65,6 +65,7 @@ MEANT: dict[str, Image.Image] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the mask has values from 0 to 255")
 @pytest.mark.parametrize("kind", MEANT)
 def test_what_is_painted_is_inside(kind: str) -> None:
     np.testing.assert_array_equal(load_mask(MEANT[kind], "the mask"), PLACE)
