@@ -2,6 +2,7 @@
 
     python benchmarks/seeded.py small SEED out.safetensors
     python benchmarks/seeded.py full SEED out.safetensors
+    python benchmarks/seeded.py stable-diffusion-2-inpainting SEED out.safetensors
 
 A tensor depends on the seed, its official key and its shape alone. The weights are scaled so that every part
 of the network has an effect and nothing overflows; the pictures look like noise.
@@ -13,7 +14,7 @@ import argparse
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from training.network.architecture import Architecture
 from training.network.checkpoint import write_checkpoint
 from training.network.modules import AnyDoor
 from training.network.official_keys import schedule_buffers
+from training.network.stable_diffusion import StableDiffusionArchitecture
+from training.network.stable_diffusion_checkpoint import official_shapes
 
 SMALL = Architecture(
     unet_channels=(32, 64, 96, 96),
@@ -51,7 +54,12 @@ TINY = Architecture(
 )
 """The smallest network that has every kind of block; its bundle is built in less than a minute."""
 
-ARCHITECTURES = {"tiny": TINY, "small": SMALL, "full": Architecture()}
+ARCHITECTURES: Mapping[str, Architecture | StableDiffusionArchitecture] = {
+    "tiny": TINY,
+    "small": SMALL,
+    "full": Architecture(),
+    "stable-diffusion-2-inpainting": StableDiffusionArchitecture(scene_channels=5),
+}
 
 # (pattern of the key, gain); the first match counts; weight std = gain / sqrt(fan in)
 GAINS = (
@@ -70,6 +78,7 @@ SPECIAL = {
     "cls_token": (0.0, 0.5),
     "mask_token": (0.0, 0.02),
     "bias": (0.0, 0.02),
+    "in_proj_bias": (0.0, 0.02),
 }
 NORM_WEIGHT = (1.0, 0.1)
 
@@ -91,10 +100,15 @@ def seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.flo
     return values
 
 
-def seeded_checkpoint(path: Path, architecture: Architecture, seed: int, quiet: bool = True) -> None:
+def seeded_checkpoint(
+    path: Path, architecture: Architecture | StableDiffusionArchitecture, seed: int, quiet: bool = True
+) -> None:
     """Write a checkpoint in the official layout."""
-    with torch.device("meta"):
-        shapes = AnyDoor(architecture).official_shapes()
+    if isinstance(architecture, StableDiffusionArchitecture):
+        shapes = official_shapes(architecture)
+    else:
+        with torch.device("meta"):
+            shapes = AnyDoor(architecture).official_shapes()
     tensors = {
         key: torch.from_numpy(seeded_tensor(key, shape, seed))
         for key, shape in tqdm(shapes.items(), desc="seeding", disable=quiet)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,15 @@ try:
     from engines.errors import AnyDoorError
     from engines.manifest import CUDA, Manifest
     from export.build import best_backend, build_bundle, build_plan_bundle, check_output, default_targets
-    from export.options import BACKENDS, ONNX, PRECISIONS, BuildOptions
+    from export.options import (
+        BACKENDS,
+        ONNX,
+        PRECISIONS,
+        SOURCE_OPTIONS,
+        BuildOptions,
+        SourceOptions,
+        flag,
+    )
     from export.progress import Progress
     from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS
 except ModuleNotFoundError as error:
@@ -43,15 +52,18 @@ anydoor build anydoor.safetensors --backend tensorrt_rtx --targets sm89,sm120
 anydoor build build/engines/half --backend tensorrt --output build/engines/orin
 anydoor build small.safetensors --unet-head-width 8 --dino-heads 6
 anydoor build small.safetensors --default guidance_scale=2 --default mode=keep_background
+anydoor build stable-diffusion-v1-5 --variant fp16 --resolution 768x512
+anydoor build 512-inpainting-ema.safetensors --tokenizer merges.txt --lora cup.safetensors:0.8
+anydoor build 768-v-ema.ckpt --prediction v --resolution 768
 anydoor build --skeleton --precision fp16 --targets cuda
 """
 
 _PARAMETERS = (*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS)
 
-_OF_THE_CHECKPOINT = ("precision", "resolution", "unet_head_width", "dino_heads", "default")
+_OF_THE_CHECKPOINT = ("precision", "resolution", *SOURCE_OPTIONS, "default")
 """Options that a bundle of ONNX graphs has decided already."""
 
-_OF_ITS_NETWORK = ("unet_head_width", "dino_heads", "default")
+_OF_ITS_NETWORK = (*SOURCE_OPTIONS, "default")
 """Options that a skeleton has decided already."""
 
 _SKELETON = Path("build/card/full")
@@ -64,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="CKPT",
-        help=".safetensors, .ckpt or .pth file; or a bundle of ONNX graphs, to build plans without PyTorch",
+        help=".safetensors, .ckpt or .pth file, or a folder of diffusers; or a bundle of ONNX graphs, to "
+        "build plans without PyTorch",
     )
     parser.add_argument(
         "--skeleton",
@@ -95,7 +108,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, help="default: fp16 for TensorRT, fp32 for ONNX Runtime"
     )
     parser.add_argument("--max-batch", type=int, metavar="N", help="most samples in one call (default: 4)")
-    parser.add_argument("--resolution", type=int, metavar="PX", help="side of the picture (default: 512)")
+    parser.add_argument(
+        "--resolution",
+        type=parse_resolution,
+        metavar="PX",
+        help="side of the picture, or its width and height, like 768x512 (default: 512)",
+    )
     parser.add_argument(
         "--default",
         action="append",
@@ -104,17 +122,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="value of a parameter that requests leave open, which the model was trained for, like "
         "guidance_scale=2; may be repeated (default: those of the system)",
     )
-    parser.add_argument(
+    anydoor = parser.add_argument_group("checkpoints of AnyDoor")
+    anydoor.add_argument(
         "--unet-head-width",
         type=int,
         metavar="N",
         help="channels per attention head, if not stored (default: 64)",
     )
-    parser.add_argument(
+    anydoor.add_argument(
         "--dino-heads",
         type=int,
         metavar="N",
         help="heads of the ID encoder, if not stored (default: width / 64)",
+    )
+    stable_diffusion = parser.add_argument_group("checkpoints of Stable Diffusion")
+    stable_diffusion.add_argument("--variant", metavar="NAME", help="of the weights in a folder, like fp16")
+    stable_diffusion.add_argument(
+        "--prediction",
+        choices=("epsilon", "v"),
+        help="what the UNet predicts, if not stored (default: epsilon); 2.x for 768 px predicts v",
+    )
+    stable_diffusion.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="merges.txt, or the folder of a tokenizer, for a file, which has none (default: that of "
+        "open_clip_torch, if installed)",
+    )
+    stable_diffusion.add_argument(
+        "--lora",
+        action="append",
+        type=parse_lora,
+        metavar="FILE[:SCALE]",
+        help="LoRA to merge into the weights, and how much of it (default: 1); may be repeated",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -136,6 +176,39 @@ def parse_default(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def parse_resolution(text: str) -> int | tuple[int, int]:
+    """`SIDE` or `WIDTHxHEIGHT` as the side, or (height, width).
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size: give the side, or WIDTHxHEIGHT, like 768x512")
+    return sides[0] if len(sides) == 1 else (sides[1], sides[0])
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:SCALE` as file and scale. A colon that no number follows is part of the name.
+
+    Raises:
+        argparse.ArgumentTypeError: the scale is not finite.
+    """
+    file, _, number = text.rpartition(":")
+    try:
+        scale = float(number)
+    except ValueError:
+        return Path(text), 1.0
+    if not file:
+        return Path(text), 1.0
+    if not math.isfinite(scale):
+        raise argparse.ArgumentTypeError(f"'{number}' is no scale of a LoRA: give a number, like 0.8")
+    return Path(file), scale
 
 
 def run(options: argparse.Namespace) -> int:
@@ -164,9 +237,8 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     if options.source.is_dir() and not (options.source / "unet").is_dir():
         for name in _OF_THE_CHECKPOINT:
             if getattr(options, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
                 raise AnyDoorError(
-                    f"{flag} goes with a checkpoint: '{options.source}' is a bundle, which has its own"
+                    f"{flag(name)} goes with a checkpoint: '{options.source}' is a bundle, which has its own"
                 )
         bundle = Bundle.open(options.source)
         output = options.output or options.source.with_name(f"{options.source.name}-{build.backend}")
@@ -176,14 +248,15 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     try:
         from export.systems import open_source
 
-        source = open_source(options.source, options.unet_head_width, options.dino_heads)
+        source = open_source(options.source, source_options(options))
     except ModuleNotFoundError as error:
         raise AnyDoorError(
             f"a checkpoint needs PyTorch to be exported, and '{error.name}' is not installed: pip install "
             "'.[export]', or give a bundle of ONNX graphs"
         ) from error
     print(f"checkpoint: {source.description}", flush=True)
-    output = options.output or Path("build/engines") / options.source.stem
+    name = options.source.resolve().name if options.source.is_dir() else options.source.stem
+    output = options.output or Path("build/engines") / name
     return output, build_bundle(source, output, build, Progress(quiet=options.quiet))
 
 
@@ -199,7 +272,7 @@ def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:
         raise AnyDoorError(f"--skeleton makes ONNX graphs: it goes with --backend {ONNX}")
     for name in _OF_ITS_NETWORK:
         if getattr(options, name) is not None:
-            raise AnyDoorError(f"--{name.replace('_', '-')} goes with a checkpoint, not with --skeleton")
+            raise AnyDoorError(f"{flag(name)} goes with a checkpoint, not with --skeleton")
     options.backend = ONNX
     build, output = build_options(options), options.output or _SKELETON
     check_output(output)
@@ -230,6 +303,12 @@ def build_options(options: argparse.Namespace) -> BuildOptions:
         defaults=dict(options.default or []),
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def source_options(options: argparse.Namespace) -> SourceOptions:
+    """What the command line says of the checkpoint."""
+    given = {name: getattr(options, name) for name in SOURCE_OPTIONS}
+    return SourceOptions(**given | {"lora": tuple(options.lora) if options.lora else None})
 
 
 def summary(manifest: Manifest) -> str:

@@ -24,6 +24,7 @@ from export.onnx_graph import export_onnx
 from export.options import ONNX, BuildOptions
 from export.precision import TORCH_DTYPES
 from export.progress import Progress
+from export.rewrite.attention import Attention, CausalAttention
 from export.rewrite.files import rewrite_file
 from export.scratch import scratch_of_graph
 from export.systems.system import ExportSource, GraphExport
@@ -121,7 +122,8 @@ def _record(spec: GraphSpec, path: Path, manifest: Manifest) -> GraphRecord:
     if manifest.target == ANY_TARGET and manifest.precision == "fp32":
         variant = path.with_name(f"{spec.name}.{CPU}.onnx")
         # attention of another form, as with a single head, is no faster and no slower than before
-        if rewrite_file(path, variant, CPU, strict=False).matches["MultiHeadAttention"]:
+        matches = rewrite_file(path, variant, CPU, strict=False).matches
+        if any(matches[rule.name] for rule in (Attention, CausalAttention)):
             variants[CPU] = file_record(path.parent, variant.name)
         else:
             variant.unlink()

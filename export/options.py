@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from engines.errors import AnyDoorError
@@ -57,3 +58,46 @@ class BuildOptions:
             )
         if self.max_batch < 1:
             raise AnyDoorError(f"--max-batch must be at least 1, not {self.max_batch}")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a checkpoint does not say of itself, and what goes into it. A system takes some of them."""
+
+    unet_head_width: int | None = None
+    """Channels per attention head of the UNet."""
+    dino_heads: int | None = None
+    """Attention heads of the ID encoder."""
+    variant: str | None = None
+    """Of the weights in a folder, like fp16."""
+    prediction: str | None = None
+    """What the UNet predicts: epsilon or v."""
+    tokenizer: Path | None = None
+    """merges.txt, or the folder of a tokenizer."""
+    lora: tuple[tuple[Path, float], ...] | None = None
+    """Files to merge, and how much of each, in order."""
+
+    def require(self, system: str, *taken: str) -> None:
+        """Refuses options that a system does not take.
+
+        Args:
+            system: what the checkpoint is, for people.
+            taken: names of the options that go with it.
+
+        Raises:
+            AnyDoorError: names the first other one.
+        """
+        for name in SOURCE_OPTIONS:
+            if getattr(self, name) is not None and name not in taken:
+                flags = ", ".join(map(flag, taken))
+                raise AnyDoorError(f"{flag(name)} does not go with {system}, which takes {flags}")
+
+
+NOTHING_GIVEN = SourceOptions()
+
+SOURCE_OPTIONS = tuple(field.name for field in fields(SourceOptions))
+
+
+def flag(name: str) -> str:
+    """The flag of an option."""
+    return f"--{name.replace('_', '-')}"

@@ -87,8 +87,8 @@ def _build(
     dino_heads: int | None = None,
 ) -> None:
     from export.build import build_bundle
-    from export.options import BuildOptions
+    from export.options import BuildOptions, SourceOptions
     from export.systems import open_source
 
     options = BuildOptions(precision=precision, resolution=resolution)
-    build_bundle(open_source(checkpoint, unet_head_width, dino_heads), bundle, options)
+    build_bundle(open_source(checkpoint, SourceOptions(unet_head_width, dino_heads)), bundle, options)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray

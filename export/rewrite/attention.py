@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,10 @@ CPU_HEADS = HeadLimits()
 """Any width, but float32 alone: onnxruntime/contrib_ops/cpu/bert/multihead_attention.cc."""
 
 
+_LOW = -1e4
+"""What a mask adds to scores that do not count is less."""
+
+
 class Attention(Rule):
     """Heads split, scores scaled, Softmax, heads merged -> MultiHeadAttention of (B, L, H D) tensors.
 
@@ -67,6 +71,7 @@ class Attention(Rule):
     """
 
     name = "MultiHeadAttention"
+    causal = False
 
     def __init__(self, heads: HeadLimits) -> None:
         super().__init__()
@@ -76,14 +81,28 @@ class Attention(Rule):
         self, op: Any, query: Any, key: Any, value: Any, query_scale: Any, key_scale: Any, merged_shape: Any
     ) -> Any:
         """Softmax(s Q (s K)^T) V for every head."""
+        return self._pattern(
+            op, query, key, value, query_scale, key_scale, merged_shape, lambda scores: scores
+        )
 
+    def _pattern(
+        self,
+        op: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        query_scale: Any,
+        key_scale: Any,
+        merged_shape: Any,
+        masked: Callable[[Any], Any],
+    ) -> Any:
         def split(data: Any, output: str) -> Any:
             return op.Transpose(op.Reshape(data, ANY_VALUE, _outputs=[output]), perm=[0, 2, 1, 3])
 
         queries, values = split(query, "queries"), split(value, "values")
         keys = op.Transpose(split(key, "keys"), perm=[0, 1, 3, 2])
         scores = op.MatMul(op.Mul(queries, query_scale), op.Mul(keys, key_scale))
-        weights = op.Softmax(scores, axis=-1, _outputs=["weights"])
+        weights = op.Softmax(masked(scores), axis=-1, _outputs=["weights"])
         merged = op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3])
         return op.Reshape(merged, merged_shape)
 
@@ -113,9 +132,72 @@ class Attention(Rule):
         # its square root was rounded to the dtype of the graph, twice
         if math.isclose(scale, usual, rel_tol=2**-9):
             scale = usual
+        causal = {"unidirectional": 1} if self.causal else {}
         return op.MultiHeadAttention(
-            query, key, value, num_heads=heads, scale=scale, _domain=MICROSOFT, _version=1
+            query, key, value, num_heads=heads, scale=scale, **causal, _domain=MICROSOFT, _version=1
         )
+
+
+class CausalAttention(Attention):
+    """The same with a mask that lets no query see a later key -> `unidirectional` MultiHeadAttention."""
+
+    name = "causal MultiHeadAttention"
+    causal = True
+
+    def pattern(  # type: ignore[override]
+        self,
+        op: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        query_scale: Any,
+        key_scale: Any,
+        merged_shape: Any,
+        mask: Any,
+    ) -> Any:
+        """Softmax(s Q (s K)^T + mask) V for every head."""
+        return self._pattern(
+            op, query, key, value, query_scale, key_scale, merged_shape, lambda scores: op.Add(scores, mask)
+        )
+
+    def check(self, context: Any, **found: Any) -> bool:
+        """Requires a causal mask, and as many keys as queries."""
+        lengths = [(dimensions(found[name]) or (None, None))[1] for name in ("query", "key")]
+        if not _is_causal(found["mask"]) or not isinstance(lengths[0], int) or lengths[0] != lengths[1]:
+            return False
+        return super().check(context, **found)
+
+
+def single_head(node: ir.Node) -> str | None:
+    """Why a Softmax stays that the rules do not recognise: there is one head, and nothing splits it off."""
+    scores = dimensions(node.inputs[0])
+    is_single = scores is not None and (len(scores) == 3 or (len(scores) == 4 and scores[1] == 1))
+    return "a single head that no reshape splits off" if is_single else None
+
+
+def _is_causal(mask: ir.Value) -> bool:
+    """Whether a mask is 0 up to the diagonal and very low above it, as PyTorch's exporter computes it."""
+    where = mask.producer()
+    if where is None or where.op_type != "Where":
+        return False
+    above, low, zero = where.inputs
+    equal = above.producer() if above else None
+    lowest = scalar(low)
+    if equal is None or equal.op_type != "Equal" or lowest is None or lowest > _LOW or scalar(zero) != 0:
+        return False
+    triangle = equal.inputs[0].producer() if equal.inputs[0] else None
+    if triangle is None or triangle.op_type != "Trilu" or scalar(equal.inputs[1]) != 0:
+        return False
+    is_lower = not triangle.attributes.get_int("upper", 1)
+    on_diagonal = len(triangle.inputs) == 1 or scalar(triangle.inputs[1]) == 0
+    ones = triangle.inputs[0].producer() if triangle.inputs[0] else None
+    return (
+        is_lower
+        and on_diagonal
+        and ones is not None
+        and ones.op_type == "Expand"
+        and scalar(ones.inputs[0]) == 1
+    )
 
 
 def _scale(found: Mapping[str, ir.Value]) -> float | None:

@@ -53,6 +53,13 @@ class BiasSplitGelu(Rule):
         return op.BiasSplitGelu(x, bias, _domain=MICROSOFT, _version=1)
 
 
+def plain_gelu(node: ir.Node) -> str | None:
+    """Why an Erf stays that is of no GEGLU: what its GELU takes is no half of a split."""
+    divided = node.inputs[0].producer() if node.inputs[0] else None
+    argument = divided.inputs[0].producer() if divided and divided.inputs and divided.inputs[0] else None
+    return None if argument is None or argument.op_type == "Split" else "a GELU that is no gate"
+
+
 class TwoProjections(Rule):
     """x W + b, split in two along the last axis -> two projections, each with its half of the weights.
 

@@ -9,9 +9,17 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from engines.manifest import ANY_TARGET, CPU, CUDA
-from export.rewrite.attention import CPU_HEADS, CUDA_HEADS, Attention, TransposedKeys
+from export.rewrite.attention import (
+    CPU_HEADS,
+    CUDA_HEADS,
+    Attention,
+    CausalAttention,
+    HeadLimits,
+    TransposedKeys,
+    single_head,
+)
 from export.rewrite.convolution import Convolution
-from export.rewrite.geglu import BiasSplitGelu, TwoProjections, is_split_projection
+from export.rewrite.geglu import BiasSplitGelu, TwoProjections, is_split_projection, plain_gelu
 from export.rewrite.group_norm import (
     GroupNorm,
     GroupNormSiLU,
@@ -54,21 +62,26 @@ class Family:
         return reasons[0] if reasons else None
 
 
+def _attention(heads: HeadLimits) -> Family:
+    rules = [TransposedKeys(), Attention(heads), CausalAttention(heads)]
+    return Family("MultiHeadAttention", rules, operator("Softmax"), explain=single_head)
+
+
 def _cuda() -> list[Family]:
     group_norms = [GroupNorm(half, flat) for half in (True, False) for flat in (True, False)]
     return [
-        Family("MultiHeadAttention", [TransposedKeys(), Attention(CUDA_HEADS)], operator("Softmax")),
+        _attention(CUDA_HEADS),
         Family("GroupNorm", group_norms, operator("InstanceNormalization"), explain=single_channel_groups),
         Family("GroupNorm with SiLU", [GroupNormSiLU()], silu_after_group_norm),
         Family("NhwcConv", [Convolution()], operator("Conv")),
-        Family("BiasSplitGelu", [BiasSplitGelu()], operator("Erf")),
+        Family("BiasSplitGelu", [BiasSplitGelu()], operator("Erf"), explain=plain_gelu),
         Family("LayerNormalization in FP16", [HalfLayerNorm()], is_cast_layer_norm),
         Family("transposes", transpose_rules(), operator(), repeated=True),
     ]
 
 
 def _cpu() -> list[Family]:
-    return [Family("MultiHeadAttention", [TransposedKeys(), Attention(CPU_HEADS)], operator("Softmax"))]
+    return [_attention(CPU_HEADS)]
 
 
 def _any() -> list[Family]:

@@ -5,34 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.options import NOTHING_GIVEN, SourceOptions
+
 if TYPE_CHECKING:
     from export.systems.system import ExportSource
 
 
-def open_source(
-    path: Path, unet_head_width: int | None = None, dino_heads: int | None = None
-) -> ExportSource:
+def open_source(path: Path, options: SourceOptions = NOTHING_GIVEN) -> ExportSource:
     """Opens a checkpoint of any system, which is found from its keys.
 
     Args:
         path: .safetensors, .ckpt or .pth file, or a folder in the layout of diffusers.
-        unet_head_width: channels per attention head of the UNet, where the file does not say.
-        dino_heads: attention heads of the ID encoder, where the file does not say.
+        options: what the checkpoint does not say, and what goes into it.
 
     Raises:
         CheckpointError: it cannot be read, or is of no known system.
+        AnyDoorError: an option does not go with its system.
     """
     from export.systems.anydoor import AnyDoorSource
     from export.systems.stable_diffusion import StableDiffusionSource
-    from training.network.checkpoint import CheckpointError, read_checkpoint
-    from training.network.stable_diffusion_checkpoint import is_stable_diffusion, read_stable_diffusion
+    from training.network.stable_diffusion_checkpoint import is_stable_diffusion
 
     if is_stable_diffusion(path):
-        return StableDiffusionSource(read_stable_diffusion(path))
-    checkpoint = read_checkpoint(path, unet_head_width, dino_heads)
-    if checkpoint.system != AnyDoorSource.system:
-        raise CheckpointError(f"'{path}' is {checkpoint.describe()}. This system cannot be exported yet")
-    return AnyDoorSource(checkpoint)
+        return StableDiffusionSource.open(path, options)
+    return AnyDoorSource.open(path, options)
 
 
 def published_source(precision: str) -> ExportSource:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from engines.engine import Array, Engine
 from engines.errors import AnyDoorError
 from engines.spec import ROWS, SAMPLES, BankSpec, GraphSpec, TensorSpec
+from export.options import SourceOptions
 from export.precision import BANK_DTYPES, keep_float32_layers
 from export.systems.diffusion import (
     CONDITIONS,
@@ -44,7 +45,7 @@ from export.systems.diffusion import (
 )
 from export.systems.system import GraphExport, Size, checkpoint_record
 from training.network.architecture import REFERENCE_SIZE, Architecture
-from training.network.checkpoint import Checkpoint
+from training.network.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from training.network.modules import AnyDoor
 
 ID_ENCODER = "id_encoder"
@@ -71,6 +72,20 @@ class AnyDoorSource:
         self.defaults = checkpoint.defaults
         self.architecture: Mapping[str, Any] = asdict(checkpoint.architecture)
         self._checkpoint = checkpoint
+
+    @classmethod
+    def open(cls, path: Path, options: SourceOptions) -> AnyDoorSource:
+        """Opens a checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another system.
+            AnyDoorError: an option does not go with it.
+        """
+        options.require("AnyDoor", "unet_head_width", "dino_heads")
+        checkpoint = read_checkpoint(path, options.unet_head_width, options.dino_heads)
+        if checkpoint.system != cls.system:
+            raise CheckpointError(f"'{path}' is {checkpoint.describe()}. This system cannot be exported yet")
+        return cls(checkpoint)
 
     @classmethod
     def without_weights(cls, architecture: Architecture, dtype: torch.dtype) -> AnyDoorSource:

@@ -19,8 +19,9 @@ a sample; `background_coefficients` as in `runtime.diffusion.ddim`; the others a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from engines.bundle import sha256
 from engines.engine import Engine
 from engines.spec import ROWS, SAMPLES, BankSpec, GraphSpec, TensorSpec
+from export.options import SourceOptions
 from export.precision import keep_float32_layers
 from export.systems.diffusion import (
     CONDITIONS,
@@ -52,8 +54,14 @@ from runtime.diffusion.noise_schedule import alphas_cumprod
 from runtime.systems.tokenizer import TOKENS, Tokenizer
 from training.network.architecture import LATENT_SCALE
 from training.network.checkpoint_file import CheckpointError
+from training.network.lora import merge_lora
 from training.network.stable_diffusion import StableDiffusion, StableDiffusionArchitecture
-from training.network.stable_diffusion_checkpoint import StableDiffusionCheckpoint
+from training.network.stable_diffusion_checkpoint import (
+    StableDiffusionCheckpoint,
+    check_tokenizer,
+    read_stable_diffusion,
+)
+from training.network.tokenizer_files import installed_merges, read_merges, read_tokenizer, tokenizer_of
 
 TEXT_ENCODER = "text_encoder"
 ENCODE = "encode"
@@ -83,8 +91,8 @@ class StableDiffusionSource:
         a = checkpoint.architecture
         if checkpoint.tokenizer is None:
             raise CheckpointError(
-                f"'{checkpoint.path}' has no tokenizer: give the merges.txt of Stable Diffusion, or the folder "
-                "that has it, with --tokenizer"
+                f"'{checkpoint.path}' has no tokenizer: give the merges.txt of Stable Diffusion, or the "
+                "folder of a tokenizer, with --tokenizer, or install open_clip_torch, which has it"
             )
         if a.text_positions != TOKENS:
             raise CheckpointError(
@@ -96,6 +104,21 @@ class StableDiffusionSource:
         self.tokenizer = checkpoint.tokenizer
         self.architecture: Mapping[str, Any] = asdict(a)
         self._checkpoint = checkpoint
+
+    @classmethod
+    def open(cls, path: Path, options: SourceOptions) -> StableDiffusionSource:
+        """Opens a checkpoint, finds its tokenizer, and merges LoRA files into it.
+
+        Raises:
+            CheckpointError: it, or what goes with it, cannot be used.
+            AnyDoorError: an option does not go with it.
+        """
+        options.require("Stable Diffusion", "variant", "prediction", "tokenizer", "lora")
+        checkpoint = read_stable_diffusion(path, options.variant, options.prediction)
+        checkpoint = with_tokenizer(checkpoint, options.tokenizer)
+        for file, scale in options.lora or ():
+            checkpoint = merge_lora(checkpoint, file, scale)
+        return cls(checkpoint)
 
     @property
     def description(self) -> str:
@@ -138,6 +161,30 @@ class StableDiffusionSource:
         if dtype != torch.float32:
             keep_float32_layers(part)
         return GRAPH_MODULES[graph](StableDiffusion(self._checkpoint.architecture, {name: part})).eval()
+
+
+def with_tokenizer(
+    checkpoint: StableDiffusionCheckpoint, given: Path | None = None
+) -> StableDiffusionCheckpoint:
+    """Gives a checkpoint a tokenizer if it has none: the one that is given, or the installed one.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read, does not fit, or the checkpoint has its own.
+    """
+    if checkpoint.tokenizer is not None:
+        if given is not None:
+            raise CheckpointError(f"'{checkpoint.path}' has its own tokenizer: leave --tokenizer out")
+        return checkpoint
+    if given is None:
+        merges = installed_merges()
+        tokenizer = None if merges is None else tokenizer_of(merges, checkpoint.pad)
+    elif given.is_dir():
+        tokenizer = read_tokenizer(given / "tokenizer" if (given / "tokenizer").is_dir() else given)
+    else:
+        tokenizer = read_merges(given, checkpoint.pad)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, checkpoint.architecture, f"'{given or 'open_clip_torch'}'")
+    return replace(checkpoint, tokenizer=tokenizer)
 
 
 _NUMBERS = (
@@ -223,6 +270,11 @@ class EncodeGraph(nn.Module):
         return LATENT_SCALE * mean.float()
 
 
+def blended(drawn: Tensor, kept: Tensor, blend: Tensor) -> Tensor:
+    """What is drawn where `blend` is 1, what is kept where it is 0, exactly, and a mixture between."""
+    return blend * drawn + (1 - blend) * kept
+
+
 class DenoiseGraph(nn.Module):
     """One step: UNet, classifier-free guidance, the update, and blending with the background.
 
@@ -268,8 +320,7 @@ class DenoiseGraph(nn.Module):
         drawn = weighted_sum(coefficients, latent, epsilon, carry)
         sample_scene = row_scene.index_select(0, conditional_row)
         kept = weighted_sum(background_coefficients, background.index_select(0, sample_scene), start_noise)
-        share = blend.index_select(0, sample_scene)
-        return share * drawn + (1 - share) * kept, epsilon
+        return blended(drawn, kept, blend.index_select(0, sample_scene)), epsilon
 
 
 GRAPH_MODULES: Mapping[str, type[nn.Module]] = {

@@ -56,8 +56,10 @@ class ExportSource(Protocol):
     """Sizes of the network, for information."""
     dimensions: Mapping[str, int]
     """Variable dimension -> its size for one sample with guidance."""
-    tokenizer: TokenizerFiles | None
-    """What it reads prompts with; None if it takes none."""
+
+    @property
+    def tokenizer(self) -> TokenizerFiles | None:
+        """What it reads prompts with; None if it takes none."""
 
     def record(self) -> dict[str, Any]:
         """What the bundle is made from, for the manifest: see `checkpoint_record`."""

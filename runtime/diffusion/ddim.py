@@ -48,7 +48,8 @@ class Schedule:
         step goes to. After the last step the latent is the clean one, as in diffusers'
         `StableDiffusionInpaintPipeline`."""
         after = np.append(self.alphas[1:], 1.0)
-        return np.sqrt(np.stack([after, 1 - after], axis=1)).astype(np.float32)
+        factors: NDArray[np.float64] = np.sqrt(np.stack([after, 1 - after], axis=1))
+        return factors.astype(np.float32)
 
 
 def ddim_timesteps(steps: int, train_timesteps: int = 1000) -> NDArray[np.int64]:

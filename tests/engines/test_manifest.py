@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from engines.manifest import (
     FileRecord,
     GraphRecord,
     Manifest,
+    TokenizerRecord,
     parse_manifest,
     read_manifest,
 )
@@ -131,6 +133,17 @@ def test_the_file_says_what_the_documentation_says() -> None:
     assert graph["files"][0] == {"path": "denoise.onnx", "bytes": 12, "sha256": "aa"}
     assert graph["variants"] == {"cpu": {"path": "denoise.cpu.onnx", "bytes": 11, "sha256": "ff"}}
     assert "spec" not in graph
+    assert "tokenizer" not in content
+
+
+def test_a_bundle_that_takes_prompts_says_how_they_are_read() -> None:
+    tokenizer = TokenizerRecord(FileRecord("merges.txt", 3, "ee"), "!", ("<|endoftext|>",))
+    content = json.loads(replace(MANIFEST_OF_TWO, tokenizer=tokenizer).to_json())
+    assert content["tokenizer"] == {
+        "merges": {"path": "merges.txt", "bytes": 3, "sha256": "ee"},
+        "pad": "!",
+        "any_case": ["<|endoftext|>"],
+    }
 
 
 names = st.text(min_size=1, max_size=8)
@@ -182,6 +195,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         dimensions=draw(st.dictionaries(names, st.integers(1, 100), max_size=4)),
         graphs={key: draw(records(key, role)) for key, role in zip(keys, roles)},
         constants=draw(files),
+        tokenizer=draw(st.none() | st.builds(TokenizerRecord, files, names, name_tuples)),
         defaults=draw(tables),
         checkpoint=draw(tables),
         architecture=draw(tables),
@@ -204,7 +218,8 @@ def test_sizes_shapes_and_roles() -> None:
     assert manifest.typical_sizes == {"samples": 1, "rows": 2, "conditions": 2}
     assert manifest.largest_sizes == {"samples": 3, "rows": 6, "conditions": 6}
     assert manifest.latent_shape == (8, 16, 24)
-    assert manifest.resolution == 128
+    assert (manifest.picture_size, manifest.resolution) == ((128, 192), 128)
+    assert manifest.size_text == "192x128 px"
     assert (manifest.step, manifest.decoder) == (STEP, DECODER)
     assert manifest.with_role("window") == []
 

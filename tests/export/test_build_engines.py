@@ -14,9 +14,7 @@ from benchmarks.seeded import TINY
 from engines.bundle import Bundle, sha256
 from export.build_engines import main
 from export.verification import TOLERANCE
-from tests.support.stable_diffusion import pipeline
 from training.network.checkpoint import write_checkpoint
-from training.network.stable_diffusion_checkpoint import read_stable_diffusion, write_single_file
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -93,16 +91,6 @@ def test_checkpoint_is_described_before_work_begins(tiny_checkpoint: Path, capsy
         "checkpoint: AnyDoor, 2 million weights, float32: UNet predicts the noise; ID encoder DINOv2 of 1 "
         "layers, 32 wide\n"
     )
-
-
-@pytest.mark.parametrize("layout", ["folder", "file.safetensors"])
-def test_a_system_that_has_no_graphs_is_named(tmp_path: Path, capsys: Capture, layout: str) -> None:
-    pipeline("2.x").save_pretrained(tmp_path / "folder")
-    write_single_file(tmp_path / "file.safetensors", read_stable_diffusion(tmp_path / "folder"))
-    capsys.readouterr()
-    line = refused(capsys, tmp_path / layout, "--output", tmp_path / "bundle")
-    assert f"'{tmp_path / layout}' is Stable Diffusion 2.x, 4 million weights" in line
-    assert "This system cannot be exported yet" in line
 
 
 def test_runs_as_a_script(tmp_path: Path) -> None:

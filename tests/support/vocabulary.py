@@ -53,4 +53,10 @@ def clip_tokenizer(merges: tuple[tuple[str, str], ...], pad: str = END, any_case
         name: AddedToken(token, special=True, normalized=token in any_case) for name, token in named.items()
     }
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), unk_token=special["eos_token"], **special)
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=list(merges),
+        unk_token=special["eos_token"],
+        model_max_length=77,
+        **special,
+    )

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from engines.files import replacing
+from runtime.systems.tokenizer import END
 from training.network import diffusers_folder
 from training.network.architecture import (
     PREDICTED,
     ArchitectureError,
-    Prediction,
     Shapes,
     settings_from_metadata,
 )
@@ -51,7 +51,7 @@ from training.network.stable_diffusion import (
     find_text_encoder,
     infer_stable_diffusion,
 )
-from training.network.tokenizer_files import END, TokenizerFiles, read_tokenizer, write_tokenizer
+from training.network.tokenizer_files import TokenizerFiles, read_tokenizer, write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ class StableDiffusionCheckpoint:
             f"Stable Diffusion {a.version}, {weights / 1e6:.0f} million weights, "
             f"{str(self.dtype).removeprefix('torch.')}: UNet with {scene}, predicts "
             f"{PREDICTED[a.prediction]}{assumed}; text encoder {a.text_encoder} of {a.text_layers} layers, "
-            f"{a.text_width} wide; " + ("with its tokenizer" if self.tokenizer else "without a tokenizer")
+            f"{a.text_width} wide; "
+            + ("with its tokenizer" if self.tokenizer else "without a tokenizer")
+            + "".join(f"; merged: {path.name} x {scale:g}" for path, scale in self.loras)
         )
 
 
@@ -132,7 +134,7 @@ def is_stable_diffusion(path: Path) -> bool:
 
 
 def read_stable_diffusion(
-    path: str | Path, variant: str | None = None, prediction: Prediction | None = None
+    path: str | Path, variant: str | None = None, prediction: str | None = None
 ) -> StableDiffusionCheckpoint:
     """Opens a checkpoint and checks that it is complete.
 
@@ -147,14 +149,20 @@ def read_stable_diffusion(
         CheckpointError: it cannot be read, or is not a Stable Diffusion checkpoint that is known here.
     """
     path = Path(path)
+    if variant is not None and not path.is_dir():
+        raise CheckpointError(f"'{path}' is a file: a variant, like {variant}, is of the weights in a folder")
     try:
-        if path.is_dir():
-            return _read_folder(path, variant)
-        return _read_file(path, prediction)
+        checkpoint = _read_folder(path, variant) if path.is_dir() else _read_file(path, prediction)
     except ArchitectureError as error:
         raise CheckpointError(
             f"'{path}' is not a Stable Diffusion 1.x or 2.x checkpoint that can be used: {error}"
         ) from error
+    stored = checkpoint.architecture.prediction
+    if prediction not in (None, stored):
+        raise CheckpointError(
+            f"'{path}' says that it predicts {PREDICTED[stored]}, so it cannot be read as {prediction}"
+        )
+    return checkpoint
 
 
 def _read_folder(folder: Path, variant: str | None) -> StableDiffusionCheckpoint:
@@ -163,11 +171,8 @@ def _read_folder(folder: Path, variant: str | None) -> StableDiffusionCheckpoint
     for part, file in files.items():
         _compare(file.shapes, _module_shapes(part, architecture), where=f"in {part}/, ")
     tokenizer = read_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
-    if tokenizer is not None and len(tokenizer.vocabulary) != architecture.text_vocabulary:
-        raise ArchitectureError(
-            f"its tokenizer has {len(tokenizer.vocabulary)} tokens and its text encoder "
-            f"{architecture.text_vocabulary}"
-        )
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, architecture, f"the tokenizer of '{folder}'")
     tensors = {part: file.tensors for part, file in files.items()}
     paths = [
         *(folder / name for name in diffusers_folder.CONFIGURATIONS),
@@ -177,7 +182,20 @@ def _read_folder(folder: Path, variant: str | None) -> StableDiffusionCheckpoint
     return StableDiffusionCheckpoint(folder, architecture, tensors, tokenizer, files=paths)
 
 
-def _read_file(path: Path, prediction: Prediction | None) -> StableDiffusionCheckpoint:
+def check_tokenizer(tokenizer: TokenizerFiles, architecture: StableDiffusionArchitecture, name: str) -> None:
+    """Refuses a tokenizer whose tokens are not those that the text encoder knows.
+
+    Raises:
+        CheckpointError: calls it by its name.
+    """
+    if len(tokenizer.vocabulary) != architecture.text_vocabulary:
+        raise CheckpointError(
+            f"{name} has {len(tokenizer.vocabulary)} tokens and the text encoder "
+            f"{architecture.text_vocabulary}"
+        )
+
+
+def _read_file(path: Path, prediction: str | None) -> StableDiffusionCheckpoint:
     file = read_tensors(path)
     settings = settings_from_metadata(file.metadata, StableDiffusionArchitecture.not_inferable)
     assumed = "prediction" not in settings and prediction is None
@@ -189,10 +207,8 @@ def _read_file(path: Path, prediction: Prediction | None) -> StableDiffusionChec
         raise ArchitectureError("the shapes of its tensors do not make a network") from error
     layouts = _layouts(architecture)
     names = {part: _module_shapes(part, architecture) for part in layouts}
-    expected: dict[str, tuple[int, ...]] = {}
-    for part, layout in layouts.items():
-        expected |= expected_shapes(layout, names[part], architecture)
-    _compare({key: file.shapes[key] for key in file.shapes if not _is_unused(key, architecture)}, expected)
+    used = {key: shape for key, shape in file.shapes.items() if not _is_unused(key, architecture)}
+    _compare(used, official_shapes(architecture))
     parts = {
         part: LazyTensors(
             {
@@ -203,6 +219,14 @@ def _read_file(path: Path, prediction: Prediction | None) -> StableDiffusionChec
         for part, layout in layouts.items()
     }
     return StableDiffusionCheckpoint(path, architecture, parts, prediction_is_assumed=assumed)
+
+
+def official_shapes(architecture: StableDiffusionArchitecture) -> dict[str, tuple[int, ...]]:
+    """Maps key of the original layout -> shape, for every weight."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, layout in _layouts(architecture).items():
+        shapes |= expected_shapes(layout, _module_shapes(part, architecture), architecture)
+    return shapes
 
 
 def _layouts(architecture: StableDiffusionArchitecture) -> dict[str, str]:

@@ -6,19 +6,26 @@ tokenizer_config.json. Source: transformers, `CLIPTokenizer`.
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from engines.errors import BundleError
+from runtime.systems.tokenizer import END, START, Tokenizer
 from training.network.checkpoint_file import CheckpointError
-
-START, END = "<|startoftext|>", "<|endoftext|>"
-"""Special tokens, the last two of the vocabulary."""
 
 _FIRST_MERGE = 2 * 256
 """Ids below are those of the bytes, inside and at the end of a word."""
+
+
+_OPEN_CLIP = "bpe_simple_vocab_16e6.txt.gz"
+"""In the package of open_clip_torch: a title, the merges of CLIP, and many more."""
+
+_CLIP_MERGES = 49408 - _FIRST_MERGE - 2
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,44 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         )
     # transformers adds the token for padding by its name alone, and it is then found as it is written
     return TokenizerFiles(merges, vocabulary, pad, tuple(sorted((normalised & {START, END}) - {pad})))
+
+
+def tokenizer_of(merges: str, pad: str) -> TokenizerFiles:
+    """The tokenizer with some merges, with the special tokens of the published folders.
+
+    Args:
+        merges: content of merges.txt.
+        pad: the token that fills an encoded prompt.
+
+    Raises:
+        BundleError: the merges are damaged.
+    """
+    any_case = tuple(sorted({START, END} - {pad}))
+    return TokenizerFiles(merges, Tokenizer(merges, pad, any_case).vocabulary, pad, any_case)
+
+
+def read_merges(path: Path, pad: str) -> TokenizerFiles:
+    """Reads merges.txt; see `tokenizer_of`.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
+    try:
+        return tokenizer_of(path.read_text("utf-8"), pad)
+    except (OSError, ValueError, BundleError) as error:
+        raise CheckpointError(f"'{path}' cannot be read as the merges of a tokenizer ({error})") from error
+
+
+def installed_merges() -> str | None:
+    """The merges of CLIP as open_clip_torch has them, if that is installed; nothing of it is imported."""
+    found = find_spec("open_clip")
+    folders = [] if found is None else found.submodule_search_locations or []
+    path = next(filter(Path.is_file, (Path(folder) / _OPEN_CLIP for folder in folders)), None)
+    if path is None:
+        return None
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    return "\n".join(["#version: 0.2", *lines[1 : 1 + _CLIP_MERGES], ""])
 
 
 def write_tokenizer(folder: Path, tokenizer: TokenizerFiles, length: int) -> None:

@@ -196,11 +196,12 @@ class OnnxRuntimeEngine:
 
     def to_host(self, tensor: DeviceTensor) -> Array:
         """Copies a tensor to the host."""
-        return tensor.numpy()  # type: ignore[no-any-return]
+        # numpy() gives a view that does not keep the memory of an array that `to_device` pointed into
+        return tensor.numpy().copy()  # type: ignore[no-any-return]
 
     def concatenate(self, pieces: Sequence[tuple[DeviceTensor, int, int]]) -> DeviceTensor:
         """Joins rows of tensors."""
-        host = {id(tensor): self.to_host(tensor) for tensor, _, _ in pieces}
+        host = {id(tensor): tensor.numpy() for tensor, _, _ in pieces}
         return self.to_device(concatenate_rows([(host[id(t)], start, stop) for t, start, stop in pieces]))
 
     def nbytes(self, tensor: DeviceTensor) -> int:

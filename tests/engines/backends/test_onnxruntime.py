@@ -74,3 +74,10 @@ def test_the_cpu_has_no_tf32(bundle: Bundle) -> None:
         open_engine(bundle, EngineOptions("onnxruntime", "cpu", "tf32"))
     with pytest.raises(BackendError, match="only the backend onnxruntime has the inference precision tf32"):
         open_engine(bundle, EngineOptions("openvino", "cpu", "tf32"))
+
+
+def test_what_is_fetched_outlives_the_tensor(engine: OnnxRuntimeEngine) -> None:
+    """Tensors on the CPU point into the array that they were made of, which goes when they go."""
+    fetched = [engine.to_host(engine.to_device(np.full(1 << 18, number, np.float32))) for number in range(4)]
+    for number, array in enumerate(fetched):
+        np.testing.assert_array_equal(array, np.full(1 << 18, number, np.float32))

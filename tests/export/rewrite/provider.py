@@ -34,7 +34,15 @@ class MultiHeadAttention(OpRun):  # type: ignore[misc]
     largest_head: int | None = 256
     head_multiple = 8
 
-    def _run(self, query: Array, key: Array, value: Array, num_heads: int, scale: float) -> tuple[Array]:  # type: ignore[override]
+    def _run(  # type: ignore[override]
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        num_heads: int,
+        scale: float,
+        unidirectional: int | None = None,
+    ) -> tuple[Array]:
         batch, length, channels = query.shape
         width = channels // num_heads
         require(query.dtype == key.dtype == value.dtype, "one dtype")
@@ -47,6 +55,9 @@ class MultiHeadAttention(OpRun):  # type: ignore[misc]
             for tensor in (query, key, value)
         ]
         scores = heads[0] @ heads[1].swapaxes(2, 3) * np.float32(scale or width**-0.5)
+        if unidirectional:
+            require(scores.shape[2] == scores.shape[3], "as many keys as queries")
+            scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         result = weights / weights.sum(-1, keepdims=True) @ heads[2]
         return (result.swapaxes(1, 2).reshape(batch, length, channels).astype(query.dtype),)

@@ -24,12 +24,14 @@ def attention(
     keys: int = 3,
     dynamic: bool = True,
     scale: float | None = None,
+    mask: tuple[int, float] | None = None,
 ) -> ir.Model:
     """Projections, and scaled_dot_product_attention as PyTorch's exporter writes it.
 
     Args:
         dynamic: the batch has a variable size, so that the shape of the keys is computed.
         scale: of the scores; as usual if None.
+        mask: how many later keys a query sees, and what the mask adds to the others; no mask if None.
     """
     b = Builder(dtype)
     batch: int | str = "batch" if dynamic else 2
@@ -54,6 +56,12 @@ def attention(
         flat, full = b.constant([-1, keys, width]), b.constant([2, heads, width, keys])
     k = b.node("Reshape", b.node("Transpose", b.node("Reshape", k, flat), perm=[0, 2, 1]), full)
     scores = b.node("MatMul", b.node("Mul", q, root), b.node("Mul", k, root))
+    if mask is not None:
+        later, lowest = mask
+        ones = b.node("Expand", b.constant(1.0), b.constant([queries, keys]))
+        triangle = b.node("Trilu", ones, *([b.constant(later)] if later else []), upper=0)
+        above = b.node("Equal", triangle, b.constant(0.0))
+        scores = b.node("Add", scores, b.node("Where", above, b.constant(lowest), b.constant(0.0)))
     mixed = b.node("MatMul", b.node("Softmax", scores, axis=-1), v)
     merged = b.node("Transpose", mixed, perm=[0, 2, 1, 3])
     return b.model(b.node("Reshape", merged, b.constant([-1, queries, channels]), allowzero=1))
@@ -75,6 +83,38 @@ def test_same_result_in_one_operator(dtype: str, dynamic: bool) -> None:
     [found] = evaluate(model, given_inputs)
     assert found.dtype == dtype
     assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_attention_is_unidirectional(dtype: str) -> None:
+    model = attention(dtype, queries=5, keys=5, mask=(0, float(np.finfo(dtype).min)))
+    given_inputs = inputs(model)
+    [expected] = evaluate(model, given_inputs)
+    report = rewrite(model, "cuda")
+    assert report.matches["causal MultiHeadAttention"] == 1
+    assert report.after == {"MatMul": 3, "com.microsoft.MultiHeadAttention": 1}
+    [found] = evaluate(model, given_inputs)
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("keys", "mask"),
+    [(5, (1, -1e9)), (5, (0, -1.0)), (3, (0, -1e9))],
+    ids=["sees the next key", "hardly masks", "fewer keys"],
+)
+def test_other_masks_are_not_taken_for_causal_ones(keys: int, mask: tuple[int, float]) -> None:
+    model = attention(queries=5, keys=keys, mask=mask)
+    with pytest.raises(RewriteError, match="MultiHeadAttention: 1 of 1"):
+        rewrite(model, "cuda")
+
+
+def test_a_single_head_that_nothing_splits_off_is_named() -> None:
+    b = Builder("float32")
+    query, key, value = (b.input(name, "batch", 5, 8) for name in ("query", "key", "value"))
+    scores = b.node("MatMul", query, b.node("Transpose", key, perm=[0, 2, 1]))
+    model = b.model(b.node("MatMul", b.node("Softmax", scores, axis=-1), value))
+    [kept] = rewrite(model, "cuda").kept
+    assert (kept.rule, kept.reason) == ("MultiHeadAttention", "a single head that no reshape splits off")
 
 
 @given(
@@ -110,13 +150,14 @@ def test_heads_that_the_kernel_does_not_take_stay(width: int, reason: str) -> No
     assert relative_error(found, expected) < TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("mask", [None, (0, float(np.finfo(np.float32).min))], ids=["all", "causal"])
 @pytest.mark.parametrize("width", [8, 12, 264])
-def test_runs_on_the_cpu_provider(width: int) -> None:
-    model = attention(heads=2, width=width)
+def test_runs_on_the_cpu_provider(width: int, mask: tuple[int, float] | None) -> None:
+    model = attention(heads=2, width=width, queries=5, keys=5, mask=mask)
     given_inputs = inputs(model)
     [expected] = evaluate(model, given_inputs)
     report = rewrite(model, "cpu")
-    assert report.matches["MultiHeadAttention"] == 1
+    assert report.matches["causal MultiHeadAttention" if mask else "MultiHeadAttention"] == 1
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
     [found] = session.run(None, given_inputs)
     assert relative_error(found, expected) < TOLERANCE["float32"]
