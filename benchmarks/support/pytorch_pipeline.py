@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -95,7 +97,7 @@ class PyTorchPipeline:
         self._dtype = torch_dtype(precision)
         self._system = Preprocessing(resolution, REFERENCE_SIZE)
         # other pipelines do not check their weights either: it would make the start slower
-        self._models = {
+        self._models: dict[str, Any] = {
             part: opened.load_part(part, self._dtype, check_finite=False).to(device) for part in PREFIXES
         }
         stored = opened.alphas_cumprod
