@@ -58,7 +58,9 @@ def test_a_changed_manifest_is_refused(signed: Path, keys: Path) -> None:
     manifest = signed / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"max_batch": 4', '"max_batch": 2'))
     Bundle.open(signed).verify_all()
-    with pytest.raises(BundleError, match=r"is not signed by the owner of .*public\.pem', or was changed since"):
+    with pytest.raises(
+        BundleError, match=r"is not signed by the owner of .*public\.pem', or was changed since"
+    ):
         Bundle.open(signed, keys / "public.pem")
 
 
