@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
-
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch

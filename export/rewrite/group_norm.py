@@ -84,7 +84,7 @@ class GroupNorm(Rule):
             return False
         if any(value.const_value is None for value in affine):
             return False
-        reason = self.refusal(channels // groups)
+        reason = self.refusal(int(channels) // groups)
         return not reason or self.keep(found["normalised"].producer(), reason)
 
     def refusal(self, per_group: int) -> str:
