@@ -127,11 +127,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="value of a parameter that requests leave open, which the model was trained for, like "
         "guidance_scale=2; may be repeated (default: those of the system)",
     )
-    _add_checkpoint_flags(parser)
+    _add_source_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `SourceOptions`."""
     anydoor = parser.add_argument_group("checkpoints of AnyDoor")
     anydoor.add_argument(
         "--unet-head-width",
