@@ -115,7 +115,7 @@ class Preprocessing:
             InputError: a picture, a mask, the place or a parameter cannot be used.
         """
         with in_field("mode"):
-            if parameters.mode not in MODES:
+            if parameters.mode not in tuple(MODES):
                 raise InputError(f"there is no mode '{parameters.mode}': choose one of {', '.join(MODES)}")
         mode, ratios = MODES[parameters.mode], parameters.ratios
         with watch.measure("read"):
