@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engines.errors import AnyDoorError
-from training.network.torch_file import StoredTensor, load_torch_file
 
 
 class CheckpointError(AnyDoorError):
@@ -46,16 +46,17 @@ def read_tensors(path: Path) -> TensorFile:
         if path.suffix == ".safetensors":
             file = _SafetensorsFile(path)
             return TensorFile(file, file.shapes, file.metadata)
-        content = load_torch_file(path)
-        if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-            content = content["state_dict"]
-        named = content.items() if isinstance(content, Mapping) else ()
-        tensors = {k: v.tensor() for k, v in named if isinstance(k, str) and isinstance(v, StoredTensor)}
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        content = _load_pickle(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(
             f"'{path}' cannot be read as a checkpoint ({str(error).splitlines()[0]}): it is damaged or "
             "incomplete, or not a .safetensors or torch.save file"
         ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"'{path}' holds no named tensors")
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise CheckpointError(f"'{path}' holds no named tensors")
     return TensorFile(tensors, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
@@ -100,6 +101,36 @@ class _SafetensorsFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+class _Placeholder:
+    """Stands in for a class or function that a pickle names, and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _load_pickle(path: Path) -> Any:
+    """Unpickles tensors and plain containers; everything else that the file names becomes a placeholder.
+
+    Lightning checkpoints name callbacks, paths and optimizers. None of that is imported or called.
+    """
+    import pickle
+    import zipfile
+
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not in the zip format that torch.save writes since PyTorch 1.6")
+    placeholders: list[Any] = []
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path)):
+        placeholders.append((type(name.rsplit(".", 1)[-1], (_Placeholder,), {}), name))
+    try:
+        with torch.serialization.safe_globals(placeholders):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("its pickle is damaged or does more than hold tensors") from error
 
 
 def describe_differences(
