@@ -175,7 +175,7 @@ def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> No
         _check_number("control_scale", sampling.control_scale, 0.0, MAX_CONTROL_SCALE)
     _check_number("eta", sampling.eta, 0.0, 1.0)
     with in_field("sampler"):
-        if sampling.sampler not in SAMPLERS:
+        if sampling.sampler not in tuple(SAMPLERS):
             raise InputError(f"there is no sampler '{sampling.sampler}': choose one of {', '.join(SAMPLERS)}")
     with in_field("eta"):
         if sampling.eta > 0 and sampling.sampler != "ddim":
