@@ -68,8 +68,12 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where the object is in it (default: its transparency)",
     )
+    _add_place_flags(group)
+
+
+def _add_place_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--scene", type=Path, required=True, metavar="FILE", help="picture to put it into")
-    # likewise
+    # one list for both, likewise
     group.add_argument(
         "--box",
         dest="places",
