@@ -1,6 +1,8 @@
 # make demo   the main job, on a machine with Python and make alone
 # make test   formatter, linter, types, import rules, tests
 # make gpu    what only an NVIDIA card can show; ARGS=--help says how
+# make lock   docker/*.lock: the hash of everything that the images install
+# make sbom   build/sbom/*.json: the same as CycloneDX bills of materials
 # make dev    .venv with every extra that installs here, for working on the project
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DEMO_BUNDLE := examples/anydoor-small
 DEMO_PICTURE := build/demo.png
 
-.PHONY: demo test gpu dev check proto nightly versions bindings format clean
+.PHONY: demo test gpu lock sbom dev check proto nightly versions bindings format clean
 
 demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
@@ -50,6 +52,26 @@ versions: $(VENV)/.dev
 # the code against the types of TensorRT 10.3 and 11; downloads both
 bindings: $(VENV)/.dev
 	$(BIN)/python -m tests.bindings
+
+LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --constraint constraints.txt \
+	--custom-compile-command 'make lock' --output-file
+
+# Python and machine are those of the image. cuda-python follows the CUDA of the JetPack
+lock: $(BIN)/python
+	$(PIP) uv
+	echo setuptools | $(LOCK) docker/build.lock --universal --python-version 3.10 -
+	$(LOCK) docker/rtx.lock --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+		--extra tensorrt --extra serve pyproject.toml
+	echo 'cuda-python<13' | $(LOCK) docker/jetpack6.lock --python-version 3.10 \
+		--python-platform aarch64-manylinux_2_28 --extra serve pyproject.toml -
+	echo 'cuda-python>=13' | $(LOCK) docker/jetpack7.lock --python-version 3.12 \
+		--python-platform aarch64-manylinux_2_28 --extra serve pyproject.toml -
+
+sbom: $(BIN)/python
+	$(PIP) cyclonedx-bom
+	@mkdir -p build/sbom
+	for image in rtx jetpack6 jetpack7; do $(BIN)/cyclonedx-py requirements docker/$$image.lock \
+		--pyproject pyproject.toml --output-reproducible --output-file build/sbom/$$image.json || exit 1; done
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

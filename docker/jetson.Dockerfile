@@ -1,5 +1,5 @@
 # Plans and anydoor serve on a Jetson. TensorRT comes in NVIDIA's image; give the one of your JetPack: for JetPack 6
-# l4t-tensorrt:r36.x; for JetPack 7 an SBSA image with TensorRT, and --build-arg CUDA_PYTHON='cuda-python>=13'.
+# l4t-tensorrt:r36.x; for JetPack 7 an SBSA image with TensorRT, and --build-arg JETPACK=7.
 #
 #   docker build -f docker/jetson.Dockerfile --build-arg BASE=nvcr.io/nvidia/l4t-tensorrt:TAG -t anydoor-jetson .
 #   docker run --runtime nvidia -v $PWD/engines:/engines anydoor-jetson \
@@ -7,20 +7,25 @@
 #   docker run --runtime nvidia -p 50051:50051 -v $PWD/engines/orin:/bundle:ro anydoor-jetson
 ARG BASE
 FROM ${BASE}
-ARG CUDA_PYTHON='cuda-python>=12.6,<13'
+ARG JETPACK=6
 
 WORKDIR /app
 # the versions are those of the JetPack that BASE is of
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends python3-pip python3-libnvinfer \
+RUN apt-get update && apt-get install -y --no-install-recommends python3-venv python3-libnvinfer \
     && rm -rf /var/lib/apt/lists/*
 COPY anydoor_command.py pyproject.toml README.md LICENSE ./
+COPY docker/build.lock docker/jetpack${JETPACK}.lock docker/
 COPY engines engines
 COPY runtime runtime
 COPY export export
-# no PyTorch: plans are built from ONNX graphs
-# hadolint ignore=DL3013
-RUN python3 -m pip install --no-cache-dir '.[serve]' "${CUDA_PYTHON}"
+# no PyTorch: plans are built from ONNX graphs. TensorRT's Python package is the system's, the rest is installed by its
+# hashes (make lock)
+RUN python3 -m venv --system-site-packages /opt/anydoor
+ENV PATH=/opt/anydoor/bin:$PATH
+RUN pip install --no-cache-dir --require-hashes --requirement docker/build.lock \
+    && pip install --no-cache-dir --require-hashes --no-build-isolation --requirement docker/jetpack${JETPACK}.lock \
+    && pip install --no-cache-dir --no-deps --no-build-isolation .
 
 ENV ANYDOOR_BUNDLE=/bundle ANYDOOR_CACHE=/cache
 VOLUME /cache

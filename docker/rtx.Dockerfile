@@ -6,12 +6,15 @@
 FROM python:3.12-slim
 
 WORKDIR /app
-COPY anydoor_command.py pyproject.toml constraints.txt README.md LICENSE ./
+COPY anydoor_command.py pyproject.toml README.md LICENSE ./
+COPY docker/build.lock docker/rtx.lock docker/
 COPY engines engines
 COPY runtime runtime
 COPY export export
-# the tested versions: plans run with the version of TensorRT for RTX that built them
-RUN pip install --no-cache-dir --constraint constraints.txt '.[tensorrt,serve]'
+# the tested versions, by their hashes (make lock): plans run with the version of TensorRT for RTX that built them
+RUN pip install --no-cache-dir --require-hashes --requirement docker/build.lock \
+    && pip install --no-cache-dir --require-hashes --no-build-isolation --requirement docker/rtx.lock \
+    && pip install --no-cache-dir --no-deps --no-build-isolation .
 
 # bundles are mounted read-only; what TensorRT compiles for the card is kept here
 ENV ANYDOOR_BUNDLE=/bundle ANYDOOR_CACHE=/cache

@@ -105,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " Of onnxruntime: cuda or any (default: cuda where there is a card)",
     )
     parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="with --targets cuda: the same seed gives the same bits; group normalisation is slower",
+    )
+    parser.add_argument(
         "--precision", choices=PRECISIONS, help="default: fp16 for TensorRT, fp32 for ONNX Runtime"
     )
     parser.add_argument("--max-batch", type=int, metavar="N", help="most samples in one call (default: 4)")
@@ -122,11 +127,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="value of a parameter that requests leave open, which the model was trained for, like "
         "guidance_scale=2; may be repeated (default: those of the system)",
     )
-    _add_checkpoint_flags(parser)
+    _add_source_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `SourceOptions`."""
     anydoor = parser.add_argument_group("checkpoints of AnyDoor")
     anydoor.add_argument(
         "--unet-head-width",
@@ -323,6 +329,7 @@ def build_options(options: argparse.Namespace) -> BuildOptions:
         precision=options.precision or ("fp32" if backend == ONNX else "fp16"),
         targets=options.targets or default_targets(backend),
         defaults=dict(options.default or []),
+        deterministic=options.deterministic,
         **{name: value for name, value in given.items() if value is not None},
     )
 

@@ -70,7 +70,7 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
     if manifest.target != ANY_TARGET:
         progress.steps += len(manifest.graphs)
         graphs = {
-            name: _rewrite_graph(source, record, output, manifest, progress)
+            name: _rewrite_graph(source, record, output, manifest, options.rules, progress)
             for name, record in manifest.graphs.items()
         }
         manifest = replace(manifest, graphs=graphs)
@@ -88,20 +88,25 @@ def _open_on_the_cpu(output: Path, manifest: Manifest) -> Engine:
 
 
 def _rewrite_graph(
-    source: ExportSource, record: GraphRecord, output: Path, manifest: Manifest, progress: Progress
+    source: ExportSource,
+    record: GraphRecord,
+    output: Path,
+    manifest: Manifest,
+    rules: str,
+    progress: Progress,
 ) -> GraphRecord:
     """Replaces a graph by one in the operators of the target's execution provider.
 
     The error in its record is that of the graph before, in plain operators, which run on the CPU.
     """
     name = record.spec.name
-    progress.step(f"{name}: rewriting for {manifest.target}")
+    progress.step(f"{name}: rewriting for {rules}")
     plain = output / "plain"
     plain.mkdir()
     for file in record.files:
         (output / file.path).rename(plain / file.path)
     path = output / record.files[0].path
-    report = rewrite_file(plain / path.name, path, manifest.target)
+    report = rewrite_file(plain / path.name, path, rules)
     shutil.rmtree(plain)
     _store_exact_halves(path, source, manifest)
     progress.note(f"{name}: {report}")

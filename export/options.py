@@ -16,6 +16,9 @@ ONNX = "onnxruntime"
 
 BACKENDS = tuple(dict.fromkeys(backend.runs for backend in backends().values()))
 
+DETERMINISTIC_CUDA = "deterministic cuda"
+"""Rules for `CUDA` that leave out what adds in no fixed order; see `BuildOptions.rules`."""
+
 PRECISIONS = ("fp32", "fp16")
 
 
@@ -35,10 +38,20 @@ class BuildOptions:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Parameters for the manifest's `defaults`, beside those of the checkpoint."""
 
+    deterministic: bool = False
+    """Of graphs for `CUDA`: the same input gives the same bits."""
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the generated picture, in pixels."""
         return self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)
+
+    @property
+    def rules(self) -> str:
+        """Which of `export.rewrite.targets` the graphs of an ONNX bundle are rewritten for."""
+        if self.deterministic:
+            return DETERMINISTIC_CUDA
+        return CUDA if CUDA in self.targets else ANY_TARGET
 
     def __post_init__(self) -> None:
         """Refuses values that no build has.
@@ -56,6 +69,8 @@ class BuildOptions:
             raise AnyDoorError(
                 f"--targets of {ONNX} is {ANY_TARGET} or {CUDA}: architectures go with --backend tensorrt_rtx"
             )
+        if self.deterministic and self.targets != (CUDA,):
+            raise AnyDoorError(f"--deterministic goes with --backend {ONNX} --targets {CUDA}")
         if self.max_batch < 1:
             raise AnyDoorError(f"--max-batch must be at least 1, not {self.max_batch}")
 

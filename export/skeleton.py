@@ -67,7 +67,7 @@ def build_skeleton(
         shown.steps = len(graphs)
         for graph in graphs:
             shown.step(f"{graph.spec.name}: exporting")
-            record = _build_graph(graph, folder, manifest)
+            record = _build_graph(graph, folder, manifest, options.rules)
             manifest = replace(manifest, graphs={**manifest.graphs, graph.spec.name: record})
         recipes = {name: noise_recipe(folder / of.files[0].path) for name, of in manifest.graphs.items()}
         write_recipe(folder, recipes)
@@ -78,7 +78,7 @@ def build_skeleton(
     return manifest
 
 
-def _build_graph(graph: GraphExport, folder: Path, manifest: Manifest) -> GraphRecord:
+def _build_graph(graph: GraphExport, folder: Path, manifest: Manifest, rules: str) -> GraphRecord:
     module = graph.load(TORCH_DTYPES[manifest.precision])
     marks = set(_mark(module))
     model = trace(module, graph.spec).model
@@ -88,7 +88,7 @@ def _build_graph(graph: GraphExport, folder: Path, manifest: Manifest) -> GraphR
     _leave_out_weights(model, data, marks)
     ir.save(model, path)
     scratch = scratch_of_graph(path, manifest)
-    rewrite(model, manifest.target)
+    rewrite(model, rules)
     size = _leave_out_weights(model, data, marks)
     ir.save(model, path)
     files = (file_record(folder, path.name), FileRecord(data, size, ""))

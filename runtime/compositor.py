@@ -22,14 +22,12 @@ from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.drawing import Drawing
 from runtime.errors import InputError, collecting_warnings, in_field, warn
-from runtime.imaging.geometry import Ratios
 from runtime.imaging.pictures import Picture
 from runtime.imaging.scene import load_scene, upright_mask
 from runtime.imaging.sources import PictureLike
 from runtime.job import ImageJob, Job
 from runtime.parameters import (
     PLACEMENT_PARAMETERS,
-    SAMPLING_PARAMETERS,
     SamplingParameters,
     placement_parameters,
     sampling_parameters,
@@ -44,6 +42,7 @@ from runtime.validation import (
     MAX_SEED,
     Limits,
     check_blank,
+    check_defaults,
     check_initial_noise,
     check_placement_count,
     check_sampling,
@@ -92,11 +91,6 @@ class Compositor:
                 f"control_window must be from 1 to {manifest.max_batch}, the bundle's max_batch, "
                 f"not {control_window}"
             )
-        unknown = sorted(manifest.defaults.keys() - {*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS})
-        if unknown:
-            raise BundleError(
-                f"the bundle at '{bundle.path}' has a default for '{unknown[0]}', which is no parameter"
-            )
         constants = bundle.constants()
         self.bundle = bundle
         self.engine = engine
@@ -105,20 +99,10 @@ class Compositor:
         self.defaults: Mapping[str, Any] = {**self.system.defaults, **manifest.defaults}
         """Parameter -> its value where neither the request nor its quality says one."""
         self._alphas_cumprod = constants["alphas_cumprod"]
-        self._check_defaults()
-
-    def _check_defaults(self) -> None:
-        """Refuses a bundle whose defaults no request could be drawn with.
-
-        Raises:
-            BundleError: names the default.
-        """
         try:
-            check_sampling(sampling_parameters(Sampling(), self.defaults))
-            ratios = {name: self.defaults.get(f"{name}_ratio") for name in ("reference", "box", "crop")}
-            Ratios(**{name: ratio for name, ratio in ratios.items() if ratio is not None})
+            check_defaults(self.defaults)
         except InputError as error:
-            raise BundleError(f"the bundle at '{self.bundle.path}' has unusable defaults: {error}") from error
+            raise BundleError(f"the bundle at '{bundle.path}' has unusable defaults: {error}") from error
 
     @classmethod
     def load(

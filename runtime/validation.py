@@ -7,10 +7,10 @@ Pictures, masks and boxes are refused where they are read: `runtime.imaging.deco
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,15 @@ from runtime.diffusion.ddim import MAX_STEPS
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError, in_field
 from runtime.imaging.decoding import MAX_PIXELS
+from runtime.imaging.geometry import Ratios
 from runtime.imaging.target import is_integer
-from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS, SamplingParameters
-from runtime.request import Blank, Placement, Request, check_prompt
+from runtime.parameters import (
+    PLACEMENT_PARAMETERS,
+    SAMPLING_PARAMETERS,
+    SamplingParameters,
+    sampling_parameters,
+)
+from runtime.request import Blank, Placement, Request, Sampling, check_prompt
 
 MAX_IMAGES = 64
 MAX_PLACEMENTS = 16
@@ -140,6 +146,23 @@ def _check_condition(placement: Placement, abilities: Abilities) -> None:
                 check_prompt(prompt)
 
 
+def check_defaults(defaults: Mapping[str, Any]) -> None:
+    """Refuses defaults with which no request could be drawn.
+
+    Args:
+        defaults: parameter -> value where a request leaves it open.
+
+    Raises:
+        InputError: names the parameter.
+    """
+    unknown = sorted(defaults.keys() - {*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS})
+    if unknown:
+        raise InputError(f"there is no parameter '{unknown[0]}'")
+    check_sampling(sampling_parameters(Sampling(), defaults))
+    ratios = {name: defaults.get(f"{name}_ratio") for name in ("reference", "box", "crop")}
+    Ratios(**{name: ratio for name, ratio in ratios.items() if ratio is not None})
+
+
 def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> None:
     """Refuses sampling parameters out of range.
 
@@ -152,7 +175,7 @@ def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> No
         _check_number("control_scale", sampling.control_scale, 0.0, MAX_CONTROL_SCALE)
     _check_number("eta", sampling.eta, 0.0, 1.0)
     with in_field("sampler"):
-        if sampling.sampler not in SAMPLERS:
+        if sampling.sampler not in tuple(SAMPLERS):
             raise InputError(f"there is no sampler '{sampling.sampler}': choose one of {', '.join(SAMPLERS)}")
     with in_field("eta"):
         if sampling.eta > 0 and sampling.sampler != "ddim":

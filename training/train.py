@@ -51,9 +51,9 @@ def describe(recipe: Recipe | ImprintRecipe, stages: Sequence[str], folder: Path
         if isinstance(settings, LoopSettings):
             lines.append(f"{stage}: {_describe_loop(settings)}")
     sets = ", ".join(f"{source.name} ({source.root})" for source in recipe.sources)
-    lines.append(
-        f"data: {sets or f'{recipe.data.objects} rendered objects, {recipe.data.pairs} pairs encoded once'}"
-    )
+    data = recipe.data
+    encoded = f"{data.pairs} pairs encoded once" if data.pairs else "pairs made anew for every step"
+    lines.append(f"data: {sets or f'{data.objects} rendered objects, {encoded}'}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ class PyTorchPipeline:
         self._dtype = torch_dtype(precision)
         self._system = Preprocessing(resolution, REFERENCE_SIZE)
         # other pipelines do not check their weights either: it would make the start slower
-        self._models = {
+        self._models: dict[str, Any] = {
             part: opened.load_part(part, self._dtype, check_finite=False).to(device) for part in PREFIXES
         }
         stored = opened.alphas_cumprod
@@ -178,7 +178,7 @@ class PyTorchPipeline:
         watch: Stopwatch,
     ) -> Tensor:
         schedule = ddim_schedule(self._alphas_cumprod, sampling.steps, timesteps=sampling.timesteps)
-        control, unet = (cast(AnyDoor, self._models[part]) for part in ("control", "unet"))
+        control, unet = self._models["control"], self._models["unet"]
         control_scale = 1.0 if sampling.control_scale is None else sampling.control_scale
         both_hints = torch.cat([hints, hints])
         for timestep, coefficients in zip(schedule.timesteps.tolist(), schedule.coefficients.tolist()):

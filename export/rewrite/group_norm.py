@@ -65,10 +65,12 @@ class GroupNorm(Rule):
     def check(self, context: Any, **found: Any) -> bool:
         """Requires groups of neighbouring channels, and sizes that the kernel takes."""
         source = dimensions(found["x"])
-        if source is None or len(source) != 4 or not isinstance(source[1], int):
+        if source is None or len(source) != 4:
             return False
         data = reshaped(source, shape_items(found["flat_shape"])) if self._flat else source
         ones, zeros = constant(found["ones"]), constant(found["zeros"])
+        if not all(isinstance(size, int) for size in source[1:]):
+            return False
         if data is None or data[:2] != source[:2] or ones is None or zeros is None:
             return False
         if not np.all(ones == 1) or not np.all(zeros == 0):
@@ -82,12 +84,18 @@ class GroupNorm(Rule):
             return False
         if any(value.const_value is None for value in affine):
             return False
-        node, per_group = found["normalised"].producer(), channels // groups
+        reason = self.refusal(int(channels) // groups)
+        return not reason or self.keep(found["normalised"].producer(), reason)
+
+    def refusal(self, per_group: int) -> str:
+        """Why the kernel does not take groups of so many channels; empty if it does."""
         if per_group % 2:
-            return self.keep(node, f"groups of {per_group} channels are odd")
-        if per_group > _LARGEST_GROUP:
-            return self.keep(node, f"groups of {per_group} channels are larger than {_LARGEST_GROUP}")
-        return True
+            return f"groups of {per_group} channels are odd"
+        return (
+            f"groups of {per_group} channels are larger than {_LARGEST_GROUP}"
+            if per_group > _LARGEST_GROUP
+            else ""
+        )
 
     def rewrite(self, op: Any, x: Any, gamma: Any, beta: Any, **found: Any) -> Any:
         """GroupNorm of the picture with channels last."""
@@ -99,13 +107,53 @@ class GroupNorm(Rule):
             scale,
             shift,
             groups=found["ones"].const_value.size,
-            epsilon=found["normalised"].producer().attributes.get_float("epsilon", 1e-5),
+            epsilon=_epsilon(found["normalised"]),
             activation=0,
             channels_last=1,
             _domain=MICROSOFT,
             _version=1,
         )
         picture = channels_first(op, describe(result, x, last(dimensions(x))))
+        return op.Reshape(picture, found["flat_shape"]) if self._flat else picture
+
+
+class DeterministicGroupNorm(GroupNorm):
+    """Group normalisation in plain operators with channels last, of which the same input has the same bits.
+
+    (N, H W, G, C/G), of which mean and variance are taken with ReduceMean. With `use_deterministic_compute`,
+    which the engine sets, the provider computes that with cuDNN and not with its own kernels, whose atomic
+    operations add in no fixed order. All of it is in float32.
+
+    Source: `ReduceKernel::ComputeImpl` in onnxruntime/core/providers/cuda/reduction/reduction_ops.cc.
+    """
+
+    name = "deterministic group normalisation"
+
+    def refusal(self, per_group: int) -> str:
+        """Empty: there is no limit."""
+        return ""
+
+    def rewrite(self, op: Any, x: Any, gamma: Any, beta: Any, **found: Any) -> Any:
+        """(x - mean) * (gamma / sqrt(variance + epsilon)) + beta."""
+        shape = last(dimensions(x)) or ()
+        channels, groups = int(shape[3]), found["ones"].const_value.size
+        per_channel = (1, 1, groups, channels // groups)
+        scale, shift = (
+            derived_weight(op, of, "groups", lambda a: a.reshape(per_channel), per_channel, ir.DataType.FLOAT)
+            for of in (gamma, beta)
+        )
+        picture = channels_last(op, x)
+        data = op.Cast(picture, to=_FLOAT) if self._half else picture
+        data = op.Reshape(data, op.Constant(value_ints=[0, -1, *per_channel[2:]]))
+        axes = op.Constant(value_ints=[1, 3])
+        centred = op.Sub(data, op.ReduceMean(data, axes, keepdims=1))
+        variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1)
+        epsilon = op.Constant(value_float=_epsilon(found["normalised"]))
+        factor = op.Div(scale, op.Sqrt(op.Add(variance, epsilon)))
+        result = op.Add(op.Mul(centred, factor), shift)
+        result = op.Reshape(result, op.Constant(value_ints=[0, *shape[1:]]))
+        result = op.Cast(result, to=_HALF) if self._half else result
+        picture = channels_first(op, describe(result, x, shape))
         return op.Reshape(picture, found["flat_shape"]) if self._flat else picture
 
 
@@ -128,6 +176,12 @@ class GroupNormSiLU(Rule):
         attributes = {**found["normalised"].producer().attributes, "activation": 1}
         result = op.GroupNorm(x, gamma, beta, **attributes, _domain=MICROSOFT, _version=1)
         return channels_first(op, describe(result, x, dimensions(x)))
+
+
+def _epsilon(normalised: ir.Value) -> float:
+    node = normalised.producer()
+    assert node is not None
+    return node.attributes.get_float("epsilon", 1e-5) or 0.0
 
 
 def single_channel_groups(node: ir.Node) -> str | None:

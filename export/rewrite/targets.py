@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from engines.manifest import ANY_TARGET, CPU, CUDA
+from export.options import DETERMINISTIC_CUDA
 from export.rewrite.attention import (
     CPU_HEADS,
     CUDA_HEADS,
@@ -21,6 +22,7 @@ from export.rewrite.attention import (
 from export.rewrite.convolution import Convolution
 from export.rewrite.geglu import BiasSplitGelu, TwoProjections, is_split_projection, plain_gelu
 from export.rewrite.group_norm import (
+    DeterministicGroupNorm,
     GroupNorm,
     GroupNormSiLU,
     silu_after_group_norm,
@@ -67,11 +69,13 @@ def _attention(heads: HeadLimits) -> Family:
     return Family("MultiHeadAttention", rules, operator("Softmax"), explain=single_head)
 
 
-def _cuda() -> list[Family]:
-    group_norms = [GroupNorm(half, flat) for half in (True, False) for flat in (True, False)]
+def _cuda(group_norm: type[GroupNorm] = GroupNorm) -> list[Family]:
+    group_norms = [group_norm(half, flat) for half in (True, False) for flat in (True, False)]
     return [
         _attention(CUDA_HEADS),
-        Family("GroupNorm", group_norms, operator("InstanceNormalization"), explain=single_channel_groups),
+        Family(
+            group_norm.name, group_norms, operator("InstanceNormalization"), explain=single_channel_groups
+        ),
         Family("GroupNorm with SiLU", [GroupNormSiLU()], silu_after_group_norm),
         Family("NhwcConv", [Convolution()], operator("Conv")),
         Family("BiasSplitGelu", [BiasSplitGelu()], operator("Erf"), explain=plain_gelu),
@@ -98,5 +102,11 @@ class Target:
     """Whether the rules may make other weights of those that there are."""
 
 
-TARGETS = {ANY_TARGET: Target(_any), CUDA: Target(_cuda), CPU: Target(_cpu, changes_weights=False)}
-"""`ANY_TARGET`, standard operators alone, or an execution provider of ONNX Runtime."""
+TARGETS = {
+    ANY_TARGET: Target(_any),
+    CUDA: Target(_cuda),
+    DETERMINISTIC_CUDA: Target(lambda: _cuda(DeterministicGroupNorm)),
+    CPU: Target(_cpu, changes_weights=False),
+}
+"""`ANY_TARGET`, standard operators alone, or an execution provider of ONNX Runtime; that of CUDA also with
+operators that give the same input the same bits."""

@@ -58,6 +58,8 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 def _opened(profile: bytes) -> ImageCms.ImageCmsProfile:
     try:
         return ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    except ImportError as error:
+        raise ProfileError("this Pillow is built without LittleCMS") from error
     except (OSError, ImageCms.PyCMSError) as error:
         raise ProfileError("it is damaged") from error
 

@@ -203,12 +203,14 @@ def _with_all_bits(image: Image.Image, content: bytes, where: str) -> Image.Imag
 
 def _in_other_order(tile: Any) -> Any:
     """A tile of 16-bit colours that is read in the other byte order; None if it is another."""
-    mode = tile[3] if isinstance(tile[3], str) else tile[3][0]
-    if ";16" not in mode or not isinstance(mode, str):
+    mode = tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]
+    if not isinstance(mode, str) or ";16" not in mode:
         return None
     order = "L" if mode.endswith("B") else "B"
     other = f"{mode.partition(';')[0]};16{order}"
-    return tile._replace(args=other if isinstance(tile[3], str) else (other, *tile[3][1:]))
+    swapped = (*tile[:3], other if isinstance(tile[3], str) else (other, *tile[3][1:]))
+    # a named tuple from Pillow 11 on
+    return type(tile)(*swapped) if hasattr(tile, "_fields") else swapped
 
 
 def _orientation(image: Image.Image) -> int:

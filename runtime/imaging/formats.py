@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import features
 
-HAS_AVIF = bool(features.check("avif"))
+HAS_AVIF = "avif" in features.modules and bool(features.check("avif"))
 """Pillow's wheels have it from 11.3 on."""
 
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF") + ("AVIF",) * HAS_AVIF

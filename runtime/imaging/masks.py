@@ -107,17 +107,18 @@ def _turned_like(decoded: Decoded, of: MaskedPicture, name: str) -> Decoded:
 
 def _inside(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
     """What is inside a mask, and by which rule."""
-    image, hint = decoded.image, ""
-    if has_transparency(image):
-        alpha = opacity(image)
-        inside = mask_from_alpha(alpha)
-        if inside.any() and not inside.all():
-            return inside, "inside is what is opaque"
-        hint = f"; its opacity goes from {alpha.min()} to {alpha.max()}, and decides nothing"
-    if image.mode == "1":
-        return np.asarray(image), "inside is what is white" + hint
+    image = decoded.image
+    if not has_transparency(image):
+        return _from_colours(decoded)
+    alpha = opacity(image)
+    inside = mask_from_alpha(alpha)
+    if inside.any() and not inside.all():
+        return inside, "inside is what is opaque"
     inside, rule = _from_colours(decoded)
-    return inside, rule + hint
+    if alpha.min() != alpha.max() and inside.all():
+        # painted with too little strength: that everything is the place is not what is meant
+        inside = np.zeros_like(inside)
+    return inside, f"{rule}; its opacity goes from {alpha.min()} to {alpha.max()}, not to both sides of 128"
 
 
 def has_transparency(image: Image.Image) -> bool:
@@ -147,6 +148,8 @@ def values_of(values: NDArray[np.uint8]) -> str:
 
 def _from_colours(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
     image = decoded.image
+    if image.mode == "1":
+        return np.asarray(image), "inside is what is white"
     colours = image.convert("RGB")
     rgb = np.asarray(colours)
     value = rgb.max(axis=2)

@@ -43,5 +43,5 @@ def check_mode(name: str) -> None:
         InputError: lists those that there are.
     """
     with in_field("mode"):
-        if name not in MODES:
+        if name not in tuple(MODES):  # a bundle's default may be anything, also what has no hash
             raise InputError(f"there is no mode '{name}': choose one of {', '.join(MODES)}")

@@ -132,6 +132,13 @@ def test_fields_that_a_later_version_may_add_are_ignored(bundle: Path) -> None:
     assert Bundle.open(bundle).manifest.system == "anydoor"
 
 
+@pytest.mark.parametrize(("name", "value"), [("steps", "x"), ("sampler", []), ("crop_ratio", {})])
+def test_defaults_that_no_request_could_be_drawn_with(bundle: Path, name: str, value: Any) -> None:
+    edit_manifest(bundle, lambda content: content["defaults"].update({name: value}))
+    with pytest.raises(BundleError, match="unusable defaults"):
+        Compositor.load(bundle, EngineOptions(device="cpu"))
+
+
 # --- constants --------------------------------------------------------------------------------------------
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from engines.bundle import Bundle
+from engines.errors import AnyDoorError
 from export.build_engines import add_arguments, build_options, parse_default, summary
-from export.options import BuildOptions
+from export.options import DETERMINISTIC_CUDA, BuildOptions
 from runtime.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,10 @@ def test_flags_are_the_options_of_the_build() -> None:
     assert build_options(parser.parse_args(["a.ckpt", *flags, *defaults])) == BuildOptions(
         "onnxruntime", "fp16", 2, 64, defaults={"guidance_scale": 2, "mode": "keep_background"}
     )
+    same_bits = parser.parse_args(["a.ckpt", "--backend=onnxruntime", "--targets=cuda", "--deterministic"])
+    assert build_options(same_bits).rules == DETERMINISTIC_CUDA
+    with pytest.raises(AnyDoorError, match="--deterministic goes with --backend onnxruntime --targets cuda"):
+        build_options(parser.parse_args(["a.ckpt", "--targets=any", "--deterministic"]))
     plans = parser.parse_args(["a.ckpt", "--backend=tensorrt", "--targets=SM87,sm89"])
     assert build_options(plans) == BuildOptions("tensorrt", "fp16", targets=("sm87", "sm89"))
 

@@ -185,4 +185,6 @@ def test_a_default_for_something_that_is_no_parameter(
     bundle = with_defaults({"steps": 3, name: 1})
     with pytest.raises(BundleError) as caught:
         Compositor.load(bundle, CPU)
-    assert str(caught.value) == f"the bundle at '{bundle}' has a default for '{name}', which is no parameter"
+    assert (
+        str(caught.value) == f"the bundle at '{bundle}' has unusable defaults: there is no parameter '{name}'"
+    )

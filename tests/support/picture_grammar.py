@@ -10,7 +10,9 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms
+
+from runtime.imaging.formats import HAS_AVIF
 
 _SIDES = (0, 1, 2, 7, 8, 17, 64, 255, 256, 1000, 4096, 16_384, 65_535, 65_536, 2**31 - 1, 2**31, 2**32 - 1)
 _LARGE = 3_000_000
@@ -44,7 +46,7 @@ def _samples() -> tuple[bytes, ...]:
         *((image, "TIFF", {}) for image in (rgba, wide, grey.convert("F"), rgb.convert("LAB"))),
         *((rgb, "TIFF", {"compression": name}) for name in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")),
         *((rgb, name, {}) for name in ("BMP", "GIF")),
-        *([(rgba, "AVIF", {"speed": 10, **more})] if features.check("avif") else []),
+        *([(rgba, "AVIF", {"speed": 10, **more})] if HAS_AVIF else []),
     ]
     return tuple(_encoded(*kind) for kind in kinds)
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.options import DETERMINISTIC_CUDA
 from export.rewrite.rewriting import RewriteError, rewrite
 from tests.export.rewrite.graphs import (
     ONNX_DTYPES,
@@ -61,11 +62,11 @@ def group_norm(
     return b.model(b.node("Mul", result, b.node("Sigmoid", result)) if silu else result)
 
 
-def check(model: ir.Model, tolerance: float) -> ir.Model:
+def check(model: ir.Model, tolerance: float, target: str = "cuda") -> ir.Model:
     """Rewrites a graph and compares results; returns it."""
     inputs = random_inputs(model, {"batch": 2})
     [expected] = evaluate(model, inputs)
-    rewrite(model, "cuda")
+    rewrite(model, target)
     [found] = evaluate(model, inputs)
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
@@ -123,6 +124,30 @@ def test_groups_that_the_kernel_does_not_take_stay(channels: int, groups: int, r
     [kept] = report.kept
     assert (kept.rule, kept.reason, len(kept.nodes)) == ("GroupNorm", reason, 1)
     assert report.after == report.before
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (9, 3), (514, 1), (8, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deterministic_operators_take_groups_of_any_size(
+    dtype: str, channels: int, groups: int, flat: bool
+) -> None:
+    """Channels are last, so that transposes cancel between convolutions."""
+    plain = group_norm(dtype, channels, groups, silu=not flat, flat=flat)
+    model = check(plain, TOLERANCE[dtype], DETERMINISTIC_CUDA)
+    kinds = operators(model)
+    assert kinds.count("ReduceMean") == kinds.count("Transpose") == 2
+    assert not {"InstanceNormalization", "GroupNorm"} & set(kinds)
+    assert all(node.domain == "" for node in model.graph)
+
+
+def test_deterministic_operators_do_not_overflow() -> None:
+    model = group_norm("float16", silu=False)
+    inputs = {name: array * np.float16(1000) for name, array in random_inputs(model, {"batch": 2}).items()}
+    [expected] = evaluate(model, inputs)
+    rewrite(model, DETERMINISTIC_CUDA)
+    [found] = evaluate(model, inputs)
+    assert relative_error(found, expected) < TOLERANCE["float16"]
 
 
 def test_a_result_that_others_read_keeps_its_value() -> None:

@@ -19,6 +19,7 @@ from engines.engine import Array
 from engines.spec import GraphSpec, TensorSpec
 from export.example_inputs import example_inputs
 from export.onnx_graph import trace
+from export.options import DETERMINISTIC_CUDA
 from export.precision import TORCH_DTYPES, keep_float32_layers
 from export.rewrite.report import Report
 from export.rewrite.rewriting import rewrite
@@ -82,10 +83,10 @@ def block(precision: str, sizes: dict[str, int]) -> ir.Model:
     return trace(module, SPEC).model
 
 
-def compare(model: ir.Model, inputs: dict[str, Array], dtype: str) -> Report:
+def compare(model: ir.Model, inputs: dict[str, Array], dtype: str, target: str = "cuda") -> Report:
     """Rewrites a graph, and compares what it computes."""
     expected = evaluate(model, inputs)
-    report = rewrite(model, "cuda")
+    report = rewrite(model, target)
     for found, wanted in zip(evaluate(model, inputs), expected):
         assert found.dtype == wanted.dtype
         if found.dtype == np.uint8:
@@ -112,6 +113,19 @@ def test_sizes_that_the_kernels_take(precision: str) -> None:
     plain = ("Softmax", "InstanceNormalization", "Conv", "Erf", "Split")
     assert not any(report.after[kind] for kind in plain)
     # one for the input, two for the nearest-neighbour upsampling, one for the output
+    assert report.after["Transpose"] == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_deterministic_operators(precision: str) -> None:
+    """Nothing of the provider's group normalisation is left, and as many transposes cancel as with it."""
+    model = block(precision, TAKEN)
+    report = compare(model, example_inputs(SPEC, {"rows": 2}), TYPES[precision], DETERMINISTIC_CUDA)
+    assert report.kept == ()
+    assert report.matches["deterministic group normalisation"] == 7
+    assert report.after["ReduceMean"] == 14
+    assert not report.after["GroupNorm"]
+    assert not report.after["InstanceNormalization"]
     assert report.after["Transpose"] == 4
 
 

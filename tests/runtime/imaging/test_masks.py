@@ -65,6 +65,7 @@ MEANT: dict[str, Image.Image] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the mask has values from 0 to 255")
 @pytest.mark.parametrize("kind", MEANT)
 def test_what_is_painted_is_inside(kind: str) -> None:
     np.testing.assert_array_equal(load_mask(MEANT[kind], "the mask"), PLACE)
@@ -107,7 +108,8 @@ def test_jpeg_is_read_by_its_brightness_alone() -> None:
     ("mask", "how"),
     [
         (grey(0), "labels, of which the most frequent of the border is outside, and it is 0 everywhere"),
-        (painted((9, 9, 9, 100), (9, 9, 9, 20)), "its opacity goes from 20 to 100, and decides nothing"),
+        (painted((9, 9, 9, 100), (9, 9, 9, 20)), "its opacity goes from 20 to 100, not to both sides of 128"),
+        (painted((255, 255, 255, 127), (255, 255, 255, 0)), "its opacity goes from 0 to 127"),
         (indexed([0, 0, 90] * 2, np.full((9, 9), 1, np.uint8)), "labels, .* and it is 1 everywhere"),
         (Image.fromarray(np.zeros((9, 9), np.bool_)), "inside is what is white"),
     ],

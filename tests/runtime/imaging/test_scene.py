@@ -8,10 +8,11 @@ import struct
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, features
+from PIL import ExifTags, Image, ImageCms
 
 from runtime.errors import InputWarning
 from runtime.imaging.boxes import Box
+from runtime.imaging.formats import HAS_AVIF
 from runtime.imaging.pictures import contact_sheet, encode_picture, load_picture
 from runtime.imaging.scene import load_scene, with_own_pixels
 from tests.support.picture_files import encoded, icc_profile
@@ -155,13 +156,12 @@ def exif(orientation: int) -> bytes:
     tags = Image.Exif()
     tags[ExifTags.Base.Orientation] = orientation
     tags[ExifTags.Base.Make], tags[ExifTags.Base.Copyright] = "maker", "(c) someone"
-    inner = tags.get_ifd(ExifTags.IFD.Exif)
-    inner[ExifTags.Base.ExifImageWidth], inner[ExifTags.Base.ExifImageHeight] = 40, 60
-    tags.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
+    tags[ExifTags.IFD.Exif] = {ExifTags.Base.ExifImageWidth: 40, ExifTags.Base.ExifImageHeight: 60}
+    tags[ExifTags.IFD.GPSInfo] = {1: "N"}
     return tags.tobytes()
 
 
-@pytest.mark.parametrize("to", ["PNG", "JPEG", "WEBP"] + ["AVIF"] * features.check("avif"))
+@pytest.mark.parametrize("to", ["PNG", "JPEG", "WEBP"] + ["AVIF"] * HAS_AVIF)
 def test_exif_is_kept_without_its_orientation(to: str) -> None:
     turned = Image.fromarray(SCENE).transpose(Image.Transpose.ROTATE_90)
     scene = load_scene(encoded(turned, "JPEG", exif=exif(6), dpi=(300, 150)))[1]
@@ -214,8 +214,8 @@ def test_tiff_keeps_what_its_tags_say_of_the_picture() -> None:
     assert written.info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
-def test_avif_is_read_and_written(tmp_path: object) -> None:
+@pytest.mark.skipif(not HAS_AVIF, reason="this Pillow has no AVIF")
+def test_avif_is_read_and_written() -> None:
     flat = np.full((16, 24, 3), (200, 60, 30), np.uint8)
     content = encode_picture(flat, "AVIF", load_scene(encoded(flat, icc_profile=ADOBE_RGB))[1].metadata)
     scene = load_scene(content)[1]

@@ -142,6 +142,8 @@ def test_reflection_lists_the_service(server: ServerThread) -> None:
     assert [method.name for method in file.service[0].method] == [
         "Composite",
         "CompositeStream",
+        "Draw",
+        "DrawStream",
         "GetModelInfo",
     ]
 

@@ -129,6 +129,13 @@ REFUSED = {
 }
 
 
+def test_every_field_of_a_drawing_has_an_example_that_is_refused() -> None:
+    """A field that is added to the contract must be added here."""
+    assert {name.partition(".")[0] for name in REFUSED} == {
+        field.name for field in pb.DrawRequest.DESCRIPTOR.fields
+    }
+
+
 @pytest.mark.parametrize("field", REFUSED)
 def test_drawings_that_are_refused_say_which_field_is_to_blame(stub: Any, field: str) -> None:
     error = refusal(stub.Draw, REFUSED[field])

@@ -96,6 +96,8 @@ MALFORMED = {
         message(placements=[placement(ratios=pb.Ratios(box=1e9))]),
         message(placements=[placement(ratios=pb.Ratios(crop=NAN))]),
     ],
+    "placements[0].prompt": [message(placements=[placement(prompt="a cup")])],
+    "placements[0].negative_prompt": [message(placements=[placement(negative_prompt="")])],
     "placements[1].box": [message(placements=[placement(), placement(box=pb.Box())])],
     "sampling.steps": [message(steps=0), message(steps=61), message(steps=2**32 - 1)],
     "sampling.guidance_scale": [
