@@ -101,14 +101,15 @@ def build_tiny_bundle() -> None:
 # --- the plugin -------------------------------------------------------------------------------------------
 
 left_out: dict[str, list[str]] = {}
-"""Package -> test files that need it."""
+"""Package -> test files and folders that need it."""
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leaves out files that import what is not installed."""
-    if collection_path.suffix != ".py":
+    """Leaves out files, and folders whose conftest.py, import what is not installed."""
+    file = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
+    if file.suffix != ".py" or not file.is_file():
         return None
-    for package in sorted(packages_of(collection_path)):
+    for package in sorted(packages_of(file)):
         if package not in sys.stdlib_module_names and find_spec(package) is None:
             left_out.setdefault(package, []).append(str(collection_path))
             return True
@@ -137,7 +138,9 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Path | None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Says which files were left out."""
     for package, files in left_out.items():
-        terminalreporter.write_line(f"{len(files)} files left out, which need {package}")
+        terminalreporter.write_line(
+            f"left out, because {package} is not installed: {len(files)} files or folders"
+        )
 
 
 @cache

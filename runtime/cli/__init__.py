@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("anydoor: interrupted; nothing was written", file=sys.stderr)
         return 130
     except OSError as error:
-        _forget_output()
+        forget_output()
         if isinstance(error, BrokenPipeError):
             return 1  # whoever read what is printed has gone
         file = f" '{error.filename}'" if error.filename else " to standard output"
@@ -111,7 +111,7 @@ def _show_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _forget_output() -> None:
+def forget_output() -> None:
     """Lets what cannot be printed go nowhere, or Python would try again when it ends."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

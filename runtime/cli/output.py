@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from runtime.cli.output_place import check_place, save_pictures
-from runtime.cli.standard_streams import STREAM, check_standard_output, write_standard_output
+from runtime.cli.standard_streams import STREAM, check_standard_output
 from runtime.errors import collecting_warnings
 from runtime.imaging.decoding import FIRST_SWAPPED
-from runtime.imaging.pictures import check_size, contact_sheet, encode_picture, format_of, sheet_size
+from runtime.imaging.pictures import check_size, contact_sheet, format_of, sheet_size
 from runtime.result import Composite
 
 
@@ -57,22 +57,17 @@ def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None
         InputError: a file cannot be written; its picture is elsewhere then.
     """
     images, metadata = [result.image for result in results], results[0].metadata
-    seeds = f"(seed {results[0].seed})"
+    paths, seeds = output_paths(output, len(results)), [f"(seed {result.seed})" for result in results]
     if grid:
-        images = [contact_sheet(images)]
-        seeds = f"(seeds {results[0].seed} to {results[-1].seed})"
+        images, paths = [contact_sheet(images)], [output]
+        seeds = [f"(seeds {results[0].seed} to {results[-1].seed})"]
     with collecting_warnings() as warned:
-        if output == STREAM:
-            write_standard_output(encode_picture(images[0], "PNG", metadata))
-            print(f"standard output {seeds}", file=sys.stderr)
-        elif grid:
-            save_pictures([(images[0], output)], metadata)
-            print(f"{output} {seeds}")
+        save_pictures(zip(images, paths), metadata)
+    for path, seed in zip(paths, seeds):
+        if path == STREAM:
+            print(f"standard output {seed}", file=sys.stderr)
         else:
-            paths = output_paths(output, len(results))
-            save_pictures(zip(images, paths), metadata)
-            for path, result in zip(paths, results):
-                print(f"{path} (seed {result.seed})")
+            print(f"{path} {seed}")
     for text in dict.fromkeys((*results[0].warnings, *warned)):
         print(f"anydoor: warning: {text}", file=sys.stderr)
 

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.files import partial_path
+from runtime.cli.standard_streams import STREAM, write_standard_output
 from runtime.errors import InputError
-from runtime.imaging.pictures import save_picture
+from runtime.imaging.pictures import encode_picture, save_picture
 
 
 def check_place(path: Path) -> None:
@@ -56,7 +57,7 @@ def save_pictures(pictures: Iterable[tuple[NDArray[np.uint8], Path]], *metadata:
     """Writes every picture: at its place, whose folder is made, or else at another.
 
     Args:
-        pictures: with their places.
+        pictures: with their places, of which one may be standard output.
         metadata: see `save_picture`.
 
     Raises:
@@ -65,8 +66,11 @@ def save_pictures(pictures: Iterable[tuple[NDArray[np.uint8], Path]], *metadata:
     failed = []
     for image, path in pictures:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(image, path, *metadata)
+            if path == STREAM:
+                write_standard_output(encode_picture(image, "PNG", *metadata))
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_picture(image, path, *metadata)
         except Exception as error:
             # an encoder raises almost any class there is
             reason = error if isinstance(error, InputError) else f"cannot write '{path}': {error}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.cli import forget_output
 from runtime.errors import InputError
 from runtime.imaging.sources import read_source
 
@@ -48,4 +49,5 @@ def write_standard_output(content: bytes) -> None:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
     except OSError as error:
+        forget_output()
         raise InputError(f"cannot write to standard output: {error.strerror}") from error

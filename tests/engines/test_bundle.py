@@ -129,7 +129,8 @@ def test_device_that_the_installed_library_lacks(tiny_bundle: Path) -> None:
 
 def test_constants_are_the_tokens_of_a_black_picture(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    engine = open_engine(bundle, EngineOptions(backend="onnxruntime", device="cpu"))  # which computed them
+    engine = open_engine(bundle, EngineOptions(backend="onnxruntime", device="cpu"))
     black = np.zeros((1, 3, 224, 224), np.float32)
     tokens = engine.to_host(engine.run(ID_ENCODER, {"reference": black})["tokens"])
-    np.testing.assert_array_equal(bundle.constants()["unconditional_tokens"], tokens)
+    # another version of ONNX Runtime rounds otherwise than the one that computed them
+    np.testing.assert_allclose(bundle.constants()["unconditional_tokens"], tokens, atol=1e-5)

@@ -175,6 +175,19 @@ def test_a_terminal_that_takes_nothing(folder: Path, tiny_bundle: Path) -> None:
     assert (folder / "out.png").is_file()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_picture_that_standard_output_does_not_take_is_kept(folder: Path, tiny_bundle: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(folder / "kept")}
+    (folder / "kept").mkdir()
+    with Path("/dev/full").open("wb") as full:
+        done = run(tiny_bundle, "--box", "30,20,80,70", "-o", "-", stdout=full, env=environment)
+    assert done.returncode == 2
+    (kept,) = (folder / "kept").iterdir()
+    sentence = "anydoor: cannot write to standard output: No space left on device; the picture is kept as"
+    assert done.stderr.decode() == f"{sentence} '{kept}'\n"
+    assert np.asarray(Image.open(kept)).shape == SCENE.shape
+
+
 # --- negative numbers -------------------------------------------------------------------------------------
 
 
