@@ -41,8 +41,7 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
         stored = member.file_size - file.tell()
         if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != stored:
             raise ValueError(f"{member.filename} does not hold the numbers that its header tells of")
-        numbers = np.frombuffer(file.read(), dtype)
-    if not np.isfinite(numbers).all():
+        array = np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran_order else "C")
+    if not np.isfinite(array).all():
         raise ValueError(f"{member.filename} has numbers that are not finite")
-    array: NDArray[Any] = numbers.reshape(shape, order="F" if fortran_order else "C").copy()
-    return array
+    return np.array(array)

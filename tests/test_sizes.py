@@ -11,7 +11,7 @@ FOLDERS = ("engines", "runtime", "export", "training", "benchmarks", "tests", "e
 
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
-PARSERS = {"parser"}
+PARSERS = {"parser", "add_arguments"}
 """Functions that list the flags of a command, however many there are."""
 
 

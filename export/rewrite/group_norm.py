@@ -65,17 +65,15 @@ class GroupNorm(Rule):
     def check(self, context: Any, **found: Any) -> bool:
         """Requires groups of neighbouring channels, and sizes that the kernel takes."""
         source = dimensions(found["x"])
-        if source is None or len(source) != 4:
+        if source is None or len(source) != 4 or not all(isinstance(size, int) for size in source[1:]):
             return False
         data = reshaped(source, shape_items(found["flat_shape"])) if self._flat else source
         ones, zeros = constant(found["ones"]), constant(found["zeros"])
-        if not all(isinstance(size, int) for size in source[1:]):
-            return False
         if data is None or data[:2] != source[:2] or ones is None or zeros is None:
             return False
         if not np.all(ones == 1) or not np.all(zeros == 0):
             return False
-        channels, groups = source[1], len(ones)
+        channels, groups = int(source[1]), len(ones)
         if (reshape_result(found["groups"]) or ())[:2] != (source[0], groups) or channels % groups:
             return False
         per_channel = (channels, *(1 for _ in data[2:]))

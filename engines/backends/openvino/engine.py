@@ -190,8 +190,7 @@ class OpenVinoEngine:
     def _place(self, graph: str) -> Path | None:
         """Where a compiled graph is kept: a file that is named after all that the result depends on.
 
-        None if there is no place, or if the weights would be kept with it, because they have no file of their
-        own.
+        None if there is no place, or if weights that have no file of their own would be kept with it.
         """
         files, root = self._bundle.manifest.graphs[graph].files, cache_folder()
         if root is None or len(files) != 2:
