@@ -122,6 +122,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="value of a parameter that requests leave open, which the model was trained for, like "
         "guidance_scale=2; may be repeated (default: those of the system)",
     )
+    _add_source_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `SourceOptions`."""
     anydoor = parser.add_argument_group("checkpoints of AnyDoor")
     anydoor.add_argument(
         "--unet-head-width",
@@ -156,7 +162,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:SCALE]",
         help="LoRA to merge into the weights, and how much of it (default: 1); may be repeated",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def parse_default(text: str) -> tuple[str, Any]:

@@ -121,13 +121,9 @@ class ToySource:
     dimensions: Mapping[str, int] = {SAMPLES: 1, ROWS: 2, COLOURS: 2}
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.record = path, partial(checkpoint_record, path)
 
-    def record(self) -> dict[str, Any]:
-        return checkpoint_record(self.path)
-
-    def check_size(self, size: Size) -> None:
-        pass
+    def check_size(self, size: Size) -> None: ...
 
     def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
         return [GraphExport(spec, partial(self._load, spec.name)) for spec in toy_specs(size[0])]

@@ -66,7 +66,7 @@ def model(architecture: StableDiffusionArchitecture, graph: str, precision: str)
             DENOISE,
             "fp16",
             # convolutions project into and out of each of the four transformers
-            {"MultiHeadAttention": 8, "GroupNorm": 16, "NhwcConv": 22},
+            {"MultiHeadAttention": 8, "GroupNorm": 15, "NhwcConv": 22},
             {"its width is 512, not two times 1280, 2560, 5120": 4},
         ),
     ],

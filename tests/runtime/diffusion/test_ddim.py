@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.diffusion.ddim import ddim_schedule, ddim_timesteps, predicted_clean_latent
 from runtime.diffusion.noise_schedule import alphas_cumprod
+from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError
 
 ALPHAS = alphas_cumprod()
@@ -81,6 +82,16 @@ def test_eta_trades_direction_for_noise_at_constant_variance(steps: int, eta: fl
     after = np.append(now[1:], float(ALPHAS[0]))
     kept = c[:, 1] + c[:, 0] * np.sqrt(1 - now)
     np.testing.assert_allclose(kept**2 + c[:, 2] ** 2, 1 - after, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_background_is_as_noisy_as_the_latent_after_each_step(sampler: str) -> None:
+    """And clean after the last one."""
+    schedule = SAMPLERS[sampler](ALPHAS, 7, 0.0, None)
+    signal, noise = schedule.background_coefficients.T
+    np.testing.assert_allclose(signal[:-1], np.sqrt(ALPHAS[schedule.timesteps[1:]]), rtol=1e-6)
+    np.testing.assert_allclose(noise[:-1], np.sqrt(1 - ALPHAS[schedule.timesteps[1:]]), rtol=1e-6)
+    assert (signal[-1], noise[-1]) == (1, 0)
 
 
 def test_explicit_timesteps_are_taken_as_they_are() -> None:
