@@ -1,9 +1,10 @@
 """How much time and memory does every part take, from a checkpoint to a picture?
 
     python benchmarks/footprint.py full.safetensors --steps 4
+    python benchmarks/footprint.py inpainting.safetensors --steps 4 --prompt "a cup"
 
-Builds the bundle (with --reuse only if it does not exist), composites the example object into the example
-scene, prints two tables and, with --results, writes a results file.
+Builds the bundle (with --reuse only if it does not exist), composites the example object, or a prompt, into
+the example scene, prints two tables and, with --results, writes a results file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.support.results import require_writable, write_results
 from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
-from runtime import Compositor, Request, Sampling
+from runtime import Compositor, Placement, Request, Sampling
 from runtime.cli.flags import add_engine_flags, engine_options
 
 ALREADY_LOADED = 0.01
@@ -106,7 +107,9 @@ def composite(bundle: Path, sampling: Sampling, options: argparse.Namespace) -> 
         print(plan, file=sys.stderr)
     recorder = Recorder()
     engine.observer = recorder.observe
-    Compositor(opened, engine).run(Request(example.SCENE, [example.placement()], 0, sampling))
+    prompt = options.prompt
+    placement = Placement(prompt=prompt, box=example.scene_box()) if prompt else example.placement()
+    Compositor(opened, engine).run(Request(example.SCENE, [placement], 0, sampling))
     return recorder.parts
 
 
@@ -136,6 +139,9 @@ def parser() -> argparse.ArgumentParser:
         "--bundle", type=Path, metavar="DIR", help="where to build (default: build/footprint/NAME)"
     )
     result.add_argument("--steps", type=int, default=4, metavar="N", help="sampling steps (default: 4)")
+    result.add_argument(
+        "--prompt", metavar="TEXT", help="draw this, where the bundle takes prompts, instead of the object"
+    )
     add_engine_flags(result)
     result.add_argument("--reuse", action="store_true", help="do not build if the bundle exists")
     result.add_argument("--results", type=Path, metavar="FILE.json", help="write the figures to a file")
