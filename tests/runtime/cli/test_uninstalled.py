@@ -37,12 +37,20 @@ def test_doctor_says_what_is_missing(clone: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "extras"), [("composite", "cpu"), ("serve", "cpu,serve"), ("build", "export")]
+    ("command", "package", "extras"),
+    [
+        ("composite", "PIL", "cpu"),
+        ("draw", "PIL", "cpu"),
+        ("serve", "numpy", "cpu,serve"),
+        ("build", "numpy", "export"),
+    ],
 )
-def test_commands_name_the_extras_that_they_need(clone: Path, command: str, extras: str) -> None:
+def test_commands_name_the_extras_that_they_need(
+    clone: Path, command: str, package: str, extras: str
+) -> None:
     result = python("-m", "runtime", command, "--help", cwd=clone)
     assert result.returncode == 2
-    sentence = f"anydoor: the package 'numpy' is missing; install it with: pip install '.[{extras}]'\n"
+    sentence = f"anydoor: the package '{package}' is missing; install it with: pip install '.[{extras}]'\n"
     assert result.stderr == sentence
 
 
