@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from engines.files import write_bytes
 from runtime.errors import InputError
+from runtime.imaging.decoding_cost import check_cost
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_PIXELS = 100_000_000
@@ -56,7 +57,7 @@ def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -
     Raises:
         InputError: it is not a picture, is damaged, or is too large.
     """
-    image = _upright(_decode(source, name, max_pixels), name)
+    image = _upright(_decode(source, name, max_pixels))
     has_alpha = "A" in image.getbands() or "transparency" in image.info
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
@@ -201,8 +202,11 @@ def _decode(source: PictureLike, name: str, max_pixels: int) -> Image.Image:
         )
     if max(width, height) > MAX_SIDE:
         raise InputError(f"{where} is {width} x {height}: a side may have at most {MAX_SIDE:,} pixels")
+    check_cost(image, content, where)
     try:
         image.load()
+    except MemoryError as error:
+        raise InputError(f"{where} takes more memory to decode than there is") from error
     except Exception as error:
         raise InputError(f"{where} is damaged or cut short") from error
     return image
@@ -231,11 +235,11 @@ def _from_array(array: NDArray[np.uint8], name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, ZeroDivisionError):
-        # damaged EXIF data does not make the pixels unusable
+    except Exception:
+        # damaged EXIF data, for which Pillow raises almost any class, does not make the pixels unusable
         return image
 
 
