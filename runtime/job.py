@@ -38,6 +38,8 @@ class Job:
     """One per picture."""
     initial_noise: NDArray[np.float32] | None = None
     """(N, C, h, w) latents to start from, instead of those of the seeds."""
+    owner: str = ""
+    """Whose request it is; what is kept of it for later pictures serves others with this name alone."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     first_conditions: Conditions | None = None
     """What the first placement of all pictures shares; set when the first of them starts."""

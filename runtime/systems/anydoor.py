@@ -27,7 +27,7 @@ from runtime.imaging.target import load_target
 from runtime.parameters import PlacementParameters, SamplingParameters
 from runtime.request import Placement
 from runtime.result import Stopwatch
-from runtime.sampling.conditions import BankRows
+from runtime.sampling.conditions import OWNER, BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, shared_timesteps
 from runtime.sampling.running_batch import guided_steps
 from runtime.systems.system import Model
@@ -174,7 +174,7 @@ class AnyDoor(Preprocessing):
         """Encodes the reference, unless its ID tokens are remembered; detail maps are computed when
         needed."""
         image = prepared.reference.image
-        key = image.tobytes()
+        key = image.tobytes() + OWNER.get().encode()
         if key not in self._tokens:
             with watch.measure("condition"):
                 network_input = (image.astype(np.float32) / 255).transpose(2, 0, 1)[None]
