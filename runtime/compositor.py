@@ -234,8 +234,13 @@ class Compositor:
                     raise sample.error
         return job.results()
 
-    def accept(self, request: Request, limits: Limits = LARGEST) -> Job:
+    def accept(self, request: Request, limits: Limits = LARGEST, watch: Stopwatch | None = None) -> Job:
         """Decodes, checks and prepares a request. Uses no engine and may run in any thread.
+
+        Args:
+            request: what to draw.
+            limits: what it may ask for.
+            watch: counts its stages, where some of its time has been measured.
 
         Raises:
             InputError: something about the request cannot be used, in one sentence.
@@ -245,7 +250,7 @@ class Compositor:
         sampling = self._check_numbers(request, limits)
         if noise is not None:
             noise = check_initial_noise(noise, (num_images, *self.bundle.manifest.latent_shape))
-        watch = Stopwatch()
+        watch = watch or Stopwatch()
         with watch.measure("read"), in_field("scene"):
             scene = load_picture(request.scene, "the scene", limits.pixels).rgb
         prepared = []

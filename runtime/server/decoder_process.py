@@ -1,0 +1,143 @@
+"""The processes that decode pictures: what a file does to a decoder ends there.
+
+The first process imports what decoding needs and forks one process per `Decoder`, which takes milliseconds.
+Each of those reads pictures from a socket, under limits of the operating system on its memory and on the
+processor's time, and answers with a line of JSON and pixels: nothing that comes back is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import InputError
+from runtime.imaging.pictures import load_mask, load_picture
+
+COMMAND_BYTES = 64
+"""Of "start MEMORY", which comes with a socket, and of "end PROCESS"; filled up with spaces."""
+
+_LENGTH = struct.Struct("!Q")
+
+
+def send(connection: socket.socket, content: bytes | memoryview) -> None:
+    """Sends bytes after their number."""
+    connection.sendall(_LENGTH.pack(len(content)))
+    connection.sendall(content)
+
+
+def receive(connection: socket.socket) -> bytearray:
+    """Waits for what `send` sends.
+
+    Raises:
+        EOFError: the other end is gone.
+    """
+    buffer = bytearray(_LENGTH.size)
+    receive_into(connection, buffer)
+    buffer = bytearray(_LENGTH.unpack(buffer)[0])
+    receive_into(connection, buffer)
+    return buffer
+
+
+def receive_into(connection: socket.socket, buffer: bytearray | memoryview) -> None:
+    """Waits until a buffer is full.
+
+    Raises:
+        EOFError: the other end is gone.
+    """
+    rest = memoryview(buffer)
+    while rest:
+        count = connection.recv_into(rest)
+        if not count:
+            raise EOFError
+        rest = rest[count:]
+
+
+def main() -> None:
+    """Forks a process for every socket that comes in through standard input; ends with it."""
+    commands = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the server says when to stop
+    warnings.simplefilter("ignore")  # Pillow's, of damaged pictures
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(commands, COMMAND_BYTES, 1)
+        if not message:
+            return
+        words = message.decode().split()
+        if words[0] == "end":
+            # until now it was a zombie at most, so that its number could not become another process's
+            os.waitpid(int(words[1]), 0)
+            continue
+        child = os.fork()
+        if child == 0:
+            commands.close()
+            try:
+                _decode_all(socket.socket(fileno=descriptors[0]), memory=int(words[1]))
+            finally:
+                os._exit(0)
+        os.close(descriptors[0])
+        send(commands, str(child).encode())
+
+
+def _decode_all(connection: socket.socket, memory: int) -> None:
+    """Decodes pictures until the server closes the socket.
+
+    Args:
+        connection: to the server.
+        memory: bytes that may be allocated.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[0])
+        limit = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    while True:
+        try:
+            task = json.loads(receive(connection))
+            content = bytes(receive(connection))
+        except EOFError:
+            return
+        if task["seconds"]:
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            end = math.ceil(used.ru_utime + used.ru_stime + task["seconds"])
+            resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
+        try:
+            pixels = _pixels(content, **task["picture"])
+        except InputError as error:
+            send(connection, json.dumps({"refusal": str(error)}).encode())
+            continue
+        finally:
+            del content
+        send(connection, json.dumps({"shape": pixels.shape}).encode())
+        connection.sendall(pixels.data.cast("B"))
+
+
+def _pixels(content: bytes, name: str, is_mask: bool, max_pixels: int) -> NDArray[Any]:
+    try:
+        if is_mask:
+            return np.ascontiguousarray(load_mask(content, name, max_pixels)).view(np.uint8)
+        picture = load_picture(content, name, max_pixels)
+        if picture.alpha is None:
+            return np.ascontiguousarray(picture.rgb)
+        return np.dstack([picture.rgb, picture.alpha])
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"{name} takes more memory to decode than is allowed") from error
+    except Exception as error:
+        raise InputError(f"{name} is damaged") from error
+
+
+if __name__ == "__main__":
+    main()
