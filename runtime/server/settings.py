@@ -145,6 +145,12 @@ class Settings:
             raise InputError("tls_client_ca needs tls_certificate and tls_key")
         if self.metrics_token and not self.tokens:
             raise InputError("metrics_token needs tokens")
+        # a message is parsed, and its fields are copied
+        if self.memory_for_requests < 3 * self.max_message_bytes:
+            raise InputError(
+                f"request_memory must be at least three times max_message_bytes ({self.max_message_bytes}), "
+                f"not {self.memory_for_requests}"
+            )
         self._check_addresses()
 
     def _check_addresses(self) -> None:

@@ -202,6 +202,7 @@ def test_a_unix_socket_that_is_in_use_is_refused(tiny_bundle: Path, tmp_path: Pa
         ({"max_message_bytes": 4 << 30}, "max_message_bytes must be .* at most 2147483647"),
         ({"drain_seconds": float("nan")}, "drain_seconds must be"),
         ({"drain_seconds": float("inf")}, "drain_seconds must be"),
+        ({"request_memory": 1000}, "request_memory must be at least three times max_message_bytes"),
         ({"workers": 100_000}, "workers must be"),
         ({"queue": 10**9}, "queue must be"),
         ({"max_pixels": 10**11}, "max_pixels must be"),
