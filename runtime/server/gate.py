@@ -75,7 +75,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Connection:
-    """What is remembered of a connection."""
+    """What is remembered of a client's connection."""
 
     messages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MOST_MESSAGES))
     fruitless: float = 0.0
@@ -214,9 +214,10 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     # --- connections --------------------------------------------------------------------------------------
 
     def _connection(self, call: Call) -> _Connection:
-        connections = self._connections
-        found = connections.setdefault(call.connection, _Connection())
-        connections.move_to_end(call.connection)
+        # behind a proxy, and at a unix socket, several clients come by what looks like one connection
+        connections, key = self._connections, f"{call.connection} {call.client}"
+        found = connections.setdefault(key, _Connection())
+        connections.move_to_end(key)
         if len(connections) > _REMEMBERED_CONNECTIONS:
             connections.popitem(last=False)
         return found

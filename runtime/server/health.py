@@ -72,12 +72,10 @@ class Health:
 
     async def _watch(self, content: bytes, call: Call) -> None:
         name = parse(pb.HealthCheckRequest, content).service
-        connection = call.connection
-        places = (
-            (connection, _WATCHES_OF_CONNECTION),
-            (host_of(connection), _WATCHES_OF_HOST),
-            ("", _WATCHES),
-        )
+        connection, host = call.connection, host_of(call.connection)
+        places = [(host, _WATCHES_OF_HOST), ("", _WATCHES)]
+        if connection != host:  # at a unix socket all look alike
+            places.append((connection, _WATCHES_OF_CONNECTION))
         for place, most in places:
             if self._watches[place] >= most:
                 raise BusyError("health is watched by too many already: Check answers always")
