@@ -4,7 +4,13 @@
 #   docker build -f docker/jetson.Dockerfile --build-arg BASE=nvcr.io/nvidia/l4t-tensorrt:TAG -t anydoor-jetson .
 #   docker run --runtime nvidia -v $PWD/engines:/engines anydoor-jetson \
 #       build /engines/half --backend tensorrt --output /engines/orin
-#   docker run --runtime nvidia -p 50051:50051 -v $PWD/engines/orin:/bundle:ro anydoor-jetson
+#   docker run --runtime nvidia -v $PWD/engines/orin:/bundle:ro -v anydoor-cache:/cache \
+#       -v $PWD/secrets:/secrets:ro -p 50051:50051 \
+#       --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges anydoor-jetson \
+#       serve --listen 0.0.0.0:50051 --tls-certificate /secrets/server.pem --tls-key /secrets/server.key \
+#       --tokens /secrets/tokens
+#
+# Without these flags it listens within the container alone. /engines must be writable for the user id 1000.
 ARG BASE
 FROM ${BASE}
 ARG JETPACK=6
@@ -28,7 +34,10 @@ RUN pip install --no-cache-dir --require-hashes --requirement docker/build.lock 
     && pip install --no-cache-dir --no-deps --no-build-isolation .
 
 ENV ANYDOOR_BUNDLE=/bundle ANYDOOR_CACHE=/cache
+# the group video has the devices of the GPU
+RUN useradd --create-home --uid 1000 --groups video anydoor && mkdir /cache && chown anydoor /cache
+USER 1000
 VOLUME /cache
 EXPOSE 50051
 ENTRYPOINT ["anydoor"]
-CMD ["serve", "--listen", "0.0.0.0:50051"]
+CMD ["serve"]

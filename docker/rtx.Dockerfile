@@ -2,7 +2,13 @@
 # NVIDIA driver and the NVIDIA Container Toolkit; the image needs no CUDA, the libraries come with the wheels.
 #
 #   docker build -f docker/rtx.Dockerfile -t anydoor-rtx .
-#   docker run --gpus all -p 50051:50051 -v $PWD/build/engines/anydoor:/bundle:ro -v anydoor-cache:/cache anydoor-rtx
+#   docker run --gpus all -v $PWD/build/engines/anydoor:/bundle:ro -v anydoor-cache:/cache \
+#       -v $PWD/secrets:/secrets:ro -p 50051:50051 \
+#       --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges anydoor-rtx \
+#       serve --listen 0.0.0.0:50051 --tls-certificate /secrets/server.pem --tls-key /secrets/server.key \
+#       --tokens /secrets/tokens
+#
+# Without these flags it listens within the container alone.
 FROM python:3.12-slim
 
 WORKDIR /app
@@ -23,4 +29,4 @@ USER 1000
 VOLUME /cache
 EXPOSE 50051
 ENTRYPOINT ["anydoor"]
-CMD ["serve", "--listen", "0.0.0.0:50051"]
+CMD ["serve"]

@@ -22,7 +22,7 @@ from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.drawing import Drawing
 from runtime.errors import InputError, collecting_warnings, in_field, warn
-from runtime.imaging.pictures import Picture
+from runtime.imaging.picture import Picture
 from runtime.imaging.scene import load_scene, upright_mask
 from runtime.imaging.sources import PictureLike
 from runtime.job import ImageJob, Job
@@ -287,8 +287,13 @@ class Compositor:
                     raise sample.error
         return job.results()
 
-    def accept(self, request: Request, limits: Limits = LARGEST) -> Job:
+    def accept(self, request: Request, limits: Limits = LARGEST, watch: Stopwatch | None = None) -> Job:
         """Decodes, checks and prepares a request. Uses no engine and may run in any thread.
+
+        Args:
+            request: what to draw.
+            limits: what it may ask for.
+            watch: counts its stages, where some of its time has been measured.
 
         Raises:
             InputError: something about the request cannot be used, in one sentence.
@@ -298,7 +303,7 @@ class Compositor:
         sampling = self._check_numbers(request, limits)
         if noise is not None:
             noise = check_initial_noise(noise, (num_images, *self.bundle.manifest.latent_shape))
-        watch = Stopwatch()
+        watch = watch or Stopwatch()
         with collecting_warnings() as warnings:
             with watch.measure("read"), in_field("scene"):
                 seen, scene = self._load_scene(request, limits)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from engines.engine import DeviceTensor
 from runtime.job import ImageJob
 from runtime.result import Stopwatch
+from runtime.sampling.conditions import OWNER
 from runtime.sampling.running_batch import LatentRow, RunningBatch, Sample, StepCall
 from runtime.systems.system import Model, System
 
@@ -47,6 +48,7 @@ class Drawing:
     def start(self, image: ImageJob) -> Sample:
         """Lets a picture join: encodes the conditions of its next placement and draws the first latent."""
         job = image.job
+        OWNER.set(job.owner)
         if image.regions:
             conditions = self._system.conditions(image.prepared, job.sampling, job.schedule, job.watch)
         else:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.diffusion.ddim import Schedule
 from runtime.imaging.boxes import Box
-from runtime.imaging.pictures import Picture
+from runtime.imaging.picture import Picture
 from runtime.imaging.scene import with_own_pixels
 from runtime.parameters import SamplingParameters
 from runtime.result import Composite, Stopwatch
@@ -40,6 +40,8 @@ class Job:
     """One per picture."""
     initial_noise: NDArray[np.float32] | None = None
     """(N, C, h, w) latents to start from, instead of those of the seeds."""
+    owner: str = ""
+    """Whose request it is; what is kept of it for later pictures serves others with this name alone."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     first_conditions: Conditions | None = None
     """What the first placement of all pictures shares; set when the first of them starts."""

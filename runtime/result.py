@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.imaging.boxes import Box
-from runtime.imaging.pictures import NO_METADATA, Metadata
+from runtime.imaging.picture import NO_METADATA, Metadata
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,14 @@ const definition = loader.loadSync("anydoor/v1/compositor.proto", {
   defaults: true,
 });
 const { CompositorService } = grpc.loadPackageDefinition(definition).anydoor.v1;
-const client = new CompositorService(address, grpc.credentials.createInsecure(), {
+// ANYDOOR_CA is the PEM file of the authority that signed the server's certificate, ANYDOOR_TOKEN a bearer token
+const { ANYDOOR_CA, ANYDOOR_TOKEN } = process.env;
+const credentials = ANYDOOR_CA
+  ? grpc.credentials.createSsl(fs.readFileSync(ANYDOOR_CA))
+  : grpc.credentials.createInsecure();
+const metadata = new grpc.Metadata();
+if (ANYDOOR_TOKEN) metadata.set("authorization", `Bearer ${ANYDOOR_TOKEN}`);
+const client = new CompositorService(address, credentials, {
   "grpc.max_receive_message_length": -1,
 });
 
@@ -33,7 +40,7 @@ const request = {
   seed: 7,
 };
 
-const call = client.compositeStream({ request }, { deadline: Date.now() + 600_000 });
+const call = client.compositeStream({ request }, metadata, { deadline: Date.now() + 600_000 });
 call.on("data", ({ queued, stepDone, result }) => {
   if (queued) console.log(`${queued.position} requests before this one`);
   if (stepDone) console.log(`step ${stepDone.done} of ${stepDone.total}`);

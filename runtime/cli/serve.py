@@ -15,6 +15,7 @@ EXAMPLES = """
 anydoor serve --bundle build/engines/anydoor
 anydoor serve --listen 0.0.0.0:50051 --tls-certificate server.pem --tls-key server.key --tokens tokens.txt
 anydoor serve --listen unix:/run/anydoor.sock --metrics 127.0.0.1:9090
+anydoor serve --listen 0.0.0.0:50051 --insecure
 anydoor serve --config anydoor.toml --memory-budget 6G
 """
 
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code.
 
     Raises:
-        AnyDoorError: a setting, a package or the bundle cannot be used.
+        AnyDoorError: a setting or a package cannot be used.
     """
     settings = settings_from(given(options, field_names(Settings)), options.config, str(default_bundle()))
     try:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image
 
 from runtime.errors import InputError, warn
+from runtime.imaging.decoding_cost import check_cost
 from runtime.imaging.formats import READABLE_FORMATS, refusal_of_format
 from runtime.imaging.mending import JPEG_START, PNG_SIGNATURE, jpegs_with_end, without_text
 from runtime.imaging.sources import PictureLike, described, read_source
@@ -110,6 +111,8 @@ def _decode_file(content: bytes, where: str, max_pixels: int) -> Image.Image:
         return _load(content, where, max_pixels)
     except InputError:
         raise
+    except MemoryError as error:
+        raise InputError(f"{where} takes more memory to decode than there is") from error
     except Exception as error:
         # on a damaged file Pillow's readers raise almost any class there is
         mended = _mended(content, where, max_pixels)
@@ -129,6 +132,7 @@ def _load(content: bytes, where: str, max_pixels: int) -> Image.Image:
                 f"{where} has more than {max_pixels:,} pixels, the most that are decoded"
             ) from error
     _check_size(image, where, max_pixels)
+    check_cost(image, content, where)
     image.load()
     return _with_all_bits(image, content, where)
 
@@ -137,7 +141,7 @@ def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
     """Refuses an image before it is decoded; so that one small file cannot take all memory.
 
     Raises:
-        InputError: it has too many pixels, a side that is too long, or a tile far larger than the image.
+        InputError: it has too many pixels, or a side that is too long.
     """
     width, height = image.size
     if width * height > max_pixels:
@@ -146,13 +150,6 @@ def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
         )
     if max(width, height) > MAX_SIDE:
         raise InputError(f"{where} is {width} x {height}: a side may have at most {MAX_SIDE:,} pixels")
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        tags: Any = image.tag_v2
-        tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
-        if tile > max_pixels:
-            raise InputError(
-                f"{where} has tiles of more than {max_pixels:,} pixels, the most that are decoded"
-            )
 
 
 def _mended(content: bytes, where: str, max_pixels: int) -> Image.Image | None:

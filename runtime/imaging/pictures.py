@@ -6,7 +6,6 @@ import errno
 import io
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from runtime.imaging.decoding import FIRST_SWAPPED, MAX_PIXELS, Decoded, decode
 from runtime.imaging.formats import HAS_AVIF
 from runtime.imaging.masks import has_transparency, opacity
 from runtime.imaging.mending import MAX_PROFILE_BYTES
+from runtime.imaging.picture import MAX_EXIF_BYTES, NO_METADATA, Metadata, Picture
 from runtime.imaging.sources import PictureLike
 
 WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"} | (
@@ -39,8 +39,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 BACKGROUND = 255
 """White: what lies behind a transparent picture where there is no transparency."""
 
-_MAX_EXIF_BYTES = 65_527
-"""A JPEG's segment holds no more."""
 _MAX_DPI = 65_535
 _NEARLY_BLACK = 8
 _KINDS = {"1": "black and white", "L": "grey", "LA": "grey", "CMYK": "CMYK", "LAB": "Lab", "YCbCr": "YCbCr"}
@@ -49,48 +47,6 @@ _TIFF_TAGS = (
     *(ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright),
 )
 """What a TIFF's own tags say of the picture, not of the file."""
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """What a file says of a picture beside its pixels; each None where it says nothing."""
-
-    icc_profile: bytes | None = None
-    """Of its colours; sRGB if None."""
-    exif: bytes | None = None
-    """Without orientation and thumbnail, beginning with "Exif"."""
-    dpi: tuple[float, float] | None = None
-    """Pixels per inch along x and y."""
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What Pillow takes, as arguments of `save` or in an image's `info`."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-NO_METADATA = Metadata()
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A decoded picture, upright."""
-
-    rgb: NDArray[np.uint8]
-    """(H, W, 3) in sRGB."""
-    alpha: NDArray[np.uint8] | None
-    """(H, W) opacity, if the picture has any transparency."""
-    own: NDArray[np.uint8]
-    """(H, W, 3) in its own colours, those of `metadata.icc_profile`; `rgb` itself where they are sRGB."""
-    metadata: Metadata
-    kind: str
-    """What its colours are if not RGB, like "CMYK"; empty if they are."""
-    orientation: int
-    """EXIF orientation that was undone, `UPRIGHT` if none."""
-
-    @property
-    def pixels(self) -> NDArray[np.uint8]:
-        """(H, W, 3) in its own colours, or (H, W, 4) with its transparency."""
-        return self.own if self.alpha is None else np.dstack([self.own, self.alpha])
 
 
 def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
@@ -104,6 +60,8 @@ def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -
     Raises:
         InputError: it is not a picture, is damaged, or is too large.
     """
+    if isinstance(source, Picture):
+        return source
     decoded = decode(source, name, max_pixels)
     image = decoded.image
     kind = _KINDS.get(image.mode, "")
@@ -259,7 +217,7 @@ def _exif(decoded: Decoded, name: str) -> bytes | None:
     except Exception:
         # in damaged EXIF data Pillow raises almost any class there is
         return None
-    if content and len(content) > _MAX_EXIF_BYTES:
+    if content and len(content) > MAX_EXIF_BYTES:
         warn(f"{name} has {len(content):,} bytes of EXIF data, more than a JPEG holds: they are not kept")
         return None
     return content

@@ -13,7 +13,8 @@ from runtime.imaging.boxes import Box
 from runtime.imaging.colour_profile import ProfileError, from_srgb
 from runtime.imaging.decoding import MAX_PIXELS, UPRIGHT
 from runtime.imaging.masks import MaskedPicture, load_mask
-from runtime.imaging.pictures import Metadata, Picture, load_picture, on_white
+from runtime.imaging.picture import Metadata, Picture
+from runtime.imaging.pictures import load_picture, on_white
 from runtime.imaging.sources import PictureLike
 from runtime.imaging.target import SCENE_MASK
 

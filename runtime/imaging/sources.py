@@ -1,4 +1,5 @@
-"""Where a picture comes from: a file, its bytes, an open file, a Pillow image, an array or a tensor."""
+"""Where a picture comes from: a file, its bytes, an open file, a Pillow image, an array, a tensor, or a
+decoded picture."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.errors import InputError, warn
+from runtime.imaging.picture import Picture
 from runtime.imaging.value_range import to_8_bits
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
@@ -34,10 +36,19 @@ class Tensor(Protocol):
 
 
 PictureLike = (
-    str | os.PathLike[str] | bytes | bytearray | memoryview | OpenFile | Image.Image | NDArray[Any] | Tensor
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | OpenFile
+    | Image.Image
+    | NDArray[Any]
+    | Tensor
+    | Picture
 )
-"""A file's name, its bytes, an open file, a Pillow image, or an array or tensor (H, W), (H, W, C) or
-(C, H, W) with C of 1, 3 or 4: bool, integers of 8 or 16 bits, or floating point from 0 to 1 (see
+"""A file's name, its bytes, an open file, a Pillow image, a decoded picture, or an array or tensor (H, W),
+(H, W, C) or (C, H, W) with C of 1, 3 or 4: bool, integers of 8 or 16 bits, or floating point from 0 to 1 (see
 `runtime.imaging.value_range`)."""
 
 
@@ -53,6 +64,10 @@ def read_source(source: PictureLike, name: str) -> bytes | Image.Image:
     """
     if isinstance(source, Image.Image):
         return source
+    if isinstance(source, Picture):
+        image = Image.fromarray(source.pixels)
+        image.info.update(source.metadata.info)
+        return image
     if isinstance(source, bytes | bytearray | memoryview):
         return _bounded(bytes(source), name)
     if isinstance(source, str | os.PathLike):

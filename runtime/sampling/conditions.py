@@ -4,10 +4,15 @@ needs."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
 from engines.engine import Array, DeviceTensor
+
+OWNER: ContextVar[str] = ContextVar("owner", default="")
+"""Whose conditions are made at the moment. Part of every key under which something of them is kept: whether
+it was there shows in the time that a request takes, and would tell others what this owner asked for."""
 
 
 @dataclass(frozen=True, eq=False)

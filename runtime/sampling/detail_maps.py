@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.engine import DeviceTensor, Engine
-from runtime.sampling.conditions import BankRows
+from runtime.sampling.conditions import OWNER, BankRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class DetailMaps:
             self._entry_of_step += [len(self._entries)] * len(guided_in_run)
             self._entries.append((int(timestep), any(guided_in_run)))
         self._window = window
-        self._placement = _digest(hint, tokens[0])
+        self._placement = _digest(hint, tokens[0]) + OWNER.get().encode()
         self._current: tuple[int, MapWindow] | None = None
 
     def at(self, step: int) -> BankRows:

@@ -1,34 +1,119 @@
-"""Who may call: TLS, client certificates, bearer tokens."""
+"""Who may call: TLS, client certificates, bearer tokens. Their files can be read again while calls go on."""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-from collections.abc import Awaitable, Callable
+import logging
+import os
+import ssl
+import stat
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from runtime.errors import InputError
+from runtime.server.connections import host_of
+from runtime.server.events import UnauthenticatedError
+from runtime.server.logs import FIELDS
 from runtime.server.settings import Settings
 
-_OPEN_SERVICES = ("/grpc.health.v1.Health/",)
-"""Probes carry no tokens."""
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+logger = logging.getLogger(__name__)
 
 
-def credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """TLS as the settings ask for it; None without.
+class Access:
+    """The tokens and certificates of a server."""
 
-    Raises:
-        InputError: a file cannot be read.
-    """
-    if not settings.tls_certificate:
-        return None
-    key, chain = _read(settings.tls_key), _read(settings.tls_certificate)
-    client_ca = _read(settings.tls_client_ca) if settings.tls_client_ca else None
-    return grpc.ssl_server_credentials(
-        [(key, chain)], root_certificates=client_ca, require_client_auth=client_ca is not None
-    )
+    def __init__(self, settings: Settings) -> None:
+        """Reads the files of the settings.
+
+        Raises:
+            InputError: a file cannot be read, or is not what it should be.
+        """
+        self._settings = settings
+        self._tokens: list[bytes] = []
+        self._tls: grpc.ServerCertificateConfiguration | None = None
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads them again; calls and connections that are there go on.
+
+        Raises:
+            InputError: one cannot be used; then all is as it was.
+        """
+        tokens, tls = [], None
+        if self._settings.tokens:
+            tokens = read_tokens(self._settings.tokens)
+            if os.stat(self._settings.tokens).st_mode & (stat.S_IWOTH | stat.S_IROTH):
+                logger.warning(
+                    "token file is open to others", extra={FIELDS: {"file": self._settings.tokens}}
+                )
+        if self._settings.tls_certificate:
+            tls = self._read_tls()
+        self._tokens, self._tls = tokens, tls
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """TLS as the settings ask for it; None without. Each handshake takes what was read last."""
+        tls = self._tls
+        if tls is None:
+            return None
+        return grpc.dynamic_ssl_server_credentials(
+            tls,
+            lambda: self._tls or tls,
+            require_client_authentication=bool(self._settings.tls_client_ca),
+        )
+
+    def client_of(self, context: Context) -> str:
+        """A name for the caller that it cannot choose freely: its token, its certificate, or its host.
+
+        Raises:
+            UnauthenticatedError: tokens are required, and it has none of them.
+        """
+        if self._settings.tokens:
+            metadata = context.invocation_metadata() or ()
+            return self.holder_of([value for key, value in metadata if key == "authorization"])
+        certificate = context.auth_context()
+        for key in ("x509_common_name", "x509_subject_alternative_name"):
+            for name in certificate.get(key, ()):
+                return "certificate:" + name.decode("utf-8", "replace")
+        return host_of(context.peer())
+
+    def holder_of(self, given: Sequence[str | bytes]) -> str:
+        """A name for who has a token, however its header is written.
+
+        Args:
+            given: the values of the header "authorization".
+
+        Raises:
+            UnauthenticatedError: it is none of the tokens.
+        """
+        if len(given) == 1:
+            scheme, _, token = _to_bytes(given[0]).partition(b" ")
+            # all tokens are compared, each in constant time: how long it takes says nothing about them
+            found = [known for known in self._tokens if hmac.compare_digest(token.strip(), known)]
+            if scheme.lower() == b"bearer" and found:
+                return "token:" + hashlib.sha256(found[0]).hexdigest()[:12]
+        raise UnauthenticatedError()
+
+    def _read_tls(self) -> grpc.ServerCertificateConfiguration:
+        settings = self._settings
+        key, chain = _read(settings.tls_key), _read(settings.tls_certificate)
+        client_ca = _read(settings.tls_client_ca) if settings.tls_client_ca else None
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # a password is asked for on the terminal otherwise
+            context.load_cert_chain(settings.tls_certificate, settings.tls_key, password=lambda: "")
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise InputError(
+                f"'{settings.tls_certificate}' and '{settings.tls_key}' are not a certificate and its key, "
+                "both as PEM"
+            ) from error
+        return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=client_ca)
 
 
 def read_tokens(path: str) -> list[bytes]:
@@ -42,36 +127,6 @@ def read_tokens(path: str) -> list[bytes]:
     if not tokens:
         raise InputError(f"there is no token in '{path}': one per line is expected")
     return tokens
-
-
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses calls that carry none of the tokens."""
-
-    def __init__(self, tokens: list[bytes]) -> None:
-        self._tokens = tokens
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Called by gRPC for every call."""
-        given = [value for key, value in details.invocation_metadata if key == "authorization"]
-        if details.method.startswith(_OPEN_SERVICES) or self._is_known(given):
-            return await continuation(details)
-        return grpc.unary_unary_rpc_method_handler(_refuse)
-
-    def _is_known(self, given: list[str | bytes]) -> bool:
-        if len(given) != 1:
-            return False
-        scheme, _, token = _to_bytes(given[0]).partition(b" ")
-        # all tokens are compared, each in constant time: how long it takes says nothing about them
-        matches = [hmac.compare_digest(token.strip(), known) for known in self._tokens]
-        return scheme.lower() == b"bearer" and any(matches)
-
-
-async def _refuse(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is required")
 
 
 def _read(path: str) -> bytes:

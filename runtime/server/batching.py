@@ -14,6 +14,7 @@ from __future__ import annotations
 from runtime.compositor import Compositor
 from runtime.request import Request
 from runtime.server.deadlines import Work
+from runtime.server.decoding import Decoder, decoder_bytes
 from runtime.server.engine_thread import EngineThread, Observe
 from runtime.server.events import Failed, ShuttingDownError
 from runtime.server.queue import SharedQueue
@@ -36,7 +37,10 @@ class Batcher:
         queue: int = 16,
         max_batch: int | None = None,
         workers: int = 2,
+        decode_seconds: float = 10.0,
+        max_message_bytes: int = 32 << 20,
         batching: str = "continuous",
+        share_caches: bool = False,
         on_samples: Observe | None = None,
         on_seconds: Observe | None = None,
     ) -> None:
@@ -47,8 +51,11 @@ class Batcher:
             limits: what a request may ask for.
             queue: requests accepted beyond as many as the batch has slots.
             max_batch: most samples in the batch; the bundle's limit if None, on a card at most 4.
-            workers: threads that decode, prepare, paste and encode.
+            workers: threads that prepare, paste and encode, each with a process that decodes.
+            decode_seconds: of a processor's time, for the pictures of a request.
+            max_message_bytes: of a request.
             batching: "continuous", or "static" to admit only into an empty batch, for comparison.
+            share_caches: what is kept of one client's requests also serves others.
             on_samples: called after every step with the number of samples that took it.
             on_seconds: called after every step with the seconds that it took.
         """
@@ -58,7 +65,9 @@ class Batcher:
         self.max_batch = min(max_batch or compositor.max_batch, compositor.max_batch)
         self._limits = limits
         self._queue = SharedQueue(queue + self.max_batch)
-        self._workers = Workers(compositor, limits, self._queue, workers)
+        memory = decoder_bytes(limits.pixels, max_message_bytes)
+        decoders = [Decoder(limits.pixels, memory, decode_seconds) for _ in range(workers)]
+        self._workers = Workers(compositor, limits, self._queue, decoders, share_caches)
         is_static = batching == "static"
         self._engine = EngineThread(
             compositor, self._queue, self._workers, self.max_batch, is_static, on_samples, on_seconds
@@ -79,11 +88,17 @@ class Batcher:
         """Whether new requests are accepted, as long as there is room."""
         return self._queue.refusal is None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread runs."""
+        return self._engine.is_busy or self._workers.is_busy
+
     def submit(self, request: Request, ticket: Ticket) -> None:
         """Accepts a request; `ticket.notify` hears of it until `Finished` or `Failed`.
 
         Raises:
-            QueueFullError: says when to try again.
+            QueueFullError: says when to try again. A client that has fewer requests waiting than another
+                gets the place of the other's last one.
             ShuttingDownError: for good.
             EngineLostError: likewise.
             DeadlineError: the deadline is over, or certainly cannot be met.
@@ -97,6 +112,8 @@ class Batcher:
                 raise queue.refusal
             if late := queue.missed(ticket):
                 raise late
+            if yielding := queue.requests.yielding(ticket.client):
+                queue.end(yielding, Failed(queue.requests.full(queue.seconds_per_step)))
             queue.requests.add(ticket, queue.seconds_per_step)
             queue.announce()
             # under the lock, so that the workers are not stopped in between
@@ -110,6 +127,7 @@ class Batcher:
         """Refuses new requests, finishes the accepted ones, then stops.
 
         Requests not finished after `seconds` fail with `ShuttingDownError`. Returns whether there were none.
+        What a thread is at then is not waited for longer than a second: it may be loading for minutes.
         """
         queue = self._queue
         with queue.changed:

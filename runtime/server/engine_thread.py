@@ -92,12 +92,17 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Waits until the steps that were begun are over, and takes no other."""
+        """Takes no other step, and waits a second for the end of those that were begun, or of loading."""
         with self._queue.changed:
             self._stopped = True
             self._queue.changed.notify_all()
-        self._thread.join()
-        self._results.shutdown()
+        self._thread.join(timeout=1.0)
+        self._results.shutdown(wait=False)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         try:

@@ -62,13 +62,27 @@ class Failed:
 Event = Queued | StepDone | Preview | Finished | Failed
 
 
-class QueueFullError(AnyDoorError):
-    """No more requests are accepted now."""
+class BusyError(AnyDoorError):
+    """Nothing more is accepted now, of this caller or of any."""
+
+    def __init__(self, what: str, retry_seconds: float = 1.0) -> None:
+        super().__init__(f"{what}; try again in {retry_seconds:.1f} s")
+        self.retry_seconds = retry_seconds
+        """When it is likely to be accepted."""
+
+
+class QueueFullError(BusyError):
+    """No more requests are accepted now, or this one had to make room for a client that has fewer."""
 
     def __init__(self, retry_seconds: float) -> None:
-        super().__init__(f"the queue is full; try again in {retry_seconds:.1f} s")
-        self.retry_seconds = retry_seconds
-        """When a place is likely to be free."""
+        super().__init__("the queue is full", retry_seconds)
+
+
+class MemoryFullError(BusyError):
+    """The memory for requests is taken, or this client's part of it."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no memory for this request now")
 
 
 class ShuttingDownError(AnyDoorError):
@@ -106,3 +120,31 @@ class UnmeetableDeadlineError(DeadlineError):
             f"the deadline cannot be met: {left:.3g} s are left, and the steps still to take need at least "
             f"{least:.3g} s here; allow more time, or ask for fewer steps or pictures"
         )
+
+
+class CallerGoneError(AnyDoorError):
+    """Nobody waits for the answer any more."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection is gone")
+
+
+class UnauthenticatedError(AnyDoorError):
+    """The caller is not let in."""
+
+    def __init__(self) -> None:
+        super().__init__("a valid bearer token is required")
+
+
+class UnknownMethodError(AnyDoorError):
+    """There is no such method."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no such method")
+
+
+class UnknownServiceError(AnyDoorError):
+    """Health is asked of a service that is not here."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no service '{name[:100]}'")

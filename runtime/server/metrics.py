@@ -1,10 +1,10 @@
-"""Prometheus metrics, served on a port of their own."""
+"""Prometheus metrics."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from runtime.errors import InputError
+from runtime.server.call import Call
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 _OCCUPANCY = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -50,21 +50,19 @@ class Metrics:
             "anydoor_queued_requests", "Accepted requests that wait for a slot", registry=self.registry
         )
         self.running = Gauge("anydoor_running_samples", "Samples in the batch", registry=self.registry)
+        self.request_bytes = Gauge(
+            "anydoor_request_bytes", "Memory that requests and answers take", registry=self.registry
+        )
+        self.log_lines_dropped = Gauge(
+            "anydoor_log_lines_dropped", "Log lines that nobody read in time", registry=self.registry
+        )
         self.cache_bytes = Gauge(
             "anydoor_cache_bytes", "Memory of tensors kept for later pictures", registry=self.registry
         )
 
-    def serve(self, address: str) -> int:
-        """Starts serving them; returns the port.
-
-        Raises:
-            InputError: the address is invalid or taken.
-        """
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
-            raise InputError(f"metrics must be host:port, not '{address}'")
-        try:
-            server, _ = start_http_server(int(port), host.strip("[]"), self.registry)
-        except OSError as error:
-            raise InputError(f"cannot serve metrics at '{address}': {error.strerror}") from error
-        return int(server.server_port)
+    def note_end(self, call: Call, code: str, seconds: float) -> None:
+        """Counts a call that ended."""
+        self.requests.labels(call.method, code).inc()
+        self.request_seconds.labels(call.method).observe(seconds)
+        for stage, duration in call.seconds.items():
+            self.stage_seconds.labels(stage).observe(duration)

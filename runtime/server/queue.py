@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from runtime.server.deadlines import FastestCalls
@@ -56,17 +57,36 @@ class FairQueue:
             QueueFullError: says when one request less is likely to be here.
         """
         if len(self.tickets) >= self.capacity:
-            jobs = [(ticket.job, ticket.steps_done) for ticket in self.tickets]
-            steps = [job.total_steps - done for job, done in jobs if job]
-            seconds = seconds_per_step * sum(steps) / max(len(steps), 1)
-            raise QueueFullError(min(max(seconds, _SHORTEST_RETRY), _LONGEST_RETRY))
+            raise self.full(seconds_per_step)
         ticket.open = True
         self.tickets.append(ticket)
+
+    def full(self, seconds_per_step: float) -> QueueFullError:
+        """What a request hears for which there is no place; see `add`."""
+        jobs = [(ticket.job, ticket.steps_done) for ticket in self.tickets]
+        steps = [job.total_steps - done for job, done in jobs if job]
+        seconds = seconds_per_step * sum(steps) / max(len(steps), 1)
+        return QueueFullError(min(max(seconds, _SHORTEST_RETRY), _LONGEST_RETRY))
+
+    def yielding(self, client: str) -> Ticket | None:
+        """The request that gives its place to one of `client`, if there is no other place: the last one that
+        has not started, of the client that has most of those, if that is two more than `client` has."""
+        if len(self.tickets) < self.capacity:
+            return None
+        waiting = [ticket for ticket in self.tickets if not ticket.starts]
+        places = Counter(ticket.client for ticket in waiting)
+        most, count = max(places.items(), key=itemgetter(1), default=("", 0))
+        if count < places[client] + 2:
+            return None
+        return next(ticket for ticket in reversed(waiting) if ticket.client == most)
 
     def remove(self, ticket: Ticket) -> None:
         """Ends an accepted request, whether it is finished or not."""
         ticket.open = False
         ticket.waiting.clear()
+        ticket.tasks.clear()
+        if ticket.decoder:
+            ticket.decoder.kill()
         self.tickets.remove(ticket)
 
     def next(self) -> tuple[Ticket, ImageJob] | None:

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
+import resource
 import signal
+import socket
+import time
+from contextlib import suppress
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from engines.errors import AnyDoorError
 from runtime.compositor import Compositor
 from runtime.errors import InputError
 from runtime.server import tracing
-from runtime.server.access import TokenInterceptor, credentials, read_tokens
+from runtime.server.access import Access
 from runtime.server.batching import Batcher
-from runtime.server.logs import FIELDS, configure
+from runtime.server.gate import CHANNEL_OPTIONS, Gate
+from runtime.server.health import SERVICE, Health
+from runtime.server.logs import FIELDS, LogWriter, json_logs
+from runtime.server.memory import LARGEST_METADATA, LARGEST_SCENE, Ledger, request_bytes
 from runtime.server.metrics import Metrics
+from runtime.server.metrics_page import MetricsPage
 from runtime.server.service import NAME, CompositorService
 from runtime.server.settings import Settings
 
-_OTHER_CALLS = 32
-"""Calls at a time beside those that the batcher accepts: refusals, health, reflection."""
+_OTHER_FILES = 128
+"""Descriptors that are not connections: of the bundle, libraries, decoders, metrics and listening sockets."""
+_LAST_ANSWERS_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +44,27 @@ class Server:
         """Binds the addresses; call `start` in the same event loop.
 
         Raises:
-            InputError: an address cannot be bound, or a file of the settings cannot be read.
+            InputError: an address cannot be bound, a file of the settings cannot be read, or a setting does
+                not fit the bundle.
         """
+        if settings.max_batch > compositor.max_batch:
+            raise InputError(f"max_batch is {settings.max_batch}; the bundle has {compositor.max_batch}")
         self.metrics = Metrics()
         self.addresses: list[str] = []
         """Where it listens, with the ports that were chosen for port 0."""
-        self.metrics_port = self.metrics.serve(settings.metrics) if settings.metrics else None
+        self.access = Access(settings)
         self._settings = settings
+        self._page = None
+        if settings.metrics:
+            access = self.access if settings.metrics_token else None
+            self._page = MetricsPage(settings.metrics, self.metrics.registry, access)
+        self.metrics_port = self._page.port if self._page else None
         self.engine_lost = asyncio.Event()
         """Set when the engine has failed for good: health is NOT_SERVING then, and nothing is accepted."""
         self._watch: asyncio.Task[None] | None = None
-        self._grpc = self._new_grpc_server(settings, compositor.max_batch)
+        self.ledger = Ledger(settings.memory_for_requests)
+        self.gate = Gate(self.access, self.ledger, settings, self.metrics)
+        self._grpc = self._new_grpc_server(settings)
         self._bind()
         self.batcher = Batcher(
             compositor,
@@ -51,18 +72,21 @@ class Server:
             queue=settings.queue,
             max_batch=settings.max_batch or None,
             workers=settings.workers,
+            decode_seconds=settings.decode_seconds,
+            max_message_bytes=settings.max_message_bytes,
             batching=settings.batching,
+            share_caches=settings.share_caches,
             on_samples=self.metrics.batch_samples.observe,
             on_seconds=self.metrics.step_seconds.observe,
         )
         self.metrics.queued.set_function(lambda: sum(not each.starts for each in self.batcher.tickets))
         self.metrics.running.set_function(lambda: sum(each.running for each in self.batcher.tickets))
         self.metrics.cache_bytes.set_function(compositor.system.kept_bytes)
-        service = CompositorService(self.batcher, settings, self.metrics)
-        self._grpc.add_generic_rpc_handlers((service.handler(),))
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        self.metrics.request_bytes.set_function(lambda: self.ledger.taken)
+        self.health = Health((NAME,))
+        service = CompositorService(self.batcher, settings)
+        self._grpc.add_generic_rpc_handlers((service.handler(), self.health.handler()))
+        reflection.enable_server_reflection((NAME, SERVICE, reflection.SERVICE_NAME), self._grpc)
 
     async def start(self) -> None:
         """Answers calls, and loads the graphs; health is SERVING when that is done.
@@ -70,13 +94,25 @@ class Server:
         Raises:
             AnyDoorError: the graphs cannot be loaded.
         """
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.start()
+        if self._page:
+            await self._page.start()
         _log("listening", addresses=self.addresses, metrics_port=self.metrics_port)
-        await asyncio.wrap_future(self.batcher.loaded)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._warn_of_memory()
+        # a server that is stopped meanwhile must not cancel the future, which the engine's thread will set
+        await asyncio.shield(asyncio.wrap_future(self.batcher.loaded))
+        await self.health.set(ready=True)
         self._watch = asyncio.create_task(self._watch_engine())
         _log("serving", bundle=self._settings.bundle)
+
+    def reload(self) -> None:
+        """Reads tokens and certificates again; if one cannot be used, goes on with the old ones."""
+        try:
+            self.access.reload()
+        except InputError as error:
+            logger.error("not reloaded", extra={FIELDS: {"reason": str(error)}})
+        else:
+            _log("reloaded")
 
     async def stop(self) -> bool:
         """Refuses new requests, finishes the accepted ones in the time set, and closes.
@@ -84,39 +120,69 @@ class Server:
         Returns whether all of them were finished; the others were refused with UNAVAILABLE.
         """
         seconds = self._settings.drain_seconds
+        end = time.monotonic() + seconds
         if self._watch:
             self._watch.cancel()
-        await self._health.enter_graceful_shutdown()
+        await self.health.set(ready=False)
         _log("draining", accepted=len(self.batcher.tickets), at_most_seconds=seconds)
-        clean = await asyncio.get_running_loop().run_in_executor(None, self.batcher.drain, seconds)
+        clean = await asyncio.to_thread(self.batcher.drain, seconds)
         # the last answers may still be on their way
-        await self._grpc.stop(grace=max(seconds, 1.0))
+        while self.gate.at_work and time.monotonic() < end + _LAST_ANSWERS_SECONDS:
+            await asyncio.sleep(0.01)
+        self.gate.stop()
+        await self.health.stop()
+        await self._grpc.stop(grace=0.1)
+        if self._page:
+            await self._page.stop()
         _log("stopped", all_finished=clean)
         return clean
 
     async def _watch_engine(self) -> None:
         # cancelling must not reach the batcher's future, which its thread will set
         await asyncio.shield(asyncio.wrap_future(self.batcher.lost))
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.health.set(ready=False, alive=False)
         logger.error("engine lost")
         self.engine_lost.set()
 
-    def _new_grpc_server(self, settings: Settings, max_batch: int) -> grpc.aio.Server:
-        interceptors = [TokenInterceptor(read_tokens(settings.tokens))] if settings.tokens else []
+    def _warn_of_memory(self) -> None:
+        """Tells when the largest request that the limits allow has no room."""
+        settings, manifest = self._settings, self.batcher.compositor.bundle.manifest
+        needed = request_bytes(
+            pixels=settings.max_pixels,
+            scene=LARGEST_SCENE,
+            masks=settings.max_placements,
+            placements=settings.max_placements,
+            drawn=math.prod(manifest.picture_size),
+            images=settings.max_images,
+            channels=4,
+            metadata=LARGEST_METADATA,
+        )
+        if needed > self.ledger.capacity:
+            logger.warning(
+                "the largest requests will be refused",
+                extra={FIELDS: {"need": needed, "request_memory": self.ledger.capacity}},
+            )
+
+    def _new_grpc_server(self, settings: Settings) -> grpc.aio.Server:
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return grpc.aio.server(
-            interceptors=interceptors,
-            maximum_concurrent_rpcs=settings.queue + max_batch + _OTHER_CALLS,
+            interceptors=[self.gate],
             options=[
+                *CHANNEL_OPTIONS,
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", -1),
-                # two servers on one port would share its calls unnoticed
-                ("grpc.so_reuseport", 0),
+                (
+                    "grpc.max_allowed_incoming_connections",
+                    min(settings.max_connections, max(files - _OTHER_FILES, files // 2)),
+                ),
             ],
         )
 
     def _bind(self) -> None:
-        tls = credentials(self._settings)
+        tls = self.access.credentials()
         for address in self._settings.listen:
+            is_unix = address.startswith("unix:")
+            if is_unix:
+                _require_free(address)
             try:
                 if tls is not None:
                     port = self._grpc.add_secure_port(address, tls)
@@ -124,21 +190,38 @@ class Server:
                     port = self._grpc.add_insecure_port(address)
             except RuntimeError as error:
                 raise InputError(f"cannot listen at '{address}': it is taken, or not an address") from error
-            is_unix = address.startswith("unix")
             self.addresses.append(address if is_unix else f"{address.rpartition(':')[0]}:{port}")
 
-    async def _set_health(self, status: int) -> None:
-        for name in ("", NAME):
-            await self._health.set(name, status)
+
+def _require_free(address: str) -> None:
+    """Refuses a unix socket at which somebody listens: gRPC would take its place.
+
+    Raises:
+        InputError: somebody does.
+    """
+    path = address.removeprefix("unix:").removeprefix("//")
+    with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+        probe.settimeout(1.0)
+        probe.connect(path)
+        raise InputError(f"cannot listen at '{address}': another process does")
 
 
 def serve(settings: Settings) -> int:
-    """Serves until SIGTERM or SIGINT; returns the exit code: 0, or 1 if the engine failed for good.
+    """Serves until SIGTERM or SIGINT.
 
-    Raises:
-        AnyDoorError: the bundle or a setting cannot be used.
+    Returns:
+        The exit code: 0; 1 if the engine failed for good; 2 if the bundle or a setting cannot be used, which
+        the log tells.
     """
-    configure(settings.log_level)
+    with json_logs(settings.log_level) as log:
+        try:
+            return _serve_logged(settings, log)
+        except AnyDoorError as error:
+            logger.error("not started", extra={FIELDS: {"reason": str(error)}})
+            return 2
+
+
+def _serve_logged(settings: Settings, log: LogWriter) -> int:
     tracing.configure()
     cache_bytes = None if settings.cache_bytes < 0 else settings.cache_bytes
     compositor = Compositor.load(
@@ -150,25 +233,43 @@ def serve(settings: Settings) -> int:
     )
     if plan := compositor.engine.describe():
         _log("memory plan", plan=plan.splitlines())
-    return asyncio.run(_serve(compositor, settings))
+    return asyncio.run(_serve(compositor, settings, log))
 
 
-async def _serve(compositor: Compositor, settings: Settings) -> int:
+async def _serve(compositor: Compositor, settings: Settings, log: LogWriter | None = None) -> int:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, stop.set)
-    server = Server(compositor, settings)
-    try:
-        await server.start()
-        reasons = [asyncio.create_task(wait()) for wait in (stop.wait, server.engine_lost.wait)]
-        await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
-    finally:
+
+    def end() -> None:
         for number in signals:
             # a second signal ends the process at once
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    for number in signals:
+        loop.add_signal_handler(number, end)
+    server = Server(compositor, settings)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
+    if log:
+        server.metrics.log_lines_dropped.set_function(lambda: log.dropped)
+    starting = asyncio.create_task(server.start())
+    waits = [asyncio.create_task(wait()) for wait in (stop.wait, server.engine_lost.wait)]
+    try:
+        await asyncio.wait([starting, waits[0]], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        starting.cancel()
         await server.stop()
-    return 0 if stop.is_set() else 1
+    code = 0 if stop.is_set() else 1
+    if server.batcher.is_busy:
+        # what a thread is at in a library, like loading a graph, cannot be ended otherwise
+        if log:
+            log.close()
+        os._exit(code)
+    return code
 
 
 def _log(event: str, **fields: object) -> None:

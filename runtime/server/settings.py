@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from engines.options import EngineOptions
+from runtime.diffusion.ddim import MAX_STEPS
 from runtime.errors import InputError
+from runtime.imaging.decoding import MAX_PIXELS
 from runtime.toml_file import read_values
-from runtime.validation import Limits
+from runtime.validation import MAX_IMAGES, MAX_PLACEMENTS, Limits
 
 BATCHING = ("continuous", "static")
 """When waiting samples join: between any two steps, or only when the batch is empty."""
@@ -48,7 +52,11 @@ class Settings:
         "address, host:port or unix:/path; may be repeated",
         metavar="ADDRESS",
     )
+    insecure: bool = _setting(
+        False, "listen beyond this machine without TLS, or without tokens or client certificates"
+    )
     metrics: str = _setting("", "address for Prometheus, host:port; none if not given", metavar="ADDRESS")
+    metrics_token: bool = _setting(False, "metrics, too, are for those with a token only")
     tls_certificate: str = _setting("", "PEM file with the server's certificate chain", metavar="FILE")
     tls_key: str = _setting("", "PEM file with its private key", metavar="FILE")
     tls_client_ca: str = _setting(
@@ -62,7 +70,13 @@ class Settings:
     max_steps: int = _setting(100, "steps of a request", metavar="N")
     max_images: int = _setting(8, "pictures of a request", metavar="N")
     max_placements: int = _setting(4, "placements of a request", metavar="N")
-    max_previews: int = _setting(4, "previews of each picture", metavar="N")
+    max_previews: int = _setting(4, "previews of each picture, over all its placements", metavar="N")
+    max_connections: int = _setting(1000, "connections at a time", metavar="N")
+    share_caches: bool = _setting(
+        False,
+        "what is kept of one client's requests also serves others, who can tell from the time that theirs "
+        "take whether somebody used the same object lately",
+    )
     queue: int = _setting(16, "requests accepted beyond as many as the batch has slots", metavar="N")
     max_batch: int = _setting(
         0,
@@ -71,7 +85,18 @@ class Settings:
         metavar="N",
     )
     batching: str = _setting("continuous", "static admits only into an empty batch", choices=BATCHING)
-    workers: int = _setting(2, "threads that decode, prepare, paste and encode", metavar="N")
+    request_memory: int = _size(
+        -1, "that all requests and answers may take, like 4G; -1: a quarter of the machine's, at least 1 GiB"
+    )
+    transfer_seconds: float = _setting(
+        30.0, "to send a message or take an answer, beside a second per MiB", metavar="SECONDS"
+    )
+    decode_seconds: float = _setting(
+        10.0, "of a processor's time for the pictures of a request", metavar="SECONDS"
+    )
+    workers: int = _setting(
+        2, "threads that prepare, paste and encode, each with a process that decodes", metavar="N"
+    )
     control_window: int = _setting(
         0,
         "steps whose detail maps are computed in one call; 0: the bundle's batch on a card, 1 on a CPU",
@@ -91,19 +116,27 @@ class Settings:
         """What a request may ask for."""
         return Limits(self.max_steps, self.max_images, self.max_placements, self.max_pixels)
 
+    @property
+    def memory_for_requests(self) -> int:
+        """Bytes that all requests and answers may take."""
+        if self.request_memory >= 0:
+            return self.request_memory
+        try:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            memory = 0
+        return max(memory // 4, 1 << 30)
+
     def check(self) -> None:
         """Refuses values that no server can have.
 
         Raises:
             InputError: names the setting.
         """
-        sizes = ("max_message_bytes", "max_pixels", "max_steps", "max_images", "max_placements")
-        positive = (*sizes, "workers")
-        not_negative = ("max_previews", "queue", "max_batch", "control_window", "drain_seconds")
-        for names, least in ((positive, 1), (not_negative, 0), (("cache_bytes",), -1)):
-            for name in names:
-                if getattr(self, name) < least:
-                    raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # neither is NaN
+                raise InputError(f"{name} must be at least {least} and at most {most}, not {value}")
         for setting in fields(self):
             choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
             if choices and value not in choices:
@@ -116,6 +149,65 @@ class Settings:
             raise InputError("require_signature and trusted_key are only of use together")
         if self.tls_client_ca and not self.tls_certificate:
             raise InputError("tls_client_ca needs tls_certificate and tls_key")
+        if self.metrics_token and not self.tokens:
+            raise InputError("metrics_token needs tokens")
+        # a message is parsed, and its fields are copied
+        if self.memory_for_requests < 3 * self.max_message_bytes:
+            raise InputError(
+                f"request_memory must be at least three times max_message_bytes ({self.max_message_bytes}), "
+                f"not {self.memory_for_requests}"
+            )
+        self._check_addresses()
+
+    def _check_addresses(self) -> None:
+        """Refuses to be open to strangers by mistake."""
+        if self.insecure:
+            return
+        guarded = self.tls_certificate and (self.tokens or self.tls_client_ca)
+        for address in self.listen:
+            if not guarded and not is_local(address):
+                raise InputError(
+                    f"listen: '{address}' can be reached from other machines. That needs tls_certificate, "
+                    "tls_key and tokens (or tls_client_ca); or say insecure, where strangers cannot come"
+                )
+        # what has no port is refused when it is bound
+        if ":" in self.metrics and not self.metrics_token and not is_local(self.metrics):
+            raise InputError(
+                f"metrics: '{self.metrics}' can be reached from other machines. That needs metrics_token and "
+                "tokens; or say insecure, where strangers cannot come"
+            )
+
+
+_LARGEST_INT = 2**31 - 1  # of gRPC's options
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "max_message_bytes": (1, _LARGEST_INT),
+    "max_pixels": (1, MAX_PIXELS),
+    "max_steps": (1, MAX_STEPS),
+    "max_images": (1, MAX_IMAGES),
+    "max_placements": (1, MAX_PLACEMENTS),
+    "max_previews": (0, 1000),
+    "max_connections": (1, 100_000),
+    "queue": (0, 10_000),
+    "max_batch": (0, 1024),
+    "workers": (1, 256),
+    "control_window": (0, 1024),
+    "cache_bytes": (-1, 2**62),
+    "request_memory": (-1, 2**62),
+    "transfer_seconds": (0.1, 86_400),
+    "decode_seconds": (0.1, 86_400),
+    "drain_seconds": (0, 86_400),
+}
+
+
+def is_local(address: str) -> bool:
+    """Whether only this machine reaches an address, host:port or unix:/path."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def settings_from(given: Mapping[str, Any], config: Path | None, default_bundle: str) -> Settings:

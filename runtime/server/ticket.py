@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 from runtime.server.deadlines import Work
 from runtime.server.events import Event, Finished
+from runtime.server.memory import Account, Ledger
 
 if TYPE_CHECKING:
     from runtime.job import ImageJob, Job
+    from runtime.server.decoding import Decoder
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that the batcher is asked for. The caller sets the first five fields."""
+    """A request that the batcher is asked for. The caller sets the first six fields."""
 
     notify: Callable[[Event], object]
     """Called from the batcher's threads, one event after the other, while they hold its lock: must return at
@@ -30,6 +32,8 @@ class Ticket:
     """Of the finished pictures: PNG, JPEG or WEBP."""
     preview_every: int = 0
     """Steps between previews; 0 for none."""
+    account: Account = field(default_factory=lambda: Ledger().open(""))
+    """What the request takes of the memory for requests."""
 
     open: bool = False
     """Whether it is accepted and not over."""
@@ -37,6 +41,12 @@ class Ticket:
     """`time.monotonic()` when it came."""
     work: Work | None = None
     """Its steps; set when it is submitted."""
+    tasks: deque[Callable[[], None]] = field(default_factory=deque)
+    """What the workers are to do for it, in this order; their arguments are kept nowhere else."""
+    at_work: int = 0
+    """Tasks of it that the workers are at."""
+    decoder: Decoder | None = None
+    """What decodes its pictures at the moment."""
     job: Job | None = None
     """Set when the request is decoded and checked."""
     waiting: deque[ImageJob] = field(default_factory=deque)

@@ -7,8 +7,10 @@ application that configures a tracer provider of its own keeps it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from runtime.rpc import compositor_pb2 as pb
 
 try:
     from opentelemetry import propagate, trace
@@ -16,11 +18,12 @@ except ImportError:
     propagate = trace = None  # type: ignore[assignment]
 
 _NAME = "anydoor-runtime"
+_SERVICE: str = pb.DESCRIPTOR.services_by_name["CompositorService"].full_name
 
 TRACER = trace.get_tracer(_NAME) if trace else None
 """Starts spans, which record nothing without a tracer provider. None without OpenTelemetry."""
 
-__all__ = ["TRACER", "configure", "end_span", "propagate", "trace"]
+__all__ = ["TRACER", "configure", "end_span", "start_span"]
 
 
 def configure() -> bool:
@@ -36,6 +39,14 @@ def configure() -> bool:
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     return True
+
+
+def start_span(method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Any:
+    """Starts the span of a request, as a child of the caller's; None without OpenTelemetry."""
+    if not TRACER:
+        return None
+    parent = propagate.extract({key: value for key, value in metadata if isinstance(value, str)})
+    return TRACER.start_span(f"{_SERVICE}/{method}", parent, trace.SpanKind.SERVER)
 
 
 def end_span(span: Any, code: str, seconds: Mapping[str, float], **attributes: str | int) -> None:

@@ -19,7 +19,7 @@ from runtime.imaging.target import whole_box
 from runtime.request import Blank, Placement, Request, Sampling, check_prompt
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.events import Event, Finished, Preview, Queued, StepDone
+from runtime.server.events import Event, Preview, Queued, StepDone
 
 
 def _numbers(enum: Any, prefix: str) -> dict[str, Any]:
@@ -262,23 +262,8 @@ def defaults_message(defaults: Mapping[str, Any]) -> pb.ModelDefaults:
     )
 
 
-def response_message(finished: Finished, request_id: str) -> pb.CompositeResponse:
-    """The message for finished pictures."""
-    images = [
-        pb.CompositeImage(
-            image=image.image,
-            seed=image.seed,
-            regions=[pb.Box(**region._asdict()) for region in image.regions],
-        )
-        for image in finished.images
-    ]
-    return pb.CompositeResponse(
-        images=images, request_id=request_id, seconds=finished.seconds, warnings=finished.warnings
-    )
-
-
 def event_message(event: Event, request_id: str) -> pb.CompositeStreamResponse:
-    """The message for an event; `Failed` has none, it becomes a status."""
+    """The message for an event; of `Finished` see `runtime.server.answers`, and `Failed` becomes a status."""
     message = pb.CompositeStreamResponse(request_id=request_id)
     if isinstance(event, Queued):
         message.queued.position = event.position
@@ -286,8 +271,6 @@ def event_message(event: Event, request_id: str) -> pb.CompositeStreamResponse:
         message.step_done.done, message.step_done.total = event.done, event.total
     elif isinstance(event, Preview):
         message.preview.image_index, message.preview.image = event.image_index, event.image
-    elif isinstance(event, Finished):
-        message.result.CopyFrom(response_message(event, request_id))
     return message
 
 

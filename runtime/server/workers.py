@@ -3,17 +3,23 @@ after it left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 from runtime.compositor import Compositor
 from runtime.drawing import Picture
 from runtime.errors import collecting_warnings, in_field
 from runtime.imaging.pictures import check_format, encode_picture
-from runtime.job import ImageJob
+from runtime.job import ImageJob, Job
 from runtime.request import Request
-from runtime.server.events import Failed, Finished, FinishedImage, Preview
+from runtime.result import Stopwatch
+from runtime.server.decoding import Decoder
+from runtime.server.events import Failed, Finished, FinishedImage, MemoryFullError, Preview
+from runtime.server.memory import request_bytes
 from runtime.server.queue import SharedQueue
 from runtime.server.ticket import Ticket
 from runtime.validation import Limits
@@ -24,38 +30,126 @@ PREVIEW_FORMAT = "JPEG"
 class Workers:
     """Do what needs no engine: before a picture joins the batch, and after it left."""
 
-    def __init__(self, compositor: Compositor, limits: Limits, queue: SharedQueue, threads: int) -> None:
+    def __init__(
+        self,
+        compositor: Compositor,
+        limits: Limits,
+        queue: SharedQueue,
+        decoders: Sequence[Decoder],
+        share_caches: bool,
+    ) -> None:
+        """Starts a thread for every decoder; see `runtime.server.batching.Batcher`."""
         self._compositor = compositor
         self._limits = limits
         self._queue = queue
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="worker")
-        submit: Callable[..., object] = self._pool.submit
-        self.run = partial(submit, self._run)
-        """Starts a task of a request: (ticket, task, arguments of the task after the ticket)."""
+        self._share_caches = share_caches
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._work, args=(decoder,), name="worker", daemon=True)
+            for decoder in decoders
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, ticket: Ticket, task: Callable[..., None], *arguments: object) -> None:
+        """Has a task of a request done, unless the request is over by then: (ticket, *arguments), and the
+        decoder where the task is to prepare."""
+        with self._queue.changed:
+            if ticket.open:
+                ticket.tasks.append(partial(task, ticket, *arguments))
+                self._queue.changed.notify_all()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread runs."""
+        return any(thread.is_alive() for thread in self._threads)
 
     def stop(self) -> None:
-        """Waits for the tasks that were started."""
-        self._pool.shutdown()
+        """Starts no further task, and waits a second for those that were begun."""
+        with self._queue.changed:
+            self._stopped = True
+            self._queue.changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=1.0 / len(self._threads))
 
-    def _run(self, ticket: Ticket, task: Callable[..., None], *arguments: object) -> None:
-        """Runs a task, unless the request is over; whatever it raises ends the request."""
-        if not ticket.open:
-            return
-        try:
-            task(ticket, *arguments)
-        except Exception as error:
-            self._queue.end(ticket, Failed(error))
+    def _work(self, decoder: Decoder) -> None:
+        decoder.start()
+        while taken := self._take(decoder):
+            ticket, task = taken
+            try:
+                task()
+                failure = None
+            except Exception as error:
+                failure = Failed(error)
+            del task
+            with self._queue.changed:
+                ticket.at_work -= 1
+                ticket.decoder = None
+                if failure:
+                    self._queue.end(ticket, failure)
+                self._queue.changed.notify_all()
+        decoder.close()
+
+    def _take(self, decoder: Decoder) -> tuple[Ticket, Callable[[], None]] | None:
+        """Waits for a task; None when stopped. First come the requests of the client that keeps the fewest
+        workers busy. No client keeps all of them busy with reading its pictures."""
+        queue = self._queue
+        with queue.changed:
+            while not self._stopped:
+                tickets = queue.requests.tickets
+                busy: Counter[str] = Counter()
+                for ticket in tickets:
+                    busy[ticket.client] += ticket.at_work
+                most = max(len(self._threads) - 1, 1)
+                ready = [
+                    ticket
+                    for ticket in tickets
+                    if ticket.tasks and (ticket.job or busy[ticket.client] < most)
+                ]
+                if ready:
+                    ticket = min(ready, key=lambda ticket: busy[ticket.client])
+                    ticket.at_work += 1
+                    if not ticket.job:
+                        ticket.decoder = decoder
+                    return ticket, ticket.tasks.popleft()
+                queue.changed.wait()
+        return None
 
     def prepare(self, ticket: Ticket, request: Request) -> None:
         """Decodes, checks and prepares a request."""
-        ticket.job = self._compositor.accept(request, self._limits)
-        height, width = ticket.job.images[0].image.shape[:2]
+        decoder, watch = ticket.decoder, Stopwatch()
+        assert decoder is not None
+        with collecting_warnings() as warnings, watch.measure("read"):
+            request = decoder.decode(request, ticket.account.add, lambda: ticket.open)
+        job = self._compositor.accept(request, self._limits, watch)
+        job.warnings = list(dict.fromkeys(warnings + job.warnings))
+        job.owner = "" if self._share_caches else ticket.client
+        height, width = job.scene.rgb.shape[:2]
         with in_field("output_format"):
             check_format((width, height), ticket.file_format)
         if ticket.preview_every:
             with in_field("preview_every"):
                 check_format((width, height), PREVIEW_FORMAT)
-        self._queue.put(ticket, ticket.job.images)
+        masks = sum(placement.mask is not None for placement in request.placements)
+        ticket.account.set(self._bytes(job, masks))
+        ticket.job = job
+        self._queue.put(ticket, job.images)
+
+    def _bytes(self, job: Job, masks: int) -> int:
+        """See `request_bytes`."""
+        scene, seen = job.scene, job.images[0].image
+        pixels = seen.shape[0] * seen.shape[1]
+        kept = scene.nbytes + (0 if seen is scene.rgb else seen.nbytes)
+        return request_bytes(
+            pixels=pixels,
+            scene=kept // pixels,
+            masks=masks,
+            placements=len(job.placements),
+            drawn=math.prod(self._compositor.bundle.manifest.picture_size),
+            images=len(job.images),
+            channels=3 if scene.alpha is None else 4,
+            metadata=scene.metadata.nbytes,
+        )
 
     def preview(
         self, ticket: Ticket, index: int, overlay: Callable[[Picture], Picture], drawn: Picture
@@ -63,7 +157,10 @@ class Workers:
         """Delivers what a picture looks like so far."""
         content = encode_picture(overlay(drawn), PREVIEW_FORMAT)
         with self._queue.changed:
-            self._queue.tell(ticket, Preview(index, content))
+            # who does not take previews, or asks for many while memory is short, misses some
+            with suppress(MemoryFullError):
+                ticket.account.add(len(content))
+                self._queue.tell(ticket, Preview(index, content))
             ticket.previews -= 1
             if ticket.finished and not ticket.previews:
                 self._queue.end(ticket, ticket.finished)
@@ -77,6 +174,7 @@ class Workers:
         job = image.job
         with job.watch.measure("encode"), collecting_warnings() as warnings:
             content = encode_picture(image.finished(), ticket.file_format, job.scene.metadata)
+        image.image = job.scene.rgb  # the canvas is no longer needed
         with self._queue.changed:
             job.warnings += [text for text in warnings if text not in job.warnings]
             ticket.encoded[image.index] = content

@@ -95,7 +95,7 @@ class System(Protocol):
         self, prepared: Any, sampling: SamplingParameters, schedule: Schedule, watch: Stopwatch
     ) -> Conditions:
         """What the samples of a placement have in common. Runs the condition graphs, on the engine's
-        thread."""
+        thread. What is kept for later pictures is kept for `runtime.sampling.conditions.OWNER`."""
 
     def finish(
         self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: Any

@@ -366,7 +366,7 @@ def test_command_line_makes_the_same_file_with_and_without_a_server(
     [
         (["--bundle=none"], "there is no bundle at 'none'"),
         (["--queue=-1"], "queue must be at least 0"),
-        (["--listen=nowhere.invalid:1"], "cannot listen at"),
+        (["--listen=nowhere.invalid:1", "--insecure"], "cannot listen at"),
         (["--listen=127.0.0.1:{taken}"], "cannot listen at"),
         (["--metrics=nonsense"], "metrics must be host:port"),
         (["--tokens=none"], "cannot read 'none'"),
@@ -378,12 +378,12 @@ def test_server_that_cannot_start(
     tiny_bundle: Path,
     flags: list[str],
     sentence: str,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     taken = server.address.rpartition(":")[2]
     given = [flag.format(taken=taken) for flag in flags]
     assert main(["serve", f"--bundle={tiny_bundle}", "--listen=127.0.0.1:0", *given]) == 2
-    assert sentence in capsys.readouterr().err
+    assert sentence in capfd.readouterr().err
 
 
 def test_longest_side_is_bounded() -> None:

@@ -55,12 +55,9 @@ def test_what_is_no_command(arguments: list[str], capsys: Capture) -> None:
     assert "usage: anydoor" in capsys.readouterr().err
 
 
-def test_serve_takes_the_window_of_composite(
-    tiny_bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("runtime.server.serve.configure", lambda level: None)  # of all logging
+def test_serve_takes_the_window_of_composite(tiny_bundle: Path, capfd: Capture) -> None:
     assert main(["serve", "--bundle", str(tiny_bundle), "--control-window", "5"]) == 2
-    assert "control_window must be from 1 to 4" in capsys.readouterr().err
+    assert "control_window must be from 1 to 4" in capfd.readouterr().err
 
 
 @pytest.fixture

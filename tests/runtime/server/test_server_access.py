@@ -80,6 +80,25 @@ def test_mutual_tls(tiny_bundle: Path, ours: Certificates, strangers: Certificat
             composite(server.client(tls=Tls(ours.ca)))
 
 
+def test_certificates_are_read_again(
+    tiny_bundle: Path, tmp_path: Path, ours: Certificates, strangers: Certificates
+) -> None:
+    certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
+
+    def place(files: tuple[Path, Path]) -> None:
+        for source, target in zip(files, (certificate, key)):
+            target.write_bytes(source.read_bytes())
+
+    place(ours.server)
+    settings = {"tls_certificate": str(certificate), "tls_key": str(key)}
+    with ServerThread(tiny_bundle, **settings) as server, server.client(tls=Tls(ours.ca)) as connected:
+        assert connected.model_info()
+        place(strangers.server)
+        server.server.reload()
+        assert composite(server.client(tls=Tls(strangers.ca)))
+        assert connected.model_info()  # a connection that is there goes on
+
+
 @pytest.fixture(scope="module")
 def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokens") / "tokens"

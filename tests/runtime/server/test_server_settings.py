@@ -30,9 +30,9 @@ def test_defaults() -> None:
 
 def test_flags_come_before_the_file_before_the_defaults(tmp_path: Path) -> None:
     file = config(tmp_path, 'queue = 5\nmax_steps = 30\nlisten = ["unix:/a"]\ndrain_seconds = 3\n')
-    given = settings(file, "--max-steps=20", "--listen=b:1", "--listen=c:2")
+    given = settings(file, "--max-steps=20", "--listen=localhost:1", "--listen=localhost:2")
     assert (given.queue, given.max_steps, given.max_images) == (5, 20, Settings.max_images)
-    assert given.listen == ("b:1", "c:2")
+    assert given.listen == ("localhost:1", "localhost:2")
     assert settings(file).listen == ("unix:/a",)
     assert given.limits.steps == 20
 

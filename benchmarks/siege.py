@@ -1,0 +1,286 @@
+"""Are honest callers served while strangers attack? All kinds of attack at once, on this machine alone.
+
+    python benchmarks/siege.py --bundle examples/anydoor-small --minutes 10
+
+Three honest clients, each with a token of its own, ask for one picture after the other: first alone, for a
+fifth of the time, then under siege. One attacker has a token, the others have none. The server has its
+default limits. None of the honest requests may be lost, health must be green throughout, and memory must stay
+within the documented bound. Attackers and server share the processor here, so times are printed, not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from benchmarks.support.attacker import CHECK, COMPOSITE, WATCH, Attacker, scan_bomb, tile_bomb
+from benchmarks.support.bundle_option import add_bundle_option
+from benchmarks.support.server_process import ServerProcess, request
+from engines.errors import AnyDoorError
+from runtime.imaging.decoding_cost import MAX_SCANS
+from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from runtime.server.memory import bound
+from runtime.server.settings import Settings
+
+_HONEST = ("alice", "bob", "carol")
+_THEIRS = "mallory"
+_STEPS = 10
+_PATIENCE = 300.0
+_PAUSE = 0.5
+_OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+
+
+@dataclass
+class Phase:
+    """What honest clients and the machine saw."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of each request that was answered."""
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """Status -> requests."""
+    health: Counter[str] = field(default_factory=Counter)
+    """Answer -> times."""
+    memory: list[int] = field(default_factory=list)
+    """Resident bytes of the server and its processes."""
+
+
+# --- attacks: each is called over and over, with an address, until the siege is over ----------------------
+
+
+def half_sent(address: str, **headers: str) -> None:
+    """Begin messages, and do not end them."""
+    with Attacker(address) as attacker:
+        for _ in range(60):
+            attacker.message(attacker.open(COMPOSITE, **headers), bytes(1000), missing=1000)
+        attacker.ended.wait(20.0)
+
+
+def half_sent_with_token(address: str) -> None:
+    """The same, let in."""
+    half_sent(address, authorization=f"Bearer {_THEIRS}")
+
+
+def probes(address: str) -> None:
+    """Begin checks of health, and do not end them; watch it, too."""
+    with Attacker(address) as attacker:
+        for path in (CHECK, WATCH) * 30:
+            attacker.open(path)
+        attacker.ended.wait(20.0)
+
+
+def resets(address: str) -> None:
+    """Begin calls, and take them back."""
+    with Attacker(address) as attacker:
+        attacker.flood(COMPOSITE, 2000)
+        time.sleep(_PAUSE)
+
+
+def slow_readers(address: str) -> None:
+    """Ask for pictures, and do not take them."""
+    with Attacker(address, window=0) as attacker:
+        content = request(1, 1).SerializeToString()
+        for _ in range(4):
+            attacker.message(attacker.open(COMPOSITE, authorization=f"Bearer {_THEIRS}"), content)
+        attacker.ended.wait(60.0)
+
+
+def bombs(address: str) -> None:
+    """Send pictures that are dear to decode, cancelled before they are."""
+    for scene in (scan_bomb(), scan_bomb(4096, MAX_SCANS - 10), tile_bomb()):
+        message = request(2, 1)
+        message.scene = scene
+        _send(address, message.SerializeToString(), 3.0)
+
+
+def many_fields(address: str) -> None:
+    """Send a message of a million fields."""
+    _send(address, b"\x12\x00" * 1_000_000, 30.0)
+
+
+def large_without_token(address: str) -> None:
+    """Send large messages without a token."""
+    _send(address, bytes(31 << 20), 30.0, token="nobody's")
+    time.sleep(_PAUSE)
+
+
+def greedy(address: str) -> None:
+    """Ask for more than the queue holds."""
+    with grpc.insecure_channel(address, _OPTIONS) as channel:
+        stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
+        metadata = (("authorization", f"Bearer {_THEIRS}"),)
+        calls = [
+            stub.Composite.future(request(seed, _STEPS), timeout=20.0, metadata=metadata)
+            for seed in range(24)
+        ]
+        for call in calls:
+            call.exception()
+
+
+ATTACKS: Sequence[Callable[[str], None]] = (
+    half_sent,
+    half_sent_with_token,
+    probes,
+    resets,
+    slow_readers,
+    bombs,
+    many_fields,
+    large_without_token,
+    greedy,
+)
+
+
+def _send(address: str, content: bytes, seconds: float, token: str = _THEIRS) -> None:
+    options = [*_OPTIONS, ("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0)]
+    with grpc.insecure_channel(address, options) as channel:
+        method: Any = channel.unary_unary(COMPOSITE)
+        metadata = (("authorization", f"Bearer {token}"),)
+        method.future(content, timeout=seconds, metadata=metadata).exception()
+
+
+def attack(address: str) -> None:
+    """Attack in all ways at once, until this process is ended."""
+
+    def repeat(one: Callable[[str], None]) -> None:
+        while True:
+            try:
+                one(address)
+            except (OSError, grpc.RpcError):
+                time.sleep(_PAUSE)
+
+    for one in ATTACKS:
+        threading.Thread(target=repeat, args=(one,), daemon=True).start()
+    threading.Event().wait()
+
+
+# --- the honest -------------------------------------------------------------------------------------------
+
+
+def observe(server: ServerProcess, seconds: float) -> Phase:
+    """Let the honest clients work for a while."""
+    phase, until = Phase(), time.monotonic() + seconds
+    threads = [threading.Thread(target=_ask, args=(server, name, until, phase)) for name in _HONEST]
+    threads.append(threading.Thread(target=_probe, args=(server, until, phase)))
+    for thread in threads:
+        thread.start()
+    process = psutil.Process(server.process.pid)
+    while time.monotonic() < until and process.is_running():
+        family = [process, *process.children(recursive=True)]
+        phase.memory.append(sum(_resident(each) for each in family))
+        time.sleep(_PAUSE)
+    for thread in threads:
+        thread.join()
+    return phase
+
+
+def _ask(server: ServerProcess, name: str, until: float, phase: Phase) -> None:
+    seed = 1000 * (1 + _HONEST.index(name))
+    with grpc.insecure_channel(server.address, _OPTIONS) as channel:
+        stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
+        while time.monotonic() < until:
+            seed += 1
+            began = time.monotonic()
+            try:
+                metadata = (("authorization", f"Bearer {name}"),)
+                stub.Composite(request(seed, _STEPS), timeout=_PATIENCE, metadata=metadata)
+            except grpc.RpcError as error:
+                phase.outcomes[error.code().name] += 1  # type: ignore[attr-defined]
+            else:
+                phase.outcomes["OK"] += 1
+                phase.seconds.append(time.monotonic() - began)
+
+
+def _probe(server: ServerProcess, until: float, phase: Phase) -> None:
+    while time.monotonic() < until:
+        with grpc.insecure_channel(server.address, _OPTIONS) as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            try:
+                status = health.Check(health_pb2.HealthCheckRequest(), timeout=10.0).status
+                phase.health["green" if status == 1 else "not serving"] += 1
+            except grpc.RpcError as error:
+                phase.health[error.code().name] += 1  # type: ignore[attr-defined]
+        time.sleep(_PAUSE)
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0  # it has ended
+
+
+def report(alone: Phase, siege: Phase) -> bool:
+    """Print both phases; returns whether nothing was lost, health was green and memory within its bound."""
+    settings = Settings()
+    most = bound(
+        settings.memory_for_requests, settings.workers, settings.max_pixels, settings.max_message_bytes
+    )
+    print(f"{'':<6} {'answered':>8} {'lost':>5} {'p50 s':>7} {'p95 s':>7} {'MB at most':>11}  health")
+    for name, phase in (("alone", alone), ("siege", siege)):
+        lost = phase.outcomes.total() - phase.outcomes["OK"]
+        times = sorted(phase.seconds) or [float("nan")]
+        print(
+            f"{name:<6} {phase.outcomes['OK']:>8} {lost:>5} {statistics.median(times):>7.2f} "
+            f"{times[int(0.95 * (len(times) - 1))]:>7.2f} {max(phase.memory) / 1e6:>11.0f}  "
+            f"{dict(phase.health)}"
+        )
+    growth = max(siege.memory) - max(alone.memory)
+    print(f"memory under siege: {growth / 1e6:+.0f} MB; the bound is {most / 1e6:.0f} MB")
+    is_served = set(siege.outcomes) == {"OK"} and set(siege.health) == {"green"}
+    return is_served and growth <= most
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_bundle_option(result)
+    result.add_argument("--minutes", type=float, default=10, metavar="M")
+    result.add_argument("--log", type=Path, metavar="FILE", help="where the server's log lines go")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, 1 if an honest request was lost or a bound was missed, or 2."""
+    options = parser().parse_args(arguments)
+    seconds = options.minutes * 60
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokens = Path(folder) / "tokens"
+            tokens.touch(0o600)
+            tokens.write_text("\n".join((*_HONEST, _THEIRS)))
+            with ServerProcess(options.bundle, f"--tokens={tokens}", log=options.log) as server:
+                alone = observe(server, seconds / 5)
+                attackers = multiprocessing.get_context("spawn").Process(
+                    target=attack, args=(server.address,)
+                )
+                attackers.start()
+                try:
+                    siege = observe(server, seconds * 4 / 5)
+                finally:
+                    attackers.kill()
+                alive = server.process.poll() is None
+    except AnyDoorError as error:
+        print(f"siege.py: {error}", file=sys.stderr)
+        return 2
+    if not alive:
+        print("the server died")
+    return 0 if report(alone, siege) and alive else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""A decoded picture, with what its file says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_EXIF_BYTES = 65_527
+"""A JPEG's segment holds no more."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says of a picture beside its pixels; each None where it says nothing."""
+
+    icc_profile: bytes | None = None
+    """Of its colours; sRGB if None."""
+    exif: bytes | None = None
+    """Without orientation and thumbnail, beginning with "Exif"."""
+    dpi: tuple[float, float] | None = None
+    """Pixels per inch along x and y."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of profile and EXIF."""
+        return len(self.icc_profile or b"") + len(self.exif or b"")
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What Pillow takes, as arguments of `save` or in an image's `info`."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+NO_METADATA = Metadata()
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded picture, upright."""
+
+    rgb: NDArray[np.uint8]
+    """(H, W, 3) in sRGB."""
+    alpha: NDArray[np.uint8] | None
+    """(H, W) opacity, if the picture has any transparency."""
+    own: NDArray[np.uint8]
+    """(H, W, 3) in its own colours, those of `metadata.icc_profile`; `rgb` itself where they are sRGB."""
+    metadata: Metadata
+    kind: str
+    """What its colours are if not RGB, like "CMYK"; empty if they are."""
+    orientation: int
+    """EXIF orientation that was undone, 1 if none."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its pixels."""
+        arrays = {id(array): array.nbytes for array in (self.rgb, self.own, self.alpha) if array is not None}
+        return sum(arrays.values())
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(H, W, 3) in its own colours, or (H, W, 4) with its transparency."""
+        return self.own if self.alpha is None else np.dstack([self.own, self.alpha])

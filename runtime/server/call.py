@@ -1,0 +1,143 @@
+"""One call: who makes it, what it takes of the memory, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from runtime.errors import InputError
+from runtime.server.connections import cut_off
+from runtime.server.events import (
+    BusyError,
+    CallerGoneError,
+    DeadlineError,
+    EngineLostError,
+    ShuttingDownError,
+    UnauthenticatedError,
+    UnknownMethodError,
+    UnknownServiceError,
+)
+from runtime.server.memory import Account, Ledger
+
+_BYTES_PER_SECOND = 1 << 20
+"""Slower than that, a large message or answer is given up."""
+
+
+class TransferError(DeadlineError):
+    """A message was not sent, or an answer not taken, in the time for it."""
+
+
+@dataclass(eq=False)
+class Call:
+    """What a method gets beside its message."""
+
+    context: grpc.aio.ServicerContext[Any, Any]
+    method: str
+    """Its name without the service's."""
+    max_message_bytes: int
+    transfer_seconds: float
+    """To send a message or to take an answer, beside one for each MiB."""
+    client: str = ""
+    """Whose call it is: a name that the caller cannot choose freely."""
+    account: Account = field(default_factory=lambda: Ledger().open(""))
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    span: Any = None
+    """None without OpenTelemetry."""
+    started: float = field(default_factory=time.perf_counter)
+    has_message: bool = False
+    """Whether the message is there."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Stage -> time, when it is finished."""
+    images: int = 0
+
+    @property
+    def connection(self) -> str:
+        """The other end, with its port."""
+        peer: str = self.context.peer()
+        return peer
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller's deadline; None if there is none."""
+        seconds: float | None = self.context.time_remaining()
+        return seconds
+
+    async def read(self) -> bytes:
+        """Waits for the message, for which there must be room.
+
+        Raises:
+            MemoryFullError: there is none.
+            TransferError: it does not come in time.
+            CallerGoneError: it never will.
+            InputError: there is no message.
+        """
+        # how long it is, is known when it is there
+        self.account.set(self.max_message_bytes)
+        seconds = self._seconds_for(self.max_message_bytes)
+        try:
+            content = await asyncio.wait_for(self.context.read(), seconds)
+        except asyncio.TimeoutError as error:
+            raise TransferError(f"the message did not come within {seconds:.0f} s") from error
+        except grpc.aio.InternalError as error:
+            raise CallerGoneError() from error
+        if content is grpc.aio.EOF:
+            raise InputError("there is no message, or one of more bytes than are accepted")
+        self.has_message = True
+        # it is parsed, and its fields are copied
+        self.account.set(3 * len(content))
+        message: bytes = content
+        return message
+
+    async def write(self, message: Message | bytes) -> None:
+        """Sends a message, and waits until it is on its way.
+
+        Raises:
+            TransferError: the caller does not take it. The connection is ended: gRPC would keep the answer.
+            CallerGoneError: there is no caller.
+        """
+        content = message if isinstance(message, bytes) else message.SerializeToString()
+        seconds = self._seconds_for(len(content))
+        try:
+            await asyncio.wait_for(self.context.write(content), seconds)
+        except asyncio.TimeoutError as error:
+            cut_off(self.connection)
+            raise TransferError(f"the answer was not taken within {seconds:.0f} s") from error
+        except grpc.aio.InternalError as error:
+            raise CallerGoneError() from error
+
+    def _seconds_for(self, nbytes: int) -> float:
+        return self.transfer_seconds + nbytes / _BYTES_PER_SECOND
+
+
+def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, str]]]:
+    """Status code, text and trailing metadata for an error."""
+    codes = grpc.StatusCode
+    if isinstance(error, InputError):
+        text = f"{error.field}: {error}" if error.field else str(error)
+        return codes.INVALID_ARGUMENT, text, [("field", error.field)]
+    if isinstance(error, DecodeError):
+        return codes.INVALID_ARGUMENT, "the message cannot be parsed", [("field", "")]
+    if isinstance(error, BusyError):
+        milliseconds = str(math.ceil(error.retry_seconds * 1000))
+        return codes.RESOURCE_EXHAUSTED, str(error), [("grpc-retry-pushback-ms", milliseconds)]
+    if isinstance(error, ShuttingDownError | EngineLostError):
+        return codes.UNAVAILABLE, str(error), []
+    if isinstance(error, DeadlineError):
+        # of those that cannot be met as well: RESOURCE_EXHAUSTED would have clients try again within it
+        return codes.DEADLINE_EXCEEDED, str(error), []
+    if isinstance(error, CallerGoneError):
+        return codes.CANCELLED, str(error), []
+    if isinstance(error, UnauthenticatedError):
+        return codes.UNAUTHENTICATED, str(error), []
+    if isinstance(error, UnknownMethodError):
+        return codes.UNIMPLEMENTED, str(error), []
+    if isinstance(error, UnknownServiceError):
+        return codes.NOT_FOUND, str(error), []
+    # what went wrong inside is for the log; the request id leads there
+    return codes.INTERNAL, "the engine failed on this request", []

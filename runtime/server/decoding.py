@@ -1,0 +1,202 @@
+"""Pictures of strangers, decoded in processes that can be stopped; see `runtime.server.decoder_process`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import InputError, in_field, warn
+from runtime.imaging.decoding import UPRIGHT
+from runtime.imaging.picture import Picture
+from runtime.imaging.target import SCENE_MASK
+from runtime.request import Placement, Request
+from runtime.server.decoder_process import COMMAND_BYTES, picture_of, receive, receive_into, send
+from runtime.validation import in_placement
+
+_BYTES_PER_PIXEL = 40
+_BASE_BYTES = 128 << 20
+"""That decoding takes at most; see `runtime.imaging.decoding`."""
+
+Charge = Callable[[int], object]
+"""Told the bytes of pixels that are about to come; raises to refuse them."""
+
+
+def decoder_bytes(max_pixels: int, max_message_bytes: int) -> int:
+    """What a decoding process may allocate."""
+    return _BASE_BYTES + _BYTES_PER_PIXEL * max_pixels + 2 * max_message_bytes
+
+
+class Decoder:
+    """Decodes the pictures of one request after the other, in one thread; any other may call `kill`."""
+
+    def __init__(self, max_pixels: int, memory: int, seconds: float) -> None:
+        """Keeps the limits.
+
+        Args:
+            max_pixels: of each picture and mask.
+            memory: bytes that the process may allocate; see `decoder_bytes`.
+            seconds: of a processor's time, for all pictures of a request.
+        """
+        self._max_pixels = max_pixels
+        self._memory = memory
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._process: int | None = None
+        self._is_killed = False
+        self._connection: socket.socket
+
+    def decode(self, request: Request, charge: Charge, is_wanted: Callable[[], bool]) -> Request:
+        """The request with `Picture`s and masks in place of its files; `warn` tells what is noticed.
+
+        Args:
+            request: its pictures are the bytes of files; what else they are stays as it is.
+            charge: may refuse pixels before they come.
+            is_wanted: asked before every picture.
+
+        Raises:
+            InputError: a picture cannot be decoded within the limits, or the request is no longer wanted.
+        """
+        seconds = self._seconds
+        self.start()
+
+        def load(field: str, source: Any, name: str, is_mask: bool = False, of: Any = None) -> Any:
+            nonlocal seconds
+            if not isinstance(source, bytes):
+                return source
+            task = {"name": name, "max_pixels": self._max_pixels, "is_mask": is_mask}
+            if isinstance(of, Picture):
+                task["of"] = (f"the {'scene' if of is scene else 'reference'}", of.rgb.shape, of.orientation)
+            with in_field(field):
+                if not is_wanted():
+                    raise InputError("the request is over")
+                found = self._read(source, task, seconds, charge)
+            seconds = 0  # the rest of them is for the pictures that follow
+            return found
+
+        def placed(placement: Placement) -> Placement:
+            reference = load("reference", placement.reference, "the reference")
+            inside = load("reference_mask", placement.reference_mask, "the reference mask", True, reference)
+            mask = load("mask", placement.mask, SCENE_MASK, True, scene)
+            return replace(placement, reference=_upright(reference), reference_mask=inside, mask=mask)
+
+        scene = load("scene", request.scene, "the scene")
+        placements = []
+        for index, placement in enumerate(request.placements):
+            with in_placement(request, index):
+                placements.append(placed(placement))
+        return replace(request, scene=_upright(scene), placements=placements)
+
+    def kill(self) -> None:
+        """Ends the process, whatever it is at, without waiting; who decodes notices."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._process is not None and _SOURCE.is_alive:
+                # its number stays taken until `close`
+                os.kill(self._process, signal.SIGKILL)
+                self._is_killed = True
+
+    def start(self) -> None:
+        """Starts its process, if there is none that lives."""
+        if self._is_killed:
+            self.close()
+        if self._process is None:
+            self._connection, theirs = socket.socketpair()
+            with theirs:
+                process = _SOURCE.fork(theirs, self._memory)
+            with self._lock:
+                self._process = process
+
+    def close(self) -> None:
+        """Ends the process; the next request starts another."""
+        self.kill()
+        with self._lock:
+            process, self._process, self._is_killed = self._process, None, False
+        if process is not None:
+            self._connection.close()
+            _SOURCE.forget(process)
+
+    def _read(
+        self, content: bytes, task: dict[str, Any], seconds: float, charge: Charge
+    ) -> Picture | NDArray[np.bool_]:
+        connection = self._connection
+        try:
+            send(connection, json.dumps({"picture": task, "seconds": seconds}).encode())
+            send(connection, content)
+            answer = json.loads(receive(connection))
+            if "refusal" in answer:
+                raise InputError(answer["refusal"])
+            arrays = {name: np.empty(shape, np.uint8) for name, shape in answer["shapes"].items()}
+            charge(sum(array.nbytes for array in arrays.values()))
+            for array in arrays.values():
+                receive_into(connection, array.data.cast("B"))
+        except InputError:
+            raise
+        except (EOFError, OSError) as error:
+            self.close()
+            raise InputError(
+                f"{task['name']} takes more than {self._seconds:g} s to decode, or cannot be decoded"
+            ) from error
+        except Exception:
+            # what still comes of this picture must not be taken for the next one
+            self.close()
+            raise
+        for text in answer["warnings"]:
+            warn(text)
+        return arrays["inside"].view(np.bool_) if task["is_mask"] else picture_of(arrays, answer["facts"])
+
+
+def _upright(picture: Any) -> Any:
+    """The picture without the orientation that was undone: its masks are turned as it was."""
+    return replace(picture, orientation=UPRIGHT) if isinstance(picture, Picture) else picture
+
+
+class _Source:
+    """The process that forks decoders: one in all, started when it is needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._commands: socket.socket
+
+    def fork(self, connection: socket.socket, memory: int) -> int:
+        """Starts a decoder at the other end of a socket; returns its process id."""
+        with self._lock:
+            if not self.is_alive:
+                self._start()
+            command = f"start {memory}".encode().ljust(COMMAND_BYTES)
+            socket.send_fds(self._commands, [command], [connection.fileno()])
+            return int(receive(self._commands))
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def forget(self, process: int) -> None:
+        """Gives the number of a decoder back that was killed."""
+        with self._lock, contextlib.suppress(OSError):
+            self._commands.sendall(f"end {process}".encode().ljust(COMMAND_BYTES))
+
+    def _start(self) -> None:
+        self._commands, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "runtime.server.decoder_process"],
+                stdin=theirs.fileno(),
+                # no threads: what is forked has one
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+            )
+
+
+_SOURCE = _Source()

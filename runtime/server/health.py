@@ -1,0 +1,100 @@
+"""Whether the server is alive and whether it is ready: grpc.health.v1.Health, apart from all work.
+
+Ready are "" and the compositor's service: the graphs are loaded, and requests are accepted. Alive is
+"liveness": from the start until the engine is lost for good. Whoever restarts servers asks for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2 as pb
+
+from runtime.server.call import Call
+from runtime.server.connections import host_of
+from runtime.server.events import BusyError, ShuttingDownError, UnknownServiceError
+from runtime.server.parsing import parse
+
+SERVICE: str = pb.DESCRIPTOR.services_by_name["Health"].full_name
+LIVENESS = "liveness"
+SERVING = pb.HealthCheckResponse.SERVING
+NOT_SERVING = pb.HealthCheckResponse.NOT_SERVING
+
+_WATCHES_OF_CONNECTION = 4
+_WATCHES_OF_HOST = 64
+_WATCHES = 1024
+
+
+class Health:
+    """Answers Check at once; Watch tells every change, to so many callers as cost next to nothing."""
+
+    def __init__(self, services: tuple[str, ...]) -> None:
+        """Is alive, and not ready.
+
+        Args:
+            services: names, beside "", that are ready when the server is.
+        """
+        self._ready = ("", *services)
+        self._status = {LIVENESS: SERVING, **dict.fromkeys(self._ready, NOT_SERVING)}
+        self._changed = asyncio.Condition()
+        self._stopped = False
+        self._watches: Counter[str] = Counter()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Check": grpc.unary_unary_rpc_method_handler(self._check),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def set(self, ready: bool, alive: bool = True) -> None:
+        """Tells everybody."""
+        async with self._changed:
+            self._status[LIVENESS] = SERVING if alive else NOT_SERVING
+            self._status.update(dict.fromkeys(self._ready, SERVING if ready else NOT_SERVING))
+            self._changed.notify_all()
+
+    async def stop(self) -> None:
+        """Ends all watches."""
+        async with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    async def _check(self, content: bytes, call: Call) -> pb.HealthCheckResponse:
+        name = parse(pb.HealthCheckRequest, content).service
+        if name not in self._status:
+            raise UnknownServiceError(name)
+        return pb.HealthCheckResponse(status=self._status[name])
+
+    async def _watch(self, content: bytes, call: Call) -> None:
+        name = parse(pb.HealthCheckRequest, content).service
+        connection, host = call.connection, host_of(call.connection)
+        places = [(host, _WATCHES_OF_HOST), ("", _WATCHES)]
+        if connection != host:  # at a unix socket all look alike
+            places.append((connection, _WATCHES_OF_CONNECTION))
+        for place, most in places:
+            if self._watches[place] >= most:
+                raise BusyError("health is watched by too many already: Check answers always")
+        self._watches.update(place for place, _ in places)
+        try:
+            await self._tell(name, call)
+        finally:
+            self._watches.subtract(place for place, _ in places)
+            self._watches += Counter()  # drops what is 0
+
+    async def _tell(self, name: str, call: Call) -> None:
+        told = None
+        while True:
+            status = self._status.get(name, pb.HealthCheckResponse.SERVICE_UNKNOWN)
+            if status != told:
+                await call.write(pb.HealthCheckResponse(status=status))
+                told = status
+            if self._stopped:
+                raise ShuttingDownError()
+            async with self._changed:
+                if self._status.get(name, told) == told and not self._stopped:
+                    await self._changed.wait()

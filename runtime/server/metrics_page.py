@@ -1,0 +1,96 @@
+"""Metrics over HTTP, on a port of their own: one page, few connections, each for a short time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from runtime.errors import InputError
+from runtime.server.access import Access
+from runtime.server.events import UnauthenticatedError
+
+PATH = "/metrics"
+_CONNECTIONS = 16
+_SECONDS = 5.0
+_LARGEST_HEAD = 8192
+
+
+class MetricsPage:
+    """Answers GET /metrics. Who comes when all connections are taken replaces the oldest."""
+
+    def __init__(self, address: str, registry: CollectorRegistry, access: Access | None) -> None:
+        """Binds the address.
+
+        Args:
+            address: host:port.
+            registry: what to show.
+            access: whose tokens are required; everybody is let in if None.
+
+        Raises:
+            InputError: the address is invalid or taken.
+        """
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise InputError(f"metrics must be host:port, not '{address}'")
+        self._registry = registry
+        self._access = access
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._socket = socket.create_server((host.strip("[]"), int(port)), family=family)
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "there is no such port"
+            raise InputError(f"cannot serve metrics at '{address}': {reason}") from error
+        self.port: int = self._socket.getsockname()[1]
+
+    async def start(self) -> None:
+        """Answers from now on."""
+        self._server = await asyncio.start_server(self._connected, sock=self._socket, limit=_LARGEST_HEAD)
+
+    async def stop(self) -> None:
+        """Closes all connections."""
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._tasks) >= _CONNECTIONS:
+            next(iter(self._tasks)).cancel()
+        task = asyncio.ensure_future(self._answer(reader, writer))
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, ValueError):
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _SECONDS)
+                status, content = await self._page(head)
+                lines = [f"HTTP/1.1 {status}", f"Content-Type: {CONTENT_TYPE_LATEST}", "Connection: close"]
+                writer.write(
+                    "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content
+                )
+                await asyncio.wait_for(writer.drain(), _SECONDS)
+        except asyncio.LimitOverrunError:
+            pass
+        finally:
+            writer.close()
+
+    async def _page(self, head: bytes) -> tuple[str, bytes]:
+        first, *rest = head.decode("latin-1").split("\r\n")
+        method, _, path = first.rpartition(" ")[0].partition(" ")
+        if path.partition("?")[0] != PATH:
+            return "404 Not Found", b""
+        if method != "GET":
+            return "405 Method Not Allowed", b""
+        if self._access is not None:
+            fields = [line.partition(":") for line in rest]
+            given = [value.strip() for name, _, value in fields if name.lower() == "authorization"]
+            try:
+                self._access.holder_of(given)
+            except UnauthenticatedError:
+                return "401 Unauthorized", b""
+        return "200 OK", await asyncio.to_thread(generate_latest, self._registry)

@@ -1,0 +1,190 @@
+"""Strangers who try to take all places: others are served while the attack lasts."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from benchmarks.support.attacker import CHECK, COMPOSITE, WATCH, Attacker
+from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from runtime.server.connections import host_of
+from runtime.server.gate import CHANNEL_OPTIONS
+from tests.support.serving import PATIENCE, ServerThread, message, trailing, wait_until
+
+HEALTH = health_pb2.HealthCheckRequest()
+OURS = (("authorization", "Bearer open-sesame"),)
+THEIRS = (("authorization", "Bearer shazam"),)
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    path.write_text("open-sesame\nshazam\n")
+    return path
+
+
+@contextmanager
+def channel_to(server: ServerThread) -> Iterator[grpc.Channel]:
+    """A connection of its own."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+    with grpc.insecure_channel(server.address, options) as channel:
+        yield channel
+
+
+def assert_others_are_served(server: ServerThread, metadata: Any = OURS) -> None:
+    with channel_to(server) as channel:
+        assert health_pb2_grpc.HealthStub(channel).Check(HEALTH, timeout=PATIENCE).status == 1
+        stub: Any = CompositorServiceStub(channel)
+        assert stub.Composite(message(steps=1), timeout=PATIENCE, metadata=metadata).images
+
+
+def test_calls_without_a_token_take_no_place(tiny_bundle: Path, token_file: Path) -> None:
+    with ServerThread(tiny_bundle, tokens=str(token_file)) as server, Attacker(server.address) as attacker:
+        for _ in range(60):
+            attacker.open(COMPOSITE)
+        assert_others_are_served(server)
+
+
+def test_calls_without_a_token_are_refused_before_their_message_is_there(
+    tiny_bundle: Path, token_file: Path
+) -> None:
+    with ServerThread(tiny_bundle, tokens=str(token_file)) as server, Attacker(server.address) as attacker:
+        attacker.open(COMPOSITE)
+        wait_until(lambda: b"a valid bearer token is required" in attacker.received)
+        assert server.server.ledger.most == 0
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer shazam"}])
+def test_half_sent_messages_block_nobody_else(
+    tiny_bundle: Path, token_file: Path, headers: dict[str, str]
+) -> None:
+    """With tokens from somebody who has one; without from somebody at the same host."""
+    settings = {"tokens": str(token_file)} if headers else {}
+    with ServerThread(tiny_bundle, **settings) as server, ExitStack() as attack:
+        for _ in range(3):
+            attacker = attack.enter_context(Attacker(server.address))
+            for _ in range(60):
+                attacker.message(attacker.open(COMPOSITE, **headers), bytes(1000), missing=1000)
+        wait_until(lambda: server.server.ledger.taken)
+        assert_others_are_served(server, OURS if headers else ())
+
+
+def test_half_sent_messages_have_a_deadline(tiny_bundle: Path) -> None:
+    limits = {"transfer_seconds": 0.2, "max_message_bytes": 1 << 16}
+    with ServerThread(tiny_bundle, **limits) as server, Attacker(server.address) as attacker:
+        attacker.open(COMPOSITE)
+        wait_until(lambda: b"the message did not come within" in attacker.received)
+        assert server.server.ledger.taken == 0
+
+
+@pytest.mark.parametrize("path", [CHECK, WATCH])
+def test_half_sent_probes_block_nobody(tiny_bundle: Path, path: str) -> None:
+    with ServerThread(tiny_bundle) as server, Attacker(server.address) as attacker:
+        for _ in range(60):
+            attacker.open(path)
+        assert_others_are_served(server)
+
+
+def test_watching_health_blocks_nobody(tiny_bundle: Path) -> None:
+    with ServerThread(tiny_bundle) as server, ExitStack() as attack:
+        for _ in range(10):
+            health = health_pb2_grpc.HealthStub(attack.enter_context(channel_to(server)))
+            watches = [health.Watch(HEALTH, timeout=PATIENCE) for _ in range(6)]
+            wait_until(lambda watches=watches: sum(watch.done() for watch in watches) == 2)
+            refused = next(watch for watch in watches if watch.done())
+            assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert_others_are_served(server)
+
+
+def test_one_client_cannot_fill_the_queue(tiny_bundle: Path, token_file: Path) -> None:
+    with (
+        ServerThread(tiny_bundle, tokens=str(token_file), max_batch=1, queue=4) as server,
+        channel_to(server) as channel,
+    ):
+        server.engine.hold()
+        stub: Any = CompositorServiceStub(channel)
+        options = {"timeout": PATIENCE, "metadata": THEIRS}
+        greedy = [stub.Composite.future(message(seed=seed), **options) for seed in range(12)]
+        server.engine.wait_for_steps(1)
+        wait_until(lambda: sum(call.done() for call in greedy) == 7)
+        modest = stub.Composite.future(message(), timeout=PATIENCE, metadata=OURS)
+        wait_until(lambda: sum(call.done() for call in greedy) == 8)
+        displaced = next(call for call in greedy if call.done()).exception()
+        assert displaced.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert int(trailing(displaced)["grpc-retry-pushback-ms"]) > 0
+        server.engine.release()
+        assert modest.result().images
+        assert sum(not call.exception() for call in greedy) == 4
+
+
+def test_a_token_is_one_client_however_it_is_written(
+    tiny_bundle: Path, token_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level("INFO"),
+        ServerThread(tiny_bundle, tokens=str(token_file)) as server,
+        channel_to(server) as channel,
+    ):
+        stub: Any = CompositorServiceStub(channel)
+        for value in ("Bearer shazam", "bearer shazam", "BEARER  shazam", "Bearer shazam "):
+            stub.Composite(message(steps=1), metadata=(("authorization", value),), timeout=PATIENCE)
+    ended = [record for record in caplog.records if record.message == "request ended"]
+    assert len(ended) == 4
+    assert len({record.fields["client"] for record in ended}) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:10.0.0.1:4711", "ipv4:10.0.0.1"),
+        ("ipv6:%5B::ffff:10.0.0.1%5D:4711", "ipv4:10.0.0.1"),
+        ("ipv6:%5B2001:db8:1:2:3:4:5:6%5D:4711", "ipv6:2001:db8:1:2::/64"),
+        ("ipv6:[fe80::1%25eth0]:4711", "ipv6:fe80::/64"),
+        ("unix:", "unix:"),
+    ],
+)
+def test_a_host_is_one_client(peer: str, host: str) -> None:
+    assert host_of(peer) == host
+
+
+def test_resets_hurt_nobody_else(tiny_bundle: Path, token_file: Path) -> None:
+    with ServerThread(tiny_bundle, tokens=str(token_file)) as server, Attacker(server.address) as attacker:
+        flood = threading.Thread(target=attacker.flood, args=(COMPOSITE, 20_000))
+        flood.start()
+        assert_others_are_served(server)
+        flood.join(PATIENCE)
+
+
+def test_a_connection_that_is_refused_too_often_is_ended(
+    tiny_bundle: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.server.gate._FRUITLESS_BURST", 50)
+    with ServerThread(tiny_bundle, tokens=str(token_file)) as server, Attacker(server.address) as attacker:
+        for _ in range(100):
+            attacker.open(COMPOSITE)
+        assert attacker.ended.wait(PATIENCE)
+        assert_others_are_served(server)
+
+
+def test_silent_connections_are_closed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [
+        *CHANNEL_OPTIONS,
+        ("grpc.server_handshake_timeout_ms", 1000),
+        ("grpc.http2.settings_timeout", 1000),
+    ]
+    monkeypatch.setattr("runtime.server.serve.CHANNEL_OPTIONS", options)
+    with ServerThread(tiny_bundle, max_connections=10) as server, ExitStack() as attack:
+        host, _, port = server.address.rpartition(":")
+        for _ in range(40):
+            attack.enter_context(socket.create_connection((host, int(port)), PATIENCE))
+        with channel_to(server) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert health.Check(HEALTH, timeout=PATIENCE, wait_for_ready=True).status == 1

@@ -1,0 +1,108 @@
+"""Starting, stopping and reloading, in a process of its own: by signals, with callers who do not let go."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from benchmarks.support.attacker import COMPOSITE, Attacker
+from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from tests.support.serving import PATIENCE, message
+
+_LOADING = """
+import sys, time
+from runtime.cli import main
+from runtime.compositor import Compositor
+
+Compositor.load_graphs = lambda self: time.sleep(3600)
+sys.exit(main(sys.argv[1:]))
+"""
+"""A server that loads for an hour."""
+
+
+class Process:
+    """`anydoor serve`, and the lines of its log."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[dict[str, Any]] = []
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """Reads the log up to a line, all of which is JSON."""
+        assert self.process.stderr is not None
+        for text in self.process.stderr:
+            self.lines.append(json.loads(text))
+            if self.lines[-1]["event"] == event:
+                return self.lines[-1]
+        raise AssertionError(f"'{event}' never came: {self.lines}")
+
+    def end(self) -> int:
+        """Waits for the end; returns the exit code."""
+        assert self.process.stderr is not None
+        self.lines += [json.loads(text) for text in self.process.stderr]
+        return self.process.wait(PATIENCE)
+
+
+@contextmanager
+def serving(bundle: Path, *flags: str, loading: bool = False) -> Iterator[Process]:
+    program = ["-c", _LOADING] if loading else ["-m", "runtime"]
+    command = [sys.executable, *program, "serve", f"--bundle={bundle}", "--listen=127.0.0.1:0", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        yield Process(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_signal_ends_a_server_that_loads(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle, "--drain-seconds=0", loading=True) as server:
+        server.wait_for("listening")
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("stopped")
+        assert server.end() == 0
+
+
+def test_a_second_signal_ends_it_at_once(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle, "--drain-seconds=3600", loading=True) as server:
+        address = server.wait_for("listening")["addresses"][0]
+        with grpc.insecure_channel(address) as channel:
+            stub: Any = CompositorServiceStub(channel)
+            call = stub.Composite.future(message(), timeout=PATIENCE)
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("draining")
+            server.process.send_signal(signal.SIGTERM)
+            assert server.end() == -signal.SIGTERM
+            assert call.exception()
+
+
+def test_callers_who_do_not_let_go_do_not_hold_the_end(tiny_bundle: Path) -> None:
+    """A hang-up reloads, and loses nothing. Then the server ends, whoever still watches or has sent half of a
+    message; an hour to drain is for accepted requests alone."""
+    with serving(tiny_bundle, "--drain-seconds=3600") as server:
+        address = server.wait_for("listening")["addresses"][0]
+        server.wait_for("serving")
+        with grpc.insecure_channel(address) as channel, Attacker(address) as attacker:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(watch).status == 1
+            for _ in range(60):
+                attacker.open(COMPOSITE)
+            stub: Any = CompositorServiceStub(channel)
+            call = stub.Composite.future(message(steps=20), timeout=PATIENCE)
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("reloaded")
+            assert call.result().images
+            server.process.send_signal(signal.SIGTERM)
+            assert next(watch).status == 2
+            assert server.end() == 0
+        assert not [line for line in server.lines if line["level"] == "error"]
