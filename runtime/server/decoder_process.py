@@ -136,7 +136,11 @@ def _read(
     """The arrays of a picture or of a mask, and what JSON can say of it."""
     try:
         if is_mask:
-            inside = load_mask(content, name, max_pixels, MaskedPicture(*of) if of else None)
+            masked = None
+            if of:
+                of_name, shape, orientation = of
+                masked = MaskedPicture(of_name, tuple(shape), orientation)
+            inside = load_mask(content, name, max_pixels, masked)
             return {"inside": inside.view(np.uint8)}, {}
         return _parts(load_picture(content, name, max_pixels))
     except InputError:
