@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.support.stable_diffusion import folder
 from tests.training.systems.test_dreambooth import save_pictures
+from training.inspect_data import main as inspect
 from training.network.lora import merge_lora
 from training.network.stable_diffusion_checkpoint import read_stable_diffusion
 from training.train import main
@@ -59,6 +61,9 @@ def test_a_subject_from_three_pictures(tmp_path: Path, capsys: Capture) -> None:
     last = load_file(run / "step-00002" / "model.safetensors")
     assert all(tensor.equal(last[key]) for key, tensor in load_file(run / "model.safetensors").items())
     assert (run / "step-00001" / "model.safetensors").is_file()
+    sheet = tmp_path / "sheet.png"
+    assert inspect([str(tmp_path / "cat.toml"), str(sheet), "--folder", str(run)]) == 0
+    assert Image.open(sheet).size == (2 * 32, 2 * 32)  # the subject above its class
 
 
 def test_a_subject_as_low_rank_updates(tmp_path: Path) -> None:
