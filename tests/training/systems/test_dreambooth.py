@@ -266,7 +266,8 @@ def test_a_step_of_low_rank_updates_is_that_of_peft(
     for name, layer in low_rank_layers(task.module.unet):
         for mine, other in ((layer.down, "lora_A"), (layer.up, "lora_B")):
             expected = getattr(modules[name], other)["default"].weight
-            torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-5)
+            # the optimizer divides by the root of squared gradients, some of which are next to nothing
+            torch.testing.assert_close(mine, expected, rtol=1e-3, atol=2e-4)
 
 
 def test_written_updates_are_merged_to_what_was_trained(
