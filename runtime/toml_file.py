@@ -89,11 +89,11 @@ class _Reader:
         """Checks a table against the fields of a dataclass, or of several."""
         kinds = kind if isinstance(kind, tuple) else (kind,)
         hints = {name: hint for each in kinds for name, hint in get_type_hints(each).items()}
-        renamed = {
-            field.name: field.metadata.get("key", field.name) for each in kinds for field in fields(each)
+        metadata: dict[str, Mapping[str, Any]] = {
+            field.name: field.metadata for each in kinds for field in fields(each)
         }
-        known = {renamed[name]: hint for name, hint in hints.items() if hint not in kinds}
-        names = {key: name for name, key in renamed.items()}
+        names = {metadata.get(name, {}).get("key", name): name for name in hints}
+        known = {key: hints[name] for key, name in names.items() if hints[name] not in kinds}
         sizes = {field.name for each in kinds for field in fields(each) if field.metadata.get("is_size")}
         values = {}
         for key, value in table.items():

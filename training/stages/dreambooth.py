@@ -59,9 +59,8 @@ def build_network(checkpoint: StableDiffusionCheckpoint) -> StableDiffusion:
 @on_main_process
 def draw_prior(recipe: DreamBoothRecipe, folder: Path) -> None:
     """Draws the pictures of the class with the start."""
-    read_pictures(
-        Path(recipe.subject.pictures), recipe.subject.resolution
-    )  # refused before an hour of drawing
+    # refused now, not after an hour of drawing
+    read_pictures(Path(recipe.subject.pictures), recipe.subject.resolution)
     if recipe.subject.has_prior:
         checkpoint, tokenizer = open_start(recipe)
         draw_class(build_network(checkpoint), tokenizer, recipe.subject, folder / "prior")
