@@ -336,14 +336,11 @@ def train(
         if settings.is_due(settings.save_every, done):
             state.save(done, folder if main else None)
             curves.row(done)
-            if keep:
-                weights = state.weights()
-                if main:
-                    keep(done, weights)
-        if draw and settings.is_due(settings.draw_every, done):
-            weights = state.weights()
-            if main:
-                curves.picture(done, draw(weights))
+            # all processes gather the weights, one takes them
+            if keep and (weights := state.weights()) and main:
+                keep(done, weights)
+        if draw and settings.is_due(settings.draw_every, done) and (weights := state.weights()) and main:
+            curves.picture(done, draw(weights))
     curves.close()
     accelerator.wait_for_everyone()  # the next stage reads what this one wrote
 
