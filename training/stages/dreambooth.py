@@ -47,7 +47,7 @@ def open_start(recipe: DreamBoothRecipe) -> tuple[StableDiffusionCheckpoint, Tok
         raise CheckpointError(
             f"'{recipe.start}' has no tokenizer: start from a folder in diffusers' layout, which has one"
         )
-    return checkpoint, Tokenizer(files.merges, files.pad, files.any_case)
+    return checkpoint, files.open()
 
 
 def build_network(checkpoint: StableDiffusionCheckpoint) -> StableDiffusion:
