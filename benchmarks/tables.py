@@ -75,7 +75,7 @@ def overview() -> str:
     rows = []
     for network, name, chosen in (
         ("small, 256 px", "latency-small-cpu", "OpenVINO, FP32"),
-        ("full, 512 px", "latency-full-cpu", "OpenVINO, FP32"),
+        ("full, 512 px", "latency-full-cpu", "ONNX Runtime, FP32"),
         ("full, 512 px", "latency-full-amx", "OpenVINO, BF16"),
     ):
         measured = latency_rows(name)

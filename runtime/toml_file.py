@@ -33,7 +33,8 @@ def read_values(path: Path, kind: type | tuple[type, ...], name: str) -> dict[st
 
     A field's type says what its value is: int, float, bool, str, a Literal, a tuple (a TOML list), a
     dataclass (a table), a tuple of dataclasses (an array of tables), or a Mapping from str (a table with any
-    keys). A field whose metadata has `is_size` is a number of bytes and may be written like "6G".
+    keys). A field whose metadata has `is_size` is a number of bytes and may be written like "6G"; one whose
+    metadata has a `key` is called that in the file.
 
     Args:
         path: of the file.
@@ -80,24 +81,29 @@ class _Reader:
         values = self.values(kind, place, table)
         for field in fields(kind):  # type: ignore[arg-type]
             if field.name not in values and field.default is field.default_factory is MISSING:
-                raise self._error(f"{place} lacks '{field.name}', which has no default")
+                key = field.metadata.get("key", field.name)
+                raise self._error(f"{place} lacks '{key}', which has no default")
         return kind(**values)
 
     def values(self, kind: type | tuple[type, ...], place: str, table: Mapping[str, Any]) -> dict[str, Any]:
         """Checks a table against the fields of a dataclass, or of several."""
         kinds = kind if isinstance(kind, tuple) else (kind,)
         hints = {name: hint for each in kinds for name, hint in get_type_hints(each).items()}
-        known = {name: hint for name, hint in hints.items() if hint not in kinds}
+        metadata: dict[str, Mapping[str, Any]] = {
+            field.name: field.metadata for each in kinds for field in fields(each)
+        }
+        names = {metadata.get(name, {}).get("key", name): name for name in hints}
+        known = {key: hints[name] for key, name in names.items() if hints[name] not in kinds}
         sizes = {field.name for each in kinds for field in fields(each) if field.metadata.get("is_size")}
         values = {}
         for key, value in table.items():
             if key not in known:
                 what = f"unknown section [{key}]" if isinstance(value, dict) else f"{place} has no '{key}'"
                 raise self._error(what + _suggestion(key, known))
-            if key in sizes and isinstance(value, str):
-                values[key] = self._size(key, value)
+            if names[key] in sizes and isinstance(value, str):
+                values[names[key]] = self._size(key, value)
             else:
-                values[key] = self._value(known[key], key, place, value)
+                values[names[key]] = self._value(known[key], key, place, value)
         return values
 
     def _size(self, key: str, text: str) -> int:

@@ -16,6 +16,7 @@ from training.loop import LoopSettings
 from training.network.architecture import Architecture, ArchitectureError
 from training.network.imprint import ImprintArchitecture
 from training.systems.anydoor import Denoising
+from training.systems.dreambooth import SubjectSettings
 from training.systems.imprint import CompositingSettings, ViewsSettings
 
 Default = bool | float | str | tuple[float, ...]
@@ -136,11 +137,29 @@ class ImprintRecipe(CommonRecipe):
         return not self.sources and not learns and self.data.pairs > 0
 
 
-RECIPES: Mapping[str, type[Recipe] | type[ImprintRecipe]] = {"anydoor": Recipe, "imprint": ImprintRecipe}
+@dataclass(frozen=True)
+class DreamBoothRecipe:
+    """A training run of DreamBooth."""
+
+    start: str
+    """Stable Diffusion, or an inpainting model of it: a folder in diffusers' layout."""
+    subject: SubjectSettings
+    system: Literal["dreambooth"] = "dreambooth"
+    checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in the checkpoints that are written."""
+
+
+AnyRecipe = Recipe | ImprintRecipe | DreamBoothRecipe
+
+RECIPES: Mapping[str, type[AnyRecipe]] = {
+    "anydoor": Recipe,
+    "imprint": ImprintRecipe,
+    "dreambooth": DreamBoothRecipe,
+}
 """System -> what its recipes say."""
 
 
-def read_recipe(path: Path) -> Recipe | ImprintRecipe:
+def read_recipe(path: Path) -> AnyRecipe:
     """Reads a recipe; missing settings have their defaults, and the system is AnyDoor.
 
     Raises:
@@ -153,6 +172,8 @@ def read_recipe(path: Path) -> Recipe | ImprintRecipe:
         recipe = read_settings(path, RECIPES[system], "the recipe")
     except ArchitectureError as error:
         raise InputError(f"'{path}': [architecture]: {error}") from error
+    if isinstance(recipe, DreamBoothRecipe):
+        return recipe
     for source in recipe.sources:
         if source.name not in SOURCES:
             raise InputError(f"'{path}': no data set is called '{source.name}'; known: {', '.join(SOURCES)}")

@@ -32,11 +32,12 @@ from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from training.assemble import encoded_pairs, mixture, view_pairs
 from training.assemble_imprint import composite_samples, view_samples
-from training.config import ImprintRecipe, Recipe, read_recipe
+from training.config import DreamBoothRecipe, ImprintRecipe, Recipe, read_recipe
 from training.data.composites import Composites
 from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, rows_done
 from training.data.mixture import Mixture
 from training.data.pairs import Pair
+from training.data.subject import read_pictures
 from training.data.view_pairs import ViewPairs, pair_of_views
 from training.loop import LoopSettings, NumberedDataset, ShardedSampler, Task, load_batches
 from training.network.imprint import Imprint
@@ -201,12 +202,25 @@ def inspect_imprint(recipe: ImprintRecipe, folder: Path, options: argparse.Names
         )
 
 
+def inspect_subject(recipe: DreamBoothRecipe, folder: Path, options: argparse.Namespace) -> None:
+    """Draws the pictures of a subject as the loop sees them, above those of its class that are drawn."""
+    rows = [read_pictures(Path(recipe.subject.pictures), recipe.subject.resolution)]
+    if (folder / "prior").is_dir():
+        rows.append(read_pictures(folder / "prior", recipe.subject.resolution))
+    count = min(options.count, *map(len, rows))
+    write_sheet([np.concatenate([row[index] for row in rows]) for index in range(count)], options.output)
+    print(f"the sheet: {options.output}")
+
+
 def inspect(options: argparse.Namespace) -> None:
     """Writes the sheet and prints what is measured."""
     recipe = read_recipe(options.recipe)
     folder = options.folder or Path("runs") / options.recipe.stem
     if isinstance(recipe, ImprintRecipe):
         inspect_imprint(recipe, folder, options)
+        return
+    if isinstance(recipe, DreamBoothRecipe):
+        inspect_subject(recipe, folder, options)
         return
     pairs = fresh_pairs(recipe, folder)
     numbers = ProgressBar(range(options.count), "drawing pairs", unit="pair", leave=False)

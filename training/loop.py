@@ -284,7 +284,13 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
 
 
-def train(task: Task, settings: LoopSettings, folder: Path, draw: SampleSheet | None = None) -> None:
+def train(
+    task: Task,
+    settings: LoopSettings,
+    folder: Path,
+    draw: SampleSheet | None = None,
+    keep: Callable[[int, Mapping[str, Tensor]], None] | None = None,
+) -> None:
     """Trains `task.module` for `settings.steps` steps in all, going on from `folder`/last.pt if there is one.
 
     Writes there: last.pt (weights, optimizer, average, step), mean.pt (the weights to use), log.csv, and
@@ -296,6 +302,7 @@ def train(task: Task, settings: LoopSettings, folder: Path, draw: SampleSheet | 
         settings: how long and how fast.
         folder: of this stage; is made if it is not there.
         draw: draws a sheet of samples now and then.
+        keep: is given the step and the weights to use whenever they are saved.
 
     Raises:
         LaunchError: the weights are to be sharded over several processes, and there is one.
@@ -329,10 +336,11 @@ def train(task: Task, settings: LoopSettings, folder: Path, draw: SampleSheet | 
         if settings.is_due(settings.save_every, done):
             state.save(done, folder if main else None)
             curves.row(done)
-        if draw and settings.is_due(settings.draw_every, done):
-            weights = state.weights()
-            if main:
-                curves.picture(done, draw(weights))
+            # all processes gather the weights, one takes them
+            if keep and (weights := state.weights()) and main:
+                keep(done, weights)
+        if draw and settings.is_due(settings.draw_every, done) and (weights := state.weights()) and main:
+            curves.picture(done, draw(weights))
     curves.close()
     accelerator.wait_for_everyone()  # the next stage reads what this one wrote
 

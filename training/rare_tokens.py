@@ -47,8 +47,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
         CheckpointError: there is no tokenizer, or it cannot be read.
     """
     if path.is_dir():
-        files = read_tokenizer(path / "tokenizer" if (path / "tokenizer").is_dir() else path)
-        return Tokenizer(files.merges, files.pad, files.any_case)
+        return read_tokenizer(path / "tokenizer" if (path / "tokenizer").is_dir() else path).open()
     if path.suffix != ".txt":
         raise CheckpointError(
             f"'{path}' has no tokenizer: give a checkpoint's folder in diffusers' layout, or merges.txt"

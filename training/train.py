@@ -11,10 +11,14 @@ Stages of IMPRINT: `objects` draws the objects; `autoencoder`, `identity`, `deco
 AnyDoor's; `views` (stage 1) trains the image encoder on pairs of views, `encode` passes the samples of the
 next stage through what does not learn there, and `compositing` (stage 2) trains adapter and UNet.
 
+Stages of DreamBooth: `prior` draws the pictures of the class with the start, `subject` trains, and
+`checkpoint` writes what was learned, as it does whenever weights are saved.
+
 examples:
     python -m training.train training/recipes/anydoor-small.toml
     python -m training.train training/recipes/anydoor-small.toml --stage diffusion --folder runs/next
     python -m training.train RECIPE --start model.safetensors --folder runs/more
+    python -m training.train training/recipes/dreambooth.toml
     torchrun --nproc-per-node 2 -m training.train training/recipes/imprint.toml
 """
 
@@ -31,25 +35,29 @@ import torch
 
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
-from training.config import ImprintRecipe, Recipe, read_recipe
+from training.config import AnyRecipe, DreamBoothRecipe, read_recipe
 from training.loop import LoopSettings, part_processes
 from training.network.checkpoint import read_start
-from training.stages import anydoor, imprint
+from training.rare_tokens import warnings_for
+from training.stages import anydoor, dreambooth, imprint
 
 STAGES: Mapping[str, Mapping[str, Callable[[Any, Path], None]]] = {
     "anydoor": anydoor.STAGES,
     "imprint": imprint.STAGES,
+    "dreambooth": dreambooth.STAGES,
 }
 """System -> its stages, in their order."""
 
 
-def describe(recipe: Recipe | ImprintRecipe, stages: Sequence[str], folder: Path) -> str:
+def describe(recipe: AnyRecipe, stages: Sequence[str], folder: Path) -> str:
     """Says what a run will do, a line per stage that trains."""
     lines = [f"{recipe.system}, in {folder}: {', '.join(stages)}"]
     for stage in stages:
         settings = getattr(recipe, stage, None)
         if isinstance(settings, LoopSettings):
             lines.append(f"{stage}: {_describe_loop(settings)}")
+    if isinstance(recipe, DreamBoothRecipe):
+        return "\n".join([*lines, recipe.subject.describe()])
     sets = ", ".join(f"{source.name} ({source.root})" for source in recipe.sources)
     data = recipe.data
     encoded = f"{data.pairs} pairs encoded once" if data.pairs else "pairs made anew for every step"
@@ -65,6 +73,13 @@ def _describe_loop(settings: LoopSettings) -> str:
     exchange = f", exchanged after step {settings.swap * settings.steps:.0f}" if settings.swap < 1 else ""
     rate = rates or f"{settings.learning_rate:g}"
     return f"{settings.steps} steps of {samples} per process, learning rate {rate}{exchange}"
+
+
+def _check_subject(recipe: DreamBoothRecipe) -> None:
+    """Refuses a start without a tokenizer, and says what speaks against the identifier."""
+    _, tokenizer = dreambooth.open_start(recipe)
+    for sentence in warnings_for(tokenizer, recipe.subject.identifier):
+        print(f"train: warning: {sentence}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = read_recipe(options.recipe)
         if options.start:
             recipe = replace(recipe, start=str(options.start))
-        if recipe.start:  # refused now, not after hours of drawing
+        if isinstance(recipe, DreamBoothRecipe):  # refused now, not after hours of drawing
+            _check_subject(recipe)
+        elif recipe.start:
             read_start(recipe.start, recipe.architecture)
         stages = STAGES[recipe.system]
         for stage in options.stage or ():

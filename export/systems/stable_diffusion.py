@@ -51,7 +51,7 @@ from export.systems.diffusion import (
 )
 from export.systems.system import GraphExport, Size, checkpoint_record
 from runtime.diffusion.noise_schedule import alphas_cumprod
-from runtime.systems.tokenizer import TOKENS, Tokenizer
+from runtime.systems.tokenizer import TOKENS
 from training.network.architecture import LATENT_SCALE
 from training.network.checkpoint_file import CheckpointError
 from training.network.lora import merge_lora
@@ -150,8 +150,7 @@ class StableDiffusionSource:
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
         """The noise schedule, and the tokens (1, 77, D) of the empty prompt."""
-        files = self.tokenizer
-        ids = np.array([Tokenizer(files.merges, files.pad, files.any_case).encode("")], np.int32)
+        ids = np.array([self.tokenizer.open().encode("")], np.int32)
         tokens = engine.to_host(engine.run(TEXT_ENCODER, {"ids": ids})["tokens"])
         return {"unconditional_tokens": tokens, "alphas_cumprod": alphas_cumprod()}
 

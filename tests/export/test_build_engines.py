@@ -130,6 +130,9 @@ def test_a_full_disk_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="what runs in the background has no Ctrl-C"
+)
 def test_ctrl_c_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path) -> None:
     options = ["--output", str(tmp_path / "bundle"), "--resolution", "64"]
     command = [sys.executable, str(ROOT / "export" / "build_engines.py"), str(tiny_checkpoint), *options]

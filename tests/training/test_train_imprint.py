@@ -24,8 +24,6 @@ from training.preview_imprint import ImprintPreview
 from training.small.stored import StoredSamples
 from training.train import describe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES = replace(TINY_IMPRINT, prediction="v")
 TRAINED = ("autoencoder", "identity", "views", "compositing", "decoder")
 

@@ -293,10 +293,15 @@ def write_checkpoint(
     metadata = {"format": "pt"} | settings_to_metadata(architecture)
     if defaults:
         metadata[DEFAULTS_KEY] = json.dumps(dict(defaults))
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a .safetensors file as a whole or not at all."""
     umask = os.umask(0)
     os.umask(umask)
     with replacing(path) as partial:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, dict(metadata))
         partial.chmod(0o666 & ~umask)  # as any file: safetensors would let its owner alone read it
 
 

@@ -6,15 +6,13 @@ A has normal random numbers and B is zero, so training starts at the network as 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engines.files import replacing
+from training.network.checkpoint import write_tensors
 
 ATTENTION = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -89,10 +87,6 @@ def write_low_rank(path: str | Path, parts: Mapping[str, nn.Module]) -> None:
     tensors = {}
     for part, module in parts.items():
         for name, layer in low_rank_layers(module):
-            tensors[f"{_STORED_AS[part]}{name}.lora_A.weight"] = layer.down.detach().cpu().contiguous()
-            tensors[f"{_STORED_AS[part]}{name}.lora_B.weight"] = layer.up.detach().cpu().contiguous()
-    umask = os.umask(0)
-    os.umask(umask)
-    with replacing(path) as partial:
-        save_file(tensors, partial, {"format": "pt"})
-        partial.chmod(0o666 & ~umask)  # as any file: safetensors would let its owner alone read it
+            tensors[f"{_STORED_AS[part]}{name}.lora_A.weight"] = layer.down.detach().cpu()
+            tensors[f"{_STORED_AS[part]}{name}.lora_B.weight"] = layer.up.detach().cpu()
+    write_tensors(path, tensors, {"format": "pt"})

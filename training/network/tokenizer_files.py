@@ -41,6 +41,10 @@ class TokenizerFiles:
     any_case: tuple[str, ...]
     """Special tokens that are recognised in capitals, too."""
 
+    def open(self) -> Tokenizer:
+        """Gives the tokenizer that encodes prompts with them."""
+        return Tokenizer(self.merges, self.pad, self.any_case)
+
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:
     """Reads the tokenizer.

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from engines.files import replacing
 from runtime.diffusion.ddim import ddim_schedule
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
+from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from runtime.systems.tokenizer import Tokenizer
 from training import seeds
 from training.data.pairs import Picture
-from training.data.subject import SubjectSamples, read_pictures
+from training.data.subject import LEAST_PICTURES, SubjectSamples, read_pictures
 from training.loop import Batch, LoopSettings, NumberedDataset
 from training.network.architecture import LATENT_SCALE
 from training.network.low_rank import ATTENTION, add_low_rank
@@ -36,10 +37,15 @@ STEPS, GUIDANCE_SCALE = 50, 7.5
 """How pictures of the class, and previews, are drawn: by DDIM."""
 
 
-@dataclass(frozen=True)
-class SubjectSettings:
+@dataclass(frozen=True, kw_only=True)
+class SubjectSettings(LoopSettings):
     """A subject, and how it is learned. The defaults are the usual ones for Stable Diffusion."""
 
+    steps: int = 1000
+    batch: int = 1
+    learning_rate: float = 2e-6
+    save_every: int = 200
+    draw_every: int = 200
     pictures: str
     """Folder of its pictures."""
     class_noun: str = field(metadata={"key": "class"})
@@ -56,11 +62,21 @@ class SubjectSettings:
     """Of low-rank updates of the attentions' projections, which learn alone; 0: all layers learn."""
     resolution: int = 512
     """Side of the pictures, in pixels."""
+    previews: int = 4
+    """Pictures of each prompt in a sheet of samples; 0 draws no sheets."""
     checkpointing: bool = True
     """Compute activations twice instead of keeping them: less memory, a third more time."""
-    loop: LoopSettings = field(
-        default_factory=lambda: LoopSettings(1000, 1, learning_rate=2e-6, save_every=200, draw_every=200)
-    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("class_noun", "identifier"):
+            if not getattr(self, name).strip():
+                key = name.removesuffix("_noun")
+                raise InputError(f"[subject] {key} is empty: the subject is called 'a IDENTIFIER CLASS'")
+        if self.rank < 0 or self.prior_weight < 0 or self.class_images < LEAST_PICTURES:
+            raise InputError(
+                f"[subject] rank and prior_weight are at least 0, and class_images at least {LEAST_PICTURES}"
+            )
 
     @property
     def prompt(self) -> str:
@@ -76,6 +92,13 @@ class SubjectSettings:
     def has_prior(self) -> bool:
         """Whether pictures of the class are learned from."""
         return self.prior_weight > 0
+
+    def describe(self) -> str:
+        """Says what is learned from what."""
+        what = f"updates of rank {self.rank} in" if self.rank else "all layers of"
+        parts = "UNet and text encoder" if self.text_encoder else "the UNet"
+        prior = f"{self.class_images} pictures of '{self.class_prompt}'" if self.has_prior else "no prior"
+        return f"'{self.prompt}' from the pictures in {self.pictures}, beside {prior}; {what} {parts} learn"
 
 
 class Learner(nn.Module):
@@ -274,12 +297,11 @@ class SubjectPreview:
         network: StableDiffusion,
         tokenizer: Tokenizer,
         settings: SubjectSettings,
-        count: int = 4,
         steps: int = 20,
     ) -> None:
         """Takes a network whose UNet and text encoder are as `choose_learning` leaves them."""
         self._network, self._tokenizer, self._settings = network, tokenizer, settings
-        self._count, self._steps = count, steps
+        self._steps = steps
         self.prompts = (
             settings.prompt,
             f"{settings.prompt} in the snow",
@@ -299,7 +321,7 @@ class SubjectPreview:
                             self._network,
                             self._tokenizer,
                             prompt,
-                            range(self._count),
+                            range(self._settings.previews),
                             self._settings.resolution,
                             self._steps,
                         )

@@ -10,8 +10,7 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from runtime import client
-from runtime.client import Client, ServerError, Tls
+from runtime.client import Client, ServerError, Tls, connection
 from runtime.errors import InputError
 from runtime.request import Placement, Sampling
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
@@ -41,7 +40,7 @@ class Certificates:
 @pytest.fixture(autouse=True)
 def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that lets nobody in is asked only once: to ask five times takes seconds."""
-    monkeypatch.setattr(client, "_OPTIONS", [*client._OPTIONS, ("grpc.enable_retries", 0)])
+    monkeypatch.setattr(connection, "_OPTIONS", [*connection._OPTIONS, ("grpc.enable_retries", 0)])
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,6 @@ from training.systems.imprint import (
     masked_error,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIDE = 32
 
 
