@@ -99,7 +99,7 @@ def json_logs(level: str) -> Iterator[LogWriter]:
     """Sends everything from `level` up to standard error, and as JSON what else is written there: by gRPC, by
     the interpreter, by the processes of this one.
 
-    When the block ends, standard error is as it was, and what was written is there.
+    When the block ends, standard error and the root logger are as they were, and what was written is there.
     """
     before = os.dup(_STANDARD_ERROR)
     writer = LogWriter(before)
@@ -109,13 +109,17 @@ def json_logs(level: str) -> Iterator[LogWriter]:
     relay = threading.Thread(target=_relay, args=(reading,), name="stderr", daemon=True)
     relay.start()
     logging.captureWarnings(True)  # Pillow's, of damaged pictures
-    logging.basicConfig(level=level.upper(), handlers=[writer], force=True)
+    root = logging.getLogger()
+    handlers, level_before = root.handlers, root.level
+    root.handlers = [writer]
+    root.setLevel(level.upper())
     try:
         yield writer
     finally:
+        root.handlers = handlers
+        root.setLevel(level_before)
         os.dup2(before, _STANDARD_ERROR)
         relay.join(_LAST_SECONDS)  # other processes may still write there
-        logging.getLogger().removeHandler(writer)
         writer.close()
 
 
