@@ -22,7 +22,7 @@ demo: $(VENV)/.lean
 		--backend onnxruntime --steps 12 --seed 7 --output $(DEMO_PICTURE)
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 # needs nothing of this project installed: PYTHON is one that has onnxruntime-gpu
 gpu:

@@ -30,8 +30,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets the first of two processes begin with the benchmarks, which build the smallest bundle, and the
-    second with training, which needs none and so does not wait for it."""
+    """Lets the first process begin with the benchmarks, which build the smallest bundle, and the next with
+    training, which needs none and so does not wait for it."""
     order = {"benchmarks": 0, "training": 1}
     items.sort(key=lambda item: order.get(item.path.relative_to(ROOT / "tests").parts[0], 2))
 

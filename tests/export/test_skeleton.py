@@ -133,6 +133,7 @@ def assert_no_pattern_is_left(counts: dict[str, Counter[str]]) -> None:
     assert {kind: counts[DECODE][kind] for kind in plain if counts[DECODE][kind]} == {"Softmax": 1}
 
 
+@pytest.mark.nightly
 def test_operators_of_the_cuda_provider(tmp_path: Path) -> None:
     """At the widths of the published network every pattern has a kernel."""
     assert_no_pattern_is_left(cuda_operators(WIDE, "fp16", tmp_path / "wide"))

@@ -256,6 +256,7 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
             try:
                 return submit(*arguments)
             except Exception:
+                server.engine.release()
                 refused.set()
                 raise
 
@@ -266,7 +267,6 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
         thread = threading.Thread(target=lambda: results.append(client.run(request)))
         thread.start()
         assert refused.wait(PATIENCE)
-        server.engine.release()
         thread.join(PATIENCE)
         assert first.result().images
         assert len(results[0]) == 1
