@@ -74,16 +74,16 @@ def test_files_are_read_whatever_was_found_before(signed: Path, keys: Path) -> N
         Bundle.open(signed, keys / "public.pem").verify(DENOISE)
 
 
-def test_a_bundle_without_a_signature_is_refused(tiny_bundle: Path, keys: Path, capsys: Capture) -> None:
+def test_a_bundle_without_a_signature_is_refused(tiny_bundle: Path, keys: Path, capfd: Capture) -> None:
     with pytest.raises(
         BundleError, match="is not signed, and a signature is required: sign it with 'anydoor"
     ):
         Bundle.open(tiny_bundle, keys / "public.pem")
     command = ["serve", "--bundle", str(tiny_bundle), "--require-signature"]
     assert main([*command, "--trusted-key", str(keys / "public.pem")]) == 2
-    assert "is not signed" in capsys.readouterr().err
+    assert "is not signed" in capfd.readouterr().err
     assert main(command) == 2
-    assert "require_signature and trusted_key are only of use together" in capsys.readouterr().err
+    assert "require_signature and trusted_key are only of use together" in capfd.readouterr().err
 
 
 def test_the_key_of_somebody_else_is_refused(signed: Path, keys: Path) -> None:
