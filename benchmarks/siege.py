@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,10 +188,10 @@ def attack(address: str) -> None:
 # --- the honest -------------------------------------------------------------------------------------------
 
 
-def observe(server: ServerProcess, seconds: float) -> Phase:
-    """Let the honest clients work for a while."""
+def observe(server: ServerProcess, seconds: float, seeds: Iterator[int]) -> Phase:
+    """Let the honest clients work for a while. No two requests share a seed: what is kept helps none."""
     phase, until = Phase(), time.monotonic() + seconds
-    threads = [threading.Thread(target=_ask, args=(server, name, until, phase)) for name in _HONEST]
+    threads = [threading.Thread(target=_ask, args=(server, name, until, phase, seeds)) for name in _HONEST]
     threads.append(threading.Thread(target=_probe, args=(server, until, phase)))
     for thread in threads:
         thread.start()
@@ -204,16 +205,14 @@ def observe(server: ServerProcess, seconds: float) -> Phase:
     return phase
 
 
-def _ask(server: ServerProcess, name: str, until: float, phase: Phase) -> None:
-    seed = 1000 * (1 + _HONEST.index(name))
+def _ask(server: ServerProcess, name: str, until: float, phase: Phase, seeds: Iterator[int]) -> None:
     with grpc.insecure_channel(server.address, _OPTIONS) as channel:
         stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
         while time.monotonic() < until:
-            seed += 1
             began = time.monotonic()
             try:
                 metadata = (("authorization", f"Bearer {name}"),)
-                stub.Composite(request(seed, _STEPS), timeout=_PATIENCE, metadata=metadata)
+                stub.Composite(request(next(seeds), _STEPS), timeout=_PATIENCE, metadata=metadata)
             except grpc.RpcError as error:
                 phase.outcomes[error.code().name] += 1  # type: ignore[attr-defined]
             else:
@@ -298,7 +297,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 if an honest request was lost or a bound was missed, or 2."""
     options = parser().parse_args(arguments)
-    seconds = options.minutes * 60
+    seconds, seeds = options.minutes * 60, itertools.count(1000)
     try:
         if options.output:
             require_writable(options.output)
@@ -307,16 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokens.touch(0o600)
             tokens.write_text("\n".join((*_HONEST, _THEIRS)))
             with ServerProcess(options.bundle, f"--tokens={tokens}", log=options.log) as server:
-                before = observe(server, seconds / 10)
+                before = observe(server, seconds / 10, seeds)
                 attackers = multiprocessing.get_context("spawn").Process(
                     target=attack, args=(server.address,)
                 )
                 attackers.start()
                 try:
-                    siege = observe(server, seconds * 4 / 5)
+                    siege = observe(server, seconds * 4 / 5, seeds)
                 finally:
                     attackers.kill()
-                after = observe(server, seconds / 10)
+                after = observe(server, seconds / 10, seeds)
                 alive = server.process.poll() is None
     except AnyDoorError as error:
         print(f"siege.py: {error}", file=sys.stderr)
