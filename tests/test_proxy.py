@@ -48,6 +48,19 @@ def proxy(tiny_bundle: Path, tmp_path: Path) -> Iterator[tuple[str, Tls]]:
             process.wait(PATIENCE)
 
 
+def test_the_proxy_understands_its_configuration(tmp_path: Path) -> None:
+    trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    environment = {
+        **os.environ,
+        "ANYDOOR_BIND": "127.0.0.1:443",
+        "ANYDOOR_CERTIFICATE": str(tmp_path / "server.pem"),
+        "ANYDOOR_SERVER": "127.0.0.1:50051",
+    }
+    command = ["haproxy", "-c", "-dW", "-f", str(CONFIGURATION)]  # a warning is an error
+    checked = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
 def reaches(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:

@@ -30,6 +30,9 @@ from runtime.imaging.pictures import load_picture
 COMMAND_BYTES = 64
 """Of "start MEMORY", which comes with a socket, and of "end PROCESS"; filled up with spaces."""
 
+_NICE = 10
+"""Pictures that are dear to decode do not take the processor from the networks; others take milliseconds."""
+
 _LENGTH = struct.Struct("!Q")
 
 
@@ -99,6 +102,7 @@ def _decode_all(connection: socket.socket, memory: int) -> None:
         connection: to the server.
         memory: bytes that may be allocated.
     """
+    os.nice(_NICE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as file:

@@ -147,8 +147,9 @@ class EngineThread:
         if self._is_static and self._tickets:
             return
         while len(self._tickets) < self._max_batch:
+            is_last = len(self._tickets) == self._max_batch - 1 and not self._is_static
             with self._queue.changed:
-                taken = self._queue.requests.next()
+                taken = self._queue.requests.next(is_last, time.monotonic())
                 if taken is None:
                     return
                 ticket, image = taken

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -38,7 +38,7 @@ from runtime.server.metrics import Metrics
 from runtime.server.settings import Settings
 
 CHANNEL_OPTIONS = (
-    ("grpc.max_concurrent_streams", 128),
+    ("grpc.max_concurrent_streams", 32),
     # a connection that says nothing is closed; gRPC's own limit is two minutes
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.http2.settings_timeout", 10_000),
@@ -62,15 +62,41 @@ _MOST_MESSAGES = 4
 _PROBE_SECONDS = 5.0
 _LARGEST_PROBE = 4096
 _REFLECTION_SECONDS = 60.0
-_FRUITLESS_BURST = 1000
-_FRUITLESS_PER_SECOND = 20.0
-"""Calls of a connection that end without a message. Above that it is flooding."""
-_REMEMBERED_CONNECTIONS = 4096
+_FRUITLESS = 200, 20.0
+"""Calls of a connection that end without a message: at once, and per second. Above that it is flooding."""
+_REFUSALS = 100, 5.0
+"""Of a client, likewise. Those above that come late: who tries one thing after the other waits."""
+_LATE_SECONDS = 0.5
+_FAULTS_OF_CALLERS = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.NOT_FOUND,
+}
+_REMEMBERED = 4096
+"""Connections, and clients."""
 
 Handler = Any
 """A `grpc.RpcMethodHandler` whose method takes a message's bytes and a `Call`."""
 
+_Known = TypeVar("_Known")
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Lately:
+    """How often something was done lately."""
+
+    times: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, burst: float, per_second: float) -> bool:
+        """Counts once more; returns whether that is too often."""
+        now = time.monotonic()
+        rest = max(self.times - (now - self.since) * per_second, 0.0)
+        self.times, self.since = min(rest, burst) + 1, now
+        return self.times > burst
 
 
 @dataclass
@@ -78,8 +104,8 @@ class _Connection:
     """What is remembered of a client's connection."""
 
     messages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MOST_MESSAGES))
-    fruitless: float = 0.0
-    since: float = field(default_factory=time.monotonic)
+    fruitless: _Lately = field(default_factory=_Lately)
+    is_ended: bool = False
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -92,6 +118,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._metrics = metrics
         self._of_client: Counter[str] = Counter()
         self._connections: OrderedDict[str, _Connection] = OrderedDict()
+        self._refusals: OrderedDict[str, _Lately] = OrderedDict()
         self._probes: dict[asyncio.Future[Any], None] = {}
         self.at_work = 0
         """Calls whose message is there, and that are not answered."""
@@ -215,20 +242,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _connection(self, call: Call) -> _Connection:
         # behind a proxy, and at a unix socket, several clients come by what looks like one connection
-        connections, key = self._connections, f"{call.connection} {call.client}"
-        found = connections.setdefault(key, _Connection())
-        connections.move_to_end(key)
-        if len(connections) > _REMEMBERED_CONNECTIONS:
-            connections.popitem(last=False)
-        return found
+        return _remembered(self._connections, f"{call.connection} {call.client}", _Connection)
 
     def _count_fruitless(self, call: Call) -> None:
         """Ends a connection that floods: calls that are refused, or reset at once, cost the others most."""
-        connection, now = self._connection(call), time.monotonic()
-        calm = (now - connection.since) * _FRUITLESS_PER_SECOND
-        connection.fruitless, connection.since = max(connection.fruitless - calm, 0.0) + 1, now
-        if connection.fruitless > _FRUITLESS_BURST:
-            connection.fruitless = 0.0
+        connection = self._connection(call)
+        if connection.fruitless.add(*_FRUITLESS) and not connection.is_ended:
+            connection.is_ended = True
             was_found = cut_off(call.connection)
             logger.warning("connection ended", extra={FIELDS: {"client": call.client, "found": was_found}})
 
@@ -253,6 +273,10 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         except Exception as error:
             code, text, more = status_of(error)
             self._note_end(call, code, error)
+            if code in _FAULTS_OF_CALLERS:
+                refusals = _remembered(self._refusals, call.client, _Lately)
+                if refusals.add(*_REFUSALS):
+                    await asyncio.sleep(_LATE_SECONDS)
             try:
                 await context.abort(code, text, (*trailing, *more))
             except grpc.aio.InternalError:
@@ -290,3 +314,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             exc_info=failure if ours else None,
             extra={FIELDS: fields},
         )
+
+
+def _remembered(known: OrderedDict[str, _Known], key: str, make: Callable[[], _Known]) -> _Known:
+    """What is known by a key; what was not asked for longest is forgotten."""
+    if key not in known:
+        known[key] = make()
+        if len(known) > _REMEMBERED:
+            known.popitem(last=False)
+    known.move_to_end(key)
+    return known[key]

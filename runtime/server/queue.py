@@ -8,7 +8,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from runtime.server.deadlines import FastestCalls
 from runtime.server.events import (
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from runtime.job import ImageJob
 
 _REMEMBERED_CLIENTS = 1024
+_BACK_SECONDS = 2.0
+"""In which a client whose request ended is expected to come back."""
 _SHORTEST_RETRY = 0.1  # seconds
 _LONGEST_RETRY = 60.0
 
@@ -45,6 +47,8 @@ class FairQueue:
         self.tickets: list[Ticket] = []
         """Accepted and not over; first come, first."""
         self._served: OrderedDict[str, int] = OrderedDict()
+        self._left: OrderedDict[str, float] = OrderedDict()
+        """Client -> when its last request ended."""
 
     def add(self, ticket: Ticket, seconds_per_step: float = 0.0) -> None:
         """Accepts a request.
@@ -80,8 +84,9 @@ class FairQueue:
             return None
         return next(ticket for ticket in reversed(waiting) if ticket.client == most)
 
-    def remove(self, ticket: Ticket) -> None:
-        """Ends an accepted request, whether it is finished or not."""
+    def remove(self, ticket: Ticket, now: float = 0.0) -> None:
+        """Ends an accepted request, whether it is finished or not; `now` is in seconds of any clock."""
+        _note(self._left, ticket.client, now)
         ticket.open = False
         ticket.waiting.clear()
         ticket.tasks.clear()
@@ -89,19 +94,28 @@ class FairQueue:
             ticket.decoder.kill()
         self.tickets.remove(ticket)
 
-    def next(self) -> tuple[Ticket, ImageJob] | None:
-        """Takes the picture that joins the batch next; None if no picture is ready."""
+    def next(self, is_last: bool = False, now: float = 0.0) -> tuple[Ticket, ImageJob] | None:
+        """Takes the picture that joins the batch next; None if no picture is ready, or may join.
+
+        Args:
+            is_last: the batch has one free slot. Who is in the batch leaves it to a client who is not, but is
+                expected within two seconds: that one would have to wait until a picture is drawn.
+            now: by the clock of `remove`.
+        """
         ready = [ticket for ticket in self.tickets if ticket.waiting]
         ticket = next(fair_order(ready, self.tickets, self._served), None)
-        if ticket is None:
+        if ticket is None or (is_last and self._leaves_the_last(ticket.client, now)):
             return None
         ticket.starts += 1
         ticket.running += 1
-        self._served[ticket.client] = next(reversed(self._served.values()), 0) + 1
-        self._served.move_to_end(ticket.client)
-        if len(self._served) > _REMEMBERED_CLIENTS:
-            self._served.popitem(last=False)
+        _note(self._served, ticket.client, next(reversed(self._served.values()), 0) + 1)
         return ticket, ticket.waiting.popleft()
+
+    def _leaves_the_last(self, client: str, now: float) -> bool:
+        inside = {ticket.client for ticket in self.tickets if ticket.running}
+        expected = {ticket.client for ticket in self.tickets}
+        expected |= {name for name, left in self._left.items() if now - left < _BACK_SECONDS}
+        return client in inside and not expected <= inside
 
     def positions(self) -> list[tuple[Ticket, int]]:
         """Counts the requests that start before each one that has not started.
@@ -117,6 +131,17 @@ class FairQueue:
                 ticket.position = position
                 moved.append((ticket, position))
         return moved
+
+
+_Fact = TypeVar("_Fact", int, float)
+
+
+def _note(facts: OrderedDict[str, _Fact], client: str, fact: _Fact) -> None:
+    """Keeps a fact of a client; those of whom nothing was heard longest are forgotten."""
+    facts[client] = fact
+    facts.move_to_end(client)
+    if len(facts) > _REMEMBERED_CLIENTS:
+        facts.popitem(last=False)
 
 
 def fair_order(
@@ -203,7 +228,7 @@ class SharedQueue:
         """Ends a request, unless it is over; an event is the last that it is told."""
         with self.changed:
             if ticket.open:
-                self.requests.remove(ticket)
+                self.requests.remove(ticket, time.monotonic())
                 if event:
                     ticket.notify(event)
                 self.announce()

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from contextlib import suppress
 
@@ -33,6 +34,7 @@ from runtime.server.settings import Settings
 _OTHER_FILES = 128
 """Descriptors that are not connections: of the bundle, libraries, decoders, metrics and listening sockets."""
 _LAST_ANSWERS_SECONDS = 1.0
+_SWITCH_SECONDS = 0.0005
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +225,8 @@ def serve(settings: Settings) -> int:
 
 def _serve_logged(settings: Settings, log: LogWriter) -> int:
     tracing.configure()
+    # the engine's thread needs the interpreter between two calls: a flood must not keep it waiting
+    sys.setswitchinterval(_SWITCH_SECONDS)
     cache_bytes = None if settings.cache_bytes < 0 else settings.cache_bytes
     compositor = Compositor.load(
         settings.bundle,

@@ -27,7 +27,7 @@ from runtime.imaging.pictures import load_picture
 from runtime.request import Placement, Request, Sampling
 from runtime.result import Composite
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
-from runtime.server.events import Preview, Queued, StepDone
+from runtime.server.events import Preview, Queued, QueueFullError, StepDone
 from tests.support.serving import (
     BOX,
     OBJECT,
@@ -39,6 +39,7 @@ from tests.support.serving import (
     object_array,
     png,
     scene_array,
+    wait_until,
 )
 
 PLACEMENT = Placement(OBJECT, box=BOX)
@@ -249,27 +250,24 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
         stub: Any = CompositorServiceStub(channel)
         first = stub.Composite.future(message(steps=2), timeout=PATIENCE)
         server.engine.wait_for_steps(1)
-        refused = threading.Event()
-        submit = server.server.batcher.submit
+        submit, refusals = server.server.batcher.submit, []
 
         def watched(*arguments):  # type: ignore[no-untyped-def]
             try:
                 return submit(*arguments)
-            except Exception:
+            except QueueFullError as error:
+                refusals.append(error)
                 server.engine.release()
-                refused.set()
+                # the place is free before the client hears that it is not
+                wait_until(lambda: not server.server.batcher.tickets)
                 raise
 
         server.server.batcher.submit = watched  # type: ignore[method-assign]
-        results: list[list[Composite]] = []
         # what follows the end of a PNG is not looked at
         request = Request(SCENE + b"\0" * padding, [PLACEMENT], 7, Sampling(steps=1))
-        thread = threading.Thread(target=lambda: results.append(client.run(request)))
-        thread.start()
-        assert refused.wait(PATIENCE)
-        thread.join(PATIENCE)
+        assert len(client.run(request)) == 1
+        assert len(refusals) == 1
         assert first.result().images
-        assert len(results[0]) == 1
 
 
 # --- a server in a process of its own ---------------------------------------------------------------------

@@ -84,6 +84,27 @@ def test_a_removed_request_is_over_and_no_longer_counts() -> None:
     assert taken(queue) == ["b0"]
 
 
+def test_the_last_slot_is_kept_for_who_comes_back_within_two_seconds() -> None:
+    greedy, modest = ticket("greedy", ["g0", "g1", "g2"]), ticket("modest", ["m0"])
+    queue = queue_of(greedy, modest)
+    assert taken(queue) == ["g0", "m0", "g1", "g2"]
+    modest.running = 0
+    queue.remove(modest, now=10.0)
+    greedy.waiting.append("g3")  # type: ignore[arg-type]
+    assert queue.next(is_last=True, now=11.0) is None
+    assert queue.next(is_last=True, now=12.0) == (greedy, "g3")
+
+
+def test_the_last_slot_is_kept_for_who_is_still_decoded() -> None:
+    greedy, slow = ticket("greedy", ["g0", "g1"]), ticket("slow")
+    queue = queue_of(greedy, slow)
+    assert queue.next(is_last=True) == (greedy, "g0")  # it is not in the batch yet
+    assert queue.next(is_last=True) is None
+    slow.waiting.append("s0")  # type: ignore[arg-type]
+    assert queue.next(is_last=True) == (slow, "s0")
+    assert queue.next(is_last=True) == (greedy, "g1")  # all are in it
+
+
 # --- positions --------------------------------------------------------------------------------------------
 
 

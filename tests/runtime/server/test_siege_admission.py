@@ -166,12 +166,29 @@ def test_resets_hurt_nobody_else(tiny_bundle: Path, token_file: Path) -> None:
 def test_a_connection_that_is_refused_too_often_is_ended(
     tiny_bundle: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.server.gate._FRUITLESS_BURST", 50)
+    monkeypatch.setattr("runtime.server.gate._FRUITLESS", (20, 0.0))
     with ServerThread(tiny_bundle, tokens=str(token_file)) as server, Attacker(server.address) as attacker:
-        for _ in range(100):
+        for _ in range(30):
             attacker.open(COMPOSITE)
         assert attacker.ended.wait(PATIENCE)
         assert_others_are_served(server)
+
+
+def test_refusals_above_a_rate_come_late(
+    tiny_bundle: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who guesses tokens waits after each; others at the same host do not."""
+    monkeypatch.setattr("runtime.server.gate._REFUSALS", (5, 0.0))
+    monkeypatch.setattr("runtime.server.gate._LATE_SECONDS", 3600.0)
+    with ServerThread(tiny_bundle, tokens=str(token_file)) as server, channel_to(server) as channel:
+        stub: Any = CompositorServiceStub(channel)
+        guess = {"metadata": (("authorization", "Bearer guess"),)}
+        for _ in range(5):
+            assert stub.Composite.future(message(), **guess).code() is grpc.StatusCode.UNAUTHENTICATED
+        late = stub.Composite.future(message(), **guess)
+        assert_others_are_served(server)
+        assert not late.done()
+        late.cancel()
 
 
 def test_silent_connections_are_closed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

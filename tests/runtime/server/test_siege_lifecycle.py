@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.support.attacker import COMPOSITE, Attacker
+from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from tests.support.serving import PATIENCE, message
 
@@ -106,3 +107,18 @@ def test_callers_who_do_not_let_go_do_not_hold_the_end(tiny_bundle: Path) -> Non
             assert next(watch).status == 2
             assert server.end() == 0
         assert not [line for line in server.lines if line["level"] == "error"]
+
+
+def test_a_log_that_nobody_reads_stops_no_call(tiny_bundle: Path) -> None:
+    """A pipe holds 64 KiB, which is less than 200 lines."""
+    with serving(tiny_bundle) as server:
+        address = server.wait_for("listening")["addresses"][0]
+        server.wait_for("serving")
+        with grpc.insecure_channel(address) as channel:
+            stub: Any = CompositorServiceStub(channel)
+            for _ in range(400):
+                assert stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=PATIENCE).max_batch == 4
+            assert stub.Composite(message(steps=1), timeout=PATIENCE).images
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+        assert len([line for line in server.lines if line["event"] == "request ended"]) == 401

@@ -75,6 +75,36 @@ def ended(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [record.fields for record in caplog.records if record.message == "request ended"]  # type: ignore[attr-defined]
 
 
+def test_an_answer_that_cannot_be_made_is_a_failure_of_the_server(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*arguments: object) -> bytes:
+        raise MemoryError
+
+    with (
+        caplog.at_level("INFO"),
+        ServerThread(tiny_bundle) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub: Any = CompositorServiceStub(channel)
+        with monkeypatch.context() as patch:
+            patch.setattr("runtime.server.service.answer", answer)
+            error = refusal(stub.Composite, message(steps=1))
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert trailing(error)["request-id"] == ended(caplog)[0]["request_id"]
+        assert ended(caplog)[0]["code"] == "INTERNAL"
+        assert server.server.ledger.taken == 0
+        assert stub.Composite(message(steps=1), timeout=PATIENCE).images
+
+
+def test_a_token_file_that_others_can_read_is_told(
+    tiny_bundle: Path, token_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token_file.chmod(0o644)
+    with ServerThread(tiny_bundle, tokens=str(token_file)):
+        assert "token file is open to others" in caplog.messages
+
+
 def test_a_log_that_nobody_reads_stops_nothing() -> None:
     reading, writing = os.pipe()
     writer = LogWriter(writing, lines=100)
