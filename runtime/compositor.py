@@ -373,7 +373,11 @@ class Compositor:
         """What the networks see of the scene, (H, W, 3) RGB, and the scene; grey if there is none."""
         if isinstance(request.scene, Blank):
             return load_scene(np.full((*self.bundle.manifest.picture_size, 3), 128, np.uint8))
-        return load_scene(request.scene, limits.pixels)
+        seen, scene = load_scene(request.scene, limits.pixels)
+        height, width = seen.shape[:2]
+        if request.scene_size not in (None, (width, height)):
+            raise InputError(f"the scene is {width} x {height} pixels, and the result has its size")
+        return seen, scene
 
     def _schedule(self, sampling: SamplingParameters) -> Schedule:
         make = SAMPLERS[sampling.sampler]

@@ -101,6 +101,8 @@ class Request:
     """How many pictures to make."""
     initial_noise: NDArray[np.float32] | None = None
     """(N, C, h, w) standard normal latents to start from instead of those of the seeds."""
+    scene_size: tuple[int, int] | None = None
+    """(width, height) that the scene must have, and so the result; any if None."""
 
     @classmethod
     def of(

@@ -1,4 +1,4 @@
-"""`anydoor serve`: serves composites over gRPC."""
+"""`anydoor serve`: serves composites over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from runtime.cli.flags import add_flags, default_bundle, field_names, given
 from runtime.server.settings import Settings, settings_from
 
 NAME = "serve"
-HELP = "Serve composites over gRPC"
+HELP = "Serve composites over gRPC and HTTP"
 EXAMPLES = """
 anydoor serve --bundle build/engines/anydoor
 anydoor serve --listen 0.0.0.0:50051 --tls-certificate server.pem --tls-key server.key --tokens tokens.txt
+anydoor serve --http 127.0.0.1:8000
 anydoor serve --listen unix:/run/anydoor.sock --metrics 127.0.0.1:9090
 anydoor serve --listen 0.0.0.0:50051 --insecure
 anydoor serve --config anydoor.toml --memory-budget 6G

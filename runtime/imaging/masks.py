@@ -20,6 +20,10 @@ _MOST_NAMED = 6
 """Values that a refusal lists; of more it says the range."""
 
 
+class TransparentPlace(bytes):
+    """The file of a picture whose transparent part is what is meant, as in image edits of OpenAI's API."""
+
+
 @dataclass(frozen=True)
 class MaskedPicture:
     """The picture that a mask belongs to."""
@@ -47,7 +51,8 @@ def load_mask(
     The mask of a picture that was turned upright is turned, too, if it lies as that was stored.
 
     Args:
-        source: a picture or an array; bool is taken as it is.
+        source: a picture or an array; bool is taken as it is. Of a `TransparentPlace` no rule applies but its
+            own.
         name: what to call it in an error.
         max_pixels: a larger one is refused before it is decoded.
         of: the picture that it must fit.
@@ -58,6 +63,7 @@ def load_mask(
             values.
     """
     decoded = decode(source, name, max_pixels)
+    marks = _transparent if isinstance(source, TransparentPlace) else _inside
     if of:
         decoded = _turned_like(decoded, of, name)
         width, height = decoded.image.size
@@ -66,7 +72,7 @@ def load_mask(
                 f"{name} is {width} x {height} and {of.name} is {of.shape[1]} x {of.shape[0]} pixels: "
                 "they must have the same size"
             )
-    inside, rule = _inside(decoded)
+    inside, rule = marks(decoded)
     check_area(inside, name, rule, SMALLEST_MASK_AREA if of else 1)
     return inside
 
@@ -119,6 +125,15 @@ def _inside(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
         # painted with too little strength: that everything is the place is not what is meant
         inside = np.zeros_like(inside)
     return inside, f"{rule}; its opacity goes from {alpha.min()} to {alpha.max()}, not to both sides of 128"
+
+
+def _transparent(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
+    image = decoded.image
+    if not has_transparency(image):
+        return np.zeros(
+            (image.height, image.width), np.bool_
+        ), "inside is what is transparent, and nothing is"
+    return ~mask_from_alpha(opacity(image)), "inside is what is transparent"
 
 
 def has_transparency(image: Image.Image) -> bool:

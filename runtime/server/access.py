@@ -10,7 +10,7 @@ import ssl
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -21,7 +21,7 @@ from runtime.server.logs import FIELDS
 from runtime.server.settings import Settings
 
 if TYPE_CHECKING:
-    Context = grpc.aio.ServicerContext[Any, Any]
+    from runtime.server.call import Context
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Access:
         self._settings = settings
         self._tokens: list[bytes] = []
         self._tls: grpc.ServerCertificateConfiguration | None = None
+        self._context: ssl.SSLContext | None = None
         self.reload()
 
     def reload(self) -> None:
@@ -56,6 +57,10 @@ class Access:
         if self._settings.tls_certificate:
             tls = self._read_tls()
         self._tokens, self._tls = tokens, tls
+        if tls is not None:
+            # a context that is in use gives new handshakes the new certificate
+            self._context = self._context or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._load_into(self._context)
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """TLS as the settings ask for it; None without. Each handshake takes what was read last."""
@@ -67,6 +72,10 @@ class Access:
             lambda: self._tls or tls,
             require_client_authentication=bool(self._settings.tls_client_ca),
         )
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """The same for what is not gRPC; `reload` changes it, too."""
+        return self._context
 
     def client_of(self, context: Context) -> str:
         """A name for the caller that it cannot choose freely: its token, its certificate, or its host.
@@ -80,7 +89,7 @@ class Access:
         certificate = context.auth_context()
         for key in ("x509_common_name", "x509_subject_alternative_name"):
             for name in certificate.get(key, ()):
-                return "certificate:" + name.decode("utf-8", "replace")
+                return f"certificate:{name.decode('utf-8', 'replace')}"
         return host_of(context.peer())
 
     def holder_of(self, given: Sequence[str | bytes]) -> str:
@@ -105,15 +114,21 @@ class Access:
         key, chain = _read(settings.tls_key), _read(settings.tls_certificate)
         client_ca = _read(settings.tls_client_ca) if settings.tls_client_ca else None
         try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            # a password is asked for on the terminal otherwise
-            context.load_cert_chain(settings.tls_certificate, settings.tls_key, password=lambda: "")
+            self._load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise InputError(
                 f"'{settings.tls_certificate}' and '{settings.tls_key}' are not a certificate and its key, "
                 "both as PEM"
             ) from error
         return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=client_ca)
+
+    def _load_into(self, context: ssl.SSLContext) -> None:
+        settings = self._settings
+        # a password is asked for on the terminal otherwise
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password=lambda: "")
+        if settings.tls_client_ca:
+            context.load_verify_locations(settings.tls_client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
 
 
 def read_tokens(path: str) -> list[bytes]:

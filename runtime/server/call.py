@@ -6,8 +6,9 @@ import asyncio
 import math
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -15,12 +16,16 @@ from google.protobuf.message import DecodeError, Message
 from runtime.errors import InputError
 from runtime.server.connections import cut_off
 from runtime.server.events import (
+    AlreadyGoneError,
     BusyError,
     CallerGoneError,
     DeadlineError,
     EngineLostError,
+    LoadingError,
+    NotFinishedError,
     ShuttingDownError,
     UnauthenticatedError,
+    UnknownJobError,
     UnknownMethodError,
     UnknownServiceError,
 )
@@ -28,6 +33,34 @@ from runtime.server.memory import Account, Ledger
 
 _BYTES_PER_SECOND = 1 << 20
 """Slower than that, a large message or answer is given up."""
+
+
+class Context(Protocol):
+    """What a call needs of the door that it came in by. `grpc.aio.ServicerContext` has it."""
+
+    def peer(self) -> str:
+        """The other end, like "ipv4:10.0.0.1:4711"."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
+        """Headers: their names in lower case, and values."""
+
+    def auth_context(self) -> Any:
+        """What the client's certificate says."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller's deadline; None if there is none."""
+
+    async def read(self) -> Any:
+        """The message's bytes; `grpc.aio.EOF` where there is none."""
+
+    async def write(self, message: bytes) -> None:
+        """Sends a part of the answer; waits until it is on its way."""
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        """Sets what goes with the answer's end, or with its head."""
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None:
+        """Ends the call with an error."""
 
 
 class TransferError(DeadlineError):
@@ -38,7 +71,7 @@ class TransferError(DeadlineError):
 class Call:
     """What a method gets beside its message."""
 
-    context: grpc.aio.ServicerContext[Any, Any]
+    context: Context
     method: str
     """Its name without the service's."""
     max_message_bytes: int
@@ -60,13 +93,11 @@ class Call:
     @property
     def connection(self) -> str:
         """The other end, with its port."""
-        peer: str = self.context.peer()
-        return peer
+        return self.context.peer()
 
     def time_remaining(self) -> float | None:
         """Seconds until the caller's deadline; None if there is none."""
-        seconds: float | None = self.context.time_remaining()
-        return seconds
+        return self.context.time_remaining()
 
     async def read(self) -> bytes:
         """Waits for the message, for which there must be room.
@@ -126,7 +157,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, s
     if isinstance(error, BusyError):
         milliseconds = str(math.ceil(error.retry_seconds * 1000))
         return codes.RESOURCE_EXHAUSTED, str(error), [("grpc-retry-pushback-ms", milliseconds)]
-    if isinstance(error, ShuttingDownError | EngineLostError):
+    if isinstance(error, LoadingError | ShuttingDownError | EngineLostError):
         return codes.UNAVAILABLE, str(error), []
     if isinstance(error, DeadlineError):
         # of those that cannot be met as well: RESOURCE_EXHAUSTED would have clients try again within it
@@ -137,7 +168,9 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, s
         return codes.UNAUTHENTICATED, str(error), []
     if isinstance(error, UnknownMethodError):
         return codes.UNIMPLEMENTED, str(error), []
-    if isinstance(error, UnknownServiceError):
+    if isinstance(error, NotFinishedError):
+        return codes.FAILED_PRECONDITION, str(error), []
+    if isinstance(error, UnknownServiceError | UnknownJobError | AlreadyGoneError):
         return codes.NOT_FOUND, str(error), []
     # what went wrong inside is for the log; the request id leads there
     return codes.INTERNAL, "the engine failed on this request", []

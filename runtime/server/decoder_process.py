@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError, collecting_warnings
-from runtime.imaging.masks import MaskedPicture, load_mask
+from runtime.imaging.masks import MaskedPicture, TransparentPlace, load_mask
 from runtime.imaging.picture import Metadata, Picture
 from runtime.imaging.pictures import load_picture
 
@@ -135,7 +135,12 @@ def _decode_all(connection: socket.socket, memory: int) -> None:
 
 
 def _read(
-    content: bytes, name: str, max_pixels: int, is_mask: bool, of: Sequence[Any] = ()
+    content: bytes,
+    name: str,
+    max_pixels: int,
+    is_mask: bool,
+    is_transparent: bool = False,
+    of: Sequence[Any] = (),
 ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, Any]]:
     """The arrays of a picture or of a mask, and what JSON can say of it."""
     try:
@@ -144,6 +149,8 @@ def _read(
             if of:
                 of_name, shape, orientation = of
                 masked = MaskedPicture(of_name, tuple(shape), orientation)
+            if is_transparent:
+                content = TransparentPlace(content)
             inside = load_mask(content, name, max_pixels, masked)
             return {"inside": inside.view(np.uint8)}, {}
         return _parts(load_picture(content, name, max_pixels))

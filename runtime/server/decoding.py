@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import InputError, in_field, warn
 from runtime.imaging.decoding import UPRIGHT
+from runtime.imaging.masks import TransparentPlace
 from runtime.imaging.picture import Picture
 from runtime.imaging.target import SCENE_MASK
 from runtime.request import Placement, Request
@@ -76,6 +77,7 @@ class Decoder:
             if not isinstance(source, bytes):
                 return source
             task = {"name": name, "max_pixels": self._max_pixels, "is_mask": is_mask}
+            task["is_transparent"] = isinstance(source, TransparentPlace)
             if isinstance(of, Picture):
                 task["of"] = (f"the {'scene' if of is scene else 'reference'}", of.rgb.shape, of.orientation)
             with in_field(field):

@@ -92,6 +92,13 @@ class ShuttingDownError(AnyDoorError):
         super().__init__("the server is shutting down")
 
 
+class LoadingError(AnyDoorError):
+    """Requests are not accepted yet."""
+
+    def __init__(self) -> None:
+        super().__init__("the model is still loading; try again soon")
+
+
 class EngineLostError(AnyDoorError):
     """The engine no longer works, whatever it is asked."""
 
@@ -141,6 +148,28 @@ class UnknownMethodError(AnyDoorError):
 
     def __init__(self) -> None:
         super().__init__("there is no such method")
+
+
+class UnknownJobError(AnyDoorError):
+    """There is no such job, or it is somebody else's."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no such job; results are kept for an hour")
+
+
+class NotFinishedError(AnyDoorError):
+    """A job has no result yet."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(f"the job is {status}: its result is there when it has succeeded")
+
+
+class AlreadyGoneError(AnyDoorError):
+    """A job has no result, and will not have one."""
+
+    def __init__(self, status: str) -> None:
+        dropped = "; its result made room for newer ones" if status == "succeeded" else " and has no result"
+        super().__init__(f"the job has {status}{dropped}")
 
 
 class UnknownServiceError(AnyDoorError):

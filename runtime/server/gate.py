@@ -22,7 +22,7 @@ import grpc
 from runtime.errors import InputError
 from runtime.server import tracing
 from runtime.server.access import Access
-from runtime.server.call import Call, status_of
+from runtime.server.call import Call, Context, status_of
 from runtime.server.connections import cut_off, host_of
 from runtime.server.events import (
     BusyError,
@@ -79,6 +79,9 @@ _REMEMBERED = 4096
 Handler = Any
 """A `grpc.RpcMethodHandler` whose method takes a message's bytes and a `Call`."""
 
+Serve = Callable[[bytes, Call], Awaitable[None]]
+"""Answers a call, whose message it gets."""
+
 _Known = TypeVar("_Known")
 
 logger = logging.getLogger(__name__)
@@ -113,7 +116,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(self, access: Access, ledger: Ledger, settings: Settings, metrics: Metrics) -> None:
         self._access = access
-        self._ledger = ledger
+        self.ledger = ledger
         self._settings = settings
         self._metrics = metrics
         self._of_client: Counter[str] = Counter()
@@ -167,13 +170,42 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if handler.request_streaming:
                     await asyncio.wait_for(self._reflect(handler, messages, context), _REFLECTION_SECONDS)
                     return
-                content = await self._read(call)
-                self.at_work += 1
-                try:
-                    # nobody else keeps the message
-                    await self._serve(handler, [content].pop(), call)
-                finally:
-                    self.at_work -= 1
+                await self._read_and_serve(partial(self._serve, handler), call)
+
+    async def answer(
+        self,
+        context: Context,
+        name: str,
+        serve: Serve,
+        client: str | None = None,
+        has_message: bool = True,
+    ) -> None:
+        """Answers a call that came in by another door than gRPC's.
+
+        Args:
+            context: the call.
+            name: what logs and metrics call its method.
+            serve: answers it.
+            client: whose call it is, where that is known; such a call has no message to wait for.
+            has_message: whether there may be one.
+        """
+        call = Call(context, name, self._settings.max_message_bytes, self._settings.transfer_seconds)
+        async with self._observe(call, is_probe=False):
+            call.client = client or host_of(call.connection)
+            if client is None:
+                call.client = self._access.client_of(context)
+            call.has_message = client is not None or not has_message
+            with self._place(call):
+                await self._read_and_serve(serve, call)
+
+    async def _read_and_serve(self, serve: Serve, call: Call) -> None:
+        content = b"" if call.has_message else await self._read(call)
+        self.at_work += 1
+        try:
+            # nobody else keeps the message
+            await serve([content].pop(), call)
+        finally:
+            self.at_work -= 1
 
     async def _serve(self, handler: Handler, content: bytes, call: Call) -> None:
         if handler.response_streaming:
@@ -191,7 +223,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if self._of_client[call.client] >= _MOST_CALLS:
             raise BusyError(f"{_MOST_CALLS} calls of yours are open, the most that are")
         self._of_client[call.client] += 1
-        call.account = self._ledger.open(call.client)
+        call.account = self.ledger.open(call.client)
         try:
             yield
         finally:

@@ -51,6 +51,16 @@ class Health:
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are accepted."""
+        return self._status[""] == SERVING
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is no need to start the server again."""
+        return self._status[LIVENESS] == SERVING
+
     async def set(self, ready: bool, alive: bool = True) -> None:
         """Tells everybody."""
         async with self._changed:

@@ -12,6 +12,8 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -30,6 +32,10 @@ from runtime.server.metrics import Metrics
 from runtime.server.metrics_page import MetricsPage
 from runtime.server.service import NAME, CompositorService
 from runtime.server.settings import Settings
+
+if TYPE_CHECKING:
+    from runtime.server.http.door import Door
+    from runtime.server.http.jobs import Jobs
 
 _OTHER_FILES = 128
 """Descriptors that are not connections: of the bundle, libraries, decoders, metrics and listening sockets."""
@@ -61,6 +67,8 @@ class Server:
             access = self.access if settings.metrics_token else None
             self._page = MetricsPage(settings.metrics, self.metrics.registry, access)
         self.metrics_port = self._page.port if self._page else None
+        self._door: Door | None = None
+        self._jobs: Jobs | None = None
         self.engine_lost = asyncio.Event()
         """Set when the engine has failed for good: health is NOT_SERVING then, and nothing is accepted."""
         self._watch: asyncio.Task[None] | None = None
@@ -88,6 +96,9 @@ class Server:
         self.health = Health((NAME,))
         service = CompositorService(self.batcher, settings)
         self._grpc.add_generic_rpc_handlers((service.handler(), self.health.handler()))
+        if settings.http:
+            self._open_http(service)
+        self.http_address = self._door.address if self._door else None
         reflection.enable_server_reflection((NAME, SERVICE, reflection.SERVICE_NAME), self._grpc)
 
     async def start(self) -> None:
@@ -99,7 +110,14 @@ class Server:
         await self._grpc.start()
         if self._page:
             await self._page.start()
-        _log("listening", addresses=self.addresses, metrics_port=self.metrics_port)
+        if self._door:
+            self._door.start()
+        _log(
+            "listening",
+            addresses=self.addresses,
+            metrics_port=self.metrics_port,
+            http=self.http_address,
+        )
         self._warn_of_memory()
         # a server that is stopped meanwhile must not cancel the future, which the engine's thread will set
         await asyncio.shield(asyncio.wrap_future(self.batcher.loaded))
@@ -132,6 +150,10 @@ class Server:
         while self.gate.at_work and time.monotonic() < end + _LAST_ANSWERS_SECONDS:
             await asyncio.sleep(0.01)
         self.gate.stop()
+        if self._jobs:
+            await self._jobs.stop()
+        if self._door:
+            await self._door.stop()
         await self.health.stop()
         await self._grpc.stop(grace=0.1)
         if self._page:
@@ -178,6 +200,38 @@ class Server:
                 ),
             ],
         )
+
+    def _open_http(self, service: CompositorService) -> None:
+        """Binds the address for HTTP.
+
+        Raises:
+            InputError: it is invalid or taken, or the packages are missing.
+        """
+        try:
+            from runtime.server.http.app import new_app
+            from runtime.server.http.composites import Composites
+            from runtime.server.http.door import Door
+            from runtime.server.http.images import Images
+            from runtime.server.http.jobs import Jobs
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"HTTP needs the package {error.name}: pip install 'anydoor-runtime[http]'"
+            ) from error
+        settings, bundle = self._settings, service.compositor.bundle
+        composites = Composites(service, self.health)
+        images = Images(composites, bundle.path.resolve().name, int(bundle.path.stat().st_mtime))
+        folder = Path(settings.job_folder) if settings.job_folder else None
+        self._jobs = Jobs(composites, self.gate, self.ledger.capacity, folder)
+        app = new_app(
+            self.gate,
+            self.health,
+            composites,
+            images,
+            self._jobs,
+            settings.max_message_bytes,
+            settings.cors,
+        )
+        self._door = Door(settings.http, app, self.access.tls_context(), settings.max_connections)
 
     def _bind(self) -> None:
         tls = self.access.credentials()

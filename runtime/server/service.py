@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from runtime.compositor import Compositor
 from runtime.errors import InputError, in_field
 from runtime.parameters import sampling_parameters
 from runtime.request import Request
@@ -46,6 +47,11 @@ class CompositorService:
         self._batcher = batcher
         self._settings = settings
 
+    @property
+    def compositor(self) -> Compositor:
+        """What makes the pictures."""
+        return self._batcher.compositor
+
     def handler(self) -> grpc.GenericRpcHandler:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes; `runtime.server.gate` calls the methods."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
@@ -65,7 +71,7 @@ class CompositorService:
         # messages of up to 32 MiB are copied, and pictures are joined, beside the event loop
         message: Message = await asyncio.to_thread(parse, kind, content)
         del content
-        async with aclosing(self._events(call, message)) as events:
+        async with aclosing(self.events(call, *request_from_message(message))) as events:
             del message
             async for event in events:
                 if isinstance(event, Finished):
@@ -79,8 +85,9 @@ class CompositorService:
         message: Any = await asyncio.to_thread(parse, kind, content)
         del content
         with in_field("request"):
-            async with aclosing(self._events(call, message.request, message.preview_every)) as events:
-                del message
+            request, every = request_from_message(message.request), message.preview_every
+            async with aclosing(self.events(call, *request, every)) as events:
+                del message, request
                 async for event in events:
                     if isinstance(event, Finished):
                         await call.write(await self._finished(stream_answer, event, call))
@@ -129,16 +136,20 @@ class CompositorService:
             qualities=[QUALITIES[quality] for quality in abilities.qualities],
         )
 
-    async def _events(
-        self, call: Call, message: Message, preview_every: int = 0
+    async def events(
+        self, call: Call, request: Request, file_format: str, preview_every: int = 0
     ) -> AsyncGenerator[Event, None]:
         """Submits a request and yields its events up to `Finished`; closing it earlier cancels the request.
+
+        Args:
+            call: that asks for it.
+            request: its pictures as the bytes of files; who calls keeps it no longer.
+            file_format: of the finished pictures.
+            preview_every: steps between previews; 0 for none.
 
         Raises:
             Exception: what the request failed with.
         """
-        request, file_format = request_from_message(message)
-        del message
         if preview_every:
             self._check_previews(preview_every, request)
         events = asyncio.Queue[Event]()

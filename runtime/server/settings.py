@@ -52,6 +52,13 @@ class Settings:
         "address, host:port or unix:/path; may be repeated",
         metavar="ADDRESS",
     )
+    http: str = _setting("", "address for HTTP, host:port; none if not given", metavar="ADDRESS")
+    cors: tuple[str, ...] = _setting(
+        (), "web page that may call over HTTP, like https://example.org; may be repeated", metavar="ORIGIN"
+    )
+    job_folder: str = _setting(
+        "", "folder for results of jobs over HTTP; a part of request_memory if not given", metavar="DIR"
+    )
     insecure: bool = _setting(
         False, "listen beyond this machine without TLS, or without tokens or client certificates"
     )
@@ -149,6 +156,10 @@ class Settings:
             raise InputError("require_signature and trusted_key are only of use together")
         if self.tls_client_ca and not self.tls_certificate:
             raise InputError("tls_client_ca needs tls_certificate and tls_key")
+        if (self.cors or self.job_folder) and not self.http:
+            raise InputError(f"{'cors' if self.cors else 'job_folder'} needs http")
+        if self.job_folder and not os.path.isdir(self.job_folder):
+            raise InputError(f"job_folder: there is no folder '{self.job_folder}'")
         if self.metrics_token and not self.tokens:
             raise InputError("metrics_token needs tokens")
         # a message is parsed, and its fields are copied
@@ -164,13 +175,16 @@ class Settings:
         if self.insecure:
             return
         guarded = self.tls_certificate and (self.tokens or self.tls_client_ca)
-        for address in self.listen:
+        for address in filter(None, (*self.listen, self.http)):
+            # what has no port is refused when it is bound
+            if ":" not in address:
+                continue
             if not guarded and not is_local(address):
                 raise InputError(
-                    f"listen: '{address}' can be reached from other machines. That needs tls_certificate, "
+                    f"{'http' if address == self.http else 'listen'}: '{address}' can be reached from other "
+                    "machines. That needs tls_certificate, "
                     "tls_key and tokens (or tls_client_ca); or say insecure, where strangers cannot come"
                 )
-        # what has no port is refused when it is bound
         if ":" in self.metrics and not self.metrics_token and not is_local(self.metrics):
             raise InputError(
                 f"metrics: '{self.metrics}' can be reached from other machines. That needs metrics_token and "
@@ -226,7 +240,8 @@ def settings_from(given: Mapping[str, Any], config: Path | None, default_bundle:
     engine = {
         option.name: values.pop(option.name) for option in fields(EngineOptions) if option.name in values
     }
-    values["listen"] = tuple(values.get("listen", Settings.listen))
+    for name in ("listen", "cors"):
+        values[name] = tuple(values.get(name, getattr(Settings, name)))
     settings = Settings(engine=EngineOptions(**engine), **values)
     settings.check()
     return settings

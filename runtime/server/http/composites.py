@@ -1,0 +1,149 @@
+"""POST /v1/composite and /v1/draw: all that the wire has, as JSON or as a form; and the model's description.
+
+A picture comes back in JSON; as a file to who accepts image/ only; or as events on the way to who accepts
+text/event-stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any, cast
+
+from runtime.errors import InputError, in_field
+from runtime.server.call import Call
+from runtime.server.events import Event, Finished, LoadingError, Preview, Queued, StepDone
+from runtime.server.health import Health
+from runtime.server.http.body import Fields, read_fields
+from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
+from runtime.server.http.messages import message_of, plain
+from runtime.server.service import CompositorService
+from runtime.server.wire import request_from_message
+
+MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "AVIF": "image/avif"}
+_COPIES = 4
+"""Of a body that is parsed: itself, its text, the files in it, and the message."""
+
+
+class Composites:
+    """Answers the requests for pictures in the runtime's own form."""
+
+    def __init__(self, service: CompositorService, health: Health) -> None:
+        self.service = service
+        self._health = health
+
+    def check_ready(self) -> None:
+        """Refuses requests while the model is loaded.
+
+        Raises:
+            LoadingError: it is.
+        """
+        if not self._health.is_ready:
+            raise LoadingError()
+
+    async def fields(self, content: bytes, call: Call) -> Fields:
+        """The fields of a body, read beside the event loop.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        self.check_ready()
+        call.account.set(_COPIES * len(content))
+        context = cast(HttpContext, call.context)
+        return await asyncio.to_thread(read_fields, content, context.header("content-type"))
+
+    async def composite(self, content: bytes, call: Call) -> None:
+        """POST /v1/composite."""
+        fields = await self.fields(content, call)
+        if "scene" not in fields:
+            with in_field("scene"):
+                raise InputError("give a scene; /v1/draw draws without one")
+        await self._answer(fields, call)
+
+    async def draw(self, content: bytes, call: Call) -> None:
+        """POST /v1/draw."""
+        fields = await self.fields(content, call)
+        if "scene" in fields:
+            with in_field("scene"):
+                raise InputError("a drawing has no scene; /v1/composite draws into one")
+        await self._answer(fields, call)
+
+    async def model(self, content: bytes, call: Call) -> None:
+        """GET /v1/model: as GetModelInfo."""
+        context = cast(HttpContext, call.context)
+        context.head(JSON)
+        await call.write(json.dumps(plain(self.service.model_info())).encode())
+
+    async def _answer(self, fields: Fields, call: Call) -> None:
+        context = cast(HttpContext, call.context)
+        message, every = await asyncio.to_thread(message_of, fields)
+        request, file_format = request_from_message(message)
+        is_stream, is_file = context.wants(EVENTS), context.wants("image/")
+        if is_file and request.num_images != 1:
+            with in_field("num_images"):
+                raise InputError(
+                    "a single picture can be sent as a file: accept application/json for several"
+                )
+        del message
+        fields.clear()
+        async with aclosing(self.service.events(call, request, file_format, every)) as events:
+            del request
+            if is_stream:
+                context.head(EVENTS, cache_control="no-store")
+            async for event in events:
+                if isinstance(event, Finished) and is_file:
+                    await send_file(event, file_format, call)
+                elif isinstance(event, Finished):
+                    answer = await finished_json(event, call)
+                    if not is_stream:
+                        context.head(JSON)
+                        await call.write(answer)
+                    else:
+                        await call.write(b"event: result\ndata: " + answer + b"\n\n")
+                elif is_stream:
+                    await call.write(server_sent_event(*plain_event(event)))
+                if isinstance(event, Preview):
+                    call.account.add(-len(event.image))
+
+
+async def finished_json(finished: Finished, call: Call) -> bytes:
+    """The answer, made beside the event loop; from then on the request takes no more memory than that."""
+    content = await asyncio.to_thread(_json_of, finished, call.request_id)
+    call.account.set(2 * len(content))  # the transport has a copy
+    return content
+
+
+def _json_of(finished: Finished, request_id: str) -> bytes:
+    images = []
+    while finished.images:
+        image = finished.images.pop(0)
+        regions = [list(region) for region in image.regions]
+        images.append(
+            {"image": base64.b64encode(image.image).decode(), "seed": image.seed, "regions": regions}
+        )
+    rest = {"request_id": request_id, "seconds": finished.seconds, "warnings": finished.warnings}
+    return json.dumps({"images": images, **rest}).encode()
+
+
+async def send_file(finished: Finished, file_format: str, call: Call) -> None:
+    """Answers with the picture alone; its seed and what is to be known are in headers."""
+    context, image = cast(HttpContext, call.context), finished.images[0]
+    warnings = {"x_warnings": json.dumps(finished.warnings)} if finished.warnings else {}
+    context.head(MEDIA_TYPES[file_format], HTTPStatus.OK, x_seed=str(image.seed), **warnings)
+    await call.write(image.image)
+
+
+def plain_event(event: Event) -> tuple[str, dict[str, Any]]:
+    """Name and fields of an event on the way."""
+    if isinstance(event, Queued):
+        return "queued", {"position": event.position}
+    if isinstance(event, StepDone):
+        return "step_done", {"done": event.done, "total": event.total}
+    assert isinstance(event, Preview)
+    return "preview", {
+        "image_index": event.image_index,
+        "image": base64.b64encode(event.image).decode(),
+    }

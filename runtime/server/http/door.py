@@ -1,0 +1,114 @@
+"""Where HTTP comes in: uvicorn in the server's own event loop, with a time limit for heads of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from runtime.errors import InputError
+
+_HEAD_SECONDS = 10.0
+_KEEP_ALIVE_SECONDS = 60
+_LARGEST_HEAD = 32 << 10
+_LAST_ANSWERS_SECONDS = 1
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection that does not finish the head of a request."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(_HEAD_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        waits = self.cycle is None or self.cycle.response_complete
+        before = self.cycle
+        super().data_received(data)
+        has_head = self.cycle is not before or not waits
+        if has_head and self._timer:
+            self._timer.cancel()
+            self._timer = None
+        elif not has_head and self._timer is None and not self.transport.is_closing():
+            self._timer = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are `runtime.server.serve`'s."""
+        yield
+
+
+class Door:
+    """A listening socket, and what answers there."""
+
+    def __init__(self, address: str, app: ASGIApp, tls: ssl.SSLContext | None, connections: int) -> None:
+        """Binds the address.
+
+        Args:
+            address: host:port.
+            app: answers.
+            tls: None for plain HTTP.
+            connections: at a time; who comes then gets 503.
+
+        Raises:
+            InputError: the address is invalid or taken.
+        """
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise InputError(f"http must be host:port, not '{address}'")
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._socket = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=1024)
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "there is no such port"
+            raise InputError(f"cannot serve HTTP at '{address}': {reason}") from error
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        """With the port that was chosen for port 0."""
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            loop="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=connections,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+            h11_max_incomplete_event_size=_LARGEST_HEAD,
+        )
+        config.load()
+        config.ssl = tls
+        self._server = _Server(config)
+        self._serving: asyncio.Task[Any] | None = None
+
+    def start(self) -> None:
+        """Answers from now on."""
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def stop(self) -> None:
+        """Closes all connections; answers that are on their way get a second."""
+        self._server.should_exit = True
+        if self._serving is None:
+            self._socket.close()
+            return
+        with suppress(asyncio.CancelledError):
+            await self._serving

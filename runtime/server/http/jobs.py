@@ -1,0 +1,341 @@
+"""Requests that are answered with an id at once, and fetched later: POST /v1/jobs and what follows.
+
+Results are kept for an hour, in the memory for requests or in a folder; the oldest go where there is no room.
+A job belongs to who asked for it; to others it does not exist.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+
+from runtime.request import Request
+from runtime.server.call import Call
+from runtime.server.events import (
+    AlreadyGoneError,
+    Finished,
+    NotFinishedError,
+    Preview,
+    Queued,
+    StepDone,
+    UnknownJobError,
+)
+from runtime.server.gate import Gate
+from runtime.server.http.composites import MEDIA_TYPES, Composites, finished_json, plain_event
+from runtime.server.http.context import EVENTS, JSON, HttpContext, error_of, server_sent_event
+from runtime.server.http.messages import message_of
+from runtime.server.memory import Account
+from runtime.server.wire import request_from_message
+
+KEPT_SECONDS = 3600.0
+_MOST_JOBS = 10_000
+_SHARE_FOR_RESULTS = 4
+"""A quarter of the memory for requests, at most, is taken by results that wait to be fetched."""
+
+QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
+ENDED = (SUCCEEDED, FAILED, CANCELLED)
+
+
+@dataclass(eq=False)
+class Job:
+    """A request and what came of it."""
+
+    client: str
+    file_format: str
+    id: str = field(default_factory=lambda: f"job-{uuid.uuid4().hex}")
+    created: float = field(default_factory=time.time)
+    status: str = QUEUED
+    position: int | None = None
+    steps: tuple[int, int] | None = None
+    preview: bytes | None = None
+    """The newest, a JPEG file."""
+    error: Any = None
+    result: bytes | None = None
+    """JSON as POST /v1/composite answers it; None also where it is in a file."""
+    account: Account | None = None
+    """What the result takes of the memory for requests."""
+    file: Path | None = None
+    ended: float | None = None
+    task: asyncio.Task[None] | None = None
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    changes: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """As clients see it."""
+        fields: dict[str, Any] = {"id": self.id, "object": "job", "status": self.status}
+        fields["created_at"] = int(self.created)
+        if self.position is not None and self.status == QUEUED:
+            fields["position"] = self.position
+        if self.steps:
+            fields["done"], fields["total"] = self.steps
+        if self.error:
+            fields |= self.error
+        if self.status == SUCCEEDED:
+            fields["result"] = f"/v1/jobs/{self.id}/result"
+        return fields
+
+    def drop_result(self) -> None:
+        """Gives its memory back."""
+        self.result = None
+        if self.account:
+            self.account.close()
+
+    async def change(self, **values: Any) -> None:
+        """Sets fields, and tells who follows."""
+        async with self.changed:
+            for name, value in values.items():
+                setattr(self, name, value)
+            self.changes += 1
+            self.changed.notify_all()
+
+
+class JobContext:
+    """The context of a job's own call: nobody is at the other end. See `runtime.server.call.Context`."""
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+        self.error: dict[str, Any] | None = None
+
+    def peer(self) -> str:
+        """Who asked for it."""
+        return self._peer
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        """Nothing."""
+        return ()
+
+    def auth_context(self) -> Mapping[str, Sequence[bytes]]:
+        """Nothing."""
+        return {}
+
+    def time_remaining(self) -> float | None:
+        """All the time."""
+        return None
+
+    async def read(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    async def write(self, message: bytes) -> None:
+        """Nobody reads it."""
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        """Nobody reads it."""
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None:
+        """Keeps the error."""
+        _, self.error = error_of(code, details, dict(trailing_metadata))
+
+
+class Jobs:
+    """All jobs of a server."""
+
+    def __init__(self, composites: Composites, gate: Gate, capacity: float, spool: Path | None) -> None:
+        """Starts with none.
+
+        Args:
+            composites: what reads bodies, and has the service.
+            gate: lets calls in.
+            capacity: bytes of the memory for requests.
+            spool: a folder for results; None keeps them in memory.
+        """
+        self._composites = composites
+        self._gate = gate
+        self._room = capacity / _SHARE_FOR_RESULTS
+        self._spool = spool
+        self._jobs: dict[str, Job] = {}
+
+    # --- methods ------------------------------------------------------------------------------------------
+
+    async def create(self, content: bytes, call: Call) -> None:
+        """POST /v1/jobs: a body as of /v1/composite or /v1/draw."""
+        fields = await self._composites.fields(content, call)
+        message, every = await asyncio.to_thread(message_of, fields)
+        request, file_format = request_from_message(message)
+        del message
+        fields.clear()
+        self._make_room()
+        job = Job(call.client, file_format)
+        accepted = asyncio.get_running_loop().create_future()
+        # what this call has of the memory is the job's from now on
+        nbytes = call.account.nbytes
+        call.account.set(0)
+        context = JobContext(call.context.peer())
+        job.task = asyncio.create_task(self._work(job, context, [request], every, nbytes, accepted))
+        del request
+        if error := await accepted:  # a queue that is full is told at once
+            raise error
+        self._jobs[job.id] = job
+        head = cast(HttpContext, call.context)
+        head.head(JSON, HTTPStatus.ACCEPTED, location=f"/v1/jobs/{job.id}")
+        await call.write(json.dumps(job.describe()).encode())
+
+    async def show(self, content: bytes, call: Call) -> None:
+        """GET /v1/jobs/ID."""
+        job = self._find(call)
+        cast(HttpContext, call.context).head(JSON, cache_control="no-store")
+        await call.write(json.dumps(job.describe()).encode())
+
+    async def follow(self, content: bytes, call: Call) -> None:
+        """GET /v1/jobs/ID/events: what changes, until it has ended."""
+        job = self._find(call)
+        cast(HttpContext, call.context).head(EVENTS, cache_control="no-store")
+        seen, preview = -1, None
+        while True:
+            async with job.changed:
+                while job.changes == seen and job.status not in ENDED:
+                    await job.changed.wait()
+                seen, described, newest = job.changes, job.describe(), job.preview
+            if newest is not None and newest is not preview:
+                preview = newest
+                image = base64.b64encode(newest).decode()
+                await call.write(server_sent_event("preview", {"image": image}))
+            await call.write(server_sent_event(described["status"], described))
+            if described["status"] in ENDED:
+                return
+
+    async def result(self, content: bytes, call: Call) -> None:
+        """GET /v1/jobs/ID/result: as of /v1/composite."""
+        job, context = self._find(call), cast(HttpContext, call.context)
+        if job.status not in ENDED:
+            raise NotFinishedError(job.status)
+        answer = job.result
+        if job.file:
+            with suppress(OSError):
+                answer = await asyncio.to_thread(job.file.read_bytes)
+        if answer is None:
+            raise AlreadyGoneError(job.status)
+        if context.wants("image/"):
+            image = await asyncio.to_thread(lambda: json.loads(answer)["images"][0])
+            context.head(MEDIA_TYPES[job.file_format], x_seed=str(image["seed"]))
+            await call.write(base64.b64decode(image["image"]))
+            return
+        context.head(JSON)
+        await call.write(answer)
+
+    async def cancel(self, content: bytes, call: Call) -> None:
+        """DELETE /v1/jobs/ID: ends it, and forgets it."""
+        job = self._find(call)
+        if job.task and not job.task.done():
+            job.task.cancel()
+            await asyncio.wait({job.task})
+        self._forget(job)
+        cast(HttpContext, call.context).head(JSON)
+        await call.write(json.dumps({"id": job.id, "object": "job", "deleted": True}).encode())
+
+    # --- how a job goes -----------------------------------------------------------------------------------
+
+    async def _work(
+        self,
+        job: Job,
+        context: JobContext,
+        request: list[Request],
+        every: int,
+        nbytes: int,
+        accepted: asyncio.Future[Exception | None],
+    ) -> None:
+        async def serve(content: bytes, call: Call) -> None:
+            try:
+                call.account.set(nbytes)
+                async with aclosing(
+                    self._composites.service.events(call, request.pop(), job.file_format, every)
+                ) as events:
+                    async for event in events:
+                        if not accepted.done():
+                            accepted.set_result(None)
+                        await self._note(job, event, call)
+            except Exception as error:
+                if not accepted.done():
+                    accepted.set_result(error)
+                raise
+
+        try:
+            await self._gate.answer(context, "POST /v1/jobs", serve, client=job.client)
+        except asyncio.CancelledError:
+            await job.change(status=CANCELLED, ended=time.monotonic())
+        if context.error:
+            await job.change(status=FAILED, error=context.error, ended=time.monotonic())
+        if not accepted.done():
+            accepted.set_result(None)
+        job.preview = None
+
+    async def _note(self, job: Job, event: Any, call: Call) -> None:
+        if isinstance(event, Queued):
+            _, fields = plain_event(event)
+            await job.change(**fields)
+        elif isinstance(event, StepDone):
+            await job.change(status=RUNNING, steps=(event.done, event.total))
+        elif isinstance(event, Preview):
+            before = len(job.preview or b"")
+            await job.change(status=RUNNING, preview=event.image)
+            call.account.add(-before)
+        elif isinstance(event, Finished):
+            content = await finished_json(event, call)
+            await self._keep(job, content, call)
+
+    async def _keep(self, job: Job, content: bytes, call: Call) -> None:
+        job.preview = None
+        if self._spool is not None:
+            file = self._spool / f"{job.id}.json"
+            await asyncio.to_thread(file.write_bytes, content)
+            await job.change(status=SUCCEEDED, file=file, ended=time.monotonic())
+            return
+        call.account.set(0)
+        job.account = self._gate.ledger.open(job.client)
+        job.account.set(len(content))
+        await job.change(status=SUCCEEDED, result=content, ended=time.monotonic())
+        self._make_room()
+
+    # --- what is kept -------------------------------------------------------------------------------------
+
+    def _find(self, call: Call) -> Job:
+        self._make_room()
+        identity = cast(HttpContext, call.context).path.get("id", "")
+        job = self._jobs.get(identity)
+        if job is None or job.client != call.client:
+            raise UnknownJobError()
+        return job
+
+    def _make_room(self) -> None:
+        """Forgets jobs that ended more than an hour ago; drops the oldest results beyond the room."""
+        now = time.monotonic()
+        ended = sorted((job for job in self._jobs.values() if job.ended), key=_when)
+        for job in ended:
+            if now - _when(job) > KEPT_SECONDS or len(self._jobs) > _MOST_JOBS:
+                self._forget(job)
+        kept = [job for job in ended if job.result is not None]
+        total = sum(len(job.result or b"") for job in kept)
+        for job in kept:
+            if total <= self._room:
+                break
+            total -= len(job.result or b"")
+            job.drop_result()
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        job.drop_result()
+        if job.file:
+            job.file.unlink(missing_ok=True)
+
+    async def stop(self) -> None:
+        """Ends the jobs that still run."""
+        running = [job.task for job in self._jobs.values() if job.task and not job.task.done()]
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+
+
+def _when(job: Job) -> float:
+    return job.ended or 0.0

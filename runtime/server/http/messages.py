@@ -1,0 +1,205 @@
+"""Fields of a body as messages of the wire, proto/anydoor/v1/compositor.proto, whose names they have.
+
+Pictures are files of a form, or base64, also as a data URL. Names of enums are in lower case without their
+prefix, boxes also lists of four numbers. With a single placement its fields may stand beside the scene.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
+
+from runtime.errors import InputError, in_field
+from runtime.rpc import compositor_pb2 as pb
+from runtime.server.http.body import Fields
+from runtime.server.wire import Message
+
+_WHOLE = {
+    FieldDescriptor.TYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1),
+    FieldDescriptor.TYPE_SINT32: (-(2**31), 2**31 - 1),
+}
+_LISTED = ("Box", "TimestepInterval")
+"""Messages that a list of their values stands for."""
+
+PLACEMENT: frozenset[str] = frozenset(pb.Placement.DESCRIPTOR.fields_by_name)
+SAMPLING: frozenset[str] = frozenset(pb.Sampling.DESCRIPTOR.fields_by_name)
+
+
+def message_of(fields: Fields) -> tuple[Message, int]:
+    """The request that a body asks for, and the steps between previews.
+
+    With a scene it is a `CompositeRequest`, without a `DrawRequest`.
+
+    Raises:
+        InputError: names the field.
+    """
+    fields = dict(fields)
+    with in_field("preview_every"):
+        every = _whole(fields.pop("preview_every", 0), 0, 2**32 - 1)
+    kind: type[Message] = pb.CompositeRequest if "scene" in fields else pb.DrawRequest
+    if kind is pb.CompositeRequest and "placements" not in fields:
+        placement = {name: fields.pop(name) for name in list(fields) if name in PLACEMENT}
+        fields["placements"] = [placement]
+    message = kind()
+    _fill(message, fields)
+    return message, every
+
+
+def _fill(message: Any, fields: Any) -> None:
+    descriptor: Descriptor = message.DESCRIPTOR
+    if isinstance(fields, str) and descriptor.name in _LISTED:
+        fields = fields.split(",")
+    if isinstance(fields, list) and descriptor.name in _LISTED:
+        if len(fields) != len(descriptor.fields):
+            raise InputError(f"{len(descriptor.fields)} numbers are expected, not {len(fields)}")
+        fields = {field.name: value for field, value in zip(descriptor.fields, fields)}
+    if not isinstance(fields, Mapping):
+        raise InputError("an object with fields is expected")
+    for name, value in fields.items():
+        if name not in descriptor.fields_by_name:
+            raise InputError(f"there is no field '{str(name)[:100]}': see /openapi.json")
+        if value is None:
+            continue
+        _set(message, descriptor.fields_by_name[name], value)
+    for oneof in descriptor.oneofs:
+        given = [field.name for field in oneof.fields if fields.get(field.name) is not None]
+        if len(given) > 1:
+            raise InputError(f"give either {' or '.join(given)}, and not both")
+
+
+def _set(message: Any, field: FieldDescriptor, value: Any) -> None:
+    if field.is_repeated:
+        with in_field(field.name):
+            if not isinstance(value, list):
+                raise InputError("a list is expected")
+        for index, each in enumerate(value):
+            with in_field(f"{field.name}[{index}]"):
+                _fill(getattr(message, field.name).add(), each)
+        return
+    with in_field(field.name):
+        if field.message_type is None:
+            setattr(message, field.name, _value(field, value))
+            return
+        within = getattr(message, field.name)
+        within.SetInParent()
+        _fill(within, value)
+
+
+def _value(field: FieldDescriptor, value: Any) -> Any:
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return file_of(value)
+    if field.type == FieldDescriptor.TYPE_STRING:
+        if not isinstance(value, str):
+            raise InputError("text is expected")
+        with_surrogates = any("\ud800" <= character <= "\udfff" for character in value)
+        if with_surrogates:
+            raise InputError("the text has half of a surrogate pair, which stands for nothing: leave it out")
+        return value
+    if field.enum_type is not None:
+        return _number_of(field.enum_type, value)
+    if field.type == FieldDescriptor.TYPE_BOOL:
+        return truth_of(value)
+    if field.type in _WHOLE:
+        return _whole(value, *_WHOLE[field.type])
+    return _number(value)
+
+
+def file_of(value: Any) -> bytes:
+    """The bytes of a picture's file: of a form, or in base64, also as a data URL.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise InputError("a file, or one in base64, is expected")
+    content = value.partition(",")[2] if value.startswith("data:") else value
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError("a file, or one in base64, is expected, and it cannot be read as base64") from error
+
+
+def truth_of(value: Any) -> bool:
+    """True or false, also of a form.
+
+    Raises:
+        InputError: it is neither.
+    """
+    found = {True: True, False: False, "true": True, "false": False}.get(
+        value.lower() if isinstance(value, str) else value if isinstance(value, bool) else None
+    )
+    if found is None:
+        raise InputError("true or false is expected")
+    return found
+
+
+def enum_names(enum: EnumDescriptor) -> list[str]:
+    """The names of an enum's values in a body, but for the unspecified one."""
+    prefix = enum.values[0].name.removesuffix("UNSPECIFIED")
+    return [value.name.removeprefix(prefix).lower() for value in enum.values[1:]]
+
+
+def _number_of(enum: EnumDescriptor, value: Any) -> int:
+    names = enum_names(enum)
+    if not isinstance(value, str) or value.lower() not in names:
+        raise InputError(f"there is no '{str(value)[:100]}': choose one of {', '.join(names)}")
+    return int(enum.values[1 + names.index(value.lower())].number)
+
+
+def _whole(value: Any, least: int, most: int) -> int:
+    try:
+        found = int(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= most:
+        raise InputError(f"a whole number from {least} to {most} is expected")
+    return found
+
+
+def _number(value: Any) -> float:
+    try:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(value)
+    except (ValueError, OverflowError):
+        pass
+    raise InputError("a number is expected")
+
+
+# --- answers ----------------------------------------------------------------------------------------------
+
+
+def plain(message: Any) -> Any:
+    """A message as JSON has it: of its names, with the enums' short ones, boxes as lists, files in base64."""
+    descriptor: Descriptor = message.DESCRIPTOR
+    if descriptor.name in _LISTED:
+        return [getattr(message, field.name) for field in descriptor.fields]
+    return {field.name: _plain(field, value) for field, value in message.ListFields()}
+
+
+def _plain(field: FieldDescriptor, value: Any) -> Any:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return dict(value)
+    if field.is_repeated:
+        return [_plain_value(field, each) for each in value]
+    return _plain_value(field, value)
+
+
+def _plain_value(field: FieldDescriptor, value: Any) -> Any:
+    if field.message_type is not None:
+        return plain(value)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return base64.b64encode(value).decode()
+    if field.enum_type is not None:
+        by_number: Sequence[Any] = [each.name for each in field.enum_type.values if each.number == value]
+        prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
+        return str(by_number[0]).removeprefix(prefix).lower()
+    return value

@@ -1,0 +1,190 @@
+"""The description of all paths, as OpenAPI 3.1, made of the wire's own: GET /openapi.json."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from runtime.rpc import compositor_pb2 as pb
+from runtime.server.http.images import FORMATS, MOST_PARTIAL_IMAGES, QUALITIES
+from runtime.server.http.messages import enum_names
+from runtime.version import version
+
+_FILE = {"type": "string", "description": "A file: base64, also as a data URL; in a form, the file itself."}
+_ERROR_STATUSES = {
+    "400": "A field cannot be used; `param` is its path.",
+    "401": "A bearer token is required.",
+    "413": "The body is too large.",
+    "429": "The queue or the memory for requests is full; Retry-After says when to try again.",
+    "500": "The engine failed on this request.",
+    "503": "The model is loaded, or the server is shutting down.",
+    "504": "The body did not come, or the answer was not taken, in the time for it.",
+}
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The document, to be sent as JSON."""
+    schemas: dict[str, Any] = {"Error": _error()}
+    for message in (pb.CompositeRequest, pb.DrawRequest, pb.CompositeResponse, pb.GetModelInfoResponse):
+        _add(schemas, message.DESCRIPTOR)  # type: ignore[arg-type]
+    every = {"type": "integer", "minimum": 0, "description": "Steps between previews; 0 for none."}
+    for name in ("CompositeRequest", "DrawRequest"):
+        schemas[name]["properties"]["preview_every"] = every
+    schemas["CompositeRequest"]["properties"] |= schemas["Placement"]["properties"]
+    schemas |= {"Job": _job(), "ImageEdit": _edit(), "ImageGeneration": _generation(), "Images": _images()}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "AnyDoor Runtime", "version": version()},
+        "paths": _paths(),
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"token": []}],
+    }
+
+
+def _paths() -> dict[str, Any]:
+    identity = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    name = {**identity, "name": "name"}
+    answer = _answers("CompositeResponse", ["image/*", "text/event-stream"])
+    job, result = _answers("Job"), _answers("CompositeResponse", ["image/*"])
+    accepted = {"202" if status == "200" else status: body for status, body in job.items()}
+    unknown = {"404": _refusal("There is no such thing here.")}
+    either = {"oneOf": [_reference("CompositeRequest"), _reference("DrawRequest")]}
+    gone = {**unknown, "409": _refusal("It has not ended yet.")}
+    images = _answers("Images", ["text/event-stream"])
+    model = {"200": _content({"type": "object"})}
+    return {
+        "/v1/composite": {"post": _post("Composite", _reference("CompositeRequest"), answer)},
+        "/v1/draw": {"post": _post("Draw", _reference("DrawRequest"), answer)},
+        "/v1/model": {"get": _get("GetModelInfo", _answers("GetModelInfoResponse"))},
+        "/v1/images/edits": {"post": _post("EditImage", _reference("ImageEdit"), images)},
+        "/v1/images/generations": {"post": _post("GenerateImage", _reference("ImageGeneration"), images)},
+        "/v1/models": {"get": _get("ListModels", {**model, **_refusals()})},
+        "/v1/models/{name}": {"get": _get("GetModel", {**model, **_refusals()}, [name])},
+        "/v1/jobs": {"post": _post("CreateJob", either, accepted)},
+        "/v1/jobs/{id}": {
+            "get": _get("GetJob", {**job, **unknown}, [identity]),
+            "delete": _get("CancelJob", {**model, **_refusals(), **unknown}, [identity]),
+        },
+        "/v1/jobs/{id}/events": {
+            "get": _get("FollowJob", {**_answers("Job", ["text/event-stream"]), **unknown}, [identity])
+        },
+        "/v1/jobs/{id}/result": {"get": _get("GetResult", {**result, **gone}, [identity])},
+        "/healthz": {"get": _get("IsAlive", {**model, "503": model["200"]})},
+        "/readyz": {"get": _get("IsReady", {**model, "503": model["200"]})},
+    }
+
+
+def _post(name: str, schema: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any]:
+    kinds = ("application/json", "multipart/form-data")
+    body = {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}
+    return {"operationId": name, "requestBody": body, "responses": answers}
+
+
+def _get(name: str, answers: dict[str, Any], parameters: list[Any] | None = None) -> dict[str, Any]:
+    return {"operationId": name, "parameters": parameters or [], "responses": answers}
+
+
+def _answers(name: str, others: list[str] | None = None) -> dict[str, Any]:
+    content = {"application/json": {"schema": _reference(name)}}
+    content |= {kind: {"schema": {"type": "string"}} for kind in others or ()}
+    return {"200": {"description": "Done.", "content": content}, **_refusals()}
+
+
+def _refusals() -> dict[str, Any]:
+    return {status: _refusal(text) for status, text in _ERROR_STATUSES.items()}
+
+
+def _refusal(text: str) -> dict[str, Any]:
+    return {"description": text, "content": {"application/json": {"schema": _reference("Error")}}}
+
+
+def _content(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": "Done.", "content": {"application/json": {"schema": schema}}}
+
+
+def _reference(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _add(schemas: dict[str, Any], message: Descriptor) -> None:
+    if message.name in schemas:
+        return
+    properties: dict[str, Any] = {}
+    schemas[message.name] = {"type": "object", "properties": properties}
+    for field in message.fields:
+        kind = _schema(schemas, field)
+        properties[field.name] = {"type": "array", "items": kind} if _is_list(field) else kind
+
+
+def _is_list(field: FieldDescriptor) -> bool:
+    return field.is_repeated and not (field.message_type and field.message_type.GetOptions().map_entry)
+
+
+def _schema(schemas: dict[str, Any], field: FieldDescriptor) -> dict[str, Any]:
+    kinds = FieldDescriptor
+    if field.message_type is not None:
+        if field.message_type.GetOptions().map_entry:
+            return {"type": "object", "additionalProperties": {"type": "number"}}
+        _add(schemas, field.message_type)
+        return _reference(field.message_type.name)
+    if field.enum_type is not None:
+        return {"type": "string", "enum": enum_names(field.enum_type)}
+    if field.type == kinds.TYPE_BYTES:
+        return dict(_FILE)
+    if field.type == kinds.TYPE_STRING:
+        return {"type": "string"}
+    if field.type == kinds.TYPE_BOOL:
+        return {"type": "boolean"}
+    return {"type": "number" if field.type in (kinds.TYPE_DOUBLE, kinds.TYPE_FLOAT) else "integer"}
+
+
+def _error() -> dict[str, Any]:
+    text = {"type": "string"}
+    fields = {"message": text, "type": text, "code": text, "param": {"type": ["string", "null"]}}
+    return {"type": "object", "properties": {"error": {"type": "object", "properties": fields}}}
+
+
+def _job() -> dict[str, Any]:
+    status = {"type": "string", "enum": ["queued", "running", "succeeded", "failed", "cancelled"]}
+    number, text = {"type": "integer"}, {"type": "string"}
+    fields = {"id": text, "status": status, "position": number, "done": number, "total": number}
+    return {"type": "object", "properties": {**fields, "created_at": number, "result": text}}
+
+
+def _common() -> dict[str, Any]:
+    return {
+        "prompt": {"type": "string"},
+        "model": {"type": "string"},
+        "n": {"type": "integer", "minimum": 1},
+        "size": {"type": "string", "description": "auto, or WIDTHxHEIGHT"},
+        "quality": {"type": "string", "enum": list(QUALITIES)},
+        "output_format": {"type": "string", "enum": list(FORMATS)},
+        "response_format": {"type": "string", "enum": ["b64_json"]},
+        "stream": {"type": "boolean"},
+        "partial_images": {"type": "integer", "minimum": 0, "maximum": MOST_PARTIAL_IMAGES},
+        "seed": {"type": "integer"},
+    }
+
+
+def _edit() -> dict[str, Any]:
+    image = {"oneOf": [_FILE, {"type": "array", "items": _FILE, "maxItems": 2}]}
+    mask = {**_FILE, "description": "A picture of the scene's size; what is transparent is the place."}
+    fields = {"image": image, "mask": mask, "reference_image": dict(_FILE), **_common()}
+    box = {"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 4}
+    return {"type": "object", "required": ["image"], "properties": {**fields, "box": box}}
+
+
+def _generation() -> dict[str, Any]:
+    return {"type": "object", "required": ["prompt"], "properties": _common()}
+
+
+def _images() -> dict[str, Any]:
+    image = {"type": "object", "properties": {"b64_json": {"type": "string"}, "seed": {"type": "integer"}}}
+    fields = {"created": {"type": "integer"}, "data": {"type": "array", "items": image}}
+    return {"type": "object", "properties": fields}

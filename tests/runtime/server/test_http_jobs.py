@@ -1,0 +1,147 @@
+"""Jobs over HTTP: answered at once, fetched later."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.server.test_http import fields, form, http_address
+from tests.support.http import get, post, post_form, request
+from tests.support.serving import ServerThread, wait_until
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: Path) -> Iterator[ServerThread]:
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", max_batch=1, queue=2) as server:
+        yield server
+
+
+@pytest.fixture
+def address(server: ServerThread) -> Iterator[str]:
+    yield http_address(server)
+    server.engine.release()
+
+
+def ended(address: str, job: Any) -> Any:
+    wait_until(lambda: get(address, f"/v1/jobs/{job['id']}").json["status"] not in ("queued", "running"))
+    return get(address, f"/v1/jobs/{job['id']}").json
+
+
+def test_a_job_is_fetched_when_it_is_done(server: ServerThread, address: str) -> None:
+    picture = base64.b64decode(post(address, "/v1/composite", fields()).json["images"][0]["image"])
+    server.engine.hold()
+    answer = post_form(address, "/v1/jobs", form())
+    assert answer.status == 202
+    path = answer.headers["location"]
+    assert path == f"/v1/jobs/{answer.json['id']}"
+    assert get(address, path).json["status"] in ("queued", "running")
+    too_early = get(address, f"{path}/result")
+    assert too_early.status == 409
+    assert "its result is there when it has succeeded" in too_early.error["message"]
+    server.engine.release()
+    done = ended(address, answer.json)
+    assert done["status"] == "succeeded"
+    assert (done["done"], done["total"]) == (2, 2)
+    assert done["result"] == f"{path}/result"
+    assert base64.b64decode(get(address, done["result"]).json["images"][0]["image"]) == picture
+    as_file = get(address, done["result"], accept="image/png")
+    assert as_file.content == picture
+    assert as_file.headers["x-seed"] == "7"
+
+
+def test_what_happens_is_followed(server: ServerThread, address: str) -> None:
+    server.engine.hold()
+    job = post(address, "/v1/jobs", fields(sampling={"steps": 3}, preview_every=1)).json
+    server.engine.release()
+    answer = get(address, f"/v1/jobs/{job['id']}/events")
+    names = [name for name, _ in answer.events]
+    assert names[-1] == "succeeded"
+    assert answer.events[-1][1]["result"] == f"/v1/jobs/{job['id']}/result"
+
+
+def test_a_job_that_fails_says_why(address: str) -> None:
+    job = post(address, "/v1/jobs", fields(scene=base64.b64encode(b"text").decode())).json
+    failed = ended(address, job)
+    assert failed["status"] == "failed"
+    assert failed["error"]["param"] == "scene"
+    assert get(address, f"/v1/jobs/{job['id']}/result").status == 404
+
+
+def test_what_can_be_refused_at_once_is(address: str) -> None:
+    answer = post(address, "/v1/jobs", fields(seed=-1))
+    assert (answer.status, answer.error["param"]) == (400, "seed")
+    answer = post(address, "/v1/jobs", fields(num_images=1000))
+    assert (answer.status, answer.error["param"]) == (400, "num_images")
+
+
+def test_a_job_is_cancelled(server: ServerThread, address: str) -> None:
+    server.engine.hold()
+    job = post(address, "/v1/jobs", fields()).json
+    answer = request(address, "DELETE", f"/v1/jobs/{job['id']}")
+    assert answer.json == {"id": job["id"], "object": "job", "deleted": True}
+    wait_until(lambda: not server.server.batcher.tickets)
+    assert get(address, f"/v1/jobs/{job['id']}").status == 404
+
+
+def test_a_full_queue_refuses_jobs_too(server: ServerThread, address: str) -> None:
+    server.engine.hold()
+    jobs = [post(address, "/v1/jobs", fields()) for _ in range(4)]
+    assert [answer.status for answer in jobs] == [202, 202, 202, 429]
+    server.engine.release()
+    for answer in jobs[:3]:
+        assert ended(address, answer.json)["status"] == "succeeded"
+
+
+def test_jobs_of_others_do_not_exist(tiny_bundle: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("first\nsecond\n")
+    tokens.chmod(0o600)
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", tokens=str(tokens)) as server:
+        address = http_address(server)
+        job = post(address, "/v1/jobs", fields(), authorization="Bearer first").json
+        path = f"/v1/jobs/{job['id']}"
+        assert get(address, path, authorization="Bearer second").status == 404
+        assert request(address, "DELETE", path, headers={"authorization": "Bearer second"}).status == 404
+        assert get(address, path, authorization="Bearer first").status == 200
+
+
+def test_results_go_to_a_folder(tiny_bundle: Path, tmp_path: Path) -> None:
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", job_folder=str(tmp_path)) as server:
+        address = http_address(server)
+        job = post(address, "/v1/jobs", fields()).json
+        done = ended(address, job)
+        (file,) = tmp_path.iterdir()
+        assert get(address, done["result"]).content == file.read_bytes()
+        assert server.server.ledger.taken == 0
+        request(address, "DELETE", f"/v1/jobs/{job['id']}")
+        assert not list(tmp_path.iterdir())
+
+
+def test_results_are_bounded_and_end(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ServerThread(tiny_bundle, http="127.0.0.1:0") as server:
+        address, jobs = http_address(server), server.server._jobs
+        assert jobs
+        first = ended(address, post(address, "/v1/jobs", fields()).json)
+        kept = server.server.ledger.taken
+        assert kept > 0
+        jobs._room = 1.5 * kept
+        second = ended(address, post(address, "/v1/jobs", fields()).json)
+        gone = get(address, first["result"])
+        assert gone.status == 404
+        assert "its result made room for newer ones" in gone.error["message"]
+        assert get(address, second["result"]).status == 200
+        monkeypatch.setattr("runtime.server.http.jobs.KEPT_SECONDS", 0.0)
+        time.sleep(0.01)
+        assert get(address, f"/v1/jobs/{second['id']}").status == 404
+        assert server.server.ledger.taken == 0
+
+
+def test_a_server_that_stops_finishes_them(tiny_bundle: Path, tmp_path: Path) -> None:
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", job_folder=str(tmp_path)) as server:
+        post(http_address(server), "/v1/jobs", fields())
+    assert len(list(tmp_path.iterdir())) == 1
