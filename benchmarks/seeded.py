@@ -2,19 +2,23 @@
 
     python benchmarks/seeded.py small SEED out.safetensors
     python benchmarks/seeded.py full SEED out.safetensors
-    python benchmarks/seeded.py stable-diffusion-2-inpainting SEED out.safetensors
+    python benchmarks/seeded.py stable-diffusion-2-inpainting SEED FOLDER
 
 A tensor depends on the seed, its official key and its shape alone. The weights are scaled so that every part
-of the network has an effect and nothing overflows; the pictures look like noise.
+of the network has an effect and nothing overflows; the pictures look like noise. Stable Diffusion becomes a
+folder in the layout of diffusers, because a file has no tokenizer; its merges are pairs of bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +26,18 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.progress_bar import ProgressBar
+from runtime.systems.tokenizer import Tokenizer
 from training.network.architecture import Architecture
 from training.network.checkpoint import write_checkpoint
 from training.network.modules import AnyDoor
 from training.network.official_keys import schedule_buffers
 from training.network.stable_diffusion import StableDiffusionArchitecture
-from training.network.stable_diffusion_checkpoint import official_shapes
+from training.network.stable_diffusion_checkpoint import (
+    official_shapes,
+    read_stable_diffusion,
+    write_folder,
+)
+from training.network.tokenizer_files import tokenizer_of
 
 SMALL = Architecture(
     unet_channels=(32, 64, 96, 96),
@@ -58,6 +68,18 @@ ARCHITECTURES: Mapping[str, Architecture | StableDiffusionArchitecture] = {
     "tiny": TINY,
     "small": SMALL,
     "full": Architecture(),
+    "stable-diffusion-small": StableDiffusionArchitecture(
+        unet_channels=SMALL.unet_channels,
+        unet_head_width=SMALL.unet_head_width,
+        scene_channels=5,
+        token_width=128,
+        vae_channels=SMALL.vae_channels,
+        text_width=128,
+        text_layers=4,
+        text_heads=2,
+        text_mlp_width=512,
+        text_vocabulary=1024,
+    ),
     "stable-diffusion-2-inpainting": StableDiffusionArchitecture(scene_channels=5),
 }
 
@@ -103,7 +125,7 @@ def seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.flo
 def seeded_checkpoint(
     path: Path, architecture: Architecture | StableDiffusionArchitecture, seed: int, quiet: bool = True
 ) -> None:
-    """Write a checkpoint in the official layout."""
+    """Write a checkpoint: a file in the official layout, or of Stable Diffusion a folder with a tokenizer."""
     if isinstance(architecture, StableDiffusionArchitecture):
         shapes = official_shapes(architecture)
     else:
@@ -113,7 +135,25 @@ def seeded_checkpoint(
         key: torch.from_numpy(seeded_tensor(key, shape, seed))
         for key, shape in ProgressBar(shapes.items(), desc="seeding", disable=quiet)
     }
-    write_checkpoint(path, schedule_buffers() | tensors, architecture)
+    tensors |= schedule_buffers()
+    if not isinstance(architecture, StableDiffusionArchitecture):
+        write_checkpoint(path, tensors, architecture)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        file = Path(temporary) / "model.safetensors"
+        write_checkpoint(file, tensors, architecture)
+        checkpoint = read_stable_diffusion(file)
+        merges = pairs_of_bytes(architecture.text_vocabulary)
+        write_folder(path, replace(checkpoint, tokenizer=tokenizer_of(merges, checkpoint.pad)))
+
+
+def pairs_of_bytes(vocabulary: int) -> str:
+    """Return merges.txt for a tokenizer of so many tokens."""
+    alone = Tokenizer("").vocabulary  # the bytes, the same at the end of a word, and two special tokens
+    pairs = itertools.product(itertools.islice(alone, 256), repeat=2)
+    merges = itertools.islice(map(" ".join, pairs), vocabulary - len(alone))
+    return "\n".join(["#version: 0.2", *merges, ""])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,12 +161,19 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="seeded.py",
         description="Write a checkpoint with seeded weights.",
-        epilog="example:\n  python benchmarks/seeded.py small 0 small.safetensors\n",
+        epilog="examples:\n"
+        "  python benchmarks/seeded.py small 0 small.safetensors\n"
+        "  python benchmarks/seeded.py stable-diffusion-2-inpainting 0 sd2-inpainting\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("size", choices=list(ARCHITECTURES), help="of the network")
     result.add_argument("seed", type=int, metavar="SEED", help="a whole number")
-    result.add_argument("output", type=Path, metavar="FILE.safetensors", help="where to write it")
+    result.add_argument(
+        "output",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="where to write it; of Stable Diffusion a folder",
+    )
     return result
 
 
