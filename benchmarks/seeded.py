@@ -6,14 +6,13 @@
 
 A tensor depends on the seed, its official key and its shape alone. The weights are scaled so that every part
 of the network has an effect and nothing overflows; the pictures look like noise. Stable Diffusion becomes a
-folder in the layout of diffusers, because a file has no tokenizer; its merges are pairs of bytes.
+folder in the layout of diffusers, because a file has no tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import re
 import sys
 import tempfile
@@ -26,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.progress_bar import ProgressBar
-from runtime.systems.tokenizer import Tokenizer
 from training.network.architecture import Architecture
 from training.network.checkpoint import write_checkpoint
 from training.network.modules import AnyDoor
@@ -37,7 +35,7 @@ from training.network.stable_diffusion_checkpoint import (
     read_stable_diffusion,
     write_folder,
 )
-from training.network.tokenizer_files import tokenizer_of
+from training.network.tokenizer_files import made_up_tokenizer
 
 SMALL = Architecture(
     unet_channels=(32, 64, 96, 96),
@@ -144,16 +142,8 @@ def seeded_checkpoint(
         file = Path(temporary) / "model.safetensors"
         write_checkpoint(file, tensors, architecture)
         checkpoint = read_stable_diffusion(file)
-        merges = pairs_of_bytes(architecture.text_vocabulary)
-        write_folder(path, replace(checkpoint, tokenizer=tokenizer_of(merges, checkpoint.pad)))
-
-
-def pairs_of_bytes(vocabulary: int) -> str:
-    """Return merges.txt for a tokenizer of so many tokens."""
-    alone = Tokenizer("").vocabulary  # the bytes, the same at the end of a word, and two special tokens
-    pairs = itertools.product(itertools.islice(alone, 256), repeat=2)
-    merges = itertools.islice(map(" ".join, pairs), vocabulary - len(alone))
-    return "\n".join(["#version: 0.2", *merges, ""])
+        tokenizer = made_up_tokenizer(architecture.text_vocabulary, checkpoint.pad)
+        write_folder(path, replace(checkpoint, tokenizer=tokenizer))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -66,7 +66,7 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
     constants: dict[str, Any] = {**source.constants(_open_on_the_cpu(output, manifest))}
     np.savez(output / CONSTANTS, **constants)
     if source.tokenizer is not None:
-        manifest = replace(manifest, tokenizer=_write_tokenizer(output, source.tokenizer))
+        manifest = replace(manifest, tokenizer=write_tokenizer(output, source.tokenizer))
     if manifest.target != ANY_TARGET:
         progress.steps += len(manifest.graphs)
         graphs = {
@@ -77,7 +77,8 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
     return replace(manifest, constants=file_record(output, CONSTANTS))
 
 
-def _write_tokenizer(output: Path, tokenizer: TokenizerFiles) -> TokenizerRecord:
+def write_tokenizer(output: Path, tokenizer: TokenizerFiles) -> TokenizerRecord:
+    """Writes the merges of a bundle's tokenizer."""
     (output / MERGES).write_text(tokenizer.merges, "utf-8", newline="\n")
     return TokenizerRecord(file_record(output, MERGES), tokenizer.pad, tokenizer.any_case)
 
