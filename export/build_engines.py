@@ -43,14 +43,15 @@ anydoor build small.safetensors --default guidance_scale=2 --default mode=keep_b
 anydoor build stable-diffusion-v1-5 --variant fp16 --resolution 768x512
 anydoor build 512-inpainting-ema.safetensors --tokenizer merges.txt --lora cup.safetensors:0.8
 anydoor build 768-v-ema.ckpt --prediction v --resolution 768
+anydoor build sks-cup-folder --reuse build/engines/stable-diffusion-v1-5
 anydoor build --skeleton --precision fp16 --targets cuda
 anydoor build --skeleton --system stable_diffusion --precision fp16 --targets cuda
 """
 
-_OF_THE_CHECKPOINT = ("precision", "resolution", *SOURCE_OPTIONS, "default")
+_OF_THE_CHECKPOINT = ("precision", "resolution", *SOURCE_OPTIONS, "default", "reuse")
 """Options that a bundle of ONNX graphs has decided already."""
 
-_OF_ITS_NETWORK = (*SOURCE_OPTIONS, "default")
+_OF_ITS_NETWORK = (*SOURCE_OPTIONS, "default", "reuse")
 """Options that a skeleton has decided already."""
 
 
@@ -153,7 +154,7 @@ def build_options(options: argparse.Namespace) -> BuildOptions:
         AnyDoorError: a value is out of range.
     """
     backend = best_backend() if options.backend == "auto" else options.backend
-    given = {name: getattr(options, name) for name in ("max_batch", "resolution")}
+    given = {name: getattr(options, name) for name in ("max_batch", "resolution", "reuse")}
     return BuildOptions(
         backend=backend,
         precision=options.precision or ("fp32" if backend == ONNX else "fp16"),

@@ -82,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="value of a parameter that requests leave open, which the model was trained for, like "
         "guidance_scale=2; may be repeated (default: those of the system)",
     )
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        metavar="DIR",
+        help="a bundle: graphs whose weights and settings are the same are copied from it",
+    )
     _add_source_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
