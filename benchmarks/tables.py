@@ -283,6 +283,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "overview": overview,
     "latency-small": lambda: latency("latency-small-cpu"),
     "latency-full": lambda: latency("latency-full-cpu", "latency-full-amx"),
+    "latency-inpainting-small": lambda: latency("latency-stable-diffusion-small-cpu"),
     "latency-full-bf16": lambda: latency("latency-full-amx-bf16"),
     "limits": limits,
     "work": work,

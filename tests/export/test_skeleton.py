@@ -197,6 +197,7 @@ def test_operators_of_the_cuda_provider(tmp_path: Path) -> None:
     assert plain_operators(cuda_operators(source, "fp16", tmp_path / "wide")) == ANYDOOR_PLAIN
 
 
+@pytest.mark.nightly
 def test_operators_of_the_cuda_provider_for_stable_diffusion(tmp_path: Path) -> None:
     source = StableDiffusionSource.without_weights(WIDE_INPAINTING, torch.float16)
     assert plain_operators(cuda_operators(source, "fp16", tmp_path / "wide")) == inpainting_plain(1)
