@@ -10,6 +10,7 @@ the example scene, prints two tables and, with --results, writes a results file.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(given)
     bundle = options.bundle or Path("build/footprint") / options.checkpoint.stem
-    command = " ".join(["python benchmarks/footprint.py", *given])
+    command = shlex.join(["python", "benchmarks/footprint.py", *given])
     results: dict[str, object] = {"command": command, "steps": options.steps, **describe()}
     try:
         if options.results:

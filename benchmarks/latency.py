@@ -1,6 +1,7 @@
 """How long does a picture take, here and with plain PyTorch? Measures both side by side.
 
     python benchmarks/latency.py --size small
+    python benchmarks/latency.py --size small --system stable_diffusion
 
 Every contender (this runtime on each installed backend, and the same checkpoint as a PyTorch pipeline) runs
 in processes of its own, in turn: A B C, A B C. So every start is a cold one, every contender's memory is its
@@ -52,6 +53,12 @@ BUILD = Path("build/latency")
 
 _LARGEST_BATCH = 4
 
+SEEDED = {
+    "anydoor": {"small": "small", "full": "full"},
+    "stable_diffusion": {"small": "stable-diffusion-small", "full": "stable-diffusion-2-inpainting"},
+}
+"""System -> size -> its name in `benchmarks.seeded`."""
+
 WORKLOADS = {
     # large enough for attention and convolutions to dominate, small enough for two rounds in minutes
     "small": Workload(
@@ -101,12 +108,16 @@ def find_model(options: argparse.Namespace) -> tuple[Path | None, list[Path]]:
         AnyDoorError: neither is given, or one cannot be used.
     """
     if options.size:
-        checkpoint = seeded_checkpoint(options.size)
+        checkpoint = seeded_checkpoint(SEEDED[options.system][options.size])
         return checkpoint, options.bundle or [seeded_bundle(checkpoint, WORKLOADS[options.size].resolution)]
-    if options.checkpoint and not options.checkpoint.is_file():
+    if options.checkpoint and not options.checkpoint.exists():
         raise AnyDoorError(f"there is no checkpoint at '{options.checkpoint}'")
     if options.bundle:
         return options.checkpoint, options.bundle
+    if options.checkpoint and options.checkpoint.is_dir():
+        raise AnyDoorError(
+            f"'{options.checkpoint}' is a folder: give what was built from it, too, with --bundle"
+        )
     if options.checkpoint:
         return options.checkpoint, [find_or_build(options.checkpoint)]
     raise AnyDoorError(
@@ -158,6 +169,7 @@ def measure(options: argparse.Namespace) -> Report:
         samples=min(_LARGEST_BATCH, *(bundle.manifest.max_batch for bundle in bundles)),
         scenarios=(),
         guidance_scale=options.guidance_scale,
+        system=bundles[0].manifest.system,
     )
     machine = describe()
     rounds = Rounds(run, contenders, options.quiet)
@@ -165,7 +177,7 @@ def measure(options: argparse.Namespace) -> Report:
     # the operations of plans cannot be counted
     counted = next((b for b in bundles if b.graph_file(DENOISE).suffix == ".onnx"), None)
     return Report(
-        name=options.size or paths[0].name,
+        name=SEEDED[options.system][options.size] if options.size else paths[0].name,
         workload=run.workload,
         threads=options.threads,
         measurements=rounds.measurements,
@@ -197,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python benchmarks/latency.py --size small\n"
         "  python benchmarks/latency.py --size full --steps 4\n"
+        "  python benchmarks/latency.py --size small --system stable_diffusion\n"
         "  python benchmarks/latency.py --bundle examples/anydoor-small "
         "--checkpoint examples/anydoor-small.safetensors\n"
         "  python benchmarks/latency.py --bundle build/engines/anydoor --steps 20 --rounds 5\n",
@@ -208,6 +221,12 @@ def parser() -> argparse.ArgumentParser:
         help="make a network of this size with seeded weights, and measure it",
     )
     result.add_argument(
+        "--system",
+        choices=tuple(SEEDED),
+        default="anydoor",
+        help="of the network that --size makes (default: anydoor)",
+    )
+    result.add_argument(
         "--bundle",
         type=Path,
         nargs="+",
@@ -216,7 +235,10 @@ def parser() -> argparse.ArgumentParser:
         help="what the runtime runs; several of one network for different backends are compared",
     )
     result.add_argument(
-        "--checkpoint", type=Path, metavar="CKPT", help="what it was built from, for the PyTorch pipeline"
+        "--checkpoint",
+        type=Path,
+        metavar="CKPT",
+        help="what it was built from, for PyTorch: a file, or of Stable Diffusion a folder of diffusers",
     )
     result.add_argument("--steps", type=int, metavar="N", help="steps per picture that are really taken")
     result.add_argument("--rounds", type=int, metavar="N", help="turns of every contender")
@@ -269,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.results or BUILD / f"{report.name}.json"
     write_results(path, as_results(report, options.note))
     if any(measurement.staged for measurement in report.measurements):
-        plot(report.measurements, REPORTED_STEPS[0], path.with_suffix(".png"))
+        plot(report, REPORTED_STEPS[0], path.with_suffix(".png"))
     print(f"\n{path} and {path.with_suffix('.png')}")
     sentences = failures(report)
     for sentence in sentences:

@@ -2,10 +2,11 @@
 
     python benchmarks/seeded.py small SEED out.safetensors
     python benchmarks/seeded.py full SEED out.safetensors
-    python benchmarks/seeded.py stable-diffusion-2-inpainting SEED out.safetensors
+    python benchmarks/seeded.py stable-diffusion-2-inpainting SEED FOLDER
 
 A tensor depends on the seed, its official key and its shape alone. The weights are scaled so that every part
-of the network has an effect and nothing overflows; the pictures look like noise.
+of the network has an effect and nothing overflows; the pictures look like noise. Stable Diffusion becomes a
+folder in the layout of diffusers, because a file has no tokenizer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import hashlib
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,12 @@ from training.network.checkpoint import write_checkpoint
 from training.network.modules import AnyDoor
 from training.network.official_keys import schedule_buffers
 from training.network.stable_diffusion import StableDiffusionArchitecture
-from training.network.stable_diffusion_checkpoint import official_shapes
+from training.network.stable_diffusion_checkpoint import (
+    official_shapes,
+    read_stable_diffusion,
+    write_folder,
+)
+from training.network.tokenizer_files import made_up_tokenizer
 
 SMALL = Architecture(
     unet_channels=(32, 64, 96, 96),
@@ -58,6 +66,18 @@ ARCHITECTURES: Mapping[str, Architecture | StableDiffusionArchitecture] = {
     "tiny": TINY,
     "small": SMALL,
     "full": Architecture(),
+    "stable-diffusion-small": StableDiffusionArchitecture(
+        unet_channels=SMALL.unet_channels,
+        unet_head_width=SMALL.unet_head_width,
+        scene_channels=5,
+        token_width=128,
+        vae_channels=SMALL.vae_channels,
+        text_width=128,
+        text_layers=4,
+        text_heads=2,
+        text_mlp_width=512,
+        text_vocabulary=1024,
+    ),
     "stable-diffusion-2-inpainting": StableDiffusionArchitecture(scene_channels=5),
 }
 
@@ -103,7 +123,7 @@ def seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.flo
 def seeded_checkpoint(
     path: Path, architecture: Architecture | StableDiffusionArchitecture, seed: int, quiet: bool = True
 ) -> None:
-    """Write a checkpoint in the official layout."""
+    """Write a checkpoint: a file in the official layout, or of Stable Diffusion a folder with a tokenizer."""
     if isinstance(architecture, StableDiffusionArchitecture):
         shapes = official_shapes(architecture)
     else:
@@ -113,7 +133,17 @@ def seeded_checkpoint(
         key: torch.from_numpy(seeded_tensor(key, shape, seed))
         for key, shape in ProgressBar(shapes.items(), desc="seeding", disable=quiet)
     }
-    write_checkpoint(path, schedule_buffers() | tensors, architecture)
+    tensors |= schedule_buffers()
+    if not isinstance(architecture, StableDiffusionArchitecture):
+        write_checkpoint(path, tensors, architecture)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        file = Path(temporary) / "model.safetensors"
+        write_checkpoint(file, tensors, architecture)
+        checkpoint = read_stable_diffusion(file)
+        tokenizer = made_up_tokenizer(architecture.text_vocabulary, checkpoint.pad)
+        write_folder(path, replace(checkpoint, tokenizer=tokenizer))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,12 +151,19 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="seeded.py",
         description="Write a checkpoint with seeded weights.",
-        epilog="example:\n  python benchmarks/seeded.py small 0 small.safetensors\n",
+        epilog="examples:\n"
+        "  python benchmarks/seeded.py small 0 small.safetensors\n"
+        "  python benchmarks/seeded.py stable-diffusion-2-inpainting 0 sd2-inpainting\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("size", choices=list(ARCHITECTURES), help="of the network")
     result.add_argument("seed", type=int, metavar="SEED", help="a whole number")
-    result.add_argument("output", type=Path, metavar="FILE.safetensors", help="where to write it")
+    result.add_argument(
+        "output",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="where to write it; of Stable Diffusion a folder",
+    )
     return result
 
 

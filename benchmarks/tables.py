@@ -165,10 +165,10 @@ def estimates() -> str:
     return table(read_results("latency-full-cpu")["roofline"]["estimates_fp16"], columns)
 
 
-def footprint_build() -> str:
-    """Tabulates what building the full-size bundle takes, by graph."""
+def footprint_build(name: str) -> str:
+    """Tabulates what building a full-size bundle takes, by graph."""
     graphs: dict[str, Json] = {}
-    for entry in read_results("footprint-full-cpu")["build"]:
+    for entry in read_results(name)["build"]:
         graph, _, part = entry["name"].partition(": ")
         found = graphs.setdefault(graph, {"graph": graph, "peak_gb": 0.0, "all": 0.0})
         found[part] = entry["seconds"]
@@ -185,13 +185,8 @@ def footprint_build() -> str:
     return table(graphs.values(), columns)
 
 
-def footprint_run() -> str:
-    """Tabulates the peak of resident memory while each graph loads and runs, for each memory plan."""
-    plans = {
-        "ONNX Runtime, one arena, all graphs loaded": "footprint-full-arena-onnxruntime",
-        "ONNX Runtime, 8 GB": "footprint-full-8g-onnxruntime",
-        "OpenVINO, graphs in turn": "footprint-full-turns-openvino",
-    }
+def footprint_run(plans: Mapping[str, str]) -> str:
+    """Tabulates the peak of resident memory while each graph loads and runs, by title of a results file."""
     peak: dict[str, dict[str, float]] = {}
     for title, name in plans.items():
         for part in read_results(name)["composite"]:
@@ -288,12 +283,26 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "overview": overview,
     "latency-small": lambda: latency("latency-small-cpu"),
     "latency-full": lambda: latency("latency-full-cpu", "latency-full-amx"),
+    "latency-inpainting-small": lambda: latency("latency-stable-diffusion-small-cpu"),
     "latency-full-bf16": lambda: latency("latency-full-amx-bf16"),
     "limits": limits,
     "work": work,
     "estimates": estimates,
-    "footprint-build": footprint_build,
-    "footprint-run": footprint_run,
+    "footprint-build": lambda: footprint_build("footprint-full-cpu"),
+    "footprint-run": lambda: footprint_run(
+        {
+            "ONNX Runtime, one arena, all graphs loaded": "footprint-full-arena-onnxruntime",
+            "ONNX Runtime, 8 GB": "footprint-full-8g-onnxruntime",
+            "OpenVINO, graphs in turn": "footprint-full-turns-openvino",
+        }
+    ),
+    "footprint-inpainting-build": lambda: footprint_build("footprint-stable-diffusion-2-inpainting-cpu"),
+    "footprint-inpainting-run": lambda: footprint_run(
+        {
+            "8 GB": "footprint-stable-diffusion-2-inpainting-8g-onnxruntime",
+            "6 GB, graphs in turn": "footprint-stable-diffusion-2-inpainting-6g-onnxruntime",
+        }
+    ),
     "presets": presets,
     "samplers": lambda: quality(
         "exact", "seed", "DDIM, fewer steps", "dpm_solver_2m, fewer steps", "presets"

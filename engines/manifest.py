@@ -69,6 +69,8 @@ class GraphRecord:
     and for ONNX graphs on a card, which are `cuda`."""
     variants: Mapping[str, FileRecord] = field(default_factory=dict)
     """Target -> the same graph in its operators, with the weights of `files`."""
+    made_from: str = ""
+    """SHA-256 of weights and settings that it was exported from; empty if it is not known."""
 
     @property
     def all_files(self) -> tuple[FileRecord, ...]:
@@ -326,6 +328,7 @@ def _parse_graph(name: str, content: Mapping[str, Any]) -> GraphRecord:
         build_seconds=float(content["build_seconds"]),
         scratch_bytes={backend: int(size) for backend, size in content["scratch_bytes"].items()},
         variants={target: _parse_file(record) for target, record in content.get("variants", {}).items()},
+        made_from=str(content.get("made_from", "")),
     )
 
 

@@ -111,7 +111,7 @@ def path(where: str, value: object) -> None:
 
 
 def digest(where: str, value: object) -> None:
-    """A SHA-256, hexadecimal, or nothing for a file that a skeleton leaves out."""
+    """A SHA-256, hexadecimal, or nothing, as for a file that a skeleton leaves out."""
     if not isinstance(value, str) or not re.fullmatch(r"([0-9a-f]{64})?", value):
         raise _wrong(where, "a SHA-256 of 64 hexadecimal digits", value)
 
@@ -159,7 +159,7 @@ _GRAPH = record(
         "build_seconds": number,
         "scratch_bytes": table(whole(0, _LARGEST_BYTES)),
     },
-    {"variants": table(_FILE)},
+    {"variants": table(_FILE), "made_from": digest},
 )
 
 MANIFEST_2 = record(

@@ -8,31 +8,19 @@ plans on the machine that runs them.
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 try:
     from engines.bundle import Bundle
     from engines.errors import AnyDoorError
     from engines.manifest import CUDA, Manifest
     from export.build import best_backend, build_bundle, build_plan_bundle, check_output, default_targets
-    from export.options import (
-        BACKENDS,
-        ONNX,
-        PRECISIONS,
-        SOURCE_OPTIONS,
-        BuildOptions,
-        SourceOptions,
-        flag,
-    )
+    from export.flags import SKELETONS, add_arguments
+    from export.options import ONNX, SOURCE_OPTIONS, BuildOptions, SourceOptions, flag
     from export.progress import Progress
-    from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -55,176 +43,16 @@ anydoor build small.safetensors --default guidance_scale=2 --default mode=keep_b
 anydoor build stable-diffusion-v1-5 --variant fp16 --resolution 768x512
 anydoor build 512-inpainting-ema.safetensors --tokenizer merges.txt --lora cup.safetensors:0.8
 anydoor build 768-v-ema.ckpt --prediction v --resolution 768
+anydoor build sks-cup-folder --reuse build/engines/stable-diffusion-v1-5
 anydoor build --skeleton --precision fp16 --targets cuda
+anydoor build --skeleton --system stable_diffusion --precision fp16 --targets cuda
 """
 
-_PARAMETERS = (*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS)
-
-_OF_THE_CHECKPOINT = ("precision", "resolution", *SOURCE_OPTIONS, "default")
+_OF_THE_CHECKPOINT = ("precision", "resolution", *SOURCE_OPTIONS, "default", "reuse")
 """Options that a bundle of ONNX graphs has decided already."""
 
-_OF_ITS_NETWORK = (*SOURCE_OPTIONS, "default")
+_OF_ITS_NETWORK = (*SOURCE_OPTIONS, "default", "reuse")
 """Options that a skeleton has decided already."""
-
-_SKELETON = Path("build/card/full")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's flags."""
-    parser.add_argument(
-        "source",
-        type=Path,
-        nargs="?",
-        metavar="CKPT",
-        help="checkpoint: a file of safetensors or torch.save, the folder or index of one in shards, or a "
-        "folder of diffusers; or a bundle of ONNX graphs, to build plans without PyTorch",
-    )
-    parser.add_argument(
-        "--skeleton",
-        action="store_true",
-        help=f"instead of CKPT: the published network without weights, 2 MB (default output: {_SKELETON})",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="the bundle (default: build/engines/NAME of the checkpoint)",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("auto", *BACKENDS),
-        default="auto",
-        help="what will execute it (default: best of this machine)",
-    )
-    parser.add_argument(
-        "--targets",
-        type=lambda text: tuple(text.lower().split(",")),
-        default=(),
-        metavar="SM,SM",
-        help="cards that tensorrt_rtx builds for: sm75 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120)."
-        " Of onnxruntime: cuda or any (default: cuda where there is a card)",
-    )
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="with --targets cuda: the same seed gives the same bits; group normalisation is slower",
-    )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, help="default: fp16 for TensorRT, fp32 for ONNX Runtime"
-    )
-    parser.add_argument("--max-batch", type=int, metavar="N", help="most samples in one call (default: 4)")
-    parser.add_argument(
-        "--resolution",
-        type=parse_resolution,
-        metavar="PX",
-        help="side of the picture, or its width and height, like 768x512 (default: 512)",
-    )
-    parser.add_argument(
-        "--default",
-        action="append",
-        type=parse_default,
-        metavar="NAME=VALUE",
-        help="value of a parameter that requests leave open, which the model was trained for, like "
-        "guidance_scale=2; may be repeated (default: those of the system)",
-    )
-    _add_source_arguments(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `SourceOptions`."""
-    anydoor = parser.add_argument_group("checkpoints of AnyDoor")
-    anydoor.add_argument(
-        "--unet-head-width",
-        type=int,
-        metavar="N",
-        help="channels per attention head, if not stored (default: 64)",
-    )
-    anydoor.add_argument(
-        "--dino-heads",
-        type=int,
-        metavar="N",
-        help="heads of the ID encoder, if not stored (default: width / 64)",
-    )
-    parser.add_argument(
-        "--ema",
-        action="store_true",
-        default=None,
-        help="take averages of weights, where the checkpoint has them",
-    )
-    stable_diffusion = parser.add_argument_group("checkpoints of Stable Diffusion")
-    stable_diffusion.add_argument("--variant", metavar="NAME", help="of the weights in a folder, like fp16")
-    stable_diffusion.add_argument(
-        "--prediction",
-        choices=("epsilon", "v"),
-        help="what the UNet predicts, if not stored (default: epsilon); 2.x for 768 px predicts v",
-    )
-    stable_diffusion.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="PATH",
-        help="merges.txt, or the folder of a tokenizer, for a file, which has none (default: that of "
-        "open_clip_torch, if installed)",
-    )
-    stable_diffusion.add_argument(
-        "--lora",
-        action="append",
-        type=parse_lora,
-        metavar="FILE[:SCALE]",
-        help="LoRA to merge into the weights, and how much of it (default: 1); may be repeated",
-    )
-
-
-def parse_default(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` as a parameter and its value, which is JSON, or else a string.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not, or there is no such parameter.
-    """
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE, like guidance_scale=2")
-    if name not in _PARAMETERS:
-        close = difflib.get_close_matches(name, _PARAMETERS, 1)
-        hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(_PARAMETERS)}"
-        raise argparse.ArgumentTypeError(f"there is no parameter '{name}': {hint}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def parse_resolution(text: str) -> int | tuple[int, int]:
-    """`SIDE` or `WIDTHxHEIGHT` as the side, or (height, width).
-
-    Raises:
-        argparse.ArgumentTypeError: it is neither.
-    """
-    try:
-        sides = [int(side) for side in text.lower().split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size: give the side, or WIDTHxHEIGHT, like 768x512")
-    return sides[0] if len(sides) == 1 else (sides[1], sides[0])
-
-
-def parse_lora(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:SCALE` as file and scale. A colon that no number follows is part of the name.
-
-    Raises:
-        argparse.ArgumentTypeError: the scale is not finite.
-    """
-    file, _, number = text.rpartition(":")
-    try:
-        scale = float(number)
-    except ValueError:
-        return Path(text), 1.0
-    if not file:
-        return Path(text), 1.0
-    if not math.isfinite(scale):
-        raise argparse.ArgumentTypeError(f"'{number}' is no scale of a LoRA: give a number, like 0.8")
-    return Path(file), scale
 
 
 def run(options: argparse.Namespace) -> int:
@@ -249,6 +77,8 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         return _build_skeleton(options)
     if options.source is None:
         raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
+    if options.system:
+        raise AnyDoorError(f"--system goes with --skeleton: '{options.source}' says what it is itself")
     build = build_options(options)
     if options.source.is_dir() and not holds_checkpoint(options.source):
         for name in _OF_THE_CHECKPOINT:
@@ -289,7 +119,7 @@ def checkpoint_name(path: Path) -> str:
 
 
 def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:
-    """Builds the published network without weights.
+    """Builds a published network without weights.
 
     Raises:
         AnyDoorError: other options do not go with it, or PyTorch is not installed.
@@ -302,13 +132,14 @@ def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:
         if getattr(options, name) is not None:
             raise AnyDoorError(f"{flag(name)} goes with a checkpoint, not with --skeleton")
     options.backend = ONNX
-    build, output = build_options(options), options.output or _SKELETON
+    system = options.system or "anydoor"
+    build, output = build_options(options), options.output or SKELETONS[system]
     check_output(output)
     try:
         from export.skeleton import build_skeleton
         from export.systems import published_source
 
-        source = published_source(build.precision)
+        source = published_source(build.precision, system)
     except ModuleNotFoundError as error:
         raise AnyDoorError(
             f"--skeleton needs PyTorch, and '{error.name}' is not installed: pip install '.[export]'"
@@ -323,7 +154,7 @@ def build_options(options: argparse.Namespace) -> BuildOptions:
         AnyDoorError: a value is out of range.
     """
     backend = best_backend() if options.backend == "auto" else options.backend
-    given = {name: getattr(options, name) for name in ("max_batch", "resolution")}
+    given = {name: getattr(options, name) for name in ("max_batch", "resolution", "reuse")}
     return BuildOptions(
         backend=backend,
         precision=options.precision or ("fp32" if backend == ONNX else "fp16"),

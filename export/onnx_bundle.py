@@ -24,6 +24,7 @@ from export.onnx_graph import export_onnx
 from export.options import ONNX, BuildOptions
 from export.precision import TORCH_DTYPES
 from export.progress import Progress
+from export.reuse import copy_graph, has_graph, made_from
 from export.rewrite.attention import Attention, CausalAttention
 from export.rewrite.files import rewrite_file
 from export.scratch import scratch_of_graph
@@ -55,18 +56,22 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
         progress: gets `step_count` steps.
 
     Raises:
-        AnyDoorError: a graph does not compute what PyTorch does.
+        AnyDoorError: a graph does not compute what PyTorch does; or the bundle to copy from cannot be used.
     """
     progress.step("reading the checkpoint")
+    reuse = None if options.reuse is None else Bundle.open(options.reuse)
     manifest = empty_manifest(source, options, source.record())
     for graph in source.graphs(options.size, options.precision):
-        record = _build_graph(source, graph, output, manifest, progress)
+        record = _build_graph(source, graph, output, manifest, progress, reuse)
         manifest = replace(manifest, graphs={**manifest.graphs, graph.spec.name: record})
+    digests = {name: record.made_from for name, record in manifest.graphs.items()}
+    if reuse is not None and not any(has_graph(reuse, *of) for of in digests.items()):
+        progress.note(f"nothing is copied from '{reuse.path}': no graph in it is made from the same")
     progress.step("computing constants")
     constants: dict[str, Any] = {**source.constants(_open_on_the_cpu(output, manifest))}
     np.savez(output / CONSTANTS, **constants)
     if source.tokenizer is not None:
-        manifest = replace(manifest, tokenizer=_write_tokenizer(output, source.tokenizer))
+        manifest = replace(manifest, tokenizer=write_tokenizer(output, source.tokenizer))
     if manifest.target != ANY_TARGET:
         progress.steps += len(manifest.graphs)
         graphs = {
@@ -77,7 +82,8 @@ def export_graphs(source: ExportSource, output: Path, options: BuildOptions, pro
     return replace(manifest, constants=file_record(output, CONSTANTS))
 
 
-def _write_tokenizer(output: Path, tokenizer: TokenizerFiles) -> TokenizerRecord:
+def write_tokenizer(output: Path, tokenizer: TokenizerFiles) -> TokenizerRecord:
+    """Writes the merges of a bundle's tokenizer."""
     (output / MERGES).write_text(tokenizer.merges, "utf-8", newline="\n")
     return TokenizerRecord(file_record(output, MERGES), tokenizer.pad, tokenizer.any_case)
 
@@ -163,13 +169,23 @@ def empty_manifest(source: ExportSource, options: BuildOptions, checkpoint: Mapp
 
 
 def _build_graph(
-    source: ExportSource, graph: GraphExport, output: Path, manifest: Manifest, progress: Progress
+    source: ExportSource,
+    graph: GraphExport,
+    output: Path,
+    manifest: Manifest,
+    progress: Progress,
+    reuse: Bundle | None,
 ) -> GraphRecord:
     started = time.monotonic()
     spec, name = graph.spec, graph.spec.name
     path = output / f"{name}.onnx"
     progress.step(f"{name}: reading weights")
     module = graph.load(TORCH_DTYPES[manifest.precision])
+    digest = made_from(module, spec, manifest, source.dtype)
+    if reuse is not None and has_graph(reuse, name, digest):
+        progress.step(f"{name}: copying from '{reuse.path}'")
+        progress.steps -= _STEPS_PER_GRAPH - 2
+        return copy_graph(reuse, name, output)
     progress.step(f"{name}: exporting")
     export_onnx(module, spec, path, None if manifest.target == CUDA else ANY_TARGET)
     _strip(path)
@@ -186,7 +202,8 @@ def _build_graph(
     engine.unload(name)
     del reference
     gc.collect()
-    return replace(record, error=error, build_seconds=round(time.monotonic() - started, 1))
+    seconds = round(time.monotonic() - started, 1)
+    return replace(record, error=error, build_seconds=seconds, made_from=digest)
 
 
 def _strip(path: Path) -> None:

@@ -41,6 +41,9 @@ class BuildOptions:
     deterministic: bool = False
     """Of graphs for `CUDA`: the same input gives the same bits."""
 
+    reuse: Path | None = None
+    """A bundle whose graphs are copied, those that are made from the same."""
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the generated picture, in pixels."""
@@ -71,6 +74,8 @@ class BuildOptions:
             )
         if self.deterministic and self.targets != (CUDA,):
             raise AnyDoorError(f"--deterministic goes with --backend {ONNX} --targets {CUDA}")
+        if self.reuse is not None and self.rules != ANY_TARGET:
+            raise AnyDoorError(f"--reuse goes with --targets {ANY_TARGET}: graphs for {CUDA} are not copied")
         if self.max_batch < 1:
             raise AnyDoorError(f"--max-batch must be at least 1, not {self.max_batch}")
 

@@ -25,7 +25,7 @@ from engines.manifest import MANIFEST, FileRecord, GraphRecord, Manifest
 from export.build import placing
 from export.noise import write_recipe
 from export.noise_recipe import noise_recipe
-from export.onnx_bundle import empty_manifest
+from export.onnx_bundle import empty_manifest, write_tokenizer
 from export.onnx_graph import trace
 from export.options import BuildOptions
 from export.precision import TORCH_DTYPES
@@ -48,7 +48,7 @@ def build_skeleton(
     """Builds a bundle of ONNX graphs whose weights are left out.
 
     Args:
-        source: a network; `AnyDoorSource.without_weights` makes one that takes no memory.
+        source: a network; `without_weights` of a system's source makes one that takes no memory.
         output: directory of the bundle; what is there is replaced.
         options: precision, resolution, batch and target.
         progress: told of every graph; a bar on the terminal if None.
@@ -74,6 +74,8 @@ def build_skeleton(
         constants: dict[str, Any] = {**source.constants(cast(Engine, _NoiseEngine(manifest)))}
         np.savez(folder / CONSTANTS, **constants)
         manifest = replace(manifest, constants=file_record(folder, CONSTANTS))
+        if source.tokenizer is not None:
+            manifest = replace(manifest, tokenizer=write_tokenizer(folder, source.tokenizer))
         (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
 

@@ -143,6 +143,14 @@ def tiny_half_plan_bundle(tiny_half_bundle: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_inpainting_plan_bundle() -> Path:
+    """Plans of Stable Diffusion with 9 channels, in FP32; do not write into them."""
+    from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
+
+    return _plans(tiny_stable_diffusion_bundle(9))
+
+
+@pytest.fixture(scope="session")
 def small_bundle() -> Path:
     """A bundle of the network that the golden cases were recorded with, for 512 px; do not write into it."""
     return _bundle("small", 512)

@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.support.contenders import HOST, LOAD, PASTE_BACK, PREPROCESSING, Run
-from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER, ROW_INPUTS
+from benchmarks.support.graphs import GRAPHS_OF, PER_STEP, ROW_INPUTS
 from engines.engine import Engine
 from runtime.request import Placement, Request, Sampling
 from runtime.result import Composite
 
-_GRAPHS = (ID_ENCODER, CONTROL, DENOISE, DECODE)
 _SAMPLING_LOAD = "load while sampling"
 
 
@@ -51,7 +50,7 @@ class GraphTimer:
         elapsed = time.perf_counter() - started
         # where the memory plan swaps graphs, some runs load first: that time is no part of a step
         self._add(LOAD if action == "load" else graph, elapsed - self._inside)
-        if action == "load" and graph in (CONTROL, DENOISE):
+        if action == "load" and graph in PER_STEP:
             self._add(_SAMPLING_LOAD, elapsed)
         self._inside = before + elapsed
 
@@ -136,10 +135,10 @@ class AnyDoorPipeline:
         return [job.results()[0] for job in jobs]
 
 
-def stages_of(seconds: Mapping[str, float]) -> dict[str, float]:
+def stages_of(seconds: Mapping[str, float], system: str = "anydoor") -> dict[str, float]:
     """Return stage -> seconds, from what stopwatch and engine measured; see `contenders.STAGES`."""
-    graphs = {graph: seconds.get(graph, 0.0) for graph in _GRAPHS}
-    inside = graphs[CONTROL] + graphs[DENOISE] + seconds.get(_SAMPLING_LOAD, 0.0)
+    graphs = {graph: seconds.get(graph, 0.0) for graph in GRAPHS_OF[system]}
+    inside = sum(graphs.get(graph, 0.0) for graph in PER_STEP) + seconds.get(_SAMPLING_LOAD, 0.0)
     return {
         PREPROCESSING: seconds.get("read", 0.0) + seconds.get("prepare", 0.0),
         **graphs,

@@ -18,18 +18,20 @@ BUNDLES = Path("build/parity")
 _SEED = 1
 
 
-def seeded_checkpoint(size: str) -> Path:
-    """Return a checkpoint with seeded weights, made by an earlier call or now.
+def seeded_checkpoint(name: str) -> Path:
+    """Return a checkpoint with seeded weights, made by an earlier call or now: a file or a folder.
 
     Args:
-        size: one of `benchmarks.seeded.ARCHITECTURES`.
+        name: one of `benchmarks.seeded.ARCHITECTURES`.
     """
     from benchmarks.seeded import ARCHITECTURES
     from benchmarks.seeded import seeded_checkpoint as write
+    from training.network.architecture import Architecture
 
-    checkpoint = SEEDED / f"{size}-{fingerprint(CHECKPOINT_SOURCES)}.safetensors"
+    suffix = ".safetensors" if isinstance(ARCHITECTURES[name], Architecture) else ""
+    checkpoint = SEEDED / f"{name}-{fingerprint(CHECKPOINT_SOURCES)}{suffix}"
     if not checkpoint.exists():
-        write(checkpoint, ARCHITECTURES[size], _SEED, quiet=False)
+        write(checkpoint, ARCHITECTURES[name], _SEED, quiet=False)
     return checkpoint
 
 

@@ -68,10 +68,16 @@ def open_pipeline(run: Run) -> Pipeline:
         return AnyDoorPipeline(run)
     import torch
 
-    from benchmarks.support.pytorch_pipeline import PyTorchPipeline, noise_checkpoint
-
     torch.set_num_threads(run.threads)
     device, precision = contender.device, contender.precision
+    if run.checkpoint and run.checkpoint.is_dir():
+        from benchmarks.support.diffusers_pipeline import DiffusersPipeline
+
+        return DiffusersPipeline(
+            run.checkpoint, run.workload.resolution, device, precision, contender.compiled
+        )
+    from benchmarks.support.pytorch_pipeline import PyTorchPipeline, noise_checkpoint
+
     checkpoint = run.checkpoint or noise_checkpoint(Path(contender.bundle), device, precision)
     return PyTorchPipeline(checkpoint, run.workload.resolution, device, precision, contender.compiled)
 
@@ -144,7 +150,7 @@ class Scenarios:
         started = time.monotonic()
         results = self._pipeline.run(*inputs)
         seconds = time.monotonic() - started
-        stages = stages_of(results[0].seconds) if self._pipeline.synchronous else {}
+        stages = stages_of(results[0].seconds, self._run.system) if self._pipeline.synchronous else {}
         if scenario == PICTURE and variants == [1] and self._run.picture:
             region = results[0].regions[0]
             np.save(self._run.picture, results[0].image[region.slices])
@@ -163,7 +169,8 @@ class Scenarios:
             sampling = Sampling(quality=scenario, guidance_scale=guidance_scale)
         else:
             sampling = Sampling(steps=steps, guidance_scale=guidance_scale, timesteps=timesteps)
-        return example.SCENE, [example.placement(variant) for variant in variants], noise, sampling
+        placement = example.PLACEMENTS[self._run.system]
+        return example.SCENE, [placement(variant) for variant in variants], noise, sampling
 
 
 def _peak() -> float | None:

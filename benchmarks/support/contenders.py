@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, ID_ENCODER
+from benchmarks.support import graphs
 
 COLD = "cold start"
 PICTURE = "picture"
@@ -17,10 +17,12 @@ PROBE = "probe"
 """Only open it, to find out whether it can be measured here."""
 
 PREPROCESSING, PASTE_BACK, LOAD, HOST = "pre-processing", "paste-back", "load", "host"
-STAGES = (PREPROCESSING, ID_ENCODER, CONTROL, DENOISE, DECODE, PASTE_BACK, LOAD, HOST)
-"""The stages of a picture. `load` is loading graphs again where the memory plan swaps them; `host` is the
-time of the sampling loop outside the graphs."""
-PER_STEP = (CONTROL, DENOISE, HOST)
+STAGES = {
+    system: (PREPROCESSING, *names, PASTE_BACK, LOAD, HOST) for system, names in graphs.GRAPHS_OF.items()
+}
+"""System -> the stages of a picture. `load` is loading graphs again where the memory plan swaps them; `host`
+is the time of the sampling loop outside the graphs."""
+PER_STEP = (*graphs.PER_STEP, HOST)
 """The stages that every step has."""
 
 ANYDOOR, PYTORCH, PEAK = "anydoor", "pytorch", "peak"
@@ -85,13 +87,15 @@ class Run:
     workload: Workload
     contender: Contender
     checkpoint: Path | None
-    """What the bundle was built from, for PyTorch; if None, it runs the bundle's network with noise."""
+    """What the bundle was built from, for PyTorch: a file, or of Stable Diffusion a folder; if None, PyTorch
+    runs the bundle's network with noise."""
     threads: int
     samples: int
     """Pictures of a batch."""
     scenarios: tuple[str, ...]
     """What to measure besides a cold start and pictures."""
     guidance_scale: float
+    system: str = "anydoor"
     started: float = 0.0
     """When the process was started, on the monotonic clock, which all processes share."""
     picture: Path | None = None

@@ -29,3 +29,17 @@ def placement(brighter: int = 0) -> Placement:
     rgba = np.asarray(Image.open(OBJECT).convert("RGBA")).astype(np.int16)
     rgba[..., :3] = np.minimum(rgba[..., :3] + brighter, 255)
     return Placement(rgba.astype(np.uint8), box=scene_box())
+
+
+def prompted(variant: int = 0) -> Placement:
+    """Return a prompt and a place; another variant is another prompt, and a place some pixels to the right.
+
+    In this mode nothing is blended, as in diffusers' pipeline for networks that see the scene.
+    """
+    x0, y0, x1, y1 = scene_box()
+    box = (x0 + variant, y0, x1 + variant, y1)
+    return Placement(prompt=f"a red cup, picture {variant}", box=box, mode="crop")
+
+
+PLACEMENTS = {"anydoor": placement, "stable_diffusion": prompted}
+"""System -> what makes a variant of its example."""

@@ -18,7 +18,6 @@ from benchmarks.support.contenders import (
     PICTURE,
     REROLL,
     SAMPLES,
-    STAGES,
     Workload,
 )
 from benchmarks.support.limits import as_json, count_table, estimate_table
@@ -82,12 +81,12 @@ def start_table(rows: Sequence[Measurement], workload: Workload, meter: str) -> 
 
 def stage_table(report: Report) -> str:
     """Format seconds of each stage, and the share of its limit on this machine (roofline)."""
-    lines = [f"{'stage, s (of its limit)':<38}" + "".join(f" {stage:>17}" for stage in STAGES)]
+    lines = [f"{'stage, s (of its limit)':<38}" + "".join(f" {stage:>17}" for stage in report.stages)]
     for row in report.measurements:
         if not row.staged:
             continue
         line = f"{row.contender.name:<38}"
-        for stage in STAGES:
+        for stage in report.stages:
             seconds = float(np.median(row.stage_calls(stage)))
             part = report.share_of_limit(row, stage, seconds)
             line += f" {f'{seconds:.4f}' + (f' ({part:.0%})' if part is not None else ''):>17}"
@@ -155,24 +154,24 @@ def summary(row: Measurement, report: Report) -> dict[str, Any]:
             **{name: row.typical(name, steps) for name in (REROLL, SAMPLES, BATCH)},
             "times_pytorch": speedups(row, report.baseline, steps) if report.baseline else None,
         }
-    stages = {stage: float(np.median(row.stage_calls(stage))) for stage in STAGES}
+    stages = {stage: float(np.median(row.stage_calls(stage))) for stage in report.stages}
     shares = {stage: report.share_of_limit(row, stage, stages[stage]) for stage in report.costs}
     return {**result, "stages": stages, "share_of_limit": shares}
 
 
-def plot(rows: Sequence[Measurement], steps: int, path: Path) -> None:
+def plot(report: Report, steps: int, path: Path) -> None:
     """Draw the stages of a picture, and every scenario, of each contender."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row.staged]
+    rows = [row for row in report.measurements if row.staged]
     positions = np.arange(len(rows))
     size = (14, 1.6 + 0.8 * len(rows))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     start = np.zeros(len(rows))
-    for stage in STAGES:
+    for stage in report.stages:
         count = steps if stage in PER_STEP else 1
         widths = np.array([float(np.median(row.stage_calls(stage))) * count for row in rows])
         left.barh(positions, widths, left=start, label=stage.replace("_", " "))

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.support.graph_costs import GraphCost
-from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
+from benchmarks.support.graphs import DECODE, DENOISE, PER_STEP
 from benchmarks.support.peaks import PUBLISHED, Peak
 
 
@@ -26,21 +26,23 @@ def count_table(costs: Mapping[str, GraphCost]) -> str:
 def picture_limit(
     costs: Mapping[str, GraphCost], peak: Peak, steps: int, reroll: bool = False, bytes_factor: float = 1.0
 ) -> float:
-    """Return the least seconds that a picture can take; a re-roll needs neither ID tokens nor detail maps."""
-    limits = {graph: cost.limit(peak, bytes_factor) for graph, cost in costs.items()}
-    repeated = limits[DENOISE] + (0 if reroll else limits[CONTROL])
-    return steps * repeated + limits[DECODE] + (0 if reroll else limits[ID_ENCODER])
+    """Return the least seconds that a picture can take; of a re-roll, only steps and decoding."""
+    return sum(
+        cost.limit(peak, bytes_factor) * (steps if graph in PER_STEP else 1)
+        for graph, cost in costs.items()
+        if not reroll or graph in (DENOISE, DECODE)
+    )
 
 
 def estimate_table(costs: Mapping[str, GraphCost], precision: str, steps: int = 50) -> str:
     """Format the limits, in FP16, of machines that nothing ran on."""
     factor = 0.5 if precision == "fp32" else 1.0
     head = f"{'ESTIMATE, FP16':<22} {'TFLOP/s':>8} {'GB/s':>6}"
-    head += "".join(f" {graph + ' ms':>13}" for graph in GRAPHS)
+    head += "".join(f" {graph + ' ms':>13}" for graph in costs)
     lines = [f"{head} {f'{steps} steps s':>11} {'re-roll s':>10}"]
     for peak in PUBLISHED:
         row = f"{peak.machine:<22} {peak.tflops:>8.1f} {peak.gbs:>6.0f}"
-        row += "".join(f" {costs[graph].limit(peak, factor) * 1e3:>13.3f}" for graph in GRAPHS)
+        row += "".join(f" {cost.limit(peak, factor) * 1e3:>13.3f}" for cost in costs.values())
         whole = picture_limit(costs, peak, steps, bytes_factor=factor)
         reroll = picture_limit(costs, peak, steps, reroll=True, bytes_factor=factor)
         lines.append(f"{row} {whole:>11.2f} {reroll:>10.2f}")

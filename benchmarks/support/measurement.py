@@ -51,7 +51,8 @@ class Measurement:
     def per_step(self, call: Call) -> float:
         """Return the seconds of one more step of a call."""
         staged = [call] if call.stages else [c for c in self.of(call.scenario) if c.stages]
-        return float(np.median([sum(c.stages[stage] for stage in PER_STEP) / c.steps for c in staged]))
+        seconds = [sum(c.stages.get(stage, 0.0) for stage in PER_STEP) / c.steps for c in staged]
+        return float(np.median(seconds))
 
     def seconds(self, scenario: str, steps: int) -> list[float]:
         """Return the seconds per picture of every call, extrapolated to a number of steps."""
@@ -95,6 +96,11 @@ class Report:
     """What measured the energy; empty if nothing did."""
     machine: Mapping[str, object]
     """See `benchmarks.support.machine.describe`."""
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """The stages of a picture; none if nothing was timed by stage."""
+        return next((tuple(m.staged[0].stages) for m in self.measurements if m.staged), ())
 
     @property
     def baseline(self) -> Measurement | None:

@@ -31,14 +31,20 @@ def open_source(path: Path, options: SourceOptions = NOTHING_GIVEN) -> ExportSou
     return AnyDoorSource.open(path, options)
 
 
-def published_source(precision: str) -> ExportSource:
-    """The network of the published AnyDoor checkpoint without weights, to export a skeleton from.
+def published_source(precision: str, system: str = "anydoor") -> ExportSource:
+    """A published network without weights, to export a skeleton from.
 
     Args:
         precision: fp32 or fp16.
+        system: anydoor, or stable_diffusion: 2.x for inpainting.
     """
     from export.precision import TORCH_DTYPES
     from export.systems.anydoor import AnyDoorSource
+    from export.systems.stable_diffusion import StableDiffusionSource
     from training.network.architecture import Architecture
+    from training.network.stable_diffusion import StableDiffusionArchitecture
 
-    return AnyDoorSource.without_weights(Architecture(), TORCH_DTYPES[precision])
+    dtype = TORCH_DTYPES[precision]
+    if system == StableDiffusionSource.system:
+        return StableDiffusionSource.without_weights(StableDiffusionArchitecture(scene_channels=5), dtype)
+    return AnyDoorSource.without_weights(Architecture(), dtype)

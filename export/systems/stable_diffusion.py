@@ -55,13 +55,20 @@ from runtime.systems.tokenizer import TOKENS
 from training.network.architecture import LATENT_SCALE
 from training.network.checkpoint_file import CheckpointError
 from training.network.lora import merge_lora
-from training.network.stable_diffusion import StableDiffusion, StableDiffusionArchitecture
+from training.network.stable_diffusion import BUILDERS, StableDiffusion, StableDiffusionArchitecture
 from training.network.stable_diffusion_checkpoint import (
     StableDiffusionCheckpoint,
     check_tokenizer,
+    module_shapes,
     read_stable_diffusion,
 )
-from training.network.tokenizer_files import installed_merges, read_merges, read_tokenizer, tokenizer_of
+from training.network.tokenizer_files import (
+    installed_merges,
+    made_up_tokenizer,
+    read_merges,
+    read_tokenizer,
+    tokenizer_of,
+)
 
 TEXT_ENCODER = "text_encoder"
 ENCODE = "encode"
@@ -119,6 +126,20 @@ class StableDiffusionSource:
         for file, scale in options.lora or ():
             checkpoint = merge_lora(checkpoint, file, scale)
         return cls(checkpoint)
+
+    @classmethod
+    def without_weights(
+        cls, architecture: StableDiffusionArchitecture, dtype: torch.dtype
+    ) -> StableDiffusionSource:
+        """A network of any size whose weights are zeros that take no memory, to export skeletons from."""
+        zero = torch.zeros((), dtype=dtype)
+        parts = {
+            part: {name: zero.expand(shape) for name, shape in module_shapes(part, architecture).items()}
+            for part in BUILDERS
+        }
+        checkpoint = StableDiffusionCheckpoint(Path("without weights"), architecture, parts)
+        tokenizer = made_up_tokenizer(architecture.text_vocabulary, checkpoint.pad)
+        return cls(replace(checkpoint, tokenizer=tokenizer))
 
     @property
     def description(self) -> str:

@@ -13,6 +13,7 @@ import pytest
 from benchmarks.footprint import Part, Recorder, main, table
 from benchmarks.support.machine import reset_peak_memory
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
@@ -49,6 +50,18 @@ def test_every_call_of_a_graph_is_measured(tiny_bundle: Path, tmp_path: Path, ca
     printed = capsys.readouterr().out
     assert f"compositing, {STEPS} steps" in printed
     assert all(name in printed for name in runs)
+
+
+def test_a_prompt_is_drawn_where_the_bundle_takes_prompts(tmp_path: Path) -> None:
+    results = tmp_path / "footprint.json"
+    bundle = tiny_stable_diffusion_bundle(9)
+    assert main(arguments(bundle, "--prompt", "a cat", "--results", str(results))) == 0
+    content = json.loads(results.read_text())
+    assert content["command"].endswith(f"--prompt 'a cat' --results {results}")
+    runs = Counter(part["name"] for part in content["composite"] if part["name"].endswith(": run"))
+    # the scene and the scene without what is drawn over
+    once = {"text_encoder: run": 1, "encode: run": 2, f"{DECODE}: run": 1}
+    assert runs == {**once, f"{DENOISE}: run": STEPS}
 
 
 def test_a_part_has_its_own_time_and_peak() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -32,12 +33,15 @@ from benchmarks.support.contenders import (
     Workload,
 )
 from benchmarks.support.graph_costs import GraphCost
+from benchmarks.support.graphs import GRAPHS_OF
 from benchmarks.support.latency_report import format_report
 from benchmarks.support.measurement import LEAST_PSNR, Measurement, Report, speedups
 from benchmarks.support.peaks import Peak
 from engines.engine import Observer
 from engines.errors import AnyDoorError
+from runtime.systems.stable_diffusion import ENCODE, TEXT_ENCODER
 from tests.support.anydoor import CONTROL, DECODE, DENOISE
+from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
 
 Capture = pytest.CaptureFixture[str]
 
@@ -46,7 +50,7 @@ def call(
     scenario: str, steps: int, seconds: float, pictures: int = 1, control: float = 1.0, denoise: float = 2.0
 ) -> Call:
     """A call with so many seconds of detail maps and denoising in every step."""
-    stages = dict.fromkeys(STAGES, 0.0) | {CONTROL: control * steps, DENOISE: denoise * steps}
+    stages = dict.fromkeys(STAGES["anydoor"], 0.0) | {CONTROL: control * steps, DENOISE: denoise * steps}
     return Call(scenario, steps, pictures, 0.0, seconds, stages, peak_gb=None)
 
 
@@ -129,7 +133,7 @@ def test_loading_a_graph_is_no_part_of_its_steps(
     sampling = engine.now + 0.5
     engine.run(DECODE)
     stages = stages_of({**timer.seconds, "sample": sampling})
-    assert stages == dict.fromkeys(STAGES, 0.0) | {
+    assert stages == dict.fromkeys(STAGES["anydoor"], 0.0) | {
         LOAD: 30,
         CONTROL: 2,
         DENOISE: 2,
@@ -147,7 +151,7 @@ def test_the_reroll_of_plain_pytorch_is_a_picture() -> None:
 
 def test_what_the_host_does_between_the_graphs_is_a_stage() -> None:
     stages = stages_of({"read": 1, "prepare": 2, "sample": 10, CONTROL: 3, DENOISE: 5, "paste": 0.5})
-    assert stages == dict.fromkeys(STAGES, 0.0) | {
+    assert stages == dict.fromkeys(STAGES["anydoor"], 0.0) | {
         "pre-processing": 3,
         CONTROL: 3,
         DENOISE: 5,
@@ -227,6 +231,31 @@ def test_a_run_leaves_tables_results_and_a_plot(
     assert ours["summary"]["50 steps"]["p50"] > ours["summary"]["20 steps"]["p50"]
 
 
+@pytest.mark.parametrize("channels", [4, 9])
+def test_stable_diffusion_runs_beside_the_pipeline_of_diffusers(
+    channels: Literal[4, 9], tmp_path: Path, capsys: Capture
+) -> None:
+    bundle = tiny_stable_diffusion_bundle(channels)
+    checkpoint = bundle.with_name(f"{bundle.name}-checkpoint")
+    assert measured(tmp_path, "--bundle", str(bundle), "--checkpoint", str(checkpoint)) == 0
+    printed = capsys.readouterr().out
+    assert "text_encoder ms" in printed
+    assert CONTROL not in printed
+    results = json.loads((tmp_path / "latency.json").read_text("utf-8"), parse_constant=pytest.fail)
+    rows = {row["contender"]["backend"] or row["contender"]["kind"]: row for row in results["rows"]}
+    assert {"onnxruntime", "pytorch"} <= rows.keys()
+    encoded = [ENCODE] if channels == 9 else []
+    for row in rows.values():
+        assert row["psnr"] == "equal" or row["psnr"] >= 40
+        picture = next(c for c in row["calls"] if c["scenario"] == PICTURE)
+        assert {*STAGES["stable_diffusion"]} == picture["stages"].keys()
+        graphs = [stage for stage in GRAPHS_OF["stable_diffusion"] if picture["stages"][stage]]
+        assert graphs == [TEXT_ENCODER, *encoded, DENOISE, DECODE]
+        assert all(c["seconds"] >= sum(c["stages"].values()) for c in row["calls"])
+    reroll = next(c for c in rows["onnxruntime"]["calls"] if c["scenario"] == REROLL)
+    assert reroll["stages"][TEXT_ENCODER] == reroll["stages"][ENCODE] == 0
+
+
 def test_what_fails_and_what_draws_another_picture_is_named_and_all_others_are_measured(
     tiny_bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -250,6 +279,7 @@ def test_what_fails_and_what_draws_another_picture_is_named_and_all_others_are_m
         ([], "say what to measure"),
         (["--bundle", "no/such/bundle"], "there is no bundle at 'no/such/bundle'"),
         (["--checkpoint", "none.safetensors"], "there is no checkpoint at 'none.safetensors'"),
+        (["--checkpoint", "."], "'.' is a folder: give what was built from it, too, with --bundle"),
         (["--results", "/dev/null/x.json"], "cannot write '/dev/null/x.json'"),
     ],
 )

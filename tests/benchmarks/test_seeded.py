@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionInpaintPipeline
 from safetensors.torch import load_file
 
-from benchmarks.seeded import main
+from benchmarks.seeded import ARCHITECTURES, main, seeded_tensor
+from training.network.stable_diffusion_checkpoint import read_stable_diffusion
 
 Capture = pytest.CaptureFixture[str]
 
@@ -21,6 +24,19 @@ def test_the_command_writes_the_checkpoint_of_its_seed(tiny_checkpoint: Path, tm
     assert all(torch.equal(same[key], tensor) for key, tensor in expected.items())
     key = "model.diffusion_model.out.2.weight"
     assert not torch.equal(other[key], expected[key])
+
+
+def test_stable_diffusion_becomes_a_folder_that_diffusers_opens(tmp_path: Path) -> None:
+    assert main(["stable-diffusion-small", "0", str(tmp_path / "new" / "small")]) == 0
+    checkpoint = read_stable_diffusion(tmp_path / "new" / "small")
+    assert checkpoint.architecture == ARCHITECTURES["stable-diffusion-small"]
+    key = "model.diffusion_model.out.2.weight"
+    weight = checkpoint.parts["unet"]["conv_out.weight"]
+    np.testing.assert_array_equal(weight, seeded_tensor(key, tuple(weight.shape), 0))
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "new" / "small")
+    assert checkpoint.tokenizer is not None
+    theirs = pipe.tokenizer("a red cup", padding="max_length", max_length=77)["input_ids"]
+    assert checkpoint.tokenizer.open().encode("a red cup") == theirs
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ MANIFEST_OF_TWO = Manifest(
             build_seconds=3.25,
             scratch_bytes={"onnxruntime": 1 << 33, "openvino": 7},
             variants={"cpu": FileRecord("denoise.cpu.onnx", 11, "ff" * 32)},
+            made_from="ab" * 32,
         ),
         "decode": GraphRecord(DECODER, (FileRecord("decode.onnx", 34, "cc" * 32),)),
     },
@@ -184,6 +185,7 @@ def records(name: str, role: str) -> st.SearchStrategy[GraphRecord]:
         build_seconds=st.floats(0, 1e6),
         scratch_bytes=st.dictionaries(names, counts, max_size=2),
         variants=st.dictionaries(names, files, max_size=1),
+        made_from=st.sampled_from(["", "ab" * 32]),
     )
 
 

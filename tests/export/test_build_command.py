@@ -13,7 +13,8 @@ import pytest
 
 from engines.bundle import Bundle
 from engines.errors import AnyDoorError
-from export.build_engines import add_arguments, build_options, parse_default, summary
+from export.build_engines import build_options, summary
+from export.flags import add_arguments, parse_default
 from export.options import DETERMINISTIC_CUDA, BuildOptions
 from runtime.cli import main
 
@@ -118,6 +119,10 @@ def test_without_pytorch_it_names_the_extra(tmp_path: Path) -> None:
         (
             ["--skeleton", "--backend=tensorrt"],
             "--skeleton makes ONNX graphs: it goes with --backend onnxruntime",
+        ),
+        (
+            ["a.ckpt", "--system=stable_diffusion"],
+            "--system goes with --skeleton: 'a.ckpt' says what it is itself",
         ),
         (["--skeleton", "--dino-heads=6"], "--dino-heads goes with a checkpoint, not with --skeleton"),
         (

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from engines.bundle import sha256
 from engines.errors import AnyDoorError
-from export.build_engines import main, parse_lora, parse_resolution
+from export.build_engines import main
+from export.flags import parse_lora, parse_resolution
 from export.options import SourceOptions
 from export.systems import open_source
 from runtime.systems.tokenizer import END, START

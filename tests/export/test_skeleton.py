@@ -16,15 +16,21 @@ from benchmarks.seeded import TINY
 from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.errors import BundleError
+from engines.manifest import MANIFEST, read_manifest
 from engines.options import EngineOptions
 from export.example_inputs import example_inputs
 from export.noise import fill, is_filled
 from export.options import CUDA, BuildOptions
-from export.precision import TORCH_DTYPES
 from export.skeleton import build_skeleton
+from export.systems import published_source
 from export.systems.anydoor import AnyDoorSource
+from export.systems.stable_diffusion import ENCODE, TEXT_ENCODER, StableDiffusionSource
+from export.systems.system import ExportSource
+from runtime import Compositor, Sampling
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
 from training.network.architecture import Architecture
+from training.network.stable_diffusion import StableDiffusionArchitecture
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +45,18 @@ WIDE = Architecture(
 """As wide as the published network, and shallow."""
 
 
+WIDE_INPAINTING = StableDiffusionArchitecture(
+    unet_channels=(320, 640),
+    unet_attention=(True, False),
+    unet_layers=1,
+    scene_channels=5,
+    vae_channels=(128, 256, 512, 512),
+    vae_layers=1,
+    text_layers=1,
+)
+"""The same of Stable Diffusion 2 for inpainting."""
+
+
 @pytest.fixture(scope="module")
 def tiny_skeleton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("skeleton") / "tiny"
@@ -47,14 +65,28 @@ def tiny_skeleton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Skeleton and bundle of a small network that draws what a prompt says into a scene."""
+    bundle = tiny_stable_diffusion_bundle(9)
+    sizes = read_manifest(bundle / MANIFEST).architecture
+    tuples = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
+    source = StableDiffusionSource.without_weights(StableDiffusionArchitecture(**tuples), torch.float32)
+    path = tmp_path_factory.mktemp("skeleton") / "inpainting"
+    build_skeleton(source, path, BuildOptions(resolution=64))
+    return path, bundle
+
+
 def graph(path: Path) -> onnx.GraphProto:
     return onnx.load(path, load_external_data=False).graph
 
 
-def test_the_graphs_are_those_of_a_build(tiny_skeleton: Path, tiny_bundle: Path) -> None:
+def test_the_graphs_are_those_of_a_build(
+    tiny_skeleton: Path, tiny_bundle: Path, inpainting: tuple[Path, Path]
+) -> None:
     """Same operators in the same order, with weights of the same names and shapes."""
-    for path in tiny_skeleton.glob("*.onnx"):
-        ours, theirs = graph(path), graph(tiny_bundle / path.name)
+    for path, bundle in every_graph((tiny_skeleton, tiny_bundle), inpainting):
+        ours, theirs = graph(path), graph(bundle / path.name)
         assert [node.op_type for node in ours.node] == [node.op_type for node in theirs.node]
         weights = [{(w.name, *w.dims): w.data_type for w in g.initializer} for g in (ours, theirs)]
         assert weights[0] == weights[1]
@@ -66,11 +98,16 @@ def test_weights_are_left_out(tiny_skeleton: Path) -> None:
     assert sum(file.stat().st_size for file in tiny_skeleton.iterdir()) < 500_000
 
 
-def test_constants_are_kept(tiny_skeleton: Path, tiny_bundle: Path) -> None:
+def every_graph(*pairs: tuple[Path, Path]) -> list[tuple[Path, Path]]:
+    """File of each graph in a skeleton, and the bundle that it is like."""
+    return [(path, bundle) for skeleton, bundle in pairs for path in skeleton.glob("*.onnx")]
+
+
+def test_constants_are_kept(tiny_skeleton: Path, tiny_bundle: Path, inpainting: tuple[Path, Path]) -> None:
     """What is no weight has its value: shapes, scales, the frequencies of the time embedding."""
-    for path in tiny_skeleton.glob("*.onnx"):
+    for path, bundle in every_graph((tiny_skeleton, tiny_bundle), inpainting):
         stored = {w.name: w for w in graph(path).initializer}
-        for weight in onnx.load(tiny_bundle / path.name).graph.initializer:
+        for weight in onnx.load(bundle / path.name).graph.initializer:
             ours = stored[weight.name]
             if ours.data_location != onnx.TensorProto.EXTERNAL:
                 np.testing.assert_array_equal(
@@ -89,6 +126,16 @@ def test_a_filled_skeleton_runs_on_numbers_of_an_ordinary_size(tiny_skeleton: Pa
         for name, tensor in engine.run(spec.name, inputs).items():
             values = engine.to_host(tensor).astype(np.float64)
             assert 1e-3 < values.std() < 300, (spec.name, name)
+
+
+def test_a_filled_skeleton_draws_what_a_prompt_says(inpainting: tuple[Path, Path]) -> None:
+    """It has a tokenizer, of as many tokens as the text encoder reads."""
+    skeleton, _ = inpainting
+    fill(skeleton)
+    compositor = Compositor.load(skeleton, EngineOptions(backend="onnxruntime", device="cpu"))
+    pictures = [compositor.draw(prompt, seed=7, sampling=Sampling(steps=2)) for prompt in ("a cat", "snow")]
+    assert np.std(pictures[0]) > 1
+    assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
 def test_noise_depends_on_the_seed_alone(tiny_skeleton: Path) -> None:
@@ -115,9 +162,8 @@ def fill_and_open(path: Path, seed: int) -> Bundle:
     return Bundle.open(path)
 
 
-def cuda_operators(architecture: Architecture, precision: str, path: Path) -> dict[str, Counter[str]]:
+def cuda_operators(source: ExportSource, precision: str, path: Path) -> dict[str, Counter[str]]:
     """Graph -> its operators in a bundle for ONNX Runtime's CUDA provider."""
-    source = AnyDoorSource.without_weights(architecture, TORCH_DTYPES[precision])
     manifest = build_skeleton(source, path, BuildOptions(precision=precision, targets=(CUDA,)))
     assert manifest.target == CUDA
     return {
@@ -125,27 +171,58 @@ def cuda_operators(architecture: Architecture, precision: str, path: Path) -> di
     }
 
 
-def assert_no_pattern_is_left(counts: dict[str, Counter[str]]) -> None:
-    plain = ("Softmax", "InstanceNormalization", "Conv", "Erf", "Split", "IsNaN", "Where")
-    for name in (DENOISE, CONTROL, ID_ENCODER):
-        assert not any(counts[name][kind] for kind in plain), name
-    # one head of 512 channels
-    assert {kind: counts[DECODE][kind] for kind in plain if counts[DECODE][kind]} == {"Softmax": 1}
+PLAIN = ("Softmax", "InstanceNormalization", "Conv", "Erf", "Split", "IsNaN", "Where", "Trilu")
+"""Operators of patterns that have a kernel of their own."""
+
+FUSED = ("MultiHeadAttention", "GroupNorm", "NhwcConv", "BiasSplitGelu", "LayerNormalization")
+
+
+def plain_operators(counts: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    return {name: {kind: of[kind] for kind in PLAIN if of[kind]} for name, of in counts.items()}
+
+
+ANYDOOR_PLAIN = {ID_ENCODER: {}, CONTROL: {}, DENOISE: {}, DECODE: {"Softmax": 1}}
+"""The decoder's attention has one head of 512 channels."""
+
+
+def inpainting_plain(layers: int) -> dict[str, dict[str, int]]:
+    """The GELU of the text encoder is no gate; it runs once per prompt."""
+    return {TEXT_ENCODER: {"Erf": layers}, ENCODE: {"Softmax": 1}, DENOISE: {}, DECODE: {"Softmax": 1}}
 
 
 @pytest.mark.nightly
 def test_operators_of_the_cuda_provider(tmp_path: Path) -> None:
     """At the widths of the published network every pattern has a kernel."""
-    assert_no_pattern_is_left(cuda_operators(WIDE, "fp16", tmp_path / "wide"))
+    source = AnyDoorSource.without_weights(WIDE, torch.float16)
+    assert plain_operators(cuda_operators(source, "fp16", tmp_path / "wide")) == ANYDOOR_PLAIN
+
+
+@pytest.mark.nightly
+def test_operators_of_the_cuda_provider_for_stable_diffusion(tmp_path: Path) -> None:
+    source = StableDiffusionSource.without_weights(WIDE_INPAINTING, torch.float16)
+    assert plain_operators(cuda_operators(source, "fp16", tmp_path / "wide")) == inpainting_plain(1)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_operators_of_the_published_stable_diffusion(tmp_path: Path, precision: str) -> None:
+    source = published_source(precision, "stable_diffusion")
+    counts = cuda_operators(source, precision, tmp_path / "full")
+    assert plain_operators(counts) == inpainting_plain(23)
+    assert {name: tuple(of[kind] for kind in FUSED) for name, of in counts.items()} == {
+        TEXT_ENCODER: (23, 0, 0, 0, 47),
+        ENCODE: (0, 22, 28, 0, 0),
+        DENOISE: (32, 61, 66, 16, 48),
+        DECODE: (0, 30, 36, 0, 0),
+    }
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_operators_of_the_published_network(tmp_path: Path, precision: str) -> None:
-    counts = cuda_operators(Architecture(), precision, tmp_path / "full")
-    assert_no_pattern_is_left(counts)
-    fused = ("MultiHeadAttention", "GroupNorm", "NhwcConv", "BiasSplitGelu", "LayerNormalization")
-    assert {name: tuple(counts[name][kind] for kind in fused) for name in counts} == {
+    counts = cuda_operators(published_source(precision), precision, tmp_path / "full")
+    assert plain_operators(counts) == ANYDOOR_PLAIN
+    assert {name: tuple(of[kind] for kind in FUSED) for name, of in counts.items()} == {
         ID_ENCODER: (40, 0, 1, 0, 81),
         CONTROL: (14, 27, 46, 7, 21),
         DENOISE: (32, 61, 66, 16, 48),

@@ -174,7 +174,7 @@ def _read_folder(folder: Path, variant: str | None) -> StableDiffusionCheckpoint
     architecture = diffusers_folder.read_architecture(folder)
     files = {part: diffusers_folder.read_part(folder, part, variant) for part in BUILDERS}
     for part, file in files.items():
-        _compare(file.shapes, _module_shapes(part, architecture), where=f"in {part}/, ")
+        _compare(file.shapes, module_shapes(part, architecture), where=f"in {part}/, ")
     tokenizer = read_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
     if tokenizer is not None:
         check_tokenizer(tokenizer, architecture, f"the tokenizer of '{folder}'")
@@ -212,7 +212,7 @@ def _read_file(path: Path, prediction: str | None, ema: bool) -> StableDiffusion
     except (ValueError, KeyError, IndexError) as error:
         raise ArchitectureError("the shapes of its tensors do not make a network") from error
     layouts = _layouts(architecture)
-    names = {part: _module_shapes(part, architecture) for part in layouts}
+    names = {part: module_shapes(part, architecture) for part in layouts}
     expected = official_shapes(architecture)
     shapes = {key: shape for key, shape in file.shapes.items() if not _is_unused(key, architecture)}
     unneeded = unneeded_keys(shapes, expected)
@@ -236,7 +236,7 @@ def official_shapes(architecture: StableDiffusionArchitecture) -> dict[str, tupl
     """Maps key of the original layout -> shape, for every weight."""
     shapes: dict[str, tuple[int, ...]] = {}
     for part, layout in _layouts(architecture).items():
-        shapes |= expected_shapes(layout, _module_shapes(part, architecture), architecture)
+        shapes |= expected_shapes(layout, module_shapes(part, architecture), architecture)
     return shapes
 
 
@@ -245,7 +245,8 @@ def _layouts(architecture: StableDiffusionArchitecture) -> dict[str, str]:
     return {"unet": "unet", "vae": "vae", "text_encoder": architecture.text_encoder}
 
 
-def _module_shapes(part: str, architecture: StableDiffusionArchitecture) -> dict[str, torch.Size]:
+def module_shapes(part: str, architecture: StableDiffusionArchitecture) -> dict[str, torch.Size]:
+    """Maps name in the state_dict of a part's module -> shape."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in BUILDERS[part](architecture).state_dict().items()}
 

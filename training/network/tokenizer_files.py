@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,18 @@ def tokenizer_of(merges: str, pad: str) -> TokenizerFiles:
     """
     any_case = tuple(sorted({START, END} - {pad}))
     return TokenizerFiles(merges, Tokenizer(merges, pad, any_case).vocabulary, pad, any_case)
+
+
+def made_up_tokenizer(vocabulary: int, pad: str) -> TokenizerFiles:
+    """A tokenizer for a network whose weights mean nothing: its merges are pairs of bytes.
+
+    Args:
+        vocabulary: how many tokens it has, 514 to 66,050.
+        pad: see `tokenizer_of`.
+    """
+    alone = Tokenizer("", pad).vocabulary  # the bytes, the same at the end of a word, START and END
+    pairs = islice(product(islice(alone, 256), repeat=2), vocabulary - len(alone))
+    return tokenizer_of("\n".join(["#version: 0.2", *map(" ".join, pairs), ""]), pad)
 
 
 def read_merges(path: Path, pad: str) -> TokenizerFiles:

@@ -155,6 +155,26 @@ def test_a_truncated_single_file(tmp_path: Path) -> None:
         read_stable_diffusion(path)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_truncated_part_of_a_folder(tmp_path: Path, part: str) -> None:
+    [path] = (folder(tmp_path) / part).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="damaged or incomplete") as refusal:
+        read_stable_diffusion(tmp_path)
+    assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_unet_of_another_version_is_refused(tmp_path: Path) -> None:
+    """That of 1.x, whose projections are convolutions, in a folder of 2.x."""
+    name = "unet/diffusion_pytorch_model.safetensors"
+    mixed, older = folder(tmp_path / "mixed", "2.x"), folder(tmp_path / "older", "1.x")
+    shutil.copy(older / name, mixed / name)
+    with pytest.raises(CheckpointError, match=r"in unet/, .* tensors have the wrong shape") as refusal:
+        read_stable_diffusion(mixed)
+    assert "\n" not in str(refusal.value)
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     path = folder(tmp_path) / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
