@@ -23,7 +23,8 @@ from engines.memory_plan import card_memory, fixed_buffers, place_name, table_na
 from engines.options import EngineOptions
 from engines.spec import BankSpec
 from export.example_inputs import example_inputs
-from export.systems.stable_diffusion import DECODE, DENOISE, blended, graph_specs
+from export.systems.scene import blended
+from export.systems.stable_diffusion import DECODE, DENOISE, graph_specs
 from export.verification import relative_error
 from runtime.diffusion.noise_schedule import alphas_cumprod
 from runtime.sampling.running_batch import RunningBatch

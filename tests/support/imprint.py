@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tests.support.shared import lock, shared_folder
 from training.network.checkpoint import write_checkpoint
 from training.network.imprint import UNCONDITIONAL, Imprint, ImprintArchitecture
 from training.network.official_keys import schedule_buffers
@@ -73,4 +75,30 @@ def imprint_file(path: Path, model: Imprint | None = None) -> Path:
     """A checkpoint in our own layout."""
     model = model or tiny_imprint()
     write_checkpoint(path, schedule_buffers() | model.official_state_dict(), model.architecture)
+    return path
+
+
+def tiny_imprint_bundle() -> Path:
+    """A bundle of `imprint_file`; do not write into it."""
+    return _bundle("imprint", imprint_file, 64)
+
+
+def tiny_object_stitch_bundle() -> Path:
+    """A bundle of `object_stitch_file`, which is not square; do not write into it."""
+    return _bundle("object-stitch", object_stitch_file, (64, 96))
+
+
+def _bundle(name: str, write: Callable[[Path], Path], resolution: int | tuple[int, int]) -> Path:
+    from export.build import build_bundle
+    from export.options import BuildOptions
+    from export.progress import Progress
+    from export.systems import open_source
+
+    path = shared_folder() / name
+    with lock(path.with_suffix(".lock")):
+        if not path.exists():
+            checkpoint = write(path.with_suffix(".checkpoint"))
+            build_bundle(
+                open_source(checkpoint), path, BuildOptions(resolution=resolution), Progress(quiet=True)
+            )
     return path
