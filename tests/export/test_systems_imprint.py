@@ -20,11 +20,11 @@ from export.systems.imprint import DENOISE, ID_ENCODER, ImprintSource, graph_spe
 from export.verification import relative_error
 from tests.support.imprint import (
     imprint_file,
+    object_stitch_compositor,
     object_stitch_file,
     object_stitch_tensors,
     tiny_imprint,
     tiny_imprint_bundle,
-    tiny_object_stitch_bundle,
 )
 from training.network.imprint import ImprintArchitecture
 
@@ -41,7 +41,6 @@ def test_the_bundle_says_what_it_is(bundle: Bundle) -> None:
     assert roles == {"id_encoder": "condition", "denoise": "step", "encode": "scene", "decode": "decode"}
     assert [bank.tensors for bank in manifest.step.banks] == [("tokens",), ("background", "blend", "scene")]
     assert not bundle.constants()["unconditional_tokens"].any()
-    assert Bundle.open(tiny_object_stitch_bundle()).manifest.size_text == "96x64 px"
 
 
 @torch.no_grad()
@@ -54,8 +53,10 @@ def test_tokens_are_those_of_dinov2_and_adapter(bundle: Bundle) -> None:
     assert relative_error(found, expected) < 1e-4
 
 
-def test_no_reference_is_the_vector_of_object_stitch() -> None:
-    tokens = Bundle.open(tiny_object_stitch_bundle()).constants()["unconditional_tokens"]
+def test_no_reference_is_the_vector_of_object_stitch(tmp_path: Path) -> None:
+    bundle = object_stitch_compositor(tmp_path).bundle
+    assert bundle.manifest.size_text == "96x64 px"
+    tokens = bundle.constants()["unconditional_tokens"]
     vector = object_stitch_tensors()["learnable_vector"].numpy()
     np.testing.assert_array_equal(tokens, np.repeat(vector, 257, axis=1))
     assert tokens.any()

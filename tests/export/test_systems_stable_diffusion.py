@@ -32,9 +32,9 @@ from runtime.systems.tokenizer import Tokenizer, open_tokenizer
 from tests.support.stable_diffusion import Version, pipeline, tiny_stable_diffusion_bundle
 from tests.support.text_sampling import (
     Floats,
-    ModuleEngine,
     blank_scene,
     finish,
+    module_engine,
     parameters,
     scene_of,
     start,
@@ -127,7 +127,7 @@ def test_modules_draw_what_diffusers_draws(case: tuple[Version, Kind, str, float
     assert checkpoint.tokenizer is not None
     files = checkpoint.tokenizer
     tokenizer = Tokenizer(files.merges, files.pad, files.any_case)
-    engine: Any = ModuleEngine(checkpoint, SIZE)
+    engine: Any = module_engine(checkpoint, SIZE)
     theirs = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
     for prompt, tokens in zip((PROMPT, NEGATIVE), theirs):
         assert relative_error(tokens_of(engine, tokenizer, prompt), tokens.detach().numpy()) < 1e-5

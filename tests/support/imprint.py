@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from runtime import Compositor
+from tests.support.module_engine import module_compositor
 from tests.support.shared import lock, shared_folder
 from training.network.checkpoint import write_checkpoint
 from training.network.imprint import UNCONDITIONAL, Imprint, ImprintArchitecture
@@ -80,25 +81,21 @@ def imprint_file(path: Path, model: Imprint | None = None) -> Path:
 
 def tiny_imprint_bundle() -> Path:
     """A bundle of `imprint_file`; do not write into it."""
-    return _bundle("imprint", imprint_file, 64)
-
-
-def tiny_object_stitch_bundle() -> Path:
-    """A bundle of `object_stitch_file`, which is not square; do not write into it."""
-    return _bundle("object-stitch", object_stitch_file, (64, 96))
-
-
-def _bundle(name: str, write: Callable[[Path], Path], resolution: int | tuple[int, int]) -> Path:
     from export.build import build_bundle
     from export.options import BuildOptions
     from export.progress import Progress
     from export.systems import open_source
 
-    path = shared_folder() / name
+    path = shared_folder() / "imprint"
     with lock(path.with_suffix(".lock")):
         if not path.exists():
-            checkpoint = write(path.with_suffix(".checkpoint"))
-            build_bundle(
-                open_source(checkpoint), path, BuildOptions(resolution=resolution), Progress(quiet=True)
-            )
+            checkpoint = imprint_file(path.with_suffix(".checkpoint"))
+            build_bundle(open_source(checkpoint), path, BuildOptions(resolution=64), Progress(quiet=True))
     return path
+
+
+def object_stitch_compositor(folder: Path) -> Compositor:
+    """Of `object_stitch_file`, with pictures that are not square. Its graphs are PyTorch's."""
+    from export.systems import open_source
+
+    return module_compositor(open_source(object_stitch_file(folder / "ObjectStitch.pth")), folder, (64, 96))

@@ -18,7 +18,7 @@ from runtime import Compositor, EngineOptions, InputError, Placement, Request, S
 from runtime.imaging.mask_levels import MASK_LEVELS
 from runtime.systems.imprint import DEFAULTS, ID_ENCODER
 from runtime.systems.inpainting import ENCODE
-from tests.support.imprint import tiny_imprint_bundle, tiny_object_stitch_bundle
+from tests.support.imprint import object_stitch_compositor, tiny_imprint_bundle
 from tests.support.observers import RunCounter
 from tests.support.pictures import PLACEMENT, SCENE, Pixels, cutout, picture
 
@@ -42,10 +42,12 @@ def imprint() -> Compositor:
     return Compositor.load(tiny_imprint_bundle(), CPU)
 
 
-@pytest.fixture(scope="module", params=[tiny_imprint_bundle, tiny_object_stitch_bundle])
-def compositor(request: pytest.FixtureRequest) -> Compositor:
+@pytest.fixture(scope="module", params=["IMPRINT", "ObjectStitch"])
+def compositor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compositor:
     """With DINOv2; and with CLIP from a file in the layout of ObjectStitch's public code, not square."""
-    return Compositor.load(request.param(), CPU)
+    if request.param == "IMPRINT":
+        return Compositor.load(tiny_imprint_bundle(), CPU)
+    return object_stitch_compositor(tmp_path_factory.mktemp("object-stitch"))
 
 
 def drawn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,10 @@ from torch import Tensor
 from runtime import Compositor, EngineOptions, Placement, Request, Sampling
 from runtime.imaging.paste_back import paste_feathered
 from tests.support.imprint import (
-    TINY_OBJECT_STITCH,
+    object_stitch_compositor,
     object_stitch_tensors,
     tiny_imprint,
     tiny_imprint_bundle,
-    tiny_object_stitch_bundle,
 )
 from tests.support.pictures import Pixels, cutout, picture
 from tests.support.serving import ServerThread, wait_until
@@ -118,15 +118,15 @@ def test_an_object_is_drawn_as_the_inpainting_pipeline_draws_it(
 
 
 @torch.no_grad()
-def test_object_stitch_composites_as_its_network_does_in_pytorch() -> None:
+def test_object_stitch_composites_as_its_network_does(tmp_path: Path) -> None:
     """Loaded from its own layout; the scene comes in its own order, and the step blends."""
-    bundle = tiny_object_stitch_bundle()
-    model = Imprint(read_checkpoint(bundle.with_suffix(".checkpoint")).architecture).eval()
+    compositor = object_stitch_compositor(tmp_path)
+    model = Imprint(read_checkpoint(tmp_path / "ObjectStitch.pth").architecture).eval()
+    assert model.architecture.scene_order == "latents_keep"
     tensors = object_stitch_tensors()
     tensors |= {f"cond_stage_model.projector.{n}": tensors[f"proj_out.{n}"] for n in ("weight", "bias")}
     model.load_official_state_dict(tensors)
-    assert model.architecture.scene_order == TINY_OBJECT_STITCH.scene_order == "latents_keep"
-    compositor, (scene, mask) = Compositor.load(bundle, CPU), scene_and_mask(SIDE, 96)
+    scene, mask = scene_and_mask(SIDE, 96)
     asked = request(scene, mask, "shape", 3.0, initial_noise=start_noise(SIDE, 96).numpy())
     (found,), placed = compositor.run(asked), compositor.accept(asked).placements[0]
     seen = [torch.from_numpy(each)[None] for each in (placed.scene.picture, placed.scene.masked_picture)]
