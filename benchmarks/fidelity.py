@@ -1,11 +1,13 @@
 """How good are the composites? Measures them against the truth, or as the paper does, beside baselines.
 
     python benchmarks/fidelity.py
+    python benchmarks/fidelity.py --bundle examples/anydoor-small --bundle build/engines/imprint-small
     python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 
 By default on the synthetic set, whose true pictures are known (support/truth_set.py): SSIM and PSNR in the
-object's box, and whether a descriptor of colours and edges (support/identity.py) recognises the object among
-twenty. With --protocol: DINO-score and CLIP-score over objects x scenes, in a folder as support/protocol.py
+object's box, masked patch similarity to the reference (support/patch_similarity.py), and whether a descriptor
+of colours and edges (support/identity.py) recognises the object among twenty; of any number of bundles.
+With --protocol: DINO-score and CLIP-score over objects x scenes, in a folder as support/protocol.py
 describes. Prints a table; writes fidelity.json and a contact sheet, pairs.png.
 """
 
@@ -25,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks.support import fidelity_protocol, fidelity_truth
 from benchmarks.support.bundle_option import EXAMPLE_BUNDLE
 from benchmarks.support.machine import describe
+from benchmarks.support.patch_similarity import load_dinov2, own_dinov2
 from benchmarks.support.protocol import ProtocolObject, read_protocol
 from benchmarks.support.results import require_writable, write_results
 from benchmarks.support.truth_set import TruthPair
@@ -40,19 +43,36 @@ Picture = NDArray[np.uint8]
 
 EXAMPLES = """examples:
   python benchmarks/fidelity.py
+  python benchmarks/fidelity.py --bundle examples/anydoor-small --bundle build/engines/imprint-small
   python benchmarks/fidelity.py --bundle build/engines/anydoor --steps 20 --guidance-scale 5 --count 30
   python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 """
 
 
-class Composer:
-    """Composites with the settings of the command line."""
+EXAMPLE_CHECKPOINT = Path("examples/anydoor-small.safetensors")
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.compositor = Compositor.load(options.bundle, engine_options(options))
+
+class Composer:
+    """Composites with one bundle and the settings of the command line."""
+
+    def __init__(self, bundle: Path, options: argparse.Namespace) -> None:
+        self.compositor = Compositor.load(bundle, engine_options(options))
         self.sampling = Sampling(options.quality, options.steps, options.guidance_scale)
         self.mode, self.seed = options.mode, options.seed
         self.crop_ratio = options.crop_ratio
+
+    @property
+    def system(self) -> str:
+        """The system that the bundle is a model of."""
+        return self.compositor.system.abilities.title
+
+    def settings(self, options: argparse.Namespace) -> dict[str, Any]:
+        """Return what the composites were made with."""
+        names = ("quality", "steps", "guidance_scale", "crop_ratio", "mode", "seed")
+        given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        defaults = self.compositor.defaults
+        found = {name: defaults[name] for name in names if name in defaults} | given
+        return {**found, "checkpoint": dict(self.compositor.bundle.manifest.checkpoint)}
 
     def draw(self, scene: Picture, placement: Placement, number: int) -> Picture:
         """Return the composite; every pair has its own noise."""
@@ -99,12 +119,31 @@ def check(options: argparse.Namespace) -> None:
         raise InputError("--protocol needs --dino FOLDER, --clip FOLDER, or both")
     if scored and not options.protocol:
         raise InputError("--dino and --clip score the paper's protocol: give its folder with --protocol")
+    if options.protocol and len(options.bundle or ()) > 1:
+        raise InputError("--protocol measures one bundle: give one --bundle")
     if options.count < 1 or options.rows < 1 or options.among < 2:
         raise InputError("--count and --rows are at least 1, --among at least 2")
 
 
+def load_composers(options: argparse.Namespace) -> dict[str, Composer]:
+    """Open the bundles: name -> composer. Its system names one; of several with one system the folders do.
+
+    Raises:
+        AnyDoorError: a bundle cannot be used, or two folders have the same name.
+    """
+    opened = [(bundle, Composer(bundle, options)) for bundle in options.bundle or [EXAMPLE_BUNDLE]]
+    systems = [composer.system for _, composer in opened]
+    composers = {
+        composer.system if systems.count(composer.system) == 1 else bundle.resolve().name: composer
+        for bundle, composer in opened
+    }
+    if len(composers) < len(opened):
+        raise InputError("two bundles have folders of the same name, and the table could not tell them apart")
+    return composers
+
+
 def measure(
-    options: argparse.Namespace, composer: Composer
+    options: argparse.Namespace, composers: Mapping[str, Composer]
 ) -> fidelity_truth.TruthReport | fidelity_protocol.ProtocolReport:
     """Run what the command line asks for.
 
@@ -112,14 +151,17 @@ def measure(
         AnyDoorError: a folder or a setting cannot be used.
     """
     if not options.protocol:
-        return fidelity_truth.measure(composer.truth_pair, options.count, options.among)
+        patches = load_dinov2(options.dinov2) if options.dinov2 else own_dinov2(EXAMPLE_CHECKPOINT)
+        models = {name: composer.truth_pair for name, composer in composers.items()}
+        return fidelity_truth.measure(models, options.count, patches, options.among)
     # the packages of the embedding networks are not needed otherwise
     from benchmarks.support.embeddings import load_clip, load_dino
 
     objects, scenes = read_protocol(options.protocol)
     loaders = ((load_dino, options.dino), (load_clip, options.clip))
     embedders = [load(folder) for load, folder in loaders if folder]
-    return fidelity_protocol.measure(composer.protocol_pair, objects, scenes, embedders)
+    ((name, composer),) = composers.items()
+    return fidelity_protocol.measure(name, composer.protocol_pair, objects, scenes, embedders)
 
 
 def write_report(
@@ -145,9 +187,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--bundle",
         type=Path,
-        default=EXAMPLE_BUNDLE,
+        action="append",
         metavar="DIR",
-        help="default: %(default)s",
+        help=f"may be repeated, for models side by side (default: {EXAMPLE_BUNDLE})",
     )
     result.add_argument("--steps", type=int, default=20, metavar="N", help="default: %(default)s")
     result.add_argument("--guidance-scale", type=float, metavar="G", help="default: the model's")
@@ -177,6 +219,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--protocol", type=Path, metavar="DIR", help="objects and scenes of the paper's protocol"
     )
+    result.add_argument(
+        "--dinov2",
+        type=Path,
+        metavar="DIR",
+        help="weights of DINOv2 (transformers) for the patch similarity (default: the small one of "
+        f"{EXAMPLE_CHECKPOINT})",
+    )
     result.add_argument("--dino", type=Path, metavar="DIR", help="weights of DINO ViT-S/16 (transformers)")
     result.add_argument("--clip", type=Path, metavar="DIR", help="weights of CLIP ViT-B/32 (transformers)")
     result.add_argument(
@@ -195,13 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check(options)
         require_writable(options.output / "fidelity.json")
-        composer = Composer(options)
-        report = measure(options, composer)
-        names = ("quality", "steps", "guidance_scale", "crop_ratio", "mode", "seed")
-        given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-        defaults = composer.compositor.defaults
-        settings = {name: defaults[name] for name in names if name in defaults} | given
-        settings["checkpoint"] = dict(composer.compositor.bundle.manifest.checkpoint)
+        composers = load_composers(options)
+        report = measure(options, composers)
+        settings = {name: composer.settings(options) for name, composer in composers.items()}
         write_report(report, settings, options.output, options.rows)
     except (AnyDoorError, OSError) as error:
         print(f"fidelity.py: {error}", file=sys.stderr)

@@ -44,7 +44,7 @@ def main() -> None:
         sampling=Sampling(steps=options.steps),
     )
     # what was left open, as the bundle says it
-    parameters = PlacementParameters(**{name: compositor.defaults[name] for name in PLACEMENT_PARAMETERS})
+    parameters = PlacementParameters(**{name: compositor.defaults.get(name) for name in PLACEMENT_PARAMETERS})
 
     cutout = Image.new("RGB", reference.size, "white")
     cutout.paste(reference, mask=reference.getchannel("A"))

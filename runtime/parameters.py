@@ -42,6 +42,8 @@ class PlacementParameters:
     """None: the system takes no reference."""
     box_ratio: float
     crop_ratio: float
+    mask_level: str | int | None
+    """None: the system draws in no mask."""
 
     @property
     def ratios(self) -> Ratios:

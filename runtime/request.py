@@ -22,7 +22,7 @@ class Placement:
     """What is drawn, and its place in the scene. Models take either a reference or a prompt."""
 
     reference: PictureLike | None = None
-    """Picture of the object."""
+    """Picture of the object. Without it, a model that fills holes goes on with the scene."""
     reference_mask: PictureLike | None = None
     """Where the object is in it; its transparency if None."""
     box: Sequence[float] | None = None
@@ -47,6 +47,10 @@ class Placement:
     keep_specks: bool = False
     """Whether pixels of a mask that lie far from the rest belong to it, as in the original; if not, they are
     left out with a warning (`runtime.imaging.specks`)."""
+    mask_level: str | int | None = None
+    """How coarse `mask` is made before it is drawn into, for models that draw inside of one: a name of
+    `runtime.imaging.mask_levels.MASK_LEVELS` or its number, from 0 ("exact") to 3 ("box"). A coarse mask
+    leaves room for another pose and for shadows."""
 
 
 @dataclass(frozen=True)

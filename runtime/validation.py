@@ -70,6 +70,8 @@ class Abilities:
     """Parameters that have an effect, of sampling and of placements."""
     qualities: Collection[str]
     """Presets that were measured on them."""
+    fills: bool = False
+    """Whether they draw without a condition, too: what the scene goes on with."""
 
 
 def check_usable(request: Request, abilities: Abilities) -> None:
@@ -138,7 +140,7 @@ def _check_condition(placement: Placement, abilities: Abilities) -> None:
             with in_field(name):
                 raise InputError(f"{title} {instead} and takes no {name.replace('_', ' ')}: leave it out")
     with in_field(wanted):
-        if getattr(placement, wanted) is None:
+        if getattr(placement, wanted) is None and not abilities.fills:
             raise InputError(f"{title} {instead}: give a {wanted}")
     for name in ("prompt", "negative_prompt"):
         with in_field(name):

@@ -73,6 +73,25 @@ def _load(
     read: Callable[[Any], torch.Tensor],
     pooler: bool | None = None,
 ) -> Embedder:
+    model, processor = load_network(name, kind, model_class, folder, pooler)
+    return Embedder(name, model, processor, read)
+
+
+def load_network(
+    name: str, kind: str, model_class: Any, folder: Path, pooler: bool | None = None
+) -> tuple[Any, Any]:
+    """Load a model of transformers, and its processor of pictures, from a folder.
+
+    Args:
+        name: of the network, for people.
+        kind: its `model_type`.
+        model_class: its class in transformers.
+        folder: where it is.
+        pooler: whether it has a pooling layer, where that can be chosen.
+
+    Raises:
+        AnyDoorError: the folder does not hold such a model.
+    """
     from transformers import AutoConfig, AutoImageProcessor, logging
 
     if not (folder / "config.json").is_file():
@@ -98,7 +117,7 @@ def _load(
         raise AnyDoorError(
             f"the weights in '{folder}' lack {sorted(loading['missing_keys'])[0]} and maybe more"
         )
-    return Embedder(name, model, processor, read)
+    return model.eval(), processor
 
 
 def pairwise_score(generated: Embeddings, real: Embeddings) -> float:

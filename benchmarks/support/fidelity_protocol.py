@@ -24,7 +24,7 @@ from runtime.progress_bar import ProgressBar
 Picture = NDArray[np.uint8]
 Compose = Callable[[ProtocolObject, Picture, Box, int], Picture]
 
-OURS, PASTE, UNTOUCHED, EMPTY = "AnyDoor", "copy-paste", "scene as it is", "empty box"
+PASTE, UNTOUCHED, EMPTY = "copy-paste", "scene as it is", "empty box"
 SHOWN = 8
 """Rows of the contact sheet."""
 
@@ -66,6 +66,7 @@ class ProtocolReport:
 
 
 def measure(
+    model: str,
     compose: Compose,
     objects: Sequence[ProtocolObject],
     scenes: Sequence[ProtocolScene],
@@ -75,6 +76,7 @@ def measure(
     """Put every object into every scene and score the crop of the box.
 
     Args:
+        model: what to call the composites.
         compose: draws an object into a scene at a box; also gets the number of the pair.
         objects, scenes: see `read_protocol`.
         embedders: DINO, CLIP, or both.
@@ -92,13 +94,13 @@ def measure(
                     UNTOUCHED: scene,
                     EMPTY: empty_box(scene, box),
                     PASTE: copy_paste(*each.reference, scene, box),
-                    OURS: compose(each, scene, box, number),
+                    model: compose(each, scene, box, number),
                 }
                 for method, picture in pictures.items():
                     crops[method].append(picture[box.slices])
-                if row == column % len(objects) and len(sheet[OURS]) < SHOWN:
+                if row == column % len(objects) and len(sheet[model]) < SHOWN:
                     sheet["object"].append(fitted(on_white(*each.reference), side))
-                    for method in (EMPTY, PASTE, OURS):
+                    for method in (EMPTY, PASTE, model):
                         sheet[method].append(fitted(pictures[method], side))
                 bar.update()
             for embedder in embedders:

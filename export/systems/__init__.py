@@ -23,12 +23,18 @@ def open_source(path: Path, options: SourceOptions = NOTHING_GIVEN) -> ExportSou
         AnyDoorError: an option does not go with its system.
     """
     from export.systems.anydoor import AnyDoorSource
+    from export.systems.imprint import ImprintSource
     from export.systems.stable_diffusion import StableDiffusionSource
+    from training.network.checkpoint import read_checkpoint
+    from training.network.imprint import ImprintArchitecture
     from training.network.stable_diffusion_checkpoint import is_stable_diffusion
 
     if is_stable_diffusion(path):
         return StableDiffusionSource.open(path, options)
-    return AnyDoorSource.open(path, options)
+    checkpoint = read_checkpoint(path, options.unet_head_width, options.dino_heads, bool(options.ema))
+    is_imprint = isinstance(checkpoint.architecture, ImprintArchitecture)
+    options.require("IMPRINT" if is_imprint else "AnyDoor", "unet_head_width", "dino_heads", "ema")
+    return (ImprintSource if is_imprint else AnyDoorSource)(checkpoint)
 
 
 def published_source(precision: str, system: str = "anydoor") -> ExportSource:

@@ -5,17 +5,14 @@
     latent, tokens, details ----> [denoise] -----> latent one step further
     latent ---------------------> [decode] ------> picture
 
-Value ranges: `reference` 0..1 RGB; `hint` three channels of collage in -1..1 RGB and the mask channel (-1, 0
-or 1); the others as in `export.systems.diffusion`.
+Value ranges: `hint` three channels of collage in -1..1 RGB and the mask channel (-1, 0 or 1); the others as
+in `export.systems.reference` and `export.systems.diffusion`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +22,7 @@ from torch import Tensor, nn
 from engines.engine import Array, Engine
 from engines.errors import AnyDoorError
 from engines.spec import ROWS, SAMPLES, BankSpec, GraphSpec, TensorSpec
-from export.options import SourceOptions
-from export.precision import BANK_DTYPES, keep_float32_layers
+from export.precision import BANK_DTYPES
 from export.systems.diffusion import (
     CONDITIONS,
     DECODE,
@@ -41,15 +37,12 @@ from export.systems.diffusion import (
     per_sample,
     step_spec,
     weighted_sum,
-    without_masks,
 )
-from export.systems.system import GraphExport, Size, checkpoint_record
+from export.systems.reference import EXAMPLES, ID_ENCODER, IDEncoderGraph, ReferenceSource, id_encoder_spec
+from export.systems.system import GraphExport, Size
 from training.network.architecture import REFERENCE_SIZE, Architecture
-from training.network.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from training.network.checkpoint_file import weight_files
 from training.network.modules import AnyDoor
 
-ID_ENCODER = "id_encoder"
 CONTROL = "control"
 MAPS = "maps"
 """Dimension: sets of detail maps in a call, one per hint, timestep and set of ID tokens."""
@@ -60,51 +53,11 @@ PARTS = {ID_ENCODER: "id_encoder", CONTROL: "control", DENOISE: "unet", DECODE: 
 """Graph -> the part of `AnyDoor` whose weights it holds."""
 
 
-class AnyDoorSource:
+class AnyDoorSource(ReferenceSource):
     """An AnyDoor checkpoint, ready for export; see `export.systems.system.ExportSource`."""
 
     system = "anydoor"
     dimensions: Mapping[str, int] = DIMENSIONS
-    tokenizer = None
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.path = checkpoint.path
-        self.dtype = checkpoint.dtype
-        self.defaults = checkpoint.defaults
-        self.architecture: Mapping[str, Any] = asdict(checkpoint.architecture)
-        self._checkpoint = checkpoint
-
-    @classmethod
-    def open(cls, path: Path, options: SourceOptions) -> AnyDoorSource:
-        """Opens a checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be read, or is of another system.
-            AnyDoorError: an option does not go with it.
-        """
-        options.require("AnyDoor", "unet_head_width", "dino_heads", "ema")
-        checkpoint = read_checkpoint(path, options.unet_head_width, options.dino_heads, bool(options.ema))
-        if checkpoint.system != cls.system:
-            raise CheckpointError(f"'{path}' is {checkpoint.describe()}. This system cannot be exported yet")
-        return cls(checkpoint)
-
-    @classmethod
-    def without_weights(cls, architecture: Architecture, dtype: torch.dtype) -> AnyDoorSource:
-        """A network of any size whose weights are zeros that take no memory, to export skeletons from."""
-        with torch.device("meta"):
-            shapes = AnyDoor(architecture).official_shapes()
-        zero = torch.zeros((), dtype=dtype)
-        tensors = {key: zero.expand(shape) for key, shape in shapes.items()}
-        return cls(Checkpoint(Path("without weights"), architecture, tensors))
-
-    @property
-    def description(self) -> str:
-        """What the checkpoint is."""
-        return self._checkpoint.describe()
-
-    def record(self) -> dict[str, Any]:
-        """File name and sha256 of the checkpoint."""
-        return checkpoint_record(self.path, weight_files(self.path))
 
     def check_size(self, size: Size) -> None:
         """Refuses a picture size that the network cannot make.
@@ -122,23 +75,16 @@ class AnyDoorSource:
     def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
         """The four graphs, the largest first."""
         specs = graph_specs(self._checkpoint.architecture, size[0], BANK_DTYPES[precision])
-        examples = {"reference": lambda rng, shape: rng.random(shape, dtype=np.float32)}
-        return [GraphExport(spec, partial(self._load, name), examples) for name, spec in specs.items()]
+        return [GraphExport(spec, partial(self._load, name), EXAMPLES) for name, spec in specs.items()]
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
         """The noise schedule, and the tokens of the black picture that stand for no reference (1, T, D)."""
         black: Array = np.zeros((1, 3, REFERENCE_SIZE, REFERENCE_SIZE), np.float32)
         tokens = engine.to_host(engine.run(ID_ENCODER, {"reference": black})["tokens"])
-        schedule = self._checkpoint.alphas_cumprod
-        if schedule is None:
-            schedule = AnyDoor(self._checkpoint.architecture, parts=[]).alphas_cumprod
-        return {"unconditional_tokens": tokens, "alphas_cumprod": schedule.float().numpy()}
+        return {"unconditional_tokens": tokens, "alphas_cumprod": self._schedule()}
 
     def _load(self, graph: str, dtype: torch.dtype) -> nn.Module:
-        part = self._checkpoint.load_part(PARTS[graph], dtype)
-        if dtype != torch.float32:
-            keep_float32_layers(part)
-        return GRAPH_MODULES[graph](part).eval()
+        return GRAPH_MODULES[graph](self._part(PARTS[graph], dtype)).eval()
 
 
 _NUMBERS = (
@@ -173,12 +119,7 @@ def graph_specs(
         for index, shape in enumerate(architecture.detail_shapes(resolution))
     )
     specs = (
-        GraphSpec(
-            ID_ENCODER,
-            "condition",
-            inputs=(f32("reference", SAMPLES, 3, REFERENCE_SIZE, REFERENCE_SIZE),),
-            outputs=(f32("tokens", SAMPLES, *tokens),),
-        ),
+        id_encoder_spec(architecture),
         GraphSpec(
             CONTROL,
             "window",
@@ -198,23 +139,6 @@ def graph_specs(
         decode_spec(latent, size),
     )
     return {spec.name: spec for spec in specs}
-
-
-class IDEncoderGraph(nn.Module):
-    """Reference -> ID tokens."""
-
-    dtype: torch.dtype
-
-    def __init__(self, model: AnyDoor) -> None:
-        super().__init__()
-        self.model = model
-        without_masks(model.id_encoder.dino)
-        model.id_encoder.fix_positions(REFERENCE_SIZE)
-        self.dtype = model.id_encoder.projector.weight.dtype
-
-    def forward(self, reference: Tensor) -> Tensor:
-        """(N, 3, 224, 224) in 0..1 -> (N, T, D)."""
-        return self.model.encode_reference(reference.to(self.dtype)).float()
 
 
 class ControlGraph(nn.Module):

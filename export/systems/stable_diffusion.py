@@ -5,15 +5,11 @@
     latent, tokens, scene, background > [denoise] -------> latent one step further
     latent ---------------------------> [decode] --------> picture
 
-Every bundle can draw into a scene: the step blends the latent with that of the background. A model of 9 input
-channels looks at the scene, too. With a `blend` of 1 everywhere neither scene nor background matters, and the
-step is the one that draws from nothing. Sources: Rombach et al., 2022; Avrahami et al., 2022 (Blended Latent
-Diffusion), section 3; `StableDiffusionInpaintPipeline` in diffusers, which the step equals.
+Every bundle can draw into a scene, and a model of 9 input channels looks at it, too. With a `blend` of 1
+everywhere a model of 4 draws from nothing. Sources: Rombach et al., 2022; `StableDiffusionPipeline` and
+`StableDiffusionInpaintPipeline` in diffusers.
 
-Value ranges: `ids` of tokens; `picture` -1..1 RGB; `scene` a mask (1 where to draw) and the latent of the
-scene whose masked part is grey; `blend` 0..1, 1 where the network draws; `start_noise` the first latent of
-a sample; `background_coefficients` as in `runtime.diffusion.ddim`; the others as in
-`export.systems.diffusion`.
+Value ranges: `ids` of tokens; the others as in `export.systems.scene`.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ from torch import Tensor, nn
 
 from engines.bundle import sha256
 from engines.engine import Engine
-from engines.spec import ROWS, SAMPLES, BankSpec, GraphSpec, TensorSpec
+from engines.spec import SAMPLES, GraphSpec, TensorSpec
 from export.options import SourceOptions
 from export.precision import keep_float32_layers
 from export.systems.diffusion import (
@@ -42,17 +38,21 @@ from export.systems.diffusion import (
     check_size,
     decode_spec,
     f32,
-    guided,
-    index,
     latent_shape,
-    step_spec,
-    weighted_sum,
     without_masks,
+)
+from export.systems.scene import (
+    DIMENSIONS,
+    ENCODE,
+    EXAMPLES,
+    DenoiseGraph,
+    EncodeGraph,
+    blended_step_spec,
+    encode_spec,
 )
 from export.systems.system import GraphExport, Size, checkpoint_record
 from runtime.diffusion.noise_schedule import alphas_cumprod
 from runtime.systems.tokenizer import TOKENS
-from training.network.architecture import LATENT_SCALE
 from training.network.checkpoint_file import CheckpointError
 from training.network.lora import merge_lora
 from training.network.stable_diffusion import BUILDERS, StableDiffusion, StableDiffusionArchitecture
@@ -71,12 +71,6 @@ from training.network.tokenizer_files import (
 )
 
 TEXT_ENCODER = "text_encoder"
-ENCODE = "encode"
-
-SCENES = "scenes"
-"""Dimension: scenes in a call, one per placement."""
-
-DIMENSIONS = {SAMPLES: 1, ROWS: 2, CONDITIONS: 2, SCENES: 1}
 
 PARTS = {DENOISE: "unet", TEXT_ENCODER: "text_encoder", ENCODE: "vae", DECODE: "vae"}
 """Graph -> the part of `StableDiffusion` whose weights it holds."""
@@ -166,8 +160,7 @@ class StableDiffusionSource:
     def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
         """The four graphs, the largest first."""
         specs = graph_specs(self._checkpoint.architecture, size)
-        examples = {"blend": lambda rng, shape: rng.random(shape, dtype=np.float32)}
-        return [GraphExport(spec, partial(self._load, name), examples) for name, spec in specs.items()]
+        return [GraphExport(spec, partial(self._load, name), EXAMPLES) for name, spec in specs.items()]
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
         """The noise schedule, and the tokens (1, 77, D) of the empty prompt."""
@@ -207,20 +200,6 @@ def with_tokenizer(
     return replace(checkpoint, tokenizer=tokenizer)
 
 
-_NUMBERS = (
-    f32("timestep", SAMPLES),
-    f32("guidance_scale", SAMPLES),
-    f32("coefficients", SAMPLES, 3),
-    f32("background_coefficients", SAMPLES, 2),
-    index("conditional_row", SAMPLES),
-    index("unconditional_row", SAMPLES),
-    index("row_sample", ROWS),
-    index("row_condition", ROWS),
-    index("row_scene", ROWS),
-)
-"""Inputs of the step: a few numbers per sample or row."""
-
-
 def graph_specs(architecture: StableDiffusionArchitecture, size: Size) -> dict[str, GraphSpec]:
     """Graph -> its signature.
 
@@ -228,35 +207,17 @@ def graph_specs(architecture: StableDiffusionArchitecture, size: Size) -> dict[s
         architecture: sizes of the network.
         size: of the picture.
     """
-    latent = latent_shape(architecture, size)
     tokens = f32("tokens", CONDITIONS, architecture.text_positions, architecture.text_width)
-    scene = [f32("background", SCENES, *latent), f32("blend", SCENES, 1, *latent[1:])]
-    if architecture.scene_channels:
-        scene.append(f32("scene", SCENES, architecture.scene_channels, *latent[1:]))
     specs = (
-        step_spec(
-            latent,
-            _NUMBERS,
-            (tokens, *scene),
-            (
-                BankSpec("tokens", ("tokens",), "row_condition"),
-                BankSpec("scene", tuple(tensor.name for tensor in scene), "row_scene"),
-            ),
-            fixed=(f32("start_noise", SAMPLES, *latent),),
-        ),
+        blended_step_spec(architecture, size, tokens),
         GraphSpec(
             TEXT_ENCODER,
             "condition",
             inputs=(TensorSpec("ids", "int32", (SAMPLES, architecture.text_positions)),),
             outputs=(f32("tokens", SAMPLES, *tokens.shape[1:]),),
         ),
-        GraphSpec(
-            ENCODE,
-            "scene",
-            inputs=(f32("picture", 1, 3, *size),),
-            outputs=(f32("latent", 1, *latent),),
-        ),
-        decode_spec(latent, size),
+        encode_spec(architecture, size),
+        decode_spec(latent_shape(architecture, size), size),
     )
     return {spec.name: spec for spec in specs}
 
@@ -272,75 +233,6 @@ class TextEncoderGraph(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(N, 77) -> (N, 77, D)."""
         return self.model.encode_prompt(ids).float()
-
-
-class EncodeGraph(nn.Module):
-    """Picture -> the mean of its latent: a sample would make the result depend on noise that nobody chose."""
-
-    dtype: torch.dtype
-
-    def __init__(self, model: StableDiffusion) -> None:
-        super().__init__()
-        self.model = model
-        self.dtype = model.vae.quant_conv.weight.dtype
-
-    def forward(self, picture: Tensor) -> Tensor:
-        """(1, 3, H, W) in -1..1 -> (1, C, h, w)."""
-        mean: Tensor = self.model.encode(picture.to(self.dtype)).mean
-        return LATENT_SCALE * mean.float()
-
-
-def blended(drawn: Tensor, kept: Tensor, blend: Tensor) -> Tensor:
-    """What is drawn where `blend` is 1, what is kept where it is 0, exactly, and a mixture between."""
-    return blend * drawn + (1 - blend) * kept
-
-
-class DenoiseGraph(nn.Module):
-    """One step: UNet, classifier-free guidance, the update, and blending with the background.
-
-    Samples share nothing. Rows are the UNet's batch; the scene of a sample is that of its conditional row.
-    All but the UNet is computed in float32. A `blend` of 1 changes nothing, one of 0 gives the background as
-    it is after the step.
-    """
-
-    dtype: torch.dtype
-
-    def __init__(self, model: StableDiffusion) -> None:
-        super().__init__()
-        self.model = model
-        self.dtype = model.unet.conv_in.weight.dtype
-
-    def forward(
-        self,
-        latent: Tensor,
-        carry: Tensor,
-        start_noise: Tensor,
-        timestep: Tensor,
-        guidance_scale: Tensor,
-        coefficients: Tensor,
-        background_coefficients: Tensor,
-        conditional_row: Tensor,
-        unconditional_row: Tensor,
-        row_sample: Tensor,
-        row_condition: Tensor,
-        row_scene: Tensor,
-        tokens: Tensor,
-        background: Tensor,
-        blend: Tensor,
-        *scene: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Takes a step. Returns the next latent and the guided epsilon, both (N, C, h, w)."""
-        row_epsilon = self.model.predict_noise(
-            latent.index_select(0, row_sample).to(self.dtype),
-            timestep.index_select(0, row_sample),
-            tokens.index_select(0, row_condition).to(self.dtype),
-            [of_scene.index_select(0, row_scene).to(self.dtype) for of_scene in scene],
-        ).float()
-        epsilon = guided(row_epsilon, guidance_scale, conditional_row, unconditional_row)
-        drawn = weighted_sum(coefficients, latent, epsilon, carry)
-        sample_scene = row_scene.index_select(0, conditional_row)
-        kept = weighted_sum(background_coefficients, background.index_select(0, sample_scene), start_noise)
-        return blended(drawn, kept, blend.index_select(0, sample_scene)), epsilon
 
 
 GRAPH_MODULES: Mapping[str, type[nn.Module]] = {

@@ -11,6 +11,7 @@ from runtime.cli.output import check_output
 from runtime.cli.pictures import add_picture_flags, check_flags, common_arguments, make_pictures
 from runtime.cli.standard_streams import read_standard_input
 from runtime.errors import InputError
+from runtime.imaging.mask_levels import MASK_LEVELS, MaskLevel, check_mask_level
 from runtime.imaging.modes import MODES
 from runtime.request import Placement, Request
 
@@ -29,7 +30,15 @@ anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --ser
 anydoor composite --reference cup.png --scene - --box 80,60,300,260 -o - < desk.jpg > out.png
 """
 
-_PLACEMENT = ("mode", "reference_ratio", "box_ratio", "crop_ratio", "negative_prompt", "keep_specks")
+_PLACEMENT = (
+    "mode",
+    "reference_ratio",
+    "box_ratio",
+    "crop_ratio",
+    "negative_prompt",
+    "keep_specks",
+    "mask_level",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +101,14 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
         "outside the place changes (default: the model's)",
     )
     group.add_argument(
+        "--mask-level",
+        type=parse_mask_level,
+        metavar="LEVEL",
+        help="how coarse a mask is made before the model draws into it: "
+        f"{', '.join(f'{number} or {name}' for number, name in enumerate(MASK_LEVELS))} "
+        "(default: the model's)",
+    )
+    group.add_argument(
         "--keep-specks",
         action="store_true",
         help="let pixels of a mask that lie far from the rest belong to it, as the original does",
@@ -119,6 +136,18 @@ def parse_box(text: str) -> tuple[int, int, int, int]:
             f"'{text}' is not a box: four whole numbers x0,y0,x1,y1 are expected, like 80,60,300,260"
         ) from error
     return x0, y0, x1, y1
+
+
+def parse_mask_level(text: str) -> MaskLevel:
+    """A level by its name or its number.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such level.
+    """
+    try:
+        return check_mask_level(int(text) if text.isdecimal() else text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run(options: argparse.Namespace) -> int:

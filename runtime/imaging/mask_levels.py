@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from runtime.errors import InputError
 from runtime.imaging.boxes import Box, bounding_box
 
 MaskLevel = Literal["exact", "outline", "blob", "box"]
@@ -27,6 +28,20 @@ mask from which on a pixel belongs to it. Shares below a half only ever add to a
 
 _REACH = 3
 """Standard deviations after which a Gaussian has ended, for all that a byte can tell."""
+
+
+def check_mask_level(level: object) -> MaskLevel:
+    """The name of a level that is given by its name or its number, 0 (exact) to 3 (box).
+
+    Raises:
+        InputError: there is no such level.
+    """
+    if isinstance(level, int | str) and not isinstance(level, bool):
+        for number, name in enumerate(MASK_LEVELS):
+            if level in (number, name):
+                return name
+    levels = ", ".join(f"{number} ({name})" for number, name in enumerate(MASK_LEVELS))
+    raise InputError(f"there is no mask level {level!r}: choose one of {levels}")
 
 
 def coarsen_mask(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float = 1.0) -> NDArray[np.bool_]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.imaging.boxes import Box, Padding, box_in_box
 from runtime.imaging.geometry import Geometry, Ratios, zoom_in
+from runtime.imaging.mask_levels import MaskLevel, coarsen_mask
 from runtime.imaging.paste_back import FEATHER
 from runtime.imaging.resize import resize_linear
 
@@ -61,6 +62,7 @@ def mask_scene(
     mode: str,
     picture_size: tuple[int, int],
     latent_size: tuple[int, int],
+    level: MaskLevel = "exact",
 ) -> MaskedScene:
     """The whole way from a scene and a place in it to what the networks get.
 
@@ -73,6 +75,7 @@ def mask_scene(
             crop.
         picture_size: (height, width) of the networks' picture.
         latent_size: (height, width) of their latent.
+        level: how coarse a mask is made before it is used, as far as the target box; a box stays as it is.
     """
     size = (scene.shape[1], scene.shape[0])
     geometry = zoom_in(target, size, ratios, aspect=picture_size[::-1])
@@ -84,7 +87,7 @@ def mask_scene(
         inside = np.zeros((crop.height, crop.width), np.bool_)
         inside[box_in_box(filled, crop).slices] = True
     else:
-        inside = target[crop.slices]
+        inside = coarsen_mask(target[crop.slices], level, box_in_box(geometry.box, crop))
     mask = _shrink(inside, geometry.padding, picture_size, fill=True)
     pasted = _shrink(inside, geometry.padding, picture_size, fill=False)
     return MaskedScene(

@@ -14,6 +14,14 @@ class PlacementMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PLACEMENT_MODE_SHAPE: _ClassVar[PlacementMode]
     PLACEMENT_MODE_KEEP_BACKGROUND: _ClassVar[PlacementMode]
 
+class MaskLevel(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MASK_LEVEL_UNSPECIFIED: _ClassVar[MaskLevel]
+    MASK_LEVEL_EXACT: _ClassVar[MaskLevel]
+    MASK_LEVEL_OUTLINE: _ClassVar[MaskLevel]
+    MASK_LEVEL_BLOB: _ClassVar[MaskLevel]
+    MASK_LEVEL_BOX: _ClassVar[MaskLevel]
+
 class Quality(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     QUALITY_UNSPECIFIED: _ClassVar[Quality]
@@ -44,6 +52,11 @@ PLACEMENT_MODE_UNSPECIFIED: PlacementMode
 PLACEMENT_MODE_CROP: PlacementMode
 PLACEMENT_MODE_SHAPE: PlacementMode
 PLACEMENT_MODE_KEEP_BACKGROUND: PlacementMode
+MASK_LEVEL_UNSPECIFIED: MaskLevel
+MASK_LEVEL_EXACT: MaskLevel
+MASK_LEVEL_OUTLINE: MaskLevel
+MASK_LEVEL_BLOB: MaskLevel
+MASK_LEVEL_BOX: MaskLevel
 QUALITY_UNSPECIFIED: Quality
 QUALITY_EXACT: Quality
 QUALITY_BALANCED: Quality
@@ -77,13 +90,14 @@ class CompositeRequest(_message.Message):
     def __init__(self, scene: _Optional[bytes] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "prompt", "negative_prompt", "keep_specks")
+    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "mask_level", "prompt", "negative_prompt", "keep_specks")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_MASK_FIELD_NUMBER: _ClassVar[int]
     BOX_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     RATIOS_FIELD_NUMBER: _ClassVar[int]
+    MASK_LEVEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     KEEP_SPECKS_FIELD_NUMBER: _ClassVar[int]
@@ -93,10 +107,11 @@ class Placement(_message.Message):
     mask: bytes
     mode: PlacementMode
     ratios: Ratios
+    mask_level: MaskLevel
     prompt: str
     negative_prompt: str
     keep_specks: bool
-    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., keep_specks: _Optional[bool] = ...) -> None: ...
+    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., keep_specks: _Optional[bool] = ...) -> None: ...
 
 class Box(_message.Message):
     __slots__ = ("x0", "y0", "x1", "y1")
@@ -254,7 +269,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults", "condition", "picture_width", "picture_height", "scene_channels", "qualities")
+    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults", "condition", "picture_width", "picture_height", "scene_channels", "qualities", "fills")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
@@ -270,6 +285,7 @@ class GetModelInfoResponse(_message.Message):
     PICTURE_HEIGHT_FIELD_NUMBER: _ClassVar[int]
     SCENE_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     QUALITIES_FIELD_NUMBER: _ClassVar[int]
+    FILLS_FIELD_NUMBER: _ClassVar[int]
     version: str
     checkpoint_sha256: str
     precision: str
@@ -285,17 +301,20 @@ class GetModelInfoResponse(_message.Message):
     picture_height: int
     scene_channels: int
     qualities: _containers.RepeatedScalarFieldContainer[Quality]
-    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ...) -> None: ...
+    fills: bool
+    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ..., fills: _Optional[bool] = ...) -> None: ...
 
 class ModelDefaults(_message.Message):
-    __slots__ = ("sampling", "mode", "ratios")
+    __slots__ = ("sampling", "mode", "ratios", "mask_level")
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     RATIOS_FIELD_NUMBER: _ClassVar[int]
+    MASK_LEVEL_FIELD_NUMBER: _ClassVar[int]
     sampling: Sampling
     mode: PlacementMode
     ratios: Ratios
-    def __init__(self, sampling: _Optional[_Union[Sampling, _Mapping]] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ...) -> None: ...
+    mask_level: MaskLevel
+    def __init__(self, sampling: _Optional[_Union[Sampling, _Mapping]] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("message_bytes", "pixels", "steps", "images", "placements", "previews")

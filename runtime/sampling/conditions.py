@@ -35,6 +35,22 @@ class BankRows:
         return self.unconditional + 1 - self.conditional
 
 
+@dataclass(frozen=True, eq=False)
+class FixedConditions:
+    """Conditions that are the same at every step."""
+
+    rows: Mapping[str, BankRows]
+    steps: int
+
+    def banks(self, step: int) -> Mapping[str, BankRows]:
+        """Bank -> its rows at a step."""
+        return self.rows
+
+    def steps_ready(self, step: int) -> int:
+        """All that are left."""
+        return self.steps - step
+
+
 class Conditions(Protocol):
     """What the samples of one placement have in common."""
 

@@ -380,7 +380,8 @@ def _step_of_sample(
     conditional = {name: row + there[name].conditional - here[name].conditional for name, row in rows.items()}
     unconditional = {name: row + there[name].count - 1 for name, row in conditional.items()}
     timestep = int(sample.schedule.timesteps[step])
-    guided = sample.sampling.guided_at(timestep)
+    # where both halves are the same, guidance leads nowhere
+    guided = sample.sampling.guided_at(timestep) and unconditional != conditional
     return StepOfSample(
         timestep=timestep,
         coefficients=sample.schedule.coefficients[step],

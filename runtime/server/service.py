@@ -134,6 +134,7 @@ class CompositorService:
             picture_height=height,
             scene_channels=int(manifest.architecture.get("scene_channels", 0)),
             qualities=[QUALITIES[quality] for quality in abilities.qualities],
+            fills=abilities.fills,
         )
 
     async def events(

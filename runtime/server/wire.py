@@ -13,6 +13,7 @@ from PIL import Image
 
 from runtime.errors import InputError, collecting_warnings, in_field
 from runtime.imaging.boxes import Box
+from runtime.imaging.mask_levels import check_mask_level
 from runtime.imaging.pictures import WRITABLE_FORMATS, load_picture
 from runtime.imaging.sources import PictureLike, read_source
 from runtime.imaging.target import whole_box
@@ -32,6 +33,7 @@ def _lower(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 MODES = _lower(_numbers(pb.PlacementMode, "PLACEMENT_MODE_"))
+LEVELS = _lower(_numbers(pb.MaskLevel, "MASK_LEVEL_"))
 SAMPLERS = _lower(_numbers(pb.Sampler, "SAMPLER_"))
 QUALITIES = _lower(_numbers(pb.Quality, "QUALITY_"))
 CONDITIONS = _lower(_numbers(pb.Condition, "CONDITION_"))
@@ -99,6 +101,7 @@ def _placement(message: pb.Placement) -> Placement:
         box=(box.x0, box.y0, box.x1, box.y1) if target == "box" else None,
         mask=message.mask if target == "mask" else None,
         mode=_name_of(message.mode, MODES, "mode", "placement mode"),
+        mask_level=_name_of(message.mask_level, LEVELS, "mask_level", "mask level"),
         keep_specks=message.keep_specks,
         **ratios,
     )
@@ -188,6 +191,7 @@ def _placement_message(placement: Placement) -> pb.Placement:
         box=box,
         mask=None if mask is None else _file(mask, "the scene mask"),
         mode=_number_of(placement.mode, MODES, "mode", "mode"),
+        mask_level=_level(placement.mask_level),
         ratios=pb.Ratios(
             reference=placement.reference_ratio, box=placement.box_ratio, crop=placement.crop_ratio
         ),
@@ -223,6 +227,14 @@ def _number_of(name: str | None, numbers: Mapping[str, int], field: str, what: s
     return numbers[name]
 
 
+def _level(level: str | int | None) -> Any:
+    """The number of a mask level on the wire."""
+    if level is None:
+        return None
+    with in_field("mask_level"):
+        return LEVELS[check_mask_level(level)]
+
+
 def _file(picture: PictureLike, name: str) -> bytes:
     """The bytes of a picture's file; pictures in memory become a PNG, or a TIFF if a PNG cannot hold them."""
     found = read_source(picture, name)
@@ -256,6 +268,7 @@ def defaults_message(defaults: Mapping[str, Any]) -> pb.ModelDefaults:
     return pb.ModelDefaults(
         sampling=_sampling_message(Sampling(**{name: defaults.get(name) for name in names})),
         mode=_number_of(defaults.get("mode"), MODES, "mode", "mode"),
+        mask_level=_level(defaults.get("mask_level")),
         ratios=pb.Ratios(
             **{name: defaults.get(f"{name}_ratio") for name in pb.Ratios.DESCRIPTOR.fields_by_name}
         ),

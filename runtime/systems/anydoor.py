@@ -28,7 +28,7 @@ from runtime.request import Placement
 from runtime.result import Stopwatch
 from runtime.sampling.conditions import BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, shared_timesteps
-from runtime.sampling.remembered import Remembered
+from runtime.sampling.reference_tokens import ReferenceTokens
 from runtime.sampling.running_batch import guided_steps
 from runtime.systems.system import Model
 from runtime.validation import Abilities, Limits
@@ -53,9 +53,6 @@ DEFAULTS: Mapping[str, Any] = {
 """The original's (run_inference.py)."""
 
 ABILITIES = Abilities("AnyDoor", "reference", DEFAULTS, QUALITIES)
-
-_KEPT_TOKENS = 32
-"""References whose ID tokens are remembered; 1 MB each at full size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,30 +160,19 @@ class AnyDoor(Preprocessing):
             raise BundleError(f"the bundle at '{model.bundle.path}' has no graph '{missing[0]}'")
         self._engine = model.engine
         self._resolution = manifest.resolution
-        self._reference_size = (
-            manifest.specs[ID_ENCODER].tensor("reference").resolve(manifest.typical_sizes)[-1]
-        )
-        tokens = manifest.specs[ID_ENCODER].tensor("tokens").resolve(manifest.typical_sizes)
-        self._unconditional_tokens = model.constant("unconditional_tokens", tokens)
+        self._tokens = ReferenceTokens(model.engine, manifest.specs[ID_ENCODER], manifest.typical_sizes)
+        self._reference_size = self._tokens.side
+        self._unconditional_tokens = model.constant("unconditional_tokens", self._tokens.shape)
         self._window = model.control_window
         self.cache = DetailMapCache(model.cache_bytes)
         """Detail maps that are kept for re-rolls."""
-        self._tokens = Remembered[bytes](_KEPT_TOKENS)
 
     def conditions(
         self, prepared: AnyDoorPlacement, sampling: SamplingParameters, schedule: Schedule, watch: Stopwatch
     ) -> AnyDoorConditions:
         """Encodes the reference, unless its ID tokens are remembered; detail maps are computed when
         needed."""
-        image = prepared.reference.image
-
-        def encode() -> NDArray[np.float32]:
-            with watch.measure("condition"):
-                network_input = (image.astype(np.float32) / 255).transpose(2, 0, 1)[None]
-                outputs = self._engine.run(ID_ENCODER, {"reference": network_input})
-                return self._engine.to_host(outputs["tokens"])
-
-        tokens = self._tokens.get(image.tobytes(), encode)
+        tokens = self._tokens.of(prepared.reference.image, watch)
         guided = guided_steps(sampling, schedule)
         if any(guided):
             tokens = np.concatenate([tokens, self._unconditional_tokens])
@@ -203,7 +189,7 @@ class AnyDoor(Preprocessing):
     def clear(self) -> None:
         """Drops detail maps and ID tokens."""
         self.cache.clear()
-        self._tokens.clear()
+        self._tokens.kept.clear()
 
 
 def create(model: Model) -> AnyDoor:

@@ -9,16 +9,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
 
-from benchmarks.fidelity import labelled_sheet, main
+from benchmarks.fidelity import EXAMPLE_CHECKPOINT, labelled_sheet, main
 from benchmarks.support.baselines import copy_paste, guess_background
 from benchmarks.support.embeddings import load_clip, load_dino, pairwise_score
-from benchmarks.support.fidelity_truth import EMPTY, GUESS, OURS, PASTE, PASTE_ON_GUESS, TRUTH, WRONG, measure
+from benchmarks.support.fidelity_truth import EMPTY, GUESS, PASTE, PASTE_ON_GUESS, TRUTH, WRONG, measure
+from benchmarks.support.patch_similarity import PatchSimilarity, load_dinov2, own_dinov2
 from benchmarks.support.protocol import read_protocol
 from engines.errors import AnyDoorError
 from runtime.imaging.boxes import Box
+from runtime.imaging.reference import prepare_reference
+from tests.support.imprint import tiny_imprint_bundle
 
 Capture = pytest.CaptureFixture[str]
+
+OURS = "AnyDoor"
 
 
 def flat(value: int, height: int = 20, width: int = 24) -> np.ndarray:  # type: ignore[type-arg]
@@ -50,8 +56,13 @@ def test_the_background_is_guessed_from_what_surrounds_the_box() -> None:
 
 
 @pytest.fixture(scope="module")
-def perfect():  # type: ignore[no-untyped-def]
-    return measure(lambda pair, number: pair.truth, count=2, among=3)
+def patches() -> PatchSimilarity:
+    return own_dinov2(EXAMPLE_CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def perfect(patches: PatchSimilarity):  # type: ignore[no-untyped-def]
+    return measure({OURS: lambda pair, number: pair.truth}, 2, patches, among=3)
 
 
 def test_the_truth_is_perfect_and_the_baselines_are_not(perfect) -> None:  # type: ignore[no-untyped-def]
@@ -63,14 +74,15 @@ def test_the_truth_is_perfect_and_the_baselines_are_not(perfect) -> None:  # typ
     assert rows[EMPTY].ssim < rows[GUESS].ssim
     assert rows[PASTE].retrieval["identity"] > rows[EMPTY].retrieval["identity"]
     assert rows[WRONG].ssim is None
-    assert all(perfect.wins(method) == 1.0 for method in (EMPTY, GUESS, PASTE, PASTE_ON_GUESS))
+    assert rows[OURS].patches == rows[TRUTH].patches > rows[EMPTY].patches
+    assert all(perfect.wins(OURS, method) == 1.0 for method in (EMPTY, GUESS, PASTE, PASTE_ON_GUESS))
 
 
 def test_the_table_and_the_sheet_show_all_of_it(perfect) -> None:  # type: ignore[no-untyped-def]
     table = perfect.table()
     for method in (TRUTH, EMPTY, GUESS, PASTE, PASTE_ON_GUESS, WRONG, OURS):
         assert any(line.startswith(method) for line in table.splitlines())
-    assert "2 pairs; each object is recognised among 3" in table
+    assert "2 pairs; each object is recognised among 3\npatches are described by own DINOv2" in table
     columns = perfect.columns()
     assert list(columns) == ["object", "scene", "copy-paste", OURS, "truth"]
     sheet = labelled_sheet(columns, rows=1)
@@ -78,16 +90,56 @@ def test_the_table_and_the_sheet_show_all_of_it(perfect) -> None:  # type: ignor
     assert np.array_equal(sheet[-160:, -160:], perfect.pairs[0].truth)
 
 
-def test_the_command_measures_a_bundle(tiny_bundle: Path, tmp_path: Path, capsys: Capture) -> None:
-    arguments = ["--bundle", str(tiny_bundle), "--count", "1", "--among", "2", "--steps", "1"]
+def test_the_command_measures_bundles_side_by_side(
+    tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    bundles = ["--bundle", str(tiny_bundle), "--bundle", str(tiny_imprint_bundle())]
+    arguments = [*bundles, "--count", "1", "--among", "2", "--steps", "1"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
-    assert OURS in capsys.readouterr().out
+    assert "SSIM of IMPRINT is above 'copy-paste'" in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "fidelity.json").read_text())
-    assert content["settings"]["steps"] == 1
-    assert len(content["scores"][OURS]) == len(content["objects"]) == 1
+    guidance = {name: settings["guidance_scale"] for name, settings in content["settings"].items()}
+    assert guidance == {OURS: 5.0, "IMPRINT": 3.0}
+    for model in guidance:
+        assert len(content["scores"][model]) == len(content["objects"]) == 1
+    assert [row["method"] for row in content["rows"][-2:]] == [OURS, "IMPRINT"]
     # networks that were never trained draw noise
-    assert content["rows"][-1]["ssim"] < content["rows"][0]["ssim"]
+    assert all(row["ssim"] < content["rows"][0]["ssim"] for row in content["rows"][-2:])
     assert (tmp_path / "out" / "pairs.png").is_file()
+
+
+# masked patch similarity
+
+
+def test_patches_are_compared_inside_the_masks_alone(patches: PatchSimilarity) -> None:
+    """The object fills the middle of both pictures; around it one is black, the other noise."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    drawn, other = rng.integers(0, 256, (2, 64, 64, 3), np.uint8)
+    again = np.where(mask[..., None] > 0, drawn, 0).astype(np.uint8)
+    assert patches(drawn, mask, again, mask) == pytest.approx(1.0, abs=1e-5)
+    assert patches(other, mask, drawn, mask) < patches(drawn, mask, again, mask)
+    sliver = np.zeros_like(mask)
+    sliver[30, 10:60] = 255
+    assert -1 <= patches(drawn, sliver, drawn, mask) <= 1
+
+
+@torch.no_grad()
+def test_patches_are_described_by_published_weights_where_they_are_given(tmp_path: Path) -> None:
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    write(tmp_path, {"image_processor_type": "BitImageProcessor"})
+    patches, mask = load_dinov2(tmp_path), np.full((224, 224), 255, np.uint8)
+    one, two = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    model = Dinov2Model.from_pretrained(tmp_path).eval()
+    cut = np.stack([prepare_reference(each, mask, expand_ratio=1.0).image for each in (one, two)])
+    seen = torch.from_numpy(((cut / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
+    ours, theirs = torch.nn.functional.normalize(model(seen).last_hidden_state[:, 1:], dim=-1)
+    expected = float((ours @ theirs.T).max(dim=1).values.mean())
+    assert patches(one, mask, two, mask) == pytest.approx(expected, abs=1e-4)
+    assert patches.name == "DINOv2"
 
 
 # networks that judge likeness, and the paper's protocol
@@ -260,6 +312,8 @@ def test_the_command_scores_the_protocol(
         (["--dino", "x"], "give its folder with --protocol"),
         (["--count", "0"], "at least 1"),
         (["--bundle", "nowhere"], "nowhere"),
+        (["--bundle", "a", "--bundle", "b", "--protocol", "x", "--dino", "y"], "measures one bundle"),
+        (["--dinov2", "nowhere", "--count", "1"], "'nowhere' is not a DINOv2 folder"),
     ],
 )
 def test_what_cannot_be_measured_is_told(arguments: list[str], says: str, capsys: Capture) -> None:

@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.seeded import TINY
 from export.initialise import join_imprint, main
-from export.systems import open_source
-from tests.support.imprint import imprint_file
 from training.network.checkpoint import CheckpointError, read_checkpoint
 from training.network.checkpoint_file import read_tensors
 from training.network.imprint import Imprint, ImprintArchitecture
@@ -100,9 +98,3 @@ def test_imprint_inherits_the_unet_of_an_inpainting_model(
     tensors[key] = torch.randn(tensors[key].shape[0], 8, 3, 3)
     with pytest.raises(CheckpointError, match="do not make an IMPRINT network: its UNet takes 8 channels"):
         join_imprint(tensors, read_tensors(ingredients[1]).tensors, unet_head_width=8, dino_heads=2)
-
-
-def test_imprint_cannot_be_built_yet(tmp_path: Path) -> None:
-    path = imprint_file(tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"is IMPRINT, .* This system cannot be exported yet"):
-        open_source(path)

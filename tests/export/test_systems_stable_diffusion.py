@@ -23,7 +23,8 @@ from engines.memory_plan import card_memory, fixed_buffers, place_name, table_na
 from engines.options import EngineOptions
 from engines.spec import BankSpec
 from export.example_inputs import example_inputs
-from export.systems.stable_diffusion import DECODE, DENOISE, blended, graph_specs
+from export.systems.scene import blended
+from export.systems.stable_diffusion import DECODE, DENOISE, graph_specs
 from export.verification import relative_error
 from runtime.diffusion.noise_schedule import alphas_cumprod
 from runtime.sampling.running_batch import RunningBatch
@@ -31,9 +32,9 @@ from runtime.systems.tokenizer import Tokenizer, open_tokenizer
 from tests.support.stable_diffusion import Version, pipeline, tiny_stable_diffusion_bundle
 from tests.support.text_sampling import (
     Floats,
-    ModuleEngine,
     blank_scene,
     finish,
+    module_engine,
     parameters,
     scene_of,
     start,
@@ -126,7 +127,7 @@ def test_modules_draw_what_diffusers_draws(case: tuple[Version, Kind, str, float
     assert checkpoint.tokenizer is not None
     files = checkpoint.tokenizer
     tokenizer = Tokenizer(files.merges, files.pad, files.any_case)
-    engine: Any = ModuleEngine(checkpoint, SIZE)
+    engine: Any = module_engine(checkpoint, SIZE)
     theirs = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
     for prompt, tokens in zip((PROMPT, NEGATIVE), theirs):
         assert relative_error(tokens_of(engine, tokenizer, prompt), tokens.detach().numpy()) < 1e-5

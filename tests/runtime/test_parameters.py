@@ -25,6 +25,7 @@ from runtime.parameters import (
     placement_parameters,
     sampling_parameters,
 )
+from runtime.systems import imprint
 from runtime.systems.anydoor import DEFAULTS
 from tests.support.pictures import SCENE, Pixels, cutout
 
@@ -87,7 +88,7 @@ def test_every_parameter_can_be_left_open_in_a_request() -> None:
         open_fields = {field.name for field in fields(of) if field.default is None}
         names = SAMPLING_PARAMETERS if of is Sampling else PLACEMENT_PARAMETERS
         assert set(names) <= open_fields
-    assert DEFAULTS.keys() == set(PARAMETERS)
+    assert {*DEFAULTS, *imprint.DEFAULTS} == set(PARAMETERS)
 
 
 # --- from end to end --------------------------------------------------------------------------------------

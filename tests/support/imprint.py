@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from runtime import Compositor
+from tests.support.module_engine import module_compositor
+from tests.support.shared import lock, shared_folder
 from training.network.checkpoint import write_checkpoint
 from training.network.imprint import UNCONDITIONAL, Imprint, ImprintArchitecture
 from training.network.official_keys import schedule_buffers
@@ -74,3 +77,25 @@ def imprint_file(path: Path, model: Imprint | None = None) -> Path:
     model = model or tiny_imprint()
     write_checkpoint(path, schedule_buffers() | model.official_state_dict(), model.architecture)
     return path
+
+
+def tiny_imprint_bundle() -> Path:
+    """A bundle of `imprint_file`; do not write into it."""
+    from export.build import build_bundle
+    from export.options import BuildOptions
+    from export.progress import Progress
+    from export.systems import open_source
+
+    path = shared_folder() / "imprint"
+    with lock(path.with_suffix(".lock")):
+        if not path.exists():
+            checkpoint = imprint_file(path.with_suffix(".checkpoint"))
+            build_bundle(open_source(checkpoint), path, BuildOptions(resolution=64), Progress(quiet=True))
+    return path
+
+
+def object_stitch_compositor(folder: Path) -> Compositor:
+    """Of `object_stitch_file`, with pictures that are not square. Its graphs are PyTorch's."""
+    from export.systems import open_source
+
+    return module_compositor(open_source(object_stitch_file(folder / "ObjectStitch.pth")), folder, (64, 96))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from engines.engine import Array, Engine
@@ -19,38 +18,19 @@ from runtime.parameters import SamplingParameters
 from runtime.sampling.conditions import BankRows
 from runtime.sampling.running_batch import LatentRow, RunningBatch, Sample
 from runtime.systems.tokenizer import Tokenizer
+from tests.support.module_engine import ModuleEngine
 from training.network.stable_diffusion import StableDiffusion
 from training.network.stable_diffusion_checkpoint import StableDiffusionCheckpoint
 
 Floats = NDArray[np.float32]
 
 
-class ModuleEngine:
-    """The graphs of a checkpoint as PyTorch modules; tensors stay on the host."""
-
-    def __init__(self, checkpoint: StableDiffusionCheckpoint, size: tuple[int, int]) -> None:
-        a = checkpoint.architecture
-        self.specs = graph_specs(a, size)
-        network = StableDiffusion(a, {part: checkpoint.load_part(part) for part in set(PARTS.values())})
-        self._graphs = {graph: GRAPH_MODULES[graph](network) for graph in PARTS}
-
-    def run(
-        self, graph: str, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
-    ) -> dict[str, Array]:
-        spec = self.specs[graph]
-        with torch.no_grad():
-            result = self._graphs[graph](*(torch.from_numpy(inputs[tensor.name]) for tensor in spec.inputs))
-        results = result if isinstance(result, tuple) else (result,)
-        return {tensor.name: value.numpy() for tensor, value in zip(spec.outputs, results)}
-
-    def to_device(self, array: Array) -> Array:
-        return array
-
-    def to_host(self, tensor: Array) -> Array:
-        return tensor
-
-    def concatenate(self, pieces: Sequence[tuple[Array, int, int]]) -> Array:
-        return np.concatenate([tensor[start:stop] for tensor, start, stop in pieces])
+def module_engine(checkpoint: StableDiffusionCheckpoint, size: tuple[int, int]) -> ModuleEngine:
+    """The graphs of a checkpoint as PyTorch modules."""
+    a = checkpoint.architecture
+    network = StableDiffusion(a, {part: checkpoint.load_part(part) for part in set(PARTS.values())})
+    specs = graph_specs(a, size)
+    return ModuleEngine({graph: (specs[graph], GRAPH_MODULES[graph](network)) for graph in PARTS})
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,10 @@ class AdapterBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T, width) -> (N, T, width)."""
         # query, key and value of a head lie beside each other, as in Paint-by-Example (encoders/xf.py)
-        qkv = self.qkv(self.norm1(tokens)).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        found = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+        qkv = self.qkv(self.norm1(tokens)).unflatten(-1, (self.heads, 3, -1)).transpose(2, 3).flatten(2)
+        # split one by one: the rules that look for attention in an exported graph know this form
+        heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+        found = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         tokens = tokens + self.out(found)
         return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
 

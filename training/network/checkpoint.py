@@ -46,6 +46,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "compare_shapes",
+    "network_of",
     "read_checkpoint",
     "read_start",
     "write_checkpoint",
@@ -102,7 +103,7 @@ class Checkpoint:
         """Says what it is, in one sentence for the person who builds from it."""
         a = self.architecture
         with torch.device("meta"):
-            weights = sum(map(math.prod, _network(a).official_shapes().values()))
+            weights = sum(map(math.prod, network_of(a).official_shapes().values()))
         name, encoder, adapter = "AnyDoor", "DINOv2", ""
         if isinstance(a, ImprintArchitecture):
             name, adapter = "IMPRINT", f", content adapter of {a.adapter_layers}"
@@ -127,7 +128,7 @@ class Checkpoint:
             CheckpointError: a weight is not a finite number.
         """
         with torch.device("meta"):
-            model = _network(self.architecture, [part])
+            model = network_of(self.architecture, [part])
             keys = model.official_shapes()
         weights = {key: self.tensors[key] for key in keys}
         if check_finite:
@@ -136,7 +137,7 @@ class Checkpoint:
         return (model if dtype is None else model.to(dtype)).eval()
 
 
-def _network(architecture: Architecture, parts: Iterable[str] | None = None) -> ReferenceNetwork:
+def network_of(architecture: Architecture, parts: Iterable[str] | None = None) -> ReferenceNetwork:
     """Builds the network of an architecture, or some of its parts."""
     chosen = {} if parts is None else {"parts": parts}
     if isinstance(architecture, ImprintArchitecture):
@@ -214,7 +215,7 @@ def _read(
             known = {name: otherwise[name] for name in otherwise if name in Architecture.not_inferable}
             architecture = infer_architecture(file.shapes, **{**known, **settings, **given})
         with torch.device("meta"):
-            expected = _network(architecture).official_shapes()
+            expected = network_of(architecture).official_shapes()
     except (ArchitectureError, KeyError, ValueError) as error:
         problem = (not scene and _compare_prefixes(file.shapes)) or str(error)
         raise CheckpointError(f"'{path}' is not an {name} checkpoint: {problem}") from error

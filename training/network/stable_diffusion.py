@@ -10,7 +10,7 @@ CompVis/stable-diffusion and Stability-AI/stablediffusion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -205,9 +205,7 @@ class StableDiffusion(DiffusionNetwork):
         """Computes the tokens (N, 77, D) of encoded prompts (N, 77)."""
         return self.text_encoder(ids).last_hidden_state  # type: ignore[no-any-return]
 
-    def predict_noise(
-        self, latent: Tensor, timestep: Tensor, tokens: Tensor, scene: Sequence[Tensor]
-    ) -> Tensor:
+    def predict_noise(self, latent: Tensor, timestep: Tensor, tokens: Tensor, *scene: Tensor) -> Tensor:
         """Estimates the noise in `latent`.
 
         Args:

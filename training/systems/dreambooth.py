@@ -112,7 +112,7 @@ class Learner(nn.Module):
 
     def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor, scene: Sequence[Tensor]) -> Tensor:
         """Estimates the noise in latents (N, C, h, w), with encoded prompts (N, 77)."""
-        return self._predict(latent, timestep, self._encode_prompt(ids), scene)
+        return self._predict(latent, timestep, self._encode_prompt(ids), *scene)
 
 
 def choose_learning(network: StableDiffusion, settings: SubjectSettings) -> None:
@@ -272,7 +272,7 @@ def draw_pictures(
         ):
             both = torch.full((2,), timestep, device=device)
             wanted, unconditional = network.predict_noise(
-                latent.expand(2, -1, -1, -1), both, tokens, [part.expand(2, -1, -1, -1) for part in scene]
+                latent.expand(2, -1, -1, -1), both, tokens, *(part.expand(2, -1, -1, -1) for part in scene)
             ).chunk(2)
             noise = unconditional + guidance_scale * (wanted - unconditional)
             latent = from_latent * latent + from_noise * noise

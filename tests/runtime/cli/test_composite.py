@@ -168,6 +168,8 @@ BAD_INPUT = {
         lambda f: {"scene": wide(f, 16_384), "output": str(f / "out.webp")},
         "WEBP holds sides of 16,383 at most: write a .png",
     ),
+    "no such mask level": (lambda f: {"mask_level": "4"}, "no mask level 4: choose one of 0 (exact), 1"),
+    "a mask level where none is used": (lambda f: {"mask_level": "blob"}, "AnyDoor has no mask_level"),
     "noise is no array": (lambda f: {"initial_noise": __file__}, "a .npy file is expected"),
 }
 

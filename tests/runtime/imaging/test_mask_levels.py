@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from runtime.errors import InputError
 from runtime.imaging.boxes import Box, expand, mask_extent
-from runtime.imaging.mask_levels import MASK_LEVELS, MaskLevel, coarsen_mask
+from runtime.imaging.mask_levels import MASK_LEVELS, MaskLevel, check_mask_level, coarsen_mask
 
 Mask = NDArray[np.bool_]
 
@@ -80,6 +81,14 @@ def test_a_wider_spread_draws_a_coarser_outline() -> None:
     mask = ellipse((200, 200), (50, 60, 150, 140))
     areas = [coarsen_mask(mask, "blob", Box(0, 0, 200, 200), spread).sum() for spread in (0.7, 1.0, 1.3)]
     assert areas == sorted(set(areas))
+
+
+def test_levels_have_names_and_numbers() -> None:
+    assert [check_mask_level(number) for number in range(4)] == list(MASK_LEVELS)
+    assert [check_mask_level(name) for name in MASK_LEVELS] == list(MASK_LEVELS)
+    for level in (4, -1, 1.0, True, "Blob", "2", None, np.zeros(3)):
+        with pytest.raises(InputError, match=r"choose one of 0 \(exact\), 1 \(outline\)"):
+            check_mask_level(level)
 
 
 def test_the_mask_itself_is_left_as_it_is() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from runtime.imaging.boxes import Box
 from runtime.imaging.geometry import Ratios
+from runtime.imaging.mask_levels import MASK_LEVELS, MaskLevel
 from runtime.imaging.masked_scene import MaskedScene, feather, mask_scene
 from runtime.imaging.modes import MODES
 from runtime.imaging.paste_back import feathered_region, paste_feathered
@@ -27,8 +30,9 @@ def masked(
     ratios: Ratios = ROOM,
     size: tuple[int, int] = SIZE,
     latent: tuple[int, int] = LATENT,
+    level: MaskLevel = "exact",
 ) -> MaskedScene:
-    return mask_scene(scene, target, ratios, mode, size, latent)
+    return mask_scene(scene, target, ratios, mode, size, latent, level)
 
 
 def mask_of(box: Box, height: int, width: int) -> NDArray[np.bool_]:
@@ -115,6 +119,28 @@ def test_no_part_of_a_mask_is_lost_when_the_crop_shrinks() -> None:
     assert found.mask.sum() == 5
 
 
+@given(mask=arrays(np.bool_, (8, 12)), mode=st.sampled_from(sorted(MODES)), data=st.data())
+def test_a_coarser_level_draws_and_pastes_all_that_a_finer_one_does(
+    mask: NDArray[np.bool_], mode: str, data: st.DataObject
+) -> None:
+    """The crop is the same at every level, and none goes beyond the mask and the target box."""
+    target = np.zeros((60, 80), bool)
+    y, x = data.draw(st.integers(0, 28)), data.draw(st.integers(0, 32))
+    target[y : y + 32, x : x + 48] = np.kron(mask, np.ones((4, 4), bool))
+    assume(mask.any())
+    made = [masked(picture(60, 80), target, mode, level=level) for level in MASK_LEVELS]
+    for finer, coarser in pairwise(made):
+        assert finer.geometry == coarser.geometry
+        for name in ("mask", "blend", "paste"):
+            assert (getattr(finer, name) <= getattr(coarser, name)).all()
+    boxed = masked(picture(60, 80), made[0].geometry.box, "shape", Ratios(box=1.0, crop=100.0))
+    exact, whole = (
+        masked(picture(60, 80), target, "shape", Ratios(crop=100.0), level=level).mask
+        for level in ("exact", "box")
+    )
+    np.testing.assert_array_equal(whole, exact | boxed.mask)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_box_is_drawn_whole(mode: str) -> None:
     """Also its last row and column, which the original's crop loses at ratios of 1."""
@@ -164,9 +190,10 @@ def test_pixels_beyond_the_feather_never_change(
     by_mask = data.draw(st.booleans())
     target = mask_of(box.clip((width, height)), height, width) if by_mask else box
     ratios = Ratios(box=data.draw(st.floats(1, 2)), crop=data.draw(st.floats(1, 4)))
+    level = data.draw(st.sampled_from(MASK_LEVELS))
     scene = picture(height, width)
     before = scene.copy()
-    found = masked(scene, target, mode, ratios, (side, side), (side // 8, side // 8))
+    found = masked(scene, target, mode, ratios, (side, side), (side // 8, side // 8), level)
     result = paste_feathered(picture(side, side, seed=1), scene, found.geometry, found.paste)
     np.testing.assert_array_equal(scene, before)
     changed = (result != scene).any(axis=-1)
@@ -177,7 +204,7 @@ def test_pixels_beyond_the_feather_never_change(
     if mode != "crop":
         # the feather's two widths, and one cell of the networks' picture for its rounding, in pixels here
         place = box.clip((width, height))
-        if not by_mask and mode != "shape":
+        if level != "exact" if by_mask else mode != "shape":
             place = place.union(found.geometry.box)
         scale = found.geometry.padded_size[0] / side
         margin = int(np.ceil((2 * max(1, side / 64) + 2) * scale)) + 1

@@ -91,6 +91,10 @@ MALFORMED = {
         message(placements=[placement(mask=black(80, 64))]),
     ],
     "placements[0].mode": [message(placements=[placement(mode=99)])],
+    "placements[0].mask_level": [
+        message(placements=[placement(mask_level=99)]),
+        message(placements=[placement(mask_level=pb.MASK_LEVEL_EXACT)]),
+    ],
     "placements[0].ratios": [
         message(placements=[placement(ratios=pb.Ratios(reference=0.5))]),
         message(placements=[placement(ratios=pb.Ratios(box=1e9))]),

@@ -15,7 +15,8 @@ from engines.engine import open_engine
 from engines.errors import BundleError
 from runtime import Compositor, EngineOptions, InputError, Placement, Request, Sampling
 from runtime.request import Blank
-from runtime.systems.stable_diffusion import DEFAULTS, ENCODE, TEXT_ENCODER
+from runtime.systems.inpainting import ENCODE
+from runtime.systems.stable_diffusion import DEFAULTS, TEXT_ENCODER
 from tests.support.observers import RunCounter
 from tests.support.pictures import PLACEMENT, SCENE, Pixels, cutout, picture
 from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
@@ -129,6 +130,16 @@ def test_a_mask_is_drawn_as_it_is_given(compositor: Compositor) -> None:
     changed = (result != SCENE).any(axis=-1)
     assert changed[mask].mean() > 0.9
     assert not changed[55:, 62:].any()
+
+
+def test_a_mask_is_made_coarser_if_that_is_asked_for(four: Compositor) -> None:
+    mask = np.zeros(SCENE.shape[:2], bool)
+    mask[20:40, 30:80] = mask[20:70, 30:45] = True
+    placements = [Placement(prompt="a cat", mask=mask, mask_level=level) for level in ("exact", 1, "box")]
+    exact, outline, box = (placed.scene.mask for placed in four.accept(Request(SCENE, placements)).placements)
+    assert exact.sum() < outline.sum() < box.sum()
+    assert (exact <= outline).all()
+    assert (outline <= box).all()
 
 
 def test_what_is_around_the_place_counts(compositor: Compositor) -> None:
