@@ -15,6 +15,7 @@ from training.data.sources import SOURCES
 from training.loop import LoopSettings
 from training.network.architecture import Architecture, ArchitectureError
 from training.network.imprint import ImprintArchitecture
+from training.network.stable_diffusion import StableDiffusionArchitecture
 from training.systems.anydoor import Denoising
 from training.systems.dreambooth import SubjectSettings
 from training.systems.imprint import CompositingSettings, ViewsSettings
@@ -149,12 +150,33 @@ class DreamBoothRecipe:
     """Of the weights in the checkpoints that are written."""
 
 
-AnyRecipe = Recipe | ImprintRecipe | DreamBoothRecipe
+@dataclass(frozen=True)
+class StableDiffusionRecipe:
+    """A training run of a small Stable Diffusion model, on rendered objects with captions."""
+
+    start: str
+    """A checkpoint in the original layout, whose autoencoder is taken."""
+    diffusion: LoopSettings
+    system: Literal["stable_diffusion"] = "stable_diffusion"
+    checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in the checkpoint that is written."""
+    architecture: StableDiffusionArchitecture = field(default_factory=StableDiffusionArchitecture)
+    data: DataSettings = field(default_factory=DataSettings)
+    resolution: int = 64
+    """Side of the pictures, in pixels."""
+    guidance_scale: float = 3.0
+    """Of the sheets of samples."""
+    previews: tuple[str, ...] = ("a mug",)
+    """Their prompts."""
+
+
+AnyRecipe = Recipe | ImprintRecipe | DreamBoothRecipe | StableDiffusionRecipe
 
 RECIPES: Mapping[str, type[AnyRecipe]] = {
     "anydoor": Recipe,
     "imprint": ImprintRecipe,
     "dreambooth": DreamBoothRecipe,
+    "stable_diffusion": StableDiffusionRecipe,
 }
 """System -> what its recipes say."""
 
@@ -172,7 +194,7 @@ def read_recipe(path: Path) -> AnyRecipe:
         recipe = read_settings(path, RECIPES[system], "the recipe")
     except ArchitectureError as error:
         raise InputError(f"'{path}': [architecture]: {error}") from error
-    if isinstance(recipe, DreamBoothRecipe):
+    if isinstance(recipe, DreamBoothRecipe | StableDiffusionRecipe):
         return recipe
     for source in recipe.sources:
         if source.name not in SOURCES:

@@ -11,7 +11,8 @@ that it reads, and of pairs that are made anew. Those of data sets are made whil
 made of stored views and encoded once, before it trains; rendering and encoding are not counted.
 
 For IMPRINT the columns show the reference, what is known of the scene, the mask, and the picture; first those
-of the stage `views`, then those of `compositing`.
+of the stage `views`, then those of `compositing`. For a small Stable Diffusion they are pictures, whose
+captions are printed; for DreamBooth those of the subject, above those of its class.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from training.assemble import encoded_pairs, mixture, view_pairs
 from training.assemble_imprint import composite_samples, view_samples
-from training.config import DreamBoothRecipe, ImprintRecipe, Recipe, read_recipe
+from training.config import DreamBoothRecipe, ImprintRecipe, Recipe, StableDiffusionRecipe, read_recipe
 from training.data.composites import Composites
 from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, rows_done
 from training.data.mixture import Mixture
@@ -44,6 +45,7 @@ from training.network.imprint import Imprint
 from training.network.modules import AnyDoor
 from training.preview_imprint import composite_column
 from training.sheets import column, write_sheet
+from training.stages.stable_diffusion import caption_samples
 from training.systems.anydoor import DiffusionTask
 from training.systems.imprint import ImprintTask, StageSettings
 
@@ -212,6 +214,15 @@ def inspect_subject(recipe: DreamBoothRecipe, folder: Path, options: argparse.Na
     print(f"the sheet: {options.output}")
 
 
+def inspect_captions(recipe: StableDiffusionRecipe, options: argparse.Namespace) -> None:
+    """Draws pictures, and prints their captions."""
+    samples = caption_samples(recipe)
+    drawn = [samples.draw(number) for number in range(options.count)]
+    write_sheet([picture for picture, _ in drawn], options.output)
+    print("\n".join(caption or "(no caption)" for _, caption in drawn))
+    print(f"the sheet: {options.output}")
+
+
 def inspect(options: argparse.Namespace) -> None:
     """Writes the sheet and prints what is measured."""
     recipe = read_recipe(options.recipe)
@@ -221,6 +232,9 @@ def inspect(options: argparse.Namespace) -> None:
         return
     if isinstance(recipe, DreamBoothRecipe):
         inspect_subject(recipe, folder, options)
+        return
+    if isinstance(recipe, StableDiffusionRecipe):
+        inspect_captions(recipe, options)
         return
     pairs = fresh_pairs(recipe, folder)
     numbers = ProgressBar(range(options.count), "drawing pairs", unit="pair", leave=False)

@@ -11,6 +11,9 @@ Stages of IMPRINT: `objects` draws the objects; `autoencoder`, `identity`, `deco
 AnyDoor's; `views` (stage 1) trains the image encoder on pairs of views, `encode` passes the samples of the
 next stage through what does not learn there, and `compositing` (stage 2) trains adapter and UNet.
 
+Stages of a small Stable Diffusion: `encode` draws pictures with captions and encodes them, `diffusion` trains
+UNet and text encoder, `checkpoint` writes a folder in diffusers' layout.
+
 Stages of DreamBooth: `prior` draws the pictures of the class with the start, `subject` trains, and
 `checkpoint` writes what was learned, as it does whenever weights are saved.
 
@@ -35,16 +38,17 @@ import torch
 
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
-from training.config import AnyRecipe, DreamBoothRecipe, read_recipe
+from training.config import AnyRecipe, DreamBoothRecipe, StableDiffusionRecipe, read_recipe
 from training.loop import LoopSettings, part_processes
 from training.network.checkpoint import read_start
 from training.rare_tokens import warnings_for
-from training.stages import anydoor, dreambooth, imprint
+from training.stages import anydoor, dreambooth, imprint, stable_diffusion
 
 STAGES: Mapping[str, Mapping[str, Callable[[Any, Path], None]]] = {
     "anydoor": anydoor.STAGES,
     "imprint": imprint.STAGES,
     "dreambooth": dreambooth.STAGES,
+    "stable_diffusion": stable_diffusion.STAGES,
 }
 """System -> its stages, in their order."""
 
@@ -58,7 +62,8 @@ def describe(recipe: AnyRecipe, stages: Sequence[str], folder: Path) -> str:
             lines.append(f"{stage}: {_describe_loop(settings)}")
     if isinstance(recipe, DreamBoothRecipe):
         return "\n".join([*lines, recipe.subject.describe()])
-    sets = ", ".join(f"{source.name} ({source.root})" for source in recipe.sources)
+    sources = () if isinstance(recipe, StableDiffusionRecipe) else recipe.sources
+    sets = ", ".join(f"{source.name} ({source.root})" for source in sources)
     data = recipe.data
     encoded = f"{data.pairs} pairs encoded once" if data.pairs else "pairs made anew for every step"
     lines.append(f"data: {sets or f'{data.objects} rendered objects, {encoded}'}")
@@ -104,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recipe = replace(recipe, start=str(options.start))
         if isinstance(recipe, DreamBoothRecipe):  # refused now, not after hours of drawing
             _check_subject(recipe)
+        elif isinstance(recipe, StableDiffusionRecipe):
+            stable_diffusion.read_autoencoder(recipe.start, recipe.architecture)
         elif recipe.start:
             read_start(recipe.start, recipe.architecture)
         stages = STAGES[recipe.system]

@@ -1,5 +1,7 @@
 """DINO-score and CLIP-score, as DreamBooth defines them: how similar networks find pictures of an object.
 
+`load_clip_text` is for the likeness of pictures to prompts, CLIP-T.
+
 Both are the average cosine between the embeddings of generated and of real pictures of one object, over all
 such pairs: DINO's class token (ViT-S/16) and CLIP's image embedding (ViT-B/32). The weights are read from
 local folders in the format of transformers; nothing is downloaded.
@@ -63,6 +65,30 @@ def load_clip(folder: Path) -> Embedder:
     from transformers import CLIPVisionModelWithProjection
 
     return _load("CLIP", "clip", CLIPVisionModelWithProjection, folder, lambda out: out.image_embeds)
+
+
+def load_clip_text(folder: Path) -> Callable[[Sequence[str]], Embeddings]:
+    """Load CLIP's text encoder from the same folder: prompts -> unit vectors (N, D).
+
+    Raises:
+        AnyDoorError: the folder does not hold such a model.
+    """
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast
+
+    try:
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        model = CLIPTextModelWithProjection.from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AnyDoorError(f"cannot read CLIP's text encoder from '{folder}': {error}") from error
+
+    @torch.no_grad()
+    def embed(prompts: Sequence[str]) -> Embeddings:
+        tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        vectors = model(**tokens).text_embeds.double()
+        found: Embeddings = (vectors / vectors.norm(dim=-1, keepdim=True)).numpy()
+        return found
+
+    return embed
 
 
 def _load(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.support.stable_diffusion import folder
+from tests.support.stable_diffusion import pipeline
 from tests.training.systems.test_dreambooth import save_pictures
 from training.inspect_data import main as inspect
 from training.network.lora import merge_lora
@@ -18,9 +18,9 @@ from training.train import main
 Capture = pytest.CaptureFixture[str]
 
 
-def recipe(place: Path, **changes: object) -> Path:
+def recipe(place: Path, inpaint: bool = False, **changes: object) -> Path:
     """A recipe for a small start and three pictures."""
-    folder(place / "start")
+    pipeline("1.x", inpaint).save_pretrained(place / "start")
     save_pictures(place / "pictures", (40, 40, 40))
     settings: dict[str, object] = {
         "pictures": f'"{place / "pictures"}"',

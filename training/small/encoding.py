@@ -19,7 +19,7 @@ from runtime.progress_bar import ProgressBar
 from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedError, rows_done, unpack_hint
 from training.data.view_pairs import ViewPairs
 from training.network.architecture import HINT_BLOCK_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
-from training.network.modules import AnyDoor, ReferenceNetwork
+from training.network.modules import AnyDoor, DiffusionNetwork, ReferenceNetwork
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def encode_hints(model: AnyDoor, folder: Path, batch: int = 32) -> None:
         write_text(folder / HINTS_DONE, str(rows.stop))
 
 
-def check_encoders(model: ReferenceNetwork, folder: Path) -> None:
+def check_encoders(model: DiffusionNetwork, folder: Path) -> None:
     """Notes which weights encode the pairs of a folder; one that has no note yet is taken as it is.
 
     Raises:
@@ -92,7 +92,9 @@ def check_encoders(model: ReferenceNetwork, folder: Path) -> None:
     """
     # the layer behind the encoder holds units that are measured anew each time (see `normalise_latents`), and
     # the last bits of a sum depend on the number of threads
-    parts = [model.vae.encoder, model.id_encoder.backbone]
+    parts = [model.vae.encoder]
+    if isinstance(model, ReferenceNetwork):
+        parts.append(model.id_encoder.backbone)
     _hold_to_weights(folder / PAIRS_DONE, parts, "the autoencoder or the ID encoder")
 
 

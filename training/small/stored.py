@@ -1,13 +1,15 @@
-"""Samples of IMPRINT's second stage that were encoded once, so that training does not wait for it.
+"""Samples that were encoded once, so that training does not wait for it: of IMPRINT's second stage, or with
+captions.
 
-A folder of arrays that are mapped, not read: float16 `moments.npy`, `scene.npy`, `features.npy` and, for the
-attention guide, `places.npy`; bool `counts.npy` and `dropped.npy`. See `ImprintTask.encoded` for what is in
-them. `done.txt` counts the rows that are written.
+A folder of arrays that are mapped, not read: float16 `moments.npy`, and of IMPRINT float16 `scene.npy`,
+`features.npy` and, for the attention guide, `places.npy`, bool `counts.npy` and `dropped.npy`; of captions
+int32 `ids.npy`. See `ImprintTask.encoded` and `PromptTask.encoded` for what is in them. `done.txt` counts the
+rows that are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from runtime.progress_bar import ProgressBar
 from training.data.encoded import PAIRS_DONE, EncodedError, rows_done
 from training.loop import Batch, NumberedDataset
 
-STORED = ("moments", "scene", "features", "counts", "dropped", "places")
+STORED = ("moments", "scene", "features", "counts", "dropped", "places", "ids")
 """What of an encoded batch is kept; timesteps and noises are drawn anew."""
 
-_YES_OR_NO = ("counts", "dropped")
+_DTYPES: Mapping[str, type[np.generic]] = {"counts": np.bool_, "dropped": np.bool_, "ids": np.int32}
+"""Of those that are not float16."""
 
 
 def store_samples(
@@ -62,8 +65,8 @@ def store_samples(
             for name in STORED:
                 if name in encoded:
                     values = encoded[name].numpy()
-                    dtype = np.bool_ if name in _YES_OR_NO else np.float16
-                    _open(folder / f"{name}.npy", (count, *values.shape[1:]), dtype)[rows] = values
+                    shape, dtype = (count, *values.shape[1:]), _DTYPES.get(name, np.float16)
+                    _open(folder / f"{name}.npy", shape, dtype)[rows] = values
             bar.update(rows.stop - rows.start)
             done = rows.stop
             write_text(folder / PAIRS_DONE, str(done))
@@ -80,7 +83,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArra
 
 
 class StoredSamples:
-    """The endless dataset of stage 2 over a folder of encoded samples: item n follows from n and the rows."""
+    """The endless dataset over a folder of encoded samples: item n follows from n and the rows."""
 
     def __init__(self, folder: Path, seed: int, rows: int) -> None:
         """Opens the arrays; draws from the first `rows` (see `settled_rows`)."""
@@ -92,11 +95,12 @@ class StoredSamples:
         }
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Gives what `ImprintTask.loss` takes of a sample that is encoded."""
+        """Gives what the losses take of a sample that is encoded: float32, and ids int64."""
         rng = np.random.default_rng([self._seed, number])
         row = int(rng.integers(self._rows))
         sample: dict[str, Any] = {
-            name: torch.from_numpy(np.asarray(array[row], np.float32)) for name, array in self._arrays.items()
+            name: torch.from_numpy(np.asarray(array[row], np.int64 if name == "ids" else np.float32))
+            for name, array in self._arrays.items()
         }
         shape = sample["moments"].shape[1:]
         return {

@@ -23,13 +23,13 @@ from training.network.stable_diffusion_checkpoint import (
     write_single_file,
 )
 from training.systems.dreambooth import (
-    Learner,
-    SubjectPreview,
     SubjectTask,
     choose_learning,
     draw_class,
+    make_preview,
     make_samples,
 )
+from training.systems.stable_diffusion import Learner
 
 LOW_RANK = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
@@ -72,7 +72,7 @@ def train_subject(recipe: DreamBoothRecipe, folder: Path) -> None:
     network = build_network(checkpoint)
     samples = make_samples(network, tokenizer, recipe.subject, folder / "prior")
     task = SubjectTask(network, samples, recipe.subject)
-    preview = SubjectPreview(network, tokenizer, recipe.subject) if recipe.subject.previews else None
+    preview = make_preview(network, tokenizer, recipe.subject) if recipe.subject.previews else None
 
     def keep(step: int, weights: Mapping[str, Tensor]) -> None:
         write_subject(folder / f"step-{step:05d}", recipe, weights)

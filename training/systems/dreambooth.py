@@ -7,7 +7,7 @@ DreamBooth (Ruiz et al., CVPR 2023), section 3, equation 2, for the noise instea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engines.files import replacing
-from runtime.diffusion.ddim import ddim_schedule
-from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
 from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from runtime.systems.tokenizer import Tokenizer
@@ -32,9 +30,14 @@ from training.network.architecture import LATENT_SCALE
 from training.network.low_rank import ATTENTION, add_low_rank
 from training.network.stable_diffusion import StableDiffusion
 from training.systems.anydoor import noisy_latents
-
-STEPS, GUIDANCE_SCALE = 50, 7.5
-"""How pictures of the class, and previews, are drawn: by DDIM."""
+from training.systems.stable_diffusion import (
+    GUIDANCE_SCALE,
+    STEPS,
+    Learner,
+    PromptPreview,
+    draw_pictures,
+    timestep_weights,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class SubjectSettings(LoopSettings):
     """Folder of its pictures."""
     class_noun: str = field(metadata={"key": "class"})
     """What it is: a noun, like cup."""
+    noun: bool = True
+    """Whether the subject's name ends with the class; the paper compares with names that do not."""
     identifier: str
     """A word for this one, rare in the model's vocabulary; see `training.rare_tokens`."""
     class_images: int = 200
@@ -62,6 +67,8 @@ class SubjectSettings(LoopSettings):
     """Of low-rank updates of the attentions' projections, which learn alone; 0: all layers learn."""
     resolution: int = 512
     """Side of the pictures, in pixels."""
+    guidance_scale: float = GUIDANCE_SCALE
+    """Of the pictures that are drawn: those of the class, and previews."""
     previews: int = 4
     """Pictures of each prompt in a sheet of samples; 0 draws no sheets."""
     checkpointing: bool = True
@@ -81,7 +88,7 @@ class SubjectSettings(LoopSettings):
     @property
     def prompt(self) -> str:
         """What the subject's pictures are called."""
-        return f"a {self.identifier} {self.class_noun}"
+        return f"a {self.identifier} {self.class_noun}" if self.noun else f"a {self.identifier}"
 
     @property
     def class_prompt(self) -> str:
@@ -99,20 +106,6 @@ class SubjectSettings(LoopSettings):
         parts = "UNet and text encoder" if self.text_encoder else "the UNet"
         prior = f"{self.class_images} pictures of '{self.class_prompt}'" if self.has_prior else "no prior"
         return f"'{self.prompt}' from the pictures in {self.pictures}, beside {prior}; {what} {parts} learn"
-
-
-class Learner(nn.Module):
-    """The parts that learn, as one module with one forward pass (which DDP needs)."""
-
-    def __init__(self, network: StableDiffusion) -> None:
-        super().__init__()
-        self.unet, self.text_encoder = network.unet, network.text_encoder
-        # plain references, so that the network is not a second owner of these weights
-        self._predict, self._encode_prompt = network.predict_noise, network.encode_prompt
-
-    def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor, scene: Sequence[Tensor]) -> Tensor:
-        """Estimates the noise in latents (N, C, h, w), with encoded prompts (N, 77)."""
-        return self._predict(latent, timestep, self._encode_prompt(ids), *scene)
 
 
 def choose_learning(network: StableDiffusion, settings: SubjectSettings) -> None:
@@ -147,9 +140,7 @@ class SubjectTask:
         self._network, self._samples = network, samples
         self._share = torch.tensor([1.0, settings.prior_weight] if settings.has_prior else [1.0])
         self.alphas_cumprod = network.alphas_cumprod
-        # an error of the noise is sqrt(a_t) times the error of v that it comes from
-        epsilon = network.prediction == "epsilon"
-        self.weights = torch.ones(TRAIN_TIMESTEPS) if epsilon else 1 / network.alphas_cumprod
+        self.weights = timestep_weights(network)
 
     def dataset(self) -> NumberedDataset:
         """Gives the samples."""
@@ -236,100 +227,18 @@ def draw_class(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:05d}.png" for number in range(settings.class_images)]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
-    drawn = draw_pictures(network, tokenizer, settings.class_prompt, missing, settings.resolution, steps)
+    how = (settings.resolution, steps, settings.guidance_scale)
+    drawn = draw_pictures(network, tokenizer, settings.class_prompt, missing, *how)
     bar = ProgressBar(zip(missing, drawn), desc=settings.class_prompt, total=len(missing))
     for number, picture in bar:
         with replacing(paths[number]) as partial:
             Image.fromarray(picture).save(partial, "PNG")
 
 
-@torch.no_grad()
-def draw_pictures(
-    network: StableDiffusion,
-    tokenizer: Tokenizer,
-    prompt: str,
-    picture_seeds: Sequence[int],
-    resolution: int,
-    steps: int = STEPS,
-    guidance_scale: float = GUIDANCE_SCALE,
-) -> Iterator[Picture]:
-    """Draws pictures (R, R, 3) one after the other, each from its seed's noise, as the runtime does.
-
-    Source: classifier-free guidance (Ho and Salimans, 2022); DDIM without added noise.
-    """
-    device = next(network.unet.parameters()).device
-    ids = torch.tensor([tokenizer.encode(text) for text in (prompt, "")], device=device)
-    tokens = network.encode_prompt(ids)
-    side = resolution // 2 ** (len(network.vae.config.block_out_channels) - 1)
-    shape = (1, network.vae.config.latent_channels, side, side)
-    schedule = ddim_schedule(network.alphas_cumprod.cpu().numpy(), steps)
-    scene = _empty_scene(network, resolution)
-    for seed in picture_seeds:
-        generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
-        latent = torch.from_numpy(generator.standard_normal(shape, np.float32)).to(device)
-        for timestep, (from_latent, from_noise, _) in zip(
-            schedule.timesteps.tolist(), schedule.coefficients.tolist()
-        ):
-            both = torch.full((2,), timestep, device=device)
-            wanted, unconditional = network.predict_noise(
-                latent.expand(2, -1, -1, -1), both, tokens, *(part.expand(2, -1, -1, -1) for part in scene)
-            ).chunk(2)
-            noise = unconditional + guidance_scale * (wanted - unconditional)
-            latent = from_latent * latent + from_noise * noise
-        decoded = network.decode(latent)[0].permute(1, 2, 0).cpu()
-        yield (decoded * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8).numpy()
-
-
-def _empty_scene(network: StableDiffusion, resolution: int) -> list[Tensor]:
-    """What an inpainting model sees where it draws the whole picture; none for the others."""
-    if network.unet.config.in_channels == network.vae.config.latent_channels:
-        return []
-    device = next(network.unet.parameters()).device
-    grey = network.encode(torch.zeros(1, 3, resolution, resolution, device=device)).mean * LATENT_SCALE
-    return [torch.cat([torch.ones_like(grey[:, :1]), grey], 1)]
-
-
-class SubjectPreview:
-    """Sheets of the subject and of its class with the weights that training has reached: a row per prompt."""
-
-    def __init__(
-        self,
-        network: StableDiffusion,
-        tokenizer: Tokenizer,
-        settings: SubjectSettings,
-        steps: int = 20,
-    ) -> None:
-        """Takes a network whose UNet and text encoder are as `choose_learning` leaves them."""
-        self._network, self._tokenizer, self._settings = network, tokenizer, settings
-        self._steps = steps
-        self.prompts = (
-            settings.prompt,
-            f"{settings.prompt} in the snow",
-            settings.class_prompt,
-        )
-
-    def __call__(self, weights: Mapping[str, Tensor]) -> Picture:
-        """Draws the sheet with weights of `Learner`; those of the network are put back."""
-        learner = Learner(self._network)
-        before = {name: value.clone() for name, value in learner.state_dict().items()}
-        learner.load_state_dict(weights)
-        try:
-            rows = [
-                np.concatenate(
-                    list(
-                        draw_pictures(
-                            self._network,
-                            self._tokenizer,
-                            prompt,
-                            range(self._settings.previews),
-                            self._settings.resolution,
-                            self._steps,
-                        )
-                    ),
-                    axis=1,
-                )
-                for prompt in self.prompts
-            ]
-        finally:
-            learner.load_state_dict(before)
-        return np.concatenate(rows)
+def make_preview(
+    network: StableDiffusion, tokenizer: Tokenizer, settings: SubjectSettings, steps: int = 20
+) -> PromptPreview:
+    """Makes what draws sheets of the subject and of its class."""
+    prompts = (settings.prompt, f"{settings.prompt} in the snow", settings.class_prompt)
+    how = (settings.previews, settings.resolution, settings.guidance_scale, steps)
+    return PromptPreview(network, tokenizer, prompts, *how)

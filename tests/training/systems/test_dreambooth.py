@@ -28,14 +28,13 @@ from training.network.low_rank import ATTENTION, low_rank_layers, write_low_rank
 from training.network.stable_diffusion import StableDiffusion
 from training.network.stable_diffusion_checkpoint import StableDiffusionCheckpoint, read_stable_diffusion
 from training.systems.dreambooth import (
-    Learner,
-    SubjectPreview,
     SubjectSettings,
     SubjectTask,
     draw_class,
-    draw_pictures,
+    make_preview,
     make_samples,
 )
+from training.systems.stable_diffusion import Learner, draw_pictures
 
 needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
 
@@ -334,7 +333,7 @@ def test_a_preview_has_a_row_per_prompt_and_leaves_the_weights(
     tmp_path: Path, tokenizer: Tokenizer, subject: SubjectSettings
 ) -> None:
     task = task_for(tmp_path, tokenizer, replace(subject, prior_weight=0))
-    preview = SubjectPreview(task._network, tokenizer, replace(subject, previews=2), steps=1)
+    preview = make_preview(task._network, tokenizer, replace(subject, previews=2), steps=1)
     before = {name: value.clone() for name, value in task.module.state_dict().items()}
     sheet = preview({name: torch.zeros_like(value) for name, value in before.items()})
     assert sheet.shape == (len(preview.prompts) * SIZE, 2 * SIZE, 3)

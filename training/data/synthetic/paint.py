@@ -209,7 +209,16 @@ def mark(
         )
 
 
-def wrap_picture(rng: Generator, colours: list[Colour], fronts: int) -> Array:
+@dataclass(frozen=True)
+class Wrap:
+    """What is printed on an object."""
+
+    picture: Array  # (HEIGHT, fronts * HEIGHT, 3), linear light
+    pattern: str  # name of one of PATTERNS
+    mark: str  # one of MARKS, or empty
+
+
+def wrap_picture(rng: Generator, colours: list[Colour], fronts: int) -> Wrap:
     """Draws a pattern, and marks on it so that some mark faces every side.
 
     Args:
@@ -220,10 +229,11 @@ def wrap_picture(rng: Generator, colours: list[Colour], fronts: int) -> Array:
     width = HEIGHT * fronts
     picture = Image.new("RGB", (width, HEIGHT), colours[0])
     draw, count = ImageDraw.Draw(picture), int(rng.integers(2, 5))
-    PATTERNS[rng.integers(len(PATTERNS))](Cloth(picture, draw, colours, count, count * fronts), rng)
+    pattern = PATTERNS[rng.integers(len(PATTERNS))]
+    pattern(Cloth(picture, draw, colours, count, count * fronts), rng)
     style = rng.choice(["none", "bare", "label", "badge"], p=[0.2, 0.3, 0.25, 0.25])
     if style == "none":
-        return linear(np.asarray(picture))
+        return Wrap(linear(np.asarray(picture)), pattern.__name__, "")
     kind = str(rng.choice(MARKS))
     text = "".join(rng.choice(list(string.ascii_uppercase + string.digits), int(rng.integers(1, 3))))
     ink, ground = colours[3], colours[int(rng.integers(0, 2))]
@@ -239,4 +249,4 @@ def wrap_picture(rng: Generator, colours: list[Colour], fronts: int) -> Array:
         elif style == "badge":
             draw.ellipse((x - size * 1.5, y - size * 1.5, x + size * 1.5, y + size * 1.5), fill=ground)
         mark(draw, kind, x, y, size, [ink, ground], text)
-    return linear(np.asarray(picture))
+    return Wrap(linear(np.asarray(picture)), pattern.__name__, kind)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data.synthetic.catalogue import CATALOGUE
-from training.data.synthetic.paint import HEIGHT, linear, palette, wrap_picture
+from training.data.synthetic.paint import HEIGHT, Colour, linear, palette, wrap_picture
 from training.data.synthetic.scenes import Camera, Light, Scene, Surface
 from training.data.synthetic.shapes import Part, Shape, length
 
@@ -35,6 +35,9 @@ class ObjectSpec:
     wraps: tuple[Array, Array]  # for round parts (HEIGHT, 3 HEIGHT, 3) and box faces (HEIGHT, HEIGHT, 3)
     accents: Array  # (4, 3), linear light: colours 1, 2 and 3 of the parts
     gloss: float  # 0 matt .. 1 shiny
+    colours: tuple[Colour, ...]  # of the wraps; the first is their ground
+    pattern: str  # see Wrap
+    mark: str
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,16 @@ def make_object(seed: int) -> ObjectSpec:
     paint = int(rng.integers(2**32))
     wraps = [wrap_picture(np.random.default_rng(paint), colours, fronts) for fronts in (3, 1)]
     accents = np.stack([linear(c) for c in (colours[0], colours[4], colours[2], (30, 28, 34))])
-    return ObjectSpec(seed, shape, (wraps[0], wraps[1]), accents, float(rng.uniform(0, 1)))
+    return ObjectSpec(
+        seed,
+        shape,
+        (wraps[0].picture, wraps[1].picture),
+        accents,
+        float(rng.uniform(0, 1)),
+        tuple(colours),
+        wraps[0].pattern,
+        wraps[0].mark,
+    )
 
 
 def sample(picture: Array, u: Array, v: Array) -> Array:

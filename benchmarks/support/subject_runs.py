@@ -1,0 +1,128 @@
+"""Which training runs of DreamBooth are measured, and what their checkpoints draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.support.subject import Drawn
+from runtime.errors import InputError
+from training.config import DreamBoothRecipe, read_recipe
+from training.data.subject import read_pictures
+from training.network.lora import merge_lora
+from training.network.stable_diffusion_checkpoint import StableDiffusionCheckpoint, read_stable_diffusion
+from training.stages.dreambooth import LOW_RANK, STAGES, build_network, open_start
+from training.systems.stable_diffusion import draw_pictures
+
+ABLATIONS = ("no-prior", "wrong-noun", "no-noun")
+"""The paper's (section 4.3): without the class's pictures, and with other names of the subject."""
+
+SUBJECT = "{}"
+"""What stands for the subject's name in a prompt."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: a recipe, as it is or as an ablation, for one subject."""
+
+    variant: str
+    recipe: DreamBoothRecipe
+    folder: Path
+    number: int = 0
+    """Of the subject among the objects."""
+
+    def train(self) -> None:
+        """Trains it, or goes on where it stopped."""
+        for stage in STAGES.values():
+            stage(self.recipe, self.folder)
+
+    def checkpoints(self, every: bool) -> dict[str, Path]:
+        """Names what it has written: the last checkpoint, or all of them in their order.
+
+        Raises:
+            InputError: there is none.
+        """
+        name = LOW_RANK if self.recipe.subject.rank else "model.safetensors"
+        folders = sorted(self.folder.glob("step-*")) if every else [self.folder]
+        found = {each.name if every else "last": each / name for each in folders if (each / name).is_file()}
+        if not found:
+            raise InputError(f"there is no {name} in '{self.folder}': train it, or give --train")
+        return found
+
+    def open(self, path: Path) -> StableDiffusionCheckpoint:
+        """Opens a checkpoint; low-rank updates are merged into the start."""
+        if self.recipe.subject.rank:
+            return merge_lora(read_stable_diffusion(self.recipe.start), path)
+        return read_stable_diffusion(path)
+
+
+def find_runs(
+    recipe_path: Path, runs: Path, subjects: Sequence[Path], ablations: Sequence[str], wrong: str
+) -> Iterator[Run]:
+    """Gives the runs of a recipe, and those of its ablations.
+
+    Args:
+        recipe_path: of the recipe.
+        runs: folder of the runs.
+        subjects: folders of pictures, called NAME-CLASS, that take the place of the recipe's; if empty, it
+            is that.
+        ablations: of `ABLATIONS`.
+        wrong: the class noun of the ablation with a wrong one.
+
+    Raises:
+        InputError: the recipe is not one of DreamBooth, or a folder's name has no class.
+    """
+    recipe = read_recipe(recipe_path)
+    if not isinstance(recipe, DreamBoothRecipe):
+        raise InputError(f"'{recipe_path}' trains {recipe.system}; give recipes of dreambooth")
+    changes: Mapping[str, Mapping[str, Any]] = {
+        "": {},
+        "no-prior": {"prior_weight": 0.0},
+        "wrong-noun": {"class_noun": wrong},
+        "no-noun": {"noun": False},
+    }
+    for change in ("", *ablations):
+        for number, folder in enumerate(subjects or [None]):
+            variant = "-".join(filter(None, (recipe_path.stem, change)))
+            subject = replace(recipe.subject, **{**_subject_in(folder), **changes[change]})
+            place = runs / (f"{variant}-{folder.name}" if folder else variant)
+            yield Run(variant, replace(recipe, subject=subject), place, number)
+
+
+def _subject_in(folder: Path | None) -> dict[str, str]:
+    if folder is None:
+        return {}
+    if "-" not in folder.name:
+        raise InputError(f"the name of '{folder}' does not end with -CLASS, like 00-mug")
+    return {"pictures": str(folder), "class_noun": folder.name.rpartition("-")[2]}
+
+
+def draw(run: Run, path: Path, prompts: Sequence[str], count: int, steps: int, batch: int) -> Drawn:
+    """Draws what a checkpoint is judged by.
+
+    Args:
+        run: of the checkpoint.
+        path: the checkpoint.
+        prompts: with `SUBJECT` in them.
+        count: pictures of each prompt, and of the class; picture n has the seed n.
+        steps: of sampling.
+        batch: pictures at once.
+    """
+    subject = run.recipe.subject
+    _, tokenizer = open_start(run.recipe)
+    network = build_network(run.open(path))
+    how = (range(count), subject.resolution, steps, subject.guidance_scale, batch)
+    asked = {prompt.replace(SUBJECT, subject.prompt): prompt for prompt in prompts}
+    return Drawn(
+        read_pictures(Path(subject.pictures), subject.resolution),
+        {prompt: list(draw_pictures(network, tokenizer, prompt, *how)) for prompt in asked},
+        list(draw_pictures(network, tokenizer, subject.class_prompt, *how)),
+        {prompt: plain.replace(SUBJECT, subject.class_prompt) for prompt, plain in asked.items()},
+    )
+
+
+def summarise(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of the scores of several subjects."""
+    return {name: sum(each[name] for each in scores) / len(scores) for name in scores[0]}

@@ -1,0 +1,161 @@
+"""Measures of a subject: a row per checkpoint, the paper's ablations, the scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.subject import main
+from benchmarks.support.embeddings import Embeddings
+from benchmarks.support.lpips import load_lpips
+from benchmarks.support.subject import Drawn, Judges
+from benchmarks.support.subject_runs import ABLATIONS, summarise
+from tests.training.systems.test_dreambooth import save_pictures
+from tests.training.test_train_dreambooth import recipe
+from training.data.pairs import Picture
+
+Capture = pytest.CaptureFixture[str]
+
+
+def plain(*greys: int) -> list[Picture]:
+    return [np.full((64, 64, 3), grey, np.uint8) for grey in greys]
+
+
+def stripes(period: int) -> Picture:
+    columns = np.arange(64) // period % 2 * 255
+    return np.broadcast_to(columns[None, :, None], (64, 64, 3)).astype(np.uint8)
+
+
+def brightness(pictures: Sequence[Picture]) -> Embeddings:
+    """An embedding whose cosines are known: (dark, bright), of unit length."""
+    angles = [picture.mean() / 255 * np.pi / 2 for picture in pictures]
+    return np.array([[np.cos(angle), np.sin(angle)] for angle in angles])
+
+
+def test_a_row_per_checkpoint_and_a_sheet(tmp_path: Path, capsys: Capture) -> None:
+    path = recipe(tmp_path)
+    output, runs = tmp_path / "results", tmp_path / "runs"
+    how = ["--count", "2", "--steps", "2", "--output", str(output), "--runs", str(runs)]
+    assert main([str(path), "--train", "--every", *how]) == 0
+    assert "step-00002" in capsys.readouterr().out
+    rows = json.loads((output / "subject.json").read_text())["rows"]
+    assert [(row["variant"], row["checkpoint"]) for row in rows] == [
+        ("cat", "step-00001"),
+        ("cat", "step-00002"),
+    ]
+    assert rows[0]["mean"].keys() == {"identity", "PRES by identity", "DIV by identity"}
+    assert rows[0]["mean"] != rows[1]["mean"]
+    # three rows, of which the longest has three pictures, for each of two checkpoints
+    assert Image.open(output / "subject.png").size == (6 * 32, 2 * 3 * 32)
+
+
+def test_ablations_of_subjects_that_take_the_place_of_the_recipes(tmp_path: Path) -> None:
+    path = recipe(tmp_path, steps=1)
+    for name in ("0-cat", "1-cat", "2-mat"):
+        (tmp_path / "objects").mkdir(exist_ok=True)
+        save_pictures(tmp_path / "objects" / name, (40, 40))
+    how = ["--count", "1", "--steps", "1", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    objects = ["--objects", str(tmp_path / "objects"), "--subjects", "1"]
+    assert main([str(path), "--train", "--ablations", *ABLATIONS, "--wrong", "car", *objects, *how]) == 0
+    rows = json.loads((tmp_path / "subject.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["cat", "cat-no-prior", "cat-wrong-noun", "cat-no-noun"]
+    assert all(row["subjects"] == [row["mean"]] for row in rows)
+    assert {"recognised", "class recognised"} < rows[0]["mean"].keys()
+    assert not list((tmp_path / "runs").glob("cat-no-prior-*/prior"))
+    assert len(list((tmp_path / "runs" / "cat-wrong-noun-0-cat" / "prior").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--every"], "there is no model.safetensors in"),
+        (["--prompts", "prompts.txt"], "every line is a prompt with {}"),
+        (["--dino", "nowhere"], "is not a DINO folder"),
+        (["--lpips", "."], "lacks alexnet*.pth"),
+        (["--objects", "start"], "does not end with -CLASS"),
+        (["--count", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    path = recipe(tmp_path)
+    (tmp_path / "prompts.txt").write_text("in the snow\n")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(path), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_row_is_the_mean_over_its_subjects() -> None:
+    assert summarise([{"DINO": 0.5, "PRES": 0.0}, {"DINO": 0.7, "PRES": 1.0}]) == {"DINO": 0.6, "PRES": 0.5}
+
+
+def test_scores_are_the_papers() -> None:
+    """Likeness to the subject, its class's likeness to it, and likeness to prompts without its name."""
+    drawn = Drawn(
+        real=plain(0),
+        subject={"a hmv cup": plain(0, 255)},
+        of_class=plain(255),
+        said={"a hmv cup": "a cup"},
+    )
+
+    def dark(prompts: Sequence[str]) -> Embeddings:
+        assert prompts == ["a cup"]
+        return np.array([[1.0, 0.0]])
+
+    scores = Judges(dino=brightness, clip=brightness, clip_text=dark).score(drawn)
+    assert scores["DINO"] == scores["CLIP-I"] == scores["CLIP-T"] == pytest.approx(0.5)
+    assert scores["PRES"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_descriptor_tells_copies_from_other_pictures() -> None:
+    across = np.swapaxes(stripes(8), 0, 1)
+    drawn = Drawn([stripes(8)], {"": [stripes(8), stripes(8)]}, [across], {"": ""})
+    scores = Judges().score(drawn)
+    assert scores["identity"] == pytest.approx(1)
+    assert scores["DIV by identity"] == pytest.approx(0, abs=1e-9)
+    assert scores["PRES by identity"] < 0.7
+
+
+def test_lpips_is_the_published_formula(tmp_path: Path) -> None:
+    """Against AlexNet as torchvision builds it, with random weights."""
+    torch.manual_seed(0)
+    widths = (3, 64, 192, 384, 256, 256)
+    kernels = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
+    layers: list[nn.Module] = []
+    for inputs, outputs, (side, stride, padding) in zip(widths, widths[1:], kernels):
+        layers += [nn.Conv2d(inputs, outputs, side, stride, padding), nn.ReLU()]
+        if outputs in (64, 192):
+            layers.append(nn.MaxPool2d(3, 2))
+    alexnet = nn.Sequential(*layers)
+    linear = {f"lin{n}.model.1.weight": torch.rand(1, width, 1, 1) for n, width in enumerate(widths[1:])}
+    torch.save({f"features.{n}": w for n, w in alexnet.state_dict().items()}, tmp_path / "alexnet.pth")
+    torch.save(linear, tmp_path / "alex.pth")
+
+    pictures = [stripes(8), stripes(3)]
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    expected, features = 0.0, []
+    with torch.no_grad():
+        for picture in pictures:
+            hidden = ((torch.tensor(picture.copy()) / 127.5 - 1 - shift) / scale).permute(2, 0, 1)[None]
+            found = []
+            for layer in alexnet:
+                hidden = layer(hidden)
+                if isinstance(layer, nn.ReLU):
+                    found.append(hidden / hidden.square().sum(1, keepdim=True).sqrt().add(1e-10))
+            features.append(found)
+        for (first, second), weight in zip(zip(*features), linear.values(), strict=True):
+            expected += float((weight * (first - second) ** 2).sum(1).mean())
+    assert load_lpips(tmp_path).diversity(pictures, side=64) == pytest.approx(expected, rel=1e-5)
+    assert load_lpips(tmp_path).diversity([pictures[0]] * 3, side=64) == 0

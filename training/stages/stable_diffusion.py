@@ -1,0 +1,122 @@
+"""Stages of a small Stable Diffusion model, whose autoencoder is that of another small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training import seeds
+from training.assemble import stage_weights
+from training.config import StableDiffusionRecipe
+from training.data.captions import CaptionedViews, words_of_captions
+from training.data.encoded import settled_rows
+from training.loop import on_main_process, train
+from training.network.checkpoint_file import CheckpointError
+from training.network.checkpoint_keys import read_network
+from training.network.official_keys import expected_shapes, from_official
+from training.network.stable_diffusion import BUILDERS, StableDiffusion, StableDiffusionArchitecture
+from training.network.stable_diffusion_checkpoint import StableDiffusionCheckpoint, write_folder
+from training.network.tokenizer_files import TokenizerFiles
+from training.small.encoding import check_encoders
+from training.small.stored import StoredSamples, store_samples
+from training.small.vocabulary import learn_vocabulary
+from training.systems.stable_diffusion import Learner, PromptPreview, PromptTask
+
+PREVIEWS = 8
+"""Pictures of each prompt in a sheet."""
+
+ROWS = "rows.txt"
+"""Beside a stage's weights: how many of the encoded samples it learns from."""
+
+
+def read_autoencoder(path: str, architecture: StableDiffusionArchitecture) -> dict[str, Tensor]:
+    """Reads the autoencoder of a checkpoint in the original layout, as the state of its module.
+
+    Raises:
+        CheckpointError: it cannot be read, or its autoencoder is another one.
+    """
+    with torch.device("meta"):
+        names = {name: weight.shape for name, weight in BUILDERS["vae"](architecture).state_dict().items()}
+    file = read_network(Path(path)).file
+    expected = expected_shapes("vae", names, architecture)
+    if any(file.shapes.get(key) != tuple(shape) for key, shape in expected.items()):
+        raise CheckpointError(f"'{path}' has another autoencoder than the recipe: change [architecture]")
+    return {
+        name: weight.float()
+        for name, weight in from_official("vae", names, file.tensors, architecture).items()
+    }
+
+
+def start_network(recipe: StableDiffusionRecipe) -> tuple[StableDiffusion, TokenizerFiles]:
+    """Builds a network whose UNet and text encoder are fresh, and its tokenizer."""
+    files = learn_vocabulary(words_of_captions())
+    architecture = replace(recipe.architecture, text_vocabulary=len(files.vocabulary))
+    torch.manual_seed(0)
+    network = StableDiffusion(architecture, {part: build(architecture) for part, build in BUILDERS.items()})
+    network.vae.load_state_dict(read_autoencoder(recipe.start, architecture))
+    return network.eval(), files
+
+
+def caption_samples(recipe: StableDiffusionRecipe) -> CaptionedViews:
+    """Opens the pictures with captions that a recipe learns from."""
+    tokenizer = learn_vocabulary(words_of_captions()).open()
+    return CaptionedViews(recipe.data.objects, recipe.resolution, tokenizer.encode, seeds.CAPTIONED_VIEWS)
+
+
+@on_main_process
+def encode(recipe: StableDiffusionRecipe, folder: Path) -> None:
+    """Draws and encodes the pictures, once."""
+    network, _ = start_network(recipe)
+    samples, stored = caption_samples(recipe), folder / "samples"
+    check_encoders(network, stored)
+    task = PromptTask(network, samples)
+    store_samples(samples, task.encoded, stored, recipe.data.pairs, workers=recipe.data.workers)
+
+
+def train_diffusion(recipe: StableDiffusionRecipe, folder: Path) -> None:
+    """Trains UNet and text encoder."""
+    network, files = start_network(recipe)
+    stage = folder / "diffusion"
+    settle(network, folder / "samples", stage)
+    rows = int((stage / ROWS).read_text())
+    samples = StoredSamples(folder / "samples", seeds.TRAINING_PAIRS, rows)
+    how = (recipe.previews, PREVIEWS, recipe.resolution, recipe.guidance_scale)
+    preview = PromptPreview(network, files.open(), *how) if recipe.previews else None
+    train(PromptTask(network, samples), recipe.diffusion, stage, preview)
+
+
+@on_main_process
+def settle(network: StableDiffusion, samples: Path, stage: Path) -> None:
+    """Makes sure that training finds the samples that it began with, encoded by the same autoencoder.
+
+    Raises:
+        EncodedError: another one has encoded them, or there are too few.
+    """
+    check_encoders(network, samples)
+    settled_rows(stage / ROWS, samples)
+
+
+@on_main_process
+def write_checkpoint(recipe: StableDiffusionRecipe, folder: Path) -> None:
+    """Writes `folder`/model, in the layout of diffusers."""
+    network, files = start_network(recipe)
+    Learner(network).load_state_dict(stage_weights(folder / "diffusion"))
+    dtype: torch.dtype = getattr(torch, recipe.checkpoint_dtype)
+    parts = {
+        part: {name: weight.to(dtype) for name, weight in getattr(network, part).state_dict().items()}
+        for part in BUILDERS
+    }
+    architecture = replace(recipe.architecture, text_vocabulary=len(files.vocabulary))
+    write_folder(folder / "model", StableDiffusionCheckpoint(folder, architecture, parts, files))
+
+
+STAGES: Mapping[str, Callable[[StableDiffusionRecipe, Path], None]] = {
+    "encode": encode,
+    "diffusion": train_diffusion,
+    "checkpoint": write_checkpoint,
+}
+"""In their order."""
