@@ -32,6 +32,7 @@ try:
         flag,
     )
     from export.progress import Progress
+    from export.segmenters.command import add_segmenter_arguments, build_from_onnx, is_segmenter
     from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -55,6 +56,8 @@ anydoor build small.safetensors --default guidance_scale=2 --default mode=keep_b
 anydoor build stable-diffusion-v1-5 --variant fp16 --resolution 768x512
 anydoor build 512-inpainting-ema.safetensors --tokenizer merges.txt --lora cup.safetensors:0.8
 anydoor build 768-v-ema.ckpt --prediction v --resolution 768
+anydoor build u2net.onnx
+anydoor build sam_encoder.onnx sam_decoder.onnx
 anydoor build --skeleton --precision fp16 --targets cuda
 """
 
@@ -77,8 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         metavar="CKPT",
         help="checkpoint: a file of safetensors or torch.save, the folder or index of one in shards, or a "
-        "folder of diffusers; or a bundle of ONNX graphs, to build plans without PyTorch",
+        "folder of diffusers; a bundle of ONNX graphs, to build plans without PyTorch; or a network "
+        "that cuts out objects, as ONNX",
     )
+    add_segmenter_arguments(parser)
     parser.add_argument(
         "--skeleton",
         action="store_true",
@@ -249,6 +254,8 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         return _build_skeleton(options)
     if options.source is None:
         raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
+    if is_segmenter(options):
+        return build_from_onnx(options)
     build = build_options(options)
     if options.source.is_dir() and not holds_checkpoint(options.source):
         for name in _OF_THE_CHECKPOINT:
@@ -343,11 +350,12 @@ def source_options(options: argparse.Namespace) -> SourceOptions:
 def summary(manifest: Manifest) -> str:
     """What a bundle is, and a table of its graphs."""
     defaults = ", ".join(f"{name} {value}" for name, value in manifest.defaults.items())
+    against = "the network" if manifest.is_segmenter else "PyTorch"
     lines = [
         f"system: {manifest.system}, {manifest.precision}, {manifest.size_text}, batch up to "
         f"{manifest.max_batch}",
         f"defaults: {defaults or 'those of the system'}",
-        f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {'error against PyTorch':>22}",
+        f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {f'error against {against}':>22}",
     ]
     for name, graph in manifest.graphs.items():
         where = CUDA if manifest.target == CUDA else manifest.backend
