@@ -129,8 +129,9 @@ class Bundle:
         self.constants()
 
     def constants(self) -> dict[str, NDArray[np.float32]]:
-        """Name -> array: `alphas_cumprod` (1000,) float32, and what the bundle's system keeps there; a segmenter has
-        none.
+        """Name -> array: `alphas_cumprod` (1000,) float32, and what the bundle's system keeps there.
+
+        A segmenter has none.
 
         Raises:
             BundleError: the file is damaged.

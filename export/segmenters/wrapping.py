@@ -77,7 +77,7 @@ def graph_outputs(
         return [masks.reshape(1, *masks.shape[-3:]), scores.reshape(1, -1)]
     if wrap.graph == EMBED:
         return results
-    mask = results[0].reshape(1, 1, *results[0].shape[-2:])
+    mask: NDArray[Any] = results[0].reshape(1, 1, *results[0].shape[-2:])
     if not _ends_in_sigmoid(model):
         mask = 1 / (1 + np.exp(-mask))
     if wrap.normalisation.stretched:
@@ -92,7 +92,7 @@ def _normalise(wrap: Wrap, picture: NDArray[Any], inside: NDArray[Any] | None) -
     of = wrap.normalisation
     mean, deviation = (np.array(values, np.float32).reshape(3, 1, 1) for values in (of.mean, of.deviation))
     if wrap.channels_last:
-        padded = picture if inside is None else np.where(inside > 0, picture, mean)
+        padded: NDArray[Any] = picture if inside is None else np.where(inside > 0, picture, mean)
         return np.ascontiguousarray((padded[0] * np.float32(255)).transpose(1, 2, 0))
     values: NDArray[Any] = picture
     if of.by_peak:

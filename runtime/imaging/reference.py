@@ -74,7 +74,7 @@ def load_reference(
         else:
             raise InputError(
                 "the reference has no transparency, so where the object is must be said: "
-                "give a reference mask"
+                "give a reference mask, or auto to have the object found"
             )
         if not keep_specks:
             inside = without_specks(inside, name)

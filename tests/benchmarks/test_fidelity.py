@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from benchmarks.fidelity import labelled_sheet, main
-from benchmarks.support.baselines import copy_paste, guess_background
+from benchmarks.support.baselines import copy_paste
 from benchmarks.support.embeddings import load_clip, load_dino, pairwise_score
 from benchmarks.support.fidelity_truth import EMPTY, GUESS, OURS, PASTE, PASTE_ON_GUESS, TRUTH, WRONG, measure
 from benchmarks.support.protocol import read_protocol
 from engines.errors import AnyDoorError
 from runtime.imaging.boxes import Box
+from runtime.imaging.guess_background import guess_background
 
 Capture = pytest.CaptureFixture[str]
 
