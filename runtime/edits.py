@@ -18,10 +18,10 @@ from PIL import Image
 
 from runtime.compositor import Compositor, StepCallback
 from runtime.errors import InputError, MissingModelError, collecting_warnings, in_field, warn
-from runtime.imaging.boxes import Box
+from runtime.imaging.boxes import Box, smallest_box
 from runtime.imaging.decoding import UPRIGHT
 from runtime.imaging.guess_background import guess_background
-from runtime.imaging.holes import extent, fade, filled, hole_of
+from runtime.imaging.holes import fade, filled, hole_of
 from runtime.imaging.masks import MaskedPicture, load_mask
 from runtime.imaging.picture import Picture
 from runtime.imaging.scene import load_scene
@@ -67,27 +67,23 @@ class Plan:
     objects: Sequence[NDArray[np.bool_]]
     """Masks (H, W) of what leaves a hole."""
     placements: Sequence[Placement]
-    kept: NDArray[np.bool_] | None = None
-    """What of the holes is drawn over, and not filled."""
 
     @cached_property
     def share(self) -> NDArray[np.float32]:
         """How much of what fills the holes is seen, (H, W), 0..1."""
-        share = np.max([fade(mask) for mask in self.objects], axis=0)
-        result: NDArray[np.float32] = share if self.kept is None else np.where(self.kept, 0, share)
-        return result
+        share: NDArray[np.float32] = np.max([fade(mask) for mask in self.objects], axis=0)
+        return share
 
     @cached_property
     def hole(self) -> NDArray[np.bool_]:
         """Everything that is filled, (H, W)."""
-        hole = np.logical_or.reduce([hole_of(mask) for mask in self.objects])
-        result: NDArray[np.bool_] = hole if self.kept is None else hole & ~self.kept
-        return result
+        hole: NDArray[np.bool_] = np.logical_or.reduce([hole_of(mask) for mask in self.objects])
+        return hole
 
     @property
     def has_hole(self) -> bool:
         """Whether anything is to be filled."""
-        return bool(self.objects) and bool(self.hole.any())
+        return bool(self.objects)
 
     @property
     def fill_request(self) -> Request:
@@ -114,7 +110,7 @@ class Plan:
     @property
     def hole_boxes(self) -> tuple[Box, ...]:
         """The smallest box around each hole."""
-        return tuple(extent(hole_of(mask)) for mask in self.objects)
+        return tuple(smallest_box(hole_of(mask)) for mask in self.objects)
 
 
 def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch) -> Plan:
@@ -167,7 +163,7 @@ class _Found:
     def swapped(self, other: NDArray[np.bool_]) -> Plan:
         """The plan of `SwapPlaces`."""
         _check_different(self.mask, other)
-        first, second = extent(self.mask), extent(other)
+        first, second = smallest_box(self.mask), smallest_box(other)
         placements = [
             replace(self.own, box=_instead(first, second)),
             replace(self.own, reference_mask=other, box=_instead(second, first)),
@@ -175,9 +171,8 @@ class _Found:
         return self._plan([self.mask, other], placements)
 
     def reshaped(self, shape: NDArray[np.bool_]) -> Plan:
-        """The plan of `Reshape`: what is drawn over needs no filling."""
-        plan = self._plan([self.mask], [replace(self.own, mask=shape, mode="shape")])
-        return replace(plan, kept=shape)
+        """The plan of `Reshape`."""
+        return self._plan([self.mask], [replace(self.own, mask=shape, mode="shape")])
 
     def placed(self, action: Remove | Move | Swap | TryOn) -> Plan:
         """The plan of the others."""
@@ -196,7 +191,7 @@ class _Found:
         if given.mode == "shape":
             return self._plan([self.mask], [replace(given, mask=self.mask)])
         mode = given.mode or "keep_background"
-        return self._plan([self.mask], [replace(given, box=extent(self.mask), mode=mode)])
+        return self._plan([self.mask], [replace(given, box=smallest_box(self.mask), mode=mode)])
 
     def _plan(self, objects: Sequence[NDArray[np.bool_]], placements: Sequence[Placement]) -> Plan:
         seed = secrets.randbelow(MAX_SEED >> 32) if self.edit.seed is None else self.edit.seed

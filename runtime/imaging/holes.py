@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError
-from runtime.imaging.boxes import Box
+from runtime.imaging.boxes import smallest_box
 from runtime.imaging.colour_profile import from_srgb
 from runtime.imaging.picture import Picture
 
@@ -18,15 +18,9 @@ _ROOM = 0.03
 """Share of its longer side, likewise: shadows."""
 
 
-def extent(mask: NDArray[np.bool_]) -> Box:
-    """The smallest box around a mask (H, W) that is not empty."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-
-
 def room_around(mask: NDArray[np.bool_]) -> int:
     """Pixels by which a hole is larger than its object, (H, W), at each side."""
-    box = extent(mask)
+    box = smallest_box(mask)
     return max(_LEAST_ROOM, round(_ROOM * max(box.width, box.height)))
 
 

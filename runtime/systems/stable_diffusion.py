@@ -19,6 +19,7 @@ from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.presets import EXACT
 from runtime.errors import in_field
 from runtime.imaging.boxes import Box
+from runtime.imaging.geometry import warn_of_enlargement
 from runtime.imaging.masked_scene import MaskedScene, mask_scene
 from runtime.imaging.modes import check_mode
 from runtime.imaging.paste_back import feathered_region, paste_feathered
@@ -137,6 +138,7 @@ class StableDiffusion:
         with watch.measure("prepare"):
             masked = mask_scene(scene, target, ratios, parameters.mode, self._picture_size, self._latent_size)
             region = feathered_region(masked.geometry, masked.paste)
+        warn_of_enlargement(masked.geometry, self._picture_size)
         return TextPlacement(prompt, negative_prompt, masked, region)
 
     def renew(self, prepared: TextPlacement, scene: NDArray[np.uint8], watch: Stopwatch) -> TextPlacement:

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from runtime.errors import InputError
-from runtime.imaging.boxes import Box
+from runtime.imaging.boxes import Box, smallest_box
 from runtime.imaging.guess_background import guess_background
-from runtime.imaging.holes import extent, fade, filled, grow, hole_of, room_around
+from runtime.imaging.holes import fade, filled, grow, hole_of, room_around
 from runtime.imaging.pictures import load_picture
 
 OBJECT = np.zeros((90, 120), bool)
@@ -19,8 +19,8 @@ OBJECT[30:60, 40:70] = True
 
 
 def test_a_mask_grows_at_each_side() -> None:
-    assert extent(grow(OBJECT, 7)) == Box(33, 23, 77, 67)
-    assert extent(hole_of(OBJECT)) == Box(36, 26, 74, 64)
+    assert smallest_box(grow(OBJECT, 7)) == Box(33, 23, 77, 67)
+    assert smallest_box(hole_of(OBJECT)) == Box(36, 26, 74, 64)
     assert grow(OBJECT, 500).all()
 
 
@@ -66,7 +66,7 @@ def test_the_background_is_guessed_from_row_and_column() -> None:
     guessed = guess_background(holed, OBJECT)
     np.testing.assert_array_equal(guessed[~OBJECT], ramp[~OBJECT])
     assert np.abs(guessed.astype(int) - ramp).max() <= 16  # what is above and below counts as much
-    np.testing.assert_array_equal(guess_background(holed, extent(OBJECT)), guessed)
+    np.testing.assert_array_equal(guess_background(holed, smallest_box(OBJECT)), guessed)
 
 
 def test_a_pixel_without_anything_in_row_and_column_gets_what_the_others_have() -> None:
