@@ -82,7 +82,7 @@ def test_what_is_missing_is_named(bare_server: ServerThread) -> None:
 @pytest.mark.parametrize(
     ("request_", "field", "reason"),
     [
-        (pb.SegmentRequest(), "picture", "the picture is not a picture"),
+        (pb.SegmentRequest(), "picture", "the picture is empty"),
         (pb.SegmentRequest(picture=b"GIF89a"), "picture", "the picture is"),
         (pb.SegmentRequest(picture=SHELF, where=pb.Where(mask=SHELF)), "where", "a mask says already"),
         (
