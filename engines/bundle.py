@@ -131,6 +131,8 @@ class Bundle:
     def constants(self) -> dict[str, NDArray[np.float32]]:
         """Name -> array: `alphas_cumprod` (1000,) float32, and what the bundle's system keeps there.
 
+        A segmenter has none.
+
         Raises:
             BundleError: the file is damaged.
         """
@@ -139,6 +141,8 @@ class Bundle:
             constants = read_arrays(self.read(record))
         except ValueError as error:
             raise self._damaged(record, f"cannot be read ({error})") from error
+        if self.manifest.is_segmenter:
+            return constants
         schedule = constants.get(SCHEDULE)
         if schedule is None or schedule.shape != (_TIMESTEPS,) or schedule.dtype != np.float32:
             raise self._damaged(record, f"has no {SCHEDULE} ({_TIMESTEPS},) float32")

@@ -134,6 +134,11 @@ class Manifest:
         return [spec for spec in self.specs.values() if spec.role == role]
 
     @property
+    def is_segmenter(self) -> bool:
+        """Whether its graphs find objects. Such a bundle makes no pictures, and has no other graphs."""
+        return bool(self.with_role("segment"))
+
+    @property
     def step(self) -> GraphSpec:
         """The graph that takes a step."""
         return self.with_role("step")[0]
@@ -151,7 +156,10 @@ class Manifest:
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """(height, width) of the generated picture, in pixels."""
+        """(height, width) of the generated picture, in pixels; of a segmenter, of what it takes."""
+        if self.is_segmenter:
+            height, width = self.with_role("segment")[0].tensor("picture").resolve(self.typical_sizes)[2:]
+            return height, width
         height, width = self.decoder.tensor("image").resolve(self.typical_sizes)[1:3]
         return height, width
 
@@ -286,7 +294,12 @@ def _check(manifest: Manifest) -> None:
         ValueError, BundleError: says which part.
     """
     roles = [spec.role for spec in manifest.specs.values()]
-    for role in ("step", "decode"):
+    if "segment" in roles:
+        if other := sorted({*roles} - {"segment"}):
+            raise ValueError(f"graphs have the roles 'segment' and '{other[0]}', which do not go together")
+        if len(manifest.with_role("segment")[0].tensor("picture").shape) != 4:
+            raise ValueError("the picture has not four dimensions")
+    for role in () if manifest.is_segmenter else ("step", "decode"):
         if roles.count(role) != 1:
             raise ValueError(f"one graph must have the role '{role}', not {roles.count(role)}")
     for spec in manifest.specs.values():
@@ -296,16 +309,22 @@ def _check(manifest: Manifest) -> None:
         for tensor in spec.tensors:
             if tensor.nbytes(manifest.largest_sizes) > _LARGEST_TENSOR:
                 raise ValueError(f"'{tensor.name}' of '{spec.name}' would take more than 1 TiB")
+    if not manifest.is_segmenter:
+        _check_sampling(manifest)
+    for graph, record in manifest.graphs.items():
+        loaded = (record.files[0], *record.variants.values())
+        if manifest.backend == ONNX and not all(file.path.endswith(".onnx") for file in loaded):
+            raise ValueError(f"a file of '{graph}' is not named .onnx")
+
+
+def _check_sampling(manifest: Manifest) -> None:
+    """Likewise of the graphs that make pictures."""
     step = manifest.step
     banks = [name for bank in step.banks for name in (*bank.tensors, bank.index)]
     for name in (*banks, *step.per_step, *step.feedback, *step.feedback.values()):
         step.tensor(name)
     if len(step.tensor("latent").shape) != 4 or len(manifest.decoder.tensor("image").shape) != 4:
         raise ValueError("the latent or the picture has not four dimensions")
-    for graph, record in manifest.graphs.items():
-        loaded = (record.files[0], *record.variants.values())
-        if manifest.backend == ONNX and not all(file.path.endswith(".onnx") for file in loaded):
-            raise ValueError(f"a file of '{graph}' is not named .onnx")
 
 
 def _parse_graph(name: str, content: Mapping[str, Any]) -> GraphRecord:

@@ -160,7 +160,8 @@ def plan_device_memory(manifest: Manifest, budget: int) -> DeviceMemoryPlan:
     for groups in groupings(manifest.specs):
         needed = _largest_group(graphs, groups) + library + fixed.nbytes + aligned(pool)
         if needed <= budget:
-            cache = min(budget - needed, LARGEST_CACHE) // ALIGNMENT * ALIGNMENT
+            most = 0 if manifest.is_segmenter else LARGEST_CACHE
+            cache = min(budget - needed, most) // ALIGNMENT * ALIGNMENT
             return DeviceMemoryPlan(graphs, groups, fixed, library, pool, cache, budget)
     raise BackendError(
         f"the bundle needs at least {megabytes(needed)} MB of device memory and {budget // 1_000_000} MB may "
@@ -176,7 +177,7 @@ def fixed_buffers(graphs: Mapping[str, GraphMemory], manifest: Manifest) -> list
     while a window graph runs for the next step; other graphs may overwrite it. A table holds the values of a
     small input for all steps of a loop, and is filled anew for each loop.
     """
-    step, sizes = manifest.step, manifest.largest_sizes
+    sizes = manifest.largest_sizes
     sampling = frozenset(spec.name for spec in manifest.specs.values() if spec.role in SAMPLING_ROLES)
     scratch = [Buffer(scratch_name(name), graphs[name].scratch, frozenset({name})) for name in graphs]
     places = [
@@ -195,6 +196,7 @@ def fixed_buffers(graphs: Mapping[str, GraphMemory], manifest: Manifest) -> list
             MOST_STEPS * step.tensor(name).nbytes(sizes),
             frozenset({step.name}),
         )
+        for step in manifest.with_role("step")
         for name in step.per_step
     ]
     return scratch + places + tables
@@ -240,11 +242,14 @@ def working_bytes(manifest: Manifest) -> int:
 
     That is the outputs of all graphs; once more the inputs of the step graph, since banks of several requests
     are gathered while the window that they come from still exists; and the inputs of the window graphs for
-    every sample, each of which may belong to a request of its own."""
+    every sample, each of which may belong to a request of its own. A segmenter's inputs are large, too."""
     sizes = manifest.largest_sizes
     outputs = [tensor for spec in manifest.specs.values() for tensor in spec.outputs]
-    windows = [tensor for spec in manifest.with_role("window") for tensor in spec.inputs]
-    tensors = (*outputs, *manifest.step.inputs, *windows * manifest.max_batch)
+    steps, windows, segments = (
+        [tensor for spec in manifest.with_role(role) for tensor in spec.inputs]
+        for role in ("step", "window", "segment")
+    )
+    tensors = (*outputs, *steps, *segments, *windows * manifest.max_batch)
     return sum(aligned(tensor.nbytes(sizes)) for tensor in tensors)
 
 

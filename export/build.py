@@ -22,6 +22,7 @@ from export.progress import Progress
 
 if TYPE_CHECKING:
     # PyTorch; a machine that builds plans from ONNX graphs need not have it
+    from export.segmenters.building import SegmenterSource
     from export.systems.system import ExportSource
 
 
@@ -45,14 +46,55 @@ def build_bundle(
     source.check_size(options.size)
     count = len(source.graphs(options.size, options.precision))
 
+    def export(folder: Path, progress: Progress) -> Manifest:
+        progress.steps += onnx_bundle.step_count(count)
+        return onnx_bundle.export_graphs(source, folder, options, progress)
+
+    return _build_by_export(export, count, output, options, progress)
+
+
+def build_segmenter(
+    source: SegmenterSource, output: Path, options: BuildOptions, progress: Progress | None = None
+) -> Manifest:
+    """Builds a bundle of a segmenter from ONNX files, like `build_bundle`. Needs no PyTorch.
+
+    Args:
+        source: recognised networks.
+        output: directory of the bundle; what is there is replaced.
+        options: backend and targets.
+        progress: told of every step; a bar on the terminal if None.
+
+    Raises:
+        AnyDoorError: an option or a network is unusable, or a graph does not compute what its network does.
+    """
+    from export.segmenters.building import export_segmenter
+
+    _check(output, options)
+    count = len(source.wraps)
+
+    def export(folder: Path, progress: Progress) -> Manifest:
+        progress.steps += 2 * count
+        return export_segmenter(source, folder, progress)
+
+    return _build_by_export(export, count, output, options, progress)
+
+
+def _build_by_export(
+    export: Callable[[Path, Progress], Manifest],
+    count: int,
+    output: Path,
+    options: BuildOptions,
+    progress: Progress | None,
+) -> Manifest:
+    """Builds a bundle of so many graphs by way of ONNX, which stays where that is the backend."""
+
     def build(folder: Path, progress: Progress) -> Manifest:
-        progress.steps = onnx_bundle.step_count(count)
         if options.backend == ONNX:
-            return onnx_bundle.export_graphs(source, folder, options, progress)
+            return export(folder, progress)
         progress.steps += count
         graphs = folder / "onnx"
         graphs.mkdir()
-        manifest = onnx_bundle.export_graphs(source, graphs, options, progress)
+        manifest = export(graphs, progress)
         manifest = _build_plans(Bundle(graphs, manifest), folder, output, options, progress)
         shutil.rmtree(graphs)
         return manifest

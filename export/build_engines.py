@@ -21,6 +21,7 @@ try:
     from export.flags import SKELETONS, add_arguments
     from export.options import ONNX, SOURCE_OPTIONS, BuildOptions, SourceOptions, flag
     from export.progress import Progress
+    from export.segmenters.command import build_from_onnx, is_segmenter
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -44,6 +45,8 @@ anydoor build stable-diffusion-v1-5 --variant fp16 --resolution 768x512
 anydoor build 512-inpainting-ema.safetensors --tokenizer merges.txt --lora cup.safetensors:0.8
 anydoor build 768-v-ema.ckpt --prediction v --resolution 768
 anydoor build sks-cup-folder --reuse build/engines/stable-diffusion-v1-5
+anydoor build u2net.onnx
+anydoor build sam_encoder.onnx sam_decoder.onnx
 anydoor build --skeleton --precision fp16 --targets cuda
 anydoor build --skeleton --system stable_diffusion --precision fp16 --targets cuda
 """
@@ -79,6 +82,8 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
     if options.system:
         raise AnyDoorError(f"--system goes with --skeleton: '{options.source}' says what it is itself")
+    if is_segmenter(options):
+        return build_from_onnx(options)
     build = build_options(options)
     if options.source.is_dir() and not holds_checkpoint(options.source):
         for name in _OF_THE_CHECKPOINT:
@@ -174,11 +179,12 @@ def source_options(options: argparse.Namespace) -> SourceOptions:
 def summary(manifest: Manifest) -> str:
     """What a bundle is, and a table of its graphs."""
     defaults = ", ".join(f"{name} {value}" for name, value in manifest.defaults.items())
+    against = "the network" if manifest.is_segmenter else "PyTorch"
     lines = [
         f"system: {manifest.system}, {manifest.precision}, {manifest.size_text}, batch up to "
         f"{manifest.max_batch}",
         f"defaults: {defaults or 'those of the system'}",
-        f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {'error against PyTorch':>22}",
+        f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {f'error against {against}':>22}",
     ]
     for name, graph in manifest.graphs.items():
         where = CUDA if manifest.target == CUDA else manifest.backend

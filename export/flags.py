@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.options import BACKENDS, PRECISIONS
+from export.segmenters.command import add_segmenter_arguments
 from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS
 
 _PARAMETERS = (*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS)
@@ -26,8 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         metavar="CKPT",
         help="checkpoint: a file of safetensors or torch.save, the folder or index of one in shards, or a "
-        "folder of diffusers; or a bundle of ONNX graphs, to build plans without PyTorch",
+        "folder of diffusers; a bundle of ONNX graphs, to build plans without PyTorch; or a network "
+        "that cuts out objects, as ONNX",
     )
+    add_segmenter_arguments(parser)
     parser.add_argument(
         "--skeleton",
         action="store_true",

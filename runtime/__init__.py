@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from runtime.errors import InputError
     from runtime.request import Placement, Request, Sampling
     from runtime.result import Composite
+    from runtime.segmentation import Segmenter
 
 _HOMES = {
     "AnyDoorError": "engines.errors",
@@ -30,6 +31,7 @@ _HOMES = {
     "Placement": "runtime.request",
     "Request": "runtime.request",
     "Sampling": "runtime.request",
+    "Segmenter": "runtime.segmentation",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Placement",
     "Request",
     "Sampling",
+    "Segmenter",
 ]
 
 

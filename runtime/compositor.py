@@ -35,6 +35,7 @@ from runtime.parameters import (
 from runtime.request import Blank, Placement, Request, Sampling
 from runtime.result import Composite, Stopwatch
 from runtime.sampling.running_batch import guided_steps
+from runtime.segmentation import Segmenter, check_segmenter, cut_out
 from runtime.systems import open_system
 from runtime.systems.system import Model, Prepared
 from runtime.validation import (
@@ -68,6 +69,7 @@ class Compositor:
         engine: Engine,
         cache_bytes: int | None = None,
         control_window: int | None = None,
+        segmenter: Segmenter | None = None,
     ) -> None:
         """Wraps an opened bundle and an engine that runs it; `load` is the usual way.
 
@@ -78,12 +80,15 @@ class Compositor:
             control_window: sampling steps that a window graph computes in one call. If None, as many as the
                 bundle's batch on a card, where they cost less together, and one on a CPU, where more cost
                 memory and gain nothing.
+            segmenter: finds the objects of references without masks; None for plain backgrounds alone.
 
         Raises:
             InputError: `control_window` is not in 1..max_batch.
             BundleError: this version cannot use the bundle.
         """
         manifest = bundle.manifest
+        if manifest.is_segmenter:
+            raise BundleError(f"the bundle at '{bundle.path}' is a segmenter: give it with --segmenter")
         if control_window is None:
             control_window = 1 if engine.device == "cpu" else manifest.max_batch
         if not 1 <= control_window <= manifest.max_batch:
@@ -94,6 +99,7 @@ class Compositor:
         constants = bundle.constants()
         self.bundle = bundle
         self.engine = engine
+        self.segmenter = segmenter or Segmenter()
         self.model = Model(bundle, engine, constants, usable_cache_bytes(engine, cache_bytes), control_window)
         self.system = open_system(manifest.system, self.model)
         self.defaults: Mapping[str, Any] = {**self.system.defaults, **manifest.defaults}
@@ -112,6 +118,7 @@ class Compositor:
         cache_bytes: int | None = None,
         control_window: int | None = None,
         trusted_key: str | Path | None = None,
+        segmenter: Segmenter | None = None,
     ) -> Compositor:
         """Opens a bundle; each graph is loaded when it is first needed.
 
@@ -122,12 +129,13 @@ class Compositor:
             control_window: see `__init__`.
             trusted_key: PEM file with an Ed25519 public key; the bundle must be signed by its owner
                 (`anydoor sign`). None: no signature is needed.
+            segmenter: see `__init__`.
 
         Raises:
             AnyDoorError: the bundle or its backend cannot be used, and why.
         """
         bundle = Bundle.open(path, None if trusted_key is None else Path(trusted_key))
-        return cls(bundle, open_engine(bundle, options), cache_bytes, control_window)
+        return cls(bundle, open_engine(bundle, options), cache_bytes, control_window, segmenter)
 
     def load_graphs(self) -> Iterator[str]:
         """Loads all graphs now, so that the first picture does not wait; yields each name when ready."""
@@ -311,9 +319,8 @@ class Compositor:
             for index, placement in enumerate(request.placements):
                 with in_placement(request, index):
                     mask = placement.mask
-                    if mask is not None:
-                        mask = upright_mask(mask, scene, limits.pixels)
-                    turned = replace(placement, mask=mask)
+                    mask = None if mask is None else upright_mask(mask, scene, limits.pixels)
+                    turned = cut_out(replace(placement, mask=mask), self.segmenter, limits.pixels, watch)
                     prepared.append(self._prepare(request, turned, seen, limits, watch))
         job = Job(
             system=self.system,
@@ -338,8 +345,7 @@ class Compositor:
         watch: Stopwatch,
     ) -> Prepared:
         if isinstance(request.scene, Blank) and placement.box is None and placement.mask is None:
-            height, width = scene.shape[:2]
-            placement = replace(placement, box=(0, 0, width, height))
+            placement = replace(placement, box=(0, 0, scene.shape[1], scene.shape[0]))
         given = {name: getattr(placement, name) for name in PLACEMENT_PARAMETERS}
         parameters = placement_parameters(given, self.defaults)
         return self.system.prepare(scene, placement, parameters, limits, watch)
@@ -365,6 +371,7 @@ class Compositor:
         check_seeds(0 if request.seed is None else request.seed, request.num_images, limits)
         check_placement_count(len(request.placements), limits)
         check_usable(request, self.system.abilities)
+        check_segmenter(request, self.segmenter)
         if isinstance(request.scene, Blank):
             check_blank(request.scene, self.bundle.manifest.picture_size)
         return sampling
@@ -373,11 +380,7 @@ class Compositor:
         """What the networks see of the scene, (H, W, 3) RGB, and the scene; grey if there is none."""
         if isinstance(request.scene, Blank):
             return load_scene(np.full((*self.bundle.manifest.picture_size, 3), 128, np.uint8))
-        seen, scene = load_scene(request.scene, limits.pixels)
-        height, width = seen.shape[:2]
-        if request.scene_size not in (None, (width, height)):
-            raise InputError(f"the scene is {width} x {height} pixels, and the result has its size")
-        return seen, scene
+        return load_scene(request.scene, limits.pixels, request.scene_size)
 
     def _schedule(self, sampling: SamplingParameters) -> Schedule:
         make = SAMPLERS[sampling.sampler]

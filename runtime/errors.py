@@ -17,6 +17,10 @@ class InputError(AnyDoorError, ValueError):
     """Which part of the request it is, like "placements[0].box"; empty if no single one is to blame."""
 
 
+class MissingModelError(InputError):
+    """A request that needs a model which was not loaded; names the option that loads it."""
+
+
 class InputWarning(UserWarning):
     """That a picture or a mask was read in a way its owner may not expect, in one sentence."""
 

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from runtime.errors import InputError
 from runtime.imaging.sources import PictureLike
 
+AUTOMATIC = "auto"
+"""The reference mask of an object that is to be found; a file of that name is "./auto"."""
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
@@ -24,7 +27,7 @@ class Placement:
     reference: PictureLike | None = None
     """Picture of the object. Without it, a model that fills holes goes on with the scene."""
     reference_mask: PictureLike | None = None
-    """Where the object is in it; its transparency if None."""
+    """Where the object is in it; `AUTOMATIC` to have it found; its transparency if None."""
     box: Sequence[float] | None = None
     """Place: x0, y0, x1, y1 in whole pixels of the scene, x1 and y1 exclusive. May cross the scene's
     border."""
@@ -51,6 +54,21 @@ class Placement:
     """How coarse `mask` is made before it is drawn into, for models that draw inside of one: a name of
     `runtime.imaging.mask_levels.MASK_LEVELS` or its number, from 0 ("exact") to 3 ("box"). A coarse mask
     leaves room for another pose and for shadows."""
+    reference_clicks: Sequence[Sequence[int]] | None = None
+    """What says where the object is in the reference, instead of a mask: (x, y) on it, or (x, y, False)
+    beside it, in pixels of the upright picture; see `runtime.segmentation`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Where:
+    """Where an object is in a picture: one of these says it; the main object if none does."""
+
+    box: Sequence[float] | None = None
+    """x0, y0, x1, y1 around it, as of a placement."""
+    mask: PictureLike | None = None
+    """A mask of the picture's size."""
+    clicks: Sequence[Sequence[int]] | None = None
+    """(x, y) on it, or (x, y, False) beside it."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +160,83 @@ class Request:
         """
         placement = Placement(prompt=prompt, negative_prompt=negative_prompt)
         return cls.of(Blank(*size or ()), placement, **others)
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Takes the object out of the scene."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """Takes the object to another place."""
+
+    to: Sequence[float]
+    """x0, y0, x1, y1, as of a placement."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reshape:
+    """Draws the object again in another outline."""
+
+    to: PictureLike
+    """A mask of the scene's size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """Puts another object in the place of the object: in its box, or with the mode shape in its outline."""
+
+    placement: Placement
+    """The other one, without a place."""
+
+
+@dataclass(frozen=True, eq=False)
+class SwapPlaces:
+    """Lets two objects of the scene change places; each keeps its proportions and gets the other's height."""
+
+    other: Where
+
+
+@dataclass(frozen=True, eq=False)
+class TryOn:
+    """Puts a garment in the place of what a person wears there."""
+
+    placement: Placement
+    """The garment, without a place."""
+
+
+Action = Remove | Move | Reshape | Swap | SwapPlaces | TryOn
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How a network fills a hole."""
+
+    prompt: str = ""
+    """What is there, in words."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What is done to an object of a scene."""
+
+    scene: PictureLike
+    where: Where
+    """Where the object is."""
+    action: Action
+    fill: Fill = field(default_factory=Fill)
+    seed: int | None = None
+    """See `Request`."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Of what is placed."""
+    num_images: int = 1
+
+
+def is_automatic(mask: PictureLike | None) -> bool:
+    """Whether a reference mask says that the object is to be found."""
+    return isinstance(mask, str) and mask == AUTOMATIC
 
 
 def check_prompt(prompt: object) -> str:

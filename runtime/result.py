@@ -26,13 +26,16 @@ class Composite:
     seed: int
     """Gives the same picture again, on the same machine and bundle."""
     regions: tuple[Box, ...]
-    """Per placement: the only part of the scene that it may have changed."""
+    """Per placement, and before those per hole of an edit: the only part of the scene that it may have
+    changed."""
     seconds: dict[str, float]
     """Stage -> time spent, for all pictures of the call together."""
     metadata: Metadata = NO_METADATA
     """The scene's: profile, EXIF and resolution."""
     warnings: tuple[str, ...] = ()
     """What the caller should know about how the pictures and masks were read, a sentence each."""
+    filler: str = ""
+    """Of an edit, what filled the hole of an object: a system, or "guess"; empty if there was none."""
 
     def to_pillow(self) -> Image.Image:
         """The picture, with its metadata in `info`."""

@@ -53,7 +53,7 @@ LARGEST = Limits()
 
 _CONDITIONS = {
     "reference": ("reference", "places what a reference shows", ("prompt", "negative_prompt")),
-    "text": ("prompt", "draws what a prompt says", ("reference", "reference_mask")),
+    "text": ("prompt", "draws what a prompt says", ("reference", "reference_mask", "reference_clicks")),
 }
 """Condition -> the field that has it, what the model does with that, and the fields of the other one."""
 
@@ -142,6 +142,9 @@ def _check_condition(placement: Placement, abilities: Abilities) -> None:
     with in_field(wanted):
         if getattr(placement, wanted) is None and not abilities.fills:
             raise InputError(f"{title} {instead}: give a {wanted}")
+    with in_field("reference_clicks"):
+        if placement.reference_mask is not None and placement.reference_clicks is not None:
+            raise InputError("a reference has either a mask or clicks that say where the object is, not both")
     for name in ("prompt", "negative_prompt"):
         with in_field(name):
             if (prompt := getattr(placement, name)) is not None:

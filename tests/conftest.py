@@ -162,6 +162,27 @@ def small_plan_bundle(small_bundle: Path) -> Path:
     return _plans(small_bundle)
 
 
+@pytest.fixture(scope="session")
+def example_bundle() -> Path:
+    """The bundle of the repository; do not write into it."""
+    return ROOT / "examples" / "anydoor-small"
+
+
+@pytest.fixture(scope="session")
+def segmenter_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Bundles of tests.support.segmenters: one finds what is bright, the other what is clicked on."""
+    from export.build import build_segmenter
+    from export.options import BuildOptions
+    from export.progress import Progress
+    from export.segmenters.building import SegmenterSource
+    from tests.support.segmenters import sam, u2net
+
+    folder = tmp_path_factory.mktemp("segmenters")
+    for name, files in (("u2net", [u2net(folder)]), ("sam", sam(folder))):
+        build_segmenter(SegmenterSource.open(files), folder / name, BuildOptions(), Progress(quiet=True))
+    return folder / "u2net", folder / "sam"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is kept from one start to the next stays out of the user's home."""

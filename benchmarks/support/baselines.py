@@ -1,4 +1,4 @@
-"""Baselines without a network: an empty place, a guessed background, copy-paste."""
+"""Baselines without a network: an empty place, copy-paste; another is `runtime.imaging.guess_background`."""
 
 from __future__ import annotations
 
@@ -24,30 +24,6 @@ def empty_box(scene: Picture, box: Box) -> Picture:
     """Return the scene (H, W, 3), black in the box."""
     result: Picture = scene.copy()
     result[box.slices] = 0
-    return result
-
-
-def guess_background(scene: Picture, box: Box) -> Picture:
-    """Fill the box: each pixel is the mean of the nearest pixels beyond its four sides, by inverse distance.
-
-    scene: (H, W, 3) uint8. A side of the box that lies on the border of the scene is left out.
-    """
-    height, width = scene.shape[:2]
-    rows, columns = np.mgrid[box.slices]
-    total, colours = np.zeros((box.height, box.width, 1)), np.zeros((box.height, box.width, 3))
-    for row, column, exists, distance in (
-        (rows, box.x0 - 1, box.x0 > 0, columns - box.x0 + 1),
-        (rows, box.x1, box.x1 < width, box.x1 - columns),
-        (box.y0 - 1, columns, box.y0 > 0, rows - box.y0 + 1),
-        (box.y1, columns, box.y1 < height, box.y1 - rows),
-    ):
-        if exists:
-            weight = 1 / distance[..., None]
-            total += weight
-            colours += weight * scene[row, column]
-    result: Picture = scene.copy()
-    if total.any():
-        result[box.slices] = np.rint(colours / total).astype(np.uint8)
     return result
 
 

@@ -1,7 +1,8 @@
 """Names of the systems' graphs; `export.systems` has them too, and imports PyTorch."""
 
 from runtime.systems.anydoor import CONTROL, ID_ENCODER
-from runtime.systems.stable_diffusion import ENCODE, TEXT_ENCODER
+from runtime.systems.inpainting import ENCODE
+from runtime.systems.stable_diffusion import TEXT_ENCODER
 
 DENOISE = "denoise"
 DECODE = "decode"

@@ -17,10 +17,11 @@ from itertools import count as numbers
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.support.baselines import empty_box, exact_box, guess_background
+from benchmarks.support.baselines import empty_box, exact_box
 from runtime import Placement
 from runtime.imaging.boxes import Box
 from runtime.imaging.geometry import Ratios, zoom_in
+from runtime.imaging.guess_background import guess_background
 from training.data.pairs import UnfitPairError, check_masks
 from training.data.synthetic.views import HELD_OUT, View, reference_view, scene_view
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 from engines.bundle import Bundle
 from engines.card.capture import Call, CallCache, CallSignature, Places
@@ -61,7 +61,6 @@ class CardEngine:
         self._device = device
         self._open_graph = open_graph
         self._specs = bundle.manifest.specs
-        self._step = bundle.manifest.step
         self._largest = bundle.manifest.largest_sizes
         self._graphs: dict[str, LoadedGraph] = {}
         self._lock = threading.RLock()
@@ -71,6 +70,10 @@ class CardEngine:
         self._places = Places(device, self._store, self._specs, plan.fixed)
         self._own_scratch: dict[str, int] = {}
         """Graph -> scratch memory outside the arena, if it needs more here than where it was built."""
+
+    @cached_property
+    def _step(self) -> GraphSpec:
+        return self._bundle.manifest.step
 
     @property
     def cached_calls(self) -> int:

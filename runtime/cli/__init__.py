@@ -26,6 +26,12 @@ GROUP = "anydoor.commands"
 BUILT_IN: Mapping[str, tuple[str, str]] = {
     "composite": ("runtime.cli.composite", "cpu"),
     "draw": ("runtime.cli.draw", "cpu"),
+    "segment": ("runtime.cli.segment", "cpu"),
+    "remove": ("runtime.cli.edits.remove", "cpu"),
+    "move": ("runtime.cli.edits.move", "cpu"),
+    "reshape": ("runtime.cli.edits.reshape", "cpu"),
+    "swap": ("runtime.cli.edits.swap", "cpu"),
+    "try-on": ("runtime.cli.edits.try_on", "cpu"),
     "serve": ("runtime.cli.serve", "cpu,serve"),
     "doctor": ("runtime.cli.doctor", "cpu"),
     "sign": ("runtime.cli.sign", "cpu,sign"),

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from runtime.cli.flags import given
+from runtime.cli.flags import given, parse_box, parse_click
 from runtime.cli.output import check_output
 from runtime.cli.pictures import add_picture_flags, check_flags, common_arguments, make_pictures
 from runtime.cli.standard_streams import read_standard_input
 from runtime.errors import InputError
 from runtime.imaging.mask_levels import MASK_LEVELS, MaskLevel, check_mask_level
 from runtime.imaging.modes import MODES
-from runtime.request import Placement, Request
+from runtime.request import AUTOMATIC, Placement, Request
 
 NAME = "composite"
 HELP = "Put one or more objects into a scene"
@@ -24,6 +24,9 @@ anydoor composite --reference cup.jpg --reference-mask cup_mask.png --scene desk
 anydoor composite --reference cup.png --box 80,60,300,260 --reference book.png --box 320,90,500,250 \\
     --scene desk.jpg -o both.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --num-images 4 --grid -o cups.png
+anydoor composite --reference cup.jpg --reference-mask auto --scene desk.jpg --box 80,60,300,260 -o out.png
+anydoor composite --reference shelf.jpg --reference-click 210,95 --segmenter build/engines/sam \\
+    --scene desk.jpg --box 80,60,300,260 -o out.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --quality fast -o out.png
 anydoor composite --prompt "a sks cup" --scene desk.jpg --box 80,60,300,260 --bundle build/sks -o out.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --server gpu:50051 -o out.png
@@ -75,9 +78,26 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=Path,
         metavar="FILE",
-        help="where the object is in it (default: its transparency)",
+        help="where the object is in it; auto: it is found (default: its transparency)",
+    )
+    group.add_argument(
+        "--reference-click",
+        dest="reference_clicks",
+        action=_AddClick,
+        type=parse_click,
+        metavar="X,Y",
+        help="where the object is in the --reference before it; !X,Y: where it is not; may be repeated",
     )
     _add_place_flags(group)
+
+
+class _AddClick(argparse.Action):
+    """Adds a click to those of the reference that stands before it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        clicks = getattr(namespace, self.dest) or {}
+        clicks.setdefault(len(namespace.objects or []) - 1, []).append(values)
+        setattr(namespace, self.dest, clicks)
 
 
 def _add_place_flags(group: argparse._ArgumentGroup) -> None:
@@ -123,21 +143,6 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
         )
 
 
-def parse_box(text: str) -> tuple[int, int, int, int]:
-    """`x0,y0,x1,y1` as four numbers.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not.
-    """
-    try:
-        x0, y0, x1, y1 = (int(part) for part in text.replace(" ", "").split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not a box: four whole numbers x0,y0,x1,y1 are expected, like 80,60,300,260"
-        ) from error
-    return x0, y0, x1, y1
-
-
 def parse_mask_level(text: str) -> MaskLevel:
     """A level by its name or its number.
 
@@ -159,15 +164,23 @@ def run(options: argparse.Namespace) -> int:
     chosen = vars(options)
     # the pictures go straight into the request: no function below gets the options with them
     objects, places = chosen.pop("objects") or [], chosen.pop("places") or []
-    masks = chosen.pop("reference_mask") or []
+    masks, clicks = chosen.pop("reference_mask") or [], chosen.pop("reference_clicks") or {}
     _check_counts(objects, len(places), len(masks))
+    if -1 in clicks:
+        raise InputError("--reference-click belongs to the --reference before it: name that first")
     check_flags(options)
     (scene,), objects, masks, places = read_standard_input([options.scene], objects, masks, places)
     check_output(options.output, scene, options.num_images, options.grid)
     common = given(options, _PLACEMENT)
     placements = [
-        Placement(**_object(what), reference_mask=mask, **_place(place), **common)
-        for what, place, mask in zip(objects, places, masks or [None] * len(objects))
+        Placement(
+            **_object(what),
+            reference_mask=AUTOMATIC if mask == Path(AUTOMATIC) else mask,
+            reference_clicks=clicks.get(index),
+            **_place(place),
+            **common,
+        )
+        for index, (what, place, mask) in enumerate(zip(objects, places, masks or [None] * len(objects)))
     ]
     make_pictures(Request.of(scene, placements, **common_arguments(options)), options)
     return 0

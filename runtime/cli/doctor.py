@@ -151,8 +151,11 @@ def _print_bundle(path: Path, options: EngineOptions, trusted_key: Path | None) 
             f"{manifest.max_batch}, {size / 1e6:.1f} MB, from {manifest.checkpoint.get('file', 'unknown')}"
         )
         print(f"    made by {manifest.backend} {manifest.backend_version} for {manifest.target}")
-        defaults = [f"{name} {value}" for name, value in manifest.defaults.items()]
-        print(f"    defaults: {', '.join(defaults) or 'those of the system'}")
+        if manifest.is_segmenter:
+            print(f"    wrap: {manifest.architecture.get('wrap', 'unknown')}")
+        else:
+            defaults = [f"{name} {value}" for name, value in manifest.defaults.items()]
+            print(f"    defaults: {', '.join(defaults) or 'those of the system'}")
         with ProgressBar(total=size, unit="B", unit_scale=True, desc="    hashing", leave=False) as bar:
             bundle.verify_all(bar.update)
         runs_on = _print_plan(bundle, options)
@@ -162,7 +165,8 @@ def _print_bundle(path: Path, options: EngineOptions, trusted_key: Path | None) 
     errors = [error for record in manifest.graphs.values() for error in record.error.values()]
     worst = f"{max(errors):.1e}" if errors else "not measured"
     signed = f"signed by the owner of {trusted_key}; " if trusted_key else ""
-    print(f"    sound; {signed}largest error against PyTorch {worst}; runs on {runs_on}")
+    against = "the network" if manifest.is_segmenter else "PyTorch"
+    print(f"    sound; {signed}largest error against {against} {worst}; runs on {runs_on}")
     return True
 
 

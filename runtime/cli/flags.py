@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from engines.options import EngineOptions
+from runtime.imaging.clicks import Click
 from runtime.sizes import size_flag
 
 DEFAULT_BUNDLE = "build/engines/anydoor"
@@ -35,6 +36,49 @@ def add_bundle_flag(parser: argparse._ActionsContainer) -> None:
         metavar="DIR",
         help=f"directory of the bundle (default: ${BUNDLE_VARIABLE}, else {DEFAULT_BUNDLE})",
     )
+
+
+def add_segmenter_flag(parser: argparse._ActionsContainer) -> None:
+    """Adds --segmenter, a list that is None if not given."""
+    parser.add_argument(
+        "--segmenter",
+        action="append",
+        type=Path,
+        metavar="DIR",
+        help="bundle that finds objects; may be repeated: one for the main object of a picture, one for "
+        "clicks (default: none, for plain backgrounds)",
+    )
+
+
+def parse_click(text: str) -> Click:
+    """`x,y` on the object, or `!x,y` beside it.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    try:
+        x, y = (int(part) for part in text.removeprefix("!").split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a click: two whole numbers x,y are expected, like 120,80, or !120,80 for "
+            "what is not meant"
+        ) from error
+    return Click(x, y, not text.startswith("!"))
+
+
+def parse_box(text: str) -> tuple[int, int, int, int]:
+    """`x0,y0,x1,y1` as four numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    try:
+        x0, y0, x1, y1 = (int(part) for part in text.replace(" ", "").split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a box: four whole numbers x0,y0,x1,y1 are expected, like 80,60,300,260"
+        ) from error
+    return x0, y0, x1, y1
 
 
 def add_engine_flags(parser: argparse._ActionsContainer) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from engines.options import EngineOptions
 from runtime.cli.flags import (
     add_bundle_flag,
     add_engine_flags,
+    add_segmenter_flag,
     default_bundle,
     engine_options,
     field_names,
@@ -28,11 +30,14 @@ from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError
 from runtime.request import Request, Sampling
 
+if TYPE_CHECKING:
+    from runtime.compositor import Compositor
+
 _SAMPLING = (
     *("quality", "steps", "guidance_scale", "control_scale", "eta", "sampler"),
     *("guidance_interval", "map_steps"),
 )
-_MACHINE = ("bundle", *field_names(EngineOptions), "control_window", "initial_noise")
+_MACHINE = ("bundle", "segmenter", *field_names(EngineOptions), "control_window", "initial_noise")
 """Flags that have an effect without --server only."""
 
 
@@ -55,6 +60,7 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--quiet", action="store_true", help="show no progress and no memory plan")
     machine = parser.add_argument_group("machine")
     add_bundle_flag(machine)
+    add_segmenter_flag(machine)
     add_engine_flags(machine)
     machine.add_argument(
         "--control-window",
@@ -148,26 +154,43 @@ def make_pictures(request: Request, options: argparse.Namespace) -> None:
             with connect(options) as client:
                 results = follow(client.stream(request), progress)
         else:
-            from runtime.compositor import Compositor
-
-            compositor = Compositor.load(
-                options.bundle or default_bundle(),
-                engine_options(options),
-                **given(options, ["control_window"]),
-            )
+            compositor = load_compositor(options)
             if not options.quiet and (plan := compositor.engine.describe()):
                 print(plan, file=sys.stderr)
             results = compositor.run(request, progress.on_step)
     write_output(options.output, results, options.grid)
 
 
-def check_flags(options: argparse.Namespace) -> None:
+def load_compositor(options: argparse.Namespace) -> Compositor:
+    """Opens the bundle and the segmenters that the flags name.
+
+    Raises:
+        AnyDoorError: one of them cannot be used.
+    """
+    from runtime.compositor import Compositor
+    from runtime.segmentation import Segmenter
+
+    engine = engine_options(options)
+    segmenter = Segmenter.load(*(options.segmenter or ()), options=engine)
+    return Compositor.load(
+        options.bundle or default_bundle(),
+        segmenter.beside(engine),
+        segmenter=segmenter,
+        **given(options, ["control_window"]),
+    )
+
+
+def check_flags(options: argparse.Namespace, of_machine: Sequence[str] = _MACHINE) -> None:
     """Refuses flags that would have no effect.
+
+    Args:
+        options: parsed flags.
+        of_machine: those that have an effect without --server only.
 
     Raises:
         InputError: names the flag.
     """
-    for name in given(options, _MACHINE if options.server else SERVER_FLAGS):
+    for name in given(options, of_machine if options.server else SERVER_FLAGS):
         if options.server:
             raise InputError(f"{flag_of(name)} is for this machine and has no effect with --server")
         raise InputError(f"{flag_of(name)} is for a server: name one with --server")

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.client.connection import (
@@ -13,13 +15,15 @@ from runtime.client.connection import (
     Connection,
     StepCallback,
     event_of,
+    mask_of,
     note,
     pictures_of,
 )
-from runtime.request import Request
+from runtime.imaging.sources import PictureLike
+from runtime.request import Edit, Request, Where
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.wire import composites_from_message
+from runtime.server.wire import composites_from_message, segment_request
 
 
 class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, Any, list[Image.Image]]]):
@@ -60,6 +64,35 @@ class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, An
                     yield event_of(response)
         finally:
             call.cancel()
+
+    async def edit(
+        self, edit: Edit, on_step: StepCallback | None = None, timeout: float | None = None
+    ) -> list[Composite]:
+        """See `Client.edit`."""
+        results: list[Composite] = []
+        async for event in self.stream_edit(edit, timeout=timeout):
+            results = note(event, on_step or (lambda done, total: None))
+        return results
+
+    async def stream_edit(
+        self, edit: Edit, *, preview_every: int = 0, file_format: str = "PNG", timeout: float | None = None
+    ) -> AsyncIterator[ClientEvent]:
+        """See `Client.stream_edit`; close the iterator (`contextlib.aclosing`) to cancel."""
+        call = self._begin_edit(edit, preview_every, file_format, timeout)
+        try:
+            with self._refusals():
+                async for response in call:
+                    yield event_of(response)
+        finally:
+            call.cancel()
+
+    async def segment(
+        self, picture: PictureLike, where: Where = Where(), timeout: float | None = None
+    ) -> NDArray[np.bool_]:
+        """See `Client.segment`."""
+        with self._refusals():
+            answer = await self._call("Segment", segment_request(picture, where), timeout)
+        return mask_of(answer)
 
     async def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """See `Client.model_info`."""

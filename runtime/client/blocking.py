@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.client.connection import (
@@ -12,13 +14,15 @@ from runtime.client.connection import (
     Connection,
     StepCallback,
     event_of,
+    mask_of,
     note,
     pictures_of,
 )
-from runtime.request import Request
+from runtime.imaging.sources import PictureLike
+from runtime.request import Edit, Request, Where
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.wire import composites_from_message
+from runtime.server.wire import composites_from_message, segment_request
 
 
 class Client(Connection[Image.Image, list[Image.Image]]):
@@ -73,6 +77,47 @@ class Client(Connection[Image.Image, list[Image.Image]]):
                     yield event_of(response)
         finally:
             call.cancel()
+
+    def edit(
+        self, edit: Edit, on_step: StepCallback | None = None, timeout: float | None = None
+    ) -> list[Composite]:
+        """All pictures of an edit, with seeds, regions and times. Raises as `composite`.
+
+        Args:
+            edit: what is done to which object.
+            on_step: called with (steps done, steps in all).
+            timeout: see `run`.
+        """
+        results: list[Composite] = []
+        for event in self.stream_edit(edit, timeout=timeout):
+            results = note(event, on_step or (lambda done, total: None))
+        return results
+
+    def stream_edit(
+        self, edit: Edit, *, preview_every: int = 0, file_format: str = "PNG", timeout: float | None = None
+    ) -> Iterator[ClientEvent]:
+        """Like `edit`, and yields events on the way; arguments as of `stream`."""
+        call = self._begin_edit(edit, preview_every, file_format, timeout)
+        try:
+            with self._refusals():
+                for response in call:
+                    yield event_of(response)
+        finally:
+            call.cancel()
+
+    def segment(
+        self, picture: PictureLike, where: Where = Where(), timeout: float | None = None
+    ) -> NDArray[np.bool_]:
+        """Where an object is in a picture, (H, W); see `Segmenter.mask`. Raises as `composite`.
+
+        Args:
+            picture: where to look.
+            where: a box around the object, or clicks; the main object if it says nothing.
+            timeout: see `run`.
+        """
+        with self._refusals():
+            answer = self._call("Segment", segment_request(picture, where), timeout)
+        return mask_of(answer)
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """Which model the server runs, its defaults, and what the server accepts. Raises as `composite`."""

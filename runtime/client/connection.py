@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.errors import AnyDoorError
-from runtime.errors import InputError, warn
+from runtime.errors import InputError, MissingModelError, warn
+from runtime.imaging.masks import load_mask
 from runtime.imaging.sources import PictureLike
 from runtime.proxy import is_local, proxy_for
-from runtime.request import Placement, Request, Sampling
+from runtime.request import Edit, Placement, Request, Sampling
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from runtime.server.edit_wire import message_from_edit
 from runtime.server.events import Preview, Queued, StepDone
 from runtime.server.wire import composites_from_message, message_from_request
 
@@ -243,6 +245,13 @@ class Connection(Generic[One, Several]):
         composite = pb.CompositeStreamRequest(request=message, preview_every=preview_every)
         return self._call("CompositeStream", composite, timeout)
 
+    def _begin_edit(self, edit: Edit, preview_every: int, file_format: str, timeout: float | None) -> Any:
+        """Begins an edit that tells events."""
+        message = message_from_edit(edit, file_format)
+        return self._call(
+            "EditStream", pb.EditStreamRequest(request=message, preview_every=preview_every), timeout
+        )
+
     def _call(self, method: str, message: Any, timeout: float | None) -> Any:
         """Begins a call of a method."""
         timeout = self._timeout if timeout is None else timeout
@@ -259,8 +268,12 @@ class Connection(Generic[One, Several]):
     def _refusal(self, error: Any) -> AnyDoorError:
         code: grpc.StatusCode = error.code()
         trailing = dict(error.trailing_metadata() or ())
-        if code is grpc.StatusCode.INVALID_ARGUMENT:
-            refusal = InputError(error.details())
+        kinds = {
+            grpc.StatusCode.INVALID_ARGUMENT: InputError,
+            grpc.StatusCode.FAILED_PRECONDITION: MissingModelError,
+        }
+        if code in kinds:
+            refusal = kinds[code](error.details())
             refusal.field = str(trailing.get("field", ""))
             return refusal
         request_id = str(trailing.get("request-id", ""))
@@ -282,6 +295,13 @@ def pictures_of(results: list[Composite], single: bool) -> Image.Image | list[Im
         warn(text)
     images = [result.to_pillow() for result in results]
     return images[0] if single else images
+
+
+def mask_of(answer: pb.SegmentResponse) -> NDArray[np.bool_]:
+    """The mask (H, W) in an answer; its warnings become Python's."""
+    for text in answer.warnings:
+        warn(text)
+    return load_mask(answer.mask, "the server's mask")
 
 
 def event_of(response: pb.CompositeStreamResponse) -> ClientEvent:

@@ -94,6 +94,12 @@ def mask_extent(mask: NDArray[Any]) -> Box:
     return Box(int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1]))
 
 
+def smallest_box(mask: NDArray[np.bool_]) -> Box:
+    """The smallest box around all pixels of a mask (H, W) that is not empty."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+
+
 def box_extent(box: Box) -> Box:
     """`mask_extent` of the filled mask of a box, without the rule for small masks."""
     return Box(box.x0, box.y0, box.x1 - 1, box.y1 - 1)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import InputError
+from runtime.errors import InputError, warn
 from runtime.imaging.boxes import Box, Padding, aspect_padding, box_extent, expand, mask_extent, to_aspect
 
 _LARGEST_RATIO = 100
+_MUCH_LARGER = 3
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,23 @@ def zoom_in(
     crop = to_aspect(expand(box, ratios.crop, size), aspect, size)
     # Ratios near 1 and odd sides can cost the crop a column or row of the box, which the original fails on.
     return Geometry(crop.union(box), box, aspect)
+
+
+def warn_of_enlargement(geometry: Geometry, picture_size: tuple[int, int]) -> None:
+    """Warns where the networks' picture is enlarged so much that the result is soft.
+
+    Args:
+        geometry: of the place.
+        picture_size: (height, width) of the networks' picture, in pixels.
+    """
+    height, width = picture_size
+    scale = max(geometry.padded_size[0] / width, geometry.padded_size[1] / height)
+    if scale > _MUCH_LARGER:
+        crop = geometry.crop
+        warn(
+            f"the crop around the place has {crop.width} x {crop.height} pixels, and the model draws "
+            f"{width} x {height}: enlarged {scale:.1f} times, it is soft; a smaller place is sharper"
+        )
 
 
 def _clip(box: Box, size: tuple[int, int]) -> Box:

@@ -101,6 +101,13 @@ def encode_picture(image: NDArray[np.uint8], file_format: str, metadata: Metadat
     return buffer.getvalue()
 
 
+def encode_mask(mask: NDArray[np.bool_]) -> bytes:
+    """The bytes of a PNG file, white where a mask (H, W) is set."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask * np.uint8(255)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def on_white(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A transparent picture on `BACKGROUND`: (H, W, 3) of (H, W, 3) and its opacity (H, W)."""
     result = Image.new("RGB", (rgb.shape[1], rgb.shape[0]), (BACKGROUND,) * 3)

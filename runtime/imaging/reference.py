@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import InputError, in_field
-from runtime.imaging.boxes import Padding, bounding_box, expansion_padding, square_padding
+from runtime.errors import InputError, in_field, warn
+from runtime.imaging.boxes import Padding, bounding_box, expansion_padding, smallest_box, square_padding
 from runtime.imaging.decoding import MAX_PIXELS
 from runtime.imaging.high_frequency_map import high_frequency_map
 from runtime.imaging.masks import (
@@ -27,6 +27,8 @@ from runtime.imaging.sources import PictureLike
 from runtime.imaging.specks import without_specks
 
 _BACKGROUND = 255
+_FEW_PIXELS = 128
+"""Of the longer side of an object; the ID encoder takes 224."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +76,16 @@ def load_reference(
         else:
             raise InputError(
                 "the reference has no transparency, so where the object is must be said: "
-                "give a reference mask"
+                "give a reference mask, or auto to have the object found"
             )
         if not keep_specks:
             inside = without_specks(inside, name)
+    box = smallest_box(inside)
+    if max(box.width, box.height) < _FEW_PIXELS:
+        warn(
+            f"the object has {box.width} x {box.height} pixels in the reference: of one with fewer than "
+            f"{_FEW_PIXELS} the details are made up; a larger picture of it shows them"
+        )
     return picture.rgb, inside
 
 

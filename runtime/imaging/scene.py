@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import in_field, warn
+from runtime.errors import InputError, in_field, warn
 from runtime.imaging.boxes import Box
 from runtime.imaging.colour_profile import ProfileError, from_srgb
 from runtime.imaging.decoding import MAX_PIXELS, UPRIGHT
@@ -19,20 +19,26 @@ from runtime.imaging.sources import PictureLike
 from runtime.imaging.target import SCENE_MASK
 
 
-def load_scene(source: PictureLike, max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.uint8], Picture]:
+def load_scene(
+    source: PictureLike, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None = None
+) -> tuple[NDArray[np.uint8], Picture]:
     """Decodes a scene.
 
     Args:
         source: where the picture is.
         max_pixels: a larger picture is refused before it is decoded.
+        size: (width, height) that it must have; any if None.
 
     Returns:
         What the networks see, (H, W, 3) in sRGB, on white where the scene is transparent; and the scene.
 
     Raises:
-        InputError: it is not a picture, is damaged, or is too large.
+        InputError: it is not a picture, is damaged, is too large, or of another size.
     """
     picture = load_picture(source, "the scene", max_pixels)
+    height, width = picture.rgb.shape[:2]
+    if size not in (None, (width, height)):
+        raise InputError(f"the scene is {width} x {height} pixels, and the result has its size")
     if picture.kind:
         warn(f"the scene is {picture.kind}: the result is in sRGB")
     if picture.own is not picture.rgb:

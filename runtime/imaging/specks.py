@@ -1,4 +1,4 @@
-"""Specks of a mask: pixels that a tool or a hand has left far from the object."""
+"""Pieces of a mask: its specks, which a tool or a hand has left far from the object, and its large pieces."""
 
 from __future__ import annotations
 
@@ -54,6 +54,46 @@ def without_specks(mask: NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
     return result
 
 
+def large_pieces(mask: NDArray[np.bool_], share: float = 1.0) -> NDArray[np.bool_]:
+    """The connected pieces of a mask (diagonals connect) that have a share of the largest one's pixels.
+
+    A mask that is noise is returned as it is.
+
+    Args:
+        mask: (H, W).
+        share: 1 for the largest piece alone.
+    """
+    rows, starts, ends = _runs(mask)
+    if not 1 < len(rows) <= _MOST_RUNS:
+        return mask
+    labels = _connected(rows, starts, ends)
+    pixels = np.bincount(labels, weights=ends - starts)
+    kept = pixels[labels] >= share * pixels.max()
+    return _filled(mask.shape, rows[kept], starts[kept], ends[kept])
+
+
+def reached_from_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What of a mask (H, W) is connected to the picture's border, by sides of pixels and not by corners."""
+    rows, starts, ends = _runs(mask)
+    if not 1 < len(rows) <= _MOST_RUNS:
+        return mask
+    height, width = mask.shape
+    labels = _connected(rows, starts, ends, diagonals=False)
+    at_border = (rows == 0) | (rows == height - 1) | (starts == 0) | (ends == width)
+    kept = np.isin(labels, labels[at_border])
+    return _filled(mask.shape, rows[kept], starts[kept], ends[kept])
+
+
+def _filled(
+    shape: tuple[int, ...], rows: NDArray[np.intp], starts: NDArray[np.intp], ends: NDArray[np.intp]
+) -> NDArray[np.bool_]:
+    """The mask of some runs."""
+    edges = np.zeros((shape[0], shape[1] + 1), np.int8)
+    edges[rows, starts] += 1
+    edges[rows, ends] -= 1
+    return edges.cumsum(axis=1, dtype=np.int8)[:, :-1].astype(np.bool_)
+
+
 def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
     """Row, first column and column after the last of every run of set pixels, row by row."""
     height, width = mask.shape
@@ -65,8 +105,18 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp], 
     return rows, starts, changes[1::2] - rows * (width + 2)
 
 
-def _connected(rows: NDArray[np.intp], starts: NDArray[np.intp], ends: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The piece that each run belongs to, as the number of one of its runs."""
+def _connected(
+    rows: NDArray[np.intp], starts: NDArray[np.intp], ends: NDArray[np.intp], diagonals: bool = True
+) -> NDArray[np.intp]:
+    """The piece that each run belongs to, as the number of one of its runs.
+
+    Args:
+        rows: of the runs; see `_runs`.
+        starts: likewise.
+        ends: likewise.
+        diagonals: whether pixels that share a corner are connected.
+    """
+    over = 0 if diagonals else 1
     parents = list(range(len(rows)))
 
     def root(run: int) -> int:
@@ -79,10 +129,10 @@ def _connected(rows: NDArray[np.intp], starts: NDArray[np.intp], ends: NDArray[n
     above = 0
     for run, row in enumerate(row_of):
         # of the runs in the row above, those that end before this one begins meet none of those that follow
-        while row_of[above] < row - 1 or (row_of[above] == row - 1 and end_of[above] < start_of[run]):
+        while row_of[above] < row - 1 or (row_of[above] == row - 1 and end_of[above] < start_of[run] + over):
             above += 1
         met = above
-        while row_of[met] == row - 1 and start_of[met] <= end_of[run]:
+        while row_of[met] == row - 1 and start_of[met] <= end_of[run] - over:
             parents[root(met)] = root(run)
             met += 1
     return np.array([root(run) for run in parents])

@@ -90,7 +90,7 @@ class CompositeRequest(_message.Message):
     def __init__(self, scene: _Optional[bytes] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "mask_level", "prompt", "negative_prompt", "keep_specks")
+    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "mask_level", "reference_clicks", "automatic_mask", "prompt", "negative_prompt", "keep_specks")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_MASK_FIELD_NUMBER: _ClassVar[int]
     BOX_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,8 @@ class Placement(_message.Message):
     MODE_FIELD_NUMBER: _ClassVar[int]
     RATIOS_FIELD_NUMBER: _ClassVar[int]
     MASK_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_CLICKS_FIELD_NUMBER: _ClassVar[int]
+    AUTOMATIC_MASK_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     KEEP_SPECKS_FIELD_NUMBER: _ClassVar[int]
@@ -108,10 +110,38 @@ class Placement(_message.Message):
     mode: PlacementMode
     ratios: Ratios
     mask_level: MaskLevel
+    reference_clicks: _containers.RepeatedCompositeFieldContainer[Point]
+    automatic_mask: bool
     prompt: str
     negative_prompt: str
     keep_specks: bool
-    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., keep_specks: _Optional[bool] = ...) -> None: ...
+    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ..., reference_clicks: _Optional[_Iterable[_Union[Point, _Mapping]]] = ..., automatic_mask: _Optional[bool] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., keep_specks: _Optional[bool] = ...) -> None: ...
+
+class Point(_message.Message):
+    __slots__ = ("x", "y", "outside")
+    X_FIELD_NUMBER: _ClassVar[int]
+    Y_FIELD_NUMBER: _ClassVar[int]
+    OUTSIDE_FIELD_NUMBER: _ClassVar[int]
+    x: int
+    y: int
+    outside: bool
+    def __init__(self, x: _Optional[int] = ..., y: _Optional[int] = ..., outside: _Optional[bool] = ...) -> None: ...
+
+class Clicks(_message.Message):
+    __slots__ = ("points",)
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    points: _containers.RepeatedCompositeFieldContainer[Point]
+    def __init__(self, points: _Optional[_Iterable[_Union[Point, _Mapping]]] = ...) -> None: ...
+
+class Where(_message.Message):
+    __slots__ = ("box", "mask", "clicks")
+    BOX_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    CLICKS_FIELD_NUMBER: _ClassVar[int]
+    box: Box
+    mask: bytes
+    clicks: Clicks
+    def __init__(self, box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., clicks: _Optional[_Union[Clicks, _Mapping]] = ...) -> None: ...
 
 class Box(_message.Message):
     __slots__ = ("x0", "y0", "x1", "y1")
@@ -183,8 +213,103 @@ class DrawRequest(_message.Message):
     output_format: ImageFormat
     def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
 
+class EditRequest(_message.Message):
+    __slots__ = ("scene", "where", "remove", "move", "reshape", "swap", "try_on", "fill", "sampling", "seed", "num_images", "output_format")
+    SCENE_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
+    RESHAPE_FIELD_NUMBER: _ClassVar[int]
+    SWAP_FIELD_NUMBER: _ClassVar[int]
+    TRY_ON_FIELD_NUMBER: _ClassVar[int]
+    FILL_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NUM_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    scene: bytes
+    where: Where
+    remove: Remove
+    move: Move
+    reshape: Reshape
+    swap: Swap
+    try_on: Placement
+    fill: Fill
+    sampling: Sampling
+    seed: int
+    num_images: int
+    output_format: ImageFormat
+    def __init__(self, scene: _Optional[bytes] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., remove: _Optional[_Union[Remove, _Mapping]] = ..., move: _Optional[_Union[Move, _Mapping]] = ..., reshape: _Optional[_Union[Reshape, _Mapping]] = ..., swap: _Optional[_Union[Swap, _Mapping]] = ..., try_on: _Optional[_Union[Placement, _Mapping]] = ..., fill: _Optional[_Union[Fill, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
+
+class Remove(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Move(_message.Message):
+    __slots__ = ("to",)
+    TO_FIELD_NUMBER: _ClassVar[int]
+    to: Box
+    def __init__(self, to: _Optional[_Union[Box, _Mapping]] = ...) -> None: ...
+
+class Reshape(_message.Message):
+    __slots__ = ("to",)
+    TO_FIELD_NUMBER: _ClassVar[int]
+    to: bytes
+    def __init__(self, to: _Optional[bytes] = ...) -> None: ...
+
+class Swap(_message.Message):
+    __slots__ = ("placement", "other")
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    OTHER_FIELD_NUMBER: _ClassVar[int]
+    placement: Placement
+    other: Where
+    def __init__(self, placement: _Optional[_Union[Placement, _Mapping]] = ..., other: _Optional[_Union[Where, _Mapping]] = ...) -> None: ...
+
+class Fill(_message.Message):
+    __slots__ = ("prompt", "sampling")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    sampling: Sampling
+    def __init__(self, prompt: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+
+class EditStreamRequest(_message.Message):
+    __slots__ = ("request", "preview_every")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
+    request: EditRequest
+    preview_every: int
+    def __init__(self, request: _Optional[_Union[EditRequest, _Mapping]] = ..., preview_every: _Optional[int] = ...) -> None: ...
+
+class SegmentRequest(_message.Message):
+    __slots__ = ("picture", "where")
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    picture: bytes
+    where: Where
+    def __init__(self, picture: _Optional[bytes] = ..., where: _Optional[_Union[Where, _Mapping]] = ...) -> None: ...
+
+class SegmentResponse(_message.Message):
+    __slots__ = ("mask", "request_id", "seconds", "warnings")
+    class SecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    mask: bytes
+    request_id: str
+    seconds: _containers.ScalarMap[str, float]
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, mask: _Optional[bytes] = ..., request_id: _Optional[str] = ..., seconds: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class CompositeResponse(_message.Message):
-    __slots__ = ("images", "request_id", "seconds", "warnings")
+    __slots__ = ("images", "request_id", "seconds", "warnings", "filler")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -196,11 +321,13 @@ class CompositeResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    FILLER_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[CompositeImage]
     request_id: str
     seconds: _containers.ScalarMap[str, float]
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, images: _Optional[_Iterable[_Union[CompositeImage, _Mapping]]] = ..., request_id: _Optional[str] = ..., seconds: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    filler: str
+    def __init__(self, images: _Optional[_Iterable[_Union[CompositeImage, _Mapping]]] = ..., request_id: _Optional[str] = ..., seconds: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ..., filler: _Optional[str] = ...) -> None: ...
 
 class CompositeImage(_message.Message):
     __slots__ = ("image", "seed", "regions")
@@ -269,7 +396,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults", "condition", "picture_width", "picture_height", "scene_channels", "qualities", "fills")
+    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults", "condition", "picture_width", "picture_height", "scene_channels", "qualities", "fills", "automatic_masks", "clicks", "filler")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +413,9 @@ class GetModelInfoResponse(_message.Message):
     SCENE_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     QUALITIES_FIELD_NUMBER: _ClassVar[int]
     FILLS_FIELD_NUMBER: _ClassVar[int]
+    AUTOMATIC_MASKS_FIELD_NUMBER: _ClassVar[int]
+    CLICKS_FIELD_NUMBER: _ClassVar[int]
+    FILLER_FIELD_NUMBER: _ClassVar[int]
     version: str
     checkpoint_sha256: str
     precision: str
@@ -302,7 +432,10 @@ class GetModelInfoResponse(_message.Message):
     scene_channels: int
     qualities: _containers.RepeatedScalarFieldContainer[Quality]
     fills: bool
-    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ..., fills: _Optional[bool] = ...) -> None: ...
+    automatic_masks: bool
+    clicks: bool
+    filler: str
+    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ..., fills: _Optional[bool] = ..., automatic_masks: _Optional[bool] = ..., clicks: _Optional[bool] = ..., filler: _Optional[str] = ...) -> None: ...
 
 class ModelDefaults(_message.Message):
     __slots__ = ("sampling", "mode", "ratios", "mask_level")

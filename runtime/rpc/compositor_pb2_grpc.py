@@ -55,6 +55,21 @@ class CompositorServiceStub:
                 request_serializer=anydoor_dot_v1_dot_compositor__pb2.DrawStreamRequest.SerializeToString,
                 response_deserializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.FromString,
                 _registered_method=True)
+        self.Edit = channel.unary_unary(
+                '/anydoor.v1.CompositorService/Edit',
+                request_serializer=anydoor_dot_v1_dot_compositor__pb2.EditRequest.SerializeToString,
+                response_deserializer=anydoor_dot_v1_dot_compositor__pb2.CompositeResponse.FromString,
+                _registered_method=True)
+        self.EditStream = channel.unary_stream(
+                '/anydoor.v1.CompositorService/EditStream',
+                request_serializer=anydoor_dot_v1_dot_compositor__pb2.EditStreamRequest.SerializeToString,
+                response_deserializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.FromString,
+                _registered_method=True)
+        self.Segment = channel.unary_unary(
+                '/anydoor.v1.CompositorService/Segment',
+                request_serializer=anydoor_dot_v1_dot_compositor__pb2.SegmentRequest.SerializeToString,
+                response_deserializer=anydoor_dot_v1_dot_compositor__pb2.SegmentResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/anydoor.v1.CompositorService/GetModelInfo',
                 request_serializer=anydoor_dot_v1_dot_compositor__pb2.GetModelInfoRequest.SerializeToString,
@@ -95,6 +110,27 @@ class CompositorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Edit(self, request, context):
+        """A scene in which an object is removed, moved, reshaped or swapped, or a garment is tried on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EditStream(self, request, context):
+        """The same, with events on the way, like `CompositeStream`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Segment(self, request, context):
+        """Where an object is in a picture.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """Which model this server runs, its defaults, and what the server accepts.
         """
@@ -124,6 +160,21 @@ def add_CompositorServiceServicer_to_server(servicer, server):
                     servicer.DrawStream,
                     request_deserializer=anydoor_dot_v1_dot_compositor__pb2.DrawStreamRequest.FromString,
                     response_serializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.SerializeToString,
+            ),
+            'Edit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Edit,
+                    request_deserializer=anydoor_dot_v1_dot_compositor__pb2.EditRequest.FromString,
+                    response_serializer=anydoor_dot_v1_dot_compositor__pb2.CompositeResponse.SerializeToString,
+            ),
+            'EditStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.EditStream,
+                    request_deserializer=anydoor_dot_v1_dot_compositor__pb2.EditStreamRequest.FromString,
+                    response_serializer=anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.SerializeToString,
+            ),
+            'Segment': grpc.unary_unary_rpc_method_handler(
+                    servicer.Segment,
+                    request_deserializer=anydoor_dot_v1_dot_compositor__pb2.SegmentRequest.FromString,
+                    response_serializer=anydoor_dot_v1_dot_compositor__pb2.SegmentResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -240,6 +291,87 @@ class CompositorService:
             '/anydoor.v1.CompositorService/DrawStream',
             anydoor_dot_v1_dot_compositor__pb2.DrawStreamRequest.SerializeToString,
             anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Edit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anydoor.v1.CompositorService/Edit',
+            anydoor_dot_v1_dot_compositor__pb2.EditRequest.SerializeToString,
+            anydoor_dot_v1_dot_compositor__pb2.CompositeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EditStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/anydoor.v1.CompositorService/EditStream',
+            anydoor_dot_v1_dot_compositor__pb2.EditStreamRequest.SerializeToString,
+            anydoor_dot_v1_dot_compositor__pb2.CompositeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Segment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anydoor.v1.CompositorService/Segment',
+            anydoor_dot_v1_dot_compositor__pb2.SegmentRequest.SerializeToString,
+            anydoor_dot_v1_dot_compositor__pb2.SegmentResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,7 +35,9 @@ def _parts(finished: Finished, request_id: str) -> Iterator[bytes]:
         )
         del image
         yield pb.CompositeResponse(images=[message]).SerializeToString()
-    rest = pb.CompositeResponse(request_id=request_id, seconds=finished.seconds, warnings=finished.warnings)
+    rest = pb.CompositeResponse(
+        request_id=request_id, seconds=finished.seconds, warnings=finished.warnings, filler=finished.filler
+    )
     yield rest.SerializeToString()
 
 

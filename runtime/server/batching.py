@@ -11,8 +11,13 @@ too late leave the running batch and waiting ones take their slots, whatever ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from runtime.compositor import Compositor
-from runtime.request import Request
+from runtime.edits import check_edit
+from runtime.errors import InputError, in_field
+from runtime.imaging.sources import PictureLike
+from runtime.request import Edit, Request, Where
 from runtime.server.deadlines import Work
 from runtime.server.decoding import Decoder, decoder_bytes
 from runtime.server.engine_thread import EngineThread, Observe
@@ -63,7 +68,7 @@ class Batcher:
         if max_batch is None and compositor.engine.device != "cpu":
             max_batch = _ENOUGH_FOR_A_CARD
         self.max_batch = min(max_batch or compositor.max_batch, compositor.max_batch)
-        self._limits = limits
+        self.limits = limits
         self._queue = SharedQueue(queue + self.max_batch)
         memory = decoder_bytes(limits.pixels, max_message_bytes)
         decoders = [Decoder(limits.pixels, memory, decode_seconds) for _ in range(workers)]
@@ -104,8 +109,34 @@ class Batcher:
             DeadlineError: the deadline is over, or certainly cannot be met.
             InputError: a number of the request cannot be used.
         """
-        guided, unguided = self.compositor.steps_of(request, self._limits)
+        guided, unguided = self.compositor.steps_of(request, self.limits)
         ticket.work = Work(guided, unguided, min(request.num_images, self._engine.most_in_a_call))
+        self._accept(ticket, self._workers.prepare, request)
+
+    def segment(self, picture: PictureLike, where: Where, ticket: Ticket) -> None:
+        """Accepts a picture in which an object is to be found. The result is its mask, as a PNG.
+
+        Raises:
+            MissingModelError: it needs a segmenter that is not there.
+            AnyDoorError: otherwise as `submit`.
+        """
+        with in_field("where"):
+            self.compositor.segmenter.check(where)
+            if where.mask is not None:
+                raise InputError("a mask says already where the object is: give a box or clicks, or nothing")
+        self._accept(ticket, self._workers.segment, picture, where)
+
+    def plan(self, edit: Edit, filler: Compositor | None, ticket: Ticket) -> None:
+        """Accepts an edit to be read; likewise. The result is `Planned`.
+
+        Raises:
+            AnyDoorError: as `submit`, or as `runtime.edits.check_edit`.
+        """
+        check_edit(edit, self.compositor, filler, self.limits)
+        self._accept(ticket, self._workers.plan, edit)
+
+    def _accept(self, ticket: Ticket, task: Callable[..., None], *arguments: object) -> None:
+        """Lets the workers begin with a request, if there is room."""
         queue = self._queue
         with queue.changed:
             if queue.refusal:
@@ -117,7 +148,7 @@ class Batcher:
             queue.requests.add(ticket, queue.seconds_per_step)
             queue.announce()
             # under the lock, so that the workers are not stopped in between
-            self._workers.run(ticket, self._workers.prepare, request)
+            self._workers.run(ticket, task, *arguments)
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request without a further event; its samples leave the batch before the next step."""

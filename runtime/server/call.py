@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from runtime.errors import InputError
+from runtime.errors import InputError, MissingModelError
 from runtime.server.connections import cut_off
 from runtime.server.events import (
     AlreadyGoneError,
@@ -150,8 +150,9 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, s
     """Status code, text and trailing metadata for an error."""
     codes = grpc.StatusCode
     if isinstance(error, InputError):
+        code = codes.FAILED_PRECONDITION if isinstance(error, MissingModelError) else codes.INVALID_ARGUMENT
         text = f"{error.field}: {error}" if error.field else str(error)
-        return codes.INVALID_ARGUMENT, text, [("field", error.field)]
+        return code, text, [("field", error.field)]
     if isinstance(error, DecodeError):
         return codes.INVALID_ARGUMENT, "the message cannot be parsed", [("field", "")]
     if isinstance(error, BusyError):

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from runtime.imaging.decoding import UPRIGHT
 from runtime.imaging.masks import TransparentPlace
 from runtime.imaging.picture import Picture
 from runtime.imaging.target import SCENE_MASK
-from runtime.request import Placement, Request
+from runtime.request import Placement, Request, Where
 from runtime.server.decoder_process import COMMAND_BYTES, picture_of, receive, receive_into, send
 from runtime.validation import in_placement
 
@@ -69,36 +70,18 @@ class Decoder:
         Raises:
             InputError: a picture cannot be decoded within the limits, or the request is no longer wanted.
         """
-        seconds = self._seconds
-        self.start()
-
-        def load(field: str, source: Any, name: str, is_mask: bool = False, of: Any = None) -> Any:
-            nonlocal seconds
-            if not isinstance(source, bytes):
-                return source
-            task = {"name": name, "max_pixels": self._max_pixels, "is_mask": is_mask}
-            task["is_transparent"] = isinstance(source, TransparentPlace)
-            if isinstance(of, Picture):
-                task["of"] = (f"the {'scene' if of is scene else 'reference'}", of.rgb.shape, of.orientation)
-            with in_field(field):
-                if not is_wanted():
-                    raise InputError("the request is over")
-                found = self._read(source, task, seconds, charge)
-            seconds = 0  # the rest of them is for the pictures that follow
-            return found
-
-        def placed(placement: Placement) -> Placement:
-            reference = load("reference", placement.reference, "the reference")
-            inside = load("reference_mask", placement.reference_mask, "the reference mask", True, reference)
-            mask = load("mask", placement.mask, SCENE_MASK, True, scene)
-            return replace(placement, reference=_upright(reference), reference_mask=inside, mask=mask)
-
-        scene = load("scene", request.scene, "the scene")
+        read = self.reader(charge, is_wanted)
+        scene = read.picture("scene", request.scene, "the scene")
         placements = []
         for index, placement in enumerate(request.placements):
             with in_placement(request, index):
-                placements.append(placed(placement))
-        return replace(request, scene=_upright(scene), placements=placements)
+                placements.append(read.placement(placement, scene))
+        return replace(request, scene=upright(scene), placements=placements)
+
+    def reader(self, charge: Charge, is_wanted: Callable[[], bool]) -> PictureReader:
+        """Reads the pictures of one request; arguments as of `decode`."""
+        self.start()
+        return PictureReader(partial(self._read, charge=charge), is_wanted, self._max_pixels, self._seconds)
 
     def kill(self) -> None:
         """Ends the process, whatever it is at, without waiting; who decodes notices."""
@@ -158,7 +141,60 @@ class Decoder:
         return arrays["inside"].view(np.bool_) if task["is_mask"] else picture_of(arrays, answer["facts"])
 
 
-def _upright(picture: Any) -> Any:
+class PictureReader:
+    """Reads the pictures of one request, one after the other; what is in memory stays as it is."""
+
+    def __init__(
+        self,
+        read: Callable[[bytes, dict[str, Any], float], Picture | NDArray[np.bool_]],
+        is_wanted: Callable[[], bool],
+        max_pixels: int,
+        seconds: float,
+    ) -> None:
+        """Keeps how it reads, and the limits; see `Decoder`."""
+        self._read = read
+        self._is_wanted = is_wanted
+        self._max_pixels = max_pixels
+        self._seconds = seconds
+
+    def picture(self, field: str, source: Any, name: str) -> Any:
+        """A picture, with the orientation that was undone; `name` is for refusals."""
+        return self._load(field, source, {"name": name, "is_mask": False})
+
+    def mask(self, field: str, source: Any, name: str, of: Any, of_name: str) -> Any:
+        """The mask of a picture, upright, if that is one."""
+        is_transparent = isinstance(source, TransparentPlace)
+        task: dict[str, Any] = {"name": name, "is_mask": True, "is_transparent": is_transparent}
+        if isinstance(of, Picture):
+            task["of"] = (of_name, of.rgb.shape, of.orientation)
+        return self._load(field, source, task)
+
+    def placement(self, placement: Placement, scene: Any) -> Placement:
+        """A placement with its pictures."""
+        given = placement
+        reference = self.picture("reference", given.reference, "the reference")
+        inside = self.mask(
+            "reference_mask", given.reference_mask, "the reference mask", reference, "the reference"
+        )
+        mask = self.mask("mask", given.mask, SCENE_MASK, scene, "the scene")
+        return replace(given, reference=upright(reference), reference_mask=inside, mask=mask)
+
+    def where(self, where: Where, scene: Any) -> Where:
+        """Where an object of a scene is, with its mask."""
+        return replace(where, mask=self.mask("mask", where.mask, "the mask", scene, "the scene"))
+
+    def _load(self, field: str, source: Any, task: dict[str, Any]) -> Any:
+        if not isinstance(source, bytes):
+            return source
+        with in_field(field):
+            if not self._is_wanted():
+                raise InputError("the request is over")
+            found = self._read(source, {**task, "max_pixels": self._max_pixels}, self._seconds)
+        self._seconds = 0  # the rest of them is for the pictures that follow
+        return found
+
+
+def upright(picture: Any) -> Any:
     """The picture without the orientation that was undone: its masks are turned as it was."""
     return replace(picture, orientation=UPRIGHT) if isinstance(picture, Picture) else picture
 

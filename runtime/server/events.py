@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engines.errors import AnyDoorError
 from runtime.imaging.boxes import Box
+
+if TYPE_CHECKING:
+    from runtime.edits import Plan
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,15 @@ class Finished:
     images: list[FinishedImage]
     seconds: dict[str, float]
     warnings: list[str] = field(default_factory=list)
+    filler: str = ""
+    """See `runtime.result.Composite`."""
+
+
+@dataclass(frozen=True)
+class Planned(Finished):
+    """The end of reading an edit: what is to be filled and placed."""
+
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)

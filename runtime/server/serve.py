@@ -13,14 +13,16 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_reflection.v1alpha import reflection
 
 from engines.errors import AnyDoorError
 from runtime.compositor import Compositor
+from runtime.edits import inpaints, require_inpainting
 from runtime.errors import InputError
+from runtime.segmentation import Segmenter, beside, bundle_bytes
 from runtime.server import tracing
 from runtime.server.access import Access
 from runtime.server.batching import Batcher
@@ -48,8 +50,13 @@ logger = logging.getLogger(__name__)
 class Server:
     """A Compositor behind gRPC, with health, reflection and metrics."""
 
-    def __init__(self, compositor: Compositor, settings: Settings) -> None:
+    def __init__(self, compositor: Compositor, settings: Settings, filler: Compositor | None = None) -> None:
         """Binds the addresses; call `start` in the same event loop.
+
+        Args:
+            compositor: serves requests; its segmenter finds objects.
+            settings: of the server.
+            filler: fills the holes of edits, if the compositor does not.
 
         Raises:
             InputError: an address cannot be bound, a file of the settings cannot be read, or a setting does
@@ -76,25 +83,31 @@ class Server:
         self.gate = Gate(self.access, self.ledger, settings, self.metrics)
         self._grpc = self._new_grpc_server(settings)
         self._bind()
+        common: dict[str, Any] = {
+            "limits": settings.limits,
+            "queue": settings.queue,
+            "decode_seconds": settings.decode_seconds,
+            "max_message_bytes": settings.max_message_bytes,
+            "batching": settings.batching,
+            "share_caches": settings.share_caches,
+        }
         self.batcher = Batcher(
             compositor,
-            limits=settings.limits,
-            queue=settings.queue,
+            **common,
             max_batch=settings.max_batch or None,
             workers=settings.workers,
-            decode_seconds=settings.decode_seconds,
-            max_message_bytes=settings.max_message_bytes,
-            batching=settings.batching,
-            share_caches=settings.share_caches,
             on_samples=self.metrics.batch_samples.observe,
             on_seconds=self.metrics.step_seconds.observe,
         )
+        own = self.batcher if inpaints(compositor) else None
+        self.filler = Batcher(filler, **common, max_batch=1, workers=1) if filler else own
+        """What fills the holes of edits."""
         self.metrics.queued.set_function(lambda: sum(not each.starts for each in self.batcher.tickets))
         self.metrics.running.set_function(lambda: sum(each.running for each in self.batcher.tickets))
         self.metrics.cache_bytes.set_function(compositor.system.kept_bytes)
         self.metrics.request_bytes.set_function(lambda: self.ledger.taken)
         self.health = Health((NAME,))
-        service = CompositorService(self.batcher, settings)
+        service = CompositorService(self.batcher, settings, self.filler)
         self._grpc.add_generic_rpc_handlers((service.handler(), self.health.handler()))
         if settings.http:
             self._open_http(service)
@@ -120,7 +133,8 @@ class Server:
         )
         self._warn_of_memory()
         # a server that is stopped meanwhile must not cancel the future, which the engine's thread will set
-        await asyncio.shield(asyncio.wrap_future(self.batcher.loaded))
+        for batcher in self._batchers:
+            await asyncio.shield(asyncio.wrap_future(batcher.loaded))
         await self.health.set(ready=True)
         self._watch = asyncio.create_task(self._watch_engine())
         _log("serving", bundle=self._settings.bundle)
@@ -145,7 +159,7 @@ class Server:
             self._watch.cancel()
         await self.health.set(ready=False)
         _log("draining", accepted=len(self.batcher.tickets), at_most_seconds=seconds)
-        clean = await asyncio.to_thread(self.batcher.drain, seconds)
+        clean = all([await asyncio.to_thread(each.drain, end - time.monotonic()) for each in self._batchers])
         # the last answers may still be on their way
         while self.gate.at_work and time.monotonic() < end + _LAST_ANSWERS_SECONDS:
             await asyncio.sleep(0.01)
@@ -161,9 +175,21 @@ class Server:
         _log("stopped", all_finished=clean)
         return clean
 
+    @property
+    def _batchers(self) -> list[Batcher]:
+        """All that have threads; the one that an edit is through with last comes last."""
+        others = [self.filler] if self.filler and self.filler is not self.batcher else []
+        return [*others, self.batcher]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread runs."""
+        return any(batcher.is_busy for batcher in self._batchers)
+
     async def _watch_engine(self) -> None:
-        # cancelling must not reach the batcher's future, which its thread will set
-        await asyncio.shield(asyncio.wrap_future(self.batcher.lost))
+        # cancelling must not reach a batcher's future, which its thread will set
+        lost = [asyncio.shield(asyncio.wrap_future(batcher.lost)) for batcher in self._batchers]
+        await asyncio.wait(lost, return_when=asyncio.FIRST_COMPLETED)
         await self.health.set(ready=False, alive=False)
         logger.error("engine lost")
         self.engine_lost.set()
@@ -282,19 +308,27 @@ def _serve_logged(settings: Settings, log: LogWriter) -> int:
     # the engine's thread needs the interpreter between two calls: a flood must not keep it waiting
     sys.setswitchinterval(_SWITCH_SECONDS)
     cache_bytes = None if settings.cache_bytes < 0 else settings.cache_bytes
-    compositor = Compositor.load(
-        settings.bundle,
-        settings.engine,
-        cache_bytes,
-        settings.control_window or None,
-        settings.trusted_key or None,
-    )
+    key = settings.trusted_key or None
+    segmenter = Segmenter.load(*settings.segmenter, options=settings.engine, trusted_key=key)
+    segmenter.load_graphs()
+    options, filler = segmenter.beside(settings.engine), None
+    if settings.filler:
+        filler = Compositor.load(settings.filler, options, cache_bytes=0, trusted_key=key)
+        require_inpainting(filler)
+        options = beside(options, bundle_bytes(filler.bundle))
+    window = settings.control_window or None
+    compositor = Compositor.load(settings.bundle, options, cache_bytes, window, key, segmenter)
     if plan := compositor.engine.describe():
         _log("memory plan", plan=plan.splitlines())
-    return asyncio.run(_serve(compositor, settings, log))
+    return asyncio.run(_serve(compositor, settings, log, filler))
 
 
-async def _serve(compositor: Compositor, settings: Settings, log: LogWriter | None = None) -> int:
+async def _serve(
+    compositor: Compositor,
+    settings: Settings,
+    log: LogWriter | None = None,
+    filler: Compositor | None = None,
+) -> int:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
 
@@ -307,7 +341,7 @@ async def _serve(compositor: Compositor, settings: Settings, log: LogWriter | No
 
     for number in signals:
         loop.add_signal_handler(number, end)
-    server = Server(compositor, settings)
+    server = Server(compositor, settings, filler)
     loop.add_signal_handler(signal.SIGHUP, server.reload)
     if log:
         server.metrics.log_lines_dropped.set_function(lambda: log.dropped)
@@ -322,7 +356,7 @@ async def _serve(compositor: Compositor, settings: Settings, log: LogWriter | No
         starting.cancel()
         await server.stop()
     code = 0 if stop.is_set() else 1
-    if server.batcher.is_busy:
+    if server.is_busy:
         # what a thread is at in a library, like loading a graph, cannot be ended otherwise
         if log:
             log.close()

@@ -19,6 +19,8 @@ from runtime.rpc import compositor_pb2 as pb
 from runtime.server.answers import answer, stream_answer
 from runtime.server.batching import Batcher
 from runtime.server.call import Call
+from runtime.server.edit_wire import edit_from_message
+from runtime.server.editing import Editing
 from runtime.server.events import Event, Failed, Finished, Preview
 from runtime.server.parsing import parse
 from runtime.server.settings import Settings
@@ -30,6 +32,7 @@ from runtime.server.wire import (
     defaults_message,
     event_message,
     request_from_message,
+    where_from_message,
 )
 from runtime.version import version
 
@@ -43,9 +46,11 @@ class CompositorService:
     becomes the status.
     """
 
-    def __init__(self, batcher: Batcher, settings: Settings) -> None:
+    def __init__(self, batcher: Batcher, settings: Settings, filler: Batcher | None = None) -> None:
         self._batcher = batcher
         self._settings = settings
+        self._filler = filler
+        self._editing = Editing(batcher, filler, self.follow, self._check_previews)
 
     @property
     def compositor(self) -> Compositor:
@@ -60,6 +65,9 @@ class CompositorService:
             "CompositeStream": stream(partial(self._stream, pb.CompositeStreamRequest)),
             "Draw": unary(partial(self._finish, pb.DrawRequest)),
             "DrawStream": stream(partial(self._stream, pb.DrawStreamRequest)),
+            "Edit": unary(self._edit),
+            "EditStream": stream(self._edit_stream),
+            "Segment": unary(self._segment),
             "GetModelInfo": unary(self._get_model_info),
         }
         return grpc.method_handlers_generic_handler(NAME, methods)
@@ -88,13 +96,59 @@ class CompositorService:
             request, every = request_from_message(message.request), message.preview_every
             async with aclosing(self.events(call, *request, every)) as events:
                 del message, request
-                async for event in events:
-                    if isinstance(event, Finished):
-                        await call.write(await self._finished(stream_answer, event, call))
-                        continue
-                    await call.write(event_message(event, call.request_id))
-                    if isinstance(event, Preview):
-                        call.account.add(-len(event.image))
+                await self._write(events, call)
+
+    async def _write(self, events: AsyncGenerator[Event, None], call: Call) -> None:
+        """Sends events as they come, and the pictures last."""
+        async for event in events:
+            if isinstance(event, Finished):
+                await call.write(await self._finished(stream_answer, event, call))
+                continue
+            await call.write(event_message(event, call.request_id))
+            if isinstance(event, Preview):
+                call.account.add(-len(event.image))
+
+    async def _edit(self, content: bytes, call: Call) -> bytes:
+        message = await asyncio.to_thread(parse, pb.EditRequest, content)
+        del content
+        async with aclosing(self._edit_events(call, message)) as events:
+            del message
+            async for event in events:
+                if isinstance(event, Finished):
+                    return await self._finished(answer, event, call)
+        raise AssertionError("unreachable")
+
+    async def _edit_stream(self, content: bytes, call: Call) -> None:
+        message = await asyncio.to_thread(parse, pb.EditStreamRequest, content)
+        del content
+        with in_field("request"):
+            async with aclosing(self._edit_events(call, message.request, message.preview_every)) as events:
+                del message
+                await self._write(events, call)
+
+    def _edit_events(
+        self, call: Call, message: pb.EditRequest, preview_every: int = 0
+    ) -> AsyncGenerator[Event, None]:
+        edit, file_format = edit_from_message(message)
+        return self._editing.events(call, edit, file_format, preview_every)
+
+    async def _segment(self, content: bytes, call: Call) -> pb.SegmentResponse:
+        message = await asyncio.to_thread(parse, pb.SegmentRequest, content)
+        del content
+        where = where_from_message(message.where)
+        accept = partial(self._batcher.segment, message.picture, where)
+        del message, where
+        follow = self.follow(call, accept)
+        del accept
+        async with aclosing(follow) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    mask = event.images[0].image
+                    call.account.set(2 * len(mask))
+                    return pb.SegmentResponse(
+                        mask=mask, request_id=call.request_id, seconds=event.seconds, warnings=event.warnings
+                    )
+        raise AssertionError("unreachable")
 
     async def _get_model_info(self, content: bytes, call: Call) -> pb.GetModelInfoResponse:
         parse(pb.GetModelInfoRequest, content)
@@ -135,6 +189,9 @@ class CompositorService:
             scene_channels=int(manifest.architecture.get("scene_channels", 0)),
             qualities=[QUALITIES[quality] for quality in abilities.qualities],
             fills=abilities.fills,
+            automatic_masks=compositor.segmenter.finds_main_object,
+            clicks=compositor.segmenter.takes_clicks,
+            filler=self._filler.compositor.bundle.manifest.system if self._filler else "",
         )
 
     async def events(
@@ -153,6 +210,16 @@ class CompositorService:
         """
         if preview_every:
             self._check_previews(preview_every, request)
+        follow = self.follow(call, partial(self._batcher.submit, request), file_format, preview_every)
+        del request  # a request that waits is kept once
+        async with aclosing(follow) as events:
+            async for event in events:
+                yield event
+
+    async def follow(
+        self, call: Call, accept: Callable[[Ticket], None], file_format: str = "PNG", preview_every: int = 0
+    ) -> AsyncGenerator[Event, None]:
+        """Has a ticket accepted, and yields its events, like `events`."""
         events = asyncio.Queue[Event]()
         soon: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
         remaining = call.time_remaining()
@@ -164,8 +231,8 @@ class CompositorService:
             preview_every=preview_every,
             account=call.account,
         )
-        self._batcher.submit(request, ticket)
-        del request  # a request that waits is kept once
+        accept(ticket)
+        del accept
         try:
             event: Event | None = None
             while not isinstance(event, Finished):

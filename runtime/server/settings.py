@@ -41,6 +41,18 @@ class Settings:
         "directory of the bundle; $ANYDOOR_BUNDLE, else build/engines/anydoor, if unset",
         metavar="DIR",
     )
+    segmenter: tuple[str, ...] = _setting(
+        (),
+        "directory of the bundle of a segmenter, which finds objects; may be repeated: one for the main "
+        "object of a picture, one for clicks",
+        metavar="DIR",
+    )
+    filler: str = _setting(
+        "",
+        "directory of a bundle of Stable Diffusion for inpainting, which fills the holes of edits; without "
+        "one backgrounds are guessed",
+        metavar="DIR",
+    )
     require_signature: bool = _setting(False, "serve a bundle only if it is signed by the trusted key")
     trusted_key: str = _setting(
         "", "PEM file with the Ed25519 public key of who signs bundles", metavar="FILE"
@@ -240,8 +252,7 @@ def settings_from(given: Mapping[str, Any], config: Path | None, default_bundle:
     engine = {
         option.name: values.pop(option.name) for option in fields(EngineOptions) if option.name in values
     }
-    for name in ("listen", "cors"):
-        values[name] = tuple(values.get(name, getattr(Settings, name)))
+    values |= {name: tuple(values[name]) for name in ("listen", "cors", "segmenter") if name in values}
     settings = Settings(engine=EngineOptions(**engine), **values)
     settings.check()
     return settings

@@ -6,18 +6,28 @@ Only what is set travels: an open field stays open, and is filled in where the m
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from runtime.errors import InputError, collecting_warnings, in_field
 from runtime.imaging.boxes import Box
+from runtime.imaging.clicks import Click, check_clicks
 from runtime.imaging.mask_levels import check_mask_level
 from runtime.imaging.pictures import WRITABLE_FORMATS, load_picture
 from runtime.imaging.sources import PictureLike, read_source
 from runtime.imaging.target import whole_box
-from runtime.request import Blank, Placement, Request, Sampling, check_prompt
+from runtime.request import (
+    AUTOMATIC,
+    Blank,
+    Placement,
+    Request,
+    Sampling,
+    Where,
+    check_prompt,
+    is_automatic,
+)
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.events import Event, Preview, Queued, StepDone
@@ -60,14 +70,23 @@ def request_from_message(message: Message) -> tuple[Request, str]:
     request = Request(
         **_content(message),
         seed=message.seed if message.HasField("seed") else None,
-        sampling=_sampling(message.sampling),
+        sampling=sampling_from_message(message.sampling),
         num_images=message.num_images if message.HasField("num_images") else 1,
     )
-    file_format = _name_of(message.output_format, FORMATS, "output_format", "image format") or "PNG"
+    return request, file_format_of(message.output_format)
+
+
+def file_format_of(number: int) -> str:
+    """The name of the file format for results.
+
+    Raises:
+        InputError: it is unknown, or this server does not write it.
+    """
+    file_format = _name_of(number, FORMATS, "output_format", "image format") or "PNG"
     if file_format not in WRITABLE_FORMATS.values():
         with in_field("output_format"):
             raise InputError(f"this server does not write {file_format}")
-    return request, file_format
+    return file_format
 
 
 def _content(message: Message) -> dict[str, Any]:
@@ -81,7 +100,7 @@ def _content(message: Message) -> dict[str, Any]:
     placements = []
     for index, placement in enumerate(message.placements):
         with in_field(f"placements[{index}]"):
-            placements.append(_placement(placement))
+            placements.append(placement_from_message(placement))
     return {"scene": message.scene, "placements": placements}
 
 
@@ -89,13 +108,19 @@ def _negative(message: pb.Placement | pb.DrawRequest) -> dict[str, Any]:
     return {"negative_prompt": message.negative_prompt} if message.HasField("negative_prompt") else {}
 
 
-def _placement(message: pb.Placement) -> Placement:
+def placement_from_message(message: pb.Placement) -> Placement:
+    """The placement in a message; raises for unknown values of enums."""
     target = message.WhichOneof("target")
     box = message.box
     ratios = {f"{field.name}_ratio": value for field, value in message.ratios.ListFields()}
+    clicks = message.reference_clicks
+    if message.automatic_mask and message.reference_mask:
+        with in_field("automatic_mask"):
+            raise InputError("a reference mask is given: leave out automatic_mask")
     return Placement(
         reference=message.reference or None,
-        reference_mask=message.reference_mask or None,
+        reference_mask=message.reference_mask or (AUTOMATIC if message.automatic_mask else None),
+        reference_clicks=clicks_from_message(clicks) if clicks else None,
         prompt=message.prompt if message.HasField("prompt") else None,
         **_negative(message),
         box=(box.x0, box.y0, box.x1, box.y1) if target == "box" else None,
@@ -107,7 +132,49 @@ def _placement(message: pb.Placement) -> Placement:
     )
 
 
-def _sampling(message: pb.Sampling) -> Sampling:
+def clicks_from_message(points: Iterable[pb.Point]) -> list[Click]:
+    """Clicks from points."""
+    return [Click(point.x, point.y, not point.outside) for point in points]
+
+
+def where_from_message(message: pb.Where) -> Where:
+    """Where an object is, as a message says it."""
+    box, what = message.box, message.WhichOneof("what")
+    return Where(
+        box=(box.x0, box.y0, box.x1, box.y1) if what == "box" else None,
+        mask=message.mask if what == "mask" else None,
+        clicks=clicks_from_message(message.clicks.points) if what == "clicks" else None,
+    )
+
+
+def message_from_where(where: Where) -> pb.Where:
+    """The message for where an object is.
+
+    Raises:
+        InputError: several things say it, or one cannot be sent.
+    """
+    if sum(given is not None for given in vars(where).values()) > 1:
+        raise InputError("an object is in a box, in a mask, or where clicks are: give one of them")
+    if where.box is not None:
+        with in_field("box"):
+            return pb.Where(box=pb.Box(**whole_box(where.box)._asdict()))
+    if where.clicks is not None:
+        with in_field("clicks"):
+            return pb.Where(clicks=pb.Clicks(points=points_of(where.clicks)))
+    return pb.Where(mask=None if where.mask is None else file_of(where.mask, "the mask"))
+
+
+def points_of(clicks: Sequence[Sequence[int]]) -> list[pb.Point]:
+    """Points from clicks.
+
+    Raises:
+        InputError: one is no click, or cannot be sent.
+    """
+    return [pb.Point(x=click.x, y=click.y, outside=not click.inside) for click in check_clicks(clicks)]
+
+
+def sampling_from_message(message: pb.Sampling) -> Sampling:
+    """The sampling in a message; likewise."""
     given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
     with in_field("sampling"):
         given["quality"] = _name_of(message.quality, QUALITIES, "quality", "quality")
@@ -139,19 +206,19 @@ def message_from_request(request: Request, file_format: str = "PNG") -> Message:
         raise InputError("a server takes no initial noise and no exact timesteps: run without a server")
     try:
         common = {
-            "sampling": _sampling_message(request.sampling),
+            "sampling": sampling_message(request.sampling),
             "seed": request.seed,
             "num_images": request.num_images,
-            "output_format": _number_of(file_format, FORMATS, "output_format", "image format"),
+            "output_format": number_of(file_format, FORMATS, "output_format", "image format"),
         }
         if isinstance(request.scene, Blank):
             return pb.DrawRequest(**_drawing_fields(request, request.scene), **common)
         with in_field("scene"):
-            scene = _file(request.scene, "the scene")
+            scene = file_of(request.scene, "the scene")
         placements = []
         for index, placement in enumerate(request.placements):
             with in_field(f"placements[{index}]"):
-                placements.append(_placement_message(placement))
+                placements.append(placement_message(placement))
         return pb.CompositeRequest(scene=scene, placements=placements, **common)
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
@@ -176,7 +243,12 @@ def _prompts(placement: Placement) -> dict[str, str | None]:
     return prompts
 
 
-def _placement_message(placement: Placement) -> pb.Placement:
+def placement_message(placement: Placement) -> pb.Placement:
+    """The message for a placement.
+
+    Raises:
+        InputError: something about it cannot be sent.
+    """
     if placement.box is not None and placement.mask is not None:
         raise InputError("a placement needs either a box or a mask, and not both")
     mask, reference, reference_mask = placement.mask, placement.reference, placement.reference_mask
@@ -184,13 +256,21 @@ def _placement_message(placement: Placement) -> pb.Placement:
     if placement.box is not None:
         with in_field("box"):
             box = pb.Box(**whole_box(placement.box)._asdict())
+    automatic, points = is_automatic(reference_mask), None
+    if placement.reference_clicks is not None:
+        with in_field("reference_clicks"):
+            points = points_of(placement.reference_clicks)
     return pb.Placement(
-        reference=None if reference is None else _file(reference, "the reference"),
-        reference_mask=None if reference_mask is None else _file(reference_mask, "the reference mask"),
+        reference=None if reference is None else file_of(reference, "the reference"),
+        reference_mask=None
+        if reference_mask is None or automatic
+        else file_of(reference_mask, "the reference mask"),
+        automatic_mask=automatic,
+        reference_clicks=points,
         **_prompts(placement),
         box=box,
-        mask=None if mask is None else _file(mask, "the scene mask"),
-        mode=_number_of(placement.mode, MODES, "mode", "mode"),
+        mask=None if mask is None else file_of(mask, "the scene mask"),
+        mode=number_of(placement.mode, MODES, "mode", "mode"),
         mask_level=_level(placement.mask_level),
         ratios=pb.Ratios(
             reference=placement.reference_ratio, box=placement.box_ratio, crop=placement.crop_ratio
@@ -199,7 +279,8 @@ def _placement_message(placement: Placement) -> pb.Placement:
     )
 
 
-def _sampling_message(sampling: Sampling) -> pb.Sampling:
+def sampling_message(sampling: Sampling) -> pb.Sampling:
+    """The message for what is said of sampling; likewise."""
     interval = None
     if sampling.guidance_interval is not None:
         first, last = sampling.guidance_interval
@@ -210,14 +291,14 @@ def _sampling_message(sampling: Sampling) -> pb.Sampling:
             guidance_scale=sampling.guidance_scale,
             control_scale=sampling.control_scale,
             eta=sampling.eta,
-            quality=_number_of(sampling.quality, QUALITIES, "quality", "quality"),
-            sampler=_number_of(sampling.sampler, SAMPLERS, "sampler", "sampler"),
+            quality=number_of(sampling.quality, QUALITIES, "quality", "quality"),
+            sampler=number_of(sampling.sampler, SAMPLERS, "sampler", "sampler"),
             guidance_interval=interval,
             map_steps=sampling.map_steps,
         )
 
 
-def _number_of(name: str | None, numbers: Mapping[str, int], field: str, what: str) -> Any:
+def number_of(name: str | None, numbers: Mapping[str, int], field: str, what: str) -> Any:
     """The number of an enum's value; None, which leaves the field unset, if it is open."""
     if name is None:
         return None
@@ -235,7 +316,19 @@ def _level(level: str | int | None) -> Any:
         return LEVELS[check_mask_level(level)]
 
 
-def _file(picture: PictureLike, name: str) -> bytes:
+def segment_request(picture: PictureLike, where: Where) -> pb.SegmentRequest:
+    """The message that asks where an object is.
+
+    Raises:
+        InputError: the picture cannot be read, or something cannot be sent.
+    """
+    with in_field("where"):
+        place = message_from_where(where)
+    with in_field("picture"):
+        return pb.SegmentRequest(picture=file_of(picture, "the picture"), where=place)
+
+
+def file_of(picture: PictureLike, name: str) -> bytes:
     """The bytes of a picture's file; pictures in memory become a PNG, or a TIFF if a PNG cannot hold them."""
     found = read_source(picture, name)
     if isinstance(found, bytes):
@@ -266,8 +359,8 @@ def defaults_message(defaults: Mapping[str, Any]) -> pb.ModelDefaults:
     """
     names = set(pb.Sampling.DESCRIPTOR.fields_by_name) - {"quality"}
     return pb.ModelDefaults(
-        sampling=_sampling_message(Sampling(**{name: defaults.get(name) for name in names})),
-        mode=_number_of(defaults.get("mode"), MODES, "mode", "mode"),
+        sampling=sampling_message(Sampling(**{name: defaults.get(name) for name in names})),
+        mode=number_of(defaults.get("mode"), MODES, "mode", "mode"),
         mask_level=_level(defaults.get("mask_level")),
         ratios=pb.Ratios(
             **{name: defaults.get(f"{name}_ratio") for name in pb.Ratios.DESCRIPTOR.fields_by_name}
@@ -301,6 +394,7 @@ def composites_from_message(message: pb.CompositeResponse) -> list[Composite]:
             seconds=dict(message.seconds),
             metadata=picture.metadata,
             warnings=tuple(message.warnings),
+            filler=message.filler,
         )
         for picture, image in zip(pictures, message.images)
     ]

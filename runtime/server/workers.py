@@ -8,23 +8,42 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 from runtime.compositor import Compositor
 from runtime.drawing import Picture
+from runtime.edits import plan_edit
 from runtime.errors import collecting_warnings, in_field
-from runtime.imaging.pictures import check_format, encode_picture
+from runtime.imaging.pictures import check_format, encode_mask, encode_picture
+from runtime.imaging.sources import PictureLike
 from runtime.job import ImageJob, Job
-from runtime.request import Request
+from runtime.request import Edit, Request, Reshape, Swap, SwapPlaces, TryOn, Where
 from runtime.result import Stopwatch
-from runtime.server.decoding import Decoder
-from runtime.server.events import Failed, Finished, FinishedImage, MemoryFullError, Preview
+from runtime.server.decoding import Decoder, PictureReader, upright
+from runtime.server.events import Failed, Finished, FinishedImage, MemoryFullError, Planned, Preview
 from runtime.server.memory import request_bytes
 from runtime.server.queue import SharedQueue
 from runtime.server.ticket import Ticket
 from runtime.validation import Limits
 
 PREVIEW_FORMAT = "JPEG"
+
+
+def _decoded(edit: Edit, read: PictureReader) -> Edit:
+    """An edit with its pictures in place of their files."""
+    scene, action = read.picture("scene", edit.scene, "the scene"), edit.action
+    with in_field("where"):
+        where = read.where(edit.where, scene)
+    if isinstance(action, Reshape):
+        action = Reshape(read.mask("reshape.to", action.to, "the new outline", scene, "the scene"))
+    elif isinstance(action, SwapPlaces):
+        with in_field("swap.other"):
+            action = SwapPlaces(read.where(action.other, scene))
+    elif isinstance(action, Swap | TryOn):
+        with in_field("swap.placement" if isinstance(action, Swap) else "try_on"):
+            action = replace(action, placement=read.placement(action.placement, scene))
+    return replace(edit, scene=upright(scene), where=where, action=action)
 
 
 class Workers:
@@ -134,6 +153,33 @@ class Workers:
         ticket.account.set(self._bytes(job, masks))
         ticket.job = job
         self._queue.put(ticket, job.images)
+
+    def segment(self, ticket: Ticket, picture: PictureLike, where: Where) -> None:
+        """Finds an object in a picture; its mask ends the request."""
+        decoder, watch = ticket.decoder, Stopwatch()
+        assert decoder is not None
+        with collecting_warnings() as warnings:
+            with watch.measure("read"):
+                read = decoder.reader(ticket.account.add, lambda: ticket.open)
+                decoded = read.picture("picture", picture, "the picture")
+            with watch.measure("segment"), in_field("where"):
+                mask = self._compositor.segmenter.find(decoded, where)
+            with watch.measure("encode"):
+                content = encode_mask(mask)
+        self._queue.end(ticket, Finished([FinishedImage(content, 0, ())], watch.seconds, warnings))
+
+    def plan(self, ticket: Ticket, edit: Edit) -> None:
+        """Reads the pictures of an edit, and finds the objects; the plan ends the request."""
+        decoder, watch = ticket.decoder, Stopwatch()
+        assert decoder is not None
+        with collecting_warnings() as warnings:
+            with watch.measure("read"):
+                edit = _decoded(edit, decoder.reader(ticket.account.add, lambda: ticket.open))
+            plan = plan_edit(edit, self._compositor.segmenter, self._limits, watch)
+        height, width = plan.seen.shape[:2]
+        with in_field("output_format"):
+            check_format((width, height), ticket.file_format)
+        self._queue.end(ticket, Planned([], watch.seconds, warnings, plan=plan))
 
     def _bytes(self, job: Job, masks: int) -> int:
         """See `request_bytes`."""

@@ -18,7 +18,7 @@ from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.presets import QUALITIES
 from runtime.imaging.boxes import Box
 from runtime.imaging.collage import Hint, make_hint
-from runtime.imaging.geometry import Ratios
+from runtime.imaging.geometry import Ratios, warn_of_enlargement
 from runtime.imaging.modes import MODES, Mode, check_mode
 from runtime.imaging.paste_back import paste_back, pasted_region
 from runtime.imaging.reference import PreparedReference, load_reference, prepare_reference
@@ -124,6 +124,7 @@ class Preprocessing:
         with watch.measure("prepare"):
             reference = prepare_reference(picture, mask, ratios.reference, self._reference_size)
             hint = make_hint(scene, target, reference, ratios, mode, self._resolution)
+        warn_of_enlargement(hint.geometry, (self._resolution, self._resolution))
         return AnyDoorPlacement(reference, target, mode, ratios, hint)
 
     def renew(

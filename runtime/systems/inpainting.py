@@ -18,6 +18,7 @@ from engines.errors import BundleError
 from runtime.diffusion.ddim import Schedule
 from runtime.errors import InputError, in_field
 from runtime.imaging.boxes import Box
+from runtime.imaging.geometry import warn_of_enlargement
 from runtime.imaging.mask_levels import check_mask_level
 from runtime.imaging.masked_scene import MaskedScene, mask_scene
 from runtime.imaging.modes import check_mode
@@ -125,7 +126,9 @@ class Inpainting(ABC, Generic[What]):
             masked = mask_scene(
                 scene, target, ratios, parameters.mode, self._picture_size, self._latent_size, level
             )
-            return InpaintingPlacement(what, masked, feathered_region(masked.geometry, masked.paste))
+            region = feathered_region(masked.geometry, masked.paste)
+        warn_of_enlargement(masked.geometry, self._picture_size)
+        return InpaintingPlacement(what, masked, region)
 
     def renew(
         self, prepared: InpaintingPlacement[What], scene: NDArray[np.uint8], watch: Stopwatch

@@ -12,13 +12,14 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.fidelity import EXAMPLE_CHECKPOINT, labelled_sheet, main
-from benchmarks.support.baselines import copy_paste, guess_background
+from benchmarks.support.baselines import copy_paste
 from benchmarks.support.embeddings import load_clip, load_dino, pairwise_score
 from benchmarks.support.fidelity_truth import EMPTY, GUESS, PASTE, PASTE_ON_GUESS, TRUTH, WRONG, measure
 from benchmarks.support.patch_similarity import PatchSimilarity, load_dinov2, own_dinov2
 from benchmarks.support.protocol import read_protocol
 from engines.errors import AnyDoorError
 from runtime.imaging.boxes import Box
+from runtime.imaging.guess_background import guess_background
 from runtime.imaging.reference import prepare_reference
 from tests.support.imprint import tiny_imprint_bundle
 

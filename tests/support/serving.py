@@ -22,6 +22,7 @@ from engines.options import EngineOptions
 from runtime.client import Client
 from runtime.compositor import Compositor
 from runtime.rpc import compositor_pb2 as pb
+from runtime.segmentation import Segmenter
 from runtime.server.serve import Server
 from runtime.server.settings import Settings
 
@@ -177,6 +178,7 @@ class ServerThread:
     def __init__(self, bundle: Path, **settings: Any) -> None:
         self.settings = Settings(bundle=str(bundle), **{"listen": ("127.0.0.1:0",), **settings})
         self.compositor, self.engine = held_compositor(bundle)
+        self.compositor.segmenter = Segmenter.load(*self.settings.segmenter)
         self.loop = asyncio.new_event_loop()
         self._ready: threading.Event = threading.Event()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)

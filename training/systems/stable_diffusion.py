@@ -37,7 +37,7 @@ class Learner(nn.Module):
 
     def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor, scene: Sequence[Tensor]) -> Tensor:
         """Estimates the noise in latents (N, C, h, w), with encoded prompts (N, 77)."""
-        return self._predict(latent, timestep, self._encode_prompt(ids), scene)
+        return self._predict(latent, timestep, self._encode_prompt(ids), *scene)
 
 
 def timestep_weights(network: StableDiffusion) -> Tensor:
@@ -117,7 +117,7 @@ def draw_pictures(
             schedule.timesteps.tolist(), schedule.coefficients.tolist()
         ):
             at = torch.full((rows,), timestep, device=device)
-            estimate = network.predict_noise(latent.repeat(2, 1, 1, 1), at, conditions, scenes)
+            estimate = network.predict_noise(latent.repeat(2, 1, 1, 1), at, conditions, *scenes)
             wanted, unconditional = estimate.chunk(2)
             noise = unconditional + guidance_scale * (wanted - unconditional)
             latent = from_latent * latent + from_noise * noise

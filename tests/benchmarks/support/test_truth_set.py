@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.support.baselines import guess_background
 from benchmarks.support.similarity import region_psnr, region_ssim, ssim_map
 from benchmarks.support.truth_set import Picture, TruthPair, truth_pairs
 from runtime.imaging.boxes import Box
+from runtime.imaging.guess_background import guess_background
 from training.data.synthetic.views import HELD_OUT
 
 EVERYTHING = Box(0, 0, 24, 20)

@@ -62,8 +62,8 @@ def test_every_method_has_messages_of_its_own() -> None:
         assert service.name.endswith("Service")
         for method in service.methods:
             assert method.input_type.name == f"{method.name}Request"
-            # what is drawn comes back as what is composited does
-            answer = method.name.replace("Draw", "Composite")
+            # what is drawn or edited comes back as what is composited does
+            answer = re.sub("Draw|Edit", "Composite", method.name)
             assert method.output_type.name == f"{answer}Response"
 
 

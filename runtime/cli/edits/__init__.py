@@ -1,0 +1,1 @@
+"""The commands that edit a scene, a file per command."""

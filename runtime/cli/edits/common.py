@@ -1,0 +1,131 @@
+"""What the commands that edit a scene have in common: where the object is, and what fills its hole."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.cli.flags import engine_options, given, parse_box, parse_click
+from runtime.cli.output import check_output, write_output
+from runtime.cli.pictures import add_picture_flags, check_flags, common_arguments, load_compositor
+from runtime.cli.progress import Progress
+from runtime.cli.remote import connect, follow
+from runtime.cli.standard_streams import read_standard_input
+from runtime.errors import InputError
+from runtime.request import AUTOMATIC, Action, Edit, Fill, Placement, Sampling, Where
+
+if TYPE_CHECKING:
+    from runtime.edits import Editor
+
+
+def add_scene_flags(parser: argparse.ArgumentParser, title: str = "the object") -> None:
+    """Adds --scene, and the flags that say where an object is in it."""
+    group = parser.add_argument_group(f"{title} (default: the main object of the scene)")
+    group.add_argument("--scene", type=Path, required=True, metavar="FILE", help="picture to edit")
+    add_where_flags(group, "object", "click")
+
+
+def add_where_flags(group: argparse._ArgumentGroup, name: str, click: str) -> None:
+    """Adds flags for clicks, a box and a mask; see `where`."""
+    group.add_argument(
+        f"--{click}",
+        dest=f"{name}_clicks",
+        action="append",
+        type=parse_click,
+        metavar="X,Y",
+        help="a pixel of it; !X,Y: one that is not; may be repeated",
+    )
+    group.add_argument(f"--{name}-box", type=parse_box, metavar="X0,Y0,X1,Y1", help="a box around it")
+    group.add_argument(f"--{name}-mask", type=Path, metavar="FILE", help="its mask, of the scene's size")
+
+
+def add_reference_flags(parser: argparse.ArgumentParser, what: str, required: bool) -> None:
+    """Adds the flags of another object, which comes in a picture of its own."""
+    group = parser.add_argument_group(what)
+    group.add_argument("--reference", type=Path, required=required, metavar="FILE", help="picture of it")
+    group.add_argument(
+        "--reference-mask",
+        type=Path,
+        metavar="FILE",
+        help="where it is in that; auto: it is found (default: its transparency)",
+    )
+    group.add_argument(
+        "--reference-click",
+        dest="reference_clicks",
+        action="append",
+        type=parse_click,
+        metavar="X,Y",
+        help="a pixel of it in that; !X,Y: one that is not; may be repeated",
+    )
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of filling, sampling, output, machine and server."""
+    group = parser.add_argument_group("what fills the hole that the object leaves")
+    group.add_argument(
+        "--filler",
+        type=Path,
+        metavar="DIR",
+        help="bundle of Stable Diffusion for inpainting (default: the background is guessed)",
+    )
+    group.add_argument("--fill-prompt", metavar="TEXT", help="what is there, in words")
+    group.add_argument("--fill-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
+    add_picture_flags(parser)
+
+
+def where(options: argparse.Namespace, name: str = "object") -> Where:
+    """Where an object is, as the flags say."""
+    return Where(*(getattr(options, f"{name}_{kind}") for kind in ("box", "mask", "clicks")))
+
+
+def referenced(options: argparse.Namespace) -> Placement:
+    """Another object, without a place."""
+    mask = options.reference_mask
+    return Placement(
+        options.reference,
+        AUTOMATIC if mask == Path(AUTOMATIC) else mask,
+        reference_clicks=options.reference_clicks,
+        mode=getattr(options, "mode", None),
+    )
+
+
+def run_edit(options: argparse.Namespace, action: Action) -> int:
+    """Edits, writes the pictures and prints their names.
+
+    Raises:
+        AnyDoorError: a flag, a picture, a bundle or the server cannot be used.
+    """
+    if options.server and options.filler:
+        raise InputError("--filler is for this machine and has no effect with --server")
+    check_flags(options)
+    check_output(options.output, options.scene, options.num_images, options.grid)
+    ((scene,),) = read_standard_input([options.scene])
+    common = common_arguments(options)
+    if common.pop("initial_noise") is not None:
+        raise InputError("--initial-noise goes with composite and draw")
+    sampling = {name.removeprefix("fill_"): value for name, value in given(options, ["fill_steps"]).items()}
+    fill = Fill(options.fill_prompt or "", Sampling(**sampling))
+    edit = Edit(scene, where(options), action, fill, **common)
+    with Progress(options.quiet) as progress:
+        if options.server:
+            with connect(options) as client:
+                results = follow(client.stream_edit(edit), progress)
+        else:
+            editor = _load(options)
+            if not options.quiet and (plan := editor.compositor.engine.describe()):
+                print(plan, file=sys.stderr)
+            results = editor.run(edit, progress.on_step)
+    write_output(options.output, results, options.grid)
+    if results[0].filler:
+        print(f"anydoor: filled by: {results[0].filler}", file=sys.stderr)
+    return 0
+
+
+def _load(options: argparse.Namespace) -> Editor:
+    from runtime.compositor import Compositor
+    from runtime.edits import Editor
+
+    filler: Any = Compositor.load(options.filler, engine_options(options)) if options.filler else None
+    return Editor(load_compositor(options), filler)

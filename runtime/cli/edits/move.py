@@ -1,0 +1,31 @@
+"""`anydoor move`: takes an object of a scene to another place in it."""
+
+from __future__ import annotations
+
+import argparse
+
+from runtime.cli.edits.common import add_common_flags, add_scene_flags, run_edit
+from runtime.cli.flags import parse_box
+from runtime.request import Move
+
+NAME = "move"
+HELP = "Take an object of a scene to another place in it"
+EXAMPLES = """
+anydoor move --scene desk.jpg --click 120,80 --to 300,60,420,260 --segmenter build/engines/sam -o out.png
+anydoor move --scene desk.jpg --object-mask cup.png --to 300,60,420,260 -o out.png
+anydoor move --scene desk.jpg --click 120,80 --to 300,60,420,260 --server gpu:50051 -o out.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    add_scene_flags(parser)
+    parser.add_argument(
+        "--to", type=parse_box, required=True, metavar="X0,Y0,X1,Y1", help="the other place, in pixels"
+    )
+    add_common_flags(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Moves the object; see `run_edit`."""
+    return run_edit(options, Move(options.to))

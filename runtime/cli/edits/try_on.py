@@ -1,0 +1,34 @@
+"""`anydoor try-on`: puts a garment in the place of what a person wears."""
+
+from __future__ import annotations
+
+import argparse
+
+from runtime.cli.edits.common import (
+    add_common_flags,
+    add_reference_flags,
+    add_scene_flags,
+    referenced,
+    run_edit,
+)
+from runtime.request import TryOn
+
+NAME = "try-on"
+HELP = "Put a garment in the place of what a person wears"
+EXAMPLES = """
+anydoor try-on --scene person.jpg --object-mask shirt_place.png --reference shirt.png -o out.png
+anydoor try-on --scene person.jpg --click 210,300 --reference shirt.jpg --reference-mask auto \\
+    --segmenter build/engines/sam --segmenter build/engines/u2net -o out.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    add_scene_flags(parser, "what is worn: a coarse outline is enough")
+    add_reference_flags(parser, "the garment", required=True)
+    add_common_flags(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Tries the garment on; see `run_edit`."""
+    return run_edit(options, TryOn(referenced(options)))

@@ -1,0 +1,324 @@
+"""Where an object is in a picture: found by networks, or by a rule in front of a plain background."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engines.bundle import Bundle
+from engines.engine import Engine, open_engine
+from engines.errors import BundleError
+from engines.options import EngineOptions
+from runtime.errors import InputError, MissingModelError, in_field
+from runtime.imaging.boxes import SMALLEST_MASK_AREA, Box
+from runtime.imaging.clicks import Click, check_clicks, require_inside
+from runtime.imaging.decoding import MAX_PIXELS, UPRIGHT
+from runtime.imaging.masks import MaskedPicture, load_mask
+from runtime.imaging.picture import Picture
+from runtime.imaging.pictures import load_picture
+from runtime.imaging.plain_background import cut_from_plain
+from runtime.imaging.sources import PictureLike
+from runtime.imaging.specks import large_pieces
+from runtime.imaging.target import check_box
+from runtime.request import Placement, Request, Where, is_automatic
+from runtime.result import Stopwatch
+from runtime.validation import in_placement
+
+SALIENT, EMBED, CLICK = "salient", "embed", "click"
+"""Graphs of segmenters."""
+
+_ON, _OFF, _FIRST_CORNER, _LAST_CORNER, _NO_POINT = 1, 0, 2, 3, -1
+"""Labels of points."""
+
+_OPTION = "--segmenter"
+
+
+class Segmenter:
+    """Finds objects in pictures. Threads may share it; its networks run for one at a time.
+
+    segmenter = Segmenter.load("build/engines/u2net", "build/engines/sam")
+    mask = segmenter.mask("desk.jpg", clicks=[(120, 80)])
+
+    Without a network it cuts objects out of plain backgrounds.
+    """
+
+    def __init__(self, *networks: tuple[Bundle, Engine]) -> None:
+        """Wraps opened bundles and the engines that run them; `load` is the usual way.
+
+        Raises:
+            BundleError: one is no segmenter, or two of them find the same.
+        """
+        self._lock = threading.Lock()
+        self._networks: dict[str, tuple[Bundle, Engine]] = {}
+        for bundle, engine in networks:
+            graphs = bundle.manifest.graphs
+            kind = SALIENT if SALIENT in graphs else CLICK
+            if kind not in graphs:
+                raise BundleError(
+                    f"the bundle at '{bundle.path}' is no segmenter: build one from an .onnx file, as "
+                    "'anydoor build u2net.onnx' does"
+                )
+            if kind in self._networks:
+                both = f"'{self._networks[kind][0].path}' and '{bundle.path}'"
+                what = "the main object" if kind == SALIENT else "what is clicked on"
+                raise BundleError(f"the segmenters {both} both find {what}: give one of them")
+            self._networks[kind] = bundle, engine
+
+    @classmethod
+    def load(
+        cls,
+        *paths: str | Path,
+        options: EngineOptions = EngineOptions(),
+        trusted_key: str | Path | None = None,
+    ) -> Segmenter:
+        """Opens bundles: one that finds the main object, one for clicks, both, or none.
+
+        Args:
+            paths: directories that `anydoor build` wrote.
+            options: where and how the graphs run.
+            trusted_key: see `Compositor.load`.
+
+        Raises:
+            AnyDoorError: a bundle or its backend cannot be used, and why.
+        """
+        key = None if trusted_key is None else Path(trusted_key)
+        opened = [Bundle.open(path, key) for path in paths]
+        return cls(*((bundle, open_engine(bundle, options)) for bundle in opened))
+
+    @property
+    def takes_clicks(self) -> bool:
+        """Whether it finds what is clicked on, or is in a box."""
+        return CLICK in self._networks
+
+    @property
+    def finds_main_object(self) -> bool:
+        """Whether a network finds the main object, also in front of a background that is not plain."""
+        return SALIENT in self._networks
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its networks; see `bundle_bytes`."""
+        return sum(bundle_bytes(bundle) for bundle, _ in self._networks.values())
+
+    def load_graphs(self) -> None:
+        """Loads all graphs now, so that the first picture does not wait."""
+        for bundle, engine in self._networks.values():
+            for graph in bundle.manifest.graphs:
+                engine.load(graph)
+
+    def beside(self, options: EngineOptions) -> EngineOptions:
+        """The options for another engine that shares the memory budget with the networks."""
+        return beside(options, self.nbytes)
+
+    def check(self, where: Where) -> None:
+        """Refuses what cannot be found, before anything is decoded.
+
+        Raises:
+            MissingModelError: there is no network for clicks, and that is what it takes.
+            InputError: several things say where, a click is none, or none is on the object.
+        """
+        if sum(given is not None for given in vars(where).values()) > 1:
+            raise InputError("an object is in a box, in a mask, or where clicks are: give one of them")
+        if where.clicks is not None:
+            with in_field("clicks"):
+                check_clicks(where.clicks)
+        if where.mask is None and not (where.clicks is None and where.box is None):
+            self.require_clicks()
+
+    def find(
+        self, picture: Picture, where: Where, max_pixels: int = MAX_PIXELS, name: str = "the picture"
+    ) -> NDArray[np.bool_]:
+        """Where an object is in an upright picture, (H, W); see `mask`, and `check`, which comes before."""
+        if where.mask is not None:
+            with in_field("mask"):
+                of = MaskedPicture(name, picture.rgb.shape, picture.orientation)
+                return load_mask(where.mask, "the mask", max_pixels, of)
+        return self.mask(picture, where.clicks, where.box, max_pixels, name)
+
+    def mask(
+        self,
+        picture: PictureLike,
+        clicks: Sequence[Sequence[int]] | None = None,
+        box: Sequence[float] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        name: str = "the picture",
+    ) -> NDArray[np.bool_]:
+        """Where an object is, (H, W): what is clicked on or in a box, else the main object.
+
+        Args:
+            picture: where to look.
+            clicks: (x, y) on the object, or (x, y, False) beside it.
+            box: x0, y0, x1, y1 around the object.
+            max_pixels: a larger picture is refused before it is decoded.
+            name: what to call the picture in a refusal.
+
+        Raises:
+            MissingModelError: it needs a network that is not there.
+            InputError: the picture, a click or the box cannot be used, or nothing is found.
+        """
+        rgb = load_picture(picture, name, max_pixels).rgb
+        if clicks is None and box is None:
+            mask, where = self._main_object(rgb, name), f"in {name}"
+        else:
+            mask, where = self._clicked(rgb, clicks, box, name), "there"
+        if np.count_nonzero(mask) < SMALLEST_MASK_AREA:
+            raise InputError(f"no object is found {where}: give a mask, or other clicks")
+        return mask
+
+    def _main_object(self, rgb: NDArray[np.uint8], name: str) -> NDArray[np.bool_]:
+        if SALIENT in self._networks:
+            bundle, engine = self._networks[SALIENT]
+            view = _View(rgb, bundle.manifest.resolution, keeps_proportions=False)
+            with self._lock:
+                mask = engine.to_host(engine.run(SALIENT, {"picture": view.picture})["mask"])
+            return large_pieces(view.to_picture(mask[0, 0]) > 0.5)
+        found = cut_from_plain(rgb)
+        if found is None:
+            raise MissingModelError(
+                f"the background of {name} is not plain, and without a network objects are cut out of plain "
+                f"ones alone: give a mask, transparency, or {_OPTION} BUNDLE"
+            )
+        return found
+
+    def _clicked(
+        self,
+        rgb: NDArray[np.uint8],
+        clicks: Sequence[Sequence[int]] | None,
+        box: Sequence[float] | None,
+        name: str,
+    ) -> NDArray[np.bool_]:
+        size = (rgb.shape[1], rgb.shape[0])
+        checked = [] if clicks is None else check_clicks(clicks)
+        require_inside(checked, size, name)
+        around = None if box is None else check_box(box, size).clip(size)
+        bundle, engine = self.require_clicks()
+        has_inside = len(bundle.manifest.specs[EMBED].inputs) > 1
+        view = _View(rgb, bundle.manifest.resolution, keeps_proportions=has_inside)
+        points, labels = view.points(checked, around)
+        with self._lock:
+            features = engine.run(EMBED, view.inputs)
+            found = engine.run(CLICK, {**features, "points": points, "labels": labels})
+            masks, scores = (engine.to_host(found[output]) for output in ("masks", "scores"))
+        return view.to_picture(masks[0, scores[0].argmax()]) > 0
+
+    def require_clicks(self) -> tuple[Bundle, Engine]:
+        """What finds what is clicked on.
+
+        Raises:
+            MissingModelError: there is none; names the option.
+        """
+        if CLICK not in self._networks:
+            raise MissingModelError(
+                "no segmenter for clicks is loaded: give a mask, or the bundle of one, like SAM, with "
+                f"{_OPTION} BUNDLE"
+            )
+        return self._networks[CLICK]
+
+
+def bundle_bytes(bundle: Bundle) -> int:
+    """Memory of a bundle's graphs, and of their intermediate results."""
+    records = bundle.manifest.graphs.values()
+    return sum(record.nbytes + max(record.scratch_bytes.values(), default=0) for record in records)
+
+
+def beside(options: EngineOptions, nbytes: int) -> EngineOptions:
+    """The options of an engine that shares its memory budget with what takes so many bytes."""
+    if options.memory_budget is None:
+        return options
+    return replace(options, memory_budget=max(1, options.memory_budget - nbytes))
+
+
+class _View:
+    """A picture as a network takes it, and the way back."""
+
+    def __init__(self, rgb: NDArray[np.uint8], side: int, keeps_proportions: bool) -> None:
+        """Brings (H, W, 3) to a square of `side` pixels: stretched, or with room right of it or below."""
+        height, width = rgb.shape[:2]
+        self._size = width, height
+        self._side = self._width = self._height = side
+        if keeps_proportions:
+            scale = side / max(width, height)
+            self._width, self._height = max(1, round(width * scale)), max(1, round(height * scale))
+        resized = Image.fromarray(rgb).resize((self._width, self._height), Image.Resampling.BILINEAR)
+        values = (np.asarray(resized, np.float32) / 255).transpose(2, 0, 1)
+        self.picture = np.zeros((1, 3, side, side), np.float32)
+        """(1, 3, S, S), 0..1."""
+        self.picture[0, :, : self._height, : self._width] = values
+        self._keeps_proportions = keeps_proportions
+
+    @property
+    def inputs(self) -> dict[str, NDArray[np.float32]]:
+        """Of the graph that looks at the picture."""
+        if not self._keeps_proportions:
+            return {"picture": self.picture}
+        inside = np.zeros((1, 1, self._side, self._side), np.float32)
+        inside[..., : self._height, : self._width] = 1
+        return {"picture": self.picture, "inside": inside}
+
+    def points(
+        self, clicks: Sequence[Click], box: Box | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Points (1, N, 2) and labels (1, N); without a box one point is none, as SAM's decoder wants it."""
+        scale = np.array([self._width / self._size[0], self._height / self._size[1]], np.float32)
+        points = [(click.x, click.y) for click in clicks]
+        labels = [_ON if click.inside else _OFF for click in clicks]
+        if box is None:
+            points, labels = [*points, (0, 0)], [*labels, _NO_POINT]
+        else:
+            points = [*points, (box.x0, box.y0), (box.x1, box.y1)]
+            labels = [*labels, _FIRST_CORNER, _LAST_CORNER]
+        return np.array([points], np.float32) * scale, np.array([labels], np.float32)
+
+    def to_picture(self, plane: NDArray[Any]) -> NDArray[np.float32]:
+        """A plane (s, s) of the square, brought to the picture's size."""
+        height, width = (
+            max(1, round(of * length / self._side))
+            for of, length in zip(plane.shape, (self._height, self._width))
+        )
+        image = Image.fromarray(np.ascontiguousarray(plane[:height, :width], np.float32))
+        return np.asarray(image.resize(self._size, Image.Resampling.BILINEAR))
+
+
+def check_segmenter(request: Request, segmenter: Segmenter) -> None:
+    """Refuses references whose object cannot be found, before anything is decoded.
+
+    Raises:
+        InputError: names the placement.
+    """
+    for index, placement in enumerate(request.placements):
+        if placement.reference_clicks is not None:
+            with in_placement(request, index), in_field("reference_clicks"):
+                check_clicks(placement.reference_clicks)
+                segmenter.require_clicks()
+
+
+def cut_out(placement: Placement, segmenter: Segmenter, max_pixels: int, watch: Stopwatch) -> Placement:
+    """The placement with a mask where the object is, if that is to be found.
+
+    Args:
+        placement: as the caller gave it.
+        segmenter: finds it.
+        max_pixels: of the reference.
+        watch: counts the stages read and segment.
+
+    Raises:
+        InputError: the reference cannot be read, or no object is found in it.
+    """
+    clicks = placement.reference_clicks
+    if clicks is None and not is_automatic(placement.reference_mask):
+        return placement
+    assert placement.reference is not None
+    with in_field("reference"), watch.measure("read"):
+        picture: Picture = load_picture(placement.reference, "the reference", max_pixels)
+    with in_field("reference_mask" if clicks is None else "reference_clicks"), watch.measure("segment"):
+        mask = segmenter.mask(picture, clicks, name="the reference")
+    # the mask is upright, as the picture is
+    upright = replace(picture, orientation=UPRIGHT)
+    return replace(placement, reference=upright, reference_mask=mask, reference_clicks=None)

@@ -1,0 +1,122 @@
+"""Between the messages of edits (proto/anydoor/v1/compositor.proto) and the runtime's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.errors import InputError, in_field
+from runtime.imaging.target import whole_box
+from runtime.request import (
+    Action,
+    Edit,
+    Fill,
+    Move,
+    Remove,
+    Reshape,
+    Swap,
+    SwapPlaces,
+    TryOn,
+    check_prompt,
+)
+from runtime.rpc import compositor_pb2 as pb
+from runtime.server.wire import (
+    FORMATS,
+    file_format_of,
+    file_of,
+    message_from_where,
+    number_of,
+    placement_from_message,
+    placement_message,
+    sampling_from_message,
+    sampling_message,
+    where_from_message,
+)
+
+
+def edit_from_message(message: pb.EditRequest) -> tuple[Edit, str]:
+    """The edit, and the name of the file format for its results.
+
+    Raises:
+        InputError: the value of an enum is unknown, or an action is missing. All else is checked later.
+    """
+    with in_field("fill"):
+        fill = Fill(message.fill.prompt, sampling_from_message(message.fill.sampling))
+    edit = Edit(
+        message.scene,
+        where_from_message(message.where),
+        _action(message),
+        fill,
+        seed=message.seed if message.HasField("seed") else None,
+        sampling=sampling_from_message(message.sampling),
+        num_images=message.num_images if message.HasField("num_images") else 1,
+    )
+    return edit, file_format_of(message.output_format)
+
+
+def _action(message: pb.EditRequest) -> Action:
+    kind = message.WhichOneof("action")
+    if kind == "remove":
+        return Remove()
+    if kind == "move":
+        to = message.move.to
+        return Move((to.x0, to.y0, to.x1, to.y1))
+    if kind == "reshape":
+        return Reshape(message.reshape.to)
+    if kind == "try_on":
+        with in_field("try_on"):
+            return TryOn(placement_from_message(message.try_on))
+    what = message.swap.WhichOneof("what")
+    if what == "placement":
+        with in_field("swap.placement"):
+            return Swap(placement_from_message(message.swap.placement))
+    if what == "other":
+        return SwapPlaces(where_from_message(message.swap.other))
+    with in_field("action" if kind is None else "swap"):
+        raise InputError("nothing says what is done to the object: set one of the fields")
+
+
+def message_from_edit(edit: Edit, file_format: str = "PNG") -> pb.EditRequest:
+    """The message for an edit.
+
+    Raises:
+        InputError: a file cannot be read, or a name, a number or a prompt cannot be sent.
+    """
+    with in_field("scene"):
+        scene = file_of(edit.scene, "the scene")
+    with in_field("where"):
+        where = message_from_where(edit.where)
+    with in_field("fill"):
+        fill = pb.Fill(prompt=check_prompt(edit.fill.prompt), sampling=sampling_message(edit.fill.sampling))
+    try:
+        return pb.EditRequest(
+            scene=scene,
+            where=where,
+            fill=fill,
+            sampling=sampling_message(edit.sampling),
+            seed=edit.seed,
+            num_images=edit.num_images,
+            output_format=number_of(file_format, FORMATS, "output_format", "image format"),
+            **_action_fields(edit.action),
+        )
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the edit has a number that cannot be sent: {error}") from error
+
+
+def _action_fields(action: Action) -> Mapping[str, Any]:
+    if isinstance(action, Remove):
+        return {"remove": pb.Remove()}
+    if isinstance(action, Move):
+        with in_field("to"):
+            return {"move": pb.Move(to=pb.Box(**whole_box(action.to)._asdict()))}
+    if isinstance(action, Reshape):
+        with in_field("to"):
+            return {"reshape": pb.Reshape(to=file_of(action.to, "the new outline"))}
+    if isinstance(action, SwapPlaces):
+        with in_field("other"):
+            return {"swap": pb.Swap(other=message_from_where(action.other))}
+    with in_field("placement"):
+        placement = placement_message(action.placement)
+    return {"try_on": placement} if isinstance(action, TryOn) else {"swap": pb.Swap(placement=placement)}

@@ -1,0 +1,179 @@
+"""Segmentation networks with the inputs and outputs of each known family become bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.bundle import Bundle
+from engines.engine import open_engine
+from engines.errors import AnyDoorError
+from engines.options import EngineOptions
+from export.build_engines import main
+from export.segmenters.building import SegmenterSource
+from export.segmenters.recognition import NORMALISATIONS
+from tests.support.segmenters import (
+    CELLS,
+    HALF,
+    IMAGENET,
+    SIDE,
+    SIGNED,
+    Network,
+    efficient_sam,
+    salient,
+    sam,
+    sam2,
+    u2net,
+)
+
+MAIN_OBJECT = {
+    "U2Net": u2net,
+    "IS-Net": lambda folder: salient(folder / "isnet.onnx", HALF, 1024, others=1),
+    "BiRefNet": lambda folder: salient(
+        folder / "birefnet.onnx", IMAGENET, 1024, ("input_image", "output_image"), sigmoid=False
+    ),
+    "MODNet": lambda folder: salient(folder / "modnet.onnx", SIGNED, "height"),
+}
+
+CLICKED = {"SAM": sam, "SAM 2": sam2, "EfficientSAM": efficient_sam}
+
+
+def build(*paths: Path, output: Path, options: tuple[str, ...] = ()) -> Bundle:
+    arguments = [*map(str, paths), "--output", str(output), "--backend", "onnxruntime", "--quiet", *options]
+    assert main(arguments) == 0
+    return Bundle.open(output)
+
+
+@pytest.mark.parametrize("family", MAIN_OBJECT)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_network_of_the_main_object(family: str, backend: str, tmp_path: Path) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    bundle = build(MAIN_OBJECT[family](tmp_path), output=tmp_path / "bundle")
+    side = bundle.manifest.resolution
+    picture = np.full((1, 3, side, side), 0.3, np.float32)
+    picture[:, :, : side // 2, : side // 2] = 0.9
+    engine = open_engine(bundle, EngineOptions(backend=backend, device="cpu", threads=1))
+    mask = engine.to_host(engine.run("salient", {"picture": picture})["mask"])
+    inside = np.zeros((side, side), bool)
+    inside[: side // 2, : side // 2] = True
+    np.testing.assert_array_equal(mask[0, 0] > 0.5, inside)
+    assert str(bundle.manifest.architecture["wrap"]).startswith(f"{family}: stretched to {side} x {side}")
+
+
+@pytest.mark.parametrize("family", CLICKED)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_networks_of_clicks(family: str, backend: str, tmp_path: Path) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    encoder, decoder = CLICKED[family](tmp_path)
+    bundle = build(decoder, encoder, output=tmp_path / "bundle")  # in any order
+    picture = np.zeros((1, 3, SIDE, SIDE), np.float32)
+    picture[:, :, :, : SIDE // 2] = 0.75
+    engine = open_engine(bundle, EngineOptions(backend=backend, device="cpu", threads=1))
+    given = {"picture": picture}
+    if family == "SAM":
+        given["inside"] = np.ones((1, 1, SIDE, SIDE), np.float32)
+    features = engine.run("embed", given)
+    for count in (1, 2):
+        points = np.full((1, count, 2), SIDE / 4, np.float32)
+        labels = np.ones((1, count), np.float32)
+        found = engine.run("click", {**features, "points": points, "labels": labels})
+        masks, scores = (engine.to_host(found[name]) for name in ("masks", "scores"))
+        assert scores.argmax() == 1
+        columns = np.arange(CELLS) < CELLS // 2
+        np.testing.assert_array_equal(masks[0, 1] > 0, np.broadcast_to(columns, (CELLS, CELLS)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_padding_of_sam_has_the_mean_colour(channels_last: bool, tmp_path: Path) -> None:
+    bundle = build(*sam(tmp_path, channels_last), output=tmp_path / "bundle")
+    inside = np.ones((1, 1, SIDE, SIDE), np.float32)
+    inside[:, :, SIDE // 2 :] = 0
+    engine = open_engine(bundle, EngineOptions(backend="onnxruntime", device="cpu", threads=1))
+    picture = np.full((1, 3, SIDE, SIDE), 0.75, np.float32)
+    found = engine.to_host(engine.run("embed", {"picture": picture, "inside": inside})["features_0"])
+    np.testing.assert_allclose(found[0, 0, : CELLS // 2], 0.75, atol=1e-6)
+    np.testing.assert_allclose(found[0, 0, CELLS // 2 :], np.mean(IMAGENET[0]), atol=1e-6)
+
+
+def test_the_command_says_what_was_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from runtime.cli import main as anydoor
+
+    build(u2net(tmp_path), output=tmp_path / "bundle")
+    printed = capsys.readouterr().out
+    wrap = "U2Net: stretched to 320 x 320, divided by its largest value, mean 0.485 0.456 0.406, deviation"
+    assert wrap in printed
+    assert "system: segmenter, fp32, 320 px" in printed
+    assert anydoor(["doctor", str(tmp_path / "bundle"), "--backend", "onnxruntime"]) == 0
+    printed = capsys.readouterr().out
+    assert f"wrap: {wrap}" in printed
+    assert "sound; largest error against the network" in printed
+
+
+def test_what_sizes_do_not_say_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = salient(tmp_path / "rmbg.onnx", HALF, 1024)
+    assert main([str(network), "--quiet"]) == 2
+    assert "say --normalise imagenet (BiRefNet, RMBG-2.0), half" in capsys.readouterr().err
+    bundle = build(network, output=tmp_path / "bundle", options=("--normalise", "half"))
+    assert bundle.manifest.architecture["wrap"] == (
+        "main object: stretched to 1024 x 1024, mean 0.5 0.5 0.5, deviation 1 1 1"
+    )
+
+
+def no_picture(folder: Path) -> list[Path]:
+    network = Network()
+    network.add("Neg", "tokens", to="more")
+    return [network.save(folder / "text.onnx", [("tokens", (1, 77))], [("more", (1, 77))])]
+
+
+def strangers(folder: Path) -> list[Path]:
+    return [u2net(folder), sam(folder)[1]]
+
+
+def damaged(folder: Path) -> list[Path]:
+    (folder / "cut.onnx").write_bytes(u2net(folder).read_bytes()[:-100])
+    return [folder / "cut.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("files", "refusal"),
+    [
+        (no_picture, "takes 'tokens' (1, 77): pictures are (1, 3, S, S)"),
+        (lambda folder: [sam(folder)[1]], "comes in two files, its encoder and its decoder; give both"),
+        (strangers, "are no encoder and decoder that are known"),
+        (damaged, "cannot read the network"),
+        (lambda folder: [folder / "none.onnx"], "No such file"),
+    ],
+)
+def test_what_is_no_known_network_is_refused(
+    files: Callable[[Path], list[Path]], refusal: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AnyDoorError) as caught:
+        SegmenterSource.open(files(tmp_path))
+    assert refusal in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        (["u2net.onnx", "--resolution", "512"], "--resolution goes with a checkpoint"),
+        (["model.ckpt", "decoder.onnx"], "'decoder.onnx' goes with a network that cuts out objects"),
+        (["model.ckpt", "--normalise", "half"], "--normalise goes with a network that cuts out objects"),
+    ],
+)
+def test_flags_of_others_are_refused(
+    options: list[str], refusal: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 2
+    assert refusal in capsys.readouterr().err
+
+
+def test_every_normalisation_can_be_named() -> None:
+    from export.segmenters import command
+
+    assert set(command.NORMALISATIONS) == set(NORMALISATIONS)

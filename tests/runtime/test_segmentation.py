@@ -1,0 +1,163 @@
+"""Objects are found: by networks, by clicks and boxes, and in front of plain backgrounds without either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engines.errors import BundleError
+from engines.options import EngineOptions
+from runtime.compositor import Compositor
+from runtime.errors import InputError, MissingModelError
+from runtime.request import Placement, Sampling
+from runtime.segmentation import Segmenter
+from tests.support.segmenters import GREY, WHITE, bright_things
+
+CPU = EngineOptions(backend="onnxruntime", device="cpu", threads=1)
+BOX = (10, 8, 60, 50)
+SCENE = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def segmenter(segmenter_bundles: tuple[Path, Path]) -> Segmenter:
+    return Segmenter.load(*segmenter_bundles, options=CPU)
+
+
+def rectangle(place: tuple[slice, slice]) -> np.ndarray:
+    mask = np.zeros((48, 96), bool)
+    mask[place] = True
+    return mask
+
+
+def overlap(found: np.ndarray, place: tuple[slice, slice]) -> float:
+    """Intersection over union."""
+    expected = rectangle(place)
+    return float((found & expected).sum() / (found | expected).sum())
+
+
+def test_the_main_object_is_one_piece(segmenter: Segmenter) -> None:
+    picture = bright_things()
+    picture[2:5, 90:93] = 255
+    picture[GREY] = 0
+    assert overlap(segmenter.mask(picture), WHITE) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("clicks", "place"),
+    [
+        ([(20, 20)], WHITE),
+        ([(70, 30, True)], GREY),
+        ([(20, 20), (30, 30), (70, 30, False)], WHITE),
+    ],
+)
+def test_what_is_clicked_on(
+    segmenter: Segmenter, clicks: Sequence[Sequence[int]], place: tuple[slice, slice]
+) -> None:
+    found = segmenter.mask(bright_things(), clicks)
+    assert found.shape == (48, 96)
+    assert overlap(found, place) > 0.8
+
+
+def test_what_is_in_a_box(segmenter: Segmenter) -> None:
+    assert overlap(segmenter.mask(bright_things(), box=(56, 14, 88, 40)), GREY) > 0.8
+
+
+def test_a_tall_picture_keeps_its_proportions(segmenter: Segmenter) -> None:
+    found = segmenter.mask(bright_things().transpose(1, 0, 2), [(20, 20)])
+    assert overlap(found.T, WHITE) > 0.8
+
+
+def test_without_networks_plain_backgrounds_are_enough() -> None:
+    picture = np.full((60, 80, 3), 230, np.uint8)
+    picture[20:40, 30:50] = (20, 90, 200)
+    found = Segmenter().mask(Image.fromarray(picture))
+    np.testing.assert_array_equal(found, (picture != 230).all(axis=2))
+
+
+@pytest.mark.parametrize(
+    ("clicks", "refusal"),
+    [
+        ([(96, 0)], "the click 96,0 lies outside the picture, which has 96 x 48 pixels"),
+        ([(3, -1)], "the click 3,-1 lies outside"),
+        ([(3, 3, False)], "no click is on the object"),
+        ([], "no click is on the object"),
+        ([(0.5, 3)], "a click is x,y in whole pixels"),
+        ([(3, 3)] * 31, "31 clicks are given; at most 30 are used"),
+        ([(20, 20), (22, 22, False)], "no object is found there"),
+    ],
+)
+def test_clicks_that_find_nothing(
+    segmenter: Segmenter, clicks: Sequence[Sequence[int]], refusal: str
+) -> None:
+    with pytest.raises(InputError, match=refusal):
+        segmenter.mask(bright_things(), clicks)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(
+        MissingModelError, match=r"not plain.*give a mask, transparency, or --segmenter BUNDLE"
+    ):
+        Segmenter().mask(SCENE)
+    with pytest.raises(MissingModelError, match=r"no segmenter for clicks is loaded.*--segmenter BUNDLE"):
+        Segmenter().mask(SCENE, [(3, 3)])
+    with pytest.raises(InputError, match="no object is found in the picture"):
+        Segmenter().mask(np.full((40, 40, 3), 128, np.uint8))
+
+
+def test_bundles_of_the_wrong_kind(segmenter_bundles: tuple[Path, Path], example_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="is no segmenter"):
+        Segmenter.load(example_bundle, options=CPU)
+    with pytest.raises(BundleError, match="both find the main object: give one of them"):
+        Segmenter.load(segmenter_bundles[0], segmenter_bundles[0], options=CPU)
+    with pytest.raises(BundleError, match="is a segmenter: give it with --segmenter"):
+        Compositor.load(segmenter_bundles[0], CPU)
+
+
+def test_a_reference_is_cut_out(segmenter: Segmenter, example_bundle: Path) -> None:
+    compositor = Compositor.load(example_bundle, CPU, segmenter=segmenter)
+
+    def drawn(**how: object) -> bytes:
+        placement = Placement(bright_things(), box=BOX, **how)  # type: ignore[arg-type]
+        return compositor.composite(SCENE, placement, seed=3, sampling=Sampling(steps=1)).tobytes()
+
+    clicks = [(20, 20)]
+    assert drawn(reference_clicks=clicks) == drawn(reference_mask=segmenter.mask(bright_things(), clicks))
+    assert drawn(reference_mask="auto") == drawn(reference_mask=segmenter.mask(bright_things()))
+    with pytest.raises(InputError, match="either a mask or clicks") as caught:
+        drawn(reference_mask="auto", reference_clicks=clicks)
+    assert caught.value.field == "placements[0].reference_clicks"
+    with pytest.raises(InputError, match="lies outside the reference") as caught:
+        drawn(reference_clicks=[(300, 2)])
+    assert caught.value.field == "placements[0].reference_clicks"
+
+
+def test_a_turned_reference_is_cut_out_upright(
+    segmenter: Segmenter, example_bundle: Path, tmp_path: Path
+) -> None:
+    stored = Image.fromarray(np.rot90(bright_things()))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown a quarter turn to the right
+    stored.save(tmp_path / "turned.png", exif=exif)
+    compositor = Compositor.load(example_bundle, CPU, segmenter=segmenter)
+    drawn = [
+        compositor.composite(
+            SCENE,
+            Placement(reference, box=BOX, reference_clicks=[(20, 20)]),
+            seed=3,
+            sampling=Sampling(steps=1),
+        ).tobytes()
+        for reference in (tmp_path / "turned.png", bright_things())
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_networks_and_compositor_share_the_memory(segmenter: Segmenter) -> None:
+    assert segmenter.nbytes > 1000
+    assert (
+        segmenter.beside(EngineOptions(memory_budget=1 << 30)).memory_budget == (1 << 30) - segmenter.nbytes
+    )
+    assert segmenter.beside(CPU) == CPU
