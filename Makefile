@@ -1,5 +1,6 @@
 # make demo   the main job, on a machine with Python and make alone
 # make test   formatter, linter, types, import rules, tests
+# make browser  the studio in Chromium
 # make gpu    what only an NVIDIA card can show; ARGS=--help says how
 # make lock   docker/*.lock: the hash of everything that the images install
 # make sbom   build/sbom/*.json: the same as CycloneDX bills of materials
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DEMO_BUNDLE := examples/anydoor-small
 DEMO_PICTURE := build/demo.png
 
-.PHONY: demo test gpu lock sbom dev check proto nightly versions bindings format clean
+.PHONY: demo test browser gpu lock sbom dev check proto nightly versions bindings format clean
 
 demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
@@ -23,6 +24,11 @@ demo: $(VENV)/.lean
 
 test: $(VENV)/.dev check
 	$(BIN)/python -m pytest -n 3
+
+# the studio in Chromium, which must be there: apt-get install chromium. Screenshots in build/studio
+browser: $(VENV)/.dev
+	cd tests/browser && npm install --silent --no-audit --no-fund
+	cd tests/browser && PYTHON=$(abspath $(BIN))/python npm test --silent
 
 # needs nothing of this project installed: PYTHON is one that has onnxruntime-gpu
 gpu:

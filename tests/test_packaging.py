@@ -15,6 +15,7 @@ import pytest
 from runtime.cli import BUILT_IN, GROUP
 
 ROOT = Path(__file__).parents[1]
+STUDIO = "runtime/server/http/studio"
 FOLDERS = ("engines", "runtime", "export", "training", "benchmarks", "tests", "examples")
 FILES = ("pyproject.toml", "README.md", "LICENSE", "anydoor_command.py")
 
@@ -47,6 +48,7 @@ def test_it_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     recipes = list((ROOT / "training" / "recipes").glob("*.toml"))
     assert recipes
     wanted = {path.relative_to(ROOT).as_posix() for path in (*modules, *recipes)}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / STUDIO).iterdir()}
     assert not wanted - set(wheel.namelist())
 
 

@@ -32,6 +32,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "reshape": ("runtime.cli.edits.reshape", "cpu"),
     "swap": ("runtime.cli.edits.swap", "cpu"),
     "try-on": ("runtime.cli.edits.try_on", "cpu"),
+    "studio": ("runtime.cli.studio", "cpu,http"),
     "serve": ("runtime.cli.serve", "cpu,serve"),
     "doctor": ("runtime.cli.doctor", "cpu"),
     "sign": ("runtime.cli.sign", "cpu,sign"),

@@ -256,6 +256,7 @@ class Server:
             self._jobs,
             settings.max_message_bytes,
             settings.cors,
+            settings.studio,
         )
         self._door = Door(settings.http, app, self.access.tls_context(), settings.max_connections)
 

@@ -65,6 +65,7 @@ class Settings:
         metavar="ADDRESS",
     )
     http: str = _setting("", "address for HTTP, host:port; none if not given", metavar="ADDRESS")
+    studio: bool = _setting(False, "a page at /studio, over HTTP, to try it with a mouse")
     cors: tuple[str, ...] = _setting(
         (), "web page that may call over HTTP, like https://example.org; may be repeated", metavar="ORIGIN"
     )
@@ -168,10 +169,7 @@ class Settings:
             raise InputError("require_signature and trusted_key are only of use together")
         if self.tls_client_ca and not self.tls_certificate:
             raise InputError("tls_client_ca needs tls_certificate and tls_key")
-        if (self.cors or self.job_folder) and not self.http:
-            raise InputError(f"{'cors' if self.cors else 'job_folder'} needs http")
-        if self.job_folder and not os.path.isdir(self.job_folder):
-            raise InputError(f"job_folder: there is no folder '{self.job_folder}'")
+        self._check_http()
         if self.metrics_token and not self.tokens:
             raise InputError("metrics_token needs tokens")
         # a message is parsed, and its fields are copied
@@ -181,6 +179,13 @@ class Settings:
                 f"not {self.memory_for_requests}"
             )
         self._check_addresses()
+
+    def _check_http(self) -> None:
+        for name in ("studio", "cors", "job_folder"):
+            if getattr(self, name) and not self.http:
+                raise InputError(f"{name} needs http")
+        if self.job_folder and not os.path.isdir(self.job_folder):
+            raise InputError(f"job_folder: there is no folder '{self.job_folder}'")
 
     def _check_addresses(self) -> None:
         """Refuses to be open to strangers by mistake."""

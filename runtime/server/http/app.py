@@ -7,14 +7,16 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from runtime.server.call import Call
@@ -26,7 +28,22 @@ from runtime.server.http.images import Images
 from runtime.server.http.jobs import Jobs
 from runtime.server.http.openapi import document
 
+STUDIO = "/studio"
+
 Method = Callable[[bytes, Call], Awaitable[None]]
+
+
+class _Page(StaticFiles):
+    """The studio's files; the page asks nobody but this server."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers["content-security-policy"] = (
+            "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; form-action 'none'"
+        )
+        response.headers["cache-control"] = "no-cache"
+        response.headers["x-content-type-options"] = "nosniff"
+        return response
 
 
 class Endpoint:
@@ -62,6 +79,7 @@ def new_app(
     jobs: Jobs,
     max_bytes: int,
     origins: Sequence[str],
+    studio: bool,
 ) -> Starlette:
     """The ASGI application.
 
@@ -73,6 +91,7 @@ def new_app(
         jobs: answers what is fetched later.
         max_bytes: of a body.
         origins: web pages that may call, like https://example.org; none if empty.
+        studio: whether the page is there.
     """
 
     def endpoint(verb: str, path: str, method: Method) -> Route:
@@ -87,7 +106,7 @@ def new_app(
     async def described(request: Request) -> Response:
         return JSONResponse(document())
 
-    routes = [
+    routes: list[BaseRoute] = [
         endpoint("POST", "/v1/composite", composites.composite),
         endpoint("POST", "/v1/draw", composites.draw),
         endpoint("GET", "/v1/model", composites.model),
@@ -104,6 +123,9 @@ def new_app(
         Route("/readyz", ready),
         Route("/openapi.json", described),
     ]
+    if studio:
+        routes.append(Mount(STUDIO, _Page(directory=Path(__file__).with_name("studio"), html=True)))
+        routes.append(Route("/", lambda request: RedirectResponse(f"{STUDIO}/")))
     cross_origin = Middleware(
         CORSMiddleware,
         allow_origins=list(origins),

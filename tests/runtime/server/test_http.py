@@ -355,6 +355,7 @@ def test_heads_that_do_not_come_are_not_waited_for(address: str, monkeypatch: py
         ({"http": "0.0.0.0:8000"}, "http: '0.0.0.0:8000' can be reached from other machines"),
         ({"cors": ["https://example.org"]}, "cors needs http"),
         ({"job_folder": "."}, "job_folder needs http"),
+        ({"studio": True}, "studio needs http"),
         ({"http": "127.0.0.1:0", "job_folder": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all'"),
     ],
 )
@@ -385,6 +386,17 @@ def test_the_commands_of_the_documentation_run(tmp_path: Path) -> None:
             done = subprocess.run(quietly, check=False, capture_output=True, text=True, cwd=root)
             assert done.returncode == 0, done.stderr + done.stdout
     assert Image.open(tmp_path / "out.png").size == (400, 300)
+
+
+def test_the_studio_is_there_where_it_is_asked_for(tiny_bundle: Path, address: str) -> None:
+    assert get(address, "/studio/").status == 404
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", studio=True) as server:
+        page = get(http_address(server), "/studio/")
+        assert b"<title>AnyDoor Studio</title>" in page.content
+        assert page.headers["content-security-policy"].startswith("default-src 'self'")
+        for name in re.findall(r'(?:src|href)="([\w.]+)"', page.content.decode()):
+            assert get(http_address(server), f"/studio/{name}").status == 200, name
+        assert get(http_address(server), "/").status == 307
 
 
 def test_the_description_has_every_path(address: str, server: ServerThread) -> None:

@@ -1,0 +1,60 @@
+"""`anydoor studio`: serves a page on this machine, and opens it."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+import urllib.request
+import webbrowser
+
+from runtime.cli import serve as server
+
+NAME = "studio"
+HELP = "Try a bundle with a mouse: serve a page on this machine, and open it"
+EXAMPLES = """
+anydoor studio --bundle examples/anydoor-small
+anydoor studio --http 127.0.0.1:9000 --no-browser
+"""
+
+ADDRESS = "127.0.0.1:8000"
+_SECONDS_BETWEEN = 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `anydoor serve`, and --no-browser."""
+    server.add_arguments(parser)
+    parser.add_argument("--no-browser", action="store_true", help="do not open the page")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serves until Ctrl-C; returns the exit code.
+
+    Raises:
+        AnyDoorError: a setting or a package cannot be used.
+    """
+    options.studio = True
+    options.http = options.http or ADDRESS
+    options.log_level = options.log_level or "warning"
+    scheme = "https" if options.tls_certificate else "http"
+    url = f"{scheme}://{options.http}/studio/"
+    threading.Thread(target=_announce, args=(url, not options.no_browser), daemon=True).start()
+    return server.run(options)
+
+
+def _announce(url: str, is_opened: bool) -> None:
+    """Says where the page is, when it is there."""
+    while not _answers(url):
+        time.sleep(_SECONDS_BETWEEN)
+    print(f"The studio is at {url}   (Ctrl-C ends it)", flush=True)
+    if is_opened:
+        webbrowser.open(url)
+
+
+def _answers(url: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=5):
+            return True
+    except OSError as error:
+        return "CERTIFICATE" in str(error)  # it is there, under a name that this machine does not trust

@@ -1,0 +1,60 @@
+// What the page asks of the server: its model, and pictures with events on the way (docs/http.md).
+
+export class Refused extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+let token = "";
+
+export function setToken(value) {
+  token = value.trim();
+}
+
+export async function model() {
+  return (await ask("/v1/model", {})).json();
+}
+
+// Yields [name, fields] of each event; `signal` cancels, which ends the work on the server, too.
+export async function* pictures(form, path, signal) {
+  const answer = await ask(path, { method: "POST", body: form, signal, headers: { accept: "text/event-stream" } });
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  let ended = false;
+  for (;;) {
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
+    if (done) break;
+    text += value;
+    for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) {
+      const [first, second] = text.slice(0, end).split("\n");
+      const name = first.replace("event: ", "");
+      const fields = JSON.parse(second.replace("data: ", ""));
+      if (name === "error") throw new Refused(fields.error.message, 0);
+      ended ||= name === "result";
+      yield [name, fields];
+    }
+  }
+  if (!ended) throw new Refused("The connection was lost before the picture was finished.", 0);
+}
+
+async function ask(path, options) {
+  const headers = { ...options.headers };
+  if (token) headers.authorization = `Bearer ${token}`;
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The server cannot be reached. It may have stopped; try again in a moment.", 0);
+  }
+  if (answer.ok) return answer;
+  const found = await answer.json().catch(() => null);
+  const message = found?.error?.message ?? `The server answered ${answer.status}.`;
+  const later = answer.headers.get("retry-after");
+  throw new Refused(later && answer.status === 429 ? `${message} (queue full)` : message, answer.status);
+}

@@ -1,0 +1,36 @@
+"""`anydoor studio`: the server's process, and the page that it announces."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+from tests.support.serving import PATIENCE
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_page_is_announced_when_it_is_there(tiny_bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    flags = ["--bundle", str(tiny_bundle), "--listen", "127.0.0.1:0", "--http", f"127.0.0.1:{port}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "runtime", "studio", *flags, "--no-browser"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        assert line == f"The studio is at http://127.0.0.1:{port}/studio/   (Ctrl-C ends it)\n"
+        with urllib.request.urlopen(line.split()[4], timeout=PATIENCE) as page:
+            assert b"AnyDoor Studio" in page.read()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
