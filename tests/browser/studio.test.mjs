@@ -167,21 +167,36 @@ test("it is accessible, in light, in the dark and on a phone", async () => {
 
 test("what is refused, a full queue, cancelling, and a server that is gone are said", async () => {
   const small = await serve("--queue", "0", "--max-batch", "1");
-  const [{ page }, { page: other }] = [await open(small.url), await open(small.url)];
+  const { page } = await open(small.url);
   await prepare(page, "1000");
   await page.locator("#steps").evaluate((input) => (input.max = ""));
   await page.locator("#start").click();
   await page.getByText("steps must be a whole number from 1 to 100").waitFor();
+
+  const busy = new AbortController();
+  const form = new FormData();
+  form.append("scene", new Blob([readFileSync(SCENE)]), "scene.png");
+  form.append("reference", new Blob([readFileSync(OBJECT)]), "object.png");
+  for (const [name, value] of [["box", "10,10,90,90"], ["num_images", "8"], ["sampling.steps", "100"]]) form.append(name, value);
+  const asked = { method: "POST", body: form, signal: busy.signal, headers: { accept: "text/event-stream" } };
+  const other = await fetch(new URL("/v1/composite", small.url), asked); // its first event has come: it is accepted
   await page.locator("#steps").fill("100");
   await page.locator("#start").click();
-  await page.getByText(/step \d+ of 100/).waitFor();
-  await prepare(other);
-  await other.locator("#start").click();
-  await other.getByText("queue full").waitFor();
+  await page.getByText("queue full").waitFor();
+  await page.screenshot({ path: join(SHOTS, "full.png") });
+  busy.abort();
+  await other.text().catch(() => {});
+
+  const begin = async () => {
+    while (!(await page.getByText(/step \d+ of 100/).isVisible())) {
+      if (await page.locator("#start").isEnabled()) await page.locator("#start").click();
+      await page.waitForTimeout(100);
+    }
+  };
+  await begin();
   await page.locator("#cancel").click();
   await page.waitForFunction(() => document.getElementById("progress").hidden);
-  await page.locator("#start").click();
-  await page.getByText(/step \d+ of 100/).waitFor();
+  await begin();
   small.stop("SIGKILL");
   await page.locator("#message").filter({ hasText: /connection was lost|cannot be reached|network/i }).waitFor();
   await page.screenshot({ path: join(SHOTS, "gone.png") });
