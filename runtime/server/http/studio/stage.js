@@ -26,6 +26,7 @@ export class Stage {
     this.result = null;
     this.canvas.width = image.width;
     this.canvas.height = image.height;
+    this.canvas.style.width = `min(100%, ${(75 * image.width) / image.height}vh)`;
     this.draw();
   }
 
