@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from engines.options import EngineOptions
-from runtime.imaging.clicks import Click
 from runtime.sizes import size_flag
 
 DEFAULT_BUNDLE = "build/engines/anydoor"
@@ -50,7 +49,7 @@ def add_segmenter_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def parse_click(text: str) -> Click:
+def parse_click(text: str) -> tuple[int, int, bool]:
     """`x,y` on the object, or `!x,y` beside it.
 
     Raises:
@@ -63,7 +62,7 @@ def parse_click(text: str) -> Click:
             f"'{text}' is not a click: two whole numbers x,y are expected, like 120,80, or !120,80 for "
             "what is not meant"
         ) from error
-    return Click(x, y, not text.startswith("!"))
+    return x, y, not text.startswith("!")
 
 
 def parse_box(text: str) -> tuple[int, int, int, int]:

@@ -102,10 +102,7 @@ class Server:
         own = self.batcher if inpaints(compositor) else None
         self.filler = Batcher(filler, **common, max_batch=1, workers=1) if filler else own
         """What fills the holes of edits."""
-        self.metrics.queued.set_function(lambda: sum(not each.starts for each in self.batcher.tickets))
-        self.metrics.running.set_function(lambda: sum(each.running for each in self.batcher.tickets))
-        self.metrics.cache_bytes.set_function(compositor.system.kept_bytes)
-        self.metrics.request_bytes.set_function(lambda: self.ledger.taken)
+        self._show_metrics()
         self.health = Health((NAME,))
         service = CompositorService(self.batcher, settings, self.filler)
         self._grpc.add_generic_rpc_handlers((service.handler(), self.health.handler()))
@@ -113,6 +110,13 @@ class Server:
             self._open_http(service)
         self.http_address = self._door.address if self._door else None
         reflection.enable_server_reflection((NAME, SERVICE, reflection.SERVICE_NAME), self._grpc)
+
+    def _show_metrics(self) -> None:
+        metrics, batcher = self.metrics, self.batcher
+        metrics.queued.set_function(lambda: sum(not each.starts for each in batcher.tickets))
+        metrics.running.set_function(lambda: sum(each.running for each in batcher.tickets))
+        metrics.cache_bytes.set_function(batcher.compositor.system.kept_bytes)
+        metrics.request_bytes.set_function(lambda: self.ledger.taken)
 
     async def start(self) -> None:
         """Answers calls, and loads the graphs; health is SERVING when that is done.

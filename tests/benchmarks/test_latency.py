@@ -39,7 +39,8 @@ from benchmarks.support.measurement import LEAST_PSNR, Measurement, Report, spee
 from benchmarks.support.peaks import Peak
 from engines.engine import Observer
 from engines.errors import AnyDoorError
-from runtime.systems.stable_diffusion import ENCODE, TEXT_ENCODER
+from runtime.systems.inpainting import ENCODE
+from runtime.systems.stable_diffusion import TEXT_ENCODER
 from tests.support.anydoor import CONTROL, DECODE, DENOISE
 from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
 

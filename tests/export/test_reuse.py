@@ -87,6 +87,7 @@ def test_a_bundle_of_copies_is_the_one_that_a_build_makes(tmp_path: Path, export
     assert without_times(copied) == without_times(fresh)
 
 
+@pytest.mark.nightly
 def test_what_a_lora_changes_is_exported_anew(tmp_path: Path, exported: list[str]) -> None:
     _, fresh = base()
     build(tmp_path / "subject", fresh, unet_lora(tmp_path / "cup.safetensors"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime.errors import InputError
-from training.config import DreamBoothRecipe, ImprintRecipe, Recipe, read_recipe
+from training.config import DreamBoothRecipe, ImprintRecipe, Recipe, StableDiffusionRecipe, read_recipe
 from training.data.pairs import PairRules
 from training.network.imprint import Imprint
 from training.network.modules import AnyDoor
@@ -21,7 +21,11 @@ RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.to
 def test_every_recipe_can_be_read(path: Path) -> None:
     recipe = read_recipe(path)
     if isinstance(recipe, DreamBoothRecipe):
-        assert (recipe.subject.prompt, recipe.subject.steps) == ("a hmv cup", 1000)
+        expected = {"dreambooth": ("a hmv cup", 1000), "dreambooth-small": ("a gzj mug", 300)}
+        assert (recipe.subject.prompt, recipe.subject.steps) == expected[path.stem]
+        return
+    if isinstance(recipe, StableDiffusionRecipe):
+        assert recipe.resolution % 2 ** (len(recipe.architecture.vae_channels) - 1) == 0
         return
     assert recipe.pairs.resolution % recipe.architecture.latent_factor == 0
     with torch.device("meta"):

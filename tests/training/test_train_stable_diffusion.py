@@ -24,7 +24,8 @@ RECIPE = Path("training/recipes/stable-diffusion-small.toml")
 def short(folder: Path, **changes: str) -> Path:
     """The recipe of the small model, a few steps long."""
     text = RECIPE.read_text("utf-8")
-    settings = {"objects": "2", "pairs": "6", "steps": "2", "batch": "2", "save_every": "1", **changes}
+    settings = {"objects": "2", "pairs": "6", "steps": "2", "batch": "2", "save_every": "1"}
+    settings |= {"warmup": "1", "ema": "0.1", **changes}
     lines = []
     for line in text.splitlines():
         name = line.partition(" = ")[0]

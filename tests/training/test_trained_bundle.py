@@ -35,6 +35,7 @@ SIDE, STEPS, GUIDANCE, SEED = 64, 4, 2.0, 3
 
 
 @pytest.mark.parametrize("prediction", [pytest.param("epsilon", marks=pytest.mark.nightly), "v"])
+@pytest.mark.nightly
 def test_what_was_trained_is_what_is_served(prediction: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AnyDoor(replace(TINY, prediction=prediction))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from export.build_engines import main as build
 from runtime import Placement, Request, Sampling
@@ -17,6 +18,7 @@ from training.train import main as train
 BOX = Box(30, 20, 70, 60)
 
 
+@pytest.mark.nightly
 def test_a_trained_subject_is_placed_into_a_scene(tmp_path: Path) -> None:
     path = recipe(tmp_path, inpaint=True, prior_weight=0.0, steps=1, text_encoder="true")
     assert train([str(path), "--folder", str(tmp_path / "run")]) == 0

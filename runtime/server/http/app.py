@@ -97,16 +97,8 @@ def new_app(
     def endpoint(verb: str, path: str, method: Method) -> Route:
         return Route(path, Endpoint(gate, f"{verb} {path}", method, max_bytes), methods=[verb])
 
-    async def alive(request: Request) -> Response:
-        return _health(health.is_alive)
-
-    async def ready(request: Request) -> Response:
-        return _health(health.is_ready)
-
-    async def described(request: Request) -> Response:
-        return JSONResponse(document())
-
     routes: list[BaseRoute] = [
+        *_health_routes(health),
         endpoint("POST", "/v1/composite", composites.composite),
         endpoint("POST", "/v1/draw", composites.draw),
         endpoint("GET", "/v1/model", composites.model),
@@ -119,9 +111,6 @@ def new_app(
         endpoint("DELETE", "/v1/jobs/{id}", jobs.cancel),
         endpoint("GET", "/v1/jobs/{id}/events", jobs.follow),
         endpoint("GET", "/v1/jobs/{id}/result", jobs.result),
-        Route("/healthz", alive),
-        Route("/readyz", ready),
-        Route("/openapi.json", described),
     ]
     if studio:
         routes.append(Mount(STUDIO, _Page(directory=Path(__file__).with_name("studio"), html=True)))
@@ -135,6 +124,21 @@ def new_app(
     )
     handlers: dict[Any, Any] = dict.fromkeys((404, 405), _refuse)
     return Starlette(routes=routes, middleware=[cross_origin] if origins else [], exception_handlers=handlers)
+
+
+def _health_routes(health: Health) -> list[BaseRoute]:
+    """Paths that need no token, and the description."""
+
+    async def alive(request: Request) -> Response:
+        return _health(health.is_alive)
+
+    async def ready(request: Request) -> Response:
+        return _health(health.is_ready)
+
+    async def described(request: Request) -> Response:
+        return JSONResponse(document())
+
+    return [Route("/healthz", alive), Route("/readyz", ready), Route("/openapi.json", described)]
 
 
 def _health(is_well: bool) -> Response:

@@ -36,7 +36,9 @@ def model(architecture: ImprintArchitecture, precision: str) -> ir.Model:
     ("architecture", "precision", "attentions", "kept"),
     [
         (NARROW, "fp32", 4, {}),
-        (WIDE, "fp16", 1, {"heads of 512 channels are wider than 256": 2}),
+        pytest.param(
+            WIDE, "fp16", 1, {"heads of 512 channels are wider than 256": 2}, marks=pytest.mark.nightly
+        ),
     ],
     ids=["CLIP", "DINOv2"],
 )

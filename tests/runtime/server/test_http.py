@@ -19,8 +19,7 @@ import pytest
 import trustme
 from PIL import Image
 
-from runtime import Compositor, InputError, Placement, Sampling
-from runtime.server.settings import settings_from
+from runtime import Compositor, Placement, Sampling
 from tests.support.http import get, post, post_form, request
 from tests.support.serving import BOX, OBJECT, PATIENCE, SCENE, ServerThread, held_compositor, wait_until
 
@@ -220,7 +219,9 @@ def test_names_of_a_form_that_do_not_fit(address: str) -> None:
 
 
 def test_a_body_that_is_too_large(address: str) -> None:
-    answer = post(address, "/v1/composite", fields(prompt="x" * (1 << 20)))
+    # what is announced is enough: a client that sends it all may not get to read the answer
+    head = {"content-type": "application/json", "content-length": str(2 << 20)}
+    answer = request(address, "POST", "/v1/composite", b"{", head)
     assert answer.status == 413
     assert "the most that are accepted" in answer.error["message"]
 
@@ -347,27 +348,6 @@ def test_heads_that_do_not_come_are_not_waited_for(address: str, monkeypatch: py
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
             connection.sendall(begun)
             assert connection.recv(100) == b""
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"http": "0.0.0.0:8000"}, "http: '0.0.0.0:8000' can be reached from other machines"),
-        ({"cors": ["https://example.org"]}, "cors needs http"),
-        ({"job_folder": "."}, "job_folder needs http"),
-        ({"studio": True}, "studio needs http"),
-        ({"http": "127.0.0.1:0", "job_folder": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all'"),
-    ],
-)
-def test_settings_that_cannot_work(given: dict[str, Any], text: str) -> None:
-    with pytest.raises(InputError, match=text):
-        settings_from(given, None, "bundle")
-
-
-@pytest.mark.parametrize("address", ["8000", "localhost:", "localhost:99999", "localhost:http"])
-def test_addresses_that_cannot_be_bound(tiny_bundle: Path, address: str) -> None:
-    with pytest.raises(InputError, match=r"HTTP at|http must be host:port"):
-        ServerThread(tiny_bundle, http=address).__enter__()
 
 
 # --- documentation ----------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_specks_travel(here: Compositor, there: Client) -> None:
             placement = Placement(OBJECT, mask=stray, mode="keep_background", keep_specks=keep_specks)
             (result,) = compositor.run(Request(scene_array(), [placement], 7, STEPS))
             regions[keep_specks] = result.regions[0]
-            assert ["specks" in text for text in result.warnings] == [True] * (not keep_specks)
+            assert any("specks" in text for text in result.warnings) == (not keep_specks)
         assert regions[False].x1 < 45
         assert regions[True].x1 > 70
 

@@ -57,7 +57,10 @@ def difference(found: Any, expected: Any) -> int:
     return int(np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max())
 
 
-@pytest.mark.parametrize(("prediction", "guidance_scale"), [("epsilon", 7.5), ("epsilon", 3.0), ("v", 7.5)])
+@pytest.mark.parametrize(
+    ("prediction", "guidance_scale"),
+    [("epsilon", 7.5), ("epsilon", 3.0), pytest.param("v", 7.5, marks=pytest.mark.nightly)],
+)
 def test_a_drawing_is_that_of_diffusers(prediction: Literal["epsilon", "v"], guidance_scale: float) -> None:
     pipe = pipeline("2.x", prediction_type="v_prediction" if prediction == "v" else "epsilon")
     expected = drawn_by_diffusers(pipe, guidance_scale, start_noise())

@@ -1,0 +1,33 @@
+"""What `anydoor serve --http` refuses before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import InputError
+from runtime.server.settings import settings_from
+from tests.support.serving import ServerThread
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"http": "0.0.0.0:8000"}, "http: '0.0.0.0:8000' can be reached from other machines"),
+        ({"cors": ["https://example.org"]}, "cors needs http"),
+        ({"job_folder": "."}, "job_folder needs http"),
+        ({"studio": True}, "studio needs http"),
+        ({"http": "127.0.0.1:0", "job_folder": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all'"),
+    ],
+)
+def test_settings_that_cannot_work(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        settings_from(given, None, "bundle")
+
+
+@pytest.mark.parametrize("address", ["8000", "localhost:", "localhost:99999", "localhost:http"])
+def test_addresses_that_cannot_be_bound(tiny_bundle: Path, address: str) -> None:
+    with pytest.raises(InputError, match=r"HTTP at|http must be host:port"):
+        ServerThread(tiny_bundle, http=address).__enter__()
