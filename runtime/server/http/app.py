@@ -62,6 +62,7 @@ class Endpoint:
         task = asyncio.ensure_future(
             self._gate.answer(context, self._name, self._method, has_message=has_message)
         )
+        context.task = task
         try:
             await asyncio.wait({task})
         finally:

@@ -57,6 +57,8 @@ class HttpContext:
         self._status = HTTPStatus.OK
         self._answer_headers: dict[str, str] = {}
         self._is_started = self._is_finished = False
+        self.task: asyncio.Task[None] | None = None
+        """Answers the call; cancelled when the client goes away."""
         self._watch: asyncio.Task[None] | None = None
         self._refusal: HTTPStatus | None = None
 
@@ -113,19 +115,18 @@ class HttpContext:
                 raise self._too_large()
             if not message.get("more_body"):
                 break
-        task = asyncio.current_task()
-        assert task is not None
-        self._watch = asyncio.ensure_future(self._cancel_when_gone(task))
+        self._watch = asyncio.ensure_future(self._cancel_when_gone())
         return bytes(content)
 
     def _too_large(self) -> InputError:
         self._refusal = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         return InputError(f"the body has more than {self._max_bytes:,} bytes, the most that are accepted")
 
-    async def _cancel_when_gone(self, task: asyncio.Task[Any]) -> None:
+    async def _cancel_when_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        task.cancel()
+        if self.task:
+            self.task.cancel()
 
     # --- the answer ---------------------------------------------------------------------------------------
 

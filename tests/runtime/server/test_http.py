@@ -280,13 +280,16 @@ def test_a_full_queue_says_when_to_come_again(tiny_bundle: Path) -> None:
 
 
 def test_whoever_goes_away_ends_the_work(server: ServerThread, address: str) -> None:
+    cancelled = server.server.metrics.requests.labels("POST /v1/composite", "CANCELLED")
+    before = cancelled._value.get()
     server.engine.hold()
     connection = http.client.HTTPConnection(address, timeout=PATIENCE)
     body = json.dumps(fields(sampling={"steps": 50}))
     connection.request("POST", "/v1/composite", body, {"content-type": "application/json"})
     server.engine.wait_for_steps(len(server.engine.steps) + 1)
     connection.close()
-    wait_until(lambda: not server.server.batcher.tickets)
+    wait_until(lambda: cancelled._value.get() == before + 1)
+    assert not server.server.batcher.tickets
     server.engine.release()
     assert get(address, "/readyz").status == 200
 

@@ -144,9 +144,9 @@ def test_reflection_lists_the_service(server: ServerThread) -> None:
         "CompositeStream",
         "Draw",
         "DrawStream",
-        "Segment",
         "Edit",
         "EditStream",
+        "Segment",
         "GetModelInfo",
     ]
 
