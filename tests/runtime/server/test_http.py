@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -356,6 +357,7 @@ def test_heads_that_do_not_come_are_not_waited_for(address: str, monkeypatch: py
 # --- documentation ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_commands_of_the_documentation_run(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     text = (root / "docs" / "http.md").read_text("utf-8")
