@@ -186,15 +186,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             context: the call.
             name: what logs and metrics call its method.
             serve: answers it.
-            client: whose call it is, where that is known; such a call has no message to wait for.
-            has_message: whether there may be one.
+            client: whose call it is, where that is known.
+            has_message: whether there is one to wait for.
         """
         call = Call(context, name, self._settings.max_message_bytes, self._settings.transfer_seconds)
         async with self._observe(call, is_probe=False):
             call.client = client or host_of(call.connection)
             if client is None:
                 call.client = self._access.client_of(context)
-            call.has_message = client is not None or not has_message
+            call.has_message = not has_message
             with self._place(call):
                 await self._read_and_serve(serve, call)
 

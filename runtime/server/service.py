@@ -81,10 +81,7 @@ class CompositorService:
         del content
         async with aclosing(self.events(call, *request_from_message(message))) as events:
             del message
-            async for event in events:
-                if isinstance(event, Finished):
-                    return await self._finished(answer, event, call)
-        raise AssertionError("unreachable")
+            return await self._finished(answer, await _last(events), call)
 
     async def _stream(
         self, kind: type[pb.CompositeStreamRequest] | type[pb.DrawStreamRequest], content: bytes, call: Call
@@ -113,10 +110,7 @@ class CompositorService:
         del content
         async with aclosing(self._edit_events(call, message)) as events:
             del message
-            async for event in events:
-                if isinstance(event, Finished):
-                    return await self._finished(answer, event, call)
-        raise AssertionError("unreachable")
+            return await self._finished(answer, await _last(events), call)
 
     async def _edit_stream(self, content: bytes, call: Call) -> None:
         message = await asyncio.to_thread(parse, pb.EditStreamRequest, content)
@@ -141,14 +135,12 @@ class CompositorService:
         follow = self.follow(call, accept)
         del accept
         async with aclosing(follow) as events:
-            async for event in events:
-                if isinstance(event, Finished):
-                    mask = event.images[0].image
-                    call.account.set(2 * len(mask))
-                    return pb.SegmentResponse(
-                        mask=mask, request_id=call.request_id, seconds=event.seconds, warnings=event.warnings
-                    )
-        raise AssertionError("unreachable")
+            finished = await _last(events)
+        mask = finished.images[0].image
+        call.account.set(2 * len(mask))
+        return pb.SegmentResponse(
+            mask=mask, request_id=call.request_id, seconds=finished.seconds, warnings=finished.warnings
+        )
 
     async def _get_model_info(self, content: bytes, call: Call) -> pb.GetModelInfoResponse:
         parse(pb.GetModelInfoRequest, content)
@@ -256,3 +248,11 @@ class CompositorService:
         if previews > most:
             with in_field("preview_every"):
                 raise InputError(f"{previews} previews of each picture; at most {most} are made")
+
+
+async def _last(events: AsyncGenerator[Event, None]) -> Finished:
+    """How a request ends that nobody watches."""
+    async for event in events:
+        if isinstance(event, Finished):
+            return event
+    raise AssertionError("unreachable")

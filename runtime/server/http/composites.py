@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from collections.abc import Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any, cast
@@ -35,22 +36,15 @@ class Composites:
         self.service = service
         self._health = health
 
-    def check_ready(self) -> None:
-        """Refuses requests while the model is loaded.
-
-        Raises:
-            LoadingError: it is.
-        """
-        if not self._health.is_ready:
-            raise LoadingError()
-
     async def fields(self, content: bytes, call: Call) -> Fields:
         """The fields of a body, read beside the event loop.
 
         Raises:
             InputError: it cannot be read.
+            LoadingError: requests are not accepted yet.
         """
-        self.check_ready()
+        if not self._health.is_ready:
+            raise LoadingError()
         call.account.set(_COPIES * len(content))
         context = cast(HttpContext, call.context)
         return await asyncio.to_thread(read_fields, content, context.header("content-type"))
@@ -73,9 +67,7 @@ class Composites:
 
     async def model(self, content: bytes, call: Call) -> None:
         """GET /v1/model: as GetModelInfo."""
-        context = cast(HttpContext, call.context)
-        context.head(JSON)
-        await call.write(json.dumps(plain(self.service.model_info())).encode())
+        await send_json(call, plain(self.service.model_info()))
 
     async def _answer(self, fields: Fields, call: Call) -> None:
         context = cast(HttpContext, call.context)
@@ -107,6 +99,14 @@ class Composites:
                     await call.write(server_sent_event(*plain_event(event)))
                 if isinstance(event, Preview):
                     call.account.add(-len(event.image))
+
+
+async def send_json(
+    call: Call, fields: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK, **headers: str
+) -> None:
+    """Answers with a small object; in names of headers _ stands for -."""
+    cast(HttpContext, call.context).head(JSON, status, **headers)
+    await call.write(json.dumps(fields).encode())
 
 
 async def finished_json(finished: Finished, call: Call) -> bytes:

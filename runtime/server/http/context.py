@@ -167,7 +167,6 @@ class HttpContext:
     ) -> None:
         """Answers with an error; of a stream that has begun it is the last event."""
         status, error = error_of(code, details, dict(trailing_metadata), self._refusal)
-        content = json.dumps(error)
         if self._is_started:
             await self.write(server_sent_event("error", error))
             return
@@ -179,7 +178,7 @@ class HttpContext:
         if not self._watch:
             headers["connection"] = "close"  # the rest of the body is not read
         self.head(JSON, status, **headers)
-        await self.write(content.encode())
+        await self.write(json.dumps(error).encode())
 
 
 def error_of(

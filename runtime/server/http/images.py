@@ -23,7 +23,7 @@ from runtime.request import Request
 from runtime.server.call import Call
 from runtime.server.events import Event, Finished, Preview
 from runtime.server.http.body import Fields
-from runtime.server.http.composites import Composites
+from runtime.server.http.composites import Composites, send_json
 from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
 from runtime.server.http.messages import PLACEMENT, SAMPLING, file_of, message_of, truth_of
 from runtime.server.wire import request_from_message
@@ -62,13 +62,10 @@ class Images:
 
     async def models(self, content: bytes, call: Call) -> None:
         """GET /v1/models."""
-        context = cast(HttpContext, call.context)
-        name = context.path.get("name")
+        name = cast(HttpContext, call.context).path.get("name")
         if name is not None:
             self._check_model(name)
-        context.head(JSON)
-        answer = self._model if name is not None else {"object": "list", "data": [self._model]}
-        await call.write(json.dumps(answer).encode())
+        await send_json(call, self._model if name is not None else {"object": "list", "data": [self._model]})
 
     async def edit(self, content: bytes, call: Call) -> None:
         """POST /v1/images/edits."""

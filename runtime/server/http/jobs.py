@@ -32,7 +32,7 @@ from runtime.server.events import (
     UnknownJobError,
 )
 from runtime.server.gate import Gate
-from runtime.server.http.composites import MEDIA_TYPES, Composites, finished_json, plain_event
+from runtime.server.http.composites import MEDIA_TYPES, Composites, finished_json, plain_event, send_json
 from runtime.server.http.context import EVENTS, JSON, HttpContext, error_of, server_sent_event
 from runtime.server.http.messages import message_of
 from runtime.server.memory import Account
@@ -177,15 +177,11 @@ class Jobs:
         if error := await accepted:  # a queue that is full is told at once
             raise error
         self._jobs[job.id] = job
-        head = cast(HttpContext, call.context)
-        head.head(JSON, HTTPStatus.ACCEPTED, location=f"/v1/jobs/{job.id}")
-        await call.write(json.dumps(job.describe()).encode())
+        await send_json(call, job.describe(), HTTPStatus.ACCEPTED, location=f"/v1/jobs/{job.id}")
 
     async def show(self, content: bytes, call: Call) -> None:
         """GET /v1/jobs/ID."""
-        job = self._find(call)
-        cast(HttpContext, call.context).head(JSON, cache_control="no-store")
-        await call.write(json.dumps(job.describe()).encode())
+        await send_json(call, self._find(call).describe(), cache_control="no-store")
 
     async def follow(self, content: bytes, call: Call) -> None:
         """GET /v1/jobs/ID/events: what changes, until it has ended."""
@@ -231,8 +227,7 @@ class Jobs:
             job.task.cancel()
             await asyncio.wait({job.task})
         self._forget(job)
-        cast(HttpContext, call.context).head(JSON)
-        await call.write(json.dumps({"id": job.id, "object": "job", "deleted": True}).encode())
+        await send_json(call, {"id": job.id, "object": "job", "deleted": True})
 
     # --- how a job goes -----------------------------------------------------------------------------------
 
@@ -261,7 +256,7 @@ class Jobs:
                 raise
 
         try:
-            await self._gate.answer(context, "POST /v1/jobs", serve, client=job.client)
+            await self._gate.answer(context, "POST /v1/jobs", serve, job.client, has_message=False)
         except asyncio.CancelledError:
             await job.change(status=CANCELLED, ended=time.monotonic())
         if context.error:

@@ -132,12 +132,10 @@ def truth_of(value: Any) -> bool:
     Raises:
         InputError: it is neither.
     """
-    found = {True: True, False: False, "true": True, "false": False}.get(
-        value.lower() if isinstance(value, str) else value if isinstance(value, bool) else None
-    )
-    if found is None:
+    text = str(value).lower() if isinstance(value, bool | str) else ""
+    if text not in ("true", "false"):
         raise InputError("true or false is expected")
-    return found
+    return text == "true"
 
 
 def enum_names(enum: EnumDescriptor) -> list[str]:
