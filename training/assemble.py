@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from training import seeds
-from training.config import Recipe
+from training.config import CommonRecipe, Recipe
 from training.data.encoded import EncodedPairs
 from training.data.mixture import Mixture
 from training.data.sources import SOURCES
 from training.data.view_pairs import ViewPairs
 from training.data.view_store import ViewStore
-from training.network.checkpoint import read_start
+from training.network.checkpoint import network_of, read_checkpoint, read_start
+from training.network.checkpoint_file import CheckpointError
 from training.network.modules import AnyDoor, ReferenceNetwork
 from training.small.initial_weights import open_control
 from training.systems.anydoor import DiffusionTask
@@ -53,21 +54,28 @@ def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
         model.load_official_state_dict(read_start(recipe.start, recipe.architecture).tensors)
         return model.eval()
     open_control(model.control)
-    load_small_parts(model, folder, folder / recipe.objects)
+    load_small_parts(model, recipe, folder)
     return model.eval()
 
 
-def load_small_parts(model: ReferenceNetwork, folder: Path, objects: Path) -> None:
-    """Puts the autoencoder and the image encoder that a small model's run has trained into a network.
+def load_small_parts(model: ReferenceNetwork, recipe: CommonRecipe, folder: Path) -> None:
+    """Puts the autoencoder and the image encoder of a small model into a network.
+
+    They are those of the recipe's `encoders`, or else those that the run has trained. Of the latter the
+    latents are put into units of variance 1 on the first rendered views.
 
     Args:
         model: changed in place.
+        recipe: says where they are from.
         folder: of the run.
-        objects: the rendered objects, on whose first views the latents are put into units of variance 1.
 
     Raises:
+        CheckpointError: the recipe's `encoders` cannot be used.
         FileNotFoundError: a stage has not been run.
     """
+    if recipe.encoders:
+        _load_encoders(model, recipe.encoders)
+        return
     improved = (folder / "decoder" / "mean.pt").exists()
     model.vae.load_state_dict(stage_weights(folder / ("decoder" if improved else "autoencoder")))
     identity = stage_weights(folder / "identity")
@@ -75,9 +83,24 @@ def load_small_parts(model: ReferenceNetwork, folder: Path, objects: Path) -> No
     # a content adapter has layers that the one linear layer of that stage has not, and starts afresh
     own = model.id_encoder.state_dict()
     model.id_encoder.load_state_dict(own | {name: encoder[name] for name in encoder if name in own})
-    store = ViewStore(objects)
+    store = ViewStore(folder / recipe.objects)
     pictures = np.stack([store.scene(row, 0).image for row in range(min(CALIBRATION_VIEWS, len(store)))])
     normalise_latents(model.vae, torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
+
+
+def _load_encoders(model: ReferenceNetwork, path: str) -> None:
+    checkpoint = read_checkpoint(path)
+    source = network_of(checkpoint.architecture)
+    source.load_official_state_dict(checkpoint.tensors)
+    backbone = model.id_encoder.backbone
+    for part, taken in ((model.vae, source.vae), (backbone, source.id_encoder.backbone)):
+        try:
+            part.load_state_dict(taken.state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the autoencoder or the image encoder of '{path}' has other sizes than the recipe's: change "
+                "[architecture] or give other encoders"
+            ) from error
 
 
 def trained_model(recipe: Recipe, folder: Path) -> AnyDoor:

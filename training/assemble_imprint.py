@@ -29,7 +29,7 @@ def start_model(recipe: ImprintRecipe, folder: Path) -> Imprint:
     if recipe.start:
         model.load_official_state_dict(read_start(recipe.start, recipe.architecture).tensors)
     else:
-        load_small_parts(model, folder, folder / recipe.objects)
+        load_small_parts(model, recipe, folder)
     return model.eval()
 
 

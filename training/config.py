@@ -64,6 +64,9 @@ class CommonRecipe:
     start: str = ""
     """A checkpoint to go on from; what small models train by themselves, autoencoder and image encoder, is
     taken from there."""
+    encoders: str = ""
+    """A checkpoint whose autoencoder and image encoder are taken as they are, for small models that do not
+    train their own."""
     checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights in the checkpoint that is written."""
     architecture: Architecture = field(default_factory=Architecture)
