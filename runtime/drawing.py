@@ -53,9 +53,12 @@ class Drawing:
             conditions = self._system.conditions(image.prepared, job.sampling, job.schedule, job.watch)
         else:
             # the first object meets the same scene in all pictures
-            conditions = job.first_conditions = job.first_conditions or self._system.conditions(
+            conditions = job.first_conditions or self._system.conditions(
                 image.prepared, job.sampling, job.schedule, job.watch
             )
+            # after the last picture has started they belong to the samples: job and pictures hold each
+            # other, and what they hold stays on the device until Python looks for cycles
+            job.first_conditions = None if image is job.images[-1] else conditions
         generator = image.new_generator()
         if job.initial_noise is not None:
             latent = job.initial_noise[image.index]

@@ -44,7 +44,7 @@ class Job:
     """Whose request it is; what is kept of it for later pictures serves others with this name alone."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     first_conditions: Conditions | None = None
-    """What the first placement of all pictures shares; set when the first of them starts."""
+    """What the first placement of all pictures shares, from the start of the first to that of the last."""
     images: list[ImageJob] = field(default_factory=list)
     """One per seed."""
     warnings: list[str] = field(default_factory=list)
