@@ -21,7 +21,7 @@ from runtime.imaging.picture import Picture
 from runtime.imaging.scene import with_own_pixels
 from runtime.parameters import SamplingParameters
 from runtime.result import Composite, Stopwatch
-from runtime.sampling.conditions import Conditions
+from runtime.sampling.conditions import OWNER, Conditions
 from runtime.systems.system import Prepared, System
 
 
@@ -119,4 +119,5 @@ class ImageJob:
             self.image = job.system.finish(picture, self.image, self.prepared)
         self.regions.append(self.prepared.region)
         if not self.done:
+            OWNER.set(job.owner)
             self.prepared = job.system.renew(job.placements[self.placed], self.image, job.watch)

@@ -7,6 +7,7 @@ reads it comes first in the stream.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import threading
@@ -162,7 +163,7 @@ class TensorStore:
             OutOfDeviceMemoryError: the pool has no room for it.
         """
         try:
-            offset = self._pool.take(math.prod(shape) * dtype.itemsize)
+            offset = self._take(math.prod(shape) * dtype.itemsize)
         except PoolExhaustedError as error:
             raise OutOfDeviceMemoryError(
                 f"no room for a tensor of {error.nbytes / 1e6:.1f} MB: {error.free / 1e6:.1f} of "
@@ -172,6 +173,14 @@ class TensorStore:
         tensor = DeviceArray(self._pool_start + offset, tuple(shape), dtype)
         weakref.finalize(tensor, self._pool.give_back, offset).atexit = False
         return tensor
+
+    def _take(self, nbytes: int) -> int:
+        try:
+            return self._pool.take(nbytes)
+        except PoolExhaustedError:
+            # tensors that objects in a cycle hold, like an exception and its frames, are still taken
+            gc.collect()
+            return self._pool.take(nbytes)
 
     def new_outputs(self, spec: GraphSpec, shapes: Mapping[str, Shape]) -> dict[str, DeviceArray]:
         """A tensor for every output of a graph.

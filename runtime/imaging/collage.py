@@ -22,6 +22,11 @@ class Hint:
     hint: NDArray[np.float32]  # (4, R, R): RGB -1..1, then the mask channel, 0 or 1 (-1 in a padding)
     geometry: Geometry
 
+    @property
+    def nbytes(self) -> int:
+        """Its memory."""
+        return self.hint.nbytes
+
 
 def make_hint(
     scene: NDArray[np.uint8],
@@ -37,8 +42,22 @@ def make_hint(
     """
     geometry = zoom_in(target, (scene.shape[1], scene.shape[0]), ratios)
     mask = shape_mask(target, geometry, mode)
-    hint = collage(scene, geometry, reference.high_frequency_map, mask, mode, resolution)
-    return Hint(hint, geometry)
+    return hint_at(geometry, scene, mask, reference, mode, resolution)
+
+
+def hint_at(
+    geometry: Geometry,
+    scene: NDArray[np.uint8],
+    mask: NDArray[np.uint8],
+    reference: PreparedReference,
+    mode: Mode,
+    resolution: int = 512,
+) -> Hint:
+    """The hint of a crop that is chosen.
+
+    scene: (H, W, 3) uint8 RGB; what is outside the crop does not matter. mask: see `shape_mask`.
+    """
+    return Hint(collage(scene, geometry, reference.high_frequency_map, mask, mode, resolution), geometry)
 
 
 def shape_mask(target: NDArray[Any] | Box, geometry: Geometry, mode: Mode) -> NDArray[np.uint8]:

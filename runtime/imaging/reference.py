@@ -38,6 +38,11 @@ class PreparedReference:
     image: NDArray[np.uint8]  # (S, S, 3) RGB on white; the ID encoder takes image / 255
     mask: NDArray[np.uint8]  # (S, S), 0 outside to 255 inside, grey at the edges
 
+    @property
+    def nbytes(self) -> int:
+        """Its memory, with the map."""
+        return 2 * self.image.nbytes + self.mask.nbytes
+
     @cached_property
     def high_frequency_map(self) -> NDArray[np.uint8]:
         """(S, S, 3) uint8 RGB, computed when first asked for."""

@@ -7,7 +7,6 @@ control scale needs no ControlNet at all.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from engines.engine import DeviceTensor, Engine
 from runtime.sampling.conditions import OWNER, BankRows
+from runtime.sampling.remembered import digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +107,7 @@ class DetailMaps:
         timesteps: Sequence[int],
         window: int,
         guided: Sequence[bool] | None = None,
+        hint_key: bytes | None = None,
     ) -> None:
         """Computes nothing yet.
 
@@ -120,6 +121,7 @@ class DetailMaps:
             window: how many timesteps to compute in one call.
             guided: which steps have guidance; all or none, depending on `tokens`, if None. Where no step has
                 any, the unconditional maps are not computed.
+            hint_key: tells this hint from all others; computed from it if None, which takes milliseconds.
         """
         self._engine = engine
         self._graph = graph
@@ -139,7 +141,7 @@ class DetailMaps:
             self._entry_of_step += [len(self._entries)] * len(guided_in_run)
             self._entries.append((int(timestep), any(guided_in_run)))
         self._window = window
-        self._placement = _digest(hint, tokens[0]) + OWNER.get().encode()
+        self._placement = digest(tokens[0]) + (hint_key or digest(hint)) + OWNER.get().encode()
         self._current: tuple[int, MapWindow] | None = None
 
     def at(self, step: int) -> BankRows:
@@ -188,10 +190,3 @@ class DetailMaps:
 def _rows(guided: bool) -> int:
     """Sets of detail maps of one timestep."""
     return 2 if guided else 1
-
-
-def _digest(*arrays: NDArray[np.float32]) -> bytes:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.digest()

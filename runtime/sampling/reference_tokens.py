@@ -33,7 +33,7 @@ class ReferenceTokens:
         """Of the picture that the encoder takes, in pixels."""
         self.shape = spec.tensor("tokens").resolve(sizes)
         """Of the tokens of a reference, (1, T, D)."""
-        self.kept = Remembered[bytes](_KEPT)
+        self.kept = Remembered[bytes, NDArray[np.float32]](_KEPT)
 
     def of(self, image: NDArray[np.uint8], watch: Stopwatch) -> NDArray[np.float32]:
         """Tokens (1, T, D) of a reference (S, S, 3) RGB on white; `watch` counts the stage condition."""

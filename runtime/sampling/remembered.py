@@ -1,42 +1,76 @@
-"""Results of networks that are kept, because the next picture may need them again."""
+"""What was computed for a picture and is kept, because the next one may need it again."""
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.sampling.conditions import OWNER
 
-Key = TypeVar("Key", bound=Hashable)
 
-
-class Remembered(Generic[Key]):
-    """Arrays that were computed last, by what they were computed of and for whom (`OWNER`)."""
-
-    def __init__(self, most: int) -> None:
-        """Starts empty; keeps so many arrays."""
-        self._most = most
-        self._arrays: OrderedDict[tuple[str, Key], NDArray[np.float32]] = OrderedDict()
-
-    def get(self, key: Key, compute: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-        """The array of a key, which is computed if it is not remembered."""
-        owned = (OWNER.get(), key)
-        if owned not in self._arrays:
-            self._arrays[owned] = compute()
-            if len(self._arrays) > self._most:
-                self._arrays.popitem(last=False)
-        self._arrays.move_to_end(owned)
-        return self._arrays[owned]
+class Kept(Protocol):
+    """What can be kept."""
 
     @property
     def nbytes(self) -> int:
-        """Memory of all arrays."""
-        return sum(array.nbytes for array in self._arrays.values())
+        """Its memory."""
+
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value", bound=Kept)
+
+
+class Remembered(Generic[Key, Value]):
+    """Values that were computed last, by what they were computed of and for whom (`OWNER`).
+
+    Any thread may ask. Two that ask for the same at once may both compute it.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Starts empty; keeps so many values."""
+        self._most = most
+        self._values: OrderedDict[tuple[str, Key], Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Key, compute: Callable[[], Value]) -> Value:
+        """The value of a key, which is computed if it is not remembered."""
+        owned = (OWNER.get(), key)
+        with self._lock:
+            value = self._values.get(owned)
+        if value is None:
+            value = compute()
+        with self._lock:
+            self._values[owned] = value
+            self._values.move_to_end(owned)
+            if len(self._values) > self._most:
+                self._values.popitem(last=False)
+        return value
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all values."""
+        with self._lock:
+            return sum(value.nbytes for value in self._values.values())
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._arrays.clear()
+        with self._lock:
+            self._values.clear()
+
+
+def digest(*of: NDArray[Any] | str) -> bytes:
+    """A key for what follows from these arrays and words alone."""
+    found = hashlib.sha256()
+    for each in of:
+        if isinstance(each, str):
+            found.update(each.encode())
+        else:
+            found.update(f"{each.shape} {each.dtype.str} ".encode())
+            found.update(np.ascontiguousarray(each).data)
+    return found.digest()

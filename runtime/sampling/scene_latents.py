@@ -40,7 +40,7 @@ class SceneLatents:
         self._encoder = encoder
         self._has_scene_channels = SCENE in tensors
         self._nothing = np.zeros((1, *latent_shape), np.float32)
-        self.latents = Remembered[bytes](_KEPT)
+        self.latents = Remembered[bytes, NDArray[np.float32]](_KEPT)
 
     def rows(self, scene: MaskedScene, watch: Stopwatch) -> BankRows:
         """The row of a scene. Runs the encoder, unless it was given the same pixels before.

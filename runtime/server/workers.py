@@ -20,6 +20,7 @@ from runtime.imaging.sources import PictureLike
 from runtime.job import ImageJob, Job
 from runtime.request import Edit, Request, Reshape, Swap, SwapPlaces, TryOn, Where
 from runtime.result import Stopwatch
+from runtime.sampling.conditions import OWNER
 from runtime.server.decoding import Decoder, PictureReader, upright
 from runtime.server.events import Failed, Finished, FinishedImage, MemoryFullError, Planned, Preview
 from runtime.server.memory import request_bytes
@@ -140,9 +141,11 @@ class Workers:
         assert decoder is not None
         with collecting_warnings() as warnings, watch.measure("read"):
             request = decoder.decode(request, ticket.account.add, lambda: ticket.open)
+        owner = "" if self._share_caches else ticket.client
+        OWNER.set(owner)
         job = self._compositor.accept(request, self._limits, watch)
         job.warnings = list(dict.fromkeys(warnings + job.warnings))
-        job.owner = "" if self._share_caches else ticket.client
+        job.owner = owner
         height, width = job.scene.rgb.shape[:2]
         with in_field("output_format"):
             check_format((width, height), ticket.file_format)

@@ -17,8 +17,8 @@ from engines.errors import BundleError
 from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.presets import QUALITIES
 from runtime.imaging.boxes import Box
-from runtime.imaging.collage import Hint, make_hint
-from runtime.imaging.geometry import Ratios, warn_of_enlargement
+from runtime.imaging.collage import Hint, hint_at, shape_mask
+from runtime.imaging.geometry import Ratios, warn_of_enlargement, zoom_in
 from runtime.imaging.modes import MODES, Mode, check_mode
 from runtime.imaging.paste_back import paste_back, pasted_region
 from runtime.imaging.reference import PreparedReference, load_reference, prepare_reference
@@ -29,12 +29,16 @@ from runtime.result import Stopwatch
 from runtime.sampling.conditions import BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, shared_timesteps
 from runtime.sampling.reference_tokens import ReferenceTokens
+from runtime.sampling.remembered import Remembered, digest
 from runtime.sampling.running_batch import guided_steps
 from runtime.systems.system import Model
 from runtime.validation import Abilities, Limits
 
 ID_ENCODER = "id_encoder"
 CONTROL = "control"
+
+_KEPT_PLACEMENTS = 8
+"""References and hints that are remembered; 4.5 MiB each at 512 px."""
 
 DEFAULTS: Mapping[str, Any] = {
     "steps": 50,
@@ -64,6 +68,8 @@ class AnyDoorPlacement:
     mode: Mode
     ratios: Ratios
     hint: Hint
+    hint_key: bytes
+    """Tells the hint from all others."""
 
     @property
     def region(self) -> Box:
@@ -99,6 +105,8 @@ class Preprocessing:
         """
         self._resolution = resolution
         self._reference_size = reference_size
+        self._references = Remembered[bytes, PreparedReference](_KEPT_PLACEMENTS)
+        self._hints = Remembered[bytes, Hint](_KEPT_PLACEMENTS)
 
     def prepare(
         self,
@@ -122,10 +130,13 @@ class Preprocessing:
             )
             target = load_target(placement.box, placement.mask, scene, limits.pixels, placement.keep_specks)
         with watch.measure("prepare"):
-            reference = prepare_reference(picture, mask, ratios.reference, self._reference_size)
-            hint = make_hint(scene, target, reference, ratios, mode, self._resolution)
+            reference = self._references.get(
+                digest(picture, mask, repr(ratios.reference)),
+                lambda: prepare_reference(picture, mask, ratios.reference, self._reference_size),
+            )
+            hint, key = self._hint(scene, target, reference, ratios, mode)
         warn_of_enlargement(hint.geometry, (self._resolution, self._resolution))
-        return AnyDoorPlacement(reference, target, mode, ratios, hint)
+        return AnyDoorPlacement(reference, target, mode, ratios, hint, key)
 
     def renew(
         self, prepared: AnyDoorPlacement, scene: NDArray[np.uint8], watch: Stopwatch
@@ -133,8 +144,31 @@ class Preprocessing:
         """The same placement in another scene of the same size."""
         p = prepared
         with watch.measure("prepare"):
-            hint = make_hint(scene, p.target, p.reference, p.ratios, p.mode, self._resolution)
-        return replace(prepared, hint=hint)
+            hint, key = self._hint(scene, p.target, p.reference, p.ratios, p.mode)
+        return replace(prepared, hint=hint, hint_key=key)
+
+    def _hint(
+        self,
+        scene: NDArray[np.uint8],
+        target: Box | NDArray[np.bool_],
+        reference: PreparedReference,
+        ratios: Ratios,
+        mode: Mode,
+    ) -> tuple[Hint, bytes]:
+        """The hint, which another seed for the same placement needs again, and its key."""
+        geometry = zoom_in(target, (scene.shape[1], scene.shape[0]), ratios)
+        mask = shape_mask(target, geometry, mode)
+        seen = (scene[geometry.crop.slices], mask, reference.high_frequency_map)
+        key = digest(*seen, repr((geometry, mode)))
+        return (
+            self._hints.get(key, lambda: hint_at(geometry, scene, mask, reference, mode, self._resolution)),
+            key,
+        )
+
+    def forget(self) -> None:
+        """Drops references and hints that are kept for re-rolls."""
+        self._references.clear()
+        self._hints.clear()
 
     def finish(
         self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: AnyDoorPlacement
@@ -160,9 +194,8 @@ class AnyDoor(Preprocessing):
         if missing:
             raise BundleError(f"the bundle at '{model.bundle.path}' has no graph '{missing[0]}'")
         self._engine = model.engine
-        self._resolution = manifest.resolution
         self._tokens = ReferenceTokens(model.engine, manifest.specs[ID_ENCODER], manifest.typical_sizes)
-        self._reference_size = self._tokens.side
+        super().__init__(manifest.resolution, self._tokens.side)
         self._unconditional_tokens = model.constant("unconditional_tokens", self._tokens.shape)
         self._window = model.control_window
         self.cache = DetailMapCache(model.cache_bytes)
@@ -179,7 +212,15 @@ class AnyDoor(Preprocessing):
             tokens = np.concatenate([tokens, self._unconditional_tokens])
         timesteps = shared_timesteps(schedule.timesteps.tolist(), sampling.map_steps)
         maps = DetailMaps(
-            self._engine, CONTROL, self.cache, prepared.hint.hint, tokens, timesteps, self._window, guided
+            self._engine,
+            CONTROL,
+            self.cache,
+            prepared.hint.hint,
+            tokens,
+            timesteps,
+            self._window,
+            guided,
+            prepared.hint_key,
         )
         return AnyDoorConditions(BankRows({"tokens": tokens}, 0, len(tokens) - 1, on_host=True), maps)
 
@@ -188,7 +229,8 @@ class AnyDoor(Preprocessing):
         return self.cache.nbytes
 
     def clear(self) -> None:
-        """Drops detail maps and ID tokens."""
+        """Drops detail maps, ID tokens, references and hints."""
+        self.forget()
         self.cache.clear()
         self._tokens.kept.clear()
 

@@ -94,7 +94,7 @@ class Imprint(Inpainting[Reference]):
         return self._no_reference[: what is not None]
 
     @property
-    def kept_tokens(self) -> Remembered[Any]:
+    def kept_tokens(self) -> Remembered[Any, Any]:
         """Tokens that are remembered."""
         return self._tokens.kept
 

@@ -94,7 +94,7 @@ class Inpainting(ABC, Generic[What]):
 
     @property
     @abstractmethod
-    def kept_tokens(self) -> Remembered[Any]:
+    def kept_tokens(self) -> Remembered[Any, Any]:
         """Tokens that are remembered."""
 
     def prepare(

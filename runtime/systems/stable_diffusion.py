@@ -75,7 +75,7 @@ class StableDiffusion(Inpainting[Prompts]):
         self._engine = model.engine
         self._tokenizer = open_tokenizer(model.bundle)
         self._no_prompt = model.constants["unconditional_tokens"]
-        self._tokens = Remembered[Ids](_KEPT_PROMPTS)
+        self._tokens = Remembered[Ids, NDArray[np.float32]](_KEPT_PROMPTS)
 
     def read(
         self, placement: Placement, parameters: PlacementParameters, limits: Limits, watch: Stopwatch
@@ -99,7 +99,7 @@ class StableDiffusion(Inpainting[Prompts]):
         return self._no_prompt if away is None else self._encode(away, watch)
 
     @property
-    def kept_tokens(self) -> Remembered[Any]:
+    def kept_tokens(self) -> Remembered[Any, Any]:
         """Tokens that are remembered."""
         return self._tokens
 

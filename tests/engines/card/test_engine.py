@@ -123,6 +123,23 @@ def test_a_full_pool_says_what_is_free(bundle: Bundle) -> None:
         kept.append(engine.to_device(megabyte))
 
 
+def test_tensors_that_only_a_cycle_holds_make_room(bundle: Bundle) -> None:
+    class Holder:
+        def __init__(self, tensors: list[DeviceArray]) -> None:
+            self.tensors, self.itself = tensors, self
+
+    engine = Simulation(bundle).engine
+    megabyte = np.zeros(1 << 18, np.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        Holder([engine.to_device(megabyte) for _ in range(engine.pool_bytes // megabyte.nbytes)])
+        assert engine.free_bytes < megabyte.nbytes
+        assert engine.to_device(megabyte).nbytes == megabyte.nbytes
+    finally:
+        gc.enable()
+
+
 def test_concatenate_and_copies_in_pieces() -> None:
     """More than the staging memory holds, in both directions, without waiting in between."""
     device = SimulatedDevice()

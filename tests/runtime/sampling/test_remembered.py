@@ -11,7 +11,7 @@ from runtime.sampling.conditions import OWNER
 from runtime.sampling.remembered import Remembered
 
 
-def asked(remembered: Remembered[str], owner: str, key: str) -> bool:
+def asked(remembered: Remembered[str, NDArray[np.float32]], owner: str, key: str) -> bool:
     """Whether an owner's array had to be computed."""
     computed = []
 
@@ -28,7 +28,7 @@ def asked(remembered: Remembered[str], owner: str, key: str) -> bool:
 
 
 def test_what_was_computed_for_somebody_else_is_computed_again() -> None:
-    remembered: Remembered[str] = Remembered(4)
+    remembered: Remembered[str, NDArray[np.float32]] = Remembered(4)
     assert asked(remembered, "alice", "cup")
     assert asked(remembered, "bob", "cup")
     assert not asked(remembered, "alice", "cup")
@@ -37,7 +37,7 @@ def test_what_was_computed_for_somebody_else_is_computed_again() -> None:
 
 
 def test_what_was_not_asked_for_longest_is_forgotten() -> None:
-    remembered: Remembered[str] = Remembered(2)
+    remembered: Remembered[str, NDArray[np.float32]] = Remembered(2)
     asked(remembered, "alice", "cup")
     asked(remembered, "alice", "hat")
     asked(remembered, "alice", "cup")
