@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Protocol
+from typing import Any, Literal, ParamSpec, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -46,6 +46,14 @@ class NumberedDataset(Protocol):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Gives the sample of that number, as arrays or tensors."""
+
+
+@runtime_checkable
+class DeviceDataset(Protocol):
+    """An endless dataset that makes whole batches where they are used: item n is a function of n alone."""
+
+    def batch(self, numbers: range, device: torch.device) -> dict[str, Tensor]:
+        """Gives the samples of these numbers, stacked; all tensors are on the device."""
 
 
 class Task(Protocol):
