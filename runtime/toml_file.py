@@ -34,7 +34,7 @@ def read_values(path: Path, kind: type | tuple[type, ...], name: str) -> dict[st
     A field's type says what its value is: int, float, bool, str, a Literal, a tuple (a TOML list), a
     dataclass (a table), a tuple of dataclasses (an array of tables), or a Mapping from str (a table with any
     keys). A field whose metadata has `is_size` is a number of bytes and may be written like "6G"; one whose
-    metadata has a `key` is called that in the file.
+    metadata has a `key` is called that in the file, or is not in it if the key is None.
 
     Args:
         path: of the file.
@@ -92,7 +92,8 @@ class _Reader:
         metadata: dict[str, Mapping[str, Any]] = {
             field.name: field.metadata for each in kinds for field in fields(each)
         }
-        names = {metadata.get(name, {}).get("key", name): name for name in hints}
+        keys = ((metadata.get(name, {}).get("key", name), name) for name in hints)
+        names = {key: name for key, name in keys if key is not None}
         known = {key: hints[name] for key, name in names.items() if hints[name] not in kinds}
         sizes = {field.name for each in kinds for field in fields(each) if field.metadata.get("is_size")}
         values = {}

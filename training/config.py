@@ -12,7 +12,7 @@ from runtime.toml_file import read_settings, read_toml
 from training.data.augment import Augmentation
 from training.data.pairs import CommonRules, Kind, PairRules
 from training.data.sources import SOURCES
-from training.loop import LoopSettings
+from training.loop_settings import LoopSettings
 from training.network.architecture import Architecture, ArchitectureError
 from training.network.imprint import ImprintArchitecture
 from training.network.stable_diffusion import StableDiffusionArchitecture

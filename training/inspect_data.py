@@ -40,7 +40,8 @@ from training.data.mixture import Mixture
 from training.data.pairs import Pair
 from training.data.subject import read_pictures
 from training.data.view_pairs import ViewPairs, pair_of_views
-from training.loop import LoopSettings, NumberedDataset, ShardedSampler, Task, load_batches
+from training.loop import NumberedDataset, ShardedSampler, Task, load_batches
+from training.loop_settings import LoopSettings
 from training.network.imprint import Imprint
 from training.network.modules import AnyDoor
 from training.preview_imprint import composite_column

@@ -67,10 +67,12 @@ def shard(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gather(tree: _Tree) -> _Tree:
-    """Gathers the tensors of a state from all processes; every process must call it."""
+    """Gathers the tensors of a state from all processes, on the CPU; every process must call it."""
     gathered: Any = tree
     if isinstance(tree, DTensor):
         gathered = tree.full_tensor().cpu()
+    elif isinstance(tree, torch.Tensor):
+        gathered = tree.detach().cpu()
     elif isinstance(tree, dict):
         gathered = {key: gather(value) for key, value in tree.items()}
     elif isinstance(tree, list):

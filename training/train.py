@@ -22,12 +22,14 @@ examples:
     python -m training.train training/recipes/anydoor-small.toml --stage diffusion --folder runs/next
     python -m training.train RECIPE --start model.safetensors --folder runs/more
     python -m training.train training/recipes/dreambooth.toml
+    python -m training.train RECIPE --minutes 7 --stage autoencoder --stage identity
     torchrun --nproc-per-node 2 -m training.train training/recipes/imprint.toml
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -38,8 +40,10 @@ import torch
 
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
-from training.config import AnyRecipe, DreamBoothRecipe, StableDiffusionRecipe, read_recipe
-from training.loop import LoopSettings, part_processes
+from training.clock import TimeLimit, program_start
+from training.config import AnyRecipe, CommonRecipe, DreamBoothRecipe, StableDiffusionRecipe, read_recipe
+from training.loop import part_processes
+from training.loop_settings import LoopSettings
 from training.network.checkpoint import read_start
 from training.rare_tokens import warnings_for
 from training.stages import anydoor, dreambooth, imprint, stable_diffusion
@@ -52,14 +56,14 @@ STAGES: Mapping[str, Mapping[str, Callable[[Any, Path], None]]] = {
 }
 """System -> its stages, in their order."""
 
+SMALL_PARTS = ("autoencoder", "identity", "decoder")
+"""Stages that train nothing if there is a start, which has what they train."""
+
 
 def describe(recipe: AnyRecipe, stages: Sequence[str], folder: Path) -> str:
     """Says what a run will do, a line per stage that trains."""
     lines = [f"{recipe.system}, in {folder}: {', '.join(stages)}"]
-    for stage in stages:
-        settings = getattr(recipe, stage, None)
-        if isinstance(settings, LoopSettings):
-            lines.append(f"{stage}: {_describe_loop(settings)}")
+    lines += [f"{stage}: {_describe_loop(loop)}" for stage, loop in loops_of(recipe, stages).items()]
     if isinstance(recipe, DreamBoothRecipe):
         return "\n".join([*lines, recipe.subject.describe()])
     sources = () if isinstance(recipe, StableDiffusionRecipe) else recipe.sources
@@ -68,6 +72,23 @@ def describe(recipe: AnyRecipe, stages: Sequence[str], folder: Path) -> str:
     encoded = f"{data.pairs} pairs encoded once" if data.pairs else "pairs made anew for every step"
     lines.append(f"data: {sets or f'{data.objects} rendered objects, {encoded}'}")
     return "\n".join(lines)
+
+
+def loops_of(recipe: AnyRecipe, stages: Sequence[str]) -> dict[str, LoopSettings]:
+    """Finds the stages among some that train, with their settings."""
+    taken = SMALL_PARTS if isinstance(recipe, CommonRecipe) and recipe.start else ()
+    sections = {stage: getattr(recipe, stage, None) for stage in stages if stage not in taken}
+    return {stage: loop for stage, loop in sections.items() if isinstance(loop, LoopSettings)}
+
+
+def with_limit(recipe: AnyRecipe, stages: Sequence[str], limit: TimeLimit) -> AnyRecipe:
+    """Gives the first of the stages that are left its share of the time that is left."""
+    shares = {stage: loop.minutes for stage, loop in loops_of(recipe, stages).items()}
+    if not shares.get(stages[0]):
+        return recipe
+    seconds = limit.left * shares[stages[0]] / sum(shares.values())
+    changed: dict[str, Any] = {stages[0]: replace(getattr(recipe, stages[0]), limit=TimeLimit(seconds))}
+    return replace(recipe, **changed)
 
 
 def _describe_loop(settings: LoopSettings) -> str:
@@ -87,6 +108,32 @@ def _check_subject(recipe: DreamBoothRecipe) -> None:
         print(f"train: warning: {sentence}", file=sys.stderr)
 
 
+def _check_start(recipe: AnyRecipe) -> None:
+    """Refuses a start that cannot be used, before hours of drawing."""
+    if isinstance(recipe, DreamBoothRecipe):
+        _check_subject(recipe)
+    elif isinstance(recipe, StableDiffusionRecipe):
+        stable_diffusion.read_autoencoder(recipe.start, recipe.architecture)
+    elif recipe.start:
+        read_start(recipe.start, recipe.architecture)
+
+
+def _choose(recipe: AnyRecipe, wanted: Sequence[str] | None, limit: TimeLimit | None) -> list[str]:
+    """The stages to run.
+
+    Raises:
+        InputError: the system has no such stage, or there is a limit and none of them has a share of it.
+    """
+    known = STAGES[recipe.system]
+    for stage in wanted or ():
+        if stage not in known:
+            raise InputError(f"{recipe.system} has no stage '{stage}'; it has: {', '.join(known)}")
+    chosen = list(wanted or known)
+    if limit and not any(loop.minutes for loop in loops_of(recipe, chosen).values()):
+        raise InputError("--minutes: none of the stages has a share in the recipe, like minutes = 1.5")
+    return chosen
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 if something that it was given cannot be used."""
     parser = argparse.ArgumentParser(
@@ -100,27 +147,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="default: runs/NAME of the recipe")
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
     parser.add_argument("--threads", type=int, help="processor threads to use")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="train so long, from now: stages share it by the `minutes` of their sections, and save in time; "
+        "those without have no limit",
+    )
     options = parser.parse_args(arguments)
+    if options.minutes is not None and not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes is {options.minutes:g}; expected more than 0")
+    limit = TimeLimit(60 * options.minutes, program_start()) if options.minutes else None
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
         recipe = read_recipe(options.recipe)
         if options.start:
             recipe = replace(recipe, start=str(options.start))
-        if isinstance(recipe, DreamBoothRecipe):  # refused now, not after hours of drawing
-            _check_subject(recipe)
-        elif isinstance(recipe, StableDiffusionRecipe):
-            stable_diffusion.read_autoencoder(recipe.start, recipe.architecture)
-        elif recipe.start:
-            read_start(recipe.start, recipe.architecture)
-        stages = STAGES[recipe.system]
-        for stage in options.stage or ():
-            if stage not in stages:
-                raise InputError(f"{recipe.system} has no stage '{stage}'; it has: {', '.join(stages)}")
-        chosen, folder = options.stage or list(stages), options.folder or Path("runs") / options.recipe.stem
+        _check_start(recipe)
+        chosen = _choose(recipe, options.stage, limit)
+        folder = options.folder or Path("runs") / options.recipe.stem
         print(describe(recipe, chosen, folder))
-        for stage in chosen:
-            stages[stage](recipe, folder)
+        for index, stage in enumerate(chosen):
+            limited = with_limit(recipe, chosen[index:], limit) if limit else recipe
+            STAGES[recipe.system][stage](limited, folder)
     except (AnyDoorError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from tests.support.tiny import TINY, RandomPairs, open_zero_convolutions
-from training.loop import LoopSettings, part_processes, train
+from training.loop import part_processes, train
+from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
 from training.systems.anydoor import Denoising, DiffusionTask
 

@@ -18,7 +18,7 @@ from training.data.pairs import PairRules
 from training.data.view_pairs import ViewPairs
 from training.data.view_store import ViewStore, draw_views
 from training.inspect_data import feed_rate, main, rate
-from training.loop import LoopSettings
+from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
 from training.small.encoding import encode_pairs
 

@@ -17,9 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from tests.support.tiny import TINY, RandomPairs, open_zero_convolutions
-from training.loop import LoopSettings, ShardedSampler, join_processes, save_atomically, train
+from training.loop import ShardedSampler, join_processes, train
+from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
 from training.systems.anydoor import Denoising, DiffusionTask, noisy_latents
+from training.train_state import save_atomically
 
 
 def diffusion_task(rules: Denoising | None = None, pairs: Any = None) -> DiffusionTask:
@@ -120,7 +122,7 @@ def test_a_run_that_is_killed_while_it_saves_leaves_no_old_weights(
 
     train(diffusion_task(), settings(steps=1, ema=0.9), tmp_path / "killed")
     with monkeypatch.context() as patch:
-        patch.setattr("training.loop.save_atomically", killed)
+        patch.setattr("training.train_state.save_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             train(diffusion_task(), settings(steps=2, ema=0.9), tmp_path / "killed")
     train(diffusion_task(), settings(steps=2, ema=0.9), tmp_path / "killed")

@@ -23,7 +23,8 @@ from training.config import Default, Recipe
 from training.data.pairs import PairRules
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
 from training.data.view_store import as_shot
-from training.loop import LoopSettings, train
+from training.loop import train
+from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
 from training.preview import Preview, held_out_pairs, sample
 from training.systems.anydoor import Denoiser, Denoising, DiffusionTask

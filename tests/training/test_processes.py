@@ -13,7 +13,8 @@ import torch
 
 from tests.support.launch import finish, start, start_two, train_tiny
 from tests.support.tiny import TINY, RandomPairs
-from training.loop import LoopSettings, train
+from training.loop import train
+from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
 from training.sharding import LaunchError
 from training.systems.anydoor import Denoising, DiffusionTask

@@ -24,7 +24,8 @@ from runtime.imaging.modes import MODES
 from runtime.imaging.paste_back import paste_back, pasted_region
 from runtime.imaging.reference import prepare_reference
 from tests.support.tiny import TINY, RandomPairs
-from training.loop import LoopSettings, train
+from training.loop import train
+from training.loop_settings import LoopSettings
 from training.network.checkpoint import write_model
 from training.network.modules import AnyDoor
 from training.preview import sample

@@ -30,7 +30,7 @@ from training.network.architecture import (
     shape_of,
 )
 from training.network.checkpoint_file import LazyTensors, TensorFile, reader
-from training.network.modules import IDEncoder, ReferenceNetwork, build_vae
+from training.network.modules import IDEncoder, Normalisation, ReferenceNetwork, build_vae
 from training.network.official_keys import CLIP_VISION_PREFIX, PREFIXES
 from training.network.stable_diffusion import SD1_HEADS, build_scene_unet
 
@@ -90,6 +90,7 @@ class CLIPEncoder(nn.Module):
 
     def __init__(self, architecture: ImprintArchitecture, projector: ContentAdapter) -> None:
         super().__init__()
+        self.normalise = Normalisation(CLIP_MEAN, CLIP_STD)
         a = architecture
         self.clip = CLIPVisionModel(
             CLIPVisionConfig(
@@ -117,8 +118,7 @@ class CLIPEncoder(nn.Module):
 
     def features(self, reference: Tensor) -> Tensor:
         """Computes CLIP's tokens (N, T, width) of references, before the adapter; see `forward`."""
-        mean, std = (reference.new_tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        hidden: Tensor = self.clip((reference - mean) / std).last_hidden_state
+        hidden: Tensor = self.clip(self.normalise(reference)).last_hidden_state
         tokens: Tensor = self.clip.post_layernorm(hidden)
         return tokens
 
@@ -154,6 +154,10 @@ class Imprint(ReferenceNetwork):
         super().__init__(architecture, {part: BUILDERS[part](architecture) for part in parts})
         # as any black picture's, an encoder's tokens would drift while it learns; zeros do not
         self.register_buffer("unconditional", torch.zeros(1, 1, architecture.token_width), persistent=False)
+
+    def without_reference(self, tokens: Tensor, which: Tensor) -> Tensor:
+        """Replaces tokens (N, T, D) where `which` (N,) says that there is no reference."""
+        return torch.where(which.view(-1, 1, 1), self.unconditional.to(tokens), tokens)
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, tokens: Tensor, scene: Tensor) -> Tensor:
         """Estimates the noise in `latent`.

@@ -147,12 +147,31 @@ class _PositionEmbeddings(Dinov2Embeddings):  # type: ignore[misc]
         return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
+class Normalisation(nn.Module):
+    """Normalises pictures (N, 3, H, W) per channel; no checkpoint has its numbers."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            # there even where all else has no memory before it is loaded
+            channels = torch.tensor(values, device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(name, channels, persistent=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Gives (pictures - mean) / std."""
+        return (pictures - self.mean) / self.std
+
+
 class IDEncoder(nn.Module):
     """The ID extractor (section 3.2): DINOv2 and what makes ID tokens of its tokens, the projector."""
 
     def __init__(self, architecture: Architecture, projector: ContentAdapter | None = None) -> None:
         """Builds it with fresh weights; the projector is one linear layer unless another is given."""
         super().__init__()
+        self.normalise = Normalisation(IMAGENET_MEAN, IMAGENET_STD)
         a = architecture
         config = Dinov2Config(
             hidden_size=a.dino_width,
@@ -183,8 +202,7 @@ class IDEncoder(nn.Module):
 
     def features(self, reference: Tensor) -> Tensor:
         """Computes DINOv2's tokens (N, T, width) of references, before the projector; see `forward`."""
-        mean, std = (reference.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        tokens: Tensor = self.dino((reference - mean) / std).last_hidden_state
+        tokens: Tensor = self.dino(self.normalise(reference)).last_hidden_state
         return tokens
 
     @torch.no_grad()

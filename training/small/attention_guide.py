@@ -50,12 +50,14 @@ class AttentionGuide:
             coarser = places.shape[1] // round(queries**0.5)
             wanted = F.avg_pool2d(places.permute(0, 3, 1, 2), coarser).flatten(2).transpose(1, 2)
             known = wanted.isfinite().all(2)
+            # all cells are computed, because picking out those that count waits for a card
+            place = wanted.masked_fill(~known[..., None], 0)
             grid = torch.arange(round(tokens**0.5), device=places.device) + 0.5
-            down, across = ((grid - wanted[known][:, axis, None]).square() for axis in (0, 1))
-            distance = (down[:, :, None] + across[:, None, :]).flatten(1)
-            should = (-distance / (2 * SPREAD**2)).softmax(1)
-            off = -(should * looks[known][:, 1:]).sum()
-            total = total + off / known.sum().clamp(min=1)
+            down, across = ((grid - place[..., axis, None]).square() for axis in (0, 1))
+            distance = (down[..., :, None] + across[..., None, :]).flatten(2)
+            should = (-distance / (2 * SPREAD**2)).softmax(2)
+            off = -(should * looks[..., 1:]).sum(2)
+            total = total + (off * known).sum() / known.sum().clamp(min=1)
         return total / max(len(self._seen), 1)
 
 

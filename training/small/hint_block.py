@@ -38,7 +38,7 @@ class HintBlockTask:
     """Mean squared error of the latents."""
 
     def __init__(self, control: DetailControlNet, pairs: NumberedDataset) -> None:
-        self.module = HintBlockModule(control)
+        self.module = self.network = HintBlockModule(control)
         self._data = pairs
 
     def dataset(self) -> NumberedDataset:

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
 from training.loop import Batch, NumberedDataset
 from training.network.architecture import LATENT_SCALE
-from training.network.modules import AnyDoor
+from training.network.modules import AnyDoor, DiffusionNetwork
 from training.small.attention_guide import AttentionGuide
 
 
@@ -83,21 +82,26 @@ def noisy_latents(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumpr
     return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
 
+def error_weights(network: DiffusionNetwork, timestep: Tensor) -> Tensor:
+    """Gives what an error of the noise counts, (N,), so that it is one of what the UNet predicts.
+
+    An error of the noise is sqrt(a_t) times the error of v that it comes from.
+    """
+    signal = network.alphas_cumprod[timestep]
+    return torch.ones_like(signal) if network.prediction == "epsilon" else 1 / signal
+
+
 class DiffusionTask:
     """Mean squared error of what the UNet predicts.
 
-    As in the released code, whose logvar is 0 and which has no variational term. An error of the noise is
-    sqrt(a_t) times the error of v that it comes from.
+    As in the released code, whose logvar is 0 and which has no variational term.
     """
 
     def __init__(self, model: AnyDoor, pairs: NumberedDataset, rules: Denoising) -> None:
         rules.apply(model)
         self.module = Denoiser(model, guided=rules.attention_guide > 0)
         self._guide_weight = rules.attention_guide
-        self._model = model
-        self.alphas_cumprod = model.alphas_cumprod
-        epsilon = model.architecture.prediction == "epsilon"
-        self.weights = torch.ones(TRAIN_TIMESTEPS) if epsilon else 1 / model.alphas_cumprod
+        self.network = model
         self._data = pairs
 
     def dataset(self) -> NumberedDataset:
@@ -116,13 +120,12 @@ class DiffusionTask:
         """
         if "picture" in batch:
             batch = self.encoded(batch)
-        alphas = self.alphas_cumprod.to(batch["noise"].device)
-        noisy = noisy_latents(batch["latents"], batch["noise"], batch["timestep"], alphas)
+        network, timestep = self.network, batch["timestep"]
+        noisy = noisy_latents(batch["latents"], batch["noise"], timestep, network.alphas_cumprod)
         inputs = (batch[name] for name in ("timestep", "features", "hint"))
         estimate, guide = module(noisy, *inputs, batch.get("places"))
         error = F.mse_loss(estimate.float(), batch["noise"], reduction="none").mean((1, 2, 3))
-        weights = self.weights.to(error.device)[batch["timestep"]]
-        denoising = (weights * error).mean()
+        denoising = (error_weights(network, timestep) * error).mean()
         shown = {"noise": error.detach().mean()}
         if self._guide_weight:
             shown |= {"denoising": denoising.detach(), "guide": guide.detach()}
@@ -131,7 +134,7 @@ class DiffusionTask:
     @torch.no_grad()
     def encoded(self, batch: Batch) -> Batch:
         """Encodes the pictures of a batch: adds latents, a sample of the posterior, and features."""
-        model = self._model.to(batch["picture"].device)
+        model = self.network.to(batch["picture"].device)
         posterior = model.encode(batch["picture"])
         latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * LATENT_SCALE
         return {**batch, "latents": latents, "features": model.id_encoder.features(batch["reference"])}

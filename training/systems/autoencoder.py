@@ -89,7 +89,7 @@ class AutoencoderTask:
         side: int = CROP_SIDE,
         seed: int = seeds.AUTOENCODER_CROPS,
     ) -> None:
-        self.module = build_vae(architecture)
+        self.module = self.network = build_vae(architecture)
         start_linear(self.module)
         self._data = SceneCrops(store, side, seed)
 

@@ -25,18 +25,18 @@ from runtime.systems.tokenizer import Tokenizer
 from training import seeds
 from training.data.pairs import Picture
 from training.data.subject import LEAST_PICTURES, SubjectSamples, read_pictures
-from training.loop import Batch, LoopSettings, NumberedDataset
+from training.loop import Batch, NumberedDataset
+from training.loop_settings import LoopSettings
 from training.network.architecture import LATENT_SCALE
 from training.network.low_rank import ATTENTION, add_low_rank
 from training.network.stable_diffusion import StableDiffusion
-from training.systems.anydoor import noisy_latents
+from training.systems.anydoor import error_weights, noisy_latents
 from training.systems.stable_diffusion import (
     GUIDANCE_SCALE,
     STEPS,
     Learner,
     PromptPreview,
     draw_pictures,
-    timestep_weights,
 )
 
 
@@ -137,10 +137,8 @@ class SubjectTask:
         """
         choose_learning(network, settings)
         self.module = Learner(network)
-        self._network, self._samples = network, samples
-        self._share = torch.tensor([1.0, settings.prior_weight] if settings.has_prior else [1.0])
-        self.alphas_cumprod = network.alphas_cumprod
-        self.weights = timestep_weights(network)
+        self.network, self._samples = network, samples
+        self._shares = (1.0, settings.prior_weight) if settings.has_prior else (1.0,)
 
     def dataset(self) -> NumberedDataset:
         """Gives the samples."""
@@ -151,21 +149,20 @@ class SubjectTask:
         latents, noise, timestep, ids = (
             batch[name].flatten(0, 1) for name in ("latents", "noise", "timestep", "ids")
         )
-        noisy = noisy_latents(latents, noise, timestep, self.alphas_cumprod.to(noise.device))
+        noisy = noisy_latents(latents, noise, timestep, self.network.alphas_cumprod)
         estimate = module(noisy, timestep, ids, self._scene(batch))
-        weights = self.weights.to(noise.device)[timestep]
-        error = weights * (estimate.float() - noise).square().mean((1, 2, 3))
+        error = error_weights(self.network, timestep) * (estimate.float() - noise).square().mean((1, 2, 3))
         by_kind = error.view(batch["timestep"].shape).mean(0)
         shown = dict(zip(("subject", "class"), by_kind.detach()))
-        return {"loss": (self._share.to(by_kind.device) * by_kind).sum(), **shown}
+        loss = torch.stack([share * each for share, each in zip(self._shares, by_kind)]).sum()
+        return {"loss": loss, **shown}
 
     @torch.no_grad()
     def _scene(self, batch: Batch) -> list[Tensor]:
         """The scene that an inpainting model sees: mask and latents without the place, (N, 1 + C, h, w)."""
         if "mask" not in batch:
             return []
-        vae = self._network.vae.to(batch["mask"].device)
-        latents = vae.encode(batch["surroundings"].flatten(0, 1)).latent_dist.mean * LATENT_SCALE
+        latents = self.network.vae.encode(batch["surroundings"].flatten(0, 1)).latent_dist.mean * LATENT_SCALE
         mask = nn.functional.interpolate(batch["mask"].flatten(0, 1), latents.shape[-2:])
         return [torch.cat([mask, latents], 1)]
 

@@ -145,7 +145,7 @@ class IdentityTask:
         rules: CommonRules,
         seed: int = seeds.IDENTITY_VIEWS,
     ) -> None:
-        self.module = IdentityModule(architecture)
+        self.module = self.network = IdentityModule(architecture)
         self.patches = REFERENCE_SIZE // architecture.dino_patch
         self._data = TwoViews(store, seed, rules)
 
@@ -158,7 +158,8 @@ class IdentityTask:
         views = batch["views"].transpose(0, 1).flatten(0, 1)  # all first views, then all second ones
         identity, pixels, sharpness = module(views)
         first, second = identity.chunk(2)
-        likeness = first @ second.T * sharpness
+        with torch.autocast(first.device.type, enabled=False):  # the loss itself is exact
+            likeness = first @ second.T * sharpness
         same = torch.arange(len(first), device=likeness.device)
         contrast = 0.5 * (F.cross_entropy(likeness, same) + F.cross_entropy(likeness.T, same))
         small = F.interpolate(views, (self.patches * PATCH_SIDE,) * 2, mode="area")

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
-from training.loop import Batch, LoopSettings, NumberedDataset
+from training.loop import Batch, NumberedDataset
+from training.loop_settings import LoopSettings
 from training.network.architecture import LATENT_SCALE
 from training.network.imprint import Imprint
 from training.small.attention_guide import AttentionGuide
-from training.systems.anydoor import noisy_latents
+from training.systems.anydoor import error_weights, noisy_latents
 
 ENCODER = ("backbone", "adapter")
 """What goes on from stage 1 to stage 2."""
@@ -91,7 +91,7 @@ class SceneDenoiser(nn.Module):
             self.backbone = model.id_encoder.backbone
         # plain references, so that the network is not a second owner of these weights
         self._features = model.id_encoder.features if backbone else None
-        self._call, self._unconditional = model.predict_noise, model.unconditional
+        self._call, self._without = model.predict_noise, model.without_reference
         self._guide = AttentionGuide([self.unet]) if guided else None
 
     def forward(
@@ -112,7 +112,7 @@ class SceneDenoiser(nn.Module):
             places: see `AttentionGuide.loss`; without them the second result is 0.
         """
         tokens = self.adapter(self._features(seen) if self._features else seen)
-        tokens = torch.where(dropped.view(-1, 1, 1) != 0, self._unconditional.to(tokens), tokens)
+        tokens = self._without(tokens, dropped != 0)
         if self._guide is None or places is None:
             return self._call(latent, timestep, tokens, scene), latent.new_zeros(())
         self._guide.clear()
@@ -159,10 +159,7 @@ class ImprintTask:
     def __init__(self, model: Imprint, samples: NumberedDataset, settings: StageSettings) -> None:
         settings.apply(model)
         self.module = SceneDenoiser(model, settings.backbone, guided=settings.attention_guide > 0)
-        self._settings, self._model, self._samples = settings, model, samples
-        self.alphas_cumprod = model.alphas_cumprod
-        epsilon = model.architecture.prediction == "epsilon"
-        self.weights = torch.ones(TRAIN_TIMESTEPS) if epsilon else 1 / model.alphas_cumprod
+        self._settings, self.network, self._samples = settings, model, samples
 
     def dataset(self) -> NumberedDataset:
         """Gives samples, encoded or not."""
@@ -170,20 +167,18 @@ class ImprintTask:
 
     def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Computes the loss of a batch of `Composites`, or of what `encoded` made of them."""
-        settings = self._settings
+        settings, network, timestep = self._settings, self.network, batch["timestep"]
         if "picture" in batch:
             batch = self.encoded(batch)
         latents = batch["moments"][:, 0] + batch["moments"][:, 1] * batch["posterior_noise"]
-        alphas = self.alphas_cumprod.to(latents.device)
-        noisy = noisy_latents(latents, batch["noise"], batch["timestep"], alphas)
+        noisy = noisy_latents(latents, batch["noise"], timestep, network.alphas_cumprod)
         seen = batch["reference" if settings.backbone else "features"]
-        inputs = (batch["timestep"], seen, batch["dropped"], batch["scene"], batch.get("places"))
+        inputs = (timestep, seen, batch["dropped"], batch["scene"], batch.get("places"))
         estimate, guide = module(noisy, *inputs)
         error = (estimate.float() - batch["noise"]).square()
         counts = batch["counts"] if settings.masked_loss else torch.ones_like(batch["counts"])
         per_sample = masked_error(error, counts)
-        weights = self.weights.to(error.device)[batch["timestep"]]
-        denoising = (weights * per_sample).mean()
+        denoising = (error_weights(network, timestep) * per_sample).mean()
         shown = {"noise": per_sample.detach().mean()}
         if settings.attention_guide:
             shown |= {"denoising": denoising.detach(), "guide": guide.detach()}
@@ -197,7 +192,7 @@ class ImprintTask:
         mask and the latents of the scene without what is to be drawn, which is grey; counts (N, 1, h, w); and
         features (N, T, width) where the backbone does not learn.
         """
-        model = self._model.to(batch["picture"].device)
+        model = self.network.to(batch["picture"].device)
         picture, mask = batch["picture"], batch["mask"]
         posterior = model.encode(picture)
         moments = torch.stack([posterior.mean, posterior.std], dim=1) * LATENT_SCALE

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from runtime.diffusion.ddim import ddim_schedule
-from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
 from runtime.systems.tokenizer import Tokenizer
 from training.data.pairs import Picture
 from training.loop import Batch, NumberedDataset
 from training.network.architecture import LATENT_SCALE
 from training.network.stable_diffusion import StableDiffusion
-from training.systems.anydoor import noisy_latents
+from training.systems.anydoor import error_weights, noisy_latents
 
 STEPS, GUIDANCE_SCALE = 50, 7.5
 """How pictures are drawn where nothing else is said: by DDIM."""
@@ -40,15 +39,6 @@ class Learner(nn.Module):
         return self._predict(latent, timestep, self._encode_prompt(ids), *scene)
 
 
-def timestep_weights(network: StableDiffusion) -> Tensor:
-    """Gives the weight of each timestep for an error of the noise, so that it is one of what is predicted.
-
-    An error of the noise is sqrt(a_t) times the error of v that it comes from.
-    """
-    epsilon = network.prediction == "epsilon"
-    return torch.ones(TRAIN_TIMESTEPS) if epsilon else 1 / network.alphas_cumprod
-
-
 class PromptTask:
     """Mean squared error of what the UNet predicts, for pictures with captions."""
 
@@ -56,8 +46,7 @@ class PromptTask:
         """Takes a network whose UNet and text encoder learn, and samples that are `encoded`."""
         network.requires_grad_(False)
         self.module = Learner(network).requires_grad_(True)
-        self._network, self._samples = network, samples
-        self.alphas_cumprod, self.weights = network.alphas_cumprod, timestep_weights(network)
+        self.network, self._samples = network, samples
 
     def dataset(self) -> NumberedDataset:
         """Gives the samples."""
@@ -66,7 +55,7 @@ class PromptTask:
     @torch.no_grad()
     def encoded(self, batch: Batch) -> dict[str, Tensor]:
         """Encodes pictures (N, 3, R, R): mean and spread of their scaled latents, (N, 2, C, h, w)."""
-        posterior = self._network.encode(batch["picture"])
+        posterior = self.network.encode(batch["picture"])
         moments = torch.stack([posterior.mean, posterior.std], 1) * LATENT_SCALE
         return {"moments": moments, "ids": batch["ids"]}
 
@@ -75,10 +64,10 @@ class PromptTask:
         noise, timestep = batch["noise"], batch["timestep"]
         mean, spread = batch["moments"].unbind(1)
         latents = mean + spread * batch["posterior_noise"]
-        noisy = noisy_latents(latents, noise, timestep, self.alphas_cumprod.to(noise.device))
+        noisy = noisy_latents(latents, noise, timestep, self.network.alphas_cumprod)
         estimate = module(noisy, timestep, batch["ids"], [])
         error = (estimate.float() - noise).square().mean((1, 2, 3))
-        weighted = self.weights.to(noise.device)[timestep] * error
+        weighted = error_weights(self.network, timestep) * error
         return {"loss": weighted.mean(), "noise": error.detach().mean()}
 
 

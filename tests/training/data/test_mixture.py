@@ -12,7 +12,8 @@ from tests.support.tiny import TINY
 from training.data.mixture import Mixture
 from training.data.pairs import PairRules, Shot
 from training.data.sources import Source, SourceError
-from training.loop import LoopSettings, train
+from training.loop import train
+from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
 from training.systems.anydoor import Denoising, DiffusionTask
 

@@ -11,7 +11,8 @@ import torch
 from tests.support.shapes import box_mask
 from tests.support.tiny import TINY, RandomPairs
 from training.data.matching_places import matching_places
-from training.loop import LoopSettings, train
+from training.loop import train
+from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
 from training.systems.anydoor import Denoiser, Denoising, DiffusionTask
 

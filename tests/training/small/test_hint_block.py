@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from tests.support.tiny import TINY, RandomPairs
-from training.loop import LoopSettings, train
+from training.loop import train
+from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
 from training.small.hint_block import HintBlockTask
 

@@ -171,7 +171,7 @@ def test_the_autoencoder_never_learns_and_the_text_encoder_may(
     moved = {name for name, p in task.module.named_parameters() if not torch.equal(before[name], p)}
     assert {name.split(".")[0] for name in moved} == {"unet"} | ({"text_encoder"} if text_encoder else set())
     fresh = network(tmp_path)
-    torch.testing.assert_close(task._network.vae.state_dict(), fresh.vae.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(task.network.vae.state_dict(), fresh.vae.state_dict(), rtol=0, atol=0)
 
 
 def test_pictures_of_the_class_depend_on_their_number_alone(
@@ -313,7 +313,7 @@ def test_diffusers_draws_with_written_updates(
         latents=latents,
         output_type="np",
     ).images[0]
-    [drawn] = draw_pictures(task._network.eval(), tokenizer, subject.prompt, [1], SIZE, steps=4)
+    [drawn] = draw_pictures(task.network.eval(), tokenizer, subject.prompt, [1], SIZE, steps=4)
     assert np.abs(drawn.astype(int) - np.rint(picture * 255)).max() <= 1
 
 
@@ -333,13 +333,11 @@ def test_a_preview_has_a_row_per_prompt_and_leaves_the_weights(
     tmp_path: Path, tokenizer: Tokenizer, subject: SubjectSettings
 ) -> None:
     task = task_for(tmp_path, tokenizer, replace(subject, prior_weight=0))
-    preview = make_preview(task._network, tokenizer, replace(subject, previews=2), steps=1)
+    preview = make_preview(task.network, tokenizer, replace(subject, previews=2), steps=1)
     before = {name: value.clone() for name, value in task.module.state_dict().items()}
     sheet = preview({name: torch.zeros_like(value) for name, value in before.items()})
     assert sheet.shape == (len(preview.prompts) * SIZE, 2 * SIZE, 3)
-    assert all(
-        torch.equal(value, before[name]) for name, value in Learner(task._network).state_dict().items()
-    )
+    assert all(torch.equal(value, before[name]) for name, value in Learner(task.network).state_dict().items())
 
 
 # --- pictures ---------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch
 from tests.support.tiny import TINY
 from training.data.pairs import PairRules
 from training.data.view_store import ViewStore, draw_views
-from training.loop import LoopSettings, train
+from training.loop import train
+from training.loop_settings import LoopSettings
 from training.network.modules import IDEncoder
 from training.systems.identity import IdentityTask, start_with_pixels
 

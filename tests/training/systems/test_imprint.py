@@ -16,7 +16,8 @@ from torch import Tensor
 
 from runtime.errors import InputError
 from tests.support.imprint import TINY_IMPRINT, tiny_imprint
-from training.loop import LoopSettings, train
+from training.loop import train
+from training.loop_settings import LoopSettings
 from training.systems.imprint import (
     CompositingSettings,
     ImprintTask,
@@ -67,7 +68,7 @@ def batch_of(*numbers: int) -> dict[str, Tensor]:
 
 def written_out_loss(task: ImprintTask, batch: dict[str, Tensor], masked: bool = True) -> Tensor:
     """From the formulas alone: latents, scene, noise, tokens, and the masked mean."""
-    model, count = task._model, len(batch["noise"])
+    model, count = task.network, len(batch["noise"])
     with torch.no_grad():
         posterior = model.vae.encode(batch["picture"]).latent_dist
         latents = 0.18215 * (posterior.mean + posterior.std * batch["posterior_noise"])
@@ -125,7 +126,7 @@ def test_the_loss_is_the_written_out_one(masked: bool) -> None:
 def test_the_loss_of_v_is_its_mean_squared_error() -> None:
     """An error of the noise is the root of the signal times the error of v."""
     task, batch = task_of(compositing(), prediction="v"), batch_of(3)
-    signal = task.alphas_cumprod[batch["timestep"]]
+    signal = task.network.alphas_cumprod[batch["timestep"]]
     losses = task.loss(task.module, batch)
     torch.testing.assert_close(losses["loss"], losses["noise"] / signal[0])
 
@@ -149,8 +150,8 @@ def test_what_is_frozen_does_not_move_by_a_bit(
     settings: StageSettings, moving: tuple[str, ...], tmp_path: Path
 ) -> None:
     task = task_of(settings)
-    parts = {"backbone": task._model.id_encoder.backbone, "vae": task._model.vae}
-    parts |= {"adapter": task._model.id_encoder.projector, "unet": task._model.unet}
+    parts = {"backbone": task.network.id_encoder.backbone, "vae": task.network.vae}
+    parts |= {"adapter": task.network.id_encoder.projector, "unet": task.network.unet}
     before = {f"{p}.{n}": w.clone() for p, module in parts.items() for n, w in module.state_dict().items()}
     train(task, settings, tmp_path)
     after = {f"{p}.{n}": w for p, module in parts.items() for n, w in module.state_dict().items()}
