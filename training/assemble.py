@@ -14,6 +14,7 @@ from training.data.mixture import Mixture
 from training.data.sources import SOURCES
 from training.data.view_pairs import ViewPairs
 from training.data.view_store import ViewStore
+from training.loop import join_processes
 from training.network.checkpoint import read_start
 from training.network.modules import AnyDoor, ReferenceNetwork
 from training.small.initial_weights import open_control
@@ -77,7 +78,10 @@ def load_small_parts(model: ReferenceNetwork, folder: Path, objects: Path) -> No
     model.id_encoder.load_state_dict(own | {name: encoder[name] for name in encoder if name in own})
     store = ViewStore(objects)
     pictures = np.stack([store.scene(row, 0).image for row in range(min(CALIBRATION_VIEWS, len(store)))])
-    normalise_latents(model.vae, torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
+    device = join_processes().device
+    shown = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+    normalise_latents(model.vae.to(device), shown)
+    model.vae.cpu()
 
 
 def trained_model(recipe: Recipe, folder: Path) -> AnyDoor:

@@ -28,6 +28,7 @@ from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from training.curves import Curves
 from training.sharding import gather, shard, shard_module, to_local
+from training.workers import worker_count
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -397,4 +398,4 @@ def load_batches(
 ) -> DataLoader[dict[str, Tensor]]:
     """Loads a process's samples in batches, in `settings.workers` processes."""
     source: Dataset[Any] = dataset  # type: ignore[assignment]
-    return DataLoader(source, settings.batch, sampler=sampler, num_workers=settings.workers)
+    return DataLoader(source, settings.batch, sampler=sampler, num_workers=worker_count(settings.workers))

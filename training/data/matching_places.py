@@ -20,11 +20,12 @@ def matching_places(mask: NDArray[np.bool_], cells: int, tokens: int) -> NDArray
         tokens: per side of the reference.
 
     Returns:
-        (..., cells, cells, 2) row and column in tokens from the reference's upper left corner, nan where it is not
-        known: outside the mask, and everywhere if the mask is not a box that lies wholly inside the picture.
+        (..., cells, cells, 2) row and column in tokens from the reference's upper left corner, nan where it
+        is not known: outside the mask, and everywhere if the mask is not a box that lies wholly inside the
+        picture.
     """
     side = mask.shape[-1]
-    covered = mask.any(-1), mask.any(-2)  # rows, then columns
+    covered = [np.asarray(mask.any(axis)) for axis in (-1, -2)]  # rows, then columns
     starts = [axis.argmax(-1)[..., None] for axis in covered]
     ends = [side - axis[..., ::-1].argmax(-1)[..., None] for axis in covered]
     sides = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -33,9 +34,7 @@ def matching_places(mask: NDArray[np.bool_], cells: int, tokens: int) -> NDArray
     middles = (np.arange(cells) + 0.5) * side / cells
     places, known = [], []
     for start, end in zip(starts, ends, strict=True):
-        places.append(
-            (middles - (start + end) / 2) / object_side * tokens / _REFERENCE_RATIO + tokens / 2
-        )
+        places.append((middles - (start + end) / 2) / object_side * tokens / _REFERENCE_RATIO + tokens / 2)
         known.append(is_box & (start > 0) & (end < side) & (middles > start) & (middles < end))
     everywhere = np.stack(np.broadcast_arrays(places[0][..., :, None], places[1][..., None, :]), -1)
     inside = known[0][..., :, None] & known[1][..., None, :]

@@ -251,7 +251,8 @@ def sample_timesteps(images: Tensor, kind: Kind, rule: TimestepRule, rng: torch.
     focused = focus < _FOCUS[rule]
     first = focused * (low + images * (image_low - low))
     end = TRAIN_TIMESTEPS - focused * (TRAIN_TIMESTEPS - high - images * (image_high - high))
-    return first + (place * (end - first)).long()
+    drawn: Tensor = first + (place * (end - first)).long()
+    return drawn
 
 
 def as_reference(picture: Picture) -> NDArray[np.float32]:

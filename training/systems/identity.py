@@ -79,7 +79,7 @@ class TwoViews:
         first, last = REFERENCE_RATIOS
         ratios = (first + (shares[4] * (last + 1 - first)).long()).double() / 10
         prepared = prepare_references(pictures, views[:, 3] > MASK_THRESHOLD, ratios, REFERENCE_SIZE)
-        return {"views": prepared.unflatten(0, (-1, 2)) / 255}
+        return {"views": prepared.view(-1, 2, *prepared.shape[1:]) / 255}
 
 
 def changed_light(pictures: Tensor, which: Tensor, shares: Tensor) -> Tensor:
