@@ -9,7 +9,7 @@ rows that are written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,10 @@ def store_samples(
     source: Any = samples
     device = join_processes().device
     batch = batch or (BATCH if device.type == "cpu" else CARD_BATCH)
+    made = DataLoader(source, batch, sampler=range(done, count), num_workers=workers, collate_fn=stacked)
     with ProgressBar(total=count, initial=done, unit="sample") as bar:
-        for made in DataLoader(source, batch, sampler=range(done, count), num_workers=workers):
-            encoded = encode({name: value.to(device) for name, value in made.items()})
+        for arrays in made:
+            encoded = encode({name: torch.from_numpy(a).to(device) for name, a in arrays.items()})
             rows = slice(done, done + len(encoded["moments"]))
             for name in kept:
                 if name in encoded:
@@ -85,6 +86,14 @@ def store_samples(
             bar.update(rows.stop - rows.start)
             done = rows.stop
             write_text(folder / PAIRS_DONE, str(done))
+
+
+def stacked(samples: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+    """Collates samples as arrays, which come from other processes through a pipe.
+
+    PyTorch's tensors would come through shared memory, of which a container may have 64 MB.
+    """
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def open_rows(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
