@@ -6,7 +6,7 @@ seen; another device or another size of batch draws others.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,14 @@ from torch import Tensor
 
 WHITE = 255.0
 
+MAPPED: Literal["c"] = "c"
+"""How arrays on disk are opened: writing would not change the file. PyTorch warns of arrays that cannot be
+written."""
+
 
 def resident(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Copies an array, mapped or not, into a device's memory as it is."""
-    return torch.from_numpy(np.array(array)).to(device)
+    """Copies an array, see `MAPPED`, into a device's memory as it is; on a processor it stays where it is."""
+    return torch.from_numpy(array).to(device)
 
 
 def generator(seed: int, numbers: range, device: torch.device) -> torch.Generator:

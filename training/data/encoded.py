@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engines.errors import AnyDoorError
 from engines.files import write_text
-from training.data.device import generator, resident
+from training.data.device import MAPPED, generator, resident
 from training.data.matching_places import matching_places
 from training.data.pairs import Kind, PairRules, sample_timestep, sample_timesteps
 
@@ -196,5 +196,5 @@ class EncodedPairs:
 
 
 def _mapped(path: Path) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(path, mmap_mode="r")
+    array: NDArray[Any] = np.load(path, mmap_mode=MAPPED)
     return array

@@ -27,7 +27,7 @@ from engines.errors import AnyDoorError
 from engines.files import write_text
 from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
-from training.data.device import resident
+from training.data.device import MAPPED, resident
 from training.data.pairs import Shot
 from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
 
@@ -54,8 +54,8 @@ class ViewStore:
                 f"no views in {folder}: draw some with python -m training.data.view_store {folder}"
             )
         self.folder = folder
-        self.scenes: NDArray[np.uint8] = np.load(folder / "scenes.npy", mmap_mode="r")
-        self.references: NDArray[np.uint8] = np.load(folder / "references.npy", mmap_mode="r")
+        self.scenes: NDArray[np.uint8] = np.load(folder / "scenes.npy", mmap_mode=MAPPED)
+        self.references: NDArray[np.uint8] = np.load(folder / "references.npy", mmap_mode=MAPPED)
         self.count = int((folder / DONE).read_text())
         self._loaded: dict[tuple[str, torch.device], Tensor] = {}
 

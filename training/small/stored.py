@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from engines.files import write_text
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
 from runtime.progress_bar import ProgressBar
-from training.data.device import generator, resident
+from training.data.device import MAPPED, generator, resident
 from training.data.encoded import PAIRS_DONE, EncodedError, rows_done
 from training.loop import Batch, NumberedDataset, join_processes
 
@@ -117,7 +117,7 @@ class StoredSamples:
         """Opens the arrays; draws from the first `rows` (see `settled_rows`)."""
         self._seed, self._rows = seed, rows
         self._arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r")
+            name: np.load(folder / f"{name}.npy", mmap_mode=MAPPED)
             for name in STORED
             if (folder / f"{name}.npy").exists()
         }
