@@ -14,6 +14,7 @@ from training.data.mixture import Mixture
 from training.data.sources import SOURCES
 from training.data.view_pairs import ViewPairs
 from training.data.view_store import ViewStore
+from training.loop import join_processes
 from training.network.checkpoint import network_of, read_checkpoint, read_start
 from training.network.checkpoint_file import CheckpointError
 from training.network.modules import AnyDoor, ReferenceNetwork
@@ -85,7 +86,10 @@ def load_small_parts(model: ReferenceNetwork, recipe: CommonRecipe, folder: Path
     model.id_encoder.load_state_dict(own | {name: encoder[name] for name in encoder if name in own})
     store = ViewStore(folder / recipe.objects)
     pictures = np.stack([store.scene(row, 0).image for row in range(min(CALIBRATION_VIEWS, len(store)))])
-    normalise_latents(model.vae, torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
+    device = join_processes().device
+    shown = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+    normalise_latents(model.vae.to(device), shown)
+    model.vae.cpu()
 
 
 def _load_encoders(model: ReferenceNetwork, path: str) -> None:

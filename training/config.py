@@ -35,7 +35,8 @@ class DataSettings:
     single: float = 0.0
     """Share of the pairs that are one view twice, as those of the sets of still images."""
     workers: int = 0
-    """Processes that make pairs while others are encoded; 0 makes them in turn."""
+    """Processes that draw objects, and that make pairs while others are encoded; 0 makes them in turn, see
+    `worker_count`."""
 
 
 @dataclass(frozen=True)

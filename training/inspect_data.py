@@ -49,6 +49,7 @@ from training.sheets import column, write_sheet
 from training.stages.stable_diffusion import caption_samples
 from training.systems.anydoor import DiffusionTask
 from training.systems.imprint import ImprintTask, StageSettings
+from training.workers import worker_count
 
 
 def fresh_pairs(recipe: Recipe, folder: Path) -> Mixture | ViewPairs:
@@ -129,7 +130,7 @@ def compare_rates(
         feeds = [("making pairs while training", pairs, settings.workers)]
     else:
         feeds = [
-            ("making pairs of stored views, once before", pairs, recipe.data.workers),
+            ("making pairs of stored views, once before", pairs, worker_count(recipe.data.workers)),
             ("reading encoded pairs while training", pairs_to_read(recipe, folder), settings.workers),
         ]
     # fresh weights are as fast as any

@@ -29,6 +29,7 @@ from training.loop_settings import LoopSettings, Precision
 from training.precision import allow_tf32, has_bf16
 from training.sharding import shard_module
 from training.train_state import TrainState, read_state, saved_weights
+from training.workers import worker_count
 
 _Arguments = ParamSpec("_Arguments")
 _Reading = TypeVar("_Reading")
@@ -274,4 +275,4 @@ def load_batches(
 ) -> DataLoader[dict[str, Tensor]]:
     """Loads a process's samples in batches, in `settings.workers` processes."""
     source: Dataset[Any] = dataset  # type: ignore[assignment]
-    return DataLoader(source, settings.batch, sampler=sampler, num_workers=settings.workers)
+    return DataLoader(source, settings.batch, sampler=sampler, num_workers=worker_count(settings.workers))

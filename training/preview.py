@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -128,7 +129,8 @@ class Preview:
         model = AnyDoor(frozen.architecture, ("unet", "control", "id_encoder"))
         DiffusionTask.load(model, weights)
         black = torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE)
-        device = next(frozen.vae.parameters()).device
+        device = PartialState().device
+        frozen.vae.to(device)
         shown = torch.cat([self._references, black]).to(device)
         model.to(device)
         features = frozen.id_encoder.to(device).features(shown)

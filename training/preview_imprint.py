@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from accelerate import PartialState
 from numpy.random import Generator
 from torch import Tensor
 
@@ -115,7 +116,8 @@ class ImprintPreview:
             sharded over several processes.
         """
         frozen = self._model
-        device = next(frozen.vae.parameters()).device
+        device = PartialState().device
+        frozen.vae.to(device)
         model = Imprint(frozen.architecture, ("unet", "id_encoder"))
         model.id_encoder.load_state_dict(frozen.id_encoder.state_dict())
         load_parts(model, weights, ("backbone", "adapter", "unet"))

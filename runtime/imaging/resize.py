@@ -7,6 +7,7 @@ little more than its result.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -157,10 +158,12 @@ def _interpolate_fixed_point(
     left: NDArray[Any], right: NDArray[Any], x_fraction: NDArray[np.floating[Any]], y: _Taps
 ) -> NDArray[Any]:
     ndim = left.ndim
-    left_weight, right_weight = (_along_columns(w, ndim) for w in _coefficients(x_fraction))
-    strip = left * left_weight
-    strip += right * right_weight
+    # a row's values in one axis: NumPy is slow where the last axis is as short as a pixel
+    left_weight, right_weight = (w.repeat(math.prod(left.shape[2:])) for w in _coefficients(x_fraction))
+    strip = left.reshape(len(left), -1) * left_weight
+    strip += right.reshape(len(right), -1) * right_weight
     strip >>= 4
+    strip = strip.reshape(left.shape)
     upper_weight, lower_weight = (_along_rows(w, ndim) for w in _coefficients(y.fraction))
     result = np.empty((len(y.low), *left.shape[1:]), np.uint8)
     for block in _blocks(result):

@@ -12,16 +12,20 @@ resumed; `done.sha256` and `hints_done.sha256` identify the weights that made th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from engines.errors import AnyDoorError
 from engines.files import write_text
+from training.data.device import MAPPED, generator, resident
 from training.data.matching_places import matching_places
-from training.data.pairs import Kind, PairRules, sample_timestep
+from training.data.pairs import Kind, PairRules, sample_timestep, sample_timesteps
 
 PACKED_INSIDE = 255
 """What the mask channel of a packed hint is where the object goes."""
@@ -44,6 +48,13 @@ def unpack_hint(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
     hint: NDArray[np.float32] = packed.astype(np.float32) / np.float32(127.5) - 1
     hint[3] = np.rint(hint[3])
     return hint
+
+
+def unpack_hints(packed: Tensor) -> Tensor:
+    """Unpacks hints (N, 4, R, R) uint8 where they lie, as `unpack_hint` does one."""
+    hints = packed.float() / 127.5 - 1
+    hints[:, 3].round_()
+    return hints
 
 
 def rows_done(folder: Path, name: str = PAIRS_DONE) -> int:
@@ -111,6 +122,7 @@ class EncodedPairs:
         self._moments = _mapped(folder / "moments.npy")
         self._single = _mapped(folder / "single.npy")
         self._black = _mapped(folder / "black.npy")
+        self._loaded: dict[torch.device, dict[str, Tensor]] = {}
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Gives latents and noise (C, h, w), timestep, features (T, D), hint (4, R, R) or its features."""
@@ -139,7 +151,50 @@ class EncodedPairs:
         features: NDArray[np.float32] = self._hint_features[row].astype(np.float32)
         return features
 
+    def batch(self, numbers: range, device: torch.device) -> dict[str, Tensor]:
+        """Draws a batch in a device's memory, which takes the whole folder at the first call.
+
+        Names, shapes and dtypes are those of samples in a batch, and so are the distributions.
+        """
+        arrays, rng, count = self._on(device), generator(self._seed, numbers, device), len(numbers)
+
+        def normal() -> Tensor:
+            return torch.randn(mean.shape, generator=rng, device=device)
+
+        rows = torch.randint(self._rows, (count,), generator=rng, device=device)
+        dropped = torch.rand(count, generator=rng, device=device) < self._drop
+        mean, spread = arrays["moments"][rows].float().unbind(1)
+        features = torch.where(dropped.view(-1, 1, 1), arrays["black"], arrays["features"][rows])
+        hint = arrays["hint"][rows]
+        sample = {
+            "latents": mean + spread * normal(),
+            "noise": normal(),
+            "timestep": sample_timesteps(arrays["single"][rows], self._kind, self._rules.timesteps, rng),
+            "features": features.float(),
+            "hint": unpack_hints(hint) if self._hint_features is None else hint.float(),
+        }
+        if self._with_places:
+            unknown = dropped.view(-1, 1, 1, 1)
+            sample["places"] = arrays["places"][rows].masked_fill(unknown, math.nan)
+        return sample
+
+    def _on(self, device: torch.device) -> Mapping[str, Tensor]:
+        """The rows to draw from, in a device's memory."""
+        if device not in self._loaded:
+            arrays = {
+                "moments": self._moments,
+                "features": self._features,
+                "single": self._single,
+                "hint": self._hints if self._hint_features is None else self._hint_features,
+            }
+            if self._with_places:
+                masks, tokens = self._hints[: self._rows, 3] == PACKED_INSIDE, len(self._black) - 1
+                arrays["places"] = matching_places(masks, self._moments.shape[-1], math.isqrt(tokens))
+            self._loaded[device] = {name: resident(a[: self._rows], device) for name, a in arrays.items()}
+            self._loaded[device] |= {"black": resident(self._black, device)}
+        return self._loaded[device]
+
 
 def _mapped(path: Path) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(path, mmap_mode="r")
+    array: NDArray[Any] = np.load(path, mmap_mode=MAPPED)
     return array

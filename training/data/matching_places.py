@@ -15,31 +15,27 @@ def matching_places(mask: NDArray[np.bool_], cells: int, tokens: int) -> NDArray
     """Computes where in the reference is what a cell of the latent shows.
 
     Args:
-        mask: (R, R), the place of the object in the hint.
+        mask: (..., R, R), the place of the object in the hint.
         cells: per side of the latent.
         tokens: per side of the reference.
 
     Returns:
-        (cells, cells, 2) row and column in tokens from the reference's upper left corner, nan where it is not
-        known: outside the mask, and everywhere if the mask is not a box that lies wholly inside the picture.
+        (..., cells, cells, 2) row and column in tokens from the reference's upper left corner, nan where it
+        is not known: outside the mask, and everywhere if the mask is not a box that lies wholly inside the
+        picture.
     """
-    places = np.full((cells, cells, 2), np.nan, np.float32)
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    if not len(rows):
-        return places
-    side = len(mask)
-    ends = [(int(axis[0]), int(axis[-1]) + 1) for axis in (rows, columns)]
-    whole = mask.sum() == np.prod([end - start for start, end in ends])
-    if not whole or any(start == 0 or end == side for start, end in ends):
-        return places
-    object_side = max(end - start for start, end in ends) / _BOX_RATIO
+    side = mask.shape[-1]
+    covered = [np.asarray(mask.any(axis)) for axis in (-1, -2)]  # rows, then columns
+    starts = [axis.argmax(-1)[..., None] for axis in covered]
+    ends = [side - axis[..., ::-1].argmax(-1)[..., None] for axis in covered]
+    sides = [end - start for start, end in zip(starts, ends, strict=True)]
+    is_box = mask.sum((-2, -1))[..., None] == sides[0] * sides[1]
+    object_side = np.maximum(*sides) / _BOX_RATIO
     middles = (np.arange(cells) + 0.5) * side / cells
-    per_axis = [
-        (middles - (start + end) / 2) / object_side * tokens / _REFERENCE_RATIO + tokens / 2
-        for start, end in ends
-    ]
-    inside = [(middles > start) & (middles < end) for start, end in ends]
-    known = np.ix_(*inside)
-    places[..., 0][known] = per_axis[0][inside[0]][:, None]
-    places[..., 1][known] = per_axis[1][inside[1]][None, :]
-    return places
+    places, known = [], []
+    for start, end in zip(starts, ends, strict=True):
+        places.append((middles - (start + end) / 2) / object_side * tokens / _REFERENCE_RATIO + tokens / 2)
+        known.append(is_box & (start > 0) & (end < side) & (middles > start) & (middles < end))
+    everywhere = np.stack(np.broadcast_arrays(places[0][..., :, None], places[1][..., None, :]), -1)
+    inside = known[0][..., :, None] & known[1][..., None, :]
+    return np.where(inside[..., None], everywhere, np.nan).astype(np.float32)

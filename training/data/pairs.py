@@ -5,12 +5,15 @@ All geometry goes through the runtime's pre-processing, so that training and ser
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
+from torch import Tensor
 
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
 from runtime.imaging.boxes import Box, box_in_box, expand, mask_extent
@@ -33,6 +36,12 @@ SHORTEST_SIDE = 0.1
 """Least width or height of a reference's object, as a share of its picture's."""
 LARGEST_BOX, LARGEST_BOX_OF_CLOTHES = 0.8, 1.0
 """Largest width or height of a target's box, enlarged, as a share of its picture's."""
+_HALF = TRAIN_TIMESTEPS // 2
+_PREFERRED: Mapping[str, tuple[int, int]] = {"video": (_HALF, TRAIN_TIMESTEPS), "image": (0, _HALF)}
+"""Kind -> the half of the timesteps that it learns more from: first, and behind the last."""
+# among all: 0.3 * 0.5 + 0.7 = 0.85 of the preferred half in the code, 0.75 in the paper
+_FOCUS: Mapping[TimestepRule, float] = {"uniform": 0.0, "paper": 0.5, "code": 0.7}
+"""Rule -> probability that a timestep is of the preferred half for sure."""
 LIGHT = 0.2
 """Most by which contrast and brightness of a reference change, as a share of their range."""
 ROUGHEST, FINEST = 0.3, 0.99
@@ -220,13 +229,30 @@ def sample_timestep(kind: Kind, rule: TimestepRule, rng: Generator) -> int:
     Returns:
         A timestep, 0..999; the halves part at 500.
     """
-    half = TRAIN_TIMESTEPS // 2
-    preferred = {"video": (half, TRAIN_TIMESTEPS), "image": (0, half)}.get(kind)
-    # among all: 0.3 * 0.5 + 0.7 = 0.85 of the preferred half in the code, 0.75 in the paper
-    focus = {"uniform": 0.0, "paper": 0.5, "code": 0.7}[rule]
-    if preferred is not None and rng.random() < focus:
+    preferred = _PREFERRED.get(kind)
+    if preferred is not None and rng.random() < _FOCUS[rule]:
         return int(rng.integers(*preferred))
     return int(rng.integers(TRAIN_TIMESTEPS))
+
+
+def sample_timesteps(images: Tensor, kind: Kind, rule: TimestepRule, rng: torch.Generator) -> Tensor:
+    """Draws timesteps (N,) int64 as `sample_timestep` does, where `images` (N,), bool, lies.
+
+    Args:
+        images: which pairs are "image".
+        kind: what the others are.
+        rule: see `sample_timestep`.
+        rng: source of randomness on that device.
+    """
+    focus, place = torch.rand(2, len(images), generator=rng, device=images.device)
+    (low, high), (image_low, image_high) = (
+        _PREFERRED.get(each, (0, TRAIN_TIMESTEPS)) for each in (kind, "image")
+    )
+    focused = focus < _FOCUS[rule]
+    first = focused * (low + images * (image_low - low))
+    end = TRAIN_TIMESTEPS - focused * (TRAIN_TIMESTEPS - high - images * (image_high - high))
+    drawn: Tensor = first + (place * (end - first)).long()
+    return drawn
 
 
 def as_reference(picture: Picture) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from training import seeds
 from training.data.encoded import pack_hint
-from training.data.pairs import Kind, Pair, PairRules, UnfitPairError, as_sample, make_pair
+from training.data.pairs import Kind, Pair, PairRules, UnfitPairError, make_pair
 from training.data.view_store import REFERENCES, SCENES, ViewStore, as_shot
 
 
@@ -44,12 +44,12 @@ class ViewPairs(Dataset[dict[str, Any]]):
     single: float = 0.0
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Gives packed hint, picture (3, R, R), reference (3, 224, 224), and whether both are one picture."""
+        """Gives packed hint, picture (3, R, R) float32, -1..1, reference (3, 224, 224) uint8, and whether
+        both are one picture."""
         pair = pair_of_views(self.store, number, self.seed, self.rules, single=self.single)
-        sample = as_sample(pair)
         return {
             "hint": pack_hint(pair.hint),
             "picture": pair.picture,
-            "reference": sample["reference"],
+            "reference": np.ascontiguousarray(pair.reference.transpose(2, 0, 1)),
             "single": pair.kind == "image",
         }

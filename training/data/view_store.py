@@ -16,14 +16,18 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from engines.errors import AnyDoorError
 from engines.files import write_text
 from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
+from training.data.device import MAPPED, resident
 from training.data.pairs import Shot
 from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
 
@@ -50,13 +54,21 @@ class ViewStore:
                 f"no views in {folder}: draw some with python -m training.data.view_store {folder}"
             )
         self.folder = folder
-        self.scenes: NDArray[np.uint8] = np.load(folder / "scenes.npy", mmap_mode="r")
-        self.references: NDArray[np.uint8] = np.load(folder / "references.npy", mmap_mode="r")
+        self.scenes: NDArray[np.uint8] = np.load(folder / "scenes.npy", mmap_mode=MAPPED)
+        self.references: NDArray[np.uint8] = np.load(folder / "references.npy", mmap_mode=MAPPED)
         self.count = int((folder / DONE).read_text())
+        self._loaded: dict[tuple[str, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
         """Counts the objects that were drawn when the folder was opened."""
         return self.count
+
+    def resident(self, name: Literal["scenes", "references"], device: torch.device) -> Tensor:
+        """Gives all views of a kind in a device's memory, (N, V, S, S, 4) uint8; copies them once."""
+        if (name, device) not in self._loaded:
+            array: NDArray[np.uint8] = getattr(self, name)
+            self._loaded[name, device] = resident(array[: self.count], device)
+        return self._loaded[name, device]
 
     def scene(self, row: int, number: int) -> View:
         """Gives a view of an object in a scene."""

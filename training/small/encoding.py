@@ -5,64 +5,64 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
-from numpy.typing import NDArray
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
 from engines.files import write_text
 from runtime.progress_bar import ProgressBar
-from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedError, rows_done, unpack_hint
+from training.data.device import MAPPED, resident
+from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedError, rows_done, unpack_hints
 from training.data.view_pairs import ViewPairs
+from training.loop import Batch, join_processes
 from training.network.architecture import HINT_BLOCK_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
 from training.network.modules import AnyDoor, DiffusionNetwork, ReferenceNetwork
+from training.small.stored import open_rows, store_samples
+
+PAIRS = ("hints", "features", "moments", "single")
+"""What is written of a pair."""
 
 
 @torch.no_grad()
 def encode_pairs(
-    model: AnyDoor, pairs: ViewPairs, folder: Path, count: int, batch: int = 16, workers: int = 0
+    model: AnyDoor, pairs: ViewPairs, folder: Path, count: int, batch: int = 0, workers: int = 0
 ) -> None:
     """Writes `count` encoded pairs to a folder, or those of them that an earlier call left undone.
 
     Args:
-        model: its autoencoder and its ID encoder are used.
+        model: its autoencoder and its ID encoder are used, on the accelerator's device.
         pairs: what to encode.
         folder: of the arrays.
         count: of pairs.
-        batch: pairs that are encoded at once.
+        batch: pairs that are encoded at once; 0 for as many as suit the device.
         workers: processes that make pairs while others are encoded; 0 makes them in turn.
 
     Raises:
         EncodedError: the folder holds pairs of another shape, or what other weights made of them.
     """
     check_encoders(model, folder)
-    done = rows_done(folder)
-    if done >= count:
+    if rows_done(folder) >= count:
         return
-    black = model.id_encoder.features(torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE))
-    np.save(folder / "black.npy", black[0].numpy().astype(np.float16))
-    arrays = _open_arrays(model, folder, count, pairs.rules.resolution)
-    loader = DataLoader(pairs, batch, sampler=range(done, count), num_workers=workers)
-    with ProgressBar(total=count, initial=done, unit="pair") as bar:
-        for made in loader:
-            posterior = model.encode(made["picture"])
-            moments = torch.stack([posterior.mean, posterior.std], dim=1) * LATENT_SCALE
-            rows = slice(done, done + len(moments))
-            arrays["hints"][rows] = made["hint"]
-            arrays["features"][rows] = model.id_encoder.features(made["reference"])
-            arrays["moments"][rows] = moments
-            arrays["single"][rows] = made["single"]
-            bar.update(len(moments))
-            done += len(moments)
-            write_text(folder / PAIRS_DONE, str(done))
+    device = join_processes().device
+    model.to(device)
+    black = model.id_encoder.features(torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE, device=device))
+    np.save(folder / "black.npy", black[0].cpu().numpy().astype(np.float16))
+
+    def encode(made: Batch) -> dict[str, Tensor]:
+        posterior = model.encode(made["picture"])
+        return {
+            "hints": made["hint"],
+            "features": model.id_encoder.features(made["reference"] / 255),
+            "moments": torch.stack([posterior.mean, posterior.std], dim=1) * LATENT_SCALE,
+            "single": made["single"],
+        }
+
+    store_samples(pairs, encode, folder, count, batch, workers, kept=PAIRS)
 
 
 @torch.no_grad()
-def encode_hints(model: AnyDoor, folder: Path, batch: int = 32) -> None:
+def encode_hints(model: AnyDoor, folder: Path, batch: int = 64) -> None:
     """Takes the hints that `encode_pairs` wrote through the hint block, once; goes on where it stopped.
 
     Raises:
@@ -73,14 +73,15 @@ def encode_hints(model: AnyDoor, folder: Path, batch: int = 32) -> None:
     done, count = rows_done(folder, HINTS_DONE), rows_done(folder)
     if done >= count:
         return
-    hints = np.load(folder / "hints.npy", mmap_mode="r")
-    side = hints.shape[-1] // model.architecture.latent_factor
+    hints = np.load(folder / "hints.npy", mmap_mode=MAPPED)
+    device, side = join_processes().device, hints.shape[-1] // model.architecture.latent_factor
+    model.control.to(device)
     shape = (len(hints), HINT_BLOCK_CHANNELS[-1], side, side)
-    features = _open_rows(folder / "hint_features.npy", np.float16, shape)
+    features = open_rows(folder / "hint_features.npy", np.float16, shape)
     for start in ProgressBar(range(done, count, batch), unit="batch"):
         rows = slice(start, min(start + batch, count))
-        unpacked = torch.from_numpy(np.stack([unpack_hint(hint) for hint in hints[rows]]))
-        features[rows] = model.control.hint_features(unpacked).numpy()
+        unpacked = unpack_hints(resident(hints[rows], device))
+        features[rows] = model.control.hint_features(unpacked).cpu().numpy()
         write_text(folder / HINTS_DONE, str(rows.stop))
 
 
@@ -116,25 +117,3 @@ def _hash(parts: Sequence[nn.Module]) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _open_arrays(model: AnyDoor, folder: Path, count: int, resolution: int) -> dict[str, NDArray[Any]]:
-    architecture = model.architecture
-    latent = resolution // architecture.latent_factor
-    shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
-        "hints": (np.uint8, (count, 4, resolution, resolution)),
-        "features": (np.float16, (count, architecture.token_count, architecture.dino_width)),
-        "moments": (np.float16, (count, 2, architecture.latent_channels, latent, latent)),
-        "single": (np.bool_, (count,)),
-    }
-    return {name: _open_rows(folder / f"{name}.npy", *kind) for name, kind in shapes.items()}
-
-
-def _open_rows(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
-    """An array on disk, made if it is not there."""
-    if not path.exists():
-        return open_memmap(path, "w+", dtype, shape)
-    array: NDArray[Any] = open_memmap(path, "r+")
-    if array.shape != shape:
-        raise EncodedError(f"'{path}' has the shape {array.shape}, expected {shape}: give another --folder")
-    return array

@@ -20,6 +20,7 @@ from training.small.encoding import check_encoders, encode_hints, encode_pairs
 from training.small.hint_block import HintBlockTask
 from training.stages.common import draw_objects, train_autoencoder, train_decoder, train_identity
 from training.systems.anydoor import DiffusionTask
+from training.workers import worker_count
 
 ROWS = "rows.txt"
 """Beside a stage's weights: how many of the encoded pairs it learns from."""
@@ -30,7 +31,8 @@ def encode(recipe: Recipe, folder: Path) -> None:
     """Makes the pairs of stage 3, once."""
     if not recipe.sources:
         model, pairs = frozen_parts(recipe, folder), view_pairs(recipe, folder)
-        encode_pairs(model, pairs, folder / "pairs", recipe.data.pairs, workers=recipe.data.workers)
+        workers = worker_count(recipe.data.workers)
+        encode_pairs(model, pairs, folder / "pairs", recipe.data.pairs, workers=workers)
 
 
 def train_hint_block(recipe: Recipe, folder: Path) -> None:

@@ -13,7 +13,7 @@ from runtime.systems.tokenizer import Tokenizer
 from training.assemble import stage_weights
 from training.config import DreamBoothRecipe
 from training.data.subject import read_pictures
-from training.loop import on_main_process, train
+from training.loop import join_processes, on_main_process, train
 from training.network.checkpoint_file import CheckpointError
 from training.network.low_rank import write_low_rank
 from training.network.stable_diffusion import StableDiffusion
@@ -63,7 +63,8 @@ def draw_prior(recipe: DreamBoothRecipe, folder: Path) -> None:
     read_pictures(Path(recipe.subject.pictures), recipe.subject.resolution)
     if recipe.subject.has_prior:
         checkpoint, tokenizer = open_start(recipe)
-        draw_class(build_network(checkpoint), tokenizer, recipe.subject, folder / "prior")
+        network = build_network(checkpoint).to(join_processes().device)
+        draw_class(network, tokenizer, recipe.subject, folder / "prior")
 
 
 def train_subject(recipe: DreamBoothRecipe, folder: Path) -> None:

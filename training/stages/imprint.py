@@ -25,6 +25,7 @@ from training.small.encoding import check_encoders
 from training.small.stored import StoredSamples, store_samples
 from training.stages.common import draw_objects, train_autoencoder, train_decoder, train_identity
 from training.systems.imprint import ImprintTask
+from training.workers import worker_count
 
 ROWS = "rows.txt"
 """Beside a stage's weights: how many of the encoded samples it learns from."""
@@ -45,7 +46,8 @@ def encode(recipe: ImprintRecipe, folder: Path) -> None:
         samples = composite_samples(recipe, folder, seeds.ENCODED_PAIRS)
         check_encoders(model, stored)
         task = ImprintTask(model, samples, recipe.compositing)
-        store_samples(samples, task.encoded, stored, recipe.data.pairs, workers=recipe.data.workers)
+        workers = worker_count(recipe.data.workers)
+        store_samples(samples, task.encoded, stored, recipe.data.pairs, workers=workers)
 
 
 def train_compositing(recipe: ImprintRecipe, folder: Path) -> None:

@@ -25,6 +25,7 @@ from training.small.encoding import check_encoders
 from training.small.stored import StoredSamples, store_samples
 from training.small.vocabulary import learn_vocabulary
 from training.systems.stable_diffusion import Learner, PromptPreview, PromptTask
+from training.workers import worker_count
 
 PREVIEWS = 8
 """Pictures of each prompt in a sheet."""
@@ -74,7 +75,8 @@ def encode(recipe: StableDiffusionRecipe, folder: Path) -> None:
     samples, stored = caption_samples(recipe), folder / "samples"
     check_encoders(network, stored)
     task = PromptTask(network, samples)
-    store_samples(samples, task.encoded, stored, recipe.data.pairs, workers=recipe.data.workers)
+    workers = worker_count(recipe.data.workers)
+    store_samples(samples, task.encoded, stored, recipe.data.pairs, workers=workers)
 
 
 def train_diffusion(recipe: StableDiffusionRecipe, folder: Path) -> None:

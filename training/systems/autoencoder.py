@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from runtime.imaging.resize import resize_linear
 from training import seeds
+from training.data.device import crop_squares, flipped, generator
 from training.data.view_store import SCENES, ViewStore
 from training.loop import Batch
 from training.network.architecture import LATENT_SCALE, Architecture
@@ -54,6 +55,23 @@ class SceneCrops:
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         return {"picture": np.ascontiguousarray(crop.transpose(2, 0, 1), np.float32) / 127.5 - 1}
+
+    def batch(self, numbers: range, device: torch.device) -> dict[str, Tensor]:
+        """Draws a batch of pieces in a device's memory, which takes all scenes at the first call."""
+        scenes, rng, count = (
+            self.store.resident("scenes", device),
+            generator(self.seed, numbers, device),
+            len(numbers),
+        )
+        rows = torch.randint(len(scenes), (count,), generator=rng, device=device)
+        views = torch.randint(SCENES, (count,), generator=rng, device=device)
+        pictures = scenes[rows, views, :, :, :3].permute(0, 3, 1, 2).float()
+        shares = torch.rand(4, count, generator=rng, device=device)
+        longest = pictures.shape[2]
+        sizes = self.side + (shares[0] * (longest - self.side + 1)).long()
+        top, left = ((share * (longest - sizes + 1)).long() for share in shares[1:3])
+        crops = crop_squares(pictures, left, top, sizes, self.side).round()
+        return {"picture": flipped(crops, shares[3] < 0.5) / 127.5 - 1}
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class PromptTask:
     @torch.no_grad()
     def encoded(self, batch: Batch) -> dict[str, Tensor]:
         """Encodes pictures (N, 3, R, R): mean and spread of their scaled latents, (N, 2, C, h, w)."""
-        posterior = self.network.encode(batch["picture"])
+        posterior = self.network.to(batch["picture"].device).encode(batch["picture"])
         moments = torch.stack([posterior.mean, posterior.std], 1) * LATENT_SCALE
         return {"moments": moments, "ids": batch["ids"]}
 
@@ -91,6 +91,7 @@ def draw_pictures(
     (Ho and Salimans, 2022); DDIM without added noise.
     """
     device = next(network.unet.parameters()).device
+    network.vae.to(device)  # where the UNet learns; the autoencoder is used here only
     ids = torch.tensor([tokenizer.encode(text) for text in (prompt, "")], device=device)
     tokens = network.encode_prompt(ids)
     side = resolution // 2 ** (len(network.vae.config.block_out_channels) - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from tests.support.tiny import TINY
@@ -13,7 +14,7 @@ from training.data.view_store import ViewStore, draw_views
 from training.loop import train
 from training.loop_settings import LoopSettings
 from training.network.modules import IDEncoder
-from training.systems.identity import IdentityTask, start_with_pixels
+from training.systems.identity import IdentityTask, TwoViews, start_with_pixels
 
 
 def fit(tokens: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -42,6 +43,27 @@ def test_a_fresh_token_tells_its_colours_and_its_place() -> None:
     assert fit(found["pixels"], wanted) < 0.05
     assert fit(found["random"], wanted) > 0.3
     assert fit(found["pixels"], place) < 0.15
+
+
+def test_a_batch_in_a_device_s_memory_shows_the_same_views(tmp_path: Path) -> None:
+    """With one ratio there are four pictures of an object: two views, each as it is and mirrored."""
+    draw_views(tmp_path, 2)
+    store, rules = ViewStore(tmp_path), PairRules(resolution=32, brighten=0.0)
+    views = TwoViews(store, 0, rules)
+    found = views.batch(range(24), torch.device("cpu"))["views"]
+    assert (found.shape, found.dtype) == ((24, 2, 3, 224, 224), torch.float32)
+    possible = np.stack([views[number]["views"] for number in range(120)])
+    for pair in found.numpy():
+        # the two are chosen apart: mirrored or not, and one of four ratios
+        off = [np.abs(possible[:, index] - pair[index]).max((1, 2, 3)) for index in range(2)]
+        assert max(distances.min() for distances in off) <= 2.01 / 255
+
+    lit = TwoViews(store, 0, PairRules(resolution=32, brighten=1.0))
+    batch = lit.batch(range(50), torch.device("cpu"))["views"]
+    singly = np.stack([lit[number]["views"] for number in range(50)])
+    assert float(batch.mean()) == pytest.approx(float(singly.mean()), abs=0.01)
+    spread = batch.flatten(2).mean(2).std()
+    assert float(spread) == pytest.approx(float(singly.reshape(100, -1).mean(1).std()), rel=0.2)
 
 
 def test_it_learns_to_tell_objects_apart(tmp_path: Path) -> None:

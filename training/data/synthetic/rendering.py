@@ -77,13 +77,25 @@ def sample(picture: Array, u: Array, v: Array) -> Array:
     x, y = u * width - np.float32(0.5), v * height - np.float32(0.5)
     left, top = np.floor(x), np.floor(y)
     fx, fy = x - left, y - top
-    x0, y0 = left.astype(np.intp) % width, top.astype(np.intp) % height
-    x1, y1 = (x0 + 1) % width, (y0 + 1) % height
+    (x0, x1), (y0, y1) = _wrapped_pairs(left, width), _wrapped_pairs(top, height)
     flat = picture.reshape(-1, 3)
-    upper = flat[y0 * width + x0] * (1 - fx)[:, None] + flat[y0 * width + x1] * fx[:, None]
-    lower = flat[y1 * width + x0] * (1 - fx)[:, None] + flat[y1 * width + x1] * fx[:, None]
-    result: Array = (upper * (1 - fy)[:, None] + lower * fy[:, None]).T
+
+    def row(start: Indices) -> Array:
+        ends = [np.ascontiguousarray(flat.take(start * width + at, 0).T) for at in (x0, x1)]
+        between: Array = ends[0] * (1 - fx) + ends[1] * fx
+        return between
+
+    result: Array = row(y0) * (1 - fy) + row(y1) * fy
     return result
+
+
+def _wrapped_pairs(places: Array, count: int) -> tuple[Indices, Indices]:
+    """The index at whole places of an axis that repeats after `count`, and the one behind it."""
+    index = places.astype(np.intp)
+    index -= index // count * count  # np.remainder takes several times as long
+    behind = index + 1
+    behind[behind == count] = 0
+    return index, behind
 
 
 class Body:
@@ -140,11 +152,14 @@ class Body:
         for _ in range(STEPS):
             free = self.distance(own_origin + own_rays * start) * scale - widening * start
             hit = free < near
-            hits.append(alive[hit])
-            depths.append(start[hit])
+            stopped = hit.nonzero()[0]
+            hits.append(alive[stopped])
+            depths.append(start[stopped])
             start = start + free
-            going = ~hit & (start < end)
-            alive, start, end, own_rays = alive[going], start[going], end[going], own_rays[:, going]
+            going = (~hit & (start < end)).nonzero()[0]
+            if len(going) < len(alive):
+                alive, start, end = (values.take(going) for values in (alive, start, end))
+                own_rays = own_rays.take(going, 1)
             if not len(alive):
                 break
         return np.concatenate(hits), np.concatenate(depths)

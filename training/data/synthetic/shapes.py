@@ -141,8 +141,8 @@ def lathe(heights: NDArray[np.float64], radii: NDArray[np.float64], samples: int
         index = np.clip((y - low) * per_height, 0, samples - 1.001)
         whole = index.astype(np.intp)
         fraction = index - whole
-        radius = table[whole] * (1 - fraction) + table[whole + 1] * fraction
-        side = (np.sqrt(x * x + z * z) - radius) * slack[whole]
+        radius = table.take(whole) * (1 - fraction) + table[1:].take(whole) * fraction
+        side = (np.sqrt(x * x + z * z) - radius) * slack.take(whole)
         result: Array = np.maximum(side, np.maximum(low - y, y - high))
         return result
 

@@ -1,0 +1,22 @@
+"""How many processes prepare data."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import PartialState
+
+
+def worker_count(asked: int) -> int:
+    """Counts the processes that prepare data beside this one.
+
+    Args:
+        asked: by the recipe. -1 stands for all cores but one; 0 for none, or, where there is a card that
+            would wait, for all cores but two.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked < 0:
+        return max(cores - 1, 1)
+    if asked == 0 and PartialState().device.type != "cpu":
+        return max(cores - 2, 0)
+    return asked
