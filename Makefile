@@ -2,19 +2,22 @@
 # make test   formatter, linter, types, import rules, tests
 # make browser  the studio in Chromium
 # make gpu    what only an NVIDIA card can show; ARGS=--help says how
+# make train-card MINUTES=7   small models learn on a card; results in build/train-card
 # make lock   docker/*.lock: the hash of everything that the images install
 # make sbom   build/sbom/*.json: the same as CycloneDX bills of materials
 # make dev    .venv with every extra that installs here, for working on the project
 
 PYTHON ?= python3
 VENV ?= .venv
+MINUTES ?= 7
+RECIPES ?= training/recipes/imprint-small.toml training/recipes/anydoor-128.toml:autoencoder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 DEMO_BUNDLE := examples/anydoor-small
 DEMO_PICTURE := build/demo.png
 
-.PHONY: demo test browser gpu lock sbom dev check proto nightly versions bindings format clean
+.PHONY: demo test browser gpu train-card lock sbom dev check proto nightly versions bindings format clean
 
 demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
@@ -33,6 +36,10 @@ browser: $(VENV)/.dev
 # needs nothing of this project installed: PYTHON is one that has onnxruntime-gpu
 gpu:
 	$(PYTHON) benchmarks/card.py $(ARGS)
+
+# small models learn on a card; PYTHON is one that has PyTorch for it, diffusers and accelerate
+train-card:
+	$(PYTHON) -m training.train_card --minutes $(MINUTES) $(RECIPES)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

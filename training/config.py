@@ -17,6 +17,7 @@ from training.network.architecture import Architecture, ArchitectureError
 from training.network.imprint import ImprintArchitecture
 from training.network.stable_diffusion import StableDiffusionArchitecture
 from training.systems.anydoor import Denoising
+from training.systems.autoencoder import AutoencoderSettings, DecoderSettings
 from training.systems.dreambooth import SubjectSettings
 from training.systems.imprint import CompositingSettings, ViewsSettings
 
@@ -73,8 +74,8 @@ class CommonRecipe:
     architecture: Architecture = field(default_factory=Architecture)
     data: DataSettings = field(default_factory=DataSettings)
     pairs: CommonRules = field(default_factory=CommonRules)
-    autoencoder: LoopSettings | None = None
-    decoder: LoopSettings | None = None
+    autoencoder: AutoencoderSettings | None = None
+    decoder: DecoderSettings | None = None
     identity: LoopSettings | None = None
     sources: tuple[SourceSettings, ...] = ()
     """What is learned from; if empty, rendered and encoded pairs."""

@@ -23,7 +23,8 @@ def draw_objects(recipe: CommonRecipe, folder: Path) -> None:
 def train_autoencoder(recipe: CommonRecipe, folder: Path) -> None:
     """Trains stage 1."""
     if recipe.autoencoder and not recipe.start:
-        task = AutoencoderTask(recipe.architecture, ViewStore(folder / recipe.objects))
+        store = ViewStore(folder / recipe.objects)
+        task = AutoencoderTask(recipe.architecture, store, recipe.autoencoder.side)
         train(task, recipe.autoencoder, folder / "autoencoder")
 
 
@@ -31,7 +32,8 @@ def train_decoder(recipe: CommonRecipe, folder: Path) -> None:
     """Continues stage 1 with the decoder alone, at any time after `encode`, because no latent changes."""
     if recipe.decoder and not recipe.start:
         weights = stage_weights(folder / "autoencoder")
-        task = decoder_task(recipe.architecture, ViewStore(folder / recipe.objects), weights)
+        store = ViewStore(folder / recipe.objects)
+        task = decoder_task(recipe.architecture, store, recipe.decoder.side, weights)
         train(task, recipe.decoder, folder / "decoder")
 
 

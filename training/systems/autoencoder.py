@@ -18,6 +18,7 @@ from training import seeds
 from training.data.device import crop_squares, flipped, generator
 from training.data.view_store import SCENES, ViewStore
 from training.loop import Batch
+from training.loop_settings import LoopSettings
 from training.network.architecture import LATENT_SCALE, Architecture
 from training.network.modules import build_vae
 
@@ -27,14 +28,27 @@ POSTERIOR_STD = 0.01
 COLOUR_WEIGHT, GRADIENT_WEIGHT = 2.0, 0.5
 """Weights in the loss, beside the 1 of pixels: of colours alone, and of steps between neighbouring pixels."""
 
-CROP_SIDE, DECODER_CROP_SIDE = 48, 64
-"""Pixels per side of the pictures to learn from: the whole autoencoder, and then the decoder alone."""
-
 _MAIN_PATH = ("samplers.0.conv", "conv_in", "conv_shortcut", "conv_out", "quant_conv")
 """Convolutions that are not in a residual branch."""
 
 _RANDOM_SHARE = 0.3
 """How much of their random weights these keep beside the linear start."""
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings(LoopSettings):
+    """How long, how fast and from how large pictures the whole autoencoder learns."""
+
+    side: int = 48
+    """Pixels per side."""
+
+
+@dataclass(frozen=True)
+class DecoderSettings(LoopSettings):
+    """How long, how fast and from how large pictures the decoder goes on."""
+
+    side: int = 64
+    """Pixels per side."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,7 @@ class AutoencoderTask:
         self,
         architecture: Architecture,
         store: ViewStore,
-        side: int = CROP_SIDE,
+        side: int,
         seed: int = seeds.AUTOENCODER_CROPS,
     ) -> None:
         self.module = self.network = build_vae(architecture)
@@ -131,10 +145,10 @@ class AutoencoderTask:
 
 
 def decoder_task(
-    architecture: Architecture, store: ViewStore, weights: Mapping[str, Tensor]
+    architecture: Architecture, store: ViewStore, side: int, weights: Mapping[str, Tensor]
 ) -> AutoencoderTask:
     """Makes the task that goes on with the decoder alone, on larger pictures; no latent changes."""
-    task = AutoencoderTask(architecture, store, DECODER_CROP_SIDE, seeds.DECODER_CROPS)
+    task = AutoencoderTask(architecture, store, side, seeds.DECODER_CROPS)
     task.module.load_state_dict(weights)
     task.module.encoder.requires_grad_(False)
     task.module.quant_conv.requires_grad_(False)

@@ -1,0 +1,166 @@
+"""Trains small models on a card in the minutes that there are, and packs what they learned into small files.
+
+The recipes share the rendered objects, which are drawn first, and learn side by side: one small network does
+not fill a card. Everything happens offline. What is packed goes on anywhere: put the parts together with
+`cat NAME.part* > NAME`, and the averaged weights of a stage as mean.pt into the folder of that stage. Without
+a card it trains on the processor, which rehearses the run.
+
+examples:
+    make train-card MINUTES=7
+    python -m training.train_card --minutes 7 training/recipes/imprint-small.toml
+    python -m training.train_card --minutes 3 training/recipes/anydoor-128.toml:autoencoder,identity
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.errors import AnyDoorError
+from runtime.errors import InputError
+from training.clock import TimeLimit, program_start
+from training.config import CommonRecipe, read_recipe
+from training.data.view_store import draw_views
+from training.workers import worker_count
+
+PACKED_BYTES = 15 << 20
+"""Most bytes of a file that is packed; larger ones are cut."""
+
+SECONDS_TO_PACK = 10
+"""For what comes after training: the checkpoint is written, and copied."""
+
+_CHECKPOINT, _WEIGHTS, _LOGS = "model.safetensors", "mean.pt", ("log.csv", "train.log")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and the stages of it that are trained."""
+
+    path: Path
+    stages: tuple[str, ...]
+    recipe: CommonRecipe
+
+    @classmethod
+    def of(cls, given: str) -> Run:
+        """Reads RECIPE or RECIPE:STAGE,STAGE.
+
+        Raises:
+            InputError: it cannot be read, or learns from other data than rendered objects.
+        """
+        path, _, stages = given.partition(":")
+        recipe = read_recipe(Path(path))
+        if not isinstance(recipe, CommonRecipe) or recipe.sources:
+            raise InputError(f"'{path}' does not learn from rendered objects: train it with training.train")
+        return cls(Path(path), tuple(filter(None, stages.split(","))), recipe)
+
+    @property
+    def name(self) -> str:
+        """What its folder is called."""
+        return self.path.stem
+
+    def start(self, folder: Path, minutes: float) -> subprocess.Popen[bytes]:
+        """Starts it in a process of its own; what it prints goes into train.log."""
+        command = [sys.executable, "-m", "training.train", str(self.path), "--folder", str(folder)]
+        for stage in self.stages:
+            command += ["--stage", stage]
+        with (folder / "train.log").open("wb") as log:
+            return subprocess.Popen(
+                [*command, "--minutes", f"{minutes:.3f}"], stdout=log, stderr=subprocess.STDOUT
+            )
+
+
+def share_objects(runs: Sequence[Run], folder: Path) -> None:
+    """Draws the objects into a folder that all runs see as theirs."""
+    objects = folder / "objects"
+    workers = max(worker_count(run.recipe.data.workers) for run in runs)
+    draw_views(objects, runs[0].recipe.data.objects, max(workers, 1))
+    for run in runs:
+        own = folder / run.name / run.recipe.objects
+        own.parent.mkdir(parents=True, exist_ok=True)
+        if not own.exists():
+            own.symlink_to(objects.resolve(), target_is_directory=True)
+
+
+def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path) -> list[str]:
+    """Waits until all have ended; says now and then how far they are. Returns those that failed."""
+    told = 0.0
+    while any(process.poll() is None for process in processes.values()):
+        time.sleep(0.2)
+        if time.monotonic() - told > 20:
+            told = time.monotonic()
+            for name in processes:
+                print(f"train_card: {name}: {_last_line(folder / name / 'train.log')}", file=sys.stderr)
+    return [name for name, process in processes.items() if process.returncode]
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", "replace").replace("\r", "\n").split("\n") if log.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "starts")[:160]
+
+
+def pack(run: Path, output: Path) -> list[Path]:
+    """Copies what a run learned, in files of at most `PACKED_BYTES`, and returns them.
+
+    That is its checkpoint, or the averaged weights of each stage if there is none yet, and its logs.
+    """
+    packed = []
+    weights = _CHECKPOINT if (run / _CHECKPOINT).exists() else _WEIGHTS
+    for path in sorted(path for name in (weights, *_LOGS) for path in run.rglob(name)):
+        name = "-".join((run.name, *path.relative_to(run).parts))
+        size = path.stat().st_size
+        if size <= PACKED_BYTES:
+            packed.append(Path(shutil.copy2(path, output / name)))
+            continue
+        with path.open("rb") as whole:
+            for number in range(-(-size // PACKED_BYTES)):
+                part = output / f"{name}.part{number}"
+                part.write_bytes(whole.read(PACKED_BYTES))
+                packed.append(part)
+    return packed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, 1 if a run failed (the others are packed), or 2 if none can be started."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train_card",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE[:STAGE,...]", help="default of stages: all")
+    parser.add_argument("--minutes", type=float, required=True, help="for everything, from now")
+    parser.add_argument("--folder", type=Path, default=Path("runs/card"), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/train-card"), help="of the packed files; %(default)s"
+    )
+    options = parser.parse_args(arguments)
+    limit = TimeLimit(60 * options.minutes - SECONDS_TO_PACK, program_start())
+    try:
+        if not limit.seconds > 0:
+            raise InputError(f"--minutes is {options.minutes:g}; packing alone takes {SECONDS_TO_PACK} s")
+        runs = [Run.of(each) for each in options.recipes]
+        if len(counts := {run.recipe.data.objects for run in runs}) > 1:
+            raise InputError(f"the recipes share their objects, and want {sorted(counts)} of them: make it one number")
+        options.output.mkdir(parents=True, exist_ok=True)
+        share_objects(runs, options.folder)
+        processes = {run.name: run.start(options.folder / run.name, limit.left / 60) for run in runs}
+        failed = wait_for(processes, options.folder)
+        packed = [file for run in runs for file in pack(options.folder / run.name, options.output)]
+    except (AnyDoorError, OSError) as error:
+        print(f"train_card: {error}", file=sys.stderr)
+        return 2
+    for file in packed:
+        print(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")
+    for name in failed:
+        log = options.folder / name / "train.log"
+        print(f"train_card: {name} failed: {_last_line(log)}; see '{log}'", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
