@@ -142,10 +142,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit = TimeLimit(60 * options.minutes - SECONDS_TO_PACK, program_start())
     try:
         if not limit.seconds > 0:
-            raise InputError(f"--minutes is {options.minutes:g}; packing alone takes {SECONDS_TO_PACK} s")
+            raise InputError(
+                f"--minutes is {options.minutes:g}; writing and packing alone take {SECONDS_TO_PACK} s"
+            )
         runs = [Run.of(each) for each in options.recipes]
         if len(counts := {run.recipe.data.objects for run in runs}) > 1:
-            raise InputError(f"the recipes share their objects, and want {sorted(counts)} of them: make it one number")
+            raise InputError(
+                f"the recipes share their objects, and want {sorted(counts)} of them: make it one number"
+            )
         options.output.mkdir(parents=True, exist_ok=True)
         share_objects(runs, options.folder)
         processes = {run.name: run.start(options.folder / run.name, limit.left / 60) for run in runs}

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
+from tests.support.imprint import TINY_IMPRINT
 from tests.support.tiny import TINY
 from training.assemble import frozen_parts
-from training.config import Recipe
+from training.assemble_imprint import start_model
+from training.config import ImprintRecipe, Recipe
 from training.network.architecture import infer_architecture
 from training.network.checkpoint import write_model
+from training.network.checkpoint_file import CheckpointError
 from training.network.modules import AnyDoor
 
 
@@ -25,3 +29,21 @@ def test_a_checkpoint_starts_the_next_run(tmp_path: Path) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.official_state_dict().items()}
     inferred = infer_architecture(shapes, unet_head_width=32, dino_heads=1, unet_norm_groups=8)
     assert inferred == TINY
+
+
+def test_encoders_come_from_another_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model, path = AnyDoor(TINY), tmp_path / "model.safetensors"
+    write_model(path, model, torch.float32)
+    recipe = ImprintRecipe(architecture=TINY_IMPRINT, encoders=str(path))
+    started = start_model(recipe, tmp_path)
+    for part, taken in (("vae", model.vae), ("id_encoder.backbone", model.id_encoder.backbone)):
+        found = started.get_submodule(part).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in taken.state_dict().items()), part
+
+
+def test_encoders_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_model(path, AnyDoor(replace(TINY, dino_depth=2)), torch.float32)
+    with pytest.raises(CheckpointError, match=r"other sizes than the recipe's"):
+        start_model(ImprintRecipe(architecture=TINY_IMPRINT, encoders=str(path)), tmp_path)

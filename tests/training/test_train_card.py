@@ -1,0 +1,62 @@
+"""Small models side by side in the minutes that a card is there: rehearsed on the processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training import test_train, test_train_imprint
+from tests.training.test_train import refusal
+from training import train_card
+from training.network.checkpoint import read_checkpoint
+from training.train_card import PACKED_BYTES, main, pack
+
+
+def test_recipes_share_their_objects_and_what_they_learn_is_packed(tmp_path: Path) -> None:
+    shares = {name: {"minutes": 1.0} for name in ("autoencoder", "identity", "views", "compositing")}
+    whole = test_train_imprint.write_recipe(tmp_path / "whole.toml", **shares)
+    part = test_train.write_recipe(tmp_path / "part.toml", data={"objects": 2}, autoencoder={"minutes": 1.0})
+    where = ["--folder", str(tmp_path / "run"), "--output", str(tmp_path / "packed")]
+    assert main([str(whole), f"{part}:autoencoder", "--minutes", "2", *where]) == 0
+    assert (tmp_path / "run/part/views/scenes.npy").samefile(tmp_path / "run/whole/objects/scenes.npy")
+    packed = tmp_path / "packed"
+    assert {path.name for path in packed.iterdir()} == {
+        "whole-model.safetensors",
+        "whole-train.log",
+        *(f"whole-{stage}-log.csv" for stage in test_train_imprint.TRAINED),
+        "part-autoencoder-mean.pt",
+        "part-autoencoder-log.csv",
+        "part-train.log",
+    }
+    assert read_checkpoint(packed / "whole-model.safetensors").system == "imprint"
+    assert torch.load(packed / "part-autoencoder-mean.pt", weights_only=True)
+
+
+def test_large_files_are_cut(tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "packed"
+    run.mkdir()
+    output.mkdir()
+    content = bytes(range(256)) * (PACKED_BYTES // 256) + b"the end"
+    (run / "model.safetensors").write_bytes(content)
+    parts = pack(run, output)
+    assert [path.name for path in parts] == [f"run-model.safetensors.part{n}" for n in (0, 1)]
+    assert b"".join(path.read_bytes() for path in parts) == content
+
+
+def test_what_cannot_be_trained_is_told_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_card, "share_objects", lambda *_: pytest.fail("objects were drawn"))
+    one, other = (
+        test_train_imprint.write_recipe(tmp_path / f"{number}.toml", data={"objects": number})
+        for number in (2, 3)
+    )
+
+    def told(*arguments: object) -> str:
+        return refusal(capsys, *arguments, "--output", tmp_path, command=main)
+
+    assert "writing and packing alone take 10 s" in told(one, "--minutes", 0.1)
+    assert "nothing.toml" in told(tmp_path / "nothing.toml", "--minutes", 1)
+    assert "want [2, 3] of them" in told(one, other, "--minutes", 1)
