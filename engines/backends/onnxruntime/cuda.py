@@ -59,6 +59,9 @@ NOT_CAPTURED = -1
 MAPPED_FILES = Path("/proc/self/maps")
 """Where Linux lists the libraries that are loaded."""
 
+_FATAL = 4
+"""Severity of what the library logs."""
+
 _LARGEST_CHUNK = 2**31 - 1
 """The library takes the size of its first allocation as a 32-bit number."""
 
@@ -288,6 +291,9 @@ class BoundCall:
 
 def open_card_engine(library: Any, bundle: Bundle, options: EngineOptions) -> CardEngine:
     """The engine for a bundle of ONNX graphs on a card; see `engines.engine.open_engine`."""
+    # cuDNN finds no plan for some convolutions in so small a workspace; they run with another, and every one
+    # is logged as an error. What really fails is raised, too
+    library.set_default_logger_severity(_FATAL)
     device = Device()
     plan = plan_device_memory(bundle.manifest, device_budget(options.memory_budget, device.card().free))
     sessions = Sessions(library, bundle, device.stream, plan, options)
