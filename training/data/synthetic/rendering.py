@@ -82,8 +82,7 @@ def sample(picture: Array, u: Array, v: Array) -> Array:
 
     def row(start: Indices) -> Array:
         ends = [np.ascontiguousarray(flat.take(start * width + at, 0).T) for at in (x0, x1)]
-        between: Array = ends[0] * (1 - fx) + ends[1] * fx
-        return between
+        return np.asarray(ends[0] * (1 - fx) + ends[1] * fx)
 
     result: Array = row(y0) * (1 - fy) + row(y1) * fy
     return result
