@@ -12,6 +12,7 @@ from training.config import ImprintRecipe
 from training.data.composites import CompositeMaker, Composites, ViewMaker, token_grid
 from training.data.rendered import RenderedScenes, RenderedViews
 from training.data.sources import SOURCES, Source
+from training.data.view_samples import ViewSamples
 from training.network.checkpoint import read_start
 from training.network.imprint import Imprint
 from training.systems.imprint import ENCODER, CompositingSettings, ViewsSettings, load_parts
@@ -75,7 +76,8 @@ def view_samples(recipe: ImprintRecipe, folder: Path) -> Composites:
     grid = token_grid(a.token_count) if stage.attention_guide else 0
     maker = ViewMaker(recipe.pairs)
     seed = seeds.VIEW_SAMPLES
-    return Composites(sources(recipe, folder, "views"), maker, recipe.latent_shape, seed, token_grid=grid)
+    kind = Composites if recipe.sources else ViewSamples
+    return kind(sources(recipe, folder, "views"), maker, recipe.latent_shape, seed, token_grid=grid)
 
 
 def composite_samples(recipe: ImprintRecipe, folder: Path, seed: int = seeds.TRAINING_PAIRS) -> Composites:

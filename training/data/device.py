@@ -14,6 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.data.pairs import LIGHT
+
 WHITE = 255.0
 
 MAPPED: Literal["c"] = "c"
@@ -57,7 +59,26 @@ def crop_squares(pictures: Tensor, left: Tensor, top: Tensor, sides: Tensor, siz
     return F.grid_sample(pictures, grid, align_corners=False)
 
 
-def prepare_references(pictures: Tensor, inside: Tensor, ratios: Tensor, size: int) -> Tensor:
+def draw_tenths(limits: tuple[float, float], shares: Tensor) -> Tensor:
+    """Makes numbers between the limits, both included, in steps of 0.1, float64, of shares 0..1 (below 1)."""
+    first, last = (round(limit * 10) for limit in limits)
+    return (first + (shares * (last + 1 - first)).long()).double() / 10
+
+
+def change_light(pictures: Tensor, which: Tensor, shares: Tensor) -> Tensor:
+    """Changes contrast and brightness of pictures, as `training.data.pairs.augment_reference` does.
+
+    Args:
+        pictures: (N, 3, H, W) float32, whole numbers 0..255.
+        which: (N,) bool, those that change.
+        shares: (2, N), 0..1, how much contrast and brightness change: 0.5 is not at all.
+    """
+    contrast, brightness = (LIGHT * (2 * shares - 1)).view(2, -1, 1, 1, 1)
+    changed = (pictures * (1 + contrast) + 255 * brightness).clamp(0, 255).floor()
+    return torch.where(which.view(-1, 1, 1, 1), changed, pictures)
+
+
+def prepare_references(pictures: Tensor, inside: Tensor, ratios: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Cuts objects out, puts them on white and centres them, as `runtime.imaging.reference` does with one.
 
     Args:
@@ -67,22 +88,23 @@ def prepare_references(pictures: Tensor, inside: Tensor, ratios: Tensor, size: i
         size: pixels per side of the result.
 
     Returns:
-        (N, 3, size, size) float32, whole numbers 0..255.
+        Pictures (N, 3, size, size) and masks (N, size, size), float32, whole numbers 0..255.
     """
-    columns, left, width = _span(inside.any(1))
-    rows, top, height = _span(inside.any(2))
+    columns, left, width = span(inside.any(1))
+    rows, top, height = span(inside.any(2))
     roomy = [(length * ratios).long() for length in (width, height)]
     sides = torch.maximum(*roomy)
     left, top = (
         low - (room - length) // 2 - (sides - room) // 2
         for low, length, room in zip((left, top), (width, height), roomy, strict=True)
     )
-    shown = inside & rows[:, :, None] & columns[:, None, :]
-    below_white = (pictures - WHITE) * shown[:, None]
-    return (crop_squares(below_white, left, top, sides, size) + WHITE).round()
+    shown = (inside & rows[:, :, None] & columns[:, None, :])[:, None]
+    below_white = torch.cat([(pictures - WHITE) * shown, WHITE * shown], 1)
+    prepared = crop_squares(below_white, left, top, sides, size)
+    return (prepared[:, :3] + WHITE).round(), prepared[:, 3].round()
 
 
-def _span(covered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def span(covered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `bounding_box` takes of an axis (N, L): which pixels, the first one, and how many."""
     counted, last = covered.int(), covered.shape[1] - 1
     first = counted.argmax(1)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 _BOX_RATIO = 1.1
 """`PairRules.box_ratio`."""
@@ -25,17 +29,27 @@ def matching_places(mask: NDArray[np.bool_], cells: int, tokens: int) -> NDArray
         picture.
     """
     side = mask.shape[-1]
-    covered = [np.asarray(mask.any(axis)) for axis in (-1, -2)]  # rows, then columns
-    starts = [axis.argmax(-1)[..., None] for axis in covered]
-    ends = [side - axis[..., ::-1].argmax(-1)[..., None] for axis in covered]
-    sides = [end - start for start, end in zip(starts, ends, strict=True)]
-    is_box = mask.sum((-2, -1))[..., None] == sides[0] * sides[1]
-    object_side = np.maximum(*sides) / _BOX_RATIO
-    middles = (np.arange(cells) + 0.5) * side / cells
-    places, known = [], []
-    for start, end in zip(starts, ends, strict=True):
-        places.append((middles - (start + end) / 2) / object_side * tokens / _REFERENCE_RATIO + tokens / 2)
-        known.append(is_box & (start > 0) & (end < side) & (middles > start) & (middles < end))
-    everywhere = np.stack(np.broadcast_arrays(places[0][..., :, None], places[1][..., None, :]), -1)
-    inside = known[0][..., :, None] & known[1][..., None, :]
-    return np.where(inside[..., None], everywhere, np.nan).astype(np.float32)
+    covered = np.stack([np.asarray(mask.any(axis)) for axis in (-1, -2)], -2)  # rows, then columns
+    starts, ends = covered.argmax(-1), side - covered[..., ::-1].argmax(-1)
+    is_box = mask.sum((-2, -1)) == (ends - starts).prod(-1)
+    starts *= is_box[..., None]  # as a box that is cut off
+    return box_places(torch.from_numpy(starts), torch.from_numpy(ends), side, cells, tokens).numpy()
+
+
+def box_places(starts: Tensor, ends: Tensor, side: int, cells: int, tokens: int) -> Tensor:
+    """Computes `matching_places` of boxes where they lie.
+
+    Args:
+        starts, ends: (..., 2), the first row and column of each box, and those behind its last.
+        side: of the hint, in pixels.
+        cells, tokens: see `matching_places`.
+    """
+    start, end = starts[..., None].double(), ends[..., None].double()
+    middles = (torch.arange(cells, device=start.device) + 0.5).double() * side / cells
+    object_side = (end - start).amax(-2, keepdim=True) / _BOX_RATIO
+    places = (middles - (start + end) / 2) / object_side * tokens / _REFERENCE_RATIO + tokens / 2
+    known = (start > 0) & (end < side) & (middles > start) & (middles < end)
+    rows, columns = places.unbind(-2)
+    inside = known[..., 0, :, None] & known[..., 1, None, :]
+    everywhere = [axis.expand(inside.shape) for axis in (rows[..., :, None], columns[..., None, :])]
+    return torch.stack(everywhere, -1).masked_fill(~inside[..., None], math.nan).float()

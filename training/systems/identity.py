@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.imaging.reference import prepare_reference
 from training import seeds
-from training.data.device import flipped, generator, prepare_references
-from training.data.pairs import LIGHT, CommonRules, augment_reference
+from training.data.device import change_light, draw_tenths, flipped, generator, prepare_references
+from training.data.pairs import CommonRules, augment_reference, tenths
 from training.data.view_store import REFERENCES, ViewStore, as_shot
 from training.loop import Batch
 from training.network.architecture import REFERENCE_SIZE, Architecture
@@ -31,7 +31,7 @@ PATCH_SIDE = 6
 PATCH_WEIGHT = 4.0
 """Weight of the patches' error beside the contrast between views."""
 
-REFERENCE_RATIOS = (11, 14)
+REFERENCE_RATIOS = (1.1, 1.4)
 """Room around the object, drawn in tenths; both ends are included."""
 
 PIXEL_SHARE = 0.85
@@ -63,7 +63,7 @@ class TwoViews:
         for index in range(2):
             view = self.store.reference(row, index % REFERENCES)
             shot = augment_reference(as_shot(view), self.rules, rng)
-            ratio = int(rng.integers(REFERENCE_RATIOS[0], REFERENCE_RATIOS[1] + 1)) / 10
+            ratio = tenths(REFERENCE_RATIOS, rng)
             prepared = prepare_reference(shot.image, shot.mask, ratio)
             views.append(prepared.image.transpose(2, 0, 1).astype(np.float32) / 255)
         return {"views": np.stack(views)}
@@ -75,24 +75,10 @@ class TwoViews:
         chosen = torch.stack([references[rows, index % REFERENCES] for index in range(2)], 1)
         shares = torch.rand(5, 2 * len(numbers), generator=rng, device=device)
         views = flipped(chosen.flatten(0, 1).permute(0, 3, 1, 2), shares[0] < self.rules.flip).float()
-        pictures = changed_light(views[:, :3], shares[1] < self.rules.brighten, shares[2:4])
-        first, last = REFERENCE_RATIOS
-        ratios = (first + (shares[4] * (last + 1 - first)).long()).double() / 10
-        prepared = prepare_references(pictures, views[:, 3] > MASK_THRESHOLD, ratios, REFERENCE_SIZE)
+        pictures = change_light(views[:, :3], shares[1] < self.rules.brighten, shares[2:4])
+        ratios = draw_tenths(REFERENCE_RATIOS, shares[4])
+        prepared, _ = prepare_references(pictures, views[:, 3] > MASK_THRESHOLD, ratios, REFERENCE_SIZE)
         return {"views": prepared.view(-1, 2, *prepared.shape[1:]) / 255}
-
-
-def changed_light(pictures: Tensor, which: Tensor, shares: Tensor) -> Tensor:
-    """Changes contrast and brightness of pictures (N, 3, H, W) float32, 0..255, as `augment_reference` does.
-
-    Args:
-        pictures: whole numbers.
-        which: (N,) bool, those that change.
-        shares: (2, N), 0..1, how much the contrast and the brightness change: 0.5 is not at all.
-    """
-    contrast, brightness = (LIGHT * (2 * shares - 1)).view(2, -1, 1, 1, 1)
-    changed = (pictures * (1 + contrast) + 255 * brightness).clamp(0, 255).floor()
-    return torch.where(which.view(-1, 1, 1, 1), changed, pictures)
 
 
 @torch.no_grad()

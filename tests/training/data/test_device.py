@@ -38,11 +38,12 @@ def test_a_reference_is_prepared_as_the_host_does(ratio: float, mirror: bool) ->
     """Within a level or two: the box to the pixel, white around it, the same two taps per axis."""
     shot = as_shot(reference_view(5, 0))
     image, mask = (plane[:, ::-1].copy() if mirror else plane for plane in (shot.image, shot.mask))
-    expected = prepare_reference(image, mask, ratio).image
+    expected = prepare_reference(image, mask, ratio)
     pictures = flipped(on_device(shot.image), torch.tensor([mirror]))
     inside = flipped(torch.from_numpy(shot.mask)[None, None], torch.tensor([mirror]))[:, 0]
-    found = prepare_references(pictures, inside, number(ratio).double(), 224)
-    assert (found - on_device(expected)).abs().max() <= 2
+    found, found_mask = prepare_references(pictures, inside, number(ratio).double(), 224)
+    assert (found - on_device(expected.image)).abs().max() <= 2
+    assert (found_mask - torch.from_numpy(expected.mask)).abs().max() <= 1
 
 
 @pytest.mark.parametrize("rule", ["paper", "code", "uniform"])
