@@ -14,13 +14,15 @@ def test_columns_of_the_table_mean_what_its_header_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when a run goes on with other losses; its seconds go on, too."""
-    clock = iter(range(100, 1000, 100))
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
 
     def rows(start: int, *steps: int, **losses: float) -> None:
+        nonlocal now
         run = Curves(tmp_path, start, samples_per_step=1, write=True)
         run.add({name: torch.tensor(value) for name, value in losses.items()})
         for step in steps:
+            now += 100
             run.row(step)
         run.close()
 
