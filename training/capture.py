@@ -18,6 +18,10 @@ WARM_UP = 3
 """Steps before the capture, in which libraries choose their kernels and the optimizer makes its state."""
 
 
+_FAILED: list[torch.cuda.CUDAGraph] = []
+"""Captures that failed are kept, because PyTorch's allocator goes on asking them what memory is theirs."""
+
+
 class CapturedStep:
     """A step that is recorded once and then replayed; if it cannot be recorded, it is just taken."""
 
@@ -72,6 +76,7 @@ class CapturedStep:
                 self._results = self._step(self._batch)
         except Exception as error:
             self._refused = True
+            _FAILED.append(graph)
             self._forget()
             print(
                 f"train: steps are not captured as a CUDA graph, and slower: {_cause(error)}", file=sys.stderr

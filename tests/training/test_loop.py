@@ -148,13 +148,42 @@ def test_the_scale_of_fp16_s_gradients_is_resumed(tmp_path: Path, monkeypatch: p
     assert all(torch.equal(states[0]["module"][n], states[1]["module"][n]) for n in states[0]["module"])
 
 
-def test_each_training_of_a_program_has_its_own_precision(tmp_path: Path) -> None:
+def test_each_training_of_a_program_has_its_own_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
-    for precision in ("no", "bf16", "no"):
+    runs = (("no", True), ("bf16", False), ("no", False), ("auto", False), ("auto", True))
+    for precision, has_bf16 in runs:
+        monkeypatch.setattr("training.loop.has_bf16", lambda _, has=has_bf16: has)
         task = diffusion_task()
         task.module.unet.conv_in.register_forward_hook(lambda *call: seen.append(call[2].dtype))
         train(task, settings(precision=precision), tmp_path / str(len(seen)))
-    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+    assert seen == [torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_what_is_trained_in_bf16_is_kept_in_fp32(tmp_path: Path) -> None:
+    train(diffusion_task(), settings(precision="bf16", ema=0.9), tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    moments = [state["optimizer"]["state"][0][name] for name in ("exp_avg", "exp_avg_sq")]
+    kept = [*state["module"].values(), *state["mean"].values(), *moments]
+    assert {value.dtype for value in kept if value.is_floating_point()} == {torch.float32}
+
+
+def test_another_kind_of_device_goes_on_from_the_average_with_fresh_moments(tmp_path: Path) -> None:
+    """A run of a card, as far as a file tells."""
+    train(diffusion_task(), settings(steps=3, ema=0.9), tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["device"] == "cpu"
+    save_atomically({**state, "device": "cuda"}, tmp_path / "last.pt")
+    task = diffusion_task()
+    train(task, settings(steps=4, ema=0.9), tmp_path)
+    on = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert on["step"] == 4
+    assert on["optimizer"]["state"][0]["step"] == 1
+    for name, average in state["mean"].items():
+        # AdamW's first step changes a weight by the learning rate at most, beside its decay
+        torch.testing.assert_close(on["module"][name], average, rtol=1e-5, atol=1.01e-3)
+    assert any(not torch.equal(state["mean"][name], state["module"][name]) for name in state["mean"])
 
 
 def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
