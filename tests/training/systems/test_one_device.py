@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tests.support.imprint import TINY_IMPRINT, tiny_imprint
 from tests.support.tiny import TINY, RandomPairs
 from training.data.pairs import PairRules
-from training.loop import Task
+from training.loop import Task, join_processes
 from training.network.modules import AnyDoor, build_control
 from training.network.stable_diffusion import BUILDERS, StableDiffusion, StableDiffusionArchitecture
 from training.small.hint_block import HintBlockTask
@@ -132,7 +132,7 @@ TASKS: Mapping[str, Callable[[], tuple[Task, Mapping[str, Tensor]]]] = {
     "imprint views": lambda: imprint(backbone=True),
     "imprint compositing": lambda: imprint(backbone=False),
     "stable diffusion": stable_diffusion,
-    "autoencoder": lambda: (AutoencoderTask(TINY, NO_STORE), {"picture": torch.zeros(2, 3, 32, 32)}),
+    "autoencoder": lambda: (AutoencoderTask(TINY, NO_STORE, 32), {"picture": torch.zeros(2, 3, 32, 32)}),
     "identity": lambda: (
         IdentityTask(TINY, NO_STORE, PairRules()),
         {"views": torch.zeros(2, 2, 3, 224, 224)},
@@ -153,3 +153,17 @@ def test_a_loss_and_its_gradients_compute_on_one_device(name: str) -> None:
     learned = [weight for weight in task.module.parameters() if weight.requires_grad]
     assert learned
     assert all(weight.grad is not None for weight in learned)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_losses_and_gradients_are_fp32_where_the_network_computes_in_bf16(name: str) -> None:
+    task, batch = TASKS[name]()
+    accelerator = join_processes("bf16")
+    module = accelerator.prepare(task.module)
+    with accelerator.autocast():
+        losses = task.loss(module, batch)
+    losses["loss"].backward()
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    gradients = [weight.grad for weight in task.module.parameters() if weight.grad is not None]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
