@@ -6,6 +6,7 @@ graph is launched at once. Source: PyTorch's notes on CUDA semantics, "Whole-net
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Mapping
 
@@ -33,6 +34,7 @@ class CapturedStep:
                 scalars. It may neither copy from the host nor wait for the card.
             forget: drops what a step that was interrupted has left: gradients.
         """
+        gc.collect()  # the step of an earlier stage refers to itself, and would keep its memory
         self._step, self._forget = step, forget
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._taken, self._refused = 0, False

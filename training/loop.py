@@ -148,7 +148,7 @@ def train(
         task: what to train, on which samples.
         settings: how long and how fast.
         folder: of this stage; is made if it is not there.
-        draw: draws a sheet of samples now and then.
+        draw: draws a sheet of samples now and then, unless there is a time limit.
         keep: is given the step and the weights to use whenever they are saved.
 
     Raises:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.launch import finish, start_two
 from tests.support.tiny import TINY
+from training.clock import TimeLimit
+from training.config import read_recipe
 from training.data.encoded import EncodedPairs
 from training.data.pairs import PairRules
 from training.network.checkpoint import read_checkpoint, write_model
@@ -21,7 +24,7 @@ from training.network.modules import AnyDoor
 from training.network.official_keys import schedule_buffers
 from training.preview import Preview
 from training.preview import main as preview
-from training.train import main
+from training.train import main, with_limit
 
 DEFAULTS = {"steps": 2, "guidance_scale": 3, "crop_ratio": 1.3, "mode": "keep_background"}
 STAGE: dict[str, Any] = {"steps": 2, "batch": 2, "save_every": 1, "ema": 0.5}
@@ -143,6 +146,43 @@ def test_what_cannot_be_used_is_told_in_a_sentence(
     assert "nowhere" in refusal(capsys, missing, *stage, "--start", tmp_path / "start.safetensors")
 
 
+def test_stages_share_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("training.clock.time", SimpleNamespace(monotonic=lambda: clock.now))
+    shares = {"identity": {"minutes": 1.0}, "diffusion": {"minutes": 3.0}, "decoder": {"minutes": 2}}
+    recipe = read_recipe(write_recipe(tmp_path / "tiny.toml", **shares))
+    stages, limit = ("autoencoder", "identity", "encode", "diffusion", "decoder"), TimeLimit(660, began=40)
+
+    def seconds(stage: str, of: Any = recipe) -> float | None:
+        given = getattr(with_limit(of, stages[stages.index(stage) :], limit), stage).limit
+        return given.seconds if given else None
+
+    assert seconds("autoencoder") is None
+    assert seconds("identity") == 100  # a sixth of 600
+    clock.now = 400  # it took longer
+    assert with_limit(recipe, stages[2:], limit) is recipe
+    assert seconds("diffusion") == 180
+    assert seconds("diffusion", replace(recipe, start="model.safetensors")) == 300  # then no decoder learns
+    clock.now = 1000
+    assert seconds("decoder") == 0
+
+
+def test_minutes_that_cannot_be_shared_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "tiny.toml", identity={"minutes": 1.0})
+    command = [recipe, "--minutes", 5, "--stage", "autoencoder", "--stage", "encode"]
+    assert "none of the stages has a share in the recipe" in refusal(capsys, *command)
+    for minutes in ("0", "-1", "nan", "inf"):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(recipe), f"--minutes={minutes}"])
+        assert f"--minutes is {minutes}; expected more than 0" in capsys.readouterr().err
+    negative = write_recipe(tmp_path / "negative.toml", identity={"minutes": -1.0})
+    assert "minutes is -1; expected a share of --minutes, at least 0" in refusal(capsys, negative)
+    given = write_recipe(tmp_path / "given.toml", identity={"limit": 3})
+    assert "[identity] has no 'limit'" in refusal(capsys, given)
+
+
 def test_a_stage_without_pairs_says_what_makes_them(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(copy / "pairs")
     shutil.rmtree(copy / "diffusion")
@@ -151,8 +191,6 @@ def test_a_stage_without_pairs_says_what_makes_them(copy: Path, capsys: pytest.C
 
 
 def read_architecture(recipe: Path) -> Any:
-    from training.config import read_recipe
-
     return read_recipe(recipe).architecture
 
 
