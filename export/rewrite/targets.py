@@ -21,6 +21,7 @@ from export.rewrite.attention import (
 )
 from export.rewrite.bias_add import BiasAdd, is_biased_residual, other_residual
 from export.rewrite.convolution import Convolution
+from export.rewrite.copies import NarrowIndices, SwappedHalves
 from export.rewrite.geglu import BiasSplitGelu, TwoProjections, is_split_projection, plain_gelu
 from export.rewrite.group_norm import (
     DeterministicGroupNorm,
@@ -85,6 +86,7 @@ def _cuda(group_norm: type[GroupNorm] = GroupNorm) -> list[Family]:
         Family("NhwcConv", [Convolution()], operator("Conv")),
         Family("BiasSplitGelu", [BiasSplitGelu()], operator("Erf"), explain=plain_gelu),
         Family("LayerNormalization in FP16", [HalfLayerNorm()], is_cast_layer_norm),
+        Family("copies", [NarrowIndices(), SwappedHalves()], operator()),
         Family("joined projections", [JoinedProjections()], operator()),
         Family("scaled projections", [LayerScale()], is_layer_scale, explain=scaled_for_some),
         Family("SkipLayerNormalization", [SkipLayerNorm(True), SkipLayerNorm(False)], is_residual_layer_norm),
