@@ -9,7 +9,15 @@ import onnx_ir as ir
 from onnxscript.rewriter.pattern import ANY_VALUE
 
 from export.rewrite.rule import MICROSOFT, PatternRule
-from export.rewrite.values import describe, dimensions, is_bias, is_read_once, linear_bias, reshape_result
+from export.rewrite.values import (
+    describe,
+    differing_summands,
+    dimensions,
+    is_bias,
+    is_read_once,
+    linear_bias,
+    reshape_result,
+)
 
 _WIDTHS = (320, 640, 1280)
 
@@ -81,7 +89,6 @@ def is_biased_residual(node: ir.Node) -> bool:
     return len(summands) == 2 and any(linear_bias(value) for value in summands)
 
 
-def other_residual(node: ir.Node) -> str | None:
-    """Why such an Add stays that no rule recognises: what is added has another shape."""
-    first, second = map(dimensions, node.inputs)
-    return "its summands differ in shape" if first != second else None
+def broadcast_residual(node: ir.Node) -> str | None:
+    """Why such an Add stays that no rule recognises."""
+    return differing_summands(node)

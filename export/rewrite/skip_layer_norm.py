@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from export.rewrite.rule import MICROSOFT, PatternRule
-from export.rewrite.values import describe, dimensions, is_bias, is_read_once
+from export.rewrite.values import describe, differing_summands, dimensions, is_bias, is_read_once
 
 
 class SkipLayerNorm(PatternRule):
@@ -80,3 +80,8 @@ def is_residual_layer_norm(node: ir.Node) -> bool:
         and add.op_type == "Add"
         and all(value is not None and value.const_value is None for value in add.inputs)
     )
+
+
+def broadcast_sum(node: ir.Node) -> str | None:
+    """Why such a LayerNormalization stays that no rule recognises, as that of a text's embeddings."""
+    return differing_summands(node.inputs[0].producer() if node.inputs[0] else None)

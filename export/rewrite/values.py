@@ -43,6 +43,12 @@ def is_bias(value: ir.Value | None, shape: Dimensions) -> bool:
     return value is not None and value.const_value is not None and dimensions(value) == shape[-1:]
 
 
+def differing_summands(add: ir.Node | None) -> str | None:
+    """Says so if what an Add adds differs in shape: the kernels that take residuals do not broadcast."""
+    shapes = {dimensions(value) for value in add.inputs} if add else set()
+    return "its summands differ in shape" if len(shapes) > 1 else None
+
+
 def is_read_once(value: ir.Value) -> bool:
     """Whether a value has one reader, and is no result of the graph."""
     return len(value.uses()) == 1 and not value.is_graph_output()

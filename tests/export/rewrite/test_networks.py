@@ -139,14 +139,14 @@ def kept(report: Report) -> set[tuple[str, str, int]]:
 
 
 NARROW_HEADS = ("MultiHeadAttention", "heads of 12 channels are not a multiple of 8", 3)
-NARROW_RESIDUAL = ("BiasAdd", "its width is 36, not 320, 640, 1280", 3)
+NARROW_RESIDUAL = ("BiasAdd", "its width is 36, not 320, 640, 1280")
 NARROW_GEGLU = ("BiasSplitGelu", "its width is 288, not two times 1280, 2560, 5120", 1)
 
 
 def test_sizes_that_the_kernels_do_not_take() -> None:
     report = compare(block("fp16", NOT_TAKEN), example_inputs(SPEC, {"rows": 2}), "float16")
     odd_groups = ("GroupNorm", "groups of 3 channels are odd", 6)
-    assert kept(report) == {NARROW_HEADS, odd_groups, NARROW_GEGLU, NARROW_RESIDUAL}
+    assert kept(report) == {NARROW_HEADS, odd_groups, NARROW_GEGLU, (*NARROW_RESIDUAL, 3)}
 
 
 def test_halves_in_a_float32_bundle(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_halves_in_a_float32_bundle(tmp_path: Path) -> None:
     assert casts > 9
     assert report.matches["NhwcConv"] == 9
     assert report.after["Cast"] == 0
-    assert kept(report) == {NARROW_HEADS, NARROW_GEGLU, NARROW_RESIDUAL}
+    assert kept(report) == {NARROW_HEADS, NARROW_GEGLU, (*NARROW_RESIDUAL, 2)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from export.rewrite.rewriting import rewrite
@@ -44,6 +45,18 @@ def test_same_results_in_one_operator(dtype: str, bias: bool, read: bool) -> Non
     for found, wanted in zip(evaluate(model, inputs), expected, strict=True):
         assert found.dtype == dtype
         assert relative_error(found, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_runs_in_onnx_runtime(read: bool) -> None:
+    """Its CPU provider has the operator too, in float32."""
+    model = residual("float32", read=read)
+    inputs = random_inputs(model, {"batch": 2})
+    expected = evaluate(model, inputs)
+    rewrite(model, "cuda")
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    for found, wanted in zip(session.run(None, inputs), expected, strict=True):
+        assert relative_error(found, wanted) < TOLERANCE["float32"]
 
 
 def test_what_nobody_reads_has_no_name() -> None:
