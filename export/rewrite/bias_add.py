@@ -11,7 +11,6 @@ from onnxscript.rewriter.pattern import ANY_VALUE
 from export.rewrite.rule import MICROSOFT, PatternRule
 from export.rewrite.values import (
     describe,
-    differing_summands,
     dimensions,
     is_bias,
     is_read_once,
@@ -57,10 +56,10 @@ class BiasAdd(PatternRule):
         if dimensions(found["skip"]) != result or found["skip"].const_value is not None:
             return False
         node = found["result"].producer()
-        if len(shape) != 3 or not isinstance(shape[1], int):
+        if len(shape) != 3:
             return self.keep(node, f"its input has {len(shape)} axes")
         if self._picture and not _is_flattened(shape, result):
-            return False
+            return self.keep(node, "its tokens are not the pixels of the picture")
         if shape[-1] not in _WIDTHS:
             return self.keep(node, f"its width is {shape[-1]}, not {', '.join(map(str, _WIDTHS))}")
         return True
@@ -87,8 +86,3 @@ def is_biased_residual(node: ir.Node) -> bool:
         return False
     summands = [value for value in node.inputs if value and value.const_value is None]
     return len(summands) == 2 and any(linear_bias(value) for value in summands)
-
-
-def broadcast_residual(node: ir.Node) -> str | None:
-    """Why such an Add stays that no rule recognises."""
-    return differing_summands(node)

@@ -45,20 +45,20 @@ class SwappedHalves(PatternRule):
 
     def check(self, context: Any, **found: Any) -> bool:
         """Requires a matrix whose halves lie along the last axis, and slices of just these."""
-        shapes = [dimensions(found[name]) for name in ("first", "second", "whole")]
-        if any(shape is None or len(shape) != 2 for shape in shapes):
+        shape = dimensions(found["first"])
+        if shape is None or len(shape) != 2 or dimensions(found["second"]) != shape:
             return False
-        (_, left), (_, right), (_, width) = shapes  # type: ignore[misc]
+        half = shape[1]
         joins = [found[name].producer().attributes["axis"].as_int() for name in ("whole", "swapped")]
         slices = [found[name].producer().inputs for name in ("back", "front")]
         steps = [[scalar(value) for value in inputs[3:]] for inputs in slices]
         bounds = [scalar(found[name]) for name in ("middle", "start", "until")]
         return (
-            left == right
+            isinstance(half, int)
             and all(axis in (-1, 1) for axis in joins)
             and all(step in ([1.0], [1.0, 1.0], [-1.0, 1.0]) for step in steps)
-            and bounds == [left, 0, left]
-            and (scalar(found["end"]) or 0) >= width
+            and bounds == [half, 0, half]
+            and (scalar(found["end"]) or 0) >= 2 * half
         )
 
     def rewrite(self, op: Any, first: Any, second: Any, **_: Any) -> Any:

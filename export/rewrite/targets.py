@@ -19,7 +19,7 @@ from export.rewrite.attention import (
     TransposedKeys,
     single_head,
 )
-from export.rewrite.bias_add import BiasAdd, broadcast_residual, is_biased_residual
+from export.rewrite.bias_add import BiasAdd, is_biased_residual
 from export.rewrite.convolution import Convolution
 from export.rewrite.copies import NarrowIndices, SwappedHalves
 from export.rewrite.geglu import BiasSplitGelu, TwoProjections, is_split_projection, plain_gelu
@@ -37,6 +37,7 @@ from export.rewrite.rule import Anchor, Rule, operator
 from export.rewrite.skip_group_norm import SkipGroupNorm, is_residual_group_norm
 from export.rewrite.skip_layer_norm import SkipLayerNorm, broadcast_sum, is_residual_layer_norm
 from export.rewrite.transposes import transpose_rules
+from export.rewrite.values import differing_summands
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _cuda(group_norm: type[GroupNorm] = GroupNorm) -> list[Family]:
         Family("transposes", transpose_rules(), operator(), repeated=True),
         # of pictures with channels last, as the transposes leave them
         Family("SkipGroupNorm", [SkipGroupNorm()], is_residual_group_norm),
-        Family("BiasAdd", [BiasAdd(True), BiasAdd(False)], is_biased_residual, explain=broadcast_residual),
+        Family("BiasAdd", [BiasAdd(True), BiasAdd(False)], is_biased_residual, explain=differing_summands),
     ]
 
 
