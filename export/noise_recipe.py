@@ -18,6 +18,8 @@ _SCALES = {
     "GroupNorm": 1,
     "InstanceNormalization": 1,
     "LayerNormalization": 1,
+    "SkipGroupNorm": 1,
+    "SkipLayerNormalization": 2,
     "Mul": None,
 }
 """Operator -> which of its inputs is multiplied with data; None is any."""

@@ -10,11 +10,11 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import ANY_VALUE
 
-from export.rewrite.rule import MICROSOFT, Rule
+from export.rewrite.rule import MICROSOFT, PatternRule
 from export.rewrite.values import dimensions, permuted, reshape_result, reshaped, scalar, shape_items
 
 
-class TransposedKeys(Rule):
+class TransposedKeys(PatternRule):
     """Keys that are transposed as (B H, L, D) -> one Transpose of (B, H, L, D).
 
     PyTorch's exporter writes Reshape, Transpose, Reshape, with shapes that it computes at run time where a
@@ -62,7 +62,7 @@ _LOW = -1e4
 """What a mask adds to scores that do not count is less."""
 
 
-class Attention(Rule):
+class Attention(PatternRule):
     """Heads split, scores scaled, Softmax, heads merged -> MultiHeadAttention of (B, L, H D) tensors.
 
     No matrix of scores is made where the kernel is flash attention. Queries may be more or fewer than keys.

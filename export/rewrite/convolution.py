@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from export.rewrite.layout import channels_first, channels_last, last
-from export.rewrite.rule import MICROSOFT, Rule
+from export.rewrite.rule import MICROSOFT, PatternRule
 from export.rewrite.values import describe, dimensions
 from export.rewrite.weights import derived_weight
 
 _ATTRIBUTES = ("strides", "pads", "dilations", "group", "kernel_shape")
 
 
-class Convolution(Rule):
+class Convolution(PatternRule):
     """Conv of (N, C, H, W) -> NhwcConv of (N, H, W, C) with weights (M, kH, kW, C / group).
 
     Tensor cores read channels last; with channels first cuDNN transposes before and after every convolution.

@@ -8,14 +8,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export.rewrite.rule import MICROSOFT, Rule, operator
+from export.rewrite.rule import MICROSOFT, PatternRule, operator
 from export.rewrite.values import describe, dimensions, is_close
 from export.rewrite.weights import derived_weight
 
 _WIDTHS = (1280, 2560, 5120)
 
 
-class BiasSplitGelu(Rule):
+class BiasSplitGelu(PatternRule):
     """(x + bias), split in two, left times GELU(right) -> BiasSplitGelu, which computes in float32.
 
     The kernel is compiled for Stable Diffusion's widths: x is (N, L, D), and D / 2 is 1280, 2560 or 5120.
@@ -60,7 +60,7 @@ def plain_gelu(node: ir.Node) -> str | None:
     return None if argument is None or argument.op_type == "Split" else "a GELU that is no gate"
 
 
-class TwoProjections(Rule):
+class TwoProjections(PatternRule):
     """x W + b, split in two along the last axis -> two projections, each with its half of the weights.
 
     The numbers are the same. The Split is a copy in ONNX Runtime, and a reference kernel in OpenVINO, which

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxscript.rewriter.pattern import ANY_VALUE
 
 from export.rewrite.layout import channels_first, channels_last, is_to_first, last
-from export.rewrite.rule import MICROSOFT, Rule
+from export.rewrite.rule import MICROSOFT, PatternRule
 from export.rewrite.values import (
     constant,
     describe,
@@ -25,7 +25,7 @@ _LARGEST_GROUP = 512
 _FLOAT, _HALF = int(ir.DataType.FLOAT), int(ir.DataType.FLOAT16)
 
 
-class GroupNorm(Rule):
+class GroupNorm(PatternRule):
     """Group normalisation, which is exported as InstanceNormalization of one channel a group -> GroupNorm.
 
     The kernel reads (N, H, W, C), takes float32 scale and shift of C numbers, and sums in float32 whatever it
@@ -155,7 +155,7 @@ class DeterministicGroupNorm(GroupNorm):
         return op.Reshape(picture, found["flat_shape"]) if self._flat else picture
 
 
-class GroupNormSiLU(Rule):
+class GroupNormSiLU(PatternRule):
     """GroupNorm, then x Sigmoid(x) -> GroupNorm with its activation, which computes in float32.
 
     Source: `activation` of GroupNorm in ONNX Runtime's docs/ContribOperators.md.

@@ -7,22 +7,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from export.rewrite.rule import Rule
+from export.rewrite.rule import PatternRule
 from export.rewrite.weights import derived_weight
 
 _FLOAT, _HALF = int(ir.DataType.FLOAT), int(ir.DataType.FLOAT16)
 
 
-class HalfLayerNorm(Rule):
+class HalfLayerNorm(PatternRule):
     """Cast to float32, LayerNormalization, Cast back -> LayerNormalization of FP16.
 
     The statistics are float32 in the kernel, so a row of large activations does not overflow:
     `HostApplyLayerNorm<half, float, half>` in onnxruntime/core/providers/cuda/nn/layer_norm_impl.cu.
-
-    There is no rule for com.microsoft.SkipLayerNormalization. Its kernel adds squares up in FP16
-    (`SkipLayerNormKernel` in onnxruntime/contrib_ops/cuda/bert/skip_layer_norm_impl.cu) unless the provider
-    has the option enable_skip_layer_norm_strict_mode. ONNX Runtime itself makes that operator of an Add and a
-    LayerNormalization when it loads a graph, so whoever runs the graph sets the option.
     """
 
     name = "LayerNormalization in FP16"

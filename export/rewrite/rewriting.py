@@ -9,6 +9,7 @@ import onnx_ir.passes.common as passes
 
 from engines.errors import AnyDoorError
 from export.rewrite.report import Kept, Report, count_operators
+from export.rewrite.rule import MICROSOFT
 from export.rewrite.targets import TARGETS
 from export.rewrite.weights import fold_casts
 
@@ -53,4 +54,14 @@ def rewrite(model: ir.Model, target: str, strict: bool = True) -> Report:
     # two readers of a picture may each have transposed it
     passes.CommonSubexpressionEliminationPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _leave_out_unread(graph)
     return Report(before, count_operators(graph), matches, tuple(kept))
+
+
+def _leave_out_unread(graph: ir.Graph) -> None:
+    """Takes the names of results that nobody reads, so that the provider does not write them."""
+    for node in graph:
+        if node.domain == MICROSOFT:
+            for output in node.outputs[1:]:
+                if not output.uses() and not output.is_graph_output():
+                    output.name = ""

@@ -1,4 +1,4 @@
-"""A rewrite rule: one pattern, what it becomes, and the limits of the kernel that computes it."""
+"""A rewrite rule: what it replaces, what that becomes, and the limits of the kernel that computes it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,33 @@ Anchor = Callable[[ir.Node], bool]
 
 
 class Rule(ABC):
-    """A pattern that becomes other operators with the same result.
+    """Operators that become others with the same result."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self.kept: dict[ir.Node, str] = {}
+        """Node -> why the kernel does not take the pattern that it belongs to."""
+
+    def keep(self, node: ir.Node, reason: str) -> bool:
+        """Notes that a pattern stays because the kernel does not take it. Returns False."""
+        self.kept[node] = reason
+        return False
+
+    @abstractmethod
+    def apply(self, model: ir.Model) -> int:
+        """Replaces what the rule is for wherever it is found. Returns how often that was."""
+
+
+class PatternRule(Rule):
+    """A pattern of a fixed form.
 
     `pattern`, `check` and `rewrite` are those of onnxscript's rewriter. Nodes whose results nobody uses any
     more are removed afterwards, so a result inside the pattern may have other readers.
     """
 
-    name: str
     commutes = True
     """Whether inputs of commutative operators may come in either order."""
-
-    def __init__(self) -> None:
-        self.kept: dict[ir.Node, str] = {}
-        """Node -> why the kernel does not take the pattern that it belongs to."""
 
     @abstractmethod
     def pattern(self, op: Any, *values: Any) -> Any:
@@ -44,11 +58,6 @@ class Rule(ABC):
     def rewrite(self, op: Any, *values: Any, **found: Any) -> Any:
         """Builds the replacement."""
 
-    def keep(self, node: ir.Node, reason: str) -> bool:
-        """Notes that a pattern stays because the kernel does not take it. Returns False."""
-        self.kept[node] = reason
-        return False
-
     def apply(self, model: ir.Model) -> int:
         """Replaces the pattern wherever it is found. Returns how often that was."""
         rule = RewriteRule(self.pattern, self.rewrite, self.check, name=self.name, remove_nodes=False)
@@ -56,6 +65,8 @@ class Rule(ABC):
         if count:
             passes.IdentityEliminationPass()(model)
             passes.RemoveUnusedNodesPass()(model)
+            # a replacement stands where the last node of its pattern did, but others may read its results
+            model.graph.sort()
         return count
 
 

@@ -19,7 +19,9 @@ from export.rewrite.attention import (
     TransposedKeys,
     single_head,
 )
+from export.rewrite.bias_add import BiasAdd, is_biased_residual
 from export.rewrite.convolution import Convolution
+from export.rewrite.copies import NarrowIndices, SwappedHalves
 from export.rewrite.geglu import BiasSplitGelu, TwoProjections, is_split_projection, plain_gelu
 from export.rewrite.group_norm import (
     DeterministicGroupNorm,
@@ -28,9 +30,14 @@ from export.rewrite.group_norm import (
     silu_after_group_norm,
     single_channel_groups,
 )
+from export.rewrite.joined_projections import JoinedProjections
 from export.rewrite.layer_norm import HalfLayerNorm, is_cast_layer_norm
+from export.rewrite.layer_scale import LayerScale, is_layer_scale, scaled_for_some
 from export.rewrite.rule import Anchor, Rule, operator
+from export.rewrite.skip_group_norm import SkipGroupNorm, is_residual_group_norm
+from export.rewrite.skip_layer_norm import SkipLayerNorm, broadcast_sum, is_residual_layer_norm
 from export.rewrite.transposes import transpose_rules
+from export.rewrite.values import differing_summands
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,19 @@ def _cuda(group_norm: type[GroupNorm] = GroupNorm) -> list[Family]:
         Family("NhwcConv", [Convolution()], operator("Conv")),
         Family("BiasSplitGelu", [BiasSplitGelu()], operator("Erf"), explain=plain_gelu),
         Family("LayerNormalization in FP16", [HalfLayerNorm()], is_cast_layer_norm),
+        Family("copies", [NarrowIndices(), SwappedHalves()], operator()),
+        Family("joined projections", [JoinedProjections()], operator()),
+        Family("scaled projections", [LayerScale()], is_layer_scale, explain=scaled_for_some),
+        Family(
+            "SkipLayerNormalization",
+            [SkipLayerNorm(biased) for biased in (True, False)],
+            is_residual_layer_norm,
+            explain=broadcast_sum,
+        ),
         Family("transposes", transpose_rules(), operator(), repeated=True),
+        # of pictures with channels last, as the transposes leave them
+        Family("SkipGroupNorm", [SkipGroupNorm()], is_residual_group_norm),
+        Family("BiasAdd", [BiasAdd(True), BiasAdd(False)], is_biased_residual, explain=differing_summands),
     ]
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import ANY_VALUE
 
-from export.rewrite.layout import channels_first, channels_last, is_to_first, last
-from export.rewrite.rule import Rule
-from export.rewrite.values import describe, dimensions, reshape_result, shape_items
+from export.rewrite.layout import TO_LAST, channels_first, channels_last, is_to_first, last
+from export.rewrite.rule import PatternRule, Rule
+from export.rewrite.values import constant, describe, dimensions, reshape_result, shape_items
 
 
-class TransposePair(Rule):
+class TransposePair(PatternRule):
     """Two transposes in a row -> one, or none."""
 
     name = "two transposes"
@@ -32,7 +32,7 @@ class TransposePair(Rule):
         return op.Identity(x) if order == sorted(order) else op.Transpose(x, perm=order)
 
 
-class ElementwiseLast(Rule):
+class ElementwiseLast(PatternRule):
     """An elementwise operator of pictures of which one has just been put channels first -> channels last."""
 
     commutes = False
@@ -89,7 +89,41 @@ class ConcatLast(ElementwiseLast):
         return {"axis": 3}
 
 
-class VectorPicture(Rule):
+class ResizeLast(ElementwiseLast):
+    """A picture enlarged by repeating pixels -> channels last.
+
+    In this mode the provider's kernel scales any axes: `Upsample::BaseCompute` in onnxruntime/core/providers/
+    cuda/tensor/upsample.cc.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("Resize", 3)
+
+    def check(self, context: Any, **found: Any) -> bool:
+        """Requires that scales are given, of all axes, and that pixels are repeated."""
+        node = found["result"].producer()
+        x, _, scales = node.inputs if len(node.inputs) == 3 else (None, None, None)
+        factors = constant(scales)
+        return (
+            node.attributes.get_string("mode", "nearest") == "nearest"
+            and "axes" not in node.attributes
+            and x is not None
+            and is_to_first(x.producer())
+            and factors is not None
+            and len(factors) == 4
+        )
+
+    def rewrite(self, op: Any, result: Any, **found: Any) -> Any:
+        """Resize between the layouts."""
+        node = result.producer()
+        factors = constant(node.inputs[2])
+        assert factors is not None
+        scales = op.Constant(value_floats=[float(factors[axis]) for axis in TO_LAST])
+        picture = op.Resize(channels_last(op, node.inputs[0]), None, scales, **node.attributes)
+        return channels_first(op, describe(picture, result, last(dimensions(result))))
+
+
+class VectorPicture(PatternRule):
     """(N, C) -> (N, C, 1, 1), then channels last -> (N, 1, 1, C) at once."""
 
     name = "vectors as pictures"
@@ -107,7 +141,7 @@ class VectorPicture(Rule):
         return op.Unsqueeze(x, op.Constant(value_ints=[1, 2]))
 
 
-class FlattenedPicture(Rule):
+class FlattenedPicture(PatternRule):
     """Channels first, (N, C, H W), then (N, H W, C) -> (N, H W, C) at once."""
 
     name = "pictures as tokens"
@@ -131,7 +165,7 @@ class FlattenedPicture(Rule):
         return op.Reshape(x, op.Constant(value_ints=[0, height * width, channels]))  # type: ignore[operator]
 
 
-class UnflattenedPicture(Rule):
+class UnflattenedPicture(PatternRule):
     """(N, H W, C) -> (N, C, H W) -> (N, C, H, W) -> channels last first, so that it can move on."""
 
     name = "tokens as pictures"
@@ -161,6 +195,7 @@ def transpose_rules() -> list[Rule]:
         TransposePair(),
         *(ElementwiseLast(kind, inputs) for kind, inputs in elementwise.items()),
         ConcatLast(),
+        ResizeLast(),
         VectorPicture(),
         FlattenedPicture(),
         UnflattenedPicture(),

@@ -38,6 +38,34 @@ def is_close(value: ir.Value | None, number: float) -> bool:
     return found is not None and math.isclose(found, number, rel_tol=2**-11)
 
 
+def is_bias(value: ir.Value | None, shape: Dimensions) -> bool:
+    """Whether a value is a stored weight, with a number for each channel of data that have them last."""
+    return value is not None and value.const_value is not None and dimensions(value) == shape[-1:]
+
+
+def differing_summands(add: ir.Node | None) -> str | None:
+    """Says so if what an Add adds differs in shape: the kernels that take residuals do not broadcast."""
+    shapes = {dimensions(value) for value in add.inputs} if add else set()
+    return "its summands differ in shape" if len(shapes) > 1 else None
+
+
+def is_read_once(value: ir.Value) -> bool:
+    """Whether a value has one reader, and is no result of the graph."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def linear_bias(value: ir.Value) -> ir.Value | None:
+    """What a linear layer adds last, if nothing else reads its result; it may have become a picture."""
+    node, shape = value.producer(), dimensions(value)
+    if node is None or shape is None or not is_read_once(value):
+        return None
+    if node.op_type == "Reshape" and node.inputs[0] is not None:
+        return linear_bias(node.inputs[0])
+    if node.op_type != "Add":
+        return None
+    return next((summand for summand in node.inputs if summand and is_bias(summand, shape)), None)
+
+
 def dimensions(value: ir.Value | None) -> Dimensions | None:
     """The shape of a value; None if its rank or a dimension has not been inferred."""
     if value is None or value.shape is None:

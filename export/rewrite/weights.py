@@ -40,6 +40,28 @@ def derived_weight(
     return op.initializer(lazy, name)  # type: ignore[no-any-return]
 
 
+def joined_weight(graph: ir.Graph, weights: Sequence[ir.Value], axis: int) -> ir.Value:
+    """A weight that is several others of one shape and dtype, one behind the other.
+
+    Args:
+        graph: stores them, and the new one.
+        weights: initializers.
+        axis: along which they are joined.
+    """
+    tensors = [weight.const_value for weight in weights if weight.const_value is not None]
+    shape = list(tensors[0].shape.numpy())
+    shape[axis] *= len(tensors)
+
+    def join(_: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([tensor.numpy() for tensor in tensors], axis)
+
+    name, dtype = f"{weights[0].name}_joined", tensors[0].dtype
+    lazy = _lazy(tensors[0], name, join, shape, dtype)
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy)
+    graph.register_initializer(value)
+    return value
+
+
 def fold_casts(graph: ir.Graph) -> None:
     """Replaces casts of weights by weights of the other dtype, so that patterns see weights.
 

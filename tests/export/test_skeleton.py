@@ -182,10 +182,19 @@ def cuda_operators(source: ExportSource, precision: str, path: Path) -> dict[str
     }
 
 
-PLAIN = ("Softmax", "InstanceNormalization", "Conv", "Erf", "Split", "IsNaN", "Where", "Trilu")
+PLAIN = ("Softmax", "InstanceNormalization", "Conv", "Erf", "IsNaN", "Where", "Trilu")
 """Operators of patterns that have a kernel of their own."""
 
-FUSED = ("MultiHeadAttention", "GroupNorm", "NhwcConv", "BiasSplitGelu", "LayerNormalization")
+FUSED = (
+    "MultiHeadAttention",
+    "NhwcConv",
+    "BiasSplitGelu",
+    "GroupNorm",
+    "SkipGroupNorm",
+    "LayerNormalization",
+    "SkipLayerNormalization",
+    "BiasAdd",
+)
 
 
 def plain_operators(counts: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
@@ -197,11 +206,10 @@ ANYDOOR_PLAIN = {ID_ENCODER: {}, CONTROL: {}, DENOISE: {}, DECODE: {"Softmax": 1
 
 
 def inpainting_plain(layers: int) -> dict[str, dict[str, int]]:
-    """The text encoder's GELU is no gate; the encoder's Split takes the mean of its latent. They run once
-    per prompt or picture."""
+    """The text encoder's GELU is no gate. It runs once per prompt."""
     return {
         TEXT_ENCODER: {"Erf": layers},
-        ENCODE: {"Softmax": 1, "Split": 1},
+        ENCODE: {"Softmax": 1},
         DENOISE: {},
         DECODE: {"Softmax": 1},
     }
@@ -227,10 +235,10 @@ def test_operators_of_the_published_stable_diffusion(tmp_path: Path, precision: 
     counts = cuda_operators(source, precision, tmp_path / "full")
     assert plain_operators(counts) == inpainting_plain(23)
     assert {name: tuple(of[kind] for kind in FUSED) for name, of in counts.items()} == {
-        TEXT_ENCODER: (23, 0, 0, 0, 47),
-        ENCODE: (0, 22, 28, 0, 0),
-        DENOISE: (32, 61, 66, 16, 48),
-        DECODE: (0, 30, 36, 0, 0),
+        TEXT_ENCODER: (23, 0, 0, 0, 0, 1, 46, 0),
+        ENCODE: (0, 28, 0, 14, 8, 0, 0, 0),
+        DENOISE: (32, 66, 16, 16, 45, 16, 32, 27),
+        DECODE: (0, 36, 0, 18, 12, 0, 0, 0),
     }
 
 
@@ -240,8 +248,15 @@ def test_operators_of_the_published_network(tmp_path: Path, precision: str) -> N
     counts = cuda_operators(published_source(precision), precision, tmp_path / "full")
     assert plain_operators(counts) == ANYDOOR_PLAIN
     assert {name: tuple(of[kind] for kind in FUSED) for name, of in counts.items()} == {
-        ID_ENCODER: (40, 0, 1, 0, 81),
-        CONTROL: (14, 27, 46, 7, 21),
-        DENOISE: (32, 61, 66, 16, 48),
-        DECODE: (0, 30, 36, 0, 0),
+        ID_ENCODER: (40, 1, 0, 0, 0, 1, 80, 0),
+        CONTROL: (14, 46, 7, 4, 23, 7, 14, 10),
+        DENOISE: (32, 66, 16, 16, 45, 16, 32, 27),
+        DECODE: (0, 36, 0, 18, 12, 0, 0, 0),
+    }
+    # keys and values of three widths, and what three widths take from the embedding of the timestep
+    assert {name: of["Split"] for name, of in counts.items()} == {
+        ID_ENCODER: 0,
+        CONTROL: 4,
+        DENOISE: 6,
+        DECODE: 0,
     }

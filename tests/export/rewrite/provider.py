@@ -63,6 +63,32 @@ class MultiHeadAttention(OpRun):  # type: ignore[misc]
         return (result.swapaxes(1, 2).reshape(batch, length, channels).astype(query.dtype),)
 
 
+def _group_norm(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    activation: int,
+    channels_last: int | None,
+    epsilon: float | None,
+    groups: int,
+) -> Array:
+    require(channels_last in (None, 1), "channels last")
+    require(x.ndim == 4, "four axes")
+    require(gamma.dtype == beta.dtype == np.float32, "float32 scale and shift")
+    channels = x.shape[3]
+    require(gamma.shape == beta.shape == (channels,), "a scale and a shift per channel")
+    require(channels % groups == 0, "groups that divide the channels")
+    require(channels // groups % 2 == 0, "an even number of channels per group")
+    require(channels // groups <= 512, "at most 512 channels per group")
+    data = x.astype(np.float32).reshape(*x.shape[:3], groups, -1)
+    mean = data.mean((1, 2, 4), keepdims=True)
+    variance = data.var((1, 2, 4), keepdims=True)
+    result = ((data - mean) / np.sqrt(variance + (epsilon or 1e-5))).reshape(x.shape) * gamma + beta
+    if activation:
+        result = result / (1 + np.exp(-result))
+    return result.astype(x.dtype)
+
+
 class GroupNorm(OpRun):  # type: ignore[misc]
     """contrib_ops/cuda/diffusion/group_norm.cc and group_norm_impl.cu."""
 
@@ -78,21 +104,34 @@ class GroupNorm(OpRun):  # type: ignore[misc]
         epsilon: float | None,
         groups: int,
     ) -> tuple[Array]:
-        require(channels_last in (None, 1), "channels last")
-        require(x.ndim == 4, "four axes")
-        require(gamma.dtype == beta.dtype == np.float32, "float32 scale and shift")
-        channels = x.shape[3]
-        require(gamma.shape == beta.shape == (channels,), "a scale and a shift per channel")
-        require(channels % groups == 0, "groups that divide the channels")
-        require(channels // groups % 2 == 0, "an even number of channels per group")
-        require(channels // groups <= 512, "at most 512 channels per group")
-        data = x.astype(np.float32).reshape(*x.shape[:3], groups, -1)
-        mean = data.mean((1, 2, 4), keepdims=True)
-        variance = data.var((1, 2, 4), keepdims=True)
-        result = ((data - mean) / np.sqrt(variance + (epsilon or 1e-5))).reshape(x.shape) * gamma + beta
-        if activation:
-            result = result / (1 + np.exp(-result))
-        return (result.astype(x.dtype),)
+        return (_group_norm(x, gamma, beta, activation, channels_last, epsilon, groups),)
+
+
+class SkipGroupNorm(OpRun):  # type: ignore[misc]
+    """contrib_ops/cuda/diffusion/group_norm.cc: the sum is rounded before it is normalised."""
+
+    op_domain = DOMAIN
+
+    def _run(  # type: ignore[override]
+        self,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        skip: Array,
+        bias: Array | None = None,
+        activation: int = 0,
+        channels_last: int | None = None,
+        epsilon: float | None = None,
+        groups: int = 1,
+    ) -> tuple[Array, Array]:
+        pixel = (x.shape[0], 1, 1, x.shape[3])
+        require(skip.shape in (x.shape, pixel, pixel[::3]), "a skip of the picture's shape, or of one pixel")
+        require(bias is None or bias.shape == x.shape[3:], "a bias per channel")
+        require(x.dtype == skip.dtype and (bias is None or bias.dtype == x.dtype), "one dtype")
+        total = x if bias is None else x + bias
+        total = total + skip.reshape(skip.shape if skip.ndim == 4 else pixel)
+        normalised = _group_norm(total, gamma, beta, activation, channels_last, epsilon, groups)
+        return normalised, total
 
 
 class NhwcConv(OpRun):  # type: ignore[misc]
@@ -170,6 +209,57 @@ class LayerNormalization(OpRun):  # type: ignore[misc]
         return (result.astype(x.dtype),)
 
 
+class SkipLayerNormalization(OpRun):  # type: ignore[misc]
+    """contrib_ops/cuda/bert/skip_layer_norm.cc in strict mode: sums and statistics in float32."""
+
+    op_domain = DOMAIN
+
+    def _run(  # type: ignore[override]
+        self,
+        x: Array,
+        skip: Array,
+        gamma: Array,
+        beta: Array,
+        bias: Array | None = None,
+        epsilon: float | None = None,
+    ) -> tuple[Array, None, None, Array]:
+        require(x.ndim in (2, 3), "two or three axes")
+        require(x.shape == skip.shape, "a skip of the same shape")
+        weights = [gamma, beta, *([] if bias is None else [bias])]
+        require(all(weight.shape == x.shape[-1:] for weight in weights), "a number per channel")
+        require(all(array.dtype == x.dtype for array in (skip, *weights)), "one dtype")
+        total = x.astype(np.float32) + skip.astype(np.float32) + (0 if bias is None else bias)
+        mean, variance = total.mean(-1, keepdims=True), total.var(-1, keepdims=True)
+        result = (total - mean) / np.sqrt(variance + epsilon) * gamma + beta
+        return result.astype(x.dtype), None, None, total.astype(x.dtype)
+
+    def _check_and_fix_outputs(self, res: tuple[Any, ...]) -> tuple[Any, ...]:
+        """As they are: the CUDA kernel does not return the statistics, and the evaluator refuses None."""
+        return res
+
+
+class BiasAdd(OpRun):  # type: ignore[misc]
+    """contrib_ops/cuda/diffusion/bias_add.cc."""
+
+    op_domain = DOMAIN
+
+    def _run(self, x: Array, bias: Array, skip: Array) -> tuple[Array]:  # type: ignore[override]
+        require(x.ndim == 3, "three axes")
+        require(x.shape[2] in (320, 640, 1280), "a width of 320, 640 or 1280")
+        require(bias.shape == x.shape[2:], "a bias per channel")
+        require(skip.shape == x.shape, "a skip of the same shape")
+        return (x + bias + skip,)
+
+
 _erf = np.vectorize(math.erf, otypes=[np.float32])
 
-OPERATORS = [MultiHeadAttention, GroupNorm, NhwcConv, BiasSplitGelu, LayerNormalization]
+OPERATORS = [
+    MultiHeadAttention,
+    GroupNorm,
+    SkipGroupNorm,
+    NhwcConv,
+    BiasSplitGelu,
+    LayerNormalization,
+    SkipLayerNormalization,
+    BiasAdd,
+]

@@ -33,6 +33,7 @@ def group_norm(
     silu: bool = True,
     flat: bool = False,
     dynamic: bool = True,
+    skip: tuple[int, ...] = (),
 ) -> ir.Model:
     """nn.GroupNorm as PyTorch's exporter writes it, in float32 between casts if the data are float16.
 
@@ -40,10 +41,14 @@ def group_norm(
         silu: SiLU follows.
         flat: of (N, C, H W) data that a Reshape makes of the picture.
         dynamic: the batch has a variable size, so that the shape is taken at run time.
+        skip: shape without batch of what is added to the result of a convolution before; none if empty.
     """
     b = Builder(dtype)
     batch: int | str = "batch" if dynamic else 2
     x = b.input("x", batch, channels, height, width)
+    if skip:
+        convolved = b.node("Conv", x, b.weight(channels, channels, 1, 1), b.weight(channels))
+        x = b.node("Add", convolved, b.input("skip", batch, *skip))
     shape: list[int] = [2, channels, height, width]
     noted = (batch, channels, height, width)
     if flat:

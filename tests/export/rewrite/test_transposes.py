@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -50,6 +51,16 @@ def tokens(b: Builder, x: str, _: str) -> str:
     return str(b.node("Reshape", back, b.constant([-1, 4, 5, 6]), shape=SHAPE))
 
 
+def enlarge(b: Builder, x: str, _: str) -> str:
+    factors = b.constant([1, 1, 2, 3], np.float32)
+    return str(
+        b.node(
+            "Resize", x, "", factors, mode="nearest", nearest_mode="floor", shape=("batch", 4, 10, 18),
+            coordinate_transformation_mode="asymmetric",
+        )
+    )  # fmt: skip
+
+
 def convolutions(between: Between) -> ir.Model:
     b = Builder("float32")
     start = b.input("x", *SHAPE)
@@ -58,7 +69,7 @@ def convolutions(between: Between) -> ir.Model:
     return b.model(b.node("Conv", middle, b.weight(4, 4, 3, 3), pads=[1, 1, 1, 1]))
 
 
-@pytest.mark.parametrize("between", [silu, half, residual, embedding, clip, skip, tokens])
+@pytest.mark.parametrize("between", [silu, half, residual, embedding, clip, skip, tokens, enlarge])
 def test_none_is_left_between_two_convolutions(between: Between) -> None:
     """One puts the channels of the input last, and one those of the output first."""
     model = convolutions(between)
@@ -95,6 +106,15 @@ def test_pictures_joined_along_another_axis_stay_first(axis: int) -> None:
     assert report.matches["Concat with channels last"] == 0
     [found] = evaluate(model, inputs)
     assert relative_error(found, expected) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+def test_pictures_enlarged_by_mixing_pixels_stay_first(mode: str) -> None:
+    b = Builder("float32")
+    first = b.node("Conv", b.input("x", *SHAPE), b.weight(4, 4, 1, 1), shape=SHAPE)
+    factors = b.constant([1, 1, 2, 2], np.float32)
+    model = b.model(b.node("Resize", first, "", factors, mode=mode, shape=("batch", 4, 10, 12)))
+    assert rewrite(model, "cuda").matches["Resize with channels last"] == 0
 
 
 def test_operators_that_broadcast_other_axes_stay_first() -> None:
