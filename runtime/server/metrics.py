@@ -16,40 +16,58 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "anydoor_requests", "Requests that ended, by status", ["method", "code"], registry=self.registry
+            "anydoor_requests",
+            "Requests that ended, by status",
+            ["method", "code", "model"],
+            registry=self.registry,
         )
         self.request_seconds = Histogram(
             "anydoor_request_seconds",
             "From arrival to the end",
-            ["method"],
+            ["method", "model"],
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.deadline_refusals = Counter(
             "anydoor_deadline_refusals",
             "Requests that ended before they started because they could not meet their deadline any more",
+            ["model"],
             registry=self.registry,
         )
         self.stage_seconds = Histogram(
             "anydoor_stage_seconds",
             "Time per stage of finished requests",
-            ["stage"],
+            ["stage", "model"],
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.step_seconds = Histogram(
-            "anydoor_step_seconds", "Calls of the step graph", buckets=_SECONDS, registry=self.registry
+            "anydoor_step_seconds",
+            "Calls of the step graph",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self.batch_samples = Histogram(
             "anydoor_batch_samples",
             "Samples per call of the step graph",
+            ["model"],
             buckets=_OCCUPANCY,
             registry=self.registry,
         )
         self.queued = Gauge(
-            "anydoor_queued_requests", "Accepted requests that wait for a slot", registry=self.registry
+            "anydoor_queued_requests",
+            "Accepted requests that wait for a slot",
+            ["model"],
+            registry=self.registry,
         )
-        self.running = Gauge("anydoor_running_samples", "Samples in the batch", registry=self.registry)
+        self.running = Gauge(
+            "anydoor_running_samples", "Samples in the batch", ["model"], registry=self.registry
+        )
+        self.loaded = Gauge("anydoor_model_loaded", "1 if it is", ["model"], registry=self.registry)
+        self.loads = Counter(
+            "anydoor_model_loads", "How often it was loaded", ["model"], registry=self.registry
+        )
         self.request_bytes = Gauge(
             "anydoor_request_bytes", "Memory that requests and answers take", registry=self.registry
         )
@@ -57,12 +75,15 @@ class Metrics:
             "anydoor_log_lines_dropped", "Log lines that nobody read in time", registry=self.registry
         )
         self.cache_bytes = Gauge(
-            "anydoor_cache_bytes", "Memory of tensors kept for later pictures", registry=self.registry
+            "anydoor_cache_bytes",
+            "Memory of tensors kept for later pictures",
+            ["model"],
+            registry=self.registry,
         )
 
     def note_end(self, call: Call, code: str, seconds: float) -> None:
         """Counts a call that ended."""
-        self.requests.labels(call.method, code).inc()
-        self.request_seconds.labels(call.method).observe(seconds)
+        self.requests.labels(call.method, code, call.model).inc()
+        self.request_seconds.labels(call.method, call.model).observe(seconds)
         for stage, duration in call.seconds.items():
-            self.stage_seconds.labels(stage).observe(duration)
+            self.stage_seconds.labels(stage, call.model).observe(duration)

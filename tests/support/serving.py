@@ -175,8 +175,8 @@ def held_compositor(bundle: Path, cache_bytes: int | None = None) -> tuple[Compo
 class ServerThread:
     """A server in a thread of its own; a context manager that is ready when entered."""
 
-    def __init__(self, bundle: Path, **settings: Any) -> None:
-        self.settings = Settings(bundle=str(bundle), **{"listen": ("127.0.0.1:0",), **settings})
+    def __init__(self, bundle: Path, /, **settings: Any) -> None:
+        self.settings = Settings(**{"bundle": str(bundle), "listen": ("127.0.0.1:0",), **settings})
         self.compositor, self.engine = held_compositor(bundle)
         self.compositor.segmenter = Segmenter.load(*self.settings.segmenter)
         self.loop = asyncio.new_event_loop()

@@ -63,6 +63,9 @@ class SimulatedDevice:
         address = self.allocate(nbytes)
         return address, self._blocks[address]
 
+    def free_all(self) -> None:
+        self._blocks.clear()
+
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         for address in (destination, source):
             self.check(address, nbytes)
