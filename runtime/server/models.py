@@ -25,6 +25,7 @@ from runtime.server.call import Call
 from runtime.server.events import LoadFailedError, ShuttingDownError, UnknownModelError
 from runtime.server.health import Health
 from runtime.server.logs import FIELDS
+from runtime.server.memory import give_back
 from runtime.server.served_model import ServedModel
 
 _AGAIN_SECONDS = 30.0
@@ -250,12 +251,12 @@ class Models:
                 await asyncio.shield(asyncio.wrap_future(served.batcher.loaded))
             except Exception:
                 served.leaves = True
-                self._spawn(self._retire(place, served))
+                self._spawn(self._retire(served))
                 raise
             if before:
                 place.current = served
                 if not before.leaves:
-                    self._spawn(self._retire(place, before))
+                    self._spawn(self._retire(before))
             place.failed = -math.inf
             await self._health.note_model(place.name, works=True)
             logger.info("model loaded", extra={FIELDS: {"model": place.name, "bytes": nbytes}})
@@ -283,24 +284,26 @@ class Models:
         """Lets models leave until so many bytes are free: those without work first, of these the one whose
         last request is longest ago."""
         while sum(self._taken.values()) + nbytes > self._capacity:
-            loaded = [(place, place.current) for place in self._places.values() if place.current]
+            loaded = [place for place in self._places.values() if place.current]
             if loaded:
-                await self._retire(*min(loaded, key=lambda each: (each[1].users > 0, each[0].used)))
+                await self._retire(min(loaded, key=_unneeded).current)
             else:
                 await self._changed.wait()
 
-    async def _retire(self, place: _Place, served: ServedModel) -> None:
+    async def _retire(self, served: ServedModel | None) -> None:
         """Lets a model leave when the last of its requests is over."""
-        served.leaves = True
-        if place.current is served:
-            place.current = None
+        assert served
+        served.leaves, name = True, served.name
+        if self._places[name].current is served:
+            self._places[name].current = None
         while served.users and not self._stopped:
             await self._changed.wait()
         if self._stopped:
             return
         await asyncio.to_thread(served.close)
-        del self._taken[served]
-        logger.info("model unloaded", extra={FIELDS: {"model": place.name}})
+        del self._taken[served], served
+        await asyncio.to_thread(give_back)
+        logger.info("model unloaded", extra={FIELDS: {"model": name}})
         self._tell()
 
     async def _note_failure(self, place: _Place, error: Exception) -> None:
@@ -352,6 +355,11 @@ class Models:
     def is_busy(self) -> bool:
         """Whether a thread runs."""
         return bool(self._opening) or any(served.batcher.is_busy for served in self.alive)
+
+
+def _unneeded(place: _Place) -> tuple[bool, float]:
+    """Sorts those first that should leave first."""
+    return bool(place.current and place.current.users), place.used
 
 
 def _log_error(event: str, model: str, error: Exception) -> None:
