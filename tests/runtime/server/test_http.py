@@ -281,7 +281,9 @@ def test_a_full_queue_says_when_to_come_again(tiny_bundle: Path) -> None:
 
 
 def test_whoever_goes_away_ends_the_work(server: ServerThread, address: str) -> None:
-    cancelled = server.server.metrics.requests.labels("POST /v1/composite", "CANCELLED")
+    cancelled = server.server.metrics.requests.labels(
+        "POST /v1/composite", "CANCELLED", server.compositor.bundle.path.name
+    )
     before = cancelled._value.get()
     server.engine.hold()
     connection = http.client.HTTPConnection(address, timeout=PATIENCE)
@@ -296,7 +298,9 @@ def test_whoever_goes_away_ends_the_work(server: ServerThread, address: str) -> 
 
 
 def test_requests_count_among_all_others(server: ServerThread, address: str) -> None:
-    count = server.server.metrics.requests.labels("POST /v1/composite", "OK")
+    count = server.server.metrics.requests.labels(
+        "POST /v1/composite", "OK", server.compositor.bundle.path.name
+    )
     before = count._value.get()
     post(address, "/v1/composite", fields())
     assert count._value.get() == before + 1
