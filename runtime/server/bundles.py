@@ -100,14 +100,14 @@ class Bundles:
     def _share_of_caches(self) -> int | None:
         """What each model may keep for later pictures; None leaves it to the only one."""
         wanted = None if self._settings.cache_bytes < 0 else self._settings.cache_bytes
+        if len(self._paths) == 1:
+            return wanted
         needed = 0
         for name in self._paths:
             try:
                 needed += needed_bytes(self.open(name), self._options)
             except AnyDoorError as error:
                 self.unusable[name] = error
-        if len(self._paths) == 1:
-            return wanted
         shared = default_cache_bytes() if wanted is None else wanted
         if self.budget is not None:
             left = self.budget - needed

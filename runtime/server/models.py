@@ -300,7 +300,10 @@ class Models:
             await self._changed.wait()
         if self._stopped:
             return
-        await asyncio.to_thread(served.close)
+        try:
+            await asyncio.to_thread(served.close)
+        except Exception as error:
+            _log_error("model not unloaded", name, error)
         del self._taken[served], served
         await asyncio.to_thread(give_back)
         logger.info("model unloaded", extra={FIELDS: {"model": name}})

@@ -109,11 +109,6 @@ class Server:
         self.http_address = self._door.address if self._door else None
         reflection.enable_server_reflection((NAME, SERVICE, reflection.SERVICE_NAME), self._grpc)
 
-    @property
-    def batcher(self) -> Batcher:
-        """Of the first model."""
-        return self.models.first.batcher
-
     def _serve_model(self, name: str, compositor: Compositor) -> ServedModel:
         self.metrics.loads.labels(name).inc()
         return ServedModel(name, compositor, self._settings, self.metrics, self._filler)

@@ -250,7 +250,7 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
         stub: Any = CompositorServiceStub(channel)
         first = stub.Composite.future(message(steps=2), timeout=PATIENCE)
         server.engine.wait_for_steps(1)
-        submit, refusals = server.server.batcher.submit, []
+        submit, refusals = server.batcher.submit, []
 
         def watched(*arguments):  # type: ignore[no-untyped-def]
             try:
@@ -259,10 +259,10 @@ def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
                 refusals.append(error)
                 server.engine.release()
                 # the place is free before the client hears that it is not
-                wait_until(lambda: not server.server.batcher.tickets)
+                wait_until(lambda: not server.batcher.tickets)
                 raise
 
-        server.server.batcher.submit = watched  # type: ignore[method-assign]
+        server.batcher.submit = watched  # type: ignore[method-assign]
         # what follows the end of a PNG is not looked at
         request = Request(SCENE + b"\0" * padding, [PLACEMENT], 7, Sampling(steps=1))
         assert len(client.run(request)) == 1

@@ -23,6 +23,7 @@ from runtime.client import Client
 from runtime.compositor import Compositor
 from runtime.rpc import compositor_pb2 as pb
 from runtime.segmentation import Segmenter
+from runtime.server.batching import Batcher
 from runtime.server.serve import Server
 from runtime.server.settings import Settings
 
@@ -202,6 +203,11 @@ class ServerThread:
 
     def client(self, **settings: Any) -> Client:
         return Client(self.address, **{"timeout": PATIENCE, **settings})
+
+    @property
+    def batcher(self) -> Batcher:
+        """Of the first model."""
+        return self.server.models.first.batcher
 
     async def _start(self) -> Server:
         server = Server(self.compositor, self.settings)

@@ -292,7 +292,7 @@ def test_whoever_goes_away_ends_the_work(server: ServerThread, address: str) -> 
     server.engine.wait_for_steps(len(server.engine.steps) + 1)
     connection.close()
     wait_until(lambda: cancelled._value.get() == before + 1)
-    assert not server.server.batcher.tickets
+    assert not server.batcher.tickets
     server.engine.release()
     assert get(address, "/readyz").status == 200
 
