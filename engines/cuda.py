@@ -113,6 +113,8 @@ class Device:
         stream = self._call("creating a stream", self._cuda.cudaStreamCreateWithFlags, flags)
         self.stream = int(stream)
         """Handle of the stream."""
+        self._allocated: list[tuple[Callable[..., Any], int]] = []
+        """What frees memory, and its address."""
 
     def card(self) -> Card:
         """What the driver says about the card."""
@@ -134,12 +136,21 @@ class Device:
             OutOfDeviceMemoryError: there is not so much.
         """
         doing = f"allocating {nbytes / 1e6:.0f} MB"
-        return int(self._call(doing, self._cuda.cudaMalloc, nbytes))
+        address = int(self._call(doing, self._cuda.cudaMalloc, nbytes))
+        self._allocated.append((self._cuda.cudaFree, address))
+        return address
 
     def allocate_pinned(self, nbytes: int) -> tuple[int, NDArray[np.uint8]]:
         """Host memory that the card copies from and to by itself: its address, and as an array."""
         address = int(self._call("pinning host memory", self._cuda.cudaMallocHost, nbytes))
+        self._allocated.append((self._cuda.cudaFreeHost, address))
         return address, np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+    def free_all(self) -> None:
+        """Frees all memory that was allocated here."""
+        while self._allocated:
+            free, address = self._allocated.pop()
+            self._call("freeing memory", free, address)
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         """Copies between any two places, in the order of the stream."""

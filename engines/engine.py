@@ -51,6 +51,9 @@ class Engine(Protocol):
     def unload(self, graph: str) -> None:
         """Frees the memory of a graph."""
 
+    def close(self) -> None:
+        """Frees all memory; the engine and its tensors are of no use after that."""
+
     def run(
         self,
         graph: str,
@@ -123,6 +126,13 @@ class BackendModule(Protocol):
             BackendError: the library is not installed, or does not work.
         """
 
+    def needed_bytes(self, bundle: Bundle, options: EngineOptions) -> int:
+        """The memory that the device needs for a bundle, all graphs loaded, without what is kept for later.
+
+        Raises:
+            BackendError: there is no such device.
+        """
+
     def examine(self, bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
         """The device that would run a bundle, and the memory plan as a table; loads nothing.
 
@@ -159,6 +169,15 @@ def open_engine(bundle: Bundle, options: EngineOptions = EngineOptions()) -> Eng
             f"only the backend {' or '.join(able)} has the inference precision {options.inference_precision}"
         )
     return load_backend(name).open_engine(bundle, options)
+
+
+def needed_bytes(bundle: Bundle, options: EngineOptions = EngineOptions()) -> int:
+    """The memory that the device needs for a bundle, all graphs loaded, without what is kept for later.
+
+    Raises:
+        AnyDoorError: as `open_engine`.
+    """
+    return load_backend(choose_backend(bundle, options)).needed_bytes(bundle, options)
 
 
 def choose_backend(bundle: Bundle, options: EngineOptions = EngineOptions()) -> str:

@@ -29,6 +29,8 @@ leaves gaps, and lends workspace to convolutions. Chosen with room to spare, not
 SHARE_OF_FREE_DEVICE_MEMORY = 0.9
 """What is used of a card's free memory without a budget."""
 
+_UNLIMITED = 1 << 62
+
 MOST_STEPS = 64
 """Steps whose small inputs have room on the card at once, and so can be one CUDA graph."""
 
@@ -168,6 +170,12 @@ def plan_device_memory(manifest: Manifest, budget: int) -> DeviceMemoryPlan:
         "be used: free some, raise --memory-budget, or build a bundle that needs less with "
         f"'{BUILD_COMMAND} --max-batch 1'"
     )
+
+
+def needed_device_bytes(manifest: Manifest) -> int:
+    """What a card needs for a bundle whose graphs are all loaded, without what is kept for re-rolls."""
+    plan = plan_device_memory(manifest, _UNLIMITED)
+    return plan.total - plan.cache
 
 
 def fixed_buffers(graphs: Mapping[str, GraphMemory], manifest: Manifest) -> list[Buffer]:
@@ -352,6 +360,12 @@ def plan_host_memory(
             f"{budget // 1_000_000} MB may be used: raise --memory-budget"
         )
     return replace(plan, cache=max(0, available - plan.total))
+
+
+def needed_host_bytes(bundle: Bundle, backend: str, copies: float = 1.0, load_factor: float = 0.0) -> int:
+    """What the host needs for a bundle whose graphs are all loaded, without what is kept; arguments as of
+    `plan_host_memory`."""
+    return plan_host_memory(bundle, backend, _UNLIMITED, copies, load_factor).total
 
 
 def free_host_memory() -> int:

@@ -114,6 +114,14 @@ class CardEngine:
             self._calls.evict_graph(graph)
             self._graphs.pop(graph, None)
 
+    def close(self) -> None:
+        """Frees the weights of all graphs, the arena, and the memory of transfers."""
+        with self._lock:
+            self._device.synchronize()
+            for graph in list(self._graphs):
+                self.unload(graph)
+            self._device.free_all()
+
     def run(
         self,
         graph: str,

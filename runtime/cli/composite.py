@@ -30,6 +30,8 @@ anydoor composite --reference shelf.jpg --reference-click 210,95 --segmenter bui
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --quality fast -o out.png
 anydoor composite --prompt "a sks cup" --scene desk.jpg --box 80,60,300,260 --bundle build/sks -o out.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --server gpu:50051 -o out.png
+anydoor composite --prompt "a sks cup" --scene desk.jpg --box 80,60,300,260 --server gpu:50051 --model sks \\
+    -o out.png
 anydoor composite --reference cup.png --scene - --box 80,60,300,260 -o - < desk.jpg > out.png
 """
 

@@ -13,7 +13,7 @@ HELP = "Draw pictures from words, with a model that takes prompts"
 EXAMPLES = """
 anydoor draw --prompt "a sks cup in the snow" --bundle build/engines/sks -o out.png
 anydoor draw --prompt "a sks cup" --negative-prompt "blurry" --seed 7 --num-images 4 --grid -o cups.png
-anydoor draw --prompt "a sks cup in the snow" --server gpu:50051 -o out.png
+anydoor draw --prompt "a sks cup in the snow" --server gpu:50051 --model sks -o out.png
 """
 
 

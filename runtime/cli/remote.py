@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from runtime.client import Client
     from runtime.result import Composite
 
-SERVER_FLAGS = ("timeout", "token_file", "tls", "tls_ca", "tls_certificate", "tls_key")
+SERVER_FLAGS = ("model", "timeout", "token_file", "tls", "tls_ca", "tls_certificate", "tls_key")
 """Flags that have an effect with --server only."""
 
 
-def add_server_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds --server, and `SERVER_FLAGS`, which are None if not given."""
+def add_server_flags(parser: argparse._ActionsContainer, with_model: bool = True) -> None:
+    """Adds --server, and `SERVER_FLAGS`, which are None if not given; --model only where a model draws."""
     parser.add_argument("--server", metavar="ADDRESS", help="host:port or unix:/path of 'anydoor serve'")
+    if with_model:
+        parser.add_argument(
+            "--model", metavar="NAME", help="which of the server's models draws (default: its first)"
+        )
+    else:
+        parser.set_defaults(model=None)
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token to send")
     parser.add_argument(
@@ -48,7 +54,7 @@ def connect(options: argparse.Namespace) -> Client:
     files = (options.tls_ca, options.tls_certificate, options.tls_key)
     tls = Tls(*files) if options.tls or any(files) else None
     token = _read_token(options.token_file) if options.token_file else None
-    return Client(options.server, token=token, tls=tls, timeout=options.timeout)
+    return Client(options.server, model=options.model or "", token=token, tls=tls, timeout=options.timeout)
 
 
 def follow(events: Iterable[Any], progress: Progress) -> list[Composite]:

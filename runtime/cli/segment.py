@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     add_segmenter_flag(machine)
     add_engine_flags(machine)
-    add_server_flags(parser.add_argument_group("server (instead of this machine)"))
+    add_server_flags(parser.add_argument_group("server (instead of this machine)"), with_model=False)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ anydoor serve --http 127.0.0.1:8000
 anydoor serve --listen unix:/run/anydoor.sock --metrics 127.0.0.1:9090
 anydoor serve --listen 0.0.0.0:50051 --insecure
 anydoor serve --config anydoor.toml --memory-budget 6G
+anydoor serve --bundle cup=build/engines/cup --bundle bear=build/engines/bear --memory-budget 6G
 """
 
 

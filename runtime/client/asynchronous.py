@@ -98,7 +98,7 @@ class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, An
         """See `Client.model_info`."""
         with self._refusals():
             info: pb.GetModelInfoResponse = await self._call(
-                "GetModelInfo", pb.GetModelInfoRequest(), timeout
+                "GetModelInfo", pb.GetModelInfoRequest(model=self.model), timeout
             )
             return info
 

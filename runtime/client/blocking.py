@@ -120,9 +120,11 @@ class Client(Connection[Image.Image, list[Image.Image]]):
         return mask_of(answer)
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
-        """Which model the server runs, its defaults, and what the server accepts. Raises as `composite`."""
+        """What the model is, which others there are, and what the server accepts. Raises as `composite`."""
         with self._refusals():
-            info: pb.GetModelInfoResponse = self._call("GetModelInfo", pb.GetModelInfoRequest(), timeout)
+            info: pb.GetModelInfoResponse = self._call(
+                "GetModelInfo", pb.GetModelInfoRequest(model=self.model), timeout
+            )
             return info
 
     def close(self) -> None:

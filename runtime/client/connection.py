@@ -25,7 +25,7 @@ from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server.edit_wire import message_from_edit
 from runtime.server.events import Preview, Queued, StepDone
-from runtime.server.wire import composites_from_message, message_from_request
+from runtime.server.wire import Message, composites_from_message, message_from_request
 
 ClientEvent = Queued | StepDone | Preview | list[Composite]
 """What `stream` yields; the pictures come last."""
@@ -106,12 +106,20 @@ class Connection(Generic[One, Several]):
     """The module that makes channels."""
 
     def __init__(
-        self, address: str, *, token: str | None = None, tls: Tls | None = None, timeout: float | None = None
+        self,
+        address: str,
+        *,
+        model: str = "",
+        token: str | None = None,
+        tls: Tls | None = None,
+        timeout: float | None = None,
     ) -> None:
         """Connects with the first call.
 
         Args:
             address: host:port or unix:/path.
+            model: name of the server's model that draws; its first if empty. Clients of one server share
+                what it takes to be connected: have one for each model.
             token: bearer token, where the server asks for one.
             tls: None for a connection without TLS.
             timeout: seconds that a call may take, retries included; a call's own `timeout` comes first.
@@ -120,6 +128,7 @@ class Connection(Generic[One, Several]):
             InputError: a file of `tls` cannot be read.
         """
         self.address = address
+        self.model = model
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._timeout = timeout
         # a proxy of the environment does not lead back to this machine
@@ -230,7 +239,7 @@ class Connection(Generic[One, Several]):
 
     def _begin(self, request: Request, file_format: str, timeout: float | None) -> Any:
         """Begins a call that ends with the pictures."""
-        message = message_from_request(request, file_format)
+        message = self._message(request, file_format)
         method = "Draw" if isinstance(message, pb.DrawRequest) else "Composite"
         return self._call(method, message, timeout)
 
@@ -238,7 +247,7 @@ class Connection(Generic[One, Several]):
         self, request: Request, preview_every: int, file_format: str, timeout: float | None
     ) -> Any:
         """Begins a call that tells events."""
-        message = message_from_request(request, file_format)
+        message = self._message(request, file_format)
         if isinstance(message, pb.DrawRequest):
             drawing = pb.DrawStreamRequest(request=message, preview_every=preview_every)
             return self._call("DrawStream", drawing, timeout)
@@ -248,9 +257,15 @@ class Connection(Generic[One, Several]):
     def _begin_edit(self, edit: Edit, preview_every: int, file_format: str, timeout: float | None) -> Any:
         """Begins an edit that tells events."""
         message = message_from_edit(edit, file_format)
+        message.model = self.model
         return self._call(
             "EditStream", pb.EditStreamRequest(request=message, preview_every=preview_every), timeout
         )
+
+    def _message(self, request: Request, file_format: str) -> Message:
+        message = message_from_request(request, file_format)
+        message.model = self.model
+        return message
 
     def _call(self, method: str, message: Any, timeout: float | None) -> Any:
         """Begins a call of a method."""
@@ -271,6 +286,7 @@ class Connection(Generic[One, Several]):
         kinds = {
             grpc.StatusCode.INVALID_ARGUMENT: InputError,
             grpc.StatusCode.FAILED_PRECONDITION: MissingModelError,
+            grpc.StatusCode.NOT_FOUND: InputError,
         }
         if code in kinds:
             refusal = kinds[code](error.details())

@@ -74,20 +74,22 @@ CONDITION_REFERENCE: Condition
 CONDITION_TEXT: Condition
 
 class CompositeRequest(_message.Message):
-    __slots__ = ("scene", "placements", "sampling", "seed", "num_images", "output_format")
+    __slots__ = ("scene", "placements", "sampling", "seed", "num_images", "output_format", "model")
     SCENE_FIELD_NUMBER: _ClassVar[int]
     PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     NUM_IMAGES_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     scene: bytes
     placements: _containers.RepeatedCompositeFieldContainer[Placement]
     sampling: Sampling
     seed: int
     num_images: int
     output_format: ImageFormat
-    def __init__(self, scene: _Optional[bytes] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
+    model: str
+    def __init__(self, scene: _Optional[bytes] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "mask_level", "reference_clicks", "automatic_mask", "prompt", "negative_prompt", "keep_specks")
@@ -194,7 +196,7 @@ class TimestepInterval(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class DrawRequest(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "width", "height", "sampling", "seed", "num_images", "output_format")
+    __slots__ = ("prompt", "negative_prompt", "width", "height", "sampling", "seed", "num_images", "output_format", "model")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +205,7 @@ class DrawRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     NUM_IMAGES_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     width: int
@@ -211,10 +214,11 @@ class DrawRequest(_message.Message):
     seed: int
     num_images: int
     output_format: ImageFormat
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
+    model: str
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class EditRequest(_message.Message):
-    __slots__ = ("scene", "where", "remove", "move", "reshape", "swap", "try_on", "fill", "sampling", "seed", "num_images", "output_format")
+    __slots__ = ("scene", "where", "remove", "move", "reshape", "swap", "try_on", "fill", "sampling", "seed", "num_images", "output_format", "model")
     SCENE_FIELD_NUMBER: _ClassVar[int]
     WHERE_FIELD_NUMBER: _ClassVar[int]
     REMOVE_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +231,7 @@ class EditRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     NUM_IMAGES_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     scene: bytes
     where: Where
     remove: Remove
@@ -239,7 +244,8 @@ class EditRequest(_message.Message):
     seed: int
     num_images: int
     output_format: ImageFormat
-    def __init__(self, scene: _Optional[bytes] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., remove: _Optional[_Union[Remove, _Mapping]] = ..., move: _Optional[_Union[Move, _Mapping]] = ..., reshape: _Optional[_Union[Reshape, _Mapping]] = ..., swap: _Optional[_Union[Swap, _Mapping]] = ..., try_on: _Optional[_Union[Placement, _Mapping]] = ..., fill: _Optional[_Union[Fill, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
+    model: str
+    def __init__(self, scene: _Optional[bytes] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., remove: _Optional[_Union[Remove, _Mapping]] = ..., move: _Optional[_Union[Move, _Mapping]] = ..., reshape: _Optional[_Union[Reshape, _Mapping]] = ..., swap: _Optional[_Union[Swap, _Mapping]] = ..., try_on: _Optional[_Union[Placement, _Mapping]] = ..., fill: _Optional[_Union[Fill, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class Remove(_message.Message):
     __slots__ = ()
@@ -392,11 +398,13 @@ class Preview(_message.Message):
     def __init__(self, image_index: _Optional[int] = ..., image: _Optional[bytes] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults", "condition", "picture_width", "picture_height", "scene_channels", "qualities", "fills", "automatic_masks", "clicks", "filler")
+    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults", "condition", "picture_width", "picture_height", "scene_channels", "qualities", "fills", "automatic_masks", "clicks", "filler", "model", "models")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
@@ -416,6 +424,8 @@ class GetModelInfoResponse(_message.Message):
     AUTOMATIC_MASKS_FIELD_NUMBER: _ClassVar[int]
     CLICKS_FIELD_NUMBER: _ClassVar[int]
     FILLER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     version: str
     checkpoint_sha256: str
     precision: str
@@ -435,7 +445,9 @@ class GetModelInfoResponse(_message.Message):
     automatic_masks: bool
     clicks: bool
     filler: str
-    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ..., fills: _Optional[bool] = ..., automatic_masks: _Optional[bool] = ..., clicks: _Optional[bool] = ..., filler: _Optional[str] = ...) -> None: ...
+    model: str
+    models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ..., fills: _Optional[bool] = ..., automatic_masks: _Optional[bool] = ..., clicks: _Optional[bool] = ..., filler: _Optional[str] = ..., model: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ModelDefaults(_message.Message):
     __slots__ = ("sampling", "mode", "ratios", "mask_level")

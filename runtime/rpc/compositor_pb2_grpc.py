@@ -132,7 +132,7 @@ class CompositorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """Which model this server runs, its defaults, and what the server accepts.
+        """What a model of this server is, its defaults, and what the server accepts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

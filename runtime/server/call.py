@@ -21,12 +21,14 @@ from runtime.server.events import (
     CallerGoneError,
     DeadlineError,
     EngineLostError,
+    LoadFailedError,
     LoadingError,
     NotFinishedError,
     ShuttingDownError,
     UnauthenticatedError,
     UnknownJobError,
     UnknownMethodError,
+    UnknownModelError,
     UnknownServiceError,
 )
 from runtime.server.memory import Account, Ledger
@@ -77,6 +79,8 @@ class Call:
     max_message_bytes: int
     transfer_seconds: float
     """To send a message or to take an answer, beside one for each MiB."""
+    model: str = ""
+    """Name of the model that it is for; empty before that is known, and for calls without one."""
     client: str = ""
     """Whose call it is: a name that the caller cannot choose freely."""
     account: Account = field(default_factory=lambda: Ledger().open(""))
@@ -158,7 +162,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, s
     if isinstance(error, BusyError):
         milliseconds = str(math.ceil(error.retry_seconds * 1000))
         return codes.RESOURCE_EXHAUSTED, str(error), [("grpc-retry-pushback-ms", milliseconds)]
-    if isinstance(error, LoadingError | ShuttingDownError | EngineLostError):
+    if isinstance(error, LoadingError | LoadFailedError | ShuttingDownError | EngineLostError):
         return codes.UNAVAILABLE, str(error), []
     if isinstance(error, DeadlineError):
         # of those that cannot be met as well: RESOURCE_EXHAUSTED would have clients try again within it
@@ -171,6 +175,8 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, s
         return codes.UNIMPLEMENTED, str(error), []
     if isinstance(error, NotFinishedError):
         return codes.FAILED_PRECONDITION, str(error), []
+    if isinstance(error, UnknownModelError):
+        return codes.NOT_FOUND, str(error), [("field", "model")]
     if isinstance(error, UnknownServiceError | UnknownJobError | AlreadyGoneError):
         return codes.NOT_FOUND, str(error), []
     # what went wrong inside is for the log; the request id leads there

@@ -24,7 +24,7 @@ from runtime.server.call import Call
 from runtime.server.events import Event, Finished, FinishedImage, Planned, StepDone
 
 Follow = Callable[..., AsyncGenerator[Event, None]]
-"""`CompositorService.follow`."""
+"""`ServedModel` has it."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Editing:
         Args:
             batcher: plans, and places objects.
             filler: fills holes; they are guessed if None.
-            follow: has a ticket accepted, and yields its events.
+            follow: has a batcher accept a ticket, and yields its events.
             check_previews: refuses too many of them.
         """
         self._batcher = batcher
@@ -73,7 +73,7 @@ class Editing:
         filler = self._filler.compositor if self._filler else None
         accept = partial(self._batcher.plan, edit, filler)
         del edit
-        async for event in self._phase(course, self._follow(call, accept, file_format)):
+        async for event in self._phase(course, self._follow(call, self._batcher, accept, file_format)):
             yield event
         planned = course.finished
         assert isinstance(planned, Planned)
@@ -86,7 +86,8 @@ class Editing:
         watch = Stopwatch()
         scenes = [plan.scene]
         if self._filler and plan.has_hole:
-            follow = self._follow(call, partial(self._filler.submit, plan.fill_request))
+            accept = partial(self._filler.submit, plan.fill_request)
+            follow = self._follow(call, self._filler, accept)
             async for event in self._phase(course, follow):
                 yield event
             assert course.finished
@@ -97,7 +98,7 @@ class Editing:
                 scenes = [await asyncio.to_thread(plan.fill)]
         if plan.placements:
             accept = partial(self._batcher.submit, plan.place_request(scenes[0]))
-            follow = self._follow(call, accept, file_format, preview_every)
+            follow = self._follow(call, self._batcher, accept, file_format, preview_every)
             async for event in self._phase(course, follow):
                 yield event
         else:

@@ -23,7 +23,7 @@ from engines.engine import DeviceTensor
 from runtime.compositor import Compositor
 from runtime.drawing import Drawn
 from runtime.sampling.running_batch import Sample, StepCall
-from runtime.server.events import EngineLostError, Failed, StepDone
+from runtime.server.events import EngineLostError, Failed, LoadFailedError, StepDone
 from runtime.server.queue import SharedQueue
 from runtime.server.ticket import Ticket
 from runtime.server.workers import Workers
@@ -110,6 +110,7 @@ class EngineThread:
                 pass
             self.loaded.set_result(None)
         except Exception as error:
+            self._queue.close(LoadFailedError)
             self.loaded.set_exception(error)
             return
         while self._wait_for_work():
@@ -280,8 +281,5 @@ class EngineThread:
             if self.lost.done():
                 return
             logger.error("the engine is lost", exc_info=cause)
-            error = EngineLostError()
-            self._queue.refusal = EngineLostError
-            for ticket in list(self._queue.requests.tickets):
-                self._queue.end(ticket, Failed(error))
-            self.lost.set_result(error)
+            self._queue.close(EngineLostError)
+            self.lost.set_result(EngineLostError())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,10 @@ from runtime.imaging.boxes import Box
 
 if TYPE_CHECKING:
     from runtime.edits import Plan
+
+
+_SHOWN_NAMES = 20
+"""Of models, in an error."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,28 @@ class LoadingError(AnyDoorError):
 
     def __init__(self) -> None:
         super().__init__("the model is still loading; try again soon")
+
+
+class LoadFailedError(AnyDoorError):
+    """A model cannot be used."""
+
+    def __init__(self) -> None:
+        super().__init__("the model cannot be loaded; the server's log says why")
+
+
+class UnknownModelError(AnyDoorError):
+    """There is no such model."""
+
+    def __init__(self, name: str, names: Sequence[str]) -> None:
+        """Says which there are.
+
+        Args:
+            name: that was asked for.
+            names: of the models that there are.
+        """
+        more = len(names) - _SHOWN_NAMES
+        shown = ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+        super().__init__(f"there is no model '{name[:100]}' here: choose one of {shown}")
 
 
 class EngineLostError(AnyDoorError):

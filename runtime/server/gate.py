@@ -323,7 +323,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         seconds = time.perf_counter() - call.started
         self._metrics.note_end(call, code.name, seconds)
         if isinstance(failure, UnmeetableDeadlineError):
-            self._metrics.deadline_refusals.inc()
+            self._metrics.deadline_refusals.labels(call.model).inc()
         if call.span is not None and call.span.is_recording():
             tracing.end_span(
                 call.span, code.name, call.seconds, request_id=call.request_id, images=call.images
@@ -332,6 +332,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         fields = {
             "request_id": call.request_id,
             "method": call.method,
+            "model": call.model,
             "client": call.client,
             "code": code.name,
             "seconds": round(seconds, 4),

@@ -1,6 +1,7 @@
 """Whether the server is alive and whether it is ready: grpc.health.v1.Health, apart from all work.
 
-Ready are "" and the compositor's service: the graphs are loaded, and requests are accepted. Alive is
+Ready are "" and the compositor's service: the first model is loaded, and requests are accepted. So is
+"models/NAME", unless that model could not be loaded when it was last asked for. Alive is
 "liveness": from the start until the engine is lost for good. Whoever restarts servers asks for that.
 """
 
@@ -31,13 +32,15 @@ _WATCHES = 1024
 class Health:
     """Answers Check at once; Watch tells every change, to so many callers as cost next to nothing."""
 
-    def __init__(self, services: tuple[str, ...]) -> None:
+    def __init__(self, services: tuple[str, ...], models: tuple[str, ...] = ()) -> None:
         """Is alive, and not ready.
 
         Args:
             services: names, beside "", that are ready when the server is.
+            models: names of the models.
         """
-        self._ready = ("", *services)
+        self._ready = ("", *services, *map(_service_of, models))
+        self._unusable: set[str] = set()
         self._status = {LIVENESS: SERVING, **dict.fromkeys(self._ready, NOT_SERVING)}
         self._changed = asyncio.Condition()
         self._stopped = False
@@ -65,7 +68,17 @@ class Health:
         """Tells everybody."""
         async with self._changed:
             self._status[LIVENESS] = SERVING if alive else NOT_SERVING
-            self._status.update(dict.fromkeys(self._ready, SERVING if ready else NOT_SERVING))
+            for service in self._ready:
+                is_ready = ready and service not in self._unusable
+                self._status[service] = SERVING if is_ready else NOT_SERVING
+            self._changed.notify_all()
+
+    async def note_model(self, name: str, works: bool) -> None:
+        """Tells everybody whether a model can be used."""
+        async with self._changed:
+            service = _service_of(name)
+            self._unusable = self._unusable - {service} if works else self._unusable | {service}
+            self._status[service] = SERVING if works and self.is_ready else NOT_SERVING
             self._changed.notify_all()
 
     async def stop(self) -> None:
@@ -108,3 +121,7 @@ class Health:
             async with self._changed:
                 if self._status.get(name, told) == told and not self._stopped:
                     await self._changed.wait()
+
+
+def _service_of(model: str) -> str:
+    return f"models/{model}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import threading
 from collections import Counter
@@ -110,6 +112,17 @@ class Account:
                 self._ledger.change(self._client, -self.nbytes)
                 self._ledger.close(self._client)
                 self._closed, self.nbytes = True, 0
+
+
+def give_back() -> None:
+    """Gives the memory of what is no longer used back to the system.
+
+    What was used by threads that ended stays with glibc's allocator otherwise, and each new thread may get a
+    part of its own: see malloc_trim(3).
+    """
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def request_bytes(

@@ -17,6 +17,7 @@ from runtime.server.events import (
     Event,
     Failed,
     Finished,
+    LoadFailedError,
     Queued,
     QueueFullError,
     ShuttingDownError,
@@ -185,7 +186,7 @@ class SharedQueue:
         self.requests = FairQueue(capacity)
         self.changed = threading.Condition()
         """Guards the queue and its tickets; notified when a thread may have something to do."""
-        self.refusal: type[ShuttingDownError | EngineLostError] | None = None
+        self.refusal: type[ShuttingDownError | LoadFailedError | EngineLostError] | None = None
         """Why nothing is accepted any more."""
         self.seconds_per_step = 0.0
         """Time of a step of one sample in a full batch; 0 if not known."""
@@ -205,6 +206,13 @@ class SharedQueue:
             return DeadlineError()
         least = self.fastest.least_seconds(ticket.work) if ticket.work and not ticket.starts else 0.0
         return UnmeetableDeadlineError(least, left) if least > left else None
+
+    def close(self, why: type[LoadFailedError | EngineLostError]) -> None:
+        """Ends all requests, and accepts no other."""
+        with self.changed:
+            self.refusal = why
+            for ticket in list(self.requests.tickets):
+                self.end(ticket, Failed(why()))
 
     def announce(self) -> None:
         """Tells the requests that moved up; the caller holds the lock."""

@@ -12,26 +12,30 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_reflection.v1alpha import reflection
 
 from engines.errors import AnyDoorError
 from runtime.compositor import Compositor
-from runtime.edits import inpaints, require_inpainting
+from runtime.edits import require_inpainting
 from runtime.errors import InputError
 from runtime.segmentation import Segmenter, beside, bundle_bytes
 from runtime.server import tracing
 from runtime.server.access import Access
 from runtime.server.batching import Batcher
+from runtime.server.bundles import Bundles
 from runtime.server.gate import CHANNEL_OPTIONS, Gate
 from runtime.server.health import SERVICE, Health
 from runtime.server.logs import FIELDS, LogWriter, json_logs
 from runtime.server.memory import LARGEST_METADATA, LARGEST_SCENE, Ledger, request_bytes
 from runtime.server.metrics import Metrics
 from runtime.server.metrics_page import MetricsPage
+from runtime.server.models import Models
+from runtime.server.served_model import ServedModel, common_settings
 from runtime.server.service import NAME, CompositorService
 from runtime.server.settings import Settings
 
@@ -48,15 +52,22 @@ logger = logging.getLogger(__name__)
 
 
 class Server:
-    """A Compositor behind gRPC, with health, reflection and metrics."""
+    """Models behind gRPC, with health, reflection and metrics."""
 
-    def __init__(self, compositor: Compositor, settings: Settings, filler: Compositor | None = None) -> None:
+    def __init__(
+        self,
+        compositor: Compositor,
+        settings: Settings,
+        filler: Compositor | None = None,
+        bundles: Bundles | None = None,
+    ) -> None:
         """Binds the addresses; call `start` in the same event loop.
 
         Args:
-            compositor: serves requests; its segmenter finds objects.
+            compositor: the first model; its segmenter finds objects for all of them.
             settings: of the server.
-            filler: fills the holes of edits, if the compositor does not.
+            filler: fills the holes of edits, where a model does not.
+            bundles: where the models are; as the settings say if None.
 
         Raises:
             InputError: an address cannot be bound, a file of the settings cannot be read, or a setting does
@@ -83,39 +94,36 @@ class Server:
         self.gate = Gate(self.access, self.ledger, settings, self.metrics)
         self._grpc = self._new_grpc_server(settings)
         self._bind()
-        common: dict[str, Any] = {
-            "limits": settings.limits,
-            "queue": settings.queue,
-            "decode_seconds": settings.decode_seconds,
-            "max_message_bytes": settings.max_message_bytes,
-            "batching": settings.batching,
-            "share_caches": settings.share_caches,
-        }
-        self.batcher = Batcher(
-            compositor,
-            **common,
-            max_batch=settings.max_batch or None,
-            workers=settings.workers,
-            on_samples=self.metrics.batch_samples.observe,
-            on_seconds=self.metrics.step_seconds.observe,
+        self._filler = (
+            Batcher(filler, **common_settings(settings), max_batch=1, workers=1) if filler else None
         )
-        own = self.batcher if inpaints(compositor) else None
-        self.filler = Batcher(filler, **common, max_batch=1, workers=1) if filler else own
-        """What fills the holes of edits."""
+        bundles = bundles or Bundles(settings, settings.engine, compositor.segmenter)
+        self.health = Health((NAME,), bundles.names)
+        self.models = Models(bundles, self._serve_model, self.health)
+        self.models.add(bundles.names[0], compositor)
         self._show_metrics()
-        self.health = Health((NAME,))
-        service = CompositorService(self.batcher, settings, self.filler)
+        service = CompositorService(self.models)
         self._grpc.add_generic_rpc_handlers((service.handler(), self.health.handler()))
         if settings.http:
-            self._open_http(service)
+            self._open_http()
         self.http_address = self._door.address if self._door else None
         reflection.enable_server_reflection((NAME, SERVICE, reflection.SERVICE_NAME), self._grpc)
 
+    def _serve_model(self, name: str, compositor: Compositor) -> ServedModel:
+        self.metrics.loads.labels(name).inc()
+        return ServedModel(name, compositor, self._settings, self.metrics, self._filler)
+
     def _show_metrics(self) -> None:
-        metrics, batcher = self.metrics, self.batcher
-        metrics.queued.set_function(lambda: sum(not each.starts for each in batcher.tickets))
-        metrics.running.set_function(lambda: sum(each.running for each in batcher.tickets))
-        metrics.cache_bytes.set_function(batcher.compositor.system.kept_bytes)
+        metrics = self.metrics
+        for gauge, of_one in (
+            (metrics.queued, lambda model: sum(not each.starts for each in model.batcher.tickets)),
+            (metrics.running, lambda model: sum(each.running for each in model.batcher.tickets)),
+            (metrics.cache_bytes, lambda model: model.compositor.system.kept_bytes()),
+        ):
+            for name in self.models.names:
+                gauge.labels(name).set_function(partial(self.models.total, name, of_one))
+        for name in self.models.names:
+            metrics.loaded.labels(name).set_function(partial(self.models.is_loaded, name))
         metrics.request_bytes.set_function(lambda: self.ledger.taken)
 
     async def start(self) -> None:
@@ -136,15 +144,18 @@ class Server:
             http=self.http_address,
         )
         self._warn_of_memory()
-        # a server that is stopped meanwhile must not cancel the future, which the engine's thread will set
-        for batcher in self._batchers:
-            await asyncio.shield(asyncio.wrap_future(batcher.loaded))
+        if self._filler:
+            # a server that is stopped meanwhile must not cancel the future, which the thread will set
+            await asyncio.shield(asyncio.wrap_future(self._filler.loaded))
+        await self.models.start()
         await self.health.set(ready=True)
         self._watch = asyncio.create_task(self._watch_engine())
-        _log("serving", bundle=self._settings.bundle)
+        _log("serving", models=self.models.names)
 
     def reload(self) -> None:
-        """Reads tokens and certificates again; if one cannot be used, goes on with the old ones."""
+        """Reads tokens and certificates again, and bundles that have changed; what cannot be used changes
+        nothing."""
+        self.models.reload()
         try:
             self.access.reload()
         except InputError as error:
@@ -162,8 +173,11 @@ class Server:
         if self._watch:
             self._watch.cancel()
         await self.health.set(ready=False)
-        _log("draining", accepted=len(self.batcher.tickets), at_most_seconds=seconds)
-        clean = all([await asyncio.to_thread(each.drain, end - time.monotonic()) for each in self._batchers])
+        accepted = sum(len(model.batcher.tickets) for model in self.models.alive)
+        _log("draining", accepted=accepted, at_most_seconds=seconds)
+        # an edit is through with the model last
+        clean = not self._filler or await asyncio.to_thread(self._filler.drain, seconds)
+        clean = await self.models.drain(end - time.monotonic()) and clean
         # the last answers may still be on their way
         while self.gate.at_work and time.monotonic() < end + _LAST_ANSWERS_SECONDS:
             await asyncio.sleep(0.01)
@@ -180,27 +194,21 @@ class Server:
         return clean
 
     @property
-    def _batchers(self) -> list[Batcher]:
-        """All that have threads; the one that an edit is through with last comes last."""
-        others = [self.filler] if self.filler and self.filler is not self.batcher else []
-        return [*others, self.batcher]
-
-    @property
     def is_busy(self) -> bool:
         """Whether a thread runs."""
-        return any(batcher.is_busy for batcher in self._batchers)
+        return self.models.is_busy or bool(self._filler and self._filler.is_busy)
 
     async def _watch_engine(self) -> None:
-        # cancelling must not reach a batcher's future, which its thread will set
-        lost = [asyncio.shield(asyncio.wrap_future(batcher.lost)) for batcher in self._batchers]
-        await asyncio.wait(lost, return_when=asyncio.FIRST_COMPLETED)
+        if self._filler:
+            self.models.watch(self._filler)
+        await self.models.lost.wait()
         await self.health.set(ready=False, alive=False)
         logger.error("engine lost")
         self.engine_lost.set()
 
     def _warn_of_memory(self) -> None:
         """Tells when the largest request that the limits allow has no room."""
-        settings, manifest = self._settings, self.batcher.compositor.bundle.manifest
+        settings, manifest = self._settings, self.models.first.compositor.bundle.manifest
         needed = request_bytes(
             pixels=settings.max_pixels,
             scene=LARGEST_SCENE,
@@ -231,7 +239,7 @@ class Server:
             ],
         )
 
-    def _open_http(self, service: CompositorService) -> None:
+    def _open_http(self) -> None:
         """Binds the address for HTTP.
 
         Raises:
@@ -247,9 +255,9 @@ class Server:
             raise InputError(
                 f"HTTP needs the package {error.name}: pip install 'anydoor-runtime[http]'"
             ) from error
-        settings, bundle = self._settings, service.compositor.bundle
-        composites = Composites(service, self.health)
-        images = Images(composites, bundle.path.resolve().name, int(bundle.path.stat().st_mtime))
+        settings = self._settings
+        composites = Composites(self.models, self.health)
+        images = Images(composites)
         folder = Path(settings.job_folder) if settings.job_folder else None
         self._jobs = Jobs(composites, self.gate, self.ledger.capacity, folder)
         app = new_app(
@@ -312,7 +320,6 @@ def _serve_logged(settings: Settings, log: LogWriter) -> int:
     tracing.configure()
     # the engine's thread needs the interpreter between two calls: a flood must not keep it waiting
     sys.setswitchinterval(_SWITCH_SECONDS)
-    cache_bytes = None if settings.cache_bytes < 0 else settings.cache_bytes
     key = settings.trusted_key or None
     segmenter = Segmenter.load(*settings.segmenter, options=settings.engine, trusted_key=key)
     segmenter.load_graphs()
@@ -321,11 +328,11 @@ def _serve_logged(settings: Settings, log: LogWriter) -> int:
         filler = Compositor.load(settings.filler, options, cache_bytes=0, trusted_key=key)
         require_inpainting(filler)
         options = beside(options, bundle_bytes(filler.bundle))
-    window = settings.control_window or None
-    compositor = Compositor.load(settings.bundle, options, cache_bytes, window, key, segmenter)
+    bundles = Bundles(settings, options, segmenter)
+    compositor = bundles.load(bundles.open(bundles.names[0]))
     if plan := compositor.engine.describe():
         _log("memory plan", plan=plan.splitlines())
-    return asyncio.run(_serve(compositor, settings, log, filler))
+    return asyncio.run(_serve(compositor, settings, log, filler, bundles))
 
 
 async def _serve(
@@ -333,6 +340,7 @@ async def _serve(
     settings: Settings,
     log: LogWriter | None = None,
     filler: Compositor | None = None,
+    bundles: Bundles | None = None,
 ) -> int:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -346,7 +354,7 @@ async def _serve(
 
     for number in signals:
         loop.add_signal_handler(number, end)
-    server = Server(compositor, settings, filler)
+    server = Server(compositor, settings, filler, bundles)
     loop.add_signal_handler(signal.SIGHUP, server.reload)
     if log:
         server.metrics.log_lines_dropped.set_function(lambda: log.dropped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,9 @@ from runtime.validation import MAX_IMAGES, MAX_PLACEMENTS, Limits
 
 BATCHING = ("continuous", "static")
 """When waiting samples join: between any two steps, or only when the batch is empty."""
+
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")
+"""NAME=DIR; a directory whose own name has such a beginning is written with a / before it."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -36,10 +40,13 @@ def _size(default: int, help: str) -> Any:
 class Settings:
     """Everything that can be set about a server. Names are those of the TOML file; flags have dashes."""
 
-    bundle: str = _setting(
+    bundle: tuple[str, ...] | str = _setting(
         "",
-        "directory of the bundle; $ANYDOOR_BUNDLE, else build/engines/anydoor, if unset",
-        metavar="DIR",
+        "directory of the bundle; $ANYDOOR_BUNDLE, else build/engines/anydoor, if unset. May be repeated: "
+        "requests say by NAME, or the directory's own, which one they are for, or get the first; the others "
+        "are loaded when they are asked for, and where --memory-budget has no room for all, the one that was "
+        "not asked for longest leaves",
+        metavar="[NAME=]DIR",
     )
     segmenter: tuple[str, ...] = _setting(
         (),
@@ -124,12 +131,33 @@ class Settings:
     )
     cache_bytes: int = _size(
         -1,
-        "for detail maps, like 2G, if there is room; -1: an eighth of the machine's, at most 4 GiB",
+        "for detail maps of all models, like 2G, if there is room; -1: an eighth of the machine's, at most "
+        "4 GiB",
     )
     drain_seconds: float = _setting(
         30.0, "after SIGTERM, time to finish what was accepted", metavar="SECONDS"
     )
     log_level: str = _setting("info", "least severe lines to log", choices=LOG_LEVELS)
+
+    @property
+    def bundles(self) -> Mapping[str, Path]:
+        """Name -> directory of each bundle; the first is the default.
+
+        Raises:
+            InputError: two have one name.
+        """
+        named: dict[str, Path] = {}
+        for text in (self.bundle,) if isinstance(self.bundle, str) else self.bundle:
+            found = _NAMED.fullmatch(text)
+            path = Path(found[2] if found else text)
+            name = found[1] if found else path.resolve().name
+            if name in named:
+                raise InputError(
+                    f"bundle: '{named[name]}' and '{path}' are both called '{name}': give one another name, "
+                    f"like other={path}"
+                )
+            named[name] = path
+        return named
 
     @property
     def limits(self) -> Limits:
@@ -161,6 +189,8 @@ class Settings:
             choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
             if choices and value not in choices:
                 raise InputError(f"{setting.name} must be one of {', '.join(choices)}, not '{value}'")
+        if not self.bundles:
+            raise InputError("bundle must name at least one directory")
         if not self.listen:
             raise InputError("listen must name at least one address")
         if bool(self.tls_certificate) != bool(self.tls_key):
@@ -258,6 +288,8 @@ def settings_from(given: Mapping[str, Any], config: Path | None, default_bundle:
         option.name: values.pop(option.name) for option in fields(EngineOptions) if option.name in values
     }
     values |= {name: tuple(values[name]) for name in ("listen", "cors", "segmenter") if name in values}
+    if not isinstance(values["bundle"], str):
+        values["bundle"] = tuple(values["bundle"])
     settings = Settings(engine=EngineOptions(**engine), **values)
     settings.check()
     return settings

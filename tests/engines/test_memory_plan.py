@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from engines import memory_plan
 from engines.bundle import Bundle
-from engines.engine import choose_backend, open_engine
+from engines.engine import choose_backend, needed_bytes, open_engine
 from engines.errors import BackendError
 from engines.format_1 import host_scratch
 from engines.manifest import FileRecord, GraphRecord, Manifest
@@ -24,6 +24,7 @@ from engines.memory_plan import (
     GraphMemory,
     buffers_of,
     groupings,
+    needed_device_bytes,
     place_name,
     plan_device_memory,
     plan_host_memory,
@@ -253,6 +254,22 @@ def test_where_there_is_room_all_graphs_stay(tiny_bundle: Path) -> None:
     plan = plan_host_memory(large_bundle(tiny_bundle), ORT, 24_000 * MB)
     assert plan.groups == groupings(SPECS)[0]
     assert plan.table() == ""
+
+
+@pytest.mark.parametrize("backend", [ORT, "openvino"])
+def test_what_a_bundle_needs_is_the_least_without_swapping(tiny_bundle: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    bundle, options = Bundle.open(tiny_bundle), EngineOptions(backend, "cpu")
+    needed = needed_bytes(bundle, options)
+    assert not open_engine(bundle, replace(options, memory_budget=needed)).describe()
+    assert "loaded in turn" in open_engine(bundle, replace(options, memory_budget=needed - 1)).describe()
+
+
+def test_what_a_bundle_needs_on_a_card() -> None:
+    needed = needed_device_bytes(manifest())
+    plans = [plan_device_memory(manifest(), nbytes) for nbytes in (needed, needed - 1)]
+    assert [len(plan.groups) for plan in plans] == [1, 2]
+    assert plans[0].cache == 0
 
 
 def test_budget_that_no_plan_fits(tiny_bundle: Path) -> None:

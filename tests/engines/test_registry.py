@@ -41,7 +41,7 @@ def test_a_backend_says_what_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", backends())
 def test_a_backend_has_the_functions_of_one(name: str) -> None:
     module = load_backend(name)
-    for function in ("open_engine", "fits", "usable_devices", "examine"):
+    for function in ("open_engine", "fits", "needed_bytes", "usable_devices", "examine"):
         assert callable(getattr(module, function))
 
 

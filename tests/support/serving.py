@@ -23,6 +23,7 @@ from runtime.client import Client
 from runtime.compositor import Compositor
 from runtime.rpc import compositor_pb2 as pb
 from runtime.segmentation import Segmenter
+from runtime.server.batching import Batcher
 from runtime.server.serve import Server
 from runtime.server.settings import Settings
 
@@ -175,8 +176,8 @@ def held_compositor(bundle: Path, cache_bytes: int | None = None) -> tuple[Compo
 class ServerThread:
     """A server in a thread of its own; a context manager that is ready when entered."""
 
-    def __init__(self, bundle: Path, **settings: Any) -> None:
-        self.settings = Settings(bundle=str(bundle), **{"listen": ("127.0.0.1:0",), **settings})
+    def __init__(self, bundle: Path, /, **settings: Any) -> None:
+        self.settings = Settings(**{"bundle": str(bundle), "listen": ("127.0.0.1:0",), **settings})
         self.compositor, self.engine = held_compositor(bundle)
         self.compositor.segmenter = Segmenter.load(*self.settings.segmenter)
         self.loop = asyncio.new_event_loop()
@@ -202,6 +203,11 @@ class ServerThread:
 
     def client(self, **settings: Any) -> Client:
         return Client(self.address, **{"timeout": PATIENCE, **settings})
+
+    @property
+    def batcher(self) -> Batcher:
+        """Of the first model."""
+        return self.server.models.first.batcher
 
     async def _start(self) -> Server:
         server = Server(self.compositor, self.settings)

@@ -63,6 +63,14 @@ class SimulatedDevice:
         address = self.allocate(nbytes)
         return address, self._blocks[address]
 
+    @property
+    def allocated(self) -> int:
+        """Bytes, pinned ones among them."""
+        return sum(block.nbytes for block in self._blocks.values())
+
+    def free_all(self) -> None:
+        self._blocks.clear()
+
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         for address in (destination, source):
             self.check(address, nbytes)

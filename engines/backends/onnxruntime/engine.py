@@ -26,7 +26,14 @@ from engines.engine import (
 )
 from engines.errors import BackendError, BundleError
 from engines.manifest import ONNX
-from engines.memory_plan import HostMemoryPlan, device_budget, plan_device_memory, plan_host_memory
+from engines.memory_plan import (
+    HostMemoryPlan,
+    device_budget,
+    needed_device_bytes,
+    needed_host_bytes,
+    plan_device_memory,
+    plan_host_memory,
+)
 from engines.options import AUTO, EngineOptions
 from engines.spec import TensorSpec
 
@@ -152,6 +159,10 @@ class OnnxRuntimeEngine:
         """Frees a graph's weights."""
         self._sessions.pop(graph, None)
 
+    def close(self) -> None:
+        """Frees the weights of all graphs."""
+        self._sessions.clear()
+
     def run(
         self,
         graph: str,
@@ -228,6 +239,13 @@ def usable_devices() -> dict[str, str]:
 def fits(bundle: Bundle, options: EngineOptions) -> bool:
     """Whether the host has the memory for a bundle; graphs are swapped if it is short."""
     return plan_host_memory(bundle, NAME, options.memory_budget).fits
+
+
+def needed_bytes(bundle: Bundle, options: EngineOptions) -> int:
+    """The memory that a bundle needs, all graphs loaded; see `engines.engine.needed_bytes`."""
+    if _device(bundle, options) == "cuda":
+        return needed_device_bytes(bundle.manifest)
+    return needed_host_bytes(bundle, NAME)
 
 
 def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:

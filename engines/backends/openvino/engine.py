@@ -30,7 +30,7 @@ from engines.engine import (
     run_step_by_step,
 )
 from engines.errors import BackendError, BundleError
-from engines.memory_plan import HostMemoryPlan, plan_host_memory
+from engines.memory_plan import HostMemoryPlan, needed_host_bytes, plan_host_memory
 from engines.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -205,6 +205,11 @@ class OpenVinoEngine:
         with self._lock:
             self._requests.pop(graph, None)
 
+    def close(self) -> None:
+        """Frees the weights of all graphs."""
+        with self._lock:
+            self._requests.clear()
+
     def run(
         self,
         graph: str,
@@ -272,6 +277,11 @@ def fits(bundle: Bundle, options: EngineOptions) -> bool:
         return plan_memory(bundle, options.memory_budget).fits
     except BackendError:
         return False
+
+
+def needed_bytes(bundle: Bundle, options: EngineOptions) -> int:
+    """The memory that a bundle needs, all graphs loaded; see `engines.engine.needed_bytes`."""
+    return needed_host_bytes(bundle, NAME, _RESIDENT_COPIES, _LOAD_FACTOR)
 
 
 def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:

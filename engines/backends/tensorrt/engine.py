@@ -11,7 +11,7 @@ from engines.card.engine import CardEngine
 from engines.cuda import Device
 from engines.errors import BackendError
 from engines.manifest import BUILD_COMMAND
-from engines.memory_plan import device_budget, plan_device_memory
+from engines.memory_plan import device_budget, needed_device_bytes, plan_device_memory
 from engines.options import EngineOptions
 
 
@@ -39,6 +39,11 @@ def fits(bundle: Bundle, options: EngineOptions) -> bool:
     except BackendError:
         return False
     return True
+
+
+def needed_bytes(bundle: Bundle, options: EngineOptions) -> int:
+    """The memory that a bundle needs, all graphs loaded; see `engines.engine.needed_bytes`."""
+    return needed_device_bytes(bundle.manifest)
 
 
 def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from runtime.server.health import Health
 from runtime.server.http.body import Fields, read_fields
 from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
 from runtime.server.http.messages import message_of, plain
-from runtime.server.service import CompositorService
+from runtime.server.models import Models
 from runtime.server.wire import request_from_message
 
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "AVIF": "image/avif"}
@@ -32,8 +32,8 @@ _COPIES = 4
 class Composites:
     """Answers the requests for pictures in the runtime's own form."""
 
-    def __init__(self, service: CompositorService, health: Health) -> None:
-        self.service = service
+    def __init__(self, models: Models, health: Health) -> None:
+        self.models = models
         self._health = health
 
     async def fields(self, content: bytes, call: Call) -> Fields:
@@ -66,13 +66,15 @@ class Composites:
         await self._answer(fields, call)
 
     async def model(self, content: bytes, call: Call) -> None:
-        """GET /v1/model: as GetModelInfo."""
-        await send_json(call, plain(self.service.model_info()))
+        """GET /v1/model, or /v1/model?model=NAME: as GetModelInfo."""
+        name = cast(HttpContext, call.context).query("model")
+        await send_json(call, plain(await self.models.info(name, call)))
 
     async def _answer(self, fields: Fields, call: Call) -> None:
         context = cast(HttpContext, call.context)
         message, every = await asyncio.to_thread(message_of, fields)
-        request, file_format = request_from_message(message)
+        fields.clear()
+        name, (request, file_format) = message.model, request_from_message(message)
         is_stream, is_file = context.wants(EVENTS), context.wants("image/")
         if is_file and request.num_images != 1:
             with in_field("num_images"):
@@ -80,8 +82,10 @@ class Composites:
                     "a single picture can be sent as a file: accept application/json for several"
                 )
         del message
-        fields.clear()
-        async with aclosing(self.service.events(call, request, file_format, every)) as events:
+        async with (
+            self.models.use(name, call) as model,
+            aclosing(model.events(call, request, file_format, every)) as events,
+        ):
             del request
             if is_stream:
                 context.head(EVENTS, cache_control="no-store")

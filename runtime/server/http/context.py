@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import parse_qs
 
 import grpc
 from starlette.types import Receive, Scope, Send
@@ -77,6 +78,12 @@ class HttpContext:
         """The variable parts of the path."""
         found: Mapping[str, str] = self.scope.get("path_params", {})
         return found
+
+    def query(self, name: str) -> str:
+        """A value of the path's query, "" if there is none."""
+        text: bytes = self.scope.get("query_string", b"")
+        found = parse_qs(text.decode("latin-1"))
+        return found.get(name, [""])[-1]
 
     def peer(self) -> str:
         """The other end, as gRPC writes it."""

@@ -48,24 +48,22 @@ _NO_TOKENS = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 class Images:
     """Answers POST /v1/images/edits and /v1/images/generations, and GET /v1/models."""
 
-    def __init__(self, composites: Composites, name: str, created: int) -> None:
-        """Keeps what it says about the model.
-
-        Args:
-            composites: what reads bodies, and has the service.
-            name: of the model.
-            created: when it was built, in seconds since 1970.
-        """
+    def __init__(self, composites: Composites) -> None:
         self._composites = composites
-        self._service = composites.service
-        self._model = {"id": name, "object": "model", "created": created, "owned_by": "anydoor"}
+        self._models = composites.models
 
     async def models(self, content: bytes, call: Call) -> None:
-        """GET /v1/models."""
+        """GET /v1/models, and /v1/models/NAME."""
         name = cast(HttpContext, call.context).path.get("name")
         if name is not None:
-            self._check_model(name)
-        await send_json(call, self._model if name is not None else {"object": "list", "data": [self._model]})
+            await send_json(call, self._described(self._models.find(name)))
+            return
+        models = [self._described(each) for each in self._models.names]
+        await send_json(call, {"object": "list", "data": models})
+
+    def _described(self, name: str) -> Fields:
+        fields: Fields = {"id": name, "object": "model", "created": self._models.bundles.created(name)}
+        return {**fields, "owned_by": "anydoor", "status": self._models.status(name)}
 
     async def edit(self, content: bytes, call: Call) -> None:
         """POST /v1/images/edits."""
@@ -82,6 +80,7 @@ class Images:
             is_stream = truth_of(fields.pop("stream", None) or False)
         with in_field("partial_images"):
             partial = _partial_images(fields.pop("partial_images", None))
+        name = self._models.find(str(fields.pop("model", None) or ""))
         described = {
             "output_format": str(fields.get("output_format") or "png"),
             "quality": str(fields.get("quality") or "auto"),
@@ -90,20 +89,21 @@ class Images:
         }
         request, file_format = await asyncio.to_thread(translate, fields)
         fields.clear()
-        every = self._preview_every(request, partial) if is_stream else 0
         context = cast(HttpContext, call.context)
-        async with aclosing(self._service.events(call, request, file_format, every)) as events:
-            del request
-            if is_stream:
-                context.head(EVENTS, cache_control="no-store")
-                await self._stream(kind, partial, described, events, call)
-                return
-            async for event in events:
-                if isinstance(event, Finished):
-                    answer = await asyncio.to_thread(_answer_of, event, described)
-                    call.account.set(2 * len(answer))
-                    context.head(JSON)
-                    await call.write(answer)
+        async with self._models.use(name, call) as model:
+            every = _preview_every(request, partial, model.compositor.defaults) if is_stream else 0
+            async with aclosing(model.events(call, request, file_format, every)) as events:
+                del request
+                if is_stream:
+                    context.head(EVENTS, cache_control="no-store")
+                    await self._stream(kind, partial, described, events, call)
+                    return
+                async for event in events:
+                    if isinstance(event, Finished):
+                        answer = await asyncio.to_thread(_answer_of, event, described)
+                        call.account.set(2 * len(answer))
+                        context.head(JSON)
+                        await call.write(answer)
 
     async def _stream(
         self, kind: str, partial: int, more: Fields, events: AsyncGenerator[Event, None], call: Call
@@ -169,7 +169,6 @@ class Images:
     def _common(self, given: Fields) -> Fields:
         """Fields that are the same in both, in our names."""
         fields = {name: value for name, value in given.items() if value is not None}
-        self._check_model(fields.pop("model", None))
         for name, allowed in _SETTLED.items():
             with in_field(name):
                 if name in fields and fields[name] not in allowed:
@@ -192,18 +191,14 @@ class Images:
             fields["sampling"] = sampling
         return fields
 
-    def _check_model(self, name: Any) -> None:
-        with in_field("model"):
-            if name not in (None, "", self._model["id"]):
-                raise InputError(f"there is no model '{str(name)[:100]}' here: it is '{self._model['id']}'")
 
-    def _preview_every(self, request: Request, partial: int) -> int:
-        if not partial:
-            return 0
-        compositor = self._service.compositor
-        with in_field("sampling"):
-            steps = sampling_parameters(request.sampling, compositor.defaults).steps
-        return max(1, -(-steps // (partial + 1)))
+def _preview_every(request: Request, partial: int, defaults: Mapping[str, Any]) -> int:
+    """Steps between previews, for a number of partial images."""
+    if not partial:
+        return 0
+    with in_field("sampling"):
+        steps = sampling_parameters(request.sampling, defaults).steps
+    return max(1, -(-steps // (partial + 1)))
 
 
 def _partial_images(value: Any) -> int:

@@ -52,6 +52,7 @@ class Job:
     """A request and what came of it."""
 
     client: str
+    model: str
     file_format: str
     id: str = field(default_factory=lambda: f"job-{uuid.uuid4().hex}")
     created: float = field(default_factory=time.time)
@@ -163,10 +164,10 @@ class Jobs:
         fields = await self._composites.fields(content, call)
         message, every = await asyncio.to_thread(message_of, fields)
         request, file_format = request_from_message(message)
+        job = Job(call.client, self._composites.models.find(message.model), file_format)
         del message
         fields.clear()
         self._make_room()
-        job = Job(call.client, file_format)
         accepted = asyncio.get_running_loop().create_future()
         # what this call has of the memory is the job's from now on
         nbytes = call.account.nbytes
@@ -174,6 +175,8 @@ class Jobs:
         context = JobContext(call.context.peer())
         job.task = asyncio.create_task(self._work(job, context, [request], every, nbytes, accepted))
         del request
+        if not self._composites.models.is_loaded(job.model):
+            accepted.set_result(None)  # who asks for a job does not wait for the model
         if error := await accepted:  # a queue that is full is told at once
             raise error
         self._jobs[job.id] = job
@@ -243,9 +246,10 @@ class Jobs:
         async def serve(content: bytes, call: Call) -> None:
             try:
                 call.account.set(nbytes)
-                async with aclosing(
-                    self._composites.service.events(call, request.pop(), job.file_format, every)
-                ) as events:
+                async with (
+                    self._composites.models.use(job.model, call) as model,
+                    aclosing(model.events(call, request.pop(), job.file_format, every)) as events,
+                ):
                     async for event in events:
                         if not accepted.done():
                             accepted.set_result(None)

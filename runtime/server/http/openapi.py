@@ -16,6 +16,7 @@ _FILE = {"type": "string", "description": "A file: base64, also as a data URL; i
 _ERROR_STATUSES = {
     "400": "A field cannot be used; `param` is its path.",
     "401": "A bearer token is required.",
+    "404": "There is no such model.",
     "413": "The body is too large.",
     "429": "The queue or the memory for requests is full; Retry-After says when to try again.",
     "500": "The engine failed on this request.",
@@ -50,6 +51,7 @@ def document() -> dict[str, Any]:
 def _paths() -> dict[str, Any]:
     identity = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
     name = {**identity, "name": "name"}
+    chosen = {**identity, "name": "model", "in": "query", "required": False}
     answer = _answers("CompositeResponse", ["image/*", "text/event-stream"])
     job, result = _answers("Job"), _answers("CompositeResponse", ["image/*"])
     accepted = {"202" if status == "200" else status: body for status, body in job.items()}
@@ -61,7 +63,7 @@ def _paths() -> dict[str, Any]:
     return {
         "/v1/composite": {"post": _post("Composite", _reference("CompositeRequest"), answer)},
         "/v1/draw": {"post": _post("Draw", _reference("DrawRequest"), answer)},
-        "/v1/model": {"get": _get("GetModelInfo", _answers("GetModelInfoResponse"))},
+        "/v1/model": {"get": _get("GetModelInfo", _answers("GetModelInfoResponse"), [chosen])},
         "/v1/images/edits": {"post": _post("EditImage", _reference("ImageEdit"), images)},
         "/v1/images/generations": {"post": _post("GenerateImage", _reference("ImageGeneration"), images)},
         "/v1/models": {"get": _get("ListModels", {**model, **_refusals()})},

@@ -87,6 +87,14 @@ def test_tensors_give_their_memory_back(bundle: Bundle) -> None:
     assert engine.free_bytes == engine.pool_bytes
 
 
+def test_a_closed_engine_leaves_nothing_on_the_card(bundle: Bundle) -> None:
+    simulation = Simulation(bundle)
+    simulation.painter.paint()
+    assert simulation.device.allocated > simulation.engine.pool_bytes
+    simulation.engine.close()
+    assert simulation.device.allocated == simulation.engine.cached_calls == 0
+
+
 def test_groups_are_swapped_and_change_nothing(bundle: Bundle, expected_pictures: np.ndarray) -> None:
     plan = memory_plan(bundle)
     tight = memory_plan(bundle, plan.total - plan.cache - 1)

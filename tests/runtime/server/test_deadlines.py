@@ -213,4 +213,4 @@ def test_callers_are_told_and_metrics_count(tiny_bundle: Path) -> None:
         assert "the deadline cannot be met" in error.details()
         assert len(server.engine.steps) == steps
         counted = server.server.metrics.registry.get_sample_value
-        assert counted("anydoor_deadline_refusals_total") == 1
+        assert counted("anydoor_deadline_refusals_total", {"model": tiny_bundle.name}) == 1

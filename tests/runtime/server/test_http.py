@@ -281,7 +281,9 @@ def test_a_full_queue_says_when_to_come_again(tiny_bundle: Path) -> None:
 
 
 def test_whoever_goes_away_ends_the_work(server: ServerThread, address: str) -> None:
-    cancelled = server.server.metrics.requests.labels("POST /v1/composite", "CANCELLED")
+    cancelled = server.server.metrics.requests.labels(
+        "POST /v1/composite", "CANCELLED", server.compositor.bundle.path.name
+    )
     before = cancelled._value.get()
     server.engine.hold()
     connection = http.client.HTTPConnection(address, timeout=PATIENCE)
@@ -290,13 +292,15 @@ def test_whoever_goes_away_ends_the_work(server: ServerThread, address: str) -> 
     server.engine.wait_for_steps(len(server.engine.steps) + 1)
     connection.close()
     wait_until(lambda: cancelled._value.get() == before + 1)
-    assert not server.server.batcher.tickets
+    assert not server.batcher.tickets
     server.engine.release()
     assert get(address, "/readyz").status == 200
 
 
 def test_requests_count_among_all_others(server: ServerThread, address: str) -> None:
-    count = server.server.metrics.requests.labels("POST /v1/composite", "OK")
+    count = server.server.metrics.requests.labels(
+        "POST /v1/composite", "OK", server.compositor.bundle.path.name
+    )
     before = count._value.get()
     post(address, "/v1/composite", fields())
     assert count._value.get() == before + 1

@@ -167,7 +167,6 @@ def test_partial_images_are_streamed(client: openai.OpenAI) -> None:
         ({"response_format": "url"}, "response_format", "only b64_json is offered"),
         ({"background": "transparent"}, "background", "only auto is offered"),
         ({"output_format": "tiff"}, "output_format", "choose one of png, jpeg, webp"),
-        ({"model": "gpt-image-1"}, "model", "there is no model 'gpt-image-1' here: it is"),
         ({"n": 0}, "num_images", "from 1 to"),
         ({"prompt": "a cat"}, "placements[0].prompt", "takes no prompt"),
         ({"box": [1, 2]}, "placements[0].box", "4 numbers are expected"),
@@ -187,6 +186,12 @@ def test_what_cannot_be_used_is_named(
 def test_a_mask_that_marks_nothing(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="inside is what is transparent, and nothing is"):
         client.images.edit(image=[file(SCENE), file(OBJECT)], mask=file(SCENE), prompt="")
+
+
+def test_a_model_that_is_not_there(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-image-1' here") as caught:
+        client.images.edit(image=file(SCENE), prompt="", model="gpt-image-1")
+    assert caught.value.param == "model"
 
 
 def test_models_are_listed(client: openai.OpenAI, tiny_bundle: Path) -> None:

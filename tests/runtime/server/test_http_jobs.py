@@ -84,7 +84,7 @@ def test_a_job_is_cancelled(server: ServerThread, address: str) -> None:
     job = post(address, "/v1/jobs", fields()).json
     answer = request(address, "DELETE", f"/v1/jobs/{job['id']}")
     assert answer.json == {"id": job["id"], "object": "job", "deleted": True}
-    wait_until(lambda: not server.server.batcher.tickets)
+    wait_until(lambda: not server.batcher.tickets)
     assert get(address, f"/v1/jobs/{job['id']}").status == 404
 
 

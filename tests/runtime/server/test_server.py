@@ -164,11 +164,11 @@ def test_metrics_tell_outcomes_stages_and_occupancy(server: ServerThread, stub: 
     url = f"http://127.0.0.1:{server.server.metrics_port}/metrics"
     with urllib.request.urlopen(url, timeout=PATIENCE) as page:
         text = page.read().decode()
-    assert 'anydoor_requests_total{code="OK",method="Composite"}' in text
-    assert 'anydoor_requests_total{code="INVALID_ARGUMENT",method="Composite"}' in text
-    assert 'anydoor_stage_seconds_count{stage="sample"}' in text
+    assert 'anydoor_requests_total{code="OK",method="Composite",model="tiny-fp32"}' in text
+    assert 'anydoor_requests_total{code="INVALID_ARGUMENT",method="Composite",model="tiny-fp32"}' in text
+    assert 'anydoor_stage_seconds_count{model="tiny-fp32",stage="sample"}' in text
     assert "anydoor_batch_samples_count" in text
-    assert "anydoor_queued_requests 0.0" in text
+    assert 'anydoor_queued_requests{model="tiny-fp32"} 0.0' in text
 
 
 def test_log_lines_carry_the_request_id(stub: Any, caplog: pytest.LogCaptureFixture) -> None:

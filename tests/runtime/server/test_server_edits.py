@@ -87,7 +87,7 @@ def test_an_edit_that_is_left_ends(server: ServerThread) -> None:
             server.engine.allow(1)
             if isinstance(event, StepDone):
                 break
-    wait_until(lambda: not server.server.batcher.tickets)
+    wait_until(lambda: not server.batcher.tickets)
     server.engine.release()
 
 

@@ -59,7 +59,7 @@ def send(tiny_bundle: Path) -> Iterator[Any]:
 
         yield call
         assert call(message(steps=1).SerializeToString()) is grpc.StatusCode.OK
-        assert server.server.batcher.tickets == []
+        assert server.batcher.tickets == []
 
 
 NUMBERS = st.one_of(

@@ -50,7 +50,7 @@ def test_full_queue_says_when_to_come_back(tiny_bundle: Path) -> None:
             stub: Any = CompositorServiceStub(channel)
             accepted = [stub.Composite.future(message(seed=seed), timeout=PATIENCE) for seed in range(2)]
             server.engine.wait_for_steps(1)
-            wait_until(lambda: len(server.server.batcher.tickets) == 2)
+            wait_until(lambda: len(server.batcher.tickets) == 2)
             error = refusal(stub.Composite, message())
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert 0 < int(trailing(error)["grpc-retry-pushback-ms"]) <= 60_000
@@ -66,9 +66,9 @@ def test_cancelling_frees_the_slot(tiny_bundle: Path) -> None:
             cancelled = stub.CompositeStream(pb.CompositeStreamRequest(request=message(steps=50)))
             server.engine.wait_for_steps(1)
             waiting = stub.Composite.future(message(steps=2), timeout=PATIENCE)
-            wait_until(lambda: len(server.server.batcher.tickets) == 2)
+            wait_until(lambda: len(server.batcher.tickets) == 2)
             cancelled.cancel()
-            wait_until(lambda: len(server.server.batcher.tickets) == 1)
+            wait_until(lambda: len(server.batcher.tickets) == 1)
             server.engine.release()
             assert waiting.result().images
             # the step that had begun, and the two of the request that waited
@@ -86,7 +86,7 @@ def test_deadline_frees_the_slot(tiny_bundle: Path, method: str) -> None:
                 request = pb.CompositeStreamRequest(request=request)
             error: Any = refusal(getattr(stub, method), request, timeout=0.5)
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            wait_until(lambda: len(server.server.batcher.tickets) == 0)
+            wait_until(lambda: len(server.batcher.tickets) == 0)
             server.engine.release()
             assert stub.Composite(message(steps=2), timeout=PATIENCE).images
             # at most the step that had begun, and the two of the next request
@@ -100,7 +100,7 @@ def test_engine_failure_is_one_requests_problem(server: ServerThread, stub: Any)
     good = stub.Composite.future(message(steps=6), timeout=PATIENCE)
     server.engine.wait_for_steps(begun + 1)
     bad = stub.Composite.future(message(sampling=pb.Sampling(steps=6, guidance_scale=9.5)), timeout=PATIENCE)
-    wait_until(lambda: any(ticket.waiting for ticket in server.server.batcher.tickets))
+    wait_until(lambda: any(ticket.waiting for ticket in server.batcher.tickets))
     server.engine.release()
     error: Any = bad.exception()
     assert error.code() is grpc.StatusCode.INTERNAL
@@ -121,9 +121,9 @@ def test_draining_under_load_loses_no_accepted_request(tiny_bundle: Path) -> Non
         assert health.Check(request).status == SERVING
         server.engine.hold()
         calls = [stub.Composite.future(message(seed=seed), timeout=PATIENCE) for seed in range(6)]
-        wait_until(lambda: len(server.server.batcher.tickets) == 6)
+        wait_until(lambda: len(server.batcher.tickets) == 6)
         stopping = asyncio.run_coroutine_threadsafe(server.server.stop(), server.loop)
-        wait_until(lambda: not server.server.batcher.is_open)
+        wait_until(lambda: not server.batcher.is_open)
         assert health.Check(request).status == NOT_SERVING
         assert refusal(stub.Composite, message()).code() is grpc.StatusCode.UNAVAILABLE
         server.engine.release()
@@ -157,7 +157,7 @@ def test_a_lost_engine_is_told_to_probes_and_callers(tiny_bundle: Path) -> None:
         assert health.Check(HEALTH).status == SERVING
         server.engine.hold()
         calls = [stub.Composite.future(message(seed=seed), timeout=PATIENCE) for seed in range(3)]
-        wait_until(lambda: len(server.server.batcher.tickets) == 3)
+        wait_until(lambda: len(server.batcher.tickets) == 3)
         server.engine.lose()
         server.engine.release()
         for call in calls:

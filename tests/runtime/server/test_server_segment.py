@@ -121,4 +121,4 @@ def test_a_mask_beside_an_automatic_one_is_refused(server: ServerThread) -> None
 def test_the_queue_is_empty_after_it(server: ServerThread) -> None:
     with server.client() as client, pytest.raises(InputError):
         client.segment(bright_things(), Where(clicks=[(500, 2)]), timeout=PATIENCE)
-    assert not server.server.batcher.tickets
+    assert not server.batcher.tickets

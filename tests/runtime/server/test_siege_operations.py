@@ -68,7 +68,7 @@ def test_every_refusal_is_seen(tiny_bundle: Path, token_file: Path, caplog: pyte
             assert error.code().name == fields["code"]
         count = server.server.metrics.registry.get_sample_value
         for method, code in (("Composite", "UNAUTHENTICATED"), ("other", "UNIMPLEMENTED")):
-            assert count("anydoor_requests_total", {"method": method, "code": code})
+            assert count("anydoor_requests_total", {"method": method, "code": code, "model": ""})
 
 
 def ended(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:

@@ -129,13 +129,13 @@ def test_a_request_that_is_over_leaves_nothing_behind(tiny_bundle: Path) -> None
     with ServerThread(tiny_bundle) as server, grpc.insecure_channel(server.address) as channel:
         stub: Any = CompositorServiceStub(channel)
         bombs = [stub.Composite.future(message(scene=BELOW_THE_LIMIT), timeout=PATIENCE) for _ in range(6)]
-        wait_until(lambda: any(ticket.decoder for ticket in server.server.batcher.tickets))
+        wait_until(lambda: any(ticket.decoder for ticket in server.batcher.tickets))
         for bomb in bombs:
             bomb.cancel()
-        wait_until(lambda: not server.server.batcher.tickets)
+        wait_until(lambda: not server.batcher.tickets)
         wait_until(lambda: not server.server.ledger.taken)
         assert stub.Composite(message(steps=1), timeout=PATIENCE).images
-        assert not any(ticket.tasks for ticket in server.server.batcher.tickets)
+        assert not any(ticket.tasks for ticket in server.batcher.tickets)
 
 
 def test_slow_pictures_of_one_client_do_not_keep_others_waiting(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_slow_pictures_of_one_client_do_not_keep_others_waiting(tiny_bundle: Pat
         stub: Any = CompositorServiceStub(channel)
         theirs = {"timeout": PATIENCE, "metadata": (("authorization", "Bearer shazam"),)}
         bombs = [stub.Composite.future(slow_request(), **theirs) for _ in range(4)]
-        wait_until(lambda: any(ticket.decoder for ticket in server.server.batcher.tickets))
+        wait_until(lambda: any(ticket.decoder for ticket in server.batcher.tickets))
         ours = (("authorization", "Bearer open-sesame"),)
         assert stub.Composite(message(steps=1), timeout=PATIENCE, metadata=ours).images
         assert not any(bomb.done() for bomb in bombs)

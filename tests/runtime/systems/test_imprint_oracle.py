@@ -170,7 +170,7 @@ def test_a_picture_of_the_server_is_the_one_alone_whoever_shares_its_batch(serve
     with server.client() as client, ThreadPoolExecutor() as pool:
         server.engine.hold()
         answers = [pool.submit(client.run, each) for each in requests]
-        wait_until(lambda: sum(bool(ticket.job) for ticket in server.server.batcher.tickets) == len(requests))
+        wait_until(lambda: sum(bool(ticket.job) for ticket in server.batcher.tickets) == len(requests))
         server.engine.release()
         results = [answer.result() for answer in answers]
     assert max(len(timesteps) for timesteps in server.engine.steps) == 4
