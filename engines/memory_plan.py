@@ -1,4 +1,4 @@
-"""Which graphs stay in memory together, on a card or on the host. Pure functions of sizes.
+"""Which graphs stay in a card's memory together, and what else has a place there. Pure functions of sizes.
 
 Every picture calls the step and window graphs at every step, the decoder once, and a condition graph once per
 new reference or prompt. Where memory is short the graphs are swapped in groups: loading one group evicts the
@@ -6,12 +6,10 @@ other. That costs a second or two per swap, so as few groups as fit are made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from engines.arena import ALIGNMENT, Buffer, Layout, aligned, layout
-from engines.bundle import Bundle
 from engines.errors import BackendError
 from engines.manifest import BUILD_COMMAND, CUDA, ONNX, Manifest
 from engines.spec import CAPTURED_ROLES, SAMPLING_ROLES, GraphSpec
@@ -22,6 +20,17 @@ Groups = tuple[tuple[str, ...], ...]
 LARGEST_CACHE = 4 << 30
 """Bytes of kept tensors worth having: at full size, three placements of 50 steps."""
 
+UNASKED_CACHE = 1_500_000_000
+"""As many of them are kept on a card without a budget: one placement."""
+
+CONTEXT = 600_000_000
+"""Bytes of a card that the driver and a library's kernels take before anything is loaded: 0.55 GB with ONNX
+Runtime on an H100 (docs/studies/h100.md)."""
+
+LOADED_WEIGHTS = 1.14
+"""What weights take on a card, as a multiple of their bytes, where a library allocates each by itself: there
+it was 5.49 GB for 4.83."""
+
 LIBRARY_MARGIN = 1.25
 """What a library's own allocator takes, as a multiple of the intermediate results of a graph: it rounds,
 leaves gaps, and lends workspace to convolutions. Chosen with room to spare, not measured on a card."""
@@ -29,7 +38,7 @@ leaves gaps, and lends workspace to convolutions. Chosen with room to spare, not
 SHARE_OF_FREE_DEVICE_MEMORY = 0.9
 """What is used of a card's free memory without a budget."""
 
-_UNLIMITED = 1 << 62
+UNLIMITED = 1 << 62
 
 MOST_STEPS = 64
 """Steps whose small inputs have room on the card at once, and so can be one CUDA graph."""
@@ -89,6 +98,8 @@ class DeviceMemoryPlan:
     fixed: Layout
     """The part of the arena whose use never changes: scratch memory, the places of the inputs and outputs of
     captured graphs, and tables of the inputs that change at every step."""
+    context: int
+    """What the backend's library takes before it loads anything, where that is known."""
     library: int
     """Scratch memory that the backend's library allocates for all graphs; 0 if it lies in the arena."""
     pool: int
@@ -110,12 +121,12 @@ class DeviceMemoryPlan:
     @property
     def total(self) -> int:
         """Most memory in use at any time."""
-        return self.weights + self.library + self.arena
+        return self.context + self.weights + self.library + self.arena
 
     @property
     def library_limit(self) -> int:
         """Most that the backend's library may allocate, weights included: all that is not the arena's."""
-        return self.budget - self.arena
+        return self.budget - self.arena - self.context
 
     def group_of(self, graph: str) -> tuple[str, ...]:
         """The graphs that may be loaded at the same time as this one."""
@@ -133,38 +144,62 @@ class DeviceMemoryPlan:
         lines += [
             f"{'weights':<12} {self.weights / 1e6:>11.1f} MB in the largest group",
             f"{'shared':<12} {self.fixed.nbytes / 1e6:>11.1f} MB scratch, and places of captured graphs",
-            f"{'library':<12} {self.library / 1e6:>11.1f} MB scratch that the library shares among graphs",
+            f"{'library':<12} {self.library / 1e6:>11.1f} MB scratch that the library shares among graphs, "
+            f"and {self.context / 1e6:.1f} MB for itself",
             f"{'tensors':<12} {self.pool / 1e6:>11.1f} MB in use, and {self.cache / 1e6:.1f} MB kept",
             f"{'in all':<12} {self.total / 1e6:>11.1f} MB of a budget of {self.budget / 1e6:.1f} MB",
         ]
         return "\n".join(line for line in lines if self.library or not line.startswith("library"))
 
 
-def plan_device_memory(manifest: Manifest, budget: int) -> DeviceMemoryPlan:
+def plan_for_card(manifest: Manifest, wanted: int | None, free: int) -> DeviceMemoryPlan:
+    """The plan for a card.
+
+    Args:
+        manifest: see `plan_device_memory`.
+        wanted: bytes that the user allows; most of what is free if None, since kernels and contexts take some
+            too, and then less is kept for re-rolls.
+        free: bytes of the card's memory that are free.
+
+    Raises:
+        BackendError: see `plan_device_memory`.
+    """
+    if wanted is not None:
+        return plan_device_memory(manifest, wanted)
+    return plan_device_memory(manifest, int(free * SHARE_OF_FREE_DEVICE_MEMORY), UNASKED_CACHE)
+
+
+def plan_device_memory(manifest: Manifest, budget: int, most_cache: int = LARGEST_CACHE) -> DeviceMemoryPlan:
     """The plan with the fewest groups that fits a card.
 
     Args:
         manifest: of a bundle of plans, whose scratch memory lies in the arena, or of ONNX graphs, whose
             library has an allocator of its own.
         budget: bytes of device memory to use at most.
+        most_cache: bytes to keep for re-rolls at most.
 
     Raises:
         BackendError: even the smallest plan does not fit; says what would.
     """
     graphs = card_memory(manifest)
-    in_arena, library = graphs, 0
+    in_arena, context, library = graphs, 0, 0
     if manifest.backend == ONNX:
+        graphs = {
+            name: replace(memory, weights=int(LOADED_WEIGHTS * memory.weights))
+            for name, memory in graphs.items()
+        }
         in_arena = {name: replace(memory, scratch=0) for name, memory in graphs.items()}
+        context = CONTEXT
         library = aligned(int(LIBRARY_MARGIN * max(memory.scratch for memory in graphs.values())))
     fixed = layout(fixed_buffers(in_arena, manifest))
     pool = working_bytes(manifest)
     needed = 0
     for groups in groupings(manifest.specs):
-        needed = _largest_group(graphs, groups) + library + fixed.nbytes + aligned(pool)
+        needed = context + _largest_group(graphs, groups) + library + fixed.nbytes + aligned(pool)
         if needed <= budget:
-            most = 0 if manifest.is_segmenter else LARGEST_CACHE
+            most = 0 if manifest.is_segmenter else most_cache
             cache = min(budget - needed, most) // ALIGNMENT * ALIGNMENT
-            return DeviceMemoryPlan(graphs, groups, fixed, library, pool, cache, budget)
+            return DeviceMemoryPlan(graphs, groups, fixed, context, library, pool, cache, budget)
     raise BackendError(
         f"the bundle needs at least {megabytes(needed)} MB of device memory and {budget // 1_000_000} MB may "
         "be used: free some, raise --memory-budget, or build a bundle that needs less with "
@@ -174,7 +209,7 @@ def plan_device_memory(manifest: Manifest, budget: int) -> DeviceMemoryPlan:
 
 def needed_device_bytes(manifest: Manifest) -> int:
     """What a card needs for a bundle whose graphs are all loaded, without what is kept for re-rolls."""
-    plan = plan_device_memory(manifest, _UNLIMITED)
+    plan = plan_device_memory(manifest, UNLIMITED)
     return plan.total - plan.cache
 
 
@@ -235,16 +270,6 @@ def table_name(graph: str, tensor: str) -> str:
     return f"{graph}.{tensor} table"
 
 
-def device_budget(wanted: int | None, free: int) -> int:
-    """Bytes of a card's memory to use at most.
-
-    Args:
-        wanted: what the user allows; most of what is free if None, since kernels and contexts take some too.
-        free: bytes of the card's memory that are free.
-    """
-    return wanted or int(free * SHARE_OF_FREE_DEVICE_MEMORY)
-
-
 def working_bytes(manifest: Manifest) -> int:
     """Tensors in use at the worst moment of sampling or decoding.
 
@@ -268,116 +293,3 @@ def megabytes(nbytes: int) -> int:
 
 def _largest_group(graphs: Mapping[str, GraphMemory], groups: Sequence[Sequence[str]]) -> int:
     return max(sum(graphs[name].weights for name in group) for group in groups)
-
-
-HOST_PROGRAM = 300_000_000
-"""Bytes for what is not a graph: the interpreter, the libraries, pictures."""
-
-SHARE_OF_FREE_HOST_MEMORY = 0.9
-"""What is used of the host's free memory without a budget."""
-
-
-@dataclass(frozen=True)
-class HostMemoryPlan:
-    """Which graphs are loaded together in the host's memory. All sizes are in bytes."""
-
-    graphs: Mapping[str, GraphMemory]
-    groups: Groups
-    cache: int
-    """What is left for tensors that are kept, however much that is."""
-    budget: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether it stays within the budget."""
-        return self.total <= self.budget
-
-    @property
-    def total(self) -> int:
-        """Most memory in use at any time, without what is kept."""
-        return HOST_PROGRAM + max(_group_bytes(self.graphs, group) for group in self.groups)
-
-    def require_fit(self) -> None:
-        """Refuses a plan that does not stay within the budget.
-
-        Raises:
-            BackendError: says how much is missing.
-        """
-        if not self.fits:
-            raise BackendError(
-                f"it needs {self.total / 1e9:.1f} GB of memory, and {self.budget / 1e9:.1f} GB of it are free"
-            )
-
-    def evicted_by(self, graph: str, loaded: Iterable[str]) -> list[str]:
-        """The loaded graphs that make room for another."""
-        group = next(group for group in self.groups if graph in group)
-        return [other for other in loaded if other not in group]
-
-    def table(self) -> str:
-        """The plan as it is printed before loading; empty if everything is loaded together."""
-        if len(self.groups) == 1:
-            return ""
-        lines = [f"{'loaded in turn':<32} {'weights MB':>11} {'scratch MB':>11}"]
-        for group in self.groups:
-            weights = sum(self.graphs[graph].weights for graph in group) / 1e6
-            scratch = max(self.graphs[graph].scratch for graph in group) / 1e6
-            lines.append(f"{', '.join(group):<32} {weights:>11.1f} {scratch:>11.1f}")
-        lines.append(f"{'in all':<32} {self.total / 1e6:>11.1f} MB of a budget of {self.budget / 1e6:.1f} MB")
-        return "\n".join(lines)
-
-
-def plan_host_memory(
-    bundle: Bundle,
-    backend: str,
-    budget: int | None,
-    copies: float = 1.0,
-    load_factor: float = 0.0,
-) -> HostMemoryPlan:
-    """The plan with the fewest groups that fits the host's memory, for one picture at a time.
-
-    Args:
-        bundle: its files are the weights.
-        backend: whose scratch memory counts.
-        budget: bytes to use at most, kept tensors included; nearly all that is free if None. Then the plan
-            with the most groups is taken if none fits: files that are mapped into memory may leave it.
-        copies: memory that a loaded graph takes, as a multiple of its file.
-        load_factor: what loading it takes beside that, likewise.
-
-    Raises:
-        BackendError: even the smallest plan does not fit the budget.
-    """
-    graphs = {}
-    for name, record in bundle.manifest.graphs.items():
-        # nothing runs while a graph is loaded
-        scratch = max(record.scratch_bytes.get(backend, 0), int(record.nbytes * load_factor))
-        graphs[name] = GraphMemory(int(record.nbytes * copies), scratch)
-    available = int(free_host_memory() * SHARE_OF_FREE_HOST_MEMORY) if budget is None else budget
-    plans = [HostMemoryPlan(graphs, groups, 0, available) for groups in groupings(bundle.manifest.specs)]
-    plan = next((plan for plan in plans if plan.fits), plans[-1])
-    if budget is not None and not plan.fits:
-        raise BackendError(
-            f"the bundle at '{bundle.path}' needs about {megabytes(plan.total)} MB of memory and "
-            f"{budget // 1_000_000} MB may be used: raise --memory-budget"
-        )
-    return replace(plan, cache=max(0, available - plan.total))
-
-
-def needed_host_bytes(bundle: Bundle, backend: str, copies: float = 1.0, load_factor: float = 0.0) -> int:
-    """What the host needs for a bundle whose graphs are all loaded, without what is kept; arguments as of
-    `plan_host_memory`."""
-    return plan_host_memory(bundle, backend, _UNLIMITED, copies, load_factor).total
-
-
-def free_host_memory() -> int:
-    """Bytes that programs can still take, as Linux estimates it; a great many where the system does not
-    say."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        return 1 << 50
-
-
-def _group_bytes(graphs: Mapping[str, GraphMemory], group: Sequence[str]) -> int:
-    return sum(graphs[name].weights for name in group) + max(graphs[name].scratch for name in group)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from engines.bundle import Bundle
 from engines.engine import Engine
 from engines.errors import BackendError
-from engines.memory_plan import place_name, plan_device_memory, plan_host_memory, table_name
+from engines.host_memory import plan_host_memory
+from engines.memory_plan import place_name, plan_device_memory, table_name
 from engines.options import EngineOptions
 from engines.spec import ROWS, SAMPLES, BankSpec, GraphSpec, TensorSpec
 from export.build import build_bundle

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from engines.errors import AnyDoorError
@@ -34,6 +35,9 @@ PACKED_BYTES = 15 << 20
 
 SECONDS_TO_PACK = 10
 """For what comes after training: the checkpoint is written, and copied."""
+
+FIRST_VERSIONS = {"transformers": (5, 20), "diffusers": (0, 36)}
+"""As pyproject.toml has them: on a machine with a card the project need not be installed."""
 
 _CHECKPOINT, _WEIGHTS, _LOGS = "model.safetensors", "mean.pt", ("log.csv", "train.log")
 
@@ -125,6 +129,18 @@ def pack(run: Path, output: Path) -> list[Path]:
     return packed
 
 
+def check_libraries() -> None:
+    """Refuses an environment that reads no checkpoint, before the minutes are spent.
+
+    Raises:
+        InputError: names the library.
+    """
+    for name, first in FIRST_VERSIONS.items():
+        found = version(name)
+        if tuple(int(part) for part in found.split(".")[:2]) < first:
+            raise InputError(f"{name} {found} is too old, it must be {'.'.join(map(str, first))} or later")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 1 if a run failed (the others are packed), or 2 if none can be started."""
     parser = argparse.ArgumentParser(
@@ -141,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     limit = TimeLimit(60 * options.minutes - SECONDS_TO_PACK, program_start())
     try:
+        check_libraries()
         if not limit.seconds > 0:
             raise InputError(
                 f"--minutes is {options.minutes:g}; writing and packing alone take {SECONDS_TO_PACK} s"

@@ -13,13 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines import memory_plan
+from engines import host_memory
+from engines.arena import ALIGNMENT
 from engines.bundle import Bundle
 from engines.engine import choose_backend, needed_bytes, open_engine
 from engines.errors import BackendError
 from engines.format_1 import host_scratch
+from engines.host_memory import plan_host_memory
 from engines.manifest import FileRecord, GraphRecord, Manifest
 from engines.memory_plan import (
+    CONTEXT,
+    LARGEST_CACHE,
+    LOADED_WEIGHTS,
+    UNASKED_CACHE,
     DeviceMemoryPlan,
     GraphMemory,
     buffers_of,
@@ -27,7 +33,7 @@ from engines.memory_plan import (
     needed_device_bytes,
     place_name,
     plan_device_memory,
-    plan_host_memory,
+    plan_for_card,
 )
 from engines.options import EngineOptions
 from engines.spec import BankSpec, GraphSpec, TensorSpec
@@ -171,6 +177,23 @@ def test_the_id_encoder_is_evicted_first_and_sampling_is_never_parted() -> None:
     assert all(plan.group_of(CONTROL) == plan.group_of(DENOISE) for plan in (roomy, tight))
 
 
+def test_without_a_budget_one_placement_is_kept() -> None:
+    free = 80_000 * MB
+    asked, unasked = plan_for_card(manifest(), 24_000 * MB, free), plan_for_card(manifest(), None, free)
+    assert unasked.budget == int(0.9 * free)
+    assert (unasked.cache, asked.cache) == (UNASKED_CACHE // ALIGNMENT * ALIGNMENT, LARGEST_CACHE)
+
+
+def test_a_library_with_memory_of_its_own_takes_some_for_itself() -> None:
+    """And more for weights than they have bytes."""
+    of = manifest()
+    plan = plan_device_memory(replace(of, backend=ORT), 24_000 * MB)
+    assert plan.context == CONTEXT
+    for name in GRAPHS:
+        assert plan.graphs[name].weights == int(LOADED_WEIGHTS * of.graphs[name].nbytes)
+    assert plan.library_limit == plan.budget - plan.arena - CONTEXT
+
+
 def places(plan: DeviceMemoryPlan, graph: str) -> set[str]:
     """The fixed buffers that hold something while a graph runs."""
     kept = [place_name(DENOISE, tensor.name) for tensor in SPECS[DENOISE].tensors] if graph == CONTROL else []
@@ -283,7 +306,7 @@ def test_budget_that_no_plan_fits(tiny_bundle: Path) -> None:
 def test_without_a_budget_graphs_are_swapped_only_where_memory_is_short(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, free: int, groups: int
 ) -> None:
-    monkeypatch.setattr(memory_plan, "free_host_memory", lambda: free)
+    monkeypatch.setattr(host_memory, "free_host_memory", lambda: free)
     plan = plan_host_memory(large_bundle(tiny_bundle), ORT, None)
     assert len(plan.groups) == groups
     assert plan.budget == int(0.9 * free)
@@ -295,7 +318,7 @@ def test_without_a_budget_graphs_are_swapped_only_where_memory_is_short(
 def test_graphs_and_what_is_kept_stay_within_the_budget(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None, free: int
 ) -> None:
-    monkeypatch.setattr(memory_plan, "free_host_memory", lambda: free * 10**9)
+    monkeypatch.setattr(host_memory, "free_host_memory", lambda: free * 10**9)
     plan = plan_host_memory(large_bundle(tiny_bundle), ORT, budget)
     assert plan.fits
     assert plan.total + plan.cache <= plan.budget == (budget or int(0.9 * free * 10**9))

@@ -57,7 +57,7 @@ def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
         ),
         ('[data]\nkind = "vidoe"\n', r'kind of \[data\] is "vidoe", expected "video" or'),
         ('[pairs]\ntimesteps = "papre"\n', r'timesteps of \[pairs\] is "papre", expected "uniform" or'),
-        ('[hint_block]\nsteps = 1\nprecision = "bf-16"\n', r'is "bf-16", expected "no" or "bf16" or "fp16"'),
+        ('[hint_block]\nsteps = 1\nprecision = "bf-16"\n', r'is "bf-16", expected "no" or "auto" or "bf16"'),
         ("[hint_block]\nsteps = 1.5\n", r"steps of \[hint_block\] is 1.5, expected a whole number"),
         ("[hint_block]\nsteps = true\n", "is true, expected a whole number"),
         ("[denoising]\ncontrol = 1\n", "is 1, expected true or false"),

@@ -57,6 +57,9 @@ def test_what_cannot_be_trained_is_told_before_anything_is_drawn(
     def told(*arguments: object) -> str:
         return refusal(capsys, *arguments, "--output", tmp_path, command=main)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(train_card, "FIRST_VERSIONS", {"transformers": (99, 1)})
+        assert "is too old, it must be 99.1 or later" in told(one, "--minutes", 1)
     assert "writing and packing alone take 10 s" in told(one, "--minutes", 0.1)
     assert "nothing.toml" in told(tmp_path / "nothing.toml", "--minutes", 1)
     assert "want [2, 3] of them" in told(one, other, "--minutes", 1)

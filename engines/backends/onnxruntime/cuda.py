@@ -34,7 +34,7 @@ from engines.card.graph import Shape
 from engines.cuda import Device, OutOfDeviceMemoryError
 from engines.errors import BackendError, BundleError
 from engines.manifest import CUDA, ONNX
-from engines.memory_plan import DeviceMemoryPlan, device_budget, plan_device_memory
+from engines.memory_plan import DeviceMemoryPlan, plan_for_card
 from engines.options import EngineOptions
 from engines.spec import CAPTURED_ROLES, GraphSpec
 
@@ -295,7 +295,7 @@ def open_card_engine(library: Any, bundle: Bundle, options: EngineOptions) -> Ca
     # is logged as an error. What really fails is raised, too
     library.set_default_logger_severity(_FATAL)
     device = Device()
-    plan = plan_device_memory(bundle.manifest, device_budget(options.memory_budget, device.card().free))
+    plan = plan_for_card(bundle.manifest, options.memory_budget, device.card().free)
     sessions = Sessions(library, bundle, device.stream, plan, options)
     return CardEngine(ONNX, bundle, device, sessions.open_graph, plan, options.cuda_graphs)
 

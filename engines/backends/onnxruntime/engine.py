@@ -25,15 +25,9 @@ from engines.engine import (
     run_step_by_step,
 )
 from engines.errors import BackendError, BundleError
+from engines.host_memory import HostMemoryPlan, needed_host_bytes, plan_host_memory
 from engines.manifest import ONNX
-from engines.memory_plan import (
-    HostMemoryPlan,
-    device_budget,
-    needed_device_bytes,
-    needed_host_bytes,
-    plan_device_memory,
-    plan_host_memory,
-)
+from engines.memory_plan import needed_device_bytes, plan_for_card
 from engines.options import AUTO, EngineOptions
 from engines.spec import TensorSpec
 
@@ -258,8 +252,7 @@ def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
         from engines.cuda import Device
 
         card = Device().card()
-        budget = device_budget(options.memory_budget, card.free)
-        return card.name, plan_device_memory(bundle.manifest, budget).table()
+        return card.name, plan_for_card(bundle.manifest, options.memory_budget, card.free).table()
     plan = plan_host_memory(bundle, NAME, options.memory_budget)
     plan.require_fit()
     return "cpu", plan.table()

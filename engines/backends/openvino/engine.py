@@ -30,7 +30,7 @@ from engines.engine import (
     run_step_by_step,
 )
 from engines.errors import BackendError, BundleError
-from engines.memory_plan import HostMemoryPlan, needed_host_bytes, plan_host_memory
+from engines.host_memory import HostMemoryPlan, needed_host_bytes, plan_host_memory
 from engines.options import EngineOptions
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from engines.card.engine import CardEngine
 from engines.cuda import Device
 from engines.errors import BackendError
 from engines.manifest import BUILD_COMMAND
-from engines.memory_plan import device_budget, needed_device_bytes, plan_device_memory
+from engines.memory_plan import needed_device_bytes, plan_device_memory, plan_for_card
 from engines.options import EngineOptions
 
 
@@ -35,7 +35,7 @@ def usable_devices() -> dict[str, str]:
 def fits(bundle: Bundle, options: EngineOptions) -> bool:
     """Whether the card has the memory for a bundle; graphs are swapped if it is short."""
     try:
-        plan_device_memory(bundle.manifest, device_budget(options.memory_budget, Device().card().free))
+        plan_for_card(bundle.manifest, options.memory_budget, Device().card().free)
     except BackendError:
         return False
     return True
@@ -56,8 +56,7 @@ def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
     library = _check(bundle, options)
     card = Device().card()
     check_card(library, bundle, card)
-    budget = device_budget(options.memory_budget, card.free)
-    return card.name, plan_device_memory(bundle.manifest, budget).table()
+    return card.name, plan_for_card(bundle.manifest, options.memory_budget, card.free).table()
 
 
 def open_engine(bundle: Bundle, options: EngineOptions) -> CardEngine:
@@ -66,7 +65,7 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> CardEngine:
     device = Device()
     card = device.card()
     check_card(library, bundle, card)
-    plan = plan_device_memory(bundle.manifest, device_budget(options.memory_budget, card.free))
+    plan = plan_for_card(bundle.manifest, options.memory_budget, card.free)
     open_graph = partial(open_plan, library, bundle)
     return CardEngine(bundle.manifest.backend, bundle, device, open_graph, plan, options.cuda_graphs)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engines import memory_plan
+from engines import host_memory
 from engines.backends.openvino.engine import OpenVinoEngine, plan_memory, precisions
 from engines.bundle import Bundle, file_record
 from engines.cache_folder import keep
@@ -97,7 +97,7 @@ def test_the_pages_of_its_files_count_against_a_budget_only(
 ) -> None:
     """The system may take them back, so they are no reason to swap graphs where nobody promised a size."""
     together = plan_memory(bundle, None)
-    monkeypatch.setattr(memory_plan, "free_host_memory", lambda: int(together.total / 0.9) + 1)
+    monkeypatch.setattr(host_memory, "free_host_memory", lambda: int(together.total / 0.9) + 1)
     assert len(plan_memory(bundle, None).groups) == 1
     files = sum(file.bytes for record in bundle.manifest.graphs.values() for file in record.files)
     promised = plan_memory(bundle, 10**12)

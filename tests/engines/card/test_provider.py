@@ -140,8 +140,8 @@ def test_the_provider_allocates_what_the_plan_says(bundle: Bundle) -> None:
     simulation = ProviderSimulation(bundle)
     plan, (arena,) = simulation.plan, simulation.library.arenas
     assert arena["initial_chunk_size_bytes"] == plan.library > max(m.scratch for m in plan.graphs.values())
-    assert arena["max_mem"] + plan.arena == plan.budget
-    assert plan.weights + plan.library + plan.arena == plan.total <= plan.budget
+    assert plan.context + arena["max_mem"] + plan.arena == plan.budget
+    assert plan.context + plan.weights + plan.library + plan.arena == plan.total <= plan.budget
     assert "library" in plan.table()
     assert "library" not in memory_plan(bundle).table()
 

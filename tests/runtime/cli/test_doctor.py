@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engines.bundle import Bundle
-from engines.memory_plan import plan_host_memory
+from engines.host_memory import plan_host_memory
 from engines.registry import backends
 from engines.verified import FileState
 from runtime.cli import main
