@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MINUTES ?= 7
-RECIPES ?= training/recipes/imprint-small.toml training/recipes/anydoor-128.toml:autoencoder
+RECIPES ?= $(addprefix training/recipes/,imprint-small.toml stable-diffusion-small.toml anydoor-128.toml:autoencoder)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 

@@ -1,9 +1,9 @@
 """Trains small models on a card in the minutes that there are, and packs what they learned into small files.
 
-The recipes share the rendered objects, which are drawn first, and learn side by side: one small network does
-not fill a card. Everything happens offline. What is packed goes on anywhere: put the parts together with
-`cat NAME.part* > NAME`, and the averaged weights of a stage as mean.pt into the folder of that stage. Without
-a card it trains on the processor, which rehearses the run.
+Recipes that learn from rendered objects share them, and they are drawn first. Then all learn side by side: one
+small network does not fill a card. Everything happens offline. What is packed goes on anywhere: put the parts
+together with `cat NAME.part* > NAME`, and the averaged weights of a stage as mean.pt into the folder of that
+stage. Without a card it trains on the processor, which rehearses the run.
 
 examples:
     make train-card MINUTES=7
@@ -26,7 +26,7 @@ from pathlib import Path
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
 from training.clock import TimeLimit, program_start
-from training.config import CommonRecipe, read_recipe
+from training.config import AnyRecipe, CommonRecipe, read_recipe
 from training.data.view_store import draw_views
 from training.workers import worker_count
 
@@ -48,20 +48,23 @@ class Run:
 
     path: Path
     stages: tuple[str, ...]
-    recipe: CommonRecipe
+    recipe: AnyRecipe
 
     @classmethod
     def of(cls, given: str) -> Run:
         """Reads RECIPE or RECIPE:STAGE,STAGE.
 
         Raises:
-            InputError: it cannot be read, or learns from other data than rendered objects.
+            InputError: it cannot be read.
         """
         path, _, stages = given.partition(":")
-        recipe = read_recipe(Path(path))
-        if not isinstance(recipe, CommonRecipe) or recipe.sources:
-            raise InputError(f"'{path}' does not learn from rendered objects: train it with training.train")
-        return cls(Path(path), tuple(filter(None, stages.split(","))), recipe)
+        return cls(Path(path), tuple(filter(None, stages.split(","))), read_recipe(Path(path)))
+
+    @property
+    def drawn(self) -> CommonRecipe | None:
+        """The recipe, if it learns from rendered objects."""
+        recipe = self.recipe
+        return recipe if isinstance(recipe, CommonRecipe) and not recipe.sources else None
 
     @property
     def name(self) -> str:
@@ -80,13 +83,24 @@ class Run:
 
 
 def share_objects(runs: Sequence[Run], folder: Path) -> None:
-    """Draws the objects into a folder that all runs see as theirs."""
-    objects = folder / "objects"
-    workers = max(worker_count(run.recipe.data.workers) for run in runs)
-    draw_views(objects, runs[0].recipe.data.objects, max(workers, 1))
+    """Draws the objects into a folder that the runs that learn from them see as theirs.
+
+    Raises:
+        InputError: they want different numbers of objects.
+    """
+    recipes = {run.name: run.drawn for run in runs if run.drawn}
+    counts = sorted({recipe.data.objects for recipe in recipes.values()})
+    if len(counts) > 1:
+        raise InputError(f"the recipes share their objects, and want {counts} of them: make it one number")
     for run in runs:
-        own = folder / run.name / run.recipe.objects
-        own.parent.mkdir(parents=True, exist_ok=True)
+        (folder / run.name).mkdir(parents=True, exist_ok=True)
+    if not recipes:
+        return
+    objects = folder / "objects"
+    workers = max(worker_count(recipe.data.workers) for recipe in recipes.values())
+    draw_views(objects, counts[0], max(workers, 1))
+    for name, recipe in recipes.items():
+        own = folder / name / recipe.objects
         if not own.exists():
             own.symlink_to(objects.resolve(), target_is_directory=True)
 
@@ -111,11 +125,14 @@ def _last_line(log: Path) -> str:
 def pack(run: Path, output: Path) -> list[Path]:
     """Copies what a run learned, in files of at most `PACKED_BYTES`, and returns them.
 
-    That is its checkpoint, or the averaged weights of each stage if there is none yet, and its logs.
+    That is its checkpoint, a folder as model.tar, or the averaged weights of each stage if there is none yet,
+    and its logs.
     """
     packed = []
-    weights = _CHECKPOINT if (run / _CHECKPOINT).exists() else _WEIGHTS
-    for path in sorted(path for name in (weights, *_LOGS) for path in run.rglob(name)):
+    weights = [run / _CHECKPOINT] if (run / _CHECKPOINT).exists() else sorted(run.rglob(_WEIGHTS))
+    if (folder := run / "model").is_dir():
+        weights = [Path(shutil.make_archive(str(folder), "tar", folder))]
+    for path in [*weights, *sorted(path for name in _LOGS for path in run.rglob(name))]:
         name = "-".join((run.name, *path.relative_to(run).parts))
         size = path.stat().st_size
         if size <= PACKED_BYTES:
@@ -163,10 +180,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--minutes is {options.minutes:g}; writing and packing alone take {SECONDS_TO_PACK} s"
             )
         runs = [Run.of(each) for each in options.recipes]
-        if len(counts := {run.recipe.data.objects for run in runs}) > 1:
-            raise InputError(
-                f"the recipes share their objects, and want {sorted(counts)} of them: make it one number"
-            )
         options.output.mkdir(parents=True, exist_ok=True)
         share_objects(runs, options.folder)
         processes = {run.name: run.start(options.folder / run.name, limit.left / 60) for run in runs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,20 @@ def test_large_files_are_cut(tmp_path: Path) -> None:
     assert b"".join(path.read_bytes() for path in parts) == content
 
 
+def test_a_checkpoint_in_a_folder_is_one_file(tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "packed"
+    (run / "model/unet").mkdir(parents=True)
+    output.mkdir()
+    (run / "model/unet/config.json").write_text("{}")
+    (archive,) = pack(run, output)
+    shutil.unpack_archive(archive, tmp_path / "there")
+    assert (tmp_path / "there/unet/config.json").read_text() == "{}"
+
+
 def test_what_cannot_be_trained_is_told_before_anything_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_card, "share_objects", lambda *_: pytest.fail("objects were drawn"))
+    monkeypatch.setattr(train_card, "draw_views", lambda *_: pytest.fail("objects were drawn"))
     one, other = (
         test_train_imprint.write_recipe(tmp_path / f"{number}.toml", data={"objects": number})
         for number in (2, 3)
