@@ -46,7 +46,7 @@ def test_commands_exist(page: Path) -> None:
         assert (ROOT / script).is_file(), script
     for module in re.findall(r"\bpython3? -m ([\w.]+)", text):
         assert module == "venv" or find_spec(module), module
-    for target in re.findall(r"(?:^ {4}|`)make (\w+)", text, re.MULTILINE):
+    for target in re.findall(r"(?:^ {4}|`)make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 

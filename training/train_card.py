@@ -1,9 +1,9 @@
 """Trains small models on a card in the minutes that there are, and packs what they learned into small files.
 
 Recipes that learn from rendered objects share them, and they are drawn first. Then all learn side by side:
-one small network does not fill a card. Everything happens offline. What is packed goes on anywhere: put the parts
-together with `cat NAME.part* > NAME`, and the averaged weights of a stage as mean.pt into the folder of that
-stage. Without a card it trains on the processor, which rehearses the run.
+one small network does not fill a card. Everything happens offline. What is packed goes on anywhere: put the
+parts together with `cat NAME.part* > NAME`, and the averaged weights of a stage as mean.pt into the folder of
+that stage. Without a card it trains on the processor, which rehearses the run.
 
 examples:
     make train-card MINUTES=7
