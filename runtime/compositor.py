@@ -386,11 +386,6 @@ class Compositor:
         make = SAMPLERS[sampling.sampler]
         return make(self._alphas_cumprod, sampling.steps, sampling.eta, sampling.timesteps)
 
-    def close(self) -> None:
-        """Frees the memory of all graphs, and what is kept for later pictures; it is of no use after that."""
-        self.clear()
-        self.engine.close()
-
     def new_drawing(self) -> Drawing:
         """What draws the pictures of jobs; the engine serves one at a time."""
         return Drawing(self.model, self.system)

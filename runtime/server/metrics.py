@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from runtime.server.call import Call
@@ -14,72 +16,42 @@ class Metrics:
     """Counters, histograms and gauges; `Server` sets what the gauges read when they are scraped."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "anydoor_requests",
-            "Requests that ended, by status",
-            ["method", "code", "model"],
-            registry=self.registry,
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, *labels: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
+        self.requests = counter(
+            "anydoor_requests", "Requests that ended, by status", "method", "code", "model"
         )
-        self.request_seconds = Histogram(
-            "anydoor_request_seconds",
-            "From arrival to the end",
-            ["method", "model"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.request_seconds = histogram(
+            "anydoor_request_seconds", "From arrival to the end", "method", "model"
         )
-        self.deadline_refusals = Counter(
+        self.deadline_refusals = counter(
             "anydoor_deadline_refusals",
             "Requests that ended before they started because they could not meet their deadline any more",
-            ["model"],
-            registry=self.registry,
+            "model",
         )
-        self.stage_seconds = Histogram(
-            "anydoor_stage_seconds",
-            "Time per stage of finished requests",
-            ["stage", "model"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.stage_seconds = histogram(
+            "anydoor_stage_seconds", "Time per stage of finished requests", "stage", "model"
         )
-        self.step_seconds = Histogram(
-            "anydoor_step_seconds",
-            "Calls of the step graph",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.step_seconds = histogram("anydoor_step_seconds", "Calls of the step graph", "model")
+        self.batch_samples = histogram(
+            "anydoor_batch_samples", "Samples per call of the step graph", "model", buckets=_OCCUPANCY
         )
-        self.batch_samples = Histogram(
-            "anydoor_batch_samples",
-            "Samples per call of the step graph",
-            ["model"],
-            buckets=_OCCUPANCY,
-            registry=self.registry,
-        )
-        self.queued = Gauge(
-            "anydoor_queued_requests",
-            "Accepted requests that wait for a slot",
-            ["model"],
-            registry=self.registry,
-        )
-        self.running = Gauge(
-            "anydoor_running_samples", "Samples in the batch", ["model"], registry=self.registry
-        )
-        self.loaded = Gauge("anydoor_model_loaded", "1 if it is", ["model"], registry=self.registry)
-        self.loads = Counter(
-            "anydoor_model_loads", "How often it was loaded", ["model"], registry=self.registry
-        )
-        self.request_bytes = Gauge(
-            "anydoor_request_bytes", "Memory that requests and answers take", registry=self.registry
-        )
-        self.log_lines_dropped = Gauge(
-            "anydoor_log_lines_dropped", "Log lines that nobody read in time", registry=self.registry
-        )
-        self.cache_bytes = Gauge(
-            "anydoor_cache_bytes",
-            "Memory of tensors kept for later pictures",
-            ["model"],
-            registry=self.registry,
-        )
+        self.queued = gauge("anydoor_queued_requests", "Accepted requests that wait for a slot", "model")
+        self.running = gauge("anydoor_running_samples", "Samples in the batch", "model")
+        self.cache_bytes = gauge("anydoor_cache_bytes", "Memory of tensors kept for later pictures", "model")
+        self.loaded = gauge("anydoor_model_loaded", "1 if a request need not wait for the model", "model")
+        self.loads = counter("anydoor_model_loads", "How often the model was loaded", "model")
+        self.request_bytes = gauge("anydoor_request_bytes", "Memory that requests and answers take")
+        self.log_lines_dropped = gauge("anydoor_log_lines_dropped", "Log lines that nobody read in time")
 
     def note_end(self, call: Call, code: str, seconds: float) -> None:
         """Counts a call that ended."""

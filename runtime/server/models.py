@@ -56,8 +56,8 @@ class _Place:
     def status(self) -> str:
         """What callers are told."""
         if self.current:
-            is_ready = self.current.batcher.loaded.done()
-            return LOADED if is_ready else LOADING
+            loaded = self.current.batcher.loaded
+            return LOADING if not loaded.done() else FAILED if loaded.exception() else LOADED
         return LOADING if self.loading else FAILED if self.has_failed else UNLOADED
 
     @property

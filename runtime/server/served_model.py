@@ -67,7 +67,8 @@ class ServedModel:
         self.batcher.drain(0)
         while self.batcher.is_busy:
             time.sleep(_POLL_SECONDS)
-        self.compositor.close()
+        self.compositor.clear()
+        self.compositor.engine.close()
 
     def info(self, models: tuple[str, ...]) -> pb.GetModelInfoResponse:
         """The answer to GetModelInfo.

@@ -46,6 +46,8 @@ from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
 CPU = EngineOptions("onnxruntime", "cpu", threads=1)
 PLACEMENT = Placement(OBJECT, box=BOX)
 TWO_STEPS = Sampling(steps=2)
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @contextmanager
@@ -301,18 +303,18 @@ def test_a_bundle_that_cannot_be_used_fails_alone(
             error = refused(server, model)
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert error.details() == "the model cannot be loaded; the server's log says why"
+            wait_until(lambda: health(server, f"models/{model}") == NOT_SERVING)  # noqa: B023
             assert status(server, model) == "failed"
-            assert health(server, f"models/{model}") == health_pb2.HealthCheckResponse.NOT_SERVING
         reasons = [fields(record) for record in caplog.records if record.message == "model not loaded"]
         assert {each["model"] for each in reasons} == {"bear", "ghost"}
-        assert health(server, "models/cup") == health(server, "") == health_pb2.HealthCheckResponse.SERVING
+        assert health(server, "models/cup") == health(server, "") == SERVING
         expected = draw(server, "cup")
 
         weights.write_bytes(content)
         server.loop.call_soon_threadsafe(server.server.reload)
         wait_until(lambda: status(server, "bear") == "unloaded")
         np.testing.assert_array_equal(draw(server, "bear"), expected)
-        assert health(server, "models/bear") == health_pb2.HealthCheckResponse.SERVING
+        wait_until(lambda: health(server, "models/bear") == SERVING)
 
 
 def refused(server: ServerThread, model: str) -> Any:
@@ -366,6 +368,7 @@ def test_a_server_stops_while_a_model_waits(tiny_bundle: Path, loading: threadin
         server.run(server.server.stop())
         assert waits.result(PATIENCE).code() is grpc.StatusCode.UNAVAILABLE
         loading.set()
+        wait_until(lambda: not server.server.is_busy)
         server.server.stop = _stopped  # type: ignore[method-assign]
 
 
