@@ -85,14 +85,18 @@ class FleetResult:
 
     servers: int
     affinity: bool
+    kept: int
+    """Placements whose maps a server keeps."""
     per_server: float
     """Pictures per second that were asked for, of each server."""
-    kept: float
+    with_maps: float
     """Share of the pictures for which no maps were computed."""
     busy: float
     """Share of the time in which a server had something to do."""
-    p50: float
+    mean: float
     """Seconds from the request to the picture."""
+    p50: float
+    """Likewise."""
     p95: float
     """Likewise."""
 
@@ -142,8 +146,10 @@ class Fleet:
             servers=len(self._servers),
             affinity=self._affinity,
             per_server=self._load.per_server,
-            kept=self._hits / max(self._begun, 1),
+            kept=self._kept,
+            with_maps=self._hits / max(self._begun, 1),
             busy=min(self._busy / seconds / len(self._servers), 1.0),
+            mean=sum(waits) / len(waits),
             p50=waits[len(waits) // 2],
             p95=waits[int(0.95 * len(waits))],
         )

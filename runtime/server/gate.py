@@ -161,7 +161,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async with self._observe(call, is_probe=service == HEALTH):
             call.client = host_of(call.connection)
             if service == HEALTH and handler:
-                await self._serve(handler, await self._read_probe(call), call)
+                await self.serve(handler, await self._read_probe(call), call)
                 return
             call.client = self._access.client_of(context)
             if handler is None:
@@ -170,7 +170,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if handler.request_streaming:
                     await asyncio.wait_for(self._reflect(handler, messages, context), _REFLECTION_SECONDS)
                     return
-                await self._read_and_serve(partial(self._serve, handler), call)
+                await self._read_and_serve(partial(self.serve, handler), call)
 
     async def answer(
         self,
@@ -207,7 +207,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         finally:
             self.at_work -= 1
 
-    async def _serve(self, handler: Handler, content: bytes, call: Call) -> None:
+    async def serve(self, handler: Handler, content: bytes, call: Call) -> None:
+        """Answers a call with a method of a service."""
         if handler.response_streaming:
             await handler.unary_stream(content, call)
         else:

@@ -102,8 +102,8 @@ class Server:
         self.models = Models(bundles, self._serve_model, self.health)
         self.models.add(bundles.names[0], compositor)
         self._show_metrics()
-        service = CompositorService(self.models)
-        self._grpc.add_generic_rpc_handlers((service.handler(), self.health.handler()))
+        self.service = CompositorService(self.models)
+        self._grpc.add_generic_rpc_handlers((self.service.handler(), self.health.handler()))
         if settings.http:
             self._open_http()
         self.http_address = self._door.address if self._door else None
@@ -320,6 +320,16 @@ def _serve_logged(settings: Settings, log: LogWriter) -> int:
     tracing.configure()
     # the engine's thread needs the interpreter between two calls: a flood must not keep it waiting
     sys.setswitchinterval(_SWITCH_SECONDS)
+    compositor, filler, bundles = open_models(settings)
+    return asyncio.run(_serve(compositor, settings, log, filler, bundles))
+
+
+def open_models(settings: Settings) -> tuple[Compositor, Compositor | None, Bundles]:
+    """Opens the first model and what fills the holes of edits, and says where the other models are.
+
+    Raises:
+        AnyDoorError: one of the first two, or a segmenter, cannot be used.
+    """
     key = settings.trusted_key or None
     segmenter = Segmenter.load(*settings.segmenter, options=settings.engine, trusted_key=key)
     segmenter.load_graphs()
@@ -332,7 +342,7 @@ def _serve_logged(settings: Settings, log: LogWriter) -> int:
     compositor = bundles.load(bundles.open(bundles.names[0]))
     if plan := compositor.engine.describe():
         _log("memory plan", plan=plan.splitlines())
-    return asyncio.run(_serve(compositor, settings, log, filler, bundles))
+    return compositor, filler, bundles
 
 
 async def _serve(

@@ -32,11 +32,8 @@ class CompositorService:
 
     def __init__(self, models: Models) -> None:
         self._models = models
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        """What `grpc.aio.Server.add_generic_rpc_handlers` takes; `runtime.server.gate` calls the methods."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        self.methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Composite": unary(partial(self._finish, pb.CompositeRequest)),
             "CompositeStream": stream(partial(self._stream, pb.CompositeStreamRequest)),
             "Draw": unary(partial(self._finish, pb.DrawRequest)),
@@ -46,7 +43,11 @@ class CompositorService:
             "Segment": unary(self._segment),
             "GetModelInfo": unary(self._get_model_info),
         }
-        return grpc.method_handlers_generic_handler(NAME, methods)
+        """Name -> what `runtime.server.gate` serves a call with."""
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
+        return grpc.method_handlers_generic_handler(NAME, self.methods)
 
     async def _finish(
         self, kind: type[pb.CompositeRequest] | type[pb.DrawRequest], content: bytes, call: Call

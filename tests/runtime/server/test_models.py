@@ -368,6 +368,7 @@ def test_a_server_stops_while_a_model_waits(tiny_bundle: Path, loading: threadin
         server.run(server.server.stop())
         assert waits.result(PATIENCE).code() is grpc.StatusCode.UNAVAILABLE
         loading.set()
+        wait_until(lambda: not server.server.is_busy)
         server.server.stop = _stopped  # type: ignore[method-assign]
 
 
