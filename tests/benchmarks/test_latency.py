@@ -232,7 +232,7 @@ def test_a_run_leaves_tables_results_and_a_plot(
     assert ours["summary"]["50 steps"]["p50"] > ours["summary"]["20 steps"]["p50"]
 
 
-@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("channels", [4, pytest.param(9, marks=pytest.mark.nightly)])
 def test_stable_diffusion_runs_beside_the_pipeline_of_diffusers(
     channels: Literal[4, 9], tmp_path: Path, capsys: Capture
 ) -> None:

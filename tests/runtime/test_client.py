@@ -214,6 +214,7 @@ def test_leaving_the_stream_cancels(server: ServerThread, client: Client) -> Non
     stream = client.stream(Request(SCENE, [PLACEMENT], 7, Sampling(steps=50)))
     assert isinstance(next(stream), Queued)
     stream.close()  # type: ignore[attr-defined]
+    wait_until(lambda: not server.batcher.tickets)
     server.engine.release()
     begun = len(server.engine.steps)
     assert client.run(REQUEST)

@@ -104,6 +104,7 @@ def test_a_run_that_is_given_again_goes_on(run: Path, copy: Path) -> None:
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
+@pytest.mark.nightly
 def test_two_processes_go_through_all_stages(tmp_path: Path) -> None:
     """Each stage with its own precision and its own way to hold the weights."""
     sharded, half = {"batch": 1, "shard": True}, {"batch": 1, "precision": "bf16"}

@@ -10,8 +10,9 @@ import pytest
 from benchmarks.studies.prompt_presets import EXACT, OTHER_SEED, SETTINGS, main
 from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
 
+pytestmark = pytest.mark.nightly
 
-@pytest.mark.nightly
+
 def test_a_row_per_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n")
     output = tmp_path / "presets.json"

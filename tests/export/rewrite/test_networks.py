@@ -120,7 +120,7 @@ def test_sizes_that_the_kernels_take(precision: str) -> None:
     assert report.after["Transpose"] == 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.nightly)])
 def test_deterministic_operators(precision: str) -> None:
     """Nothing of the provider's group normalisation is left, and as many transposes cancel as with it."""
     model = block(precision, TAKEN)

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("views")
-    draw_views(folder, 2)
+    draw_views(folder, 1)
     return folder
 
 
@@ -39,8 +39,8 @@ def open_samples(folder: Path, window: int | None = None, drop: float = 0.0) -> 
 def test_a_batch_has_the_samples_that_there_are(views: Path, window: int | None) -> None:
     """Of five views each, all pairs, or, where the window is 0, every view twice: within a level or two."""
     samples = open_samples(views, window)
-    batch = samples.batch(range(50), CPU)
-    singly = [samples[number] for number in range(300)]
+    batch = samples.batch(range(20), CPU)
+    singly = [samples[number] for number in range(100)]
     expected = default_collate(singly)
     assert {name: (value.shape[1:], value.dtype) for name, value in batch.items()} == {
         name: (value.shape[1:], value.dtype) for name, value in expected.items()
@@ -52,7 +52,7 @@ def test_a_batch_has_the_samples_that_there_are(views: Path, window: int | None)
         assert off.min() < 2.01
         nearest.append(int(off.argmin()))
     np.testing.assert_allclose(batch["places"], expected["places"][nearest], atol=0.5)
-    assert len({singly[index]["picture"].tobytes() for index in nearest}) > 5
+    assert len({singly[index]["picture"].tobytes() for index in nearest}) > 3
 
 
 def test_a_reference_that_is_dropped_shows_no_places(views: Path) -> None:
