@@ -14,8 +14,10 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.results:
             require_writable(options.results)
         if not (options.reuse and bundle.exists()):
-            parts = build(options.checkpoint, bundle)
+            # what the exporter leaves in its process is no part of compositing
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                parts = process.submit(build, options.checkpoint, bundle).result()
             results["build"] = [asdict(part) for part in parts]
             print(f"\nbuilding\n{table(parts)}")
         parts = composite(bundle, Sampling(steps=options.steps), options)
