@@ -140,7 +140,11 @@ def test_resident_memory_keeps_to_the_bound(tiny_bundle: Path) -> None:
         "cache-bytes": 0,
     }
     flags = [f"--{name}={value}" for name, value in limits.items()]
-    with ServerProcess(tiny_bundle, *flags) as server, grpc.insecure_channel(server.address) as channel:
+    with (
+        ServerProcess(tiny_bundle, *flags) as server,
+        # eight pictures take 12 MB
+        grpc.insecure_channel(server.address, [("grpc.max_receive_message_length", -1)]) as channel,
+    ):
         stub: Any = CompositorServiceStub(channel)
         assert stub.Composite(message(steps=1), timeout=PATIENCE).images
         process = psutil.Process(server.process.pid)
