@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engines.engine import Engine
 from engines.spec import GraphSpec
 from runtime.result import Stopwatch
-from runtime.sampling.remembered import Remembered
+from runtime.sampling.remembered import Remembered, digest
 
 _KEPT = 32
 """References whose tokens are remembered; 1 MB each at full size."""
@@ -43,4 +43,4 @@ class ReferenceTokens:
                 picture = (image.astype(np.float32) / 255).transpose(2, 0, 1)[None]
                 return self._engine.to_host(self._engine.run(self._graph, {"reference": picture})["tokens"])
 
-        return self.kept.get(image.tobytes(), encode)
+        return self.kept.get(digest(image), encode)

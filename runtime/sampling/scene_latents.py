@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 
 import numpy as np
@@ -12,7 +11,7 @@ from engines.engine import Array, Engine
 from runtime.imaging.masked_scene import MaskedScene
 from runtime.result import Stopwatch
 from runtime.sampling.conditions import BankRows
-from runtime.sampling.remembered import Remembered
+from runtime.sampling.remembered import Remembered, digest
 
 BACKGROUND, BLEND, SCENE = "background", "blend", "scene"
 """Inputs of the step graph: latents of the scene; share of the latent that is drawn; mask, and latents of the
@@ -63,4 +62,4 @@ class SceneLatents:
                 outputs = self._engine.run(self._encoder, {"picture": picture[None]})
                 return self._engine.to_host(outputs["latent"])
 
-        return self.latents.get(hashlib.sha256(picture.tobytes()).digest(), compute)
+        return self.latents.get(digest(picture), compute)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from engines.errors import BundleError
 from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.presets import QUALITIES
-from runtime.imaging.boxes import Box
+from runtime.imaging.boxes import Box, bounding_box
 from runtime.imaging.collage import Hint, hint_at, shape_mask
 from runtime.imaging.geometry import Ratios, warn_of_enlargement, zoom_in
 from runtime.imaging.modes import MODES, Mode, check_mode
@@ -130,8 +130,10 @@ class Preprocessing:
             )
             target = load_target(placement.box, placement.mask, scene, limits.pixels, placement.keep_specks)
         with watch.measure("prepare"):
+            # nothing else of a large picture is looked at
+            crop = bounding_box(mask).slices
             reference = self._references.get(
-                digest(picture, mask, repr(ratios.reference)),
+                digest(picture[crop], mask[crop], repr(ratios.reference)),
                 lambda: prepare_reference(picture, mask, ratios.reference, self._reference_size),
             )
             hint, key = self._hint(scene, target, reference, ratios, mode)

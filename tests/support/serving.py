@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ from engines.engine import Engine, open_engine
 from engines.options import EngineOptions
 from runtime.client import Client
 from runtime.compositor import Compositor
+from runtime.request import Request
+from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
 from runtime.segmentation import Segmenter
 from runtime.server.batching import Batcher
@@ -213,3 +216,13 @@ class ServerThread:
         server = Server(self.compositor, self.settings)
         await server.start()
         return server
+
+
+def drawn_together(server: ServerThread, requests: Sequence[Request]) -> list[list[Composite]]:
+    """The pictures of unlike requests that share the engine's calls: it starts when all are ready."""
+    with server.client() as client, ThreadPoolExecutor() as pool:
+        server.engine.hold()
+        answers = [pool.submit(client.run, request) for request in requests]
+        wait_until(lambda: sum(bool(ticket.job) for ticket in server.batcher.tickets) == len(requests))
+        server.engine.release()
+        return [answer.result() for answer in answers]

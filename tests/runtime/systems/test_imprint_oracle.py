@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tests.support.imprint import (
     tiny_imprint_bundle,
 )
 from tests.support.pictures import Pixels, cutout, picture
-from tests.support.serving import ServerThread, wait_until
+from tests.support.serving import ServerThread, drawn_together
 from training.data.pairs import as_reference
 from training.network.architecture import LATENT_SCALE
 from training.network.checkpoint import read_checkpoint
@@ -167,12 +166,7 @@ def test_a_picture_of_the_server_is_the_one_alone_whoever_shares_its_batch(serve
         Request(scene, [Placement(mask=mask, mask_level="blob")], 9, Sampling(steps=4, guidance_scale=7.5)),
         Request(scene, [Placement(cutout(), mask=mask, mode="shape")], 9, Sampling(steps=3), num_images=1),
     ]
-    with server.client() as client, ThreadPoolExecutor() as pool:
-        server.engine.hold()
-        answers = [pool.submit(client.run, each) for each in requests]
-        wait_until(lambda: sum(bool(ticket.job) for ticket in server.batcher.tickets) == len(requests))
-        server.engine.release()
-        results = [answer.result() for answer in answers]
+    results = drawn_together(server, requests)
     assert max(len(timesteps) for timesteps in server.engine.steps) == 4
     alone = Compositor.load(server.compositor.bundle.path, CPU)
     for each, (found,) in zip(requests, results, strict=True):

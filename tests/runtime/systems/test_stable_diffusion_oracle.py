@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 from runtime import Compositor, EngineOptions, Placement, Request, Sampling
 from runtime.imaging.paste_back import paste_feathered
 from tests.support.pictures import Pixels, picture
-from tests.support.serving import ServerThread, wait_until
+from tests.support.serving import ServerThread, drawn_together
 from tests.support.stable_diffusion import pipeline, tiny_stable_diffusion_bundle
 
 SIDE, STEPS = 64, 10
@@ -167,12 +166,7 @@ def test_a_picture_of_the_server_is_the_one_alone_whoever_shares_its_batch(serve
         Request.drawing("10 cats", seed=9, sampling=Sampling(steps=4, guidance_scale=1.0)),
         Request.drawing("the mat", NEGATIVE, seed=9, sampling=Sampling(steps=3)),
     ]
-    with server.client() as client, ThreadPoolExecutor() as pool:
-        server.engine.hold()
-        answers = [pool.submit(client.run, request) for request in requests]
-        wait_until(lambda: sum(bool(ticket.job) for ticket in server.batcher.tickets) == len(requests))
-        server.engine.release()
-        results = [answer.result() for answer in answers]
+    results = drawn_together(server, requests)
     assert max(len(timesteps) for timesteps in server.engine.steps) == 4
     alone = Compositor.load(server.compositor.bundle.path, CPU)
     for request, (found,) in zip(requests, results, strict=True):
