@@ -10,11 +10,13 @@ from typing import Literal
 from runtime.errors import InputError
 from runtime.toml_file import read_settings, read_toml
 from training.data.augment import Augmentation
+from training.data.cut_outs import CutOutRules
 from training.data.pairs import CommonRules, Kind, PairRules
 from training.data.sources import SOURCES
 from training.loop_settings import LoopSettings
 from training.network.architecture import Architecture, ArchitectureError
 from training.network.imprint import ImprintArchitecture
+from training.network.segmenter import SegmenterArchitecture
 from training.network.stable_diffusion import StableDiffusionArchitecture
 from training.systems.anydoor import Denoising
 from training.systems.autoencoder import AutoencoderSettings, DecoderSettings
@@ -175,13 +177,26 @@ class StableDiffusionRecipe:
     """Their prompts."""
 
 
-AnyRecipe = Recipe | ImprintRecipe | DreamBoothRecipe | StableDiffusionRecipe
+@dataclass(frozen=True)
+class SegmenterRecipe:
+    """A training run of a small segmenter, on rendered objects."""
+
+    segmentation: LoopSettings
+    system: Literal["segmenter"] = "segmenter"
+    architecture: SegmenterArchitecture = field(default_factory=SegmenterArchitecture)
+    data: DataSettings = field(default_factory=DataSettings)
+    pictures: CutOutRules = field(default_factory=CutOutRules)
+    """How the pictures are made of the rendered views."""
+
+
+AnyRecipe = Recipe | ImprintRecipe | DreamBoothRecipe | StableDiffusionRecipe | SegmenterRecipe
 
 RECIPES: Mapping[str, type[AnyRecipe]] = {
     "anydoor": Recipe,
     "imprint": ImprintRecipe,
     "dreambooth": DreamBoothRecipe,
     "stable_diffusion": StableDiffusionRecipe,
+    "segmenter": SegmenterRecipe,
 }
 """System -> what its recipes say."""
 
@@ -199,7 +214,7 @@ def read_recipe(path: Path) -> AnyRecipe:
         recipe = read_settings(path, RECIPES[system], "the recipe")
     except ArchitectureError as error:
         raise InputError(f"'{path}': [architecture]: {error}") from error
-    if isinstance(recipe, DreamBoothRecipe | StableDiffusionRecipe):
+    if isinstance(recipe, DreamBoothRecipe | StableDiffusionRecipe | SegmenterRecipe):
         return recipe
     for source in recipe.sources:
         if source.name not in SOURCES:

@@ -33,7 +33,14 @@ from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from training.assemble import encoded_pairs, mixture, view_pairs
 from training.assemble_imprint import composite_samples, view_samples
-from training.config import DreamBoothRecipe, ImprintRecipe, Recipe, StableDiffusionRecipe, read_recipe
+from training.config import (
+    DreamBoothRecipe,
+    ImprintRecipe,
+    Recipe,
+    SegmenterRecipe,
+    StableDiffusionRecipe,
+    read_recipe,
+)
 from training.data.composites import Composites
 from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, rows_done
 from training.data.mixture import Mixture
@@ -46,6 +53,7 @@ from training.network.imprint import Imprint
 from training.network.modules import AnyDoor
 from training.preview_imprint import composite_column
 from training.sheets import column, write_sheet
+from training.stages.segmenter import segmentation_samples
 from training.stages.stable_diffusion import caption_samples
 from training.systems.anydoor import DiffusionTask
 from training.systems.imprint import ImprintTask, StageSettings
@@ -225,6 +233,19 @@ def inspect_captions(recipe: StableDiffusionRecipe, options: argparse.Namespace)
     print(f"the sheet: {options.output}")
 
 
+def inspect_cut_outs(recipe: SegmenterRecipe, folder: Path, options: argparse.Namespace) -> None:
+    """Draws pictures, each above its mask."""
+    samples = segmentation_samples(recipe, folder)
+    shown = []
+    for number in range(options.count):
+        sample = samples[number]
+        picture = np.rint(sample["picture"].transpose(1, 2, 0) * 127.5 + 127.5).astype(np.uint8)
+        mask = np.rint(sample["mask"].transpose(1, 2, 0) * 255).astype(np.uint8)
+        shown.append(np.concatenate([picture, np.repeat(mask, 3, 2)]))
+    write_sheet(shown, options.output)
+    print(f"the sheet: {options.output}")
+
+
 def inspect(options: argparse.Namespace) -> None:
     """Writes the sheet and prints what is measured."""
     recipe = read_recipe(options.recipe)
@@ -237,6 +258,9 @@ def inspect(options: argparse.Namespace) -> None:
         return
     if isinstance(recipe, StableDiffusionRecipe):
         inspect_captions(recipe, options)
+        return
+    if isinstance(recipe, SegmenterRecipe):
+        inspect_cut_outs(recipe, folder, options)
         return
     pairs = fresh_pairs(recipe, folder)
     numbers = ProgressBar(range(options.count), "drawing pairs", unit="pair", leave=False)

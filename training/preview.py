@@ -29,7 +29,7 @@ from runtime.imaging.reference import prepare_reference
 from runtime.systems.anydoor import DEFAULTS
 from training.assemble import trained_model
 from training.assemble_imprint import trained_imprint
-from training.config import DreamBoothRecipe, ImprintRecipe, Recipe, StableDiffusionRecipe, read_recipe
+from training.config import ImprintRecipe, Recipe, read_recipe
 from training.data.pairs import LARGEST_BOX, Picture, UnfitPairError, check_masks
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
 from training.data.view_store import as_shot
@@ -193,8 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe, folder = read_recipe(options.recipe), options.folder or Path("runs") / options.recipe.stem
         settings = options.count, options.steps, options.guidance_scale
-        if isinstance(recipe, DreamBoothRecipe | StableDiffusionRecipe):
-            raise InputError(f"'{options.recipe}': sheets of {recipe.system} are drawn while it is trained")
+        if not isinstance(recipe, ImprintRecipe | Recipe):
+            raise InputError(f"'{options.recipe}': there are no sheets of {recipe.system} after training")
         if isinstance(recipe, ImprintRecipe):
             imprint = trained_imprint(recipe, folder)
             trained = SceneDenoiser(imprint, backbone=False).state_dict()

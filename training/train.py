@@ -17,6 +17,9 @@ UNet and text encoder, `checkpoint` writes a folder in diffusers' layout.
 Stages of DreamBooth: `prior` draws the pictures of the class with the start, `subject` trains, and
 `checkpoint` writes what was learned, as it does whenever weights are saved.
 
+Stages of a small segmenter: `views` draws the objects, `segmentation` trains, `checkpoint` writes the network
+as ONNX.
+
 examples:
     python -m training.train training/recipes/anydoor-small.toml
     python -m training.train training/recipes/anydoor-small.toml --stage diffusion --folder runs/next
@@ -41,18 +44,26 @@ import torch
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
 from training.clock import TimeLimit, program_start
-from training.config import AnyRecipe, CommonRecipe, DreamBoothRecipe, StableDiffusionRecipe, read_recipe
+from training.config import (
+    AnyRecipe,
+    CommonRecipe,
+    DreamBoothRecipe,
+    SegmenterRecipe,
+    StableDiffusionRecipe,
+    read_recipe,
+)
 from training.loop import part_processes
 from training.loop_settings import LoopSettings
 from training.network.checkpoint import read_start
 from training.rare_tokens import warnings_for
-from training.stages import anydoor, dreambooth, imprint, stable_diffusion
+from training.stages import anydoor, dreambooth, imprint, segmenter, stable_diffusion
 
 STAGES: Mapping[str, Mapping[str, Callable[[Any, Path], None]]] = {
     "anydoor": anydoor.STAGES,
     "imprint": imprint.STAGES,
     "dreambooth": dreambooth.STAGES,
     "stable_diffusion": stable_diffusion.STAGES,
+    "segmenter": segmenter.STAGES,
 }
 """System -> its stages, in their order."""
 
@@ -66,10 +77,11 @@ def describe(recipe: AnyRecipe, stages: Sequence[str], folder: Path) -> str:
     lines += [f"{stage}: {_describe_loop(loop)}" for stage, loop in loops_of(recipe, stages).items()]
     if isinstance(recipe, DreamBoothRecipe):
         return "\n".join([*lines, recipe.subject.describe()])
-    sources = () if isinstance(recipe, StableDiffusionRecipe) else recipe.sources
+    sources = recipe.sources if isinstance(recipe, CommonRecipe) else ()
     sets = ", ".join(f"{source.name} ({source.root})" for source in sources)
     data = recipe.data
-    encoded = f"{data.pairs} pairs encoded once" if data.pairs else "pairs made anew for every step"
+    anew = not data.pairs or isinstance(recipe, SegmenterRecipe)
+    encoded = "samples made anew for every step" if anew else f"{data.pairs} pairs encoded once"
     lines.append(f"data: {sets or f'{data.objects} rendered objects, {encoded}'}")
     return "\n".join(lines)
 
@@ -114,7 +126,7 @@ def _check_start(recipe: AnyRecipe) -> None:
         _check_subject(recipe)
     elif isinstance(recipe, StableDiffusionRecipe):
         stable_diffusion.read_autoencoder(recipe.start, recipe.architecture)
-    elif recipe.start:
+    elif isinstance(recipe, CommonRecipe) and recipe.start:
         read_start(recipe.start, recipe.architecture)
 
 
@@ -161,6 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         recipe = read_recipe(options.recipe)
+        if options.start and isinstance(recipe, SegmenterRecipe):
+            raise InputError("--start: a segmenter goes on from what its folder has alone")
         if options.start:
             recipe = replace(recipe, start=str(options.start))
         _check_start(recipe)

@@ -1,0 +1,76 @@
+"""A small U-Net that says where the main object of a picture is.
+
+Source: U-Net (Ronneberger et al., 2015), with sums in place of concatenations; residual blocks with group
+normalisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+PATCH = 2
+"""Side of the square of pixels that the network takes as one."""
+
+
+@dataclass(frozen=True)
+class SegmenterArchitecture:
+    """Sizes of the network."""
+
+    side: int = 128
+    """Of its pictures, in pixels."""
+    channels: tuple[int, ...] = (16, 32, 64, 96, 96)
+    """Of each level; each has half the width and height of the one before."""
+    norm_groups: int = 8
+
+
+class _Block(nn.Module):
+    """Two convolutions beside the way through."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(groups, width), nn.GroupNorm(groups, width)
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """(N, C, h, w) -> the same shape."""
+        inner = self.conv1(F.silu(self.norm1(value)))
+        return value + self.conv2(F.silu(self.norm2(inner)))  # type: ignore[no-any-return]
+
+
+class Segmenter(nn.Module):
+    """Pictures (N, 3, S, S), -1..1 RGB -> logits of the main object (N, 1, S, S)."""
+
+    def __init__(self, architecture: SegmenterArchitecture) -> None:
+        super().__init__()
+        channels, groups = architecture.channels, architecture.norm_groups
+        steps = list(zip(channels, channels[1:]))
+        self.enter = nn.Conv2d(3 * PATCH**2, channels[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(wide, deep, 3, 2, 1) for wide, deep in steps)
+        self.encoder = nn.ModuleList(_Block(width, groups) for width in channels)
+        self.up = nn.ModuleList(nn.Conv2d(deep, wide, 1) for wide, deep in steps)
+        self.decoder = nn.ModuleList(_Block(width, groups) for width in channels[:-1])
+        self.leave = nn.Conv2d(channels[0], PATCH**2, 3, padding=1)
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """See the class."""
+        value = self.enter(F.pixel_unshuffle(picture, PATCH))
+        passed = []
+        for block, down in zip(self.encoder, self.down):
+            passed.append(value := block(value))
+            value = down(value)
+        value = self.encoder[-1](value)
+        for block, up, beside in zip(reversed(self.decoder), reversed(self.up), reversed(passed)):
+            value = block(beside + F.interpolate(up(value), beside.shape[2:]))
+        return F.pixel_shuffle(self.leave(value), PATCH)
+
+
+def overlap(mask: Tensor, truth: Tensor) -> Tensor:
+    """Intersection over union of masks (N, 1, H, W), 0..1, one for each (N,); 1 where both are empty."""
+    both = torch.minimum(mask, truth).sum((1, 2, 3))
+    either = torch.maximum(mask, truth).sum((1, 2, 3))
+    return torch.where(either > 0, both / either.clamp(min=1e-6), 1.0)
