@@ -214,7 +214,7 @@ class Fill:
     """How a network fills a hole."""
 
     prompt: str = ""
-    """What is there, in words."""
+    """What is there, in words, for a model that takes a prompt."""
     sampling: Sampling = field(default_factory=Sampling)
 
 

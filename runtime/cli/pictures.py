@@ -161,16 +161,20 @@ def make_pictures(request: Request, options: argparse.Namespace) -> None:
     write_output(options.output, results, options.grid)
 
 
-def load_compositor(options: argparse.Namespace) -> Compositor:
+def load_compositor(options: argparse.Namespace, taken: int = 0) -> Compositor:
     """Opens the bundle and the segmenters that the flags name.
+
+    Args:
+        options: parsed flags.
+        taken: bytes of the memory budget that are another model's.
 
     Raises:
         AnyDoorError: one of them cannot be used.
     """
     from runtime.compositor import Compositor
-    from runtime.segmentation import Segmenter
+    from runtime.segmentation import Segmenter, beside
 
-    engine = engine_options(options)
+    engine = beside(engine_options(options), taken)
     segmenter = Segmenter.load(*(options.segmenter or ()), options=engine)
     return Compositor.load(
         options.bundle or default_bundle(),

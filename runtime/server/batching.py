@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runtime.compositor import Compositor
-from runtime.edits import check_edit
+from runtime.edits.editor import check_edit
 from runtime.errors import InputError, in_field
 from runtime.imaging.sources import PictureLike
 from runtime.request import Edit, Request, Where
@@ -130,7 +130,7 @@ class Batcher:
         """Accepts an edit to be read; likewise. The result is `Planned`.
 
         Raises:
-            AnyDoorError: as `submit`, or as `runtime.edits.check_edit`.
+            AnyDoorError: as `submit`, or as `runtime.edits.editor.check_edit`.
         """
         check_edit(edit, self.compositor, filler, self.limits)
         self._accept(ticket, self._workers.plan, edit)

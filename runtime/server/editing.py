@@ -7,12 +7,13 @@ all requests. What is between two phases takes milliseconds, beside the event lo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 
-from runtime.edits import GUESS, Plan
+from runtime.edits.fillers import fill_request, filler_name
+from runtime.edits.plan import Plan
 from runtime.errors import collecting_warnings
 from runtime.imaging.picture import Picture
 from runtime.imaging.pictures import encode_picture
@@ -25,6 +26,9 @@ from runtime.server.events import Event, Finished, FinishedImage, Planned, StepD
 
 Follow = Callable[..., AsyncGenerator[Event, None]]
 """`ServedModel` has it."""
+
+Phase = tuple[Batcher, Request]
+"""Who draws, and what."""
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Editing:
         batcher: Batcher,
         filler: Batcher | None,
         follow: Follow,
-        check_previews: Callable[[int, Request], None],
+        check_previews: Callable[[int, Sequence[Phase]], None],
     ) -> None:
         """Keeps who does what.
 
@@ -79,15 +83,18 @@ class Editing:
         assert isinstance(planned, Planned)
         plan = planned.plan
         assert plan is not None
-        if preview_every and plan.placements:
-            self._check_previews(preview_every, plan.place_request(plan.scene))
-        course.all_steps = self._steps(plan)
+        phases = self._phases(plan)
+        if preview_every:
+            self._check_previews(preview_every, phases)
+        course.all_steps = sum(
+            sum(batcher.compositor.steps_of(request, batcher.limits)) for batcher, request in phases
+        )
         done: list[Finished] = [planned]
         watch = Stopwatch()
         scenes = [plan.scene]
         if self._filler and plan.has_hole:
-            accept = partial(self._filler.submit, plan.fill_request)
-            follow = self._follow(call, self._filler, accept)
+            accept = partial(self._filler.submit, phases[0][1])
+            follow = self._follow(call, self._filler, accept, preview_every=preview_every)
             async for event in self._phase(course, follow):
                 yield event
             assert course.finished
@@ -123,15 +130,14 @@ class Editing:
                     yield event
         course.before += steps
 
-    def _steps(self, plan: Plan) -> int:
-        """Steps of all phases."""
-        steps = 0
+    def _phases(self, plan: Plan) -> list[Phase]:
+        """What is drawn: what fills the holes, and what is placed, in the scene as it is before."""
+        phases: list[Phase] = []
         if self._filler and plan.has_hole:
-            steps += sum(self._filler.compositor.steps_of(plan.fill_request, self._filler.limits))
+            phases.append((self._filler, fill_request(plan, self._filler.compositor)))
         if plan.placements:
-            request = plan.place_request(plan.scene)
-            steps += sum(self._batcher.compositor.steps_of(request, self._batcher.limits))
-        return steps
+            phases.append((self._batcher, plan.place_request(plan.scene)))
+        return phases
 
     def _finished(self, plan: Plan, last: Finished, before: list[Finished], watch: Stopwatch) -> Finished:
         """The end of an edit: the pictures of its last phase, with all that came before."""
@@ -139,13 +145,13 @@ class Editing:
         for phase in (*before, last):
             for stage, time in phase.seconds.items():
                 seconds[stage] = seconds.get(stage, 0.0) + time
-        system = self._filler.compositor.bundle.manifest.system if self._filler else GUESS
+        name = filler_name(self._filler.compositor if self._filler else None)
         boxes = plan.hole_boxes
         return Finished(
             [replace(image, regions=(*boxes, *image.regions)) for image in last.images],
             seconds,
             list(dict.fromkeys(text for phase in (*before, last) for text in phase.warnings)),
-            filler=system if plan.has_hole else "",
+            filler=name if plan.has_hole else "",
         )
 
 

@@ -10,7 +10,7 @@ from engines.errors import AnyDoorError
 from runtime.imaging.boxes import Box
 
 if TYPE_CHECKING:
-    from runtime.edits import Plan
+    from runtime.edits.plan import Plan
 
 
 _SHOWN_NAMES = 20

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from engines.errors import AnyDoorError
 from runtime.compositor import Compositor
-from runtime.edits import require_inpainting
+from runtime.edits.fillers import require_filler
 from runtime.errors import InputError
 from runtime.segmentation import Segmenter, beside, bundle_bytes
 from runtime.server import tracing
@@ -336,7 +336,7 @@ def open_models(settings: Settings) -> tuple[Compositor, Compositor | None, Bund
     options, filler = segmenter.beside(settings.engine), None
     if settings.filler:
         filler = Compositor.load(settings.filler, options, cache_bytes=0, trusted_key=key)
-        require_inpainting(filler)
+        require_filler(filler)
         options = beside(options, bundle_bytes(filler.bundle))
     bundles = Bundles(settings, options, segmenter)
     compositor = bundles.load(bundles.open(bundles.names[0]))

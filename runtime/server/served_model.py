@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 from runtime.compositor import Compositor
-from runtime.edits import inpaints
+from runtime.edits.fillers import fills_holes
 from runtime.errors import InputError, in_field
 from runtime.imaging.sources import PictureLike
 from runtime.parameters import sampling_parameters
@@ -18,7 +18,7 @@ from runtime.request import Edit, Request, Where
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.batching import Batcher
 from runtime.server.call import Call
-from runtime.server.editing import Editing
+from runtime.server.editing import Editing, Phase
 from runtime.server.events import Event, Failed, Finished
 from runtime.server.metrics import Metrics
 from runtime.server.settings import Settings
@@ -59,7 +59,7 @@ class ServedModel:
             on_samples=metrics.batch_samples.labels(name).observe,
             on_seconds=metrics.step_seconds.labels(name).observe,
         )
-        self._filler = filler or (self.batcher if inpaints(compositor) else None)
+        self._filler = filler or (self.batcher if fills_holes(compositor) else None)
         self._editing = Editing(self.batcher, self._filler, self._follow, self._check_previews)
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class ServedModel:
             Exception: what the request failed with.
         """
         if preview_every:
-            self._check_previews(preview_every, request)
+            self._check_previews(preview_every, [(self.batcher, request)])
         accept = partial(self.batcher.submit, request)
         follow = self._follow(call, self.batcher, accept, file_format, preview_every)
         del request, accept  # a request that waits is kept once
@@ -179,15 +179,18 @@ class ServedModel:
             if ticket.open:
                 batcher.cancel(ticket)
 
-    def _check_previews(self, every: int, request: Request) -> None:
-        with in_field("sampling"):
-            steps = sampling_parameters(request.sampling, self.compositor.defaults).steps
-        most = self._settings.max_previews
-        # no preview of the last step of a placement: the picture itself comes then
-        previews = len(request.placements) * ((steps - 1) // every)
-        if previews > most:
+    def _check_previews(self, every: int, phases: Sequence[Phase]) -> None:
+        previews = 0
+        for batcher, request in phases:
+            with in_field("sampling"):
+                steps = sampling_parameters(request.sampling, batcher.compositor.defaults).steps
+            # no preview of the last step of a placement: the picture itself comes then
+            previews += len(request.placements) * ((steps - 1) // every)
+        if previews > self._settings.max_previews:
             with in_field("preview_every"):
-                raise InputError(f"{previews} previews of each picture; at most {most} are made")
+                raise InputError(
+                    f"{previews} previews of each picture; at most {self._settings.max_previews} are made"
+                )
 
 
 def common_settings(settings: Settings) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class Settings:
     )
     filler: str = _setting(
         "",
-        "directory of a bundle of Stable Diffusion for inpainting, which fills the holes of edits; without "
-        "one backgrounds are guessed",
+        "directory of a bundle of Stable Diffusion for inpainting, or of IMPRINT, which fills the holes of "
+        "edits; without one models that can do it themselves, and other backgrounds are guessed",
         metavar="DIR",
     )
     require_signature: bool = _setting(False, "serve a bundle only if it is signed by the trusted key")

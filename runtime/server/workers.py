@@ -13,7 +13,7 @@ from functools import partial
 
 from runtime.compositor import Compositor
 from runtime.drawing import Picture
-from runtime.edits import plan_edit
+from runtime.edits.plan import plan_edit
 from runtime.errors import collecting_warnings, in_field
 from runtime.imaging.pictures import check_format, encode_mask, encode_picture
 from runtime.imaging.sources import PictureLike

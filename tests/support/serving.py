@@ -183,6 +183,9 @@ class ServerThread:
         self.settings = Settings(**{"bundle": str(bundle), "listen": ("127.0.0.1:0",), **settings})
         self.compositor, self.engine = held_compositor(bundle)
         self.compositor.segmenter = Segmenter.load(*self.settings.segmenter)
+        self.filler: Compositor | None = None
+        if self.settings.filler:
+            self.filler, self.filler_engine = held_compositor(Path(self.settings.filler))
         self.loop = asyncio.new_event_loop()
         self._ready: threading.Event = threading.Event()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -213,7 +216,7 @@ class ServerThread:
         return self.server.models.first.batcher
 
     async def _start(self) -> Server:
-        server = Server(self.compositor, self.settings)
+        server = Server(self.compositor, self.settings, self.filler)
         await server.start()
         return server
 

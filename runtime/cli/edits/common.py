@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtime.cli.flags import engine_options, given, parse_box, parse_click
 from runtime.cli.output import check_output, write_output
@@ -68,9 +68,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--filler",
         type=Path,
         metavar="DIR",
-        help="bundle of Stable Diffusion for inpainting (default: the background is guessed)",
+        help="bundle of Stable Diffusion for inpainting, or of IMPRINT (default: --bundle if it can, else the "
+        "background is guessed)",
     )
-    group.add_argument("--fill-prompt", metavar="TEXT", help="what is there, in words")
+    group.add_argument("--fill-prompt", metavar="TEXT", help="what is there, in words, for a filler that takes a prompt")
     group.add_argument("--fill-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
     add_picture_flags(parser)
 
@@ -126,6 +127,9 @@ def run_edit(options: argparse.Namespace, action: Action) -> int:
 def _load(options: argparse.Namespace) -> Editor:
     from runtime.compositor import Compositor
     from runtime.edits import Editor
+    from runtime.segmentation import bundle_bytes
 
-    filler: Any = Compositor.load(options.filler, engine_options(options)) if options.filler else None
-    return Editor(load_compositor(options), filler)
+    if not options.filler:
+        return Editor(load_compositor(options))
+    filler = Compositor.load(options.filler, engine_options(options))
+    return Editor(load_compositor(options, taken=bundle_bytes(filler.bundle)), filler)

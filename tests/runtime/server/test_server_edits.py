@@ -9,7 +9,8 @@ import grpc
 import numpy as np
 import pytest
 
-from runtime.edits import GUESS, Editor
+from runtime.edits import Editor
+from runtime.edits.fillers import GUESS
 from runtime.errors import InputError, MissingModelError
 from runtime.request import (
     Action,

@@ -11,7 +11,8 @@ from PIL import Image
 
 from engines.options import EngineOptions
 from runtime.compositor import Compositor
-from runtime.edits import GUESS, Editor
+from runtime.edits import Editor
+from runtime.edits.fillers import GUESS
 from runtime.errors import InputError, MissingModelError
 from runtime.imaging.boxes import Box
 from runtime.imaging.holes import hole_of
@@ -163,7 +164,7 @@ def test_two_objects_on_one_click_are_refused(editor: Editor) -> None:
 
 
 def test_a_filler_must_be_one(editor: Editor) -> None:
-    with pytest.raises(InputError, match=r"cannot fill holes: a filler is a model that takes prompts"):
+    with pytest.raises(InputError, match=r"cannot fill holes: a filler is a model that sees the scene"):
         Editor(editor.compositor, editor.compositor)
     with pytest.raises(MissingModelError, match="--filler BUNDLE") as caught:
         editor.run(edit(Remove(), fill=Fill("a desk")))

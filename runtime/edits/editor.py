@@ -1,0 +1,174 @@
+"""Edits scenes in one thread; the server does the same in several (`runtime.server.editing`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from PIL import Image
+
+from runtime.compositor import Compositor, StepCallback
+from runtime.edits.fillers import check_fill, fill_request, filler_name, fills_holes, require_filler
+from runtime.edits.plan import Plan, plan_edit
+from runtime.errors import InputError, collecting_warnings, in_field, warn
+from runtime.imaging.picture import Picture
+from runtime.imaging.scene import load_scene
+from runtime.imaging.sources import PictureLike
+from runtime.request import (
+    Action,
+    Edit,
+    Placement,
+    Remove,
+    Request,
+    Sampling,
+    Swap,
+    SwapPlaces,
+    TryOn,
+    Where,
+)
+from runtime.result import Composite, Stopwatch
+from runtime.validation import LARGEST, Limits, check_seeds
+
+
+def check_edit(edit: Edit, compositor: Compositor, filler: Compositor | None, limits: Limits) -> None:
+    """Refuses what can be refused before anything is decoded.
+
+    Args:
+        edit: what is asked for.
+        compositor: places objects; its segmenter finds them.
+        filler: fills holes, if there is one.
+        limits: what the edit may ask for.
+
+    Raises:
+        InputError: names the field.
+    """
+    check_seeds(edit.seed or 0, edit.num_images, limits)
+    with in_field("where"):
+        compositor.segmenter.check(edit.where)
+    if isinstance(edit.action, SwapPlaces):
+        with in_field("other"):
+            compositor.segmenter.check(edit.action.other)
+    if isinstance(edit.action, Swap | TryOn):
+        given = edit.action.placement
+        with in_field("placement"):
+            if given.box is not None or given.mask is not None:
+                raise InputError("the place is where the object is: leave out box and mask")
+    if not isinstance(edit.action, Remove):
+        request = Request(edit.scene, [Placement(edit.scene)], edit.seed, edit.sampling, edit.num_images)
+        compositor.steps_of(request, limits)
+    elif edit.sampling != Sampling():
+        with in_field("sampling"):
+            raise InputError("nothing is placed when an object is removed: say how its hole is filled")
+    check_fill(edit, filler, limits)
+
+
+class Editor:
+    """Edits scenes with a Compositor, whose segmenter finds the objects.
+
+    editor = Editor(Compositor.load("build/engines/anydoor", segmenter=Segmenter.load("build/engines/sam")))
+    image = editor.edit("desk.jpg", Where(clicks=[(120, 80)]), Move((300, 60, 420, 260)), seed=7)
+    """
+
+    def __init__(self, compositor: Compositor, filler: Compositor | None = None) -> None:
+        """Keeps the models.
+
+        Args:
+            compositor: places objects.
+            filler: fills the holes that they leave; the compositor itself if None and it can, else they are
+                guessed.
+
+        Raises:
+            InputError: the filler cannot.
+        """
+        if filler is not None:
+            require_filler(filler)
+        self.compositor = compositor
+        self.filler = filler or (compositor if fills_holes(compositor) else None)
+
+    def edit(
+        self,
+        scene: PictureLike,
+        where: Where,
+        action: Action,
+        on_step: StepCallback | None = None,
+        **others: Any,
+    ) -> Image.Image:
+        """The edited scene.
+
+        Args:
+            scene: as of `Compositor.composite`.
+            where: the object is.
+            action: what is done to it.
+            on_step: called with (steps done, steps in all).
+            others: fields of `Edit`.
+
+        Raises:
+            InputError: something about the edit cannot be used, in one sentence.
+        """
+        result = self.run(Edit(scene, where, action, **others), on_step)[0]
+        for text in result.warnings:
+            warn(text)
+        return result.to_pillow()
+
+    def run(self, edit: Edit, on_step: StepCallback | None = None) -> list[Composite]:
+        """All pictures of an edit, with seeds, regions and times.
+
+        Args:
+            edit: what is asked for.
+            on_step: called with (steps done, steps in all).
+
+        Raises:
+            InputError: something about the edit cannot be used, in one sentence.
+        """
+        check_edit(edit, self.compositor, self.filler, LARGEST)
+        watch = Stopwatch()
+        with collecting_warnings() as warnings:
+            plan = plan_edit(edit, self.compositor.segmenter, LARGEST, watch)
+            return self._run(plan, watch, warnings, on_step)
+
+    def _run(
+        self, plan: Plan, watch: Stopwatch, warnings: list[str], on_step: StepCallback | None
+    ) -> list[Composite]:
+        edit = plan.edit
+        filler = self.filler if plan.has_hole else None
+        fill_steps = sum(filler.steps_of(fill_request(plan, filler))) if filler else 0
+        place_steps = sum(self.compositor.steps_of(plan.place_request(plan.scene))) if plan.placements else 0
+        all_steps = fill_steps + place_steps
+
+        def following(before: int) -> StepCallback | None:
+            return (lambda done, _: on_step(before + done, all_steps)) if on_step else None
+
+        scenes = [plan.scene]
+        if plan.has_hole:
+            with watch.measure("fill"):
+                drawn = filler.run(fill_request(plan, filler), following(0)) if filler else []
+                # of a scene with colours of its own, the model's picture is in those
+                scenes = [plan.fill(load_scene(of.to_pillow())[0]) for of in drawn] or [plan.fill()]
+        if plan.placements:
+            results = self.compositor.run(plan.place_request(scenes[0]), following(fill_steps))
+        else:
+            results = [removed(plan, scenes[i % len(scenes)], plan.seed + i) for i in range(edit.num_images)]
+        name = filler_name(filler) if plan.has_hole else ""
+        return [finished(result, plan, name, watch, warnings) for result in results]
+
+
+def removed(plan: Plan, scene: Picture, seed: int) -> Composite:
+    """The result of an edit that places nothing."""
+    return Composite(scene.pixels, seed, (), {}, scene.metadata)
+
+
+def finished(
+    result: Composite, plan: Plan, filler: str, watch: Stopwatch, warnings: Sequence[str]
+) -> Composite:
+    """A picture of an edit, with all that came before it was placed."""
+    seconds = dict(result.seconds)
+    for stage, time in watch.seconds.items():
+        seconds[stage] = seconds.get(stage, 0.0) + time
+    return replace(
+        result,
+        regions=(*plan.hole_boxes, *result.regions),
+        seconds=seconds,
+        warnings=tuple(dict.fromkeys((*warnings, *result.warnings))),
+        filler=filler,
+    )

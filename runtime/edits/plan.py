@@ -1,0 +1,179 @@
+"""What an edit will do: its objects are found, and what is placed instead is known."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import InputError, in_field
+from runtime.imaging.boxes import Box, smallest_box
+from runtime.imaging.decoding import UPRIGHT
+from runtime.imaging.guess_background import guess_background
+from runtime.imaging.holes import fade, filled, hole_of
+from runtime.imaging.masks import MaskedPicture, load_mask
+from runtime.imaging.picture import Picture
+from runtime.imaging.scene import load_scene
+from runtime.imaging.target import check_box
+from runtime.request import Edit, Move, Placement, Remove, Request, Reshape, Swap, SwapPlaces, TryOn
+from runtime.result import Stopwatch
+from runtime.segmentation import Segmenter
+from runtime.validation import MAX_SEED, Limits
+
+_TRY_ON_CROP_RATIO = 1.3
+_SAME_OBJECT = 0.5
+"""Share of the smaller of two objects that both have, from which on they are the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """An edit whose objects are found."""
+
+    edit: Edit
+    seed: int
+    scene: Picture
+    """Upright."""
+    seen: NDArray[np.uint8]
+    """What networks see of it, (H, W, 3)."""
+    objects: Sequence[NDArray[np.bool_]]
+    """Masks (H, W) of what leaves a hole."""
+    placements: Sequence[Placement]
+
+    @cached_property
+    def share(self) -> NDArray[np.float32]:
+        """How much of what fills the holes is seen, (H, W), 0..1."""
+        share: NDArray[np.float32] = np.max([fade(mask) for mask in self.objects], axis=0)
+        return share
+
+    @cached_property
+    def hole(self) -> NDArray[np.bool_]:
+        """Everything that is filled, (H, W)."""
+        hole: NDArray[np.bool_] = np.logical_or.reduce([hole_of(mask) for mask in self.objects])
+        return hole
+
+    @property
+    def has_hole(self) -> bool:
+        """Whether anything is to be filled."""
+        return bool(self.objects)
+
+    def place_request(self, scene: Picture) -> Request:
+        """What the compositor is asked for, with the holes filled."""
+        edit = self.edit
+        return Request(scene, self.placements, self.seed, edit.sampling, edit.num_images)
+
+    def fill(self, drawn: NDArray[np.uint8] | None = None) -> Picture:
+        """The scene with its holes filled, and no other pixel changed.
+
+        Args:
+            drawn: the scene (H, W, 3) in sRGB with the holes drawn over; they are guessed if None.
+        """
+        if drawn is None:
+            drawn = guess_background(self.seen, self.hole)
+        return filled(self.scene, self.seen, drawn, self.share)
+
+    @property
+    def hole_boxes(self) -> tuple[Box, ...]:
+        """The smallest box around each hole."""
+        return tuple(smallest_box(hole_of(mask)) for mask in self.objects)
+
+
+def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch) -> Plan:
+    """Reads the scene, and finds the objects. Uses no engine but the segmenter's, and may run in any thread.
+
+    Args:
+        edit: what is asked for.
+        segmenter: finds the objects.
+        limits: what it may ask for.
+        watch: counts the stages read and segment.
+
+    Raises:
+        InputError: something about the edit cannot be used, in one sentence.
+    """
+    with watch.measure("read"), in_field("scene"):
+        seen, scene = load_scene(edit.scene, limits.pixels)
+    with watch.measure("segment"), in_field("where"):
+        mask = segmenter.find(scene, edit.where, limits.pixels, "the scene")
+    found = _Found(edit, replace(scene, orientation=UPRIGHT), seen, mask)
+    if isinstance(edit.action, SwapPlaces):
+        with watch.measure("segment"), in_field("other"):
+            other = segmenter.find(scene, edit.action.other, limits.pixels, "the scene")
+            plan = found.swapped(other)
+    elif isinstance(edit.action, Reshape):
+        with watch.measure("read"), in_field("to"):
+            of = MaskedPicture("the scene", seen.shape, scene.orientation)
+            plan = found.reshaped(load_mask(edit.action.to, "the new outline", limits.pixels, of))
+    else:
+        plan = found.placed(edit.action)
+    with in_field("where"):
+        for each in plan.objects:
+            hole_of(each)  # refuses one that is too large
+    return plan
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """An edit whose object is found."""
+
+    edit: Edit
+    scene: Picture
+    seen: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+
+    @property
+    def own(self) -> Placement:
+        """The object itself, without a place."""
+        return Placement(self.scene, reference_mask=self.mask, mode="keep_background")
+
+    def swapped(self, other: NDArray[np.bool_]) -> Plan:
+        """The plan of `SwapPlaces`."""
+        _check_different(self.mask, other)
+        first, second = smallest_box(self.mask), smallest_box(other)
+        placements = [
+            replace(self.own, box=_instead(first, second)),
+            replace(self.own, reference_mask=other, box=_instead(second, first)),
+        ]
+        return self._plan([self.mask, other], placements)
+
+    def reshaped(self, shape: NDArray[np.bool_]) -> Plan:
+        """The plan of `Reshape`."""
+        return self._plan([self.mask], [replace(self.own, mask=shape, mode="shape")])
+
+    def placed(self, action: Remove | Move | Swap | TryOn) -> Plan:
+        """The plan of the others."""
+        if isinstance(action, Remove):
+            return self._plan([self.mask], [])
+        if isinstance(action, Move):
+            with in_field("to"):
+                to = check_box(action.to, (self.seen.shape[1], self.seen.shape[0]))
+            return self._plan([self.mask], [replace(self.own, box=to)])
+        given = action.placement
+        if isinstance(action, TryOn):
+            ratio = given.crop_ratio or _TRY_ON_CROP_RATIO
+            return self._plan(
+                [], [replace(given, mask=self.mask, mode=given.mode or "shape", crop_ratio=ratio)]
+            )
+        if given.mode == "shape":
+            return self._plan([self.mask], [replace(given, mask=self.mask)])
+        mode = given.mode or "keep_background"
+        return self._plan([self.mask], [replace(given, box=smallest_box(self.mask), mode=mode)])
+
+    def _plan(self, objects: Sequence[NDArray[np.bool_]], placements: Sequence[Placement]) -> Plan:
+        seed = secrets.randbelow(MAX_SEED >> 32) if self.edit.seed is None else self.edit.seed
+        return Plan(self.edit, seed, self.scene, self.seen, objects, placements)
+
+
+def _check_different(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> None:
+    smaller = min(np.count_nonzero(one), np.count_nonzero(other))
+    if np.count_nonzero(one & other) > _SAME_OBJECT * smaller:
+        raise InputError("both places show the same object, and two are needed: click on another one")
+
+
+def _instead(own: Box, place: Box) -> Box:
+    """Where an object goes in another's place: that one's centre and height, and its own proportions."""
+    width = max(1, round(place.height * own.width / own.height))
+    x0 = (place.x0 + place.x1 - width) // 2
+    return Box(x0, place.y0, x0 + width, place.y1)

@@ -1,0 +1,155 @@
+"""Holes are filled by Stable Diffusion for inpainting, by IMPRINT without an object, or by a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.options import EngineOptions
+from runtime import Compositor
+from runtime.edits import Editor
+from runtime.edits.fillers import GUESS
+from runtime.errors import InputError
+from runtime.imaging.holes import hole_of
+from runtime.request import (
+    Action,
+    Edit,
+    Fill,
+    Move,
+    Placement,
+    Remove,
+    Reshape,
+    Sampling,
+    Swap,
+    SwapPlaces,
+    TryOn,
+    Where,
+)
+from tests.support.imprint import tiny_imprint_bundle
+from tests.support.serving import object_array, scene_array
+from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
+
+CPU = EngineOptions(backend="onnxruntime", device="cpu", threads=1)
+SCENE = scene_array(width=96, height=64)
+CUP, VASE, TALL = np.zeros((3, 64, 96), bool)
+CUP[20:40, 10:30] = VASE[14:50, 66:76] = TALL[10:42, 14:26] = True
+FILLERS = ("stable_diffusion", "imprint", GUESS)
+STEPS = {"stable_diffusion": 2, "imprint": 2, GUESS: 0}
+ACTIONS = {
+    "remove": (Remove(), [CUP], 0),
+    "move": (Move((50, 20, 90, 50)), [CUP], 1),
+    "reshape": (Reshape(TALL), [CUP], 1),
+    "swap": (Swap(Placement(object_array())), [CUP], 1),
+    "swap-places": (SwapPlaces(Where(mask=VASE)), [CUP, VASE], 2),
+    "try-on": (TryOn(Placement(object_array())), [], 1),
+}
+
+
+@pytest.fixture(scope="module")
+def editors(tiny_bundle: Path) -> dict[str, Editor]:
+    compositor = Compositor.load(tiny_bundle, CPU)
+    fillers = {"stable_diffusion": tiny_stable_diffusion_bundle(9), "imprint": tiny_imprint_bundle()}
+    loaded = {name: Editor(compositor, Compositor.load(path, CPU)) for name, path in fillers.items()}
+    return {**loaded, GUESS: Editor(compositor)}
+
+
+def edit(action: Action, filler: str, **others: object) -> Edit:
+    fill = Fill() if filler == GUESS else Fill(sampling=Sampling(steps=2))
+    sampling = Sampling() if isinstance(action, Remove) else Sampling(steps=2)
+    given = {"seed": 3, "fill": fill, "sampling": sampling, **others}
+    return Edit(SCENE, Where(mask=CUP), action, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("filler", FILLERS)
+@pytest.mark.parametrize("name", ACTIONS)
+def test_nothing_but_holes_and_places_changes(editors: dict[str, Editor], name: str, filler: str) -> None:
+    action, objects, places = ACTIONS[name]
+    steps: list[tuple[int, int]] = []
+    first = editors[filler].run(edit(action, filler), lambda *step: steps.append(step))[0]
+    again = editors[filler].run(edit(action, filler))[0]
+    np.testing.assert_array_equal(first.image, again.image)
+    allowed = np.logical_or.reduce([np.zeros_like(CUP), *map(hole_of, objects)])
+    for region in first.regions[len(objects) :]:
+        allowed[region.slices] = True
+    changed = (first.image != SCENE).any(axis=2)
+    assert not (changed & ~allowed).any()
+    assert changed[hole_of(CUP)].any()
+    assert first.filler == (filler if objects else "")
+    count = 2 * places + (STEPS[filler] if objects else 0)
+    assert steps == [(step, count) for step in range(1, count + 1)]
+
+
+def test_each_filler_fills_otherwise_and_each_seed(editors: dict[str, Editor]) -> None:
+    filled = {name: editors[name].run(edit(Remove(), name))[0].image[CUP] for name in FILLERS}
+    assert len({picture.tobytes() for picture in filled.values()}) == 3
+    for name in ("stable_diffusion", "imprint"):
+        two = editors[name].run(edit(Remove(), name, num_images=2))
+        assert [each.seed for each in two] == [3, 4]
+        np.testing.assert_array_equal(two[0].image[CUP], filled[name])
+        assert (two[1].image[CUP] != filled[name]).any()
+
+
+def test_a_prompt_says_what_is_there(editors: dict[str, Editor]) -> None:
+    plain, told = (
+        editors["stable_diffusion"].run(
+            edit(Remove(), "stable_diffusion", fill=Fill(prompt, Sampling(steps=2)))
+        )[0]
+        for prompt in ("", "a cat")
+    )
+    assert (plain.image != told.image).any()
+    with pytest.raises(InputError, match="IMPRINT fills holes here, and takes no prompt") as caught:
+        editors["imprint"].run(edit(Remove(), "imprint", fill=Fill("a cat")))
+    assert caught.value.field == "fill.prompt"
+
+
+def test_a_model_that_can_fills_its_own_holes(editors: dict[str, Editor]) -> None:
+    imprint = editors["imprint"].filler
+    assert imprint is not None
+    moved = Editor(imprint).run(edit(Move((50, 20, 90, 50)), "imprint"))[0]
+    assert moved.filler == "imprint"
+    # with the settings of a model that is told nothing: without guidance, which would change nothing
+    removed, guided = (
+        Editor(imprint).run(edit(Remove(), "imprint", fill=Fill(sampling=Sampling(steps=2, **more))))[0]
+        for more in ({}, {"guidance_scale": 3.0})
+    )
+    assert np.abs(removed.image.astype(int) - guided.image).max() <= 1
+
+
+@pytest.mark.parametrize("stop", [1, 3], ids=["while-filling", "while-drawing"])
+def test_an_edit_that_is_left_leaves_nothing_behind(editors: dict[str, Editor], stop: int) -> None:
+    asked = edit(Move((50, 20, 90, 50)), "stable_diffusion")
+    before = editors["stable_diffusion"].run(asked)[0]
+
+    def leave(done: int, total: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        editors["stable_diffusion"].run(asked, leave)
+    np.testing.assert_array_equal(editors["stable_diffusion"].run(asked)[0].image, before.image)
+
+
+@pytest.mark.parametrize(
+    ("fill", "field", "reason"),
+    [
+        (Fill(sampling=Sampling(steps=0)), "fill.sampling.steps", "steps must be"),
+        (Fill(sampling=Sampling(control_scale=1.0)), "fill.sampling.control_scale", "has no control_scale"),
+        (Fill("cat " * 80), "placements[0].prompt", "longer than the 75 tokens"),
+    ],
+)
+def test_refusals(editors: dict[str, Editor], fill: Fill, field: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        editors["stable_diffusion"].run(edit(Remove(), "stable_diffusion", fill=fill))
+    assert caught.value.field == field
+
+
+def test_a_filler_sees_the_scene(tiny_bundle: Path) -> None:
+    """A model without channels for the scene, and one that places objects alone, are none."""
+    refused: list[Callable[[], Path]] = [lambda: tiny_stable_diffusion_bundle(4), lambda: tiny_bundle]
+    for bundle in refused:
+        compositor = Compositor.load(bundle(), CPU)
+        with pytest.raises(InputError, match="cannot fill holes: a filler is a model that sees the scene"):
+            Editor(compositor, compositor)
