@@ -111,6 +111,12 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
         help="heads of the ID encoder, if not stored (default: width / 64)",
     )
     parser.add_argument(
+        "--references",
+        type=int,
+        metavar="N",
+        help="pictures of an object that a placement may have, for AnyDoor and IMPRINT (default: 1)",
+    )
+    parser.add_argument(
         "--ema",
         action="store_true",
         default=None,

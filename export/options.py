@@ -88,6 +88,8 @@ class SourceOptions:
     """Channels per attention head of the UNet."""
     dino_heads: int | None = None
     """Attention heads of the ID encoder."""
+    references: int | None = None
+    """Most pictures of an object that a placement may have."""
     ema: bool | None = None
     """Whether to take the averages of weights, of those that have one."""
     variant: str | None = None
@@ -113,6 +115,15 @@ class SourceOptions:
             if getattr(self, name) is not None and name not in taken:
                 flags = ", ".join(map(flag, taken))
                 raise AnyDoorError(f"{flag(name)} does not go with {system}, which takes {flags}")
+
+    def __post_init__(self) -> None:
+        """Refuses a number of references that no bundle has.
+
+        Raises:
+            AnyDoorError: names the option.
+        """
+        if self.references is not None and self.references < 1:
+            raise AnyDoorError(f"--references must be at least 1, not {self.references}")
 
 
 NOTHING_GIVEN = SourceOptions()

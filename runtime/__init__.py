@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from engines.options import EngineOptions
     from runtime.compositor import Compositor
     from runtime.errors import InputError
-    from runtime.request import Placement, Request, Sampling
+    from runtime.request import Placement, Request, Sampling, View
     from runtime.result import Composite
     from runtime.segmentation import Segmenter
 
@@ -32,6 +32,7 @@ _HOMES = {
     "Request": "runtime.request",
     "Sampling": "runtime.request",
     "Segmenter": "runtime.segmentation",
+    "View": "runtime.request",
 }
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Request",
     "Sampling",
     "Segmenter",
+    "View",
 ]
 
 

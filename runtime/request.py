@@ -21,6 +21,17 @@ AUTOMATIC = "auto"
 
 
 @dataclass(frozen=True, eq=False)
+class View:
+    """Another picture of the object of a placement."""
+
+    picture: PictureLike
+    mask: PictureLike | None = None
+    """As `Placement.reference_mask`."""
+    clicks: Sequence[Sequence[int]] | None = None
+    """As `Placement.reference_clicks`."""
+
+
+@dataclass(frozen=True, eq=False)
 class Placement:
     """What is drawn, and its place in the scene. Models take either a reference or a prompt."""
 
@@ -57,6 +68,9 @@ class Placement:
     reference_clicks: Sequence[Sequence[int]] | None = None
     """What says where the object is in the reference, instead of a mask: (x, y) on it, or (x, y, False)
     beside it, in pixels of the upright picture; see `runtime.segmentation`."""
+    views: Sequence[View] | None = None
+    """More views of the object, for a bundle that takes several. Their order does not matter; the details of
+    `reference` are what AnyDoor puts into its place."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from runtime.imaging.plain_background import cut_from_plain
 from runtime.imaging.sources import PictureLike
 from runtime.imaging.specks import large_pieces
 from runtime.imaging.target import check_box
-from runtime.request import Placement, Request, Where, is_automatic
+from runtime.request import Placement, Request, View, Where, is_automatic
 from runtime.result import Stopwatch
 from runtime.validation import in_placement
 
@@ -293,32 +293,48 @@ def check_segmenter(request: Request, segmenter: Segmenter) -> None:
         InputError: names the placement.
     """
     for index, placement in enumerate(request.placements):
-        if placement.reference_clicks is not None:
-            with in_placement(request, index), in_field("reference_clicks"):
-                check_clicks(placement.reference_clicks)
-                segmenter.require_clicks()
+        given = {"reference_clicks": placement.reference_clicks}
+        given |= {f"views[{i}].clicks": view.clicks for i, view in enumerate(placement.views or ())}
+        for name, clicks in given.items():
+            if clicks is not None:
+                with in_placement(request, index), in_field(name):
+                    check_clicks(clicks)
+                    segmenter.require_clicks()
 
 
 def cut_out(placement: Placement, segmenter: Segmenter, max_pixels: int, watch: Stopwatch) -> Placement:
-    """The placement with a mask where the object is, if that is to be found.
+    """The placement with masks where its object is, if that is to be found.
 
     Args:
         placement: as the caller gave it.
         segmenter: finds it.
-        max_pixels: of the reference.
+        max_pixels: of the reference, and of each view.
         watch: counts the stages read and segment.
 
     Raises:
-        InputError: the reference cannot be read, or no object is found in it.
+        InputError: a picture cannot be read, or no object is found in it.
     """
-    clicks = placement.reference_clicks
-    if clicks is None and not is_automatic(placement.reference_mask):
+
+    def found(given: View, names: tuple[str, str, str], title: str) -> View:
+        if given.clicks is None and not is_automatic(given.mask):
+            return given
+        of_picture, of_mask, of_clicks = names
+        with in_field(of_picture), watch.measure("read"):
+            picture: Picture = load_picture(given.picture, title, max_pixels)
+        with in_field(of_mask if given.clicks is None else of_clicks), watch.measure("segment"):
+            mask = segmenter.mask(picture, given.clicks, name=title)
+        # the mask is upright, as the picture is
+        return View(replace(picture, orientation=UPRIGHT), mask)
+
+    views = []
+    for index, view in enumerate(placement.views or ()):
+        with in_field(f"views[{index}]"):
+            views.append(found(view, ("picture", "mask", "clicks"), "the view"))
+    placement = replace(placement, views=views or None)
+    if placement.reference is None:
         return placement
-    assert placement.reference is not None
-    with in_field("reference"), watch.measure("read"):
-        picture: Picture = load_picture(placement.reference, "the reference", max_pixels)
-    with in_field("reference_mask" if clicks is None else "reference_clicks"), watch.measure("segment"):
-        mask = segmenter.mask(picture, clicks, name="the reference")
-    # the mask is upright, as the picture is
-    upright = replace(picture, orientation=UPRIGHT)
-    return replace(placement, reference=upright, reference_mask=mask, reference_clicks=None)
+    given = View(placement.reference, placement.reference_mask, placement.reference_clicks)
+    first = found(given, ("reference", "reference_mask", "reference_clicks"), "the reference")
+    return replace(
+        placement, reference=first.picture, reference_mask=first.mask, reference_clicks=first.clicks
+    )

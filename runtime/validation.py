@@ -53,7 +53,11 @@ LARGEST = Limits()
 
 _CONDITIONS = {
     "reference": ("reference", "places what a reference shows", ("prompt", "negative_prompt")),
-    "text": ("prompt", "draws what a prompt says", ("reference", "reference_mask", "reference_clicks")),
+    "text": (
+        "prompt",
+        "draws what a prompt says",
+        ("reference", "reference_mask", "reference_clicks", "views"),
+    ),
 }
 """Condition -> the field that has it, what the model does with that, and the fields of the other one."""
 
@@ -72,6 +76,8 @@ class Abilities:
     """Presets that were measured on them."""
     fills: bool = False
     """Whether they draw without a condition, too: what the scene goes on with."""
+    views: int = 0
+    """Most pictures of an object that a placement may have."""
 
 
 def check_usable(request: Request, abilities: Abilities) -> None:
@@ -142,13 +148,32 @@ def _check_condition(placement: Placement, abilities: Abilities) -> None:
     with in_field(wanted):
         if getattr(placement, wanted) is None and not abilities.fills:
             raise InputError(f"{title} {instead}: give a {wanted}")
-    with in_field("reference_clicks"):
-        if placement.reference_mask is not None and placement.reference_clicks is not None:
-            raise InputError("a reference has either a mask or clicks that say where the object is, not both")
+    _check_views(placement, abilities)
     for name in ("prompt", "negative_prompt"):
         with in_field(name):
             if (prompt := getattr(placement, name)) is not None:
                 check_prompt(prompt)
+
+
+def _check_views(placement: Placement, abilities: Abilities) -> None:
+    """Refuses views of an object that are too many, or of none; and what says twice where the object is."""
+    views = placement.views or ()
+    with in_field("views"):
+        if views and placement.reference is None:
+            raise InputError("views are given, and no reference: give the first of them as the reference")
+        if len(views) >= max(abilities.views, 1):
+            raise InputError(
+                f"{len(views) + 1} pictures of an object are given, and this bundle takes {abilities.views}: "
+                f"build one with --references {len(views) + 1}, or give every object a place of its own"
+            )
+    said = [("reference_clicks", placement.reference_mask, placement.reference_clicks)]
+    said += [(f"views[{index}].clicks", view.mask, view.clicks) for index, view in enumerate(views)]
+    for name, mask, clicks in said:
+        with in_field(name):
+            if mask is not None and clicks is not None:
+                raise InputError(
+                    "a reference has either a mask or clicks that say where the object is, not both"
+                )
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:

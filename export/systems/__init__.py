@@ -33,8 +33,11 @@ def open_source(path: Path, options: SourceOptions = NOTHING_GIVEN) -> ExportSou
         return StableDiffusionSource.open(path, options)
     checkpoint = read_checkpoint(path, options.unet_head_width, options.dino_heads, bool(options.ema))
     is_imprint = isinstance(checkpoint.architecture, ImprintArchitecture)
-    options.require("IMPRINT" if is_imprint else "AnyDoor", "unet_head_width", "dino_heads", "ema")
-    return (ImprintSource if is_imprint else AnyDoorSource)(checkpoint)
+    options.require(
+        "IMPRINT" if is_imprint else "AnyDoor", "unet_head_width", "dino_heads", "ema", "references"
+    )
+    source = ImprintSource if is_imprint else AnyDoorSource
+    return source(checkpoint, options.references or 1)
 
 
 def published_source(precision: str, system: str = "anydoor") -> ExportSource:

@@ -74,7 +74,7 @@ class AnyDoorSource(ReferenceSource):
 
     def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
         """The four graphs, the largest first."""
-        specs = graph_specs(self._checkpoint.architecture, size[0], BANK_DTYPES[precision])
+        specs = graph_specs(self._checkpoint.architecture, size[0], BANK_DTYPES[precision], self._references)
         return [GraphExport(spec, partial(self._load, name), EXAMPLES) for name, spec in specs.items()]
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
@@ -102,7 +102,7 @@ _NUMBERS = (
 
 
 def graph_specs(
-    architecture: Architecture, resolution: int, detail_dtype: str = "float32"
+    architecture: Architecture, resolution: int, detail_dtype: str = "float32", references: int = 1
 ) -> dict[str, GraphSpec]:
     """Graph -> its signature.
 
@@ -110,10 +110,11 @@ def graph_specs(
         architecture: sizes of the network.
         resolution: side of the picture and of the hint, in pixels.
         detail_dtype: float16 in an fp16 bundle: the detail maps of all steps are what fills the memory.
+        references: pictures of an object that its tokens are of.
     """
     size = (resolution, resolution)
     latent = latent_shape(architecture, size)
-    tokens = (architecture.token_count, architecture.token_width)
+    tokens = (references * architecture.token_count, architecture.token_width)
     detail_maps = tuple(
         TensorSpec(f"detail_{index:02d}", detail_dtype, (MAPS, *shape))
         for index, shape in enumerate(architecture.detail_shapes(resolution))

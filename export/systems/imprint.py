@@ -76,7 +76,7 @@ class ImprintSource(ReferenceSource):
         examples = {**EXAMPLES, **SCENE_EXAMPLES}
         return [
             GraphExport(spec, partial(self._load, name), examples)
-            for name, spec in graph_specs(self._architecture, size).items()
+            for name, spec in graph_specs(self._architecture, size, self._references).items()
         ]
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
@@ -88,14 +88,16 @@ class ImprintSource(ReferenceSource):
         return GRAPH_MODULES[graph](self._part(PARTS[graph], dtype)).eval()
 
 
-def graph_specs(architecture: ImprintArchitecture, size: Size) -> dict[str, GraphSpec]:
+def graph_specs(architecture: ImprintArchitecture, size: Size, references: int = 1) -> dict[str, GraphSpec]:
     """Graph -> its signature.
 
     Args:
         architecture: sizes of the network.
         size: of the picture.
+        references: pictures of an object that its tokens are of.
     """
-    tokens = f32("tokens", CONDITIONS, architecture.token_count, architecture.token_width)
+    count = references * architecture.token_count
+    tokens = f32("tokens", CONDITIONS, count, architecture.token_width)
     specs = (
         id_encoder_spec(architecture),
         blended_step_spec(architecture, size, tokens),

@@ -42,12 +42,14 @@ class ReferenceSource:
 
     tokenizer = None
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, references: int = 1) -> None:
         self.path = checkpoint.path
         self.dtype = checkpoint.dtype
         self.defaults = checkpoint.defaults
         self.architecture: Mapping[str, Any] = asdict(checkpoint.architecture)
         self._checkpoint = checkpoint
+        self._references = references
+        """Pictures of an object that its tokens are of."""
 
     @classmethod
     def without_weights(cls: type[_Source], architecture: Architecture, dtype: torch.dtype) -> _Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from runtime.cli.standard_streams import read_standard_input
 from runtime.errors import InputError
 from runtime.imaging.mask_levels import MASK_LEVELS, MaskLevel, check_mask_level
 from runtime.imaging.modes import MODES
-from runtime.request import AUTOMATIC, Placement, Request
+from runtime.request import AUTOMATIC, Placement, Request, View
 
 NAME = "composite"
 HELP = "Put one or more objects into a scene"
@@ -63,7 +64,8 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=Path,
         metavar="FILE",
-        help="picture of the object; of all pictures, one may be -, standard input",
+        help="picture of the object; of all pictures, one may be -, standard input; several, with one place, "
+        "are views of one object",
     )
     group.add_argument(
         "--prompt",
@@ -174,16 +176,20 @@ def run(options: argparse.Namespace) -> int:
     (scene,), objects, masks, places = read_standard_input([options.scene], objects, masks, places)
     check_output(options.output, scene, options.num_images, options.grid)
     common = given(options, _PLACEMENT)
+    masks = [AUTOMATIC if mask == Path(AUTOMATIC) else mask for mask in masks or [None] * len(objects)]
     placements = [
         Placement(
             **_object(what),
-            reference_mask=AUTOMATIC if mask == Path(AUTOMATIC) else mask,
+            reference_mask=mask,
             reference_clicks=clicks.get(index),
             **_place(place),
             **common,
         )
-        for index, (what, place, mask) in enumerate(zip(objects, places, masks or [None] * len(objects)))
+        for index, (what, place, mask) in enumerate(zip(objects, places, masks))
     ]
+    if len(places) < len(objects):
+        views = [View(objects[index], masks[index], clicks.get(index)) for index in range(1, len(objects))]
+        placements = [replace(placements[0], views=views)]
     make_pictures(Request.of(scene, placements, **common_arguments(options)), options)
     return 0
 
@@ -203,7 +209,8 @@ def _check_counts(objects: list[Path | str], places: int, masks: int) -> None:
         raise InputError("there is nothing to place: give a --reference, or a --prompt")
     if 0 < references < len(objects):
         raise InputError("--reference and --prompt are given: a model takes one of them")
-    if places != len(objects):
+    # several references with one place are views of one object
+    if places != len(objects) and not (places == 1 < references):
         raise InputError(
             f"{len(objects)} {kinds} and {places} --box or --mask are given: "
             f"every {kinds.removeprefix('--')} needs one place"

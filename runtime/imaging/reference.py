@@ -50,7 +50,11 @@ class PreparedReference:
 
 
 def load_reference(
-    source: PictureLike, mask: PictureLike | None, max_pixels: int = MAX_PIXELS, keep_specks: bool = False
+    source: PictureLike,
+    mask: PictureLike | None,
+    max_pixels: int = MAX_PIXELS,
+    keep_specks: bool = False,
+    fields: tuple[str, str] = ("reference", "reference_mask"),
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Decodes the picture of an object, and where the object is in it.
 
@@ -59,6 +63,7 @@ def load_reference(
         mask: where the object is; the picture's opaque part if None.
         max_pixels: of each picture.
         keep_specks: whether pixels far from the object belong to it; see `runtime.imaging.specks`.
+        fields: what a request calls the picture, and the mask.
 
     Returns:
         (H, W, 3) uint8 sRGB and the mask (H, W).
@@ -66,9 +71,9 @@ def load_reference(
     Raises:
         InputError: a picture cannot be used, or nothing says where the object is.
     """
-    with in_field("reference"):
+    with in_field(fields[0]):
         picture = load_picture(source, "the reference", max_pixels)
-    with in_field("reference_mask"):
+    with in_field(fields[1]):
         if mask is not None:
             name = "the reference mask"
             of = MaskedPicture("the reference", picture.rgb.shape, picture.orientation)

@@ -92,7 +92,7 @@ class CompositeRequest(_message.Message):
     def __init__(self, scene: _Optional[bytes] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "mask_level", "reference_clicks", "automatic_mask", "prompt", "negative_prompt", "keep_specks")
+    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "mask_level", "reference_clicks", "automatic_mask", "prompt", "negative_prompt", "keep_specks", "views")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_MASK_FIELD_NUMBER: _ClassVar[int]
     BOX_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class Placement(_message.Message):
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     KEEP_SPECKS_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
     reference: bytes
     reference_mask: bytes
     box: Box
@@ -117,7 +118,20 @@ class Placement(_message.Message):
     prompt: str
     negative_prompt: str
     keep_specks: bool
-    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ..., reference_clicks: _Optional[_Iterable[_Union[Point, _Mapping]]] = ..., automatic_mask: _Optional[bool] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., keep_specks: _Optional[bool] = ...) -> None: ...
+    views: _containers.RepeatedCompositeFieldContainer[View]
+    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ..., reference_clicks: _Optional[_Iterable[_Union[Point, _Mapping]]] = ..., automatic_mask: _Optional[bool] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., keep_specks: _Optional[bool] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ...) -> None: ...
+
+class View(_message.Message):
+    __slots__ = ("picture", "mask", "clicks", "automatic_mask")
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    CLICKS_FIELD_NUMBER: _ClassVar[int]
+    AUTOMATIC_MASK_FIELD_NUMBER: _ClassVar[int]
+    picture: bytes
+    mask: bytes
+    clicks: _containers.RepeatedCompositeFieldContainer[Point]
+    automatic_mask: bool
+    def __init__(self, picture: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., clicks: _Optional[_Iterable[_Union[Point, _Mapping]]] = ..., automatic_mask: _Optional[bool] = ...) -> None: ...
 
 class Point(_message.Message):
     __slots__ = ("x", "y", "outside")
@@ -404,7 +418,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults", "condition", "picture_width", "picture_height", "scene_channels", "qualities", "fills", "automatic_masks", "clicks", "filler", "model", "models")
+    __slots__ = ("version", "checkpoint_sha256", "precision", "backend", "device", "resolution", "max_batch", "limits", "system", "defaults", "condition", "picture_width", "picture_height", "scene_channels", "qualities", "fills", "automatic_masks", "clicks", "filler", "model", "models", "views")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
@@ -426,6 +440,7 @@ class GetModelInfoResponse(_message.Message):
     FILLER_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
     version: str
     checkpoint_sha256: str
     precision: str
@@ -447,7 +462,8 @@ class GetModelInfoResponse(_message.Message):
     filler: str
     model: str
     models: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ..., fills: _Optional[bool] = ..., automatic_masks: _Optional[bool] = ..., clicks: _Optional[bool] = ..., filler: _Optional[str] = ..., model: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
+    views: int
+    def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ..., fills: _Optional[bool] = ..., automatic_masks: _Optional[bool] = ..., clicks: _Optional[bool] = ..., filler: _Optional[str] = ..., model: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., views: _Optional[int] = ...) -> None: ...
 
 class ModelDefaults(_message.Message):
     __slots__ = ("sampling", "mode", "ratios", "mask_level")

@@ -1,8 +1,9 @@
-"""ID tokens of references."""
+"""ID tokens of references: of one picture of an object, or of several."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,13 @@ _KEPT = 32
 class ReferenceTokens:
     """Runs the ID encoder; remembers the tokens of pictures."""
 
-    def __init__(self, engine: Engine, spec: GraphSpec, sizes: Mapping[str, int]) -> None:
+    def __init__(self, engine: Engine, spec: GraphSpec, step: GraphSpec, sizes: Mapping[str, int]) -> None:
         """Starts empty.
 
         Args:
             engine: runs the graphs.
             spec: of the ID encoder.
+            step: takes the tokens.
             sizes: variable dimension -> its size for one sample.
         """
         self._engine = engine
@@ -32,8 +34,24 @@ class ReferenceTokens:
         self.side = spec.tensor("reference").resolve(sizes)[-1]
         """Of the picture that the encoder takes, in pixels."""
         self.shape = spec.tensor("tokens").resolve(sizes)
-        """Of the tokens of a reference, (1, T, D)."""
+        """Of the tokens of a picture, (1, T, D)."""
+        self.views = step.tensor("tokens").resolve(sizes)[1] // self.shape[1]
+        """N, how many pictures of an object the step graph takes."""
         self.kept = Remembered[bytes, NDArray[np.float32]](_KEPT)
+
+    def of_views(self, images: Sequence[NDArray[np.uint8]], watch: Stopwatch) -> NDArray[np.float32]:
+        """Tokens (1, N T, D) of 1 to N pictures of an object; see `of`.
+
+        Fewer than N are repeated. Attention over tokens that are all there equally often is attention over
+        them once, but for rounding. Where N is no multiple, those that come first in the order of their
+        digests count once more: in whichever order they are given, the result is the same to the bit.
+        """
+        ordered = sorted(images, key=digest)
+        return np.concatenate([self.of(image, watch) for image in islice(cycle(ordered), self.views)], axis=1)
+
+    def repeated(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Tokens (1, T, D) of what is no picture, for the step graph: (1, N T, D)."""
+        return np.tile(tokens, (1, self.views, 1))
 
     def of(self, image: NDArray[np.uint8], watch: Stopwatch) -> NDArray[np.float32]:
         """Tokens (1, T, D) of a reference (S, S, 3) RGB on white; `watch` counts the stage condition."""

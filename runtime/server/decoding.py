@@ -177,7 +177,15 @@ class PictureReader:
             "reference_mask", given.reference_mask, "the reference mask", reference, "the reference"
         )
         mask = self.mask("mask", given.mask, SCENE_MASK, scene, "the scene")
-        return replace(given, reference=upright(reference), reference_mask=inside, mask=mask)
+        views = []
+        for index, view in enumerate(given.views or ()):
+            with in_field(f"views[{index}]"):
+                picture = self.picture("picture", view.picture, "the view")
+                shown = self.mask("mask", view.mask, "the mask of the view", picture, "the view")
+                views.append(replace(view, picture=upright(picture), mask=shown))
+        return replace(
+            given, reference=upright(reference), reference_mask=inside, mask=mask, views=views or None
+        )
 
     def where(self, where: Where, scene: Any) -> Where:
         """Where an object of a scene is, with its mask."""

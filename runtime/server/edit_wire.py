@@ -20,18 +20,14 @@ from runtime.request import (
     check_prompt,
 )
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.wire import (
-    FORMATS,
-    file_format_of,
-    file_of,
+from runtime.server.placement_wire import (
     message_from_where,
-    number_of,
     placement_from_message,
     placement_message,
-    sampling_from_message,
-    sampling_message,
     where_from_message,
 )
+from runtime.server.wire import file_format_of, sampling_from_message, sampling_message
+from runtime.server.wire_values import FORMATS, file_of, number_of
 
 
 def edit_from_message(message: pb.EditRequest) -> tuple[Edit, str]:

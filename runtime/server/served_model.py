@@ -23,7 +23,8 @@ from runtime.server.events import Event, Failed, Finished
 from runtime.server.metrics import Metrics
 from runtime.server.settings import Settings
 from runtime.server.ticket import Ticket
-from runtime.server.wire import CONDITIONS, QUALITIES, defaults_message
+from runtime.server.wire import defaults_message
+from runtime.server.wire_values import CONDITIONS, QUALITIES
 from runtime.version import version
 
 _POLL_SECONDS = 0.05
@@ -108,6 +109,7 @@ class ServedModel:
             filler=self._filler.compositor.bundle.manifest.system if self._filler else "",
             model=self.name,
             models=models,
+            views=abilities.views,
         )
 
     async def events(

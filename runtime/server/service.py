@@ -18,7 +18,8 @@ from runtime.server.edit_wire import edit_from_message
 from runtime.server.events import Event, Finished, Preview
 from runtime.server.models import Models
 from runtime.server.parsing import parse
-from runtime.server.wire import Message, event_message, request_from_message, where_from_message
+from runtime.server.placement_wire import where_from_message
+from runtime.server.wire import Message, event_message, request_from_message
 
 NAME: str = pb.DESCRIPTOR.services_by_name["CompositorService"].full_name
 

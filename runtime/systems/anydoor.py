@@ -6,7 +6,7 @@ run_gradio_demo.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from runtime.imaging.collage import Hint, hint_at, shape_mask
 from runtime.imaging.geometry import Ratios, warn_of_enlargement, zoom_in
 from runtime.imaging.modes import MODES, Mode, check_mode
 from runtime.imaging.paste_back import paste_back, pasted_region
-from runtime.imaging.reference import PreparedReference, load_reference, prepare_reference
+from runtime.imaging.reference import PreparedReference, prepare_reference
 from runtime.imaging.target import load_target
 from runtime.parameters import PlacementParameters, SamplingParameters
 from runtime.request import Placement
@@ -32,6 +32,7 @@ from runtime.sampling.reference_tokens import ReferenceTokens
 from runtime.sampling.remembered import Remembered, digest
 from runtime.sampling.running_batch import guided_steps
 from runtime.systems.system import Model
+from runtime.systems.views import load_views
 from runtime.validation import Abilities, Limits
 
 ID_ENCODER = "id_encoder"
@@ -64,6 +65,9 @@ class AnyDoorPlacement:
     """A placement without its full-size reference: a job that waits keeps no more than it needs."""
 
     reference: PreparedReference
+    """Its details go into the hint."""
+    views: Sequence[NDArray[np.uint8]]
+    """All pictures of the object, the reference's among them; each as the ID encoder takes it."""
     target: Box | NDArray[np.bool_]
     mode: Mode
     ratios: Ratios
@@ -125,20 +129,24 @@ class Preprocessing:
         mode, ratios = MODES[parameters.mode], parameters.ratios
         with watch.measure("read"):
             assert placement.reference is not None
-            picture, mask = load_reference(
-                placement.reference, placement.reference_mask, limits.pixels, placement.keep_specks
-            )
+            read = load_views(placement, limits.pixels)
             target = load_target(placement.box, placement.mask, scene, limits.pixels, placement.keep_specks)
         with watch.measure("prepare"):
-            # nothing else of a large picture is looked at
-            crop = bounding_box(mask).slices
-            reference = self._references.get(
-                digest(picture[crop], mask[crop], repr(ratios.reference)),
-                lambda: prepare_reference(picture, mask, ratios.reference, self._reference_size),
-            )
+            reference, *others = [self._reference(picture, mask, ratios) for picture, mask in read]
             hint, key = self._hint(scene, target, reference, ratios, mode)
         warn_of_enlargement(hint.geometry, (self._resolution, self._resolution))
-        return AnyDoorPlacement(reference, target, mode, ratios, hint, key)
+        views = [each.image for each in (reference, *others)]
+        return AnyDoorPlacement(reference, views, target, mode, ratios, hint, key)
+
+    def _reference(
+        self, picture: NDArray[np.uint8], mask: NDArray[np.bool_], ratios: Ratios
+    ) -> PreparedReference:
+        # nothing else of a large picture is looked at
+        crop = bounding_box(mask).slices
+        return self._references.get(
+            digest(picture[crop], mask[crop], repr(ratios.reference)),
+            lambda: prepare_reference(picture, mask, ratios.reference, self._reference_size),
+        )
 
     def renew(
         self, prepared: AnyDoorPlacement, scene: NDArray[np.uint8], watch: Stopwatch
@@ -182,7 +190,6 @@ class Preprocessing:
 class AnyDoor(Preprocessing):
     """The system with a model; see `runtime.systems.system.System`."""
 
-    abilities = ABILITIES
     defaults = DEFAULTS
 
     def __init__(self, model: Model) -> None:
@@ -196,9 +203,13 @@ class AnyDoor(Preprocessing):
         if missing:
             raise BundleError(f"the bundle at '{model.bundle.path}' has no graph '{missing[0]}'")
         self._engine = model.engine
-        self._tokens = ReferenceTokens(model.engine, manifest.specs[ID_ENCODER], manifest.typical_sizes)
+        self._tokens = ReferenceTokens(
+            model.engine, manifest.specs[ID_ENCODER], manifest.step, manifest.typical_sizes
+        )
+        self.abilities = replace(ABILITIES, views=self._tokens.views)
         super().__init__(manifest.resolution, self._tokens.side)
-        self._unconditional_tokens = model.constant("unconditional_tokens", self._tokens.shape)
+        no_reference = model.constant("unconditional_tokens", self._tokens.shape)
+        self._unconditional_tokens = self._tokens.repeated(no_reference)
         self._window = model.control_window
         self.cache = DetailMapCache(model.cache_bytes)
         """Detail maps that are kept for re-rolls."""
@@ -208,7 +219,7 @@ class AnyDoor(Preprocessing):
     ) -> AnyDoorConditions:
         """Encodes the reference, unless its ID tokens are remembered; detail maps are computed when
         needed."""
-        tokens = self._tokens.of(prepared.reference.image, watch)
+        tokens = self._tokens.of_views(prepared.views, watch)
         guided = guided_steps(sampling, schedule)
         if any(guided):
             tokens = np.concatenate([tokens, self._unconditional_tokens])

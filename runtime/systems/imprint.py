@@ -7,7 +7,8 @@ say is chosen here; docs/systems.md lists it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.diffusion.presets import EXACT
 from runtime.errors import InputError, in_field
-from runtime.imaging.reference import load_reference, prepare_reference
+from runtime.imaging.reference import prepare_reference
 from runtime.parameters import PlacementParameters
 from runtime.request import Placement
 from runtime.result import Stopwatch
@@ -23,6 +24,7 @@ from runtime.sampling.reference_tokens import ReferenceTokens
 from runtime.sampling.remembered import Remembered
 from runtime.systems.inpainting import Inpainting
 from runtime.systems.system import Model
+from runtime.systems.views import load_views
 from runtime.validation import Abilities, Limits
 
 ID_ENCODER = "id_encoder"
@@ -44,14 +46,13 @@ DEFAULTS: Mapping[str, Any] = {
 
 ABILITIES = Abilities("IMPRINT", "reference", DEFAULTS, [EXACT], fills=True)
 
-Reference = NDArray[np.uint8] | None
-"""(S, S, 3) RGB on white; None if there is nothing to draw but the scene."""
+Reference = Sequence[NDArray[np.uint8]]
+"""Pictures of the object, (S, S, 3) RGB on white; none if there is nothing to draw but the scene."""
 
 
 class Imprint(Inpainting[Reference]):
     """The system with a model; see `runtime.systems.system.System`."""
 
-    abilities = ABILITIES
     defaults = DEFAULTS
 
     def __init__(self, model: Model) -> None:
@@ -61,9 +62,12 @@ class Imprint(Inpainting[Reference]):
             BundleError: a graph or a constant is missing.
         """
         super().__init__(model, ID_ENCODER)
-        spec, sizes = model.bundle.manifest.specs[ID_ENCODER], model.bundle.manifest.typical_sizes
-        self._tokens = ReferenceTokens(model.engine, spec, sizes)
-        self._no_reference = model.constant("unconditional_tokens", self._tokens.shape)
+        manifest = model.bundle.manifest
+        spec, sizes = manifest.specs[ID_ENCODER], manifest.typical_sizes
+        self._tokens = ReferenceTokens(model.engine, spec, manifest.step, sizes)
+        self.abilities = replace(ABILITIES, views=self._tokens.views)
+        no_reference = model.constant("unconditional_tokens", self._tokens.shape)
+        self._no_reference = self._tokens.repeated(no_reference)
 
     def read(
         self, placement: Placement, parameters: PlacementParameters, limits: Limits, watch: Stopwatch
@@ -77,21 +81,20 @@ class Imprint(Inpainting[Reference]):
             with in_field("reference_mask"):
                 if placement.reference_mask is not None:
                     raise InputError("a reference mask is given, and no reference: give both, or neither")
-            return None
+            return ()
         with watch.measure("read"):
-            picture, mask = load_reference(
-                placement.reference, placement.reference_mask, limits.pixels, placement.keep_specks
-            )
+            read = load_views(placement, limits.pixels)
         with watch.measure("prepare"):
-            return prepare_reference(picture, mask, parameters.ratios.reference, self._tokens.side).image
+            how = parameters.ratios.reference, self._tokens.side
+            return [prepare_reference(picture, mask, *how).image for picture, mask in read]
 
     def tokens(self, what: Reference, watch: Stopwatch) -> NDArray[np.float32]:
-        """The reference's, (1, T, D)."""
-        return self._no_reference if what is None else self._tokens.of(what, watch)
+        """The object's, (1, N T, D)."""
+        return self._tokens.of_views(what, watch) if what else self._no_reference
 
     def unconditional_tokens(self, what: Reference, watch: Stopwatch) -> NDArray[np.float32]:
         """Those of no reference; there is nothing to lead away from where there is none."""
-        return self._no_reference[: what is not None]
+        return self._no_reference[: bool(what)]
 
     @property
     def kept_tokens(self) -> Remembered[Any, Any]:

@@ -43,6 +43,9 @@ class ModuleEngine:
     def run_steps(self, *arguments: Any) -> dict[str, Any]:
         return run_step_by_step(self, *arguments)  # type: ignore[arg-type]
 
+    def nbytes(self, tensor: Array) -> int:
+        return tensor.nbytes
+
     def to_device(self, array: Array) -> Array:
         return array
 

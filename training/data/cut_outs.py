@@ -1,4 +1,4 @@
-"""Pictures with one main object, and its exact mask: rendered scenes, and rendered objects before a backdrop."""
+"""Pictures with a main object and its exact mask: rendered scenes, and objects before a backdrop."""
 
 from __future__ import annotations
 

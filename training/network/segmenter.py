@@ -7,6 +7,7 @@ normalisation.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -48,7 +49,7 @@ class Segmenter(nn.Module):
     def __init__(self, architecture: SegmenterArchitecture) -> None:
         super().__init__()
         channels, groups = architecture.channels, architecture.norm_groups
-        steps = list(zip(channels, channels[1:]))
+        steps = list(pairwise(channels))
         self.enter = nn.Conv2d(3 * PATCH**2, channels[0], 3, padding=1)
         self.down = nn.ModuleList(nn.Conv2d(wide, deep, 3, 2, 1) for wide, deep in steps)
         self.encoder = nn.ModuleList(_Block(width, groups) for width in channels)

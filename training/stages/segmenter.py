@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-
 from engines.spec import GraphSpec, TensorSpec
 from training import seeds
 from training.assemble import stage_weights

@@ -68,10 +68,12 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--filler",
         type=Path,
         metavar="DIR",
-        help="bundle of Stable Diffusion for inpainting, or of IMPRINT (default: --bundle if it can, else the "
-        "background is guessed)",
+        help="bundle of Stable Diffusion for inpainting, or of IMPRINT (default: --bundle if it can, else "
+        "the background is guessed)",
     )
-    group.add_argument("--fill-prompt", metavar="TEXT", help="what is there, in words, for a filler that takes a prompt")
+    group.add_argument(
+        "--fill-prompt", metavar="TEXT", help="what is there, in words, for a filler that takes a prompt"
+    )
     group.add_argument("--fill-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
     add_picture_flags(parser)
 

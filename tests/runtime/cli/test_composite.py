@@ -225,7 +225,10 @@ def test_machine_options_that_do_not_fit(
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--reference", "b.png"], "2 --reference and 1 --box or --mask are given"),
+        (
+            ["--reference", "b.png", *["--box", "1,2,3,4"] * 2],
+            "2 --reference and 3 --box or --mask are given",
+        ),
         (["--box", "1,2,3,4"], "1 --reference and 2 --box or --mask are given"),
         (
             ["--reference", "b.png", "--mask", "b_place.png", "--reference-mask", "a_mask.png"],

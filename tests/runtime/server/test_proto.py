@@ -21,7 +21,7 @@ from runtime.imaging.pictures import WRITABLE_FORMATS, load_picture
 from runtime.request import Blank, Placement, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc import generate
-from runtime.server import wire
+from runtime.server import wire_values
 from runtime.server.wire import defaults_message, message_from_request, request_from_message
 from tests.support.serving import BOX, OBJECT, SCENE, held_compositor
 
@@ -79,12 +79,12 @@ def test_everything_is_documented() -> None:
 
 
 def test_wire_has_every_name() -> None:
-    assert wire.MODES.keys() == MODES.keys()
-    assert tuple(wire.LEVELS) == MASK_LEVELS
-    assert wire.SAMPLERS.keys() == SAMPLERS.keys()
-    assert wire.QUALITIES.keys() == QUALITIES.keys()
-    assert wire.CONDITIONS.keys() == {"reference", "text"}
-    assert wire.FORMATS.keys() == set(WRITABLE_FORMATS.values())
+    assert wire_values.MODES.keys() == MODES.keys()
+    assert tuple(wire_values.LEVELS) == MASK_LEVELS
+    assert wire_values.SAMPLERS.keys() == SAMPLERS.keys()
+    assert wire_values.QUALITIES.keys() == QUALITIES.keys()
+    assert wire_values.CONDITIONS.keys() == {"reference", "text"}
+    assert wire_values.FORMATS.keys() == set(WRITABLE_FORMATS.values())
 
 
 def test_request_survives_the_wire() -> None:

@@ -95,7 +95,7 @@ def test_steps_and_previews_of_both_phases(server: ServerThread) -> None:
 
 
 def test_who_leaves_while_the_hole_is_filled_lets_the_next_one_in(server: ServerThread) -> None:
-    """The first is left at its second step of filling, the second while it waits for that; a third is done."""
+    """The first is left at its second step, the second while it waits for the first; a third is done."""
     server.filler_engine.hold()
     before = len(server.filler_engine.steps)
     filler = server.server._filler

@@ -17,9 +17,9 @@ from runtime import Compositor, Placement, Request, Sampling
 from runtime.diffusion.presets import QUALITIES
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
-from runtime.server.wire import QUALITIES as WIRE_QUALITIES
-from runtime.server.wire import SAMPLERS as WIRE_SAMPLERS
 from runtime.server.wire import message_from_request, request_from_message
+from runtime.server.wire_values import QUALITIES as WIRE_QUALITIES
+from runtime.server.wire_values import SAMPLERS as WIRE_SAMPLERS
 from tests.support.serving import BOX, OBJECT, PATIENCE, SCENE, ServerThread, message, refusal, trailing
 
 PLACEMENT = Placement(OBJECT, box=BOX)
