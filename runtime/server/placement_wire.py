@@ -107,7 +107,7 @@ def _mask_fields(
     return fields
 
 
-def checked_prompts(placement: Placement) -> dict[str, str | None]:
+def checked_prompts(placement: Placement) -> dict[str, Any]:
     """The prompts of a placement; raises for what is no text."""
     prompts = {"prompt": placement.prompt, "negative_prompt": placement.negative_prompt}
     for name, prompt in prompts.items():

@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from runtime.errors import InputError
-from training.config import DreamBoothRecipe, ImprintRecipe, Recipe, StableDiffusionRecipe, read_recipe
+from training.config import (
+    DreamBoothRecipe,
+    ImprintRecipe,
+    Recipe,
+    SegmenterRecipe,
+    StableDiffusionRecipe,
+    read_recipe,
+)
 from training.data.pairs import PairRules
 from training.network.imprint import Imprint
 from training.network.modules import AnyDoor
+from training.network.segmenter import PATCH
 from training.systems.anydoor import Denoising
 
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))
@@ -23,6 +31,9 @@ def test_every_recipe_can_be_read(path: Path) -> None:
     if isinstance(recipe, DreamBoothRecipe):
         expected = {"dreambooth": ("a hmv cup", 1000), "dreambooth-small": ("a gzj mug", 300)}
         assert (recipe.subject.prompt, recipe.subject.steps) == expected[path.stem]
+        return
+    if isinstance(recipe, SegmenterRecipe):
+        assert recipe.architecture.side % (PATCH * 2 ** (len(recipe.architecture.channels) - 1)) == 0
         return
     if isinstance(recipe, StableDiffusionRecipe):
         assert recipe.resolution % 2 ** (len(recipe.architecture.vae_channels) - 1) == 0
