@@ -130,6 +130,13 @@ def _check_start(recipe: AnyRecipe) -> None:
         read_start(recipe.start, recipe.architecture)
 
 
+def _started(recipe: AnyRecipe, start: str) -> AnyRecipe:
+    """The recipe with another start; refuses one that has none."""
+    if isinstance(recipe, SegmenterRecipe):
+        raise InputError("--start: a segmenter goes on from what its folder has alone")
+    return replace(recipe, start=start)
+
+
 def _choose(recipe: AnyRecipe, wanted: Sequence[str] | None, limit: TimeLimit | None) -> list[str]:
     """The stages to run.
 
@@ -173,10 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         recipe = read_recipe(options.recipe)
-        if options.start and isinstance(recipe, SegmenterRecipe):
-            raise InputError("--start: a segmenter goes on from what its folder has alone")
         if options.start:
-            recipe = replace(recipe, start=str(options.start))
+            recipe = _started(recipe, str(options.start))
         _check_start(recipe)
         chosen = _choose(recipe, options.stage, limit)
         folder = options.folder or Path("runs") / options.recipe.stem

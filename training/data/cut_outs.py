@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from runtime.imaging.boxes import smallest_box
 from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.imaging.resize import resize_linear
-from training.data.view_store import REFERENCES, SCENES, View, ViewStore
+from training.data.synthetic.views import View
+from training.data.view_store import REFERENCES, SCENES, ViewStore
 
 LIGHT = 0.25
 """Most by which contrast, brightness and each colour change, as a share of their range."""
@@ -93,4 +94,5 @@ def in_other_light(picture: NDArray[np.uint8], rng: Generator) -> NDArray[np.flo
     brightness = 255 * rng.uniform(-LIGHT, LIGHT)
     grain = rng.standard_normal(picture.shape, np.float32) * np.float32(rng.uniform(0, NOISE))
     changed = (picture - 127.5) * contrast + 127.5 + brightness + grain
-    return np.clip(changed, 0, 255).astype(np.float32)
+    result: NDArray[np.float32] = np.clip(changed, 0, 255).astype(np.float32)
+    return result
