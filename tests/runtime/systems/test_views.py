@@ -19,11 +19,12 @@ from runtime import Compositor, InputError, Placement, Sampling, View
 from runtime.imaging.reference import prepare_reference
 from runtime.request import Request
 from runtime.result import Composite
+from runtime.server.decoding import Decoder, decoder_bytes
 from runtime.server.wire import message_from_request, request_from_message
 from tests.support.imprint import imprint_file, tiny_imprint
 from tests.support.module_engine import module_compositor
 from tests.support.observers import RunCounter
-from tests.support.serving import object_array, scene_array
+from tests.support.serving import object_array, png, scene_array
 from tests.support.tiny import TINY, open_zero_convolutions
 from training.network.checkpoint import write_model
 from training.network.modules import AnyDoor
@@ -188,6 +189,18 @@ def test_refusals(
 def test_a_bundle_for_one_says_how_to_build_one_for_several(compositors: dict[int, Compositor]) -> None:
     with pytest.raises(InputError, match="this bundle takes 1: build one with --references 2, or give every"):
         drawn(compositors[1], FRONT, SIDE)
+
+
+def test_a_server_s_decoder_reads_views() -> None:
+    views = [View(png(SIDE[..., :3]), png(SIDE[..., 3])), View(png(BACK))]
+    asked = Request(png(SCENE), [Placement(png(FRONT), box=(10, 8, 60, 50), views=views)])
+    decoder = Decoder(10**6, decoder_bytes(10**6, 10**6), 10)
+    found = decoder.decode(asked, lambda size: None, lambda: True).placements[0].views
+    decoder.close()
+    assert found is not None
+    np.testing.assert_array_equal(found[0].mask, SIDE[..., 3] > 0)
+    np.testing.assert_array_equal(found[0].picture.rgb, SIDE[..., :3])  # type: ignore[union-attr]
+    np.testing.assert_array_equal(found[1].picture.alpha, BACK[..., 3])  # type: ignore[union-attr]
 
 
 def test_views_survive_the_wire() -> None:
