@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from engines.errors import AnyDoorError
@@ -33,7 +32,7 @@ from training.network.architecture import (
 )
 from training.network.checkpoint import CheckpointError, compare_shapes, write_checkpoint
 from training.network.checkpoint_keys import DINO_KEY, read_network
-from training.network.imprint import Imprint, ImprintArchitecture, infer_imprint
+from training.network.imprint import Imprint, ImprintArchitecture, infer_imprint, with_scene
 from training.network.modules import AnyDoor
 from training.network.official_keys import PREFIXES, schedule_buffers
 
@@ -102,7 +101,7 @@ def join_imprint(
     tensors = _inherited(stable_diffusion, dinov2)
     given = {"unet_head_width": unet_head_width, "dino_heads": dino_heads}
     try:
-        tensors[_FIRST] = _with_scene(tensors[_FIRST], tensors[_LAST].shape[0])
+        tensors[_FIRST] = with_scene(tensors[_FIRST], tensors[_LAST].shape[0])
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()} | _projector_shape(tensors)
         settings = {name: value for name, value in given.items() if value is not None}
         architecture = replace(infer_imprint(shapes, settings), adapter_layers=adapter_layers)
@@ -115,12 +114,6 @@ def join_imprint(
         expected = Imprint(architecture).official_shapes()
     _check(tensors, expected, "an IMPRINT")
     return schedule_buffers() | tensors, architecture
-
-
-def _with_scene(convolution: Tensor, latent_channels: int) -> Tensor:
-    """The weights of the UNet's first convolution; those for the scene are 0 where there were none."""
-    missing = 2 * latent_channels + 1 - convolution.shape[1]
-    return F.pad(convolution, (0, 0, 0, 0, 0, missing)) if missing == latent_channels + 1 else convolution
 
 
 def _inherited(stable_diffusion: Mapping[str, Tensor], dinov2: Mapping[str, Tensor]) -> dict[str, Tensor]:

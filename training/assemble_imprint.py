@@ -13,9 +13,12 @@ from training.data.composites import CompositeMaker, Composites, ViewMaker, toke
 from training.data.rendered import RenderedScenes, RenderedViews
 from training.data.sources import SOURCES, Source
 from training.data.view_samples import ViewSamples
-from training.network.checkpoint import read_start
-from training.network.imprint import Imprint
+from training.network.checkpoint import network_of, read_checkpoint, read_start
+from training.network.checkpoint_file import CheckpointError
+from training.network.imprint import Imprint, with_scene
 from training.systems.imprint import ENCODER, CompositingSettings, ViewsSettings, load_parts
+
+_FIRST = "conv_in.weight"
 
 
 def start_model(recipe: ImprintRecipe, folder: Path) -> Imprint:
@@ -31,7 +34,28 @@ def start_model(recipe: ImprintRecipe, folder: Path) -> Imprint:
         model.load_official_state_dict(read_start(recipe.start, recipe.architecture).tensors)
     else:
         load_small_parts(model, recipe, folder)
+    if recipe.unet:
+        _load_unet(model, recipe.unet)
     return model.eval()
+
+
+def _load_unet(model: Imprint, path: str) -> None:
+    checkpoint = read_checkpoint(path)
+    source = network_of(checkpoint.architecture)
+    source.load_official_state_dict(checkpoint.tensors)
+    unet = source.unet.state_dict()
+    unet[_FIRST] = with_scene(unet[_FIRST], checkpoint.architecture.latent_channels)
+    adapter = model.id_encoder.projector
+    try:
+        model.unet.load_state_dict(unet)
+        adapter.load_state_dict(adapter.state_dict() | source.id_encoder.projector.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the UNet of '{path}' has other sizes than the recipe's: change [architecture] or give another "
+            "unet"
+        ) from error
+    if not source.id_encoder.projector.layers:
+        adapter.skip_blocks()
 
 
 def encoder_model(recipe: ImprintRecipe, folder: Path) -> Imprint:

@@ -129,6 +129,9 @@ class ImprintRecipe(CommonRecipe):
     """A training run of IMPRINT."""
 
     system: Literal["imprint"] = "imprint"
+    unet: str = ""
+    """A checkpoint whose UNet and projector training starts from, as the paper's starts from those of Stable
+    Diffusion. It may be AnyDoor's: the scene is ignored at first, and the adapter's blocks change nothing."""
     architecture: ImprintArchitecture = field(default_factory=ImprintArchitecture)
     augmentation: Augmentation = field(default_factory=Augmentation)
     """How an object is changed before it is put back into its picture."""

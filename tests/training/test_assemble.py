@@ -47,3 +47,37 @@ def test_encoders_of_other_sizes_are_refused(tmp_path: Path) -> None:
     write_model(path, AnyDoor(replace(TINY, dino_depth=2)), torch.float32)
     with pytest.raises(CheckpointError, match=r"other sizes than the recipe's"):
         start_model(ImprintRecipe(architecture=TINY_IMPRINT, encoders=str(path)), tmp_path)
+
+
+@torch.no_grad()
+def test_a_unet_of_anydoor_ignores_the_scene_at_first_and_the_adapter_is_its_projector(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(1)
+    model, path = AnyDoor(TINY), tmp_path / "model.safetensors"
+    write_model(path, model, torch.float32)
+    recipe = ImprintRecipe(architecture=TINY_IMPRINT, encoders=str(path), unet=str(path))
+    started = start_model(recipe, tmp_path)
+    latent, timestep, tokens = (
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([3, 700]),
+        torch.randn(2, 5, TINY.token_width),
+    )
+    alone = model.unet(latent, timestep, encoder_hidden_states=tokens, return_dict=False)[0]
+    for scene in (torch.zeros(2, 5, 8, 8), torch.randn(2, 5, 8, 8)):
+        seen = started.unet(
+            torch.cat([latent, scene], 1), timestep, encoder_hidden_states=tokens, return_dict=False
+        )[0]
+        assert torch.allclose(seen, alone, atol=1e-6)
+    features = torch.randn(2, 5, TINY.dino_width)
+    adapter, projector = started.id_encoder.projector, model.id_encoder.projector
+    assert adapter.layers > 0
+    assert torch.allclose(adapter(features), projector(adapter.norm(features)), atol=1e-6)
+
+
+def test_a_unet_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_model(path, AnyDoor(replace(TINY, unet_layers=2)), torch.float32)
+    recipe = ImprintRecipe(architecture=TINY_IMPRINT, encoders=str(path), unet=str(path))
+    with pytest.raises(CheckpointError, match=r"the UNet of .* has other sizes than the recipe's"):
+        start_model(recipe, tmp_path)

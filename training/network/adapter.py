@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -46,3 +47,11 @@ class ContentAdapter(nn.Linear):
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T, width) -> (N, T, token width)."""
         return super().forward(self.norm(self.blocks(tokens)) if self.layers else tokens)
+
+    @torch.no_grad()
+    def skip_blocks(self) -> None:
+        """Sets what the blocks add to 0: what is left are the normalisation and the linear layer."""
+        for block in self.blocks if self.layers else ():
+            for last in (block.out, block.mlp[-1]):
+                last.weight.zero_()
+                last.bias.zero_()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -190,6 +191,15 @@ class Imprint(ReferenceNetwork):
         super().load_official_state_dict(tensors, assign)
         if "id_encoder" in self.parts:
             self.unconditional = tensors[UNCONDITIONAL].detach().clone()
+
+
+def with_scene(convolution: Tensor, latent_channels: int) -> Tensor:
+    """Widens a UNet's first convolution, (O, C, 3, 3), to (O, 2 C + 1, 3, 3): it ignores the scene.
+
+    Weights of an inpainting model's are given back as they are.
+    """
+    missing = 2 * latent_channels + 1 - convolution.shape[1]
+    return F.pad(convolution, (0, 0, 0, 0, 0, missing)) if missing == latent_channels + 1 else convolution
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
