@@ -189,8 +189,8 @@ class UnauthenticatedError(AnyDoorError):
 class UnknownMethodError(AnyDoorError):
     """There is no such method."""
 
-    def __init__(self) -> None:
-        super().__init__("there is no such method")
+    def __init__(self, text: str = "there is no such method") -> None:
+        super().__init__(text)
 
 
 class UnknownJobError(AnyDoorError):

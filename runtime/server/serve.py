@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 _OTHER_FILES = 128
 """Descriptors that are not connections: of the bundle, libraries, decoders, metrics and listening sockets."""
 _LAST_ANSWERS_SECONDS = 1.0
+_SHARE_FOR_RESULTS = 4
+"""A quarter of the memory for requests, at most, is taken by results of jobs that wait to be fetched."""
 _SWITCH_SECONDS = 0.0005
 
 logger = logging.getLogger(__name__)
@@ -259,7 +261,8 @@ class Server:
         composites = Composites(self.models, self.health)
         images = Images(composites)
         folder = Path(settings.job_folder) if settings.job_folder else None
-        self._jobs = Jobs(composites, self.gate, self.ledger.capacity, folder)
+        room = settings.job_folder_bytes if folder else self.ledger.capacity / _SHARE_FOR_RESULTS
+        self._jobs = Jobs(composites, self.gate, room, folder)
         app = new_app(
             self.gate,
             self.health,
