@@ -53,6 +53,9 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
+            transport.abort()
+            return
         self._timer = self.loop.call_later(_HEAD_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -89,7 +92,7 @@ class Door:
             address: host:port.
             app: answers.
             tls: None for plain HTTP.
-            connections: at a time; who comes then gets 503.
+            connections: at a time; the last gets 503, and further ones are closed.
 
         Raises:
             InputError: the address is invalid or taken.
@@ -116,6 +119,7 @@ class Door:
             server_header=False,
             proxy_headers=False,
             limit_concurrency=connections,
+            backlog=connections,  # those that come at once are taken at once
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
             h11_max_incomplete_event_size=_LARGEST_HEAD,

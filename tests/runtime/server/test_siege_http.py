@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import select
 import socket
 import stat
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,27 @@ def test_a_body_of_many_small_chunks_is_refused(tiny_bundle: Path, tokens: str) 
         assert answer.startswith(b"HTTP/1.1 400")
 
 
+def test_silent_connections_above_the_limit_are_closed(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.server.http.door._HEAD_SECONDS", 3600.0)
+    settings = {"http": "127.0.0.1:0", "max_connections": 10}
+    with ServerThread(tiny_bundle, **settings) as server, ExitStack() as attack:
+        address = http_address(server)
+        silent = [attack.enter_context(connect(address)) for _ in range(40)]
+        wait_until(lambda: len(select.select(silent, [], [], 0)[0]) == 30)
+        assert calls(server) == 0
+        attack.close()
+        wait_until(lambda: is_ready(address))
+
+
+def is_ready(address: str) -> bool:
+    try:
+        return get(address, "/readyz").status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
 def test_a_body_of_chunks_is_read(address: str) -> None:
     body = json.dumps(fields()).encode()
     pieces = (body[place : place + 1000] for place in range(0, len(body), 1000))
@@ -86,6 +108,14 @@ def test_a_body_of_chunks_is_read(address: str) -> None:
     with closing(connection):
         connection.request("POST", "/v1/composite", pieces, {"content-type": "application/json"})
         assert connection.getresponse().status == 200
+
+
+def test_forms_whose_parts_have_long_heads_are_refused(address: str) -> None:
+    """Each of their lines, and each part of a name, takes as long as a field."""
+    head = b'--b\r\nContent-Disposition: form-data; name="a%s"\r\n%s\r\nx\r\n--b--\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    for body in (head % (b"", b"a: b\r\n" * 20_000), head % (b".a" * 20_000, b"")):
+        assert request(address, "POST", "/v1/composite", body, kind).status == 400
 
 
 @pytest.mark.usefixtures("no_time_for_bytes")
