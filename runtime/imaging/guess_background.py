@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from runtime.imaging.boxes import Box
 
-_DIRECTIONS = ((1, False), (1, True), (0, False), (0, True))
-"""Axis, and whether to look along it backwards: left, right, up, down."""
+_BAND = 1 << 18
+"""Pixels of a scene that are looked at together: what is known of each takes 100 bytes."""
 
 
 def guess_background(scene: NDArray[np.uint8], hole: Box | NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -26,33 +26,42 @@ def guess_background(scene: NDArray[np.uint8], hole: Box | NDArray[np.bool_]) ->
         mask[hole.slices] = True
     else:
         mask |= hole
-    rows, columns = np.nonzero(mask)
-    if not 0 < len(rows) < mask.size:
-        unchanged: NDArray[np.uint8] = scene.copy()
-        return unchanged
-    total, colours = np.zeros((len(rows), 1)), np.zeros((len(rows), 3))
-    for axis, backwards in _DIRECTIONS:
-        nearest = _nearest(mask, axis, backwards)[rows, columns]
-        own = columns if axis == 1 else rows
-        exists = (nearest >= 0) & (nearest < mask.shape[axis])
-        weight = np.where(exists, 1 / np.maximum(np.abs(own - nearest), 1), 0.0)[:, None]
-        there = np.where(exists, nearest, own)
-        seen = scene[rows, there] if axis == 1 else scene[there, columns]
-        total += weight
-        colours += weight * seen
-    alone = total[:, 0] == 0
-    if alone.any():
-        colours[alone], total[alone] = (colours[~alone] / total[~alone]).mean(axis=0), 1.0
     result: NDArray[np.uint8] = scene.copy()
-    result[rows, columns] = np.rint(colours / total).astype(np.uint8)
+    if not 0 < np.count_nonzero(mask) < mask.size:
+        return result
+    above_below = [_nearest(mask, 0, backwards) for backwards in (False, True)]
+    alone, seen, count = np.zeros_like(mask), np.zeros(3), 0
+    height = max(_BAND // scene.shape[1], 1)
+    for top in range(0, len(mask), height):
+        band = slice(top, top + height)
+        rows, columns = np.nonzero(mask[band])
+        total, colours = np.zeros((len(rows), 1)), np.zeros((len(rows), 3))
+        beside = [_nearest(mask[band], 1, backwards) for backwards in (False, True)]
+        for axis, nearest in [(1, each) for each in beside] + [(0, each[band]) for each in above_below]:
+            index = nearest[rows, columns]
+            own = columns if axis == 1 else rows + top
+            exists = (index >= 0) & (index < scene.shape[axis])
+            weight = np.where(exists, 1 / np.maximum(np.abs(own - index), 1), 0.0)[:, None]
+            there = np.where(exists, index, own)
+            total += weight
+            colours += weight * (scene[rows + top, there] if axis == 1 else scene[there, columns])
+        known = total[:, 0] > 0
+        guessed = colours[known] / total[known]
+        result[band][rows[known], columns[known]] = np.rint(guessed).astype(np.uint8)
+        seen, count = seen + guessed.sum(axis=0), count + len(guessed)
+        alone[band][rows[~known], columns[~known]] = True
+    np.copyto(result, np.rint(seen / count).astype(np.uint8), where=alone[..., None])
     return result
 
 
-def _nearest(mask: NDArray[np.bool_], axis: int, backwards: bool) -> NDArray[np.intp]:
+def _nearest(mask: NDArray[np.bool_], axis: int, backwards: bool) -> NDArray[np.int32]:
     """Index along an axis of the last pixel outside a mask, from one end; out of range if there is none."""
     length = mask.shape[axis]
-    along = np.arange(length).reshape((-1, 1) if axis == 0 else (1, -1))
+    along = np.arange(length, dtype=np.int32).reshape((-1, 1) if axis == 0 else (1, -1))
+    found = np.where(mask, np.int32(length if backwards else -1), along)
     if backwards:
-        known = np.where(mask, length, along)
-        return np.flip(np.minimum.accumulate(np.flip(known, axis), axis), axis)
-    return np.maximum.accumulate(np.where(mask, -1, along), axis)
+        flipped = np.flip(found, axis)
+        np.minimum.accumulate(flipped, axis, out=flipped)
+    else:
+        np.maximum.accumulate(found, axis, out=found)
+    return found

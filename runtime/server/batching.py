@@ -11,17 +11,19 @@ too late leave the running batch and waiting ones take their slots, whatever ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from runtime.compositor import Compositor
 from runtime.edits.editor import check_edit
+from runtime.edits.plan import Plan
 from runtime.errors import InputError, in_field
 from runtime.imaging.sources import PictureLike
 from runtime.request import Edit, Request, Where
+from runtime.result import Stopwatch
 from runtime.server.deadlines import Work
 from runtime.server.decoding import Decoder, decoder_bytes
 from runtime.server.engine_thread import EngineThread, Observe
-from runtime.server.events import Failed, ShuttingDownError
+from runtime.server.events import Failed, FinishedImage, ShuttingDownError
 from runtime.server.queue import SharedQueue
 from runtime.server.ticket import Ticket
 from runtime.server.workers import Workers
@@ -127,13 +129,17 @@ class Batcher:
         self._accept(ticket, self._workers.segment, picture, where)
 
     def plan(self, edit: Edit, filler: Compositor | None, ticket: Ticket) -> None:
-        """Accepts an edit to be read; likewise. The result is `Planned`.
+        """Accepts an edit to be read; without a filler its holes are filled, too. The result is `Planned`.
 
         Raises:
             AnyDoorError: as `submit`, or as `runtime.edits.editor.check_edit`.
         """
         check_edit(edit, self.compositor, filler, self.limits)
-        self._accept(ticket, self._workers.plan, edit)
+        self._accept(ticket, self._workers.plan, edit, filler is None)
+
+    def fill(self, plan: Plan, drawn: Sequence[FinishedImage], ticket: Ticket) -> None:
+        """Accepts an edit whose holes a filler has drawn. The result is `Planned`. Raises as `submit`."""
+        self._accept(ticket, self._workers.fill, plan, drawn, Stopwatch(), [])
 
     def _accept(self, ticket: Ticket, task: Callable[..., None], *arguments: object) -> None:
         """Lets the workers begin with a request, if there is room."""

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import resource
 import socket
 import sys
 import urllib.parse
 from contextlib import suppress
 
+from runtime.server.settings import Settings
+
+_OTHER_FILES = 128
+"""Descriptors that are not connections: of the bundle, libraries, decoders, metrics and listening sockets."""
 _DESCRIPTORS = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
+
+
+def most_connections(settings: Settings) -> int:
+    """How many a door of a server takes at a time, so that there are descriptors for all."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    doors = 2 if settings.http else 1
+    return min(settings.max_connections, max(files - _OTHER_FILES, files // 2) // doors)
 
 
 def host_of(peer: str) -> str:

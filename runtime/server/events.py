@@ -11,6 +11,7 @@ from runtime.imaging.boxes import Box
 
 if TYPE_CHECKING:
     from runtime.edits.plan import Plan
+    from runtime.imaging.picture import Picture
 
 
 _SHOWN_NAMES = 20
@@ -65,9 +66,11 @@ class Finished:
 
 @dataclass(frozen=True)
 class Planned(Finished):
-    """The end of reading an edit: what is to be filled and placed."""
+    """The end of a phase of an edit: what is to be filled and placed."""
 
     plan: Plan | None = None
+    scenes: Sequence[Picture] = ()
+    """The scene with its holes filled, once for each way that they are, where something is to be placed."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,8 @@ class UnauthenticatedError(AnyDoorError):
 class UnknownMethodError(AnyDoorError):
     """There is no such method."""
 
-    def __init__(self) -> None:
-        super().__init__("there is no such method")
+    def __init__(self, text: str = "there is no such method") -> None:
+        super().__init__(text)
 
 
 class UnknownJobError(AnyDoorError):

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import os
-import resource
 import signal
 import socket
 import sys
@@ -28,6 +27,7 @@ from runtime.server import tracing
 from runtime.server.access import Access
 from runtime.server.batching import Batcher
 from runtime.server.bundles import Bundles
+from runtime.server.connections import most_connections
 from runtime.server.gate import CHANNEL_OPTIONS, Gate
 from runtime.server.health import SERVICE, Health
 from runtime.server.logs import FIELDS, LogWriter, json_logs
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from runtime.server.http.door import Door
     from runtime.server.http.jobs import Jobs
 
-_OTHER_FILES = 128
-"""Descriptors that are not connections: of the bundle, libraries, decoders, metrics and listening sockets."""
 _LAST_ANSWERS_SECONDS = 1.0
+_SHARE_FOR_RESULTS = 4
+"""A quarter of the memory for requests, at most, is taken by results of jobs that wait to be fetched."""
 _SWITCH_SECONDS = 0.0005
 
 logger = logging.getLogger(__name__)
@@ -226,16 +226,12 @@ class Server:
             )
 
     def _new_grpc_server(self, settings: Settings) -> grpc.aio.Server:
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return grpc.aio.server(
             interceptors=[self.gate],
             options=[
                 *CHANNEL_OPTIONS,
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
-                (
-                    "grpc.max_allowed_incoming_connections",
-                    min(settings.max_connections, max(files - _OTHER_FILES, files // 2)),
-                ),
+                ("grpc.max_allowed_incoming_connections", most_connections(settings)),
             ],
         )
 
@@ -259,7 +255,8 @@ class Server:
         composites = Composites(self.models, self.health)
         images = Images(composites)
         folder = Path(settings.job_folder) if settings.job_folder else None
-        self._jobs = Jobs(composites, self.gate, self.ledger.capacity, folder)
+        room = settings.job_folder_bytes if folder else self.ledger.capacity / _SHARE_FOR_RESULTS
+        self._jobs = Jobs(composites, self.gate, room, folder)
         app = new_app(
             self.gate,
             self.health,
@@ -270,7 +267,7 @@ class Server:
             settings.cors,
             settings.studio,
         )
-        self._door = Door(settings.http, app, self.access.tls_context(), settings.max_connections)
+        self._door = Door(settings.http, app, self.access.tls_context(), most_connections(settings))
 
     def _bind(self) -> None:
         tls = self.access.credentials()

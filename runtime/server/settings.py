@@ -79,6 +79,9 @@ class Settings:
     job_folder: str = _setting(
         "", "folder for results of jobs over HTTP; a part of request_memory if not given", metavar="DIR"
     )
+    job_folder_bytes: int = _size(
+        10 << 30, "that results in job_folder may take, like 10G; the oldest of whoever has most go first"
+    )
     insecure: bool = _setting(
         False, "listen beyond this machine without TLS, or without tokens or client certificates"
     )
@@ -254,6 +257,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "control_window": (0, 1024),
     "cache_bytes": (-1, 2**62),
     "request_memory": (-1, 2**62),
+    "job_folder_bytes": (1, 2**62),
     "transfer_seconds": (0.1, 86_400),
     "decode_seconds": (0.1, 86_400),
     "drain_seconds": (0, 86_400),

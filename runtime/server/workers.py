@@ -12,10 +12,12 @@ from dataclasses import replace
 from functools import partial
 
 from runtime.compositor import Compositor
-from runtime.drawing import Picture
-from runtime.edits.plan import plan_edit
+from runtime.drawing import Picture as Drawn
+from runtime.edits.plan import Plan, plan_edit
 from runtime.errors import collecting_warnings, in_field
+from runtime.imaging.picture import Picture
 from runtime.imaging.pictures import check_format, encode_mask, encode_picture
+from runtime.imaging.scene import load_scene
 from runtime.imaging.sources import PictureLike
 from runtime.job import ImageJob, Job
 from runtime.request import Edit, Request, Reshape, Swap, SwapPlaces, TryOn, Where
@@ -23,12 +25,15 @@ from runtime.result import Stopwatch
 from runtime.sampling.conditions import OWNER
 from runtime.server.decoding import Decoder, PictureReader, upright
 from runtime.server.events import Failed, Finished, FinishedImage, MemoryFullError, Planned, Preview
-from runtime.server.memory import request_bytes
+from runtime.server.memory import LARGEST_SCENE, request_bytes
 from runtime.server.queue import SharedQueue
 from runtime.server.ticket import Ticket
 from runtime.validation import Limits
 
 PREVIEW_FORMAT = "JPEG"
+
+_HOLE_BYTES = 5
+"""Bytes for each pixel of a scene with a hole: where it is, and how its edge fades, in float32."""
 
 
 def _decoded(edit: Edit, read: PictureReader) -> Edit:
@@ -112,7 +117,7 @@ class Workers:
 
     def _take(self, decoder: Decoder) -> tuple[Ticket, Callable[[], None]] | None:
         """Waits for a task; None when stopped. First come the requests of the client that keeps the fewest
-        workers busy. No client keeps all of them busy with reading its pictures."""
+        workers busy. No client keeps all of them busy with reading its pictures, or with edits."""
         queue = self._queue
         with queue.changed:
             while not self._stopped:
@@ -171,8 +176,9 @@ class Workers:
                 content = encode_mask(mask)
         self._queue.end(ticket, Finished([FinishedImage(content, 0, ())], watch.seconds, warnings))
 
-    def plan(self, ticket: Ticket, edit: Edit) -> None:
-        """Reads the pictures of an edit, and finds the objects; the plan ends the request."""
+    def plan(self, ticket: Ticket, edit: Edit, guesses: bool) -> None:
+        """Reads the pictures of an edit, and finds the objects. The plan ends the request, unless its holes
+        are filled without a network."""
         decoder, watch = ticket.decoder, Stopwatch()
         assert decoder is not None
         with collecting_warnings() as warnings:
@@ -182,7 +188,59 @@ class Workers:
         height, width = plan.seen.shape[:2]
         with in_field("output_format"):
             check_format((width, height), ticket.file_format)
-        self._queue.end(ticket, Planned([], watch.seconds, warnings, plan=plan))
+        ticket.account.set(
+            request_bytes(
+                pixels=width * height,
+                scene=LARGEST_SCENE,
+                masks=len(plan.objects) + _HOLE_BYTES,
+                placements=0,
+                drawn=0,
+                images=1 if plan.placements else edit.num_images,
+                channels=4,
+                metadata=plan.scene.metadata.nbytes,
+            )
+        )
+        if guesses or not plan.has_hole:
+            self.run(ticket, self.fill, plan, (), watch, warnings)
+        else:
+            self._queue.end(ticket, Planned([], watch.seconds, warnings, plan=plan))
+
+    def fill(
+        self,
+        ticket: Ticket,
+        plan: Plan,
+        drawn: Sequence[FinishedImage],
+        watch: Stopwatch,
+        warnings: list[str],
+    ) -> None:
+        """Fills the holes of an edit with what was drawn, or with a guess. Where nothing is placed, that
+        finishes its pictures."""
+        scenes = [plan.scene]
+        if plan.has_hole:
+            with watch.measure("fill"), collecting_warnings():  # of the server's own pictures
+                scenes = [plan.fill(load_scene(image.image)[0]) for image in drawn] or [plan.fill()]
+        if plan.placements:
+            self._queue.end(ticket, Planned([], watch.seconds, warnings, plan=plan, scenes=scenes))
+        else:
+            self.run(ticket, self._encode, plan, scenes, watch, warnings)
+
+    def _encode(
+        self, ticket: Ticket, plan: Plan, scenes: Sequence[Picture], watch: Stopwatch, warnings: list[str]
+    ) -> None:
+        """Encodes the next picture of an edit that places nothing; the last one ends it."""
+        scene = scenes[len(ticket.encoded)]
+        with watch.measure("encode"), collecting_warnings() as noticed:
+            content = encode_picture(scene.pixels, ticket.file_format, scene.metadata)
+        warnings += [text for text in noticed if text not in warnings]
+        ticket.encoded[len(ticket.encoded)] = content
+        if len(ticket.encoded) < len(scenes):
+            self.run(ticket, self._encode, plan, scenes, watch, warnings)
+            return
+        images = [
+            FinishedImage(ticket.encoded[index % len(scenes)], plan.seed + index, ())
+            for index in range(plan.edit.num_images)
+        ]
+        self._queue.end(ticket, Planned(images, watch.seconds, warnings, plan=plan))
 
     def _bytes(self, job: Job, masks: int) -> int:
         """See `request_bytes`."""
@@ -200,9 +258,7 @@ class Workers:
             metadata=scene.metadata.nbytes,
         )
 
-    def preview(
-        self, ticket: Ticket, index: int, overlay: Callable[[Picture], Picture], drawn: Picture
-    ) -> None:
+    def preview(self, ticket: Ticket, index: int, overlay: Callable[[Drawn], Drawn], drawn: Drawn) -> None:
         """Delivers what a picture looks like so far."""
         content = encode_picture(overlay(drawn), PREVIEW_FORMAT)
         with self._queue.changed:
@@ -214,7 +270,7 @@ class Workers:
             if ticket.finished and not ticket.previews:
                 self._queue.end(ticket, ticket.finished)
 
-    def finish(self, ticket: Ticket, image: ImageJob, drawn: Picture) -> None:
+    def finish(self, ticket: Ticket, image: ImageJob, drawn: Drawn) -> None:
         """Pastes what was drawn; then the next placement waits, or the picture is done."""
         image.paste(drawn)
         if not image.done:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -20,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from runtime.server.call import Call
+from runtime.server.events import UnknownMethodError
 from runtime.server.gate import Gate
 from runtime.server.health import Health
 from runtime.server.http.composites import Composites
@@ -49,20 +50,24 @@ class _Page(StaticFiles):
 class Endpoint:
     """A method at a path: an ASGI application whose calls go through the gate."""
 
-    def __init__(self, gate: Gate, name: str, method: Method, max_bytes: int) -> None:
+    def __init__(
+        self, gate: Gate, name: str, method: Method, max_bytes: int, has_message: bool = True
+    ) -> None:
         self._gate = gate
         self._name = name
         self._method = method
         self._max_bytes = max_bytes
+        self._has_message = has_message
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
         context = HttpContext(scope, receive, send, self._max_bytes)
-        has_message = scope["method"] == "POST"
         task = asyncio.ensure_future(
-            self._gate.answer(context, self._name, self._method, has_message=has_message)
+            self._gate.answer(context, self._name, self._method, has_message=self._has_message)
         )
         context.task = task
+        if not self._has_message:
+            context.watch()
         try:
             await asyncio.wait({task})
         finally:
@@ -96,7 +101,12 @@ def new_app(
     """
 
     def endpoint(verb: str, path: str, method: Method) -> Route:
-        return Route(path, Endpoint(gate, f"{verb} {path}", method, max_bytes), methods=[verb])
+        answers = Endpoint(gate, f"{verb} {path}", method, max_bytes, has_message=verb == "POST")
+        return Route(path, answers, methods=[verb])
+
+    async def refuse(request: Request, error: Any) -> Any:
+        """404 and 405 are refusals as all others: seen, and late where there are many."""
+        return Endpoint(gate, "other", partial(_refuse, error), max_bytes, has_message=False)
 
     routes: list[BaseRoute] = [
         *_health_routes(health),
@@ -123,7 +133,7 @@ def new_app(
         allow_headers=["*"],
         expose_headers=["x-request-id", "x-seed", "x-warnings", "retry-after", "location"],
     )
-    handlers: dict[Any, Any] = dict.fromkeys((404, 405), _refuse)
+    handlers: dict[Any, Any] = dict.fromkeys((404, 405), refuse)
     return Starlette(routes=routes, middleware=[cross_origin] if origins else [], exception_handlers=handlers)
 
 
@@ -147,12 +157,9 @@ def _health(is_well: bool) -> Response:
     return JSONResponse({"status": "ok" if is_well else "not ready"}, int(status))
 
 
-async def _refuse(request: Request, error: Any) -> Response:
-    """404 and 405, in the shape of all other errors."""
-    what = "there is nothing here: see /openapi.json"
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        what = f"{request.method[:20]} is not offered here: see /openapi.json"
-    fields = {"message": what, "type": "invalid_request_error", "param": None, "code": "unimplemented"}
-    return Response(
-        json.dumps({"error": fields}), error.status_code, error.headers, media_type="application/json"
-    )
+async def _refuse(error: Any, content: bytes, call: Call) -> None:
+    if error.status_code != HTTPStatus.METHOD_NOT_ALLOWED:
+        raise UnknownMethodError("there is nothing here: see /openapi.json")
+    context = cast(HttpContext, call.context)
+    context.refuse_verb(error.headers["Allow"])
+    raise UnknownMethodError(f"{context.scope['method'][:20]} is not offered here: see /openapi.json")

@@ -60,6 +60,8 @@ class HttpContext:
         self._is_started = self._is_finished = False
         self.task: asyncio.Task[None] | None = None
         """Answers the call; cancelled when the client goes away."""
+        self.has_all = False
+        """Whether the body is read."""
         self._watch: asyncio.Task[None] | None = None
         self._refusal: HTTPStatus | None = None
 
@@ -103,7 +105,7 @@ class HttpContext:
         return None
 
     async def read(self) -> bytes:
-        """The body. From then on, the call is cancelled when the client goes away.
+        """The body.
 
         Raises:
             InputError: it is longer than is accepted.
@@ -122,8 +124,18 @@ class HttpContext:
                 raise self._too_large()
             if not message.get("more_body"):
                 break
-        self._watch = asyncio.ensure_future(self._cancel_when_gone())
+        self.has_all = True
+        self.watch()
         return bytes(content)
+
+    def watch(self) -> None:
+        """From now on, the call is cancelled when the client goes away."""
+        self._watch = asyncio.ensure_future(self._cancel_when_gone())
+
+    def refuse_verb(self, allowed: str) -> None:
+        """Has the refusal that follows say that the path takes other verbs, like "GET, HEAD"."""
+        self._refusal = HTTPStatus.METHOD_NOT_ALLOWED
+        self._answer_headers["allow"] = allowed
 
     def _too_large(self) -> InputError:
         self._refusal = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
@@ -146,7 +158,9 @@ class HttpContext:
     async def write(self, message: bytes) -> None:
         """Sends a part of the answer; waits until it is on its way."""
         await self._start()
-        await self._send({"type": "http.response.body", "body": message, "more_body": True})
+        # what is sent is buffered; the next part, which may be empty, waits until there is room
+        for part in (message, b""):
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def finish(self) -> None:
         """Ends the answer."""
@@ -182,7 +196,7 @@ class HttpContext:
             headers["www_authenticate"] = "Bearer"
         if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
             headers["retry_after"] = str(_retry_seconds(dict(trailing_metadata)))
-        if not self._watch:
+        if not self.has_all:
             headers["connection"] = "close"  # the rest of the body is not read
         self.head(JSON, status, **headers)
         await self.write(json.dumps(error).encode())

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -18,7 +19,27 @@ from runtime.errors import InputError
 _HEAD_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 60
 _LARGEST_HEAD = 32 << 10
+_MOST_SMALL_PIECES = 500
+"""Of a body."""
+_SMALL_PIECE = 512
+"""Bytes of a piece; one with half as many counts half."""
 _LAST_ANSWERS_SECONDS = 1
+
+
+class _Connection(h11.Connection):
+    """Refuses a body of many small chunks: each takes the event loop as long as a large one."""
+
+    _pieces = 0.0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._pieces = 0.0
+        elif isinstance(event, h11.Data):
+            self._pieces += max(1 - len(event.data) / _SMALL_PIECE, 0)
+            if self._pieces > _MOST_SMALL_PIECES:
+                raise h11.RemoteProtocolError("the body comes in too many small chunks")
+        return event
 
 
 class _Protocol(H11Protocol):
@@ -26,8 +47,15 @@ class _Protocol(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.conn = _Connection(h11.SERVER, _LARGEST_HEAD)
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
+            transport.abort()
+            return
         self._timer = self.loop.call_later(_HEAD_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -64,7 +92,7 @@ class Door:
             address: host:port.
             app: answers.
             tls: None for plain HTTP.
-            connections: at a time; who comes then gets 503.
+            connections: at a time; the last gets 503, and further ones are closed.
 
         Raises:
             InputError: the address is invalid or taken.
@@ -91,6 +119,7 @@ class Door:
             server_header=False,
             proxy_headers=False,
             limit_concurrency=connections,
+            backlog=connections,  # those that come at once are taken at once
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
             h11_max_incomplete_event_size=_LARGEST_HEAD,

@@ -1,7 +1,7 @@
 """Requests that are answered with an id at once, and fetched later: POST /v1/jobs and what follows.
 
-Results are kept for an hour, in the memory for requests or in a folder; the oldest go where there is no room.
-A job belongs to who asked for it; to others it does not exist.
+Results are kept for an hour, in the memory for requests or in a folder. Where there is no room, the oldest go
+of whoever has most. A job belongs to who asked for it; to others it does not exist.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -24,7 +26,9 @@ from runtime.request import Request
 from runtime.server.call import Call
 from runtime.server.events import (
     AlreadyGoneError,
+    BusyError,
     Finished,
+    MemoryFullError,
     NotFinishedError,
     Preview,
     Queued,
@@ -40,8 +44,8 @@ from runtime.server.wire import request_from_message
 
 KEPT_SECONDS = 3600.0
 _MOST_JOBS = 10_000
-_SHARE_FOR_RESULTS = 4
-"""A quarter of the memory for requests, at most, is taken by results that wait to be fetched."""
+_COPIES = 4
+"""Of a result that is fetched: itself, its text, the file in it, and the transport's."""
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 ENDED = (SUCCEEDED, FAILED, CANCELLED)
@@ -64,6 +68,8 @@ class Job:
     error: Any = None
     result: bytes | None = None
     """JSON as POST /v1/composite answers it; None also where it is in a file."""
+    nbytes: int = 0
+    """Of the result, as long as there is one."""
     account: Account | None = None
     """What the result takes of the memory for requests."""
     file: Path | None = None
@@ -87,10 +93,14 @@ class Job:
         return fields
 
     def drop_result(self) -> None:
-        """Gives its memory back."""
-        self.result = None
+        """Gives its memory, or its place in the folder, back."""
+        self.result, self.nbytes = None, 0
         if self.account:
             self.account.close()
+        if self.file:
+            with suppress(OSError):
+                self.file.unlink(missing_ok=True)
+            self.file = None
 
     async def change(self, **values: Any) -> None:
         """Sets fields, and tells who follows."""
@@ -142,18 +152,18 @@ class JobContext:
 class Jobs:
     """All jobs of a server."""
 
-    def __init__(self, composites: Composites, gate: Gate, capacity: float, spool: Path | None) -> None:
+    def __init__(self, composites: Composites, gate: Gate, room: float, spool: Path | None) -> None:
         """Starts with none.
 
         Args:
             composites: what reads bodies, and has the service.
             gate: lets calls in.
-            capacity: bytes of the memory for requests.
+            room: bytes that all results may take.
             spool: a folder for results; None keeps them in memory.
         """
         self._composites = composites
         self._gate = gate
-        self._room = capacity / _SHARE_FOR_RESULTS
+        self._room = room
         self._spool = spool
         self._jobs: dict[str, Job] = {}
 
@@ -175,12 +185,18 @@ class Jobs:
         context = JobContext(call.context.peer())
         job.task = asyncio.create_task(self._work(job, context, [request], every, nbytes, accepted))
         del request
+        self._jobs[job.id] = job
         if not self._composites.models.is_loaded(job.model):
             accepted.set_result(None)  # who asks for a job does not wait for the model
-        if error := await accepted:  # a queue that is full is told at once
-            raise error
-        self._jobs[job.id] = job
-        await send_json(call, job.describe(), HTTPStatus.ACCEPTED, location=f"/v1/jobs/{job.id}")
+        try:
+            if error := await accepted:  # a queue that is full is told at once
+                raise error
+            await send_json(call, job.describe(), HTTPStatus.ACCEPTED, location=f"/v1/jobs/{job.id}")
+        except BaseException:
+            # nobody knows of the job
+            job.task.cancel()
+            self._forget(job)
+            raise
 
     async def show(self, content: bytes, call: Call) -> None:
         """GET /v1/jobs/ID."""
@@ -198,8 +214,10 @@ class Jobs:
                 seen, described, newest = job.changes, job.describe(), job.preview
             if newest is not None and newest is not preview:
                 preview = newest
-                image = base64.b64encode(newest).decode()
-                await call.write(server_sent_event("preview", {"image": image}))
+                with suppress(MemoryFullError):
+                    call.account.set(_COPIES * len(newest))
+                    image = base64.b64encode(newest).decode()
+                    await call.write(server_sent_event("preview", {"image": image}))
             await call.write(server_sent_event(described["status"], described))
             if described["status"] in ENDED:
                 return
@@ -209,6 +227,7 @@ class Jobs:
         job, context = self._find(call), cast(HttpContext, call.context)
         if job.status not in ENDED:
             raise NotFinishedError(job.status)
+        call.account.set(_COPIES * job.nbytes)
         answer = job.result
         if job.file:
             with suppress(OSError):
@@ -286,14 +305,19 @@ class Jobs:
     async def _keep(self, job: Job, content: bytes, call: Call) -> None:
         job.preview = None
         if self._spool is not None:
-            file = self._spool / f"{job.id}.json"
-            await asyncio.to_thread(file.write_bytes, content)
-            await job.change(status=SUCCEEDED, file=file, ended=time.monotonic())
-            return
-        call.account.set(0)
-        job.account = self._gate.ledger.open(job.client)
-        job.account.set(len(content))
-        await job.change(status=SUCCEEDED, result=content, ended=time.monotonic())
+            job.file = self._spool / f"{job.id}.json"
+            try:
+                await _write(job.file, content)
+            except BaseException:
+                job.drop_result()
+                raise
+        else:
+            call.account.set(0)
+            job.account = self._gate.ledger.open(job.client)
+            job.account.set(len(content))
+            job.result = content
+        job.nbytes = len(content)
+        await job.change(status=SUCCEEDED, ended=time.monotonic())
         self._make_room()
 
     # --- what is kept -------------------------------------------------------------------------------------
@@ -307,25 +331,19 @@ class Jobs:
         return job
 
     def _make_room(self) -> None:
-        """Forgets jobs that ended more than an hour ago; drops the oldest results beyond the room."""
+        """Forgets jobs that ended more than an hour ago, and drops results beyond the room."""
         now = time.monotonic()
-        ended = sorted((job for job in self._jobs.values() if job.ended), key=_when)
-        for job in ended:
-            if now - _when(job) > KEPT_SECONDS or len(self._jobs) > _MOST_JOBS:
-                self._forget(job)
-        kept = [job for job in ended if job.result is not None]
-        total = sum(len(job.result or b"") for job in kept)
-        for job in kept:
-            if total <= self._room:
-                break
-            total -= len(job.result or b"")
-            job.drop_result()
+        for job in [job for job in self._jobs.values() if job.ended and now - job.ended > KEPT_SECONDS]:
+            self._forget(job)
+        while len(self._jobs) > _MOST_JOBS and (oldest := _next_to_go(self._jobs, lambda job: 1)):
+            self._forget(oldest)
+        while sum(job.nbytes for job in self._jobs.values()) > self._room:
+            if largest := _next_to_go(self._jobs, lambda job: job.nbytes):
+                largest.drop_result()
 
     def _forget(self, job: Job) -> None:
         self._jobs.pop(job.id, None)
         job.drop_result()
-        if job.file:
-            job.file.unlink(missing_ok=True)
 
     async def stop(self) -> None:
         """Ends the jobs that still run."""
@@ -334,6 +352,37 @@ class Jobs:
             task.cancel()
         if running:
             await asyncio.wait(running)
+
+
+def _next_to_go(jobs: Mapping[str, Job], size: Callable[[Job], int]) -> Job | None:
+    """The oldest job of the client whose ended jobs are the largest together; None if none has ended."""
+    sizes: Counter[str] = Counter()
+    ended = [job for job in jobs.values() if job.ended and size(job)]
+    for job in ended:
+        sizes[job.client] += size(job)
+    largest = max(sizes, key=sizes.__getitem__, default="")
+    return min((job for job in ended if job.client == largest), key=_when, default=None)
+
+
+async def _write(file: Path, content: bytes) -> None:
+    """Writes a result that nobody else may read.
+
+    Raises:
+        BusyError: the folder takes nothing more.
+    """
+
+    def write() -> None:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
+            opened.write(content)
+
+    writing = asyncio.ensure_future(asyncio.to_thread(write))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait({writing})
+        raise
+    except OSError as error:
+        raise BusyError(f"the result cannot be kept: {error.strerror}") from error
 
 
 def _when(job: Job) -> float:

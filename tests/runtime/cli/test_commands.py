@@ -56,6 +56,7 @@ def test_what_is_no_command(arguments: list[str], capsys: Capture) -> None:
 
 
 def test_serve_takes_the_window_of_composite(tiny_bundle: Path, capfd: Capture) -> None:
+    pytest.importorskip("grpc")
     assert main(["serve", "--bundle", str(tiny_bundle), "--control-window", "5"]) == 2
     assert "control_window must be from 1 to 4" in capfd.readouterr().err
 

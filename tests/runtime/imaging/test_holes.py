@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -75,3 +76,16 @@ def test_a_pixel_without_anything_in_row_and_column_gets_what_the_others_have() 
     scene = np.full((30, 30, 3), 90, np.uint8)
     scene[cross] = 0
     assert (guess_background(scene, cross) == 90).all()
+
+
+def test_a_guess_takes_little_memory() -> None:
+    """Of a hole that is nearly the whole scene."""
+    scene, hole = np.zeros((1500, 1500, 3), np.uint8), np.ones((1500, 1500), np.bool_)
+    hole[0, 0] = False
+    tracemalloc.start()
+    try:
+        guess_background(scene, hole)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 32 * hole.size

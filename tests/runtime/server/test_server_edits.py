@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -28,9 +32,10 @@ from runtime.request import (
 )
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from runtime.server.edit_wire import message_from_edit
 from runtime.server.events import Preview, Queued, StepDone
 from tests.support.segmenters import bright_things
-from tests.support.serving import OBJECT, ServerThread, refusal, wait_until
+from tests.support.serving import OBJECT, PATIENCE, ServerThread, message, refusal, wait_until
 
 SCENE = np.random.default_rng(0).integers(0, 256, (48, 96, 3), np.uint8)
 CUP, VASE, TALL = np.zeros((3, 48, 96), bool)
@@ -90,6 +95,54 @@ def test_an_edit_that_is_left_ends(server: ServerThread) -> None:
                 break
     wait_until(lambda: not server.batcher.tickets)
     server.engine.release()
+
+
+def test_edits_of_one_client_do_not_keep_others_waiting(
+    example_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hole of a large scene takes seconds to be guessed; who leaves meanwhile leaves nothing to do."""
+    guessing, go_on = threading.Event(), threading.Event()
+
+    def guess(scene: Any, hole: Any) -> Any:
+        guessing.set()
+        assert go_on.wait(PATIENCE)
+        return scene
+
+    monkeypatch.setattr("runtime.edits.guess_background", guess)
+    (tmp_path / "tokens").write_text("open-sesame\nshazam\n")
+    settings = {"tokens": str(tmp_path / "tokens"), "queue": 100}
+    with (
+        ServerThread(example_bundle, **settings) as server,
+        grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel,
+        grpc.insecure_channel(server.address) as other,
+    ):
+        stub: Any = CompositorServiceStub(channel)
+        theirs = {"timeout": PATIENCE, "metadata": (("authorization", "Bearer shazam"),)}
+        asked = message_from_edit(edit(Remove()))
+        edits = [stub.Edit.future(asked, **theirs) for _ in range(20 + (os.cpu_count() or 1))]
+        assert guessing.wait(PATIENCE)
+        ours = (("authorization", "Bearer open-sesame"),)
+        honest: Any = CompositorServiceStub(other)
+        assert honest.Composite(message(steps=1), timeout=PATIENCE, metadata=ours).images
+        assert not any(call.done() for call in edits)
+        for call in edits:
+            call.cancel()
+        wait_until(lambda: not server.batcher.tickets)
+        go_on.set()
+        wait_until(lambda: not server.server.ledger.taken)
+
+
+def test_an_edit_for_which_there_is_no_memory_is_refused(example_bundle: Path) -> None:
+    """It takes what any request for as many pictures takes."""
+    scene = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
+    asked = Edit(scene, Where(mask=np.arange(500 * 500).reshape(500, 500) < 50_000), Remove(), num_images=8)
+    limits = {"max_message_bytes": 1 << 20, "request_memory": 12 << 20}
+    with ServerThread(example_bundle, **limits) as server, grpc.insecure_channel(server.address) as channel:
+        stub: Any = CompositorServiceStub(channel)
+        error = refusal(stub.Edit, message_from_edit(asked))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "memory" in error.details()
+        assert len(stub.Edit(message_from_edit(replace(asked, num_images=1)), timeout=PATIENCE).images) == 1
 
 
 def test_the_object_is_found(server: ServerThread) -> None:

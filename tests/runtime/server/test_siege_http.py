@@ -1,0 +1,235 @@
+"""Strangers at the HTTP door: what they send, do not take, and leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import select
+import socket
+import stat
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.server.test_http import fields, http_address, in_base64
+from tests.runtime.server.test_http_jobs import ended
+from tests.support.http import get, post, request
+from tests.support.serving import PATIENCE, ServerThread, png, scene_array, wait_until
+
+LARGE = {"scene": in_base64(png(scene_array(0, 1000, 1000))), "sampling": {"steps": 1}, "num_images": 3}
+"""The answer takes 12 MB, which is more than the system buffers of a connection."""
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: Path) -> Iterator[ServerThread]:
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", transfer_seconds=0.5) as server:
+        yield server
+
+
+@pytest.fixture
+def address(server: ServerThread) -> Iterator[str]:
+    yield http_address(server)
+    server.engine.release()
+
+
+@pytest.fixture
+def no_time_for_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large answers, too, must be taken within half a second."""
+    monkeypatch.setattr("runtime.server.call._BYTES_PER_SECOND", 1 << 40)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> str:
+    path = tmp_path / "tokens"
+    path.write_text("first\nsecond\n")
+    path.chmod(0o600)
+    return str(path)
+
+
+def connect(address: str) -> socket.socket:
+    """A connection that takes little at a time."""
+    host, _, port = address.rpartition(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(PATIENCE)
+    connection.connect((host, int(port)))
+    return connection
+
+
+def calls(server: ServerThread) -> int:
+    """How many are open."""
+    return sum(server.server.gate._of_client.values())
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [record.fields for record in caplog.records if record.message == "request ended"]  # type: ignore[attr-defined]
+
+
+def test_a_body_of_many_small_chunks_is_refused(tiny_bundle: Path, tokens: str) -> None:
+    """Before the token is looked at: each chunk takes the event loop as long as a large one."""
+    head = b"POST /v1/composite HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", tokens=tokens) as server:
+        with closing(connect(http_address(server))) as connection:
+            connection.sendall(head + b"1\r\na\r\n" * 600)
+            answer = connection.recv(10_000)
+        assert b"401" not in answer
+        assert answer.startswith(b"HTTP/1.1 400")
+
+
+def test_silent_connections_above_the_limit_are_closed(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.server.http.door._HEAD_SECONDS", 3600.0)
+    settings = {"http": "127.0.0.1:0", "max_connections": 10}
+    with ServerThread(tiny_bundle, **settings) as server, ExitStack() as attack:
+        address = http_address(server)
+        silent = [attack.enter_context(connect(address)) for _ in range(40)]
+        wait_until(lambda: len(select.select(silent, [], [], 0)[0]) == 30)
+        assert calls(server) == 0
+        attack.close()
+        wait_until(lambda: is_ready(address))
+
+
+def is_ready(address: str) -> bool:
+    try:
+        return get(address, "/readyz").status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def test_a_body_of_chunks_is_read(address: str) -> None:
+    body = json.dumps(fields()).encode()
+    pieces = (body[place : place + 1000] for place in range(0, len(body), 1000))
+    connection = http.client.HTTPConnection(address, timeout=PATIENCE)
+    with closing(connection):
+        connection.request("POST", "/v1/composite", pieces, {"content-type": "application/json"})
+        assert connection.getresponse().status == 200
+
+
+def test_forms_whose_parts_have_long_heads_are_refused(address: str) -> None:
+    """Each of their lines, and each part of a name, takes as long as a field."""
+    head = b'--b\r\nContent-Disposition: form-data; name="a%s"\r\n%s\r\nx\r\n--b--\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    for body in (head % (b"", b"a: b\r\n" * 20_000), head % (b".a" * 20_000, b"")):
+        assert request(address, "POST", "/v1/composite", body, kind).status == 400
+
+
+@pytest.mark.usefixtures("no_time_for_bytes")
+def test_who_does_not_take_an_answer_is_cut_off(
+    server: ServerThread, address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = json.dumps(fields(**LARGE)).encode()
+    head = f"POST /v1/composite HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with caplog.at_level("INFO"), closing(connect(address)) as connection:
+        connection.sendall(head.encode() + body)
+        wait_until(lambda: logged(caplog))
+        assert logged(caplog)[0]["code"] == "DEADLINE_EXCEEDED"
+        assert "was not taken" in logged(caplog)[0]["reason"]
+        assert server.server.ledger.taken == 0
+    assert post(address, "/v1/composite", fields()).status == 200
+
+
+@pytest.mark.usefixtures("no_time_for_bytes")
+def test_a_result_that_is_fetched_counts(server: ServerThread, address: str) -> None:
+    job = ended(address, post(address, "/v1/jobs", fields(**LARGE)).json)
+    ledger = server.server.ledger
+    wait_until(lambda: not calls(server))
+    kept = ledger.taken
+    with closing(connect(address)) as connection:
+        connection.sendall(f"GET {job['result']} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(lambda: ledger.taken > 2 * kept)
+        wait_until(lambda: ledger.taken == kept)
+    assert len(get(address, job["result"]).json["images"]) == 3
+
+
+def test_who_follows_a_job_and_leaves_is_gone(server: ServerThread, address: str) -> None:
+    server.engine.hold()
+    job = post(address, "/v1/jobs", fields()).json
+    with closing(connect(address)) as connection:
+        connection.sendall(f"GET /v1/jobs/{job['id']}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(lambda: calls(server) == 2)
+        assert connection.recv(1000)
+    wait_until(lambda: calls(server) == 1)
+
+
+def test_a_job_that_nobody_knows_of_is_ended(
+    server: ServerThread, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asked for it left before it had a number."""
+
+    @asynccontextmanager
+    async def use(*arguments: object) -> AsyncIterator[None]:
+        await asyncio.Event().wait()
+        yield
+
+    monkeypatch.setattr(server.server.models, "use", use)
+    body = json.dumps(fields()).encode()
+    with closing(connect(address)) as connection:
+        connection.sendall(
+            f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        )
+        connection.sendall(body)
+        wait_until(lambda: calls(server) == 2)
+    wait_until(lambda: not calls(server))
+
+
+def test_results_of_others_do_not_make_room(tiny_bundle: Path, tokens: str, tmp_path: Path) -> None:
+    """In a folder, which is bounded, and which nobody else reads."""
+    (tmp_path / "results").mkdir()
+    settings = {"http": "127.0.0.1:0", "tokens": tokens, "job_folder": str(tmp_path / "results")}
+    with ServerThread(tiny_bundle, **settings, job_folder_bytes=1 << 20) as server:
+        address, jobs = http_address(server), server.server._jobs
+        assert jobs
+
+        def make(token: str) -> str:
+            authorization = {"authorization": f"Bearer {token}"}
+            path = f"/v1/jobs/{post(address, '/v1/jobs', fields(), **authorization).json['id']}"
+            wait_until(lambda: get(address, path, **authorization).json["status"] == "succeeded")
+            return f"{path}/result"
+
+        first = make("first")
+        (file,) = (tmp_path / "results").iterdir()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        jobs._room = 3.5 * file.stat().st_size
+        others = [make("second") for _ in range(4)]
+        assert get(address, first, authorization="Bearer first").status == 200
+        found = [get(address, path, authorization="Bearer second").status for path in others]
+        assert found == [404, 404, 200, 200]
+        assert len(list((tmp_path / "results").iterdir())) == 3
+
+
+def test_a_folder_that_takes_nothing_more(
+    tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "results").mkdir()
+    settings = {"http": "127.0.0.1:0", "job_folder": str(tmp_path / "results")}
+    with ServerThread(tiny_bundle, **settings) as server:
+        (tmp_path / "results").rmdir()
+        failed = ended(http_address(server), post(http_address(server), "/v1/jobs", fields()).json)
+    assert failed["error"]["code"] == "resource_exhausted"
+    assert failed["error"]["message"].startswith("the result cannot be kept: No such file or directory")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_refusals_at_unknown_paths_are_seen(
+    tiny_bundle: Path, tokens: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = {"authorization": "Bearer first"}
+    with (
+        caplog.at_level("INFO"),
+        ServerThread(tiny_bundle, http="127.0.0.1:0", tokens=tokens) as server,
+    ):
+        address = http_address(server)
+        answers = [get(address, "/admin"), get(address, "/admin", **ours)]
+        answers.append(request(address, "DELETE", "/v1/composite", headers=ours))
+        assert [answer.status for answer in answers] == [401, 404, 405]
+        assert answers[2].headers["allow"] == "POST"
+        assert [answer.headers["x-request-id"] for answer in answers] == [
+            each["request_id"] for each in logged(caplog)
+        ]
+        count = server.server.metrics.registry.get_sample_value
+        assert count("anydoor_requests_total", {"method": "other", "code": "UNIMPLEMENTED", "model": ""}) == 2
