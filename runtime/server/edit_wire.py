@@ -13,6 +13,7 @@ from runtime.request import (
     Fill,
     Move,
     Remove,
+    Request,
     Reshape,
     Swap,
     SwapPlaces,
@@ -22,16 +23,32 @@ from runtime.request import (
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.wire import (
     FORMATS,
+    Message,
     file_format_of,
     file_of,
     message_from_where,
     number_of,
     placement_from_message,
     placement_message,
+    request_from_message,
     sampling_from_message,
     sampling_message,
     where_from_message,
 )
+
+Asked = Message | pb.EditRequest
+"""What asks for pictures, made from nothing or of a scene."""
+
+
+def asked_from_message(message: Asked) -> tuple[Request | Edit, str]:
+    """The request or the edit, and the name of the file format for its results.
+
+    Raises:
+        InputError: as `edit_from_message` and `request_from_message`.
+    """
+    if isinstance(message, pb.EditRequest):
+        return edit_from_message(message)
+    return request_from_message(message)
 
 
 def edit_from_message(message: pb.EditRequest) -> tuple[Edit, str]:
