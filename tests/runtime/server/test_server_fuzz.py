@@ -37,6 +37,7 @@ ALLOWED = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.NOT_FOUND,  # flipped bits may name a model
 }
 ALLOWED_OVER_HTTP = {200, 202, 400, 404, 409, 429}
 METHOD = "/anydoor.v1.CompositorService/"
