@@ -28,7 +28,8 @@ demo: $(VENV)/.lean
 test: $(VENV)/.dev check
 	$(BIN)/python -m pytest -n 3
 
-# the studio in Chromium, which must be there: apt-get install chromium. Screenshots in build/studio
+# the studio in Chromium, which must be there: apt-get install chromium. Screenshots in build/studio; the one of
+# the documentation is made by `npm run picture`
 browser: $(VENV)/.dev
 	cd tests/browser && npm install --silent --no-audit --no-fund
 	cd tests/browser && PYTHON=$(abspath $(BIN))/python npm test --silent

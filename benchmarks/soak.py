@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py --bundle examples/anydoor-small --minutes 10
 
-Several callers send without a pause: good requests of every kind, streams that are cancelled half-way,
-deadlines that are too short, malformed fields and random bytes. Every answer must be one that is allowed for
-its kind of request. The server's resident memory is sampled; after the warm-up (the first fifth) it must not
-grow by more than 5 %.
+Several callers send without a pause, over gRPC and HTTP: good requests of every kind, jobs, streams that are
+cancelled half-way, deadlines that are too short, malformed fields and random bytes. Every answer must be one
+that is allowed for its kind of request. The server's resident memory is sampled; after the warm-up (the first
+fifth) it must not grow by more than 5 %.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ import grpc
 import psutil
 
 from benchmarks.support.bundle_option import add_bundle_option
+from benchmarks.support.http_caller import KINDS, HttpCaller
+from benchmarks.support.machine import describe
+from benchmarks.support.results import require_writable, write_results
 from benchmarks.support.server_process import ServerProcess, request
 from engines.errors import AnyDoorError
 from runtime.rpc import compositor_pb2 as pb
@@ -44,6 +48,7 @@ EXPECTED = {
     "late": {"OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"},
     "malformed": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"},
     "garbage": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"},  # a few bytes may parse as an empty request
+    **KINDS,
 }
 """Kind of request -> how it may end. A good one may be refused, but not lost."""
 
@@ -51,7 +56,10 @@ EXPECTED = {
 class Caller:
     """Sends one request after the other until the time is over."""
 
-    def __init__(self, channel: grpc.aio.Channel, seed: int, outcomes: Counter[tuple[str, str]]) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, http: HttpCaller, seed: int, outcomes: Counter[tuple[str, str]]
+    ) -> None:
+        self._http = http
         self._stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
         self._raw: Any = channel.unary_unary("/anydoor.v1.CompositorService/Composite")
         self._random = random.Random(seed)
@@ -74,6 +82,8 @@ class Caller:
             await self._raw(self._random.randbytes(self._random.randrange(1, 5000)), timeout=_PATIENCE)
             return "OK"
         message = self._message(kind)
+        if kind in KINDS:
+            return await asyncio.to_thread(self._http.send, kind, message)
         if kind in ("good", "malformed", "late"):
             timeout = self._random.uniform(0.01, 0.3) if kind == "late" else _PATIENCE
             response = await self._stub.Composite(message, timeout=timeout)
@@ -111,8 +121,10 @@ async def soak(server: ServerProcess, minutes: float) -> tuple[Counter[tuple[str
     process = psutil.Process(server.process.pid)
     until = time.monotonic() + minutes * 60
     async with grpc.aio.insecure_channel(server.address, _OPTIONS) as channel:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_CALLERS))
         callers = [
-            asyncio.create_task(Caller(channel, seed, outcomes).run(until)) for seed in range(_CALLERS)
+            asyncio.create_task(Caller(channel, HttpCaller(server.http, seed), seed, outcomes).run(until))
+            for seed in range(_CALLERS)
         ]
         while time.monotonic() < until:
             memory.append(process.memory_info().rss / 1e6)
@@ -121,21 +133,39 @@ async def soak(server: ServerProcess, minutes: float) -> tuple[Counter[tuple[str
     return outcomes, memory
 
 
-def report(outcomes: Counter[tuple[str, str]], memory: Sequence[float]) -> bool:
-    """Print the results; returns whether no request was lost and no memory leaked."""
+def summary(outcomes: Counter[tuple[str, str]], memory: Sequence[float]) -> dict[str, Any]:
+    """What a results file has: outcomes by kind of request, and memory in MB."""
     wrong = {key: count for key, count in outcomes.items() if key[1] not in EXPECTED[key[0]]}
-    for (kind, code), count in sorted(outcomes.items()):
-        print(f"{kind:<14} {code:<20} {count:>7}{'   wrong' if (kind, code) in wrong else ''}")
     warm = memory[int(len(memory) * _WARM_UP) :]
     part = max(len(warm) // 5, 1)
     before, after = statistics.median(warm[:part]), statistics.median(warm[-part:])
-    growth = after / before - 1
-    print(f"{sum(outcomes.values())} requests, {sum(wrong.values())} ended wrongly")
+    return {
+        "requests": sum(outcomes.values()),
+        "wrong": {f"{kind}: {code}": count for (kind, code), count in sorted(wrong.items())},
+        "outcomes": {
+            kind: {code: count for (of, code), count in sorted(outcomes.items()) if of == kind}
+            for kind in EXPECTED
+        },
+        "memory_mb": {
+            "after_warm_up": round(before),
+            "at_the_end": round(after),
+            "at_most": round(max(warm)),
+            "growth": round(after / before - 1, 4),
+        },
+    }
+
+
+def report(found: dict[str, Any]) -> bool:
+    """Print the results; returns whether no request was lost and no memory leaked."""
+    for kind, ends in found["outcomes"].items():
+        print(f"{kind:<20} {', '.join(f'{code} {count}' for code, count in ends.items())}")
+    memory, wrong = found["memory_mb"], found["wrong"]
+    print(f"{found['requests']} requests, {sum(wrong.values())} ended wrongly {wrong or ''}")
     print(
-        f"resident memory {before:.0f} MB after the warm-up, {after:.0f} MB at the end ({growth:+.1%}), "
-        f"at most {max(warm):.0f} MB"
+        f"resident memory {memory['after_warm_up']} MB after the warm-up, "
+        f"{memory['at_the_end']} MB at the end ({memory['growth']:+.1%}), at most {memory['at_most']} MB"
     )
-    return not wrong and growth <= _TOLERANCE
+    return not wrong and memory["growth"] <= _TOLERANCE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -146,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
     add_bundle_option(result)
     result.add_argument("--minutes", type=float, default=10, metavar="M")
     result.add_argument("--log", type=Path, metavar="FILE", help="where the server's log lines go")
+    result.add_argument("--output", type=Path, metavar="FILE", help="results, as JSON")
     result.add_argument("--cache-bytes", type=int, default=1 << 26, metavar="N", help="of the server")
     return result
 
@@ -153,8 +184,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 if a request was lost or memory leaked, or 2."""
     options = parser().parse_args(arguments)
-    flags = ["--queue=3", f"--cache-bytes={options.cache_bytes}", "--max-previews=8"]
+    # results of jobs fill their share, a quarter, during the warm-up
+    flags = ["--queue=3", f"--cache-bytes={options.cache_bytes}", "--max-previews=8", "--http=127.0.0.1:0"]
+    flags += ["--request-memory=48M", "--max-message-bytes=4M"]
     try:
+        if options.output:
+            require_writable(options.output)
         with ServerProcess(options.bundle, *flags, log=options.log) as server:
             outcomes, memory = asyncio.run(soak(server, options.minutes))
             alive = server.process.poll() is None
@@ -163,7 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if not alive:
         print("the server died")
-    return 0 if report(outcomes, memory) and alive else 1
+    found = summary(outcomes, memory)
+    if options.output:
+        write_results(options.output, {"machine": describe(), "minutes": options.minutes, **found})
+    return 0 if report(found) and alive else 1
 
 
 if __name__ == "__main__":

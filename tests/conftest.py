@@ -171,16 +171,9 @@ def example_bundle() -> Path:
 @pytest.fixture(scope="session")
 def segmenter_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Bundles of tests.support.segmenters: one finds what is bright, the other what is clicked on."""
-    from export.build import build_segmenter
-    from export.options import BuildOptions
-    from export.progress import Progress
-    from export.segmenters.building import SegmenterSource
-    from tests.support.segmenters import sam, u2net
+    from tests.support.segmenters import built
 
-    folder = tmp_path_factory.mktemp("segmenters")
-    for name, files in (("u2net", [u2net(folder)]), ("sam", sam(folder))):
-        build_segmenter(SegmenterSource.open(files), folder / name, BuildOptions(), Progress(quiet=True))
-    return folder / "u2net", folder / "sam"
+    return built(tmp_path_factory.mktemp("segmenters"))
 
 
 @pytest.fixture(autouse=True, scope="session")

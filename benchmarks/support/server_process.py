@@ -34,6 +34,8 @@ class ServerProcess:
         self.process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)
         self._log = log
         self.address = ""
+        self.http = ""
+        """Where HTTP is, if a flag asks for it."""
 
     def __enter__(self) -> ServerProcess:
         assert self.process.stderr is not None
@@ -42,7 +44,7 @@ class ServerProcess:
             lines.append(line)
             event = json.loads(line) if line.startswith("{") else {}
             if event.get("event") == "listening":
-                self.address = event["addresses"][0]
+                self.address, self.http = event["addresses"][0], event.get("http", "")
             if event.get("event") == "serving":
                 break
         else:

@@ -13,6 +13,7 @@ from runtime.request import (
     Fill,
     Move,
     Remove,
+    Request,
     Reshape,
     Swap,
     SwapPlaces,
@@ -26,8 +27,28 @@ from runtime.server.placement_wire import (
     placement_message,
     where_from_message,
 )
-from runtime.server.wire import file_format_of, sampling_from_message, sampling_message
+from runtime.server.wire import (
+    Message,
+    file_format_of,
+    request_from_message,
+    sampling_from_message,
+    sampling_message,
+)
 from runtime.server.wire_values import FORMATS, file_of, number_of
+
+Asked = Message | pb.EditRequest
+"""What asks for pictures, made from nothing or of a scene."""
+
+
+def asked_from_message(message: Asked) -> tuple[Request | Edit, str]:
+    """The request or the edit, and the name of the file format for its results.
+
+    Raises:
+        InputError: as `edit_from_message` and `request_from_message`.
+    """
+    if isinstance(message, pb.EditRequest):
+        return edit_from_message(message)
+    return request_from_message(message)
 
 
 def edit_from_message(message: pb.EditRequest) -> tuple[Edit, str]:

@@ -12,15 +12,15 @@ from typing import Any
 from runtime.compositor import Compositor
 from runtime.edits.fillers import fills_holes
 from runtime.errors import InputError, in_field
-from runtime.imaging.sources import PictureLike
 from runtime.parameters import sampling_parameters
-from runtime.request import Edit, Request, Where
+from runtime.request import Edit, Request
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.batching import Batcher
 from runtime.server.call import Call
 from runtime.server.editing import Editing, Phase
 from runtime.server.events import Event, Failed, Finished
 from runtime.server.metrics import Metrics
+from runtime.server.placement_wire import where_from_message
 from runtime.server.settings import Settings
 from runtime.server.ticket import Ticket
 from runtime.server.wire import defaults_message
@@ -113,37 +113,44 @@ class ServedModel:
         )
 
     async def events(
-        self, call: Call, request: Request, file_format: str, preview_every: int = 0
+        self, call: Call, request: Request | Edit, file_format: str, preview_every: int = 0
     ) -> AsyncGenerator[Event, None]:
         """Submits a request and yields its events up to `Finished`; closing it earlier cancels the request.
 
         Args:
             call: that asks for it.
-            request: its pictures as the bytes of files; who calls keeps it no longer.
+            request: or an edit; its pictures as the bytes of files; who calls keeps it no longer.
             file_format: of the finished pictures.
             preview_every: steps between previews; 0 for none.
 
         Raises:
             Exception: what the request failed with.
         """
-        if preview_every:
-            self._check_previews(preview_every, [(self.batcher, request)])
-        accept = partial(self.batcher.submit, request)
-        follow = self._follow(call, self.batcher, accept, file_format, preview_every)
-        del request, accept  # a request that waits is kept once
+        if isinstance(request, Edit):
+            follow = self._editing.events(call, request, file_format, preview_every)
+        else:
+            if preview_every:
+                self._check_previews(preview_every, [(self.batcher, request)])
+            accept = partial(self.batcher.submit, request)
+            follow = self._follow(call, self.batcher, accept, file_format, preview_every)
+            del accept
+        del request  # one that waits is kept once
         async with aclosing(follow) as events:
             async for event in events:
                 yield event
 
-    def edit_events(
-        self, call: Call, edit: Edit, file_format: str, preview_every: int = 0
-    ) -> AsyncGenerator[Event, None]:
-        """The events of an edit, like `events`."""
-        return self._editing.events(call, edit, file_format, preview_every)
-
-    def segment_events(self, call: Call, picture: PictureLike, where: Where) -> AsyncGenerator[Event, None]:
-        """The events of finding an object, like `events`; the only picture is its mask."""
-        return self._follow(call, self.batcher, partial(self.batcher.segment, picture, where))
+    async def segment(self, call: Call, message: pb.SegmentRequest) -> pb.SegmentResponse:
+        """The answer to Segment: finds an object. Raises as `events`."""
+        accept = partial(self.batcher.segment, message.picture, where_from_message(message.where))
+        del message
+        async with aclosing(self._follow(call, self.batcher, accept)) as events:
+            del accept
+            (finished,) = [event async for event in events if isinstance(event, Finished)]
+        mask = finished.images[0].image
+        call.account.set(2 * len(mask))
+        return pb.SegmentResponse(
+            mask=mask, request_id=call.request_id, seconds=finished.seconds, warnings=finished.warnings
+        )
 
     async def _follow(
         self,

@@ -14,12 +14,13 @@ from runtime.errors import in_field
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.answers import answer, stream_answer
 from runtime.server.call import Call
-from runtime.server.edit_wire import edit_from_message
+from runtime.server.edit_wire import Asked, asked_from_message
 from runtime.server.events import Event, Finished, Preview
 from runtime.server.models import Models
 from runtime.server.parsing import parse
-from runtime.server.placement_wire import where_from_message
-from runtime.server.wire import Message, event_message, request_from_message
+from runtime.server.wire import event_message
+
+AskedStream = pb.CompositeStreamRequest | pb.DrawStreamRequest | pb.EditStreamRequest
 
 NAME: str = pb.DESCRIPTOR.services_by_name["CompositorService"].full_name
 
@@ -39,8 +40,8 @@ class CompositorService:
             "CompositeStream": stream(partial(self._stream, pb.CompositeStreamRequest)),
             "Draw": unary(partial(self._finish, pb.DrawRequest)),
             "DrawStream": stream(partial(self._stream, pb.DrawStreamRequest)),
-            "Edit": unary(self._edit),
-            "EditStream": stream(self._edit_stream),
+            "Edit": unary(partial(self._finish, pb.EditRequest)),
+            "EditStream": stream(partial(self._stream, pb.EditStreamRequest)),
             "Segment": unary(self._segment),
             "GetModelInfo": unary(self._get_model_info),
         }
@@ -50,29 +51,25 @@ class CompositorService:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
         return grpc.method_handlers_generic_handler(NAME, self.methods)
 
-    async def _finish(
-        self, kind: type[pb.CompositeRequest] | type[pb.DrawRequest], content: bytes, call: Call
-    ) -> bytes:
-        """Composite and Draw."""
+    async def _finish(self, kind: type[Asked], content: bytes, call: Call) -> bytes:
+        """Composite, Draw and Edit."""
         # messages of up to 32 MiB are copied, and pictures are joined, beside the event loop
-        message: Message = await asyncio.to_thread(parse, kind, content)
+        message: Asked = await asyncio.to_thread(parse, kind, content)
         del content
         async with (
             self._models.use(message.model, call) as model,
-            aclosing(model.events(call, *request_from_message(message))) as events,
+            aclosing(model.events(call, *asked_from_message(message))) as events,
         ):
             del message
             return await self._finished(answer, await _last(events), call)
 
-    async def _stream(
-        self, kind: type[pb.CompositeStreamRequest] | type[pb.DrawStreamRequest], content: bytes, call: Call
-    ) -> None:
-        """CompositeStream and DrawStream."""
+    async def _stream(self, kind: type[AskedStream], content: bytes, call: Call) -> None:
+        """CompositeStream, DrawStream and EditStream."""
         message: Any = await asyncio.to_thread(parse, kind, content)
         del content
         with in_field("request"):
             async with self._models.use(message.request.model, call) as model:
-                request, every = request_from_message(message.request), message.preview_every
+                request, every = asked_from_message(message.request), message.preview_every
                 async with aclosing(model.events(call, *request, every)) as events:
                     del message, request
                     await self._write(events, call)
@@ -87,39 +84,11 @@ class CompositorService:
             if isinstance(event, Preview):
                 call.account.add(-len(event.image))
 
-    async def _edit(self, content: bytes, call: Call) -> bytes:
-        message = await asyncio.to_thread(parse, pb.EditRequest, content)
-        del content
-        async with (
-            self._models.use(message.model, call) as model,
-            aclosing(model.edit_events(call, *edit_from_message(message))) as events,
-        ):
-            del message
-            return await self._finished(answer, await _last(events), call)
-
-    async def _edit_stream(self, content: bytes, call: Call) -> None:
-        message = await asyncio.to_thread(parse, pb.EditStreamRequest, content)
-        del content
-        with in_field("request"):
-            async with self._models.use(message.request.model, call) as model:
-                edit, every = edit_from_message(message.request), message.preview_every
-                async with aclosing(model.edit_events(call, *edit, every)) as events:
-                    del message, edit
-                    await self._write(events, call)
-
     async def _segment(self, content: bytes, call: Call) -> pb.SegmentResponse:
         message = await asyncio.to_thread(parse, pb.SegmentRequest, content)
         del content
         async with self._models.use_any(call) as model:
-            follow = model.segment_events(call, message.picture, where_from_message(message.where))
-            del message
-            async with aclosing(follow) as events:
-                finished = await _last(events)
-        mask = finished.images[0].image
-        call.account.set(2 * len(mask))
-        return pb.SegmentResponse(
-            mask=mask, request_id=call.request_id, seconds=finished.seconds, warnings=finished.warnings
-        )
+            return await model.segment(call, message)
 
     async def _get_model_info(self, content: bytes, call: Call) -> pb.GetModelInfoResponse:
         return await self._models.info(parse(pb.GetModelInfoRequest, content).model, call)

@@ -2,90 +2,17 @@
 
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { existsSync, mkdirSync, mkdtempSync, readFileSync } from "node:fs";
-import { createRequire } from "node:module";
+import { mkdtempSync, readFileSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { join, resolve } from "node:path";
+import { join } from "node:path";
 import { after, before, test } from "node:test";
-import { chromium } from "playwright-core";
-
-const ROOT = resolve(import.meta.dirname, "../..");
-const PYTHON = process.env.PYTHON ?? join(ROOT, ".venv/bin/python");
-const SHOTS = join(ROOT, "build/studio");
-const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const SCENE = join(ROOT, "examples/scene.png");
-const OBJECT = join(ROOT, "examples/object.png");
-const PATIENCE = 120_000;
-const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"];
-const QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync"];
+import { drag, drop, faults, finished, launch, open, OBJECT, pixels, prepare, PYTHON, SCENE, serve, SHOTS } from "./studio.mjs";
 
 let browser;
 let server;
 
-// `anydoor serve` on free ports.
-async function serve(...flags) {
-  const common = ["-m", "runtime", "serve", "--bundle", join(ROOT, "examples/anydoor-small")];
-  const ports = ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--studio"];
-  const process_ = spawn(PYTHON, [...common, ...ports, ...flags], { cwd: ROOT, stdio: ["ignore", "ignore", "pipe"] });
-  let log = "";
-  const address = await new Promise((found, failed) => {
-    process_.stderr.on("data", (data) => {
-      log += data;
-      if (log.includes('"serving"')) found(/"http": "([^"]+)"/.exec(log)[1]);
-    });
-    process_.on("exit", () => failed(new Error(log)));
-  });
-  return { url: `http://${address}/studio/`, stop: (signal) => process_.kill(signal) };
-}
-
-async function open(url, options = {}) {
-  const context = await browser.newContext({ acceptDownloads: true, ...options });
-  const page = await context.newPage();
-  page.setDefaultTimeout(PATIENCE);
-  const problems = [];
-  page.on("pageerror", (error) => problems.push(String(error)));
-  page.on("console", (message) => message.type() === "error" && problems.push(message.text()));
-  await page.goto(url);
-  await page.getByText("anydoor, fp32").waitFor();
-  return { page, problems };
-}
-
-async function drop(page, target, path) {
-  const content = readFileSync(path).toString("base64");
-  const data = await page.evaluateHandle(async (base64) => {
-    const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-    const transfer = new DataTransfer();
-    transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
-    return transfer;
-  }, content);
-  await page.locator(target).dispatchEvent("drop", { dataTransfer: data });
-}
-
-async function drag(page, from, to) {
-  const box = await page.locator("#canvas").boundingBox();
-  const scale = box.width / 400;
-  await page.mouse.move(box.x + from[0] * scale, box.y + from[1] * scale);
-  await page.mouse.down();
-  await page.mouse.move(box.x + to[0] * scale, box.y + to[1] * scale, { steps: 5 });
-  await page.mouse.up();
-}
-
-async function prepare(page, steps = "4") {
-  await drop(page, "#canvas-box", SCENE);
-  await drop(page, ".thumb", OBJECT);
-  await drag(page, [150, 30], [265, 239]);
-  await page.locator("#steps").fill(steps);
-}
-
-const finished = (page) => page.waitForFunction(() => !document.getElementById("download").disabled
-  && document.getElementById("progress").hidden);
-const pixels = (page) => page.evaluate(() => document.getElementById("canvas").toDataURL());
-
 before(async () => {
-  mkdirSync(SHOTS, { recursive: true });
-  const executablePath = process.env.CHROMIUM ?? "/usr/bin/chromium";
-  assert.ok(existsSync(executablePath), `there is no ${executablePath}: install Debian's package chromium`);
-  browser = await chromium.launch({ executablePath, args: [...FLAGS, ...QUIET] });
+  browser = await launch();
   server = await serve();
 });
 
@@ -124,8 +51,9 @@ test("an object is dropped, placed, composited, rolled again, compared, undone a
   assert.equal(download.suggestedFilename(), "anydoor-7.png");
   const path = join(mkdtempSync(join(tmpdir(), "studio-")), "out.png");
   await download.saveAs(path);
-  const text = readFileSync(path).toString("latin1");
-  assert.match(text, /iTXtanydoor\0\0\0\0\0\{"scene":"dropped\.png".*"box":\[150,30,265,239\].*"seed":7/);
+  const [, text] = /iTXtanydoor\0{5}(\{.*\}).{8}IEND/s.exec(readFileSync(path).toString("latin1"));
+  const { scene, objects: [object], seed } = JSON.parse(text);
+  assert.deepEqual([scene, object.box, seed], ["scene.png", [150, 30, 265, 239], 7]);
   const check = spawn(PYTHON, ["-c", `from PIL import Image; i = Image.open("${path}"); i.load(); assert "box" in i.text["anydoor"]`]);
   assert.equal(await new Promise((done) => check.on("exit", done)), 0);
   assert.deepEqual(problems, []);
@@ -156,10 +84,7 @@ test("it is accessible, in light, in the dark and on a phone", async () => {
     const { page } = await open(server.url, options);
     await prepare(page);
     await page.screenshot({ path: join(SHOTS, `${name}-ready.png`), fullPage: true });
-    await page.evaluate(AXE);
-    const { violations } = await page.evaluate(() => window.axe.run());
-    const serious = violations.filter((each) => ["serious", "critical"].includes(each.impact));
-    assert.deepEqual(serious.map((each) => `${name}: ${each.id}: ${each.nodes[0].html}`), []);
+    assert.deepEqual(await faults(page), [], name);
     const overflow = await page.evaluate(() => document.documentElement.scrollWidth > window.innerWidth);
     assert.equal(overflow, false, name);
   }

@@ -61,6 +61,13 @@ def post(address: str, path: str, fields: object, **headers: str) -> Answer:
 
 def post_form(address: str, path: str, fields: list[tuple[str, str | bytes]], **headers: str) -> Answer:
     """With a form, whose bytes are files."""
+    body, kind = multipart(fields)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return request(address, "POST", path, body, {"content-type": kind, **named})
+
+
+def multipart(fields: list[tuple[str, str | bytes]]) -> tuple[bytes, str]:
+    """A form as a body, and its content type."""
     boundary = uuid.uuid4().hex
     parts = []
     for name, value in fields:
@@ -69,6 +76,4 @@ def post_form(address: str, path: str, fields: list[tuple[str, str | bytes]], **
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
         parts += [head.encode(), value if isinstance(value, bytes) else value.encode(), b"\r\n"]
     body = b"".join([*parts, f"--{boundary}--\r\n".encode()])
-    kind = {"content-type": f"multipart/form-data; boundary={boundary}"}
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return request(address, "POST", path, body, {**kind, **named})
+    return body, f"multipart/form-data; boundary={boundary}"

@@ -1,7 +1,13 @@
-"""Small segmentation networks with the inputs and outputs of public ones: they find what is bright."""
+"""Small segmentation networks with the inputs and outputs of public ones: they find what is bright.
+
+    python -m tests.support.segmenters FOLDER
+
+writes bundles of two of them, u2net and sam, and a picture for them, shelf.png.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from export.build import build_segmenter
+from export.options import BuildOptions
+from export.progress import Progress
+from export.segmenters.building import SegmenterSource
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
@@ -250,3 +262,15 @@ def bright_things() -> NDArray[np.uint8]:
 
 WHITE, GREY = (slice(12, 36), slice(12, 36)), (slice(18, 36), slice(60, 84))
 """Where the rectangles are."""
+
+
+def built(folder: Path) -> tuple[Path, Path]:
+    """Bundles in a folder: one finds what is bright, the other what is clicked on."""
+    for name, files in (("u2net", [u2net(folder)]), ("sam", sam(folder))):
+        build_segmenter(SegmenterSource.open(files), folder / name, BuildOptions(), Progress(quiet=True))
+    return folder / "u2net", folder / "sam"
+
+
+if __name__ == "__main__":
+    built(Path(sys.argv[1]))
+    Image.fromarray(bright_things()).save(Path(sys.argv[1], "shelf.png"))

@@ -112,6 +112,8 @@ def new_app(
         *_health_routes(health),
         endpoint("POST", "/v1/composite", composites.composite),
         endpoint("POST", "/v1/draw", composites.draw),
+        endpoint("POST", "/v1/edit", composites.edit),
+        endpoint("POST", "/v1/segment", composites.segment),
         endpoint("GET", "/v1/model", composites.model),
         endpoint("POST", "/v1/images/edits", images.edit),
         endpoint("POST", "/v1/images/generations", images.generate),

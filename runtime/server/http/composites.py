@@ -1,7 +1,9 @@
-"""POST /v1/composite and /v1/draw: all that the wire has, as JSON or as a form; and the model's description.
+"""POST /v1/composite, /v1/draw, /v1/edit and /v1/segment: all that the wire has, as JSON or as a form.
+
+What a model is is at /v1/model.
 
 A picture comes back in JSON; as a file to who accepts image/ only; or as events on the way to who accepts
-text/event-stream.
+text/event-stream, or asks to `stream`.
 """
 
 from __future__ import annotations
@@ -9,20 +11,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any, cast
 
 from runtime.errors import InputError, in_field
+from runtime.rpc import compositor_pb2 as pb
 from runtime.server.call import Call
+from runtime.server.edit_wire import Asked, asked_from_message
 from runtime.server.events import Event, Finished, LoadingError, Preview, Queued, StepDone
 from runtime.server.health import Health
 from runtime.server.http.body import Fields, read_fields
 from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
-from runtime.server.http.messages import message_of, plain
+from runtime.server.http.messages import message_of, plain, segment_message, truth_of
 from runtime.server.models import Models
-from runtime.server.wire import request_from_message
 
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "AVIF": "image/avif"}
 _COPIES = 4
@@ -55,7 +58,7 @@ class Composites:
         if "scene" not in fields:
             with in_field("scene"):
                 raise InputError("give a scene; /v1/draw draws without one")
-        await self._answer(fields, call)
+        await self._answer(fields, pb.CompositeRequest, call)
 
     async def draw(self, content: bytes, call: Call) -> None:
         """POST /v1/draw."""
@@ -63,19 +66,39 @@ class Composites:
         if "scene" in fields:
             with in_field("scene"):
                 raise InputError("a drawing has no scene; /v1/composite draws into one")
-        await self._answer(fields, call)
+        await self._answer(fields, pb.DrawRequest, call)
+
+    async def edit(self, content: bytes, call: Call) -> None:
+        """POST /v1/edit."""
+        await self._answer(await self.fields(content, call), pb.EditRequest, call)
+
+    async def segment(self, content: bytes, call: Call) -> None:
+        """POST /v1/segment."""
+        fields = await self.fields(content, call)
+        message = await asyncio.to_thread(segment_message, fields)
+        fields.clear()
+        context = cast(HttpContext, call.context)
+        async with self.models.use_any(call) as model:
+            found = await model.segment(call, message)
+        if context.wants("image/"):
+            context.head(MEDIA_TYPES["PNG"], HTTPStatus.OK, **_warnings(found.warnings))
+            await call.write(found.mask)
+        else:
+            await send_json(call, plain(found))
 
     async def model(self, content: bytes, call: Call) -> None:
         """GET /v1/model, or /v1/model?model=NAME: as GetModelInfo."""
         name = cast(HttpContext, call.context).query("model")
         await send_json(call, plain(await self.models.info(name, call)))
 
-    async def _answer(self, fields: Fields, call: Call) -> None:
+    async def _answer(self, fields: Fields, kind: type[Asked], call: Call) -> None:
         context = cast(HttpContext, call.context)
-        message, every = await asyncio.to_thread(message_of, fields)
+        with in_field("stream"):
+            is_stream = truth_of(fields.pop("stream", None) or False) or context.wants(EVENTS)
+        message, every = await asyncio.to_thread(message_of, fields, kind)
         fields.clear()
-        name, (request, file_format) = message.model, request_from_message(message)
-        is_stream, is_file = context.wants(EVENTS), context.wants("image/")
+        name, (request, file_format) = message.model, asked_from_message(message)
+        is_file = context.wants("image/") and not is_stream
         if is_file and request.num_images != 1:
             with in_field("num_images"):
                 raise InputError(
@@ -129,15 +152,21 @@ def _json_of(finished: Finished, request_id: str) -> bytes:
             {"image": base64.b64encode(image.image).decode(), "seed": image.seed, "regions": regions}
         )
     rest = {"request_id": request_id, "seconds": finished.seconds, "warnings": finished.warnings}
-    return json.dumps({"images": images, **rest}).encode()
+    filler = {"filler": finished.filler} if finished.filler else {}
+    return json.dumps({"images": images, **rest, **filler}).encode()
 
 
 async def send_file(finished: Finished, file_format: str, call: Call) -> None:
     """Answers with the picture alone; its seed and what is to be known are in headers."""
     context, image = cast(HttpContext, call.context), finished.images[0]
-    warnings = {"x_warnings": json.dumps(finished.warnings)} if finished.warnings else {}
-    context.head(MEDIA_TYPES[file_format], HTTPStatus.OK, x_seed=str(image.seed), **warnings)
+    more = {"x_seed": str(image.seed), **_warnings(finished.warnings)}
+    context.head(MEDIA_TYPES[file_format], HTTPStatus.OK, **more)
     await call.write(image.image)
+
+
+def _warnings(warnings: Sequence[str]) -> dict[str, str]:
+    """The header for what is to be known."""
+    return {"x_warnings": json.dumps(list(warnings))} if warnings else {}
 
 
 def plain_event(event: Event) -> tuple[str, dict[str, Any]]:

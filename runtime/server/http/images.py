@@ -20,6 +20,7 @@ from runtime.errors import InputError, in_field
 from runtime.imaging.masks import TransparentPlace
 from runtime.parameters import sampling_parameters
 from runtime.request import Request
+from runtime.rpc import compositor_pb2 as pb
 from runtime.server.call import Call
 from runtime.server.events import Event, Finished, Preview
 from runtime.server.http.body import Fields
@@ -143,7 +144,8 @@ class Images:
             placement["reference"] = images[1]
         if "reference_image" in fields:
             placement["reference"] = fields.pop("reference_image")
-        message, _ = message_of({**fields, "scene": images[0], "placements": [placement]})
+        given = {**fields, "scene": images[0], "placements": [placement]}
+        message, _ = message_of(given, pb.CompositeRequest)
         request, file_format = request_from_message(message)
         place = request.placements[0]
         if mask is not None:
@@ -163,7 +165,7 @@ class Images:
             size = _size(fields.pop("size", None))
         if size is not None:
             fields |= {"width": size[0], "height": size[1]}
-        message, _ = message_of(fields)
+        message, _ = message_of(fields, pb.DrawRequest)
         return request_from_message(message)
 
     def _common(self, given: Fields) -> Fields:

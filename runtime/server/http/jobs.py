@@ -22,8 +22,9 @@ from typing import Any, cast
 
 import grpc
 
-from runtime.request import Request
+from runtime.request import Edit, Request
 from runtime.server.call import Call
+from runtime.server.edit_wire import asked_from_message
 from runtime.server.events import (
     AlreadyGoneError,
     BusyError,
@@ -38,9 +39,8 @@ from runtime.server.events import (
 from runtime.server.gate import Gate
 from runtime.server.http.composites import MEDIA_TYPES, Composites, finished_json, plain_event, send_json
 from runtime.server.http.context import EVENTS, JSON, HttpContext, error_of, server_sent_event
-from runtime.server.http.messages import message_of
+from runtime.server.http.messages import kind_of, message_of
 from runtime.server.memory import Account
-from runtime.server.wire import request_from_message
 
 KEPT_SECONDS = 3600.0
 _MOST_JOBS = 10_000
@@ -170,10 +170,10 @@ class Jobs:
     # --- methods ------------------------------------------------------------------------------------------
 
     async def create(self, content: bytes, call: Call) -> None:
-        """POST /v1/jobs: a body as of /v1/composite or /v1/draw."""
+        """POST /v1/jobs: a body as of /v1/composite, /v1/draw or /v1/edit."""
         fields = await self._composites.fields(content, call)
-        message, every = await asyncio.to_thread(message_of, fields)
-        request, file_format = request_from_message(message)
+        message, every = await asyncio.to_thread(message_of, fields, kind_of(fields))
+        request, file_format = asked_from_message(message)
         job = Job(call.client, self._composites.models.find(message.model), file_format)
         del message
         fields.clear()
@@ -257,7 +257,7 @@ class Jobs:
         self,
         job: Job,
         context: JobContext,
-        request: list[Request],
+        request: list[Request | Edit],
         every: int,
         nbytes: int,
         accepted: asyncio.Future[Exception | None],

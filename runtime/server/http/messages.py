@@ -1,7 +1,8 @@
 """Fields of a body as messages of the wire, proto/anydoor/v1/compositor.proto, whose names they have.
 
 Pictures are files of a form, or base64, also as a data URL. Names of enums are in lower case without their
-prefix, boxes also lists of four numbers. With a single placement its fields may stand beside the scene.
+prefix. Boxes and clicks are also lists of their numbers, or those in a text: "!3,4" is a click that is not on
+the object. The fields of a single placement may stand beside the scene, as may those of `where`.
 """
 
 from __future__ import annotations
@@ -9,31 +10,40 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
 from runtime.errors import InputError, in_field
 from runtime.rpc import compositor_pb2 as pb
+from runtime.server.edit_wire import Asked
 from runtime.server.http.body import Fields
-from runtime.server.wire import Message
 
 _WHOLE = {
     FieldDescriptor.TYPE_UINT32: (0, 2**32 - 1),
     FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1),
     FieldDescriptor.TYPE_SINT32: (-(2**31), 2**31 - 1),
 }
-_LISTED = ("Box", "TimestepInterval")
-"""Messages that a list of their values stands for."""
+_LISTED = {"Box": ("x0", "y0", "x1", "y1"), "Point": ("x", "y"), "TimestepInterval": ("first", "last")}
+"""Messages that a list of their values stands for, and the names of these."""
+_OUTSIDE = "!"
+_Message = TypeVar("_Message", bound=Asked | pb.SegmentRequest)
 
 PLACEMENT: frozenset[str] = frozenset(pb.Placement.DESCRIPTOR.fields_by_name)
 SAMPLING: frozenset[str] = frozenset(pb.Sampling.DESCRIPTOR.fields_by_name)
+WHERE: frozenset[str] = frozenset(pb.Where.DESCRIPTOR.fields_by_name)
+ACTIONS = frozenset(field.name for field in pb.EditRequest.DESCRIPTOR.oneofs_by_name["action"].fields)
 
 
-def message_of(fields: Fields) -> tuple[Message, int]:
+def kind_of(fields: Fields) -> type[Asked]:
+    """The message that a body is: without a scene, of a drawing; with an action, of an edit."""
+    if "scene" not in fields:
+        return pb.DrawRequest
+    return pb.EditRequest if ACTIONS & fields.keys() else pb.CompositeRequest
+
+
+def message_of(fields: Fields, kind: type[_Message]) -> tuple[_Message, int]:
     """The request that a body asks for, and the steps between previews.
-
-    With a scene it is a `CompositeRequest`, without a `DrawRequest`.
 
     Raises:
         InputError: names the field.
@@ -41,23 +51,31 @@ def message_of(fields: Fields) -> tuple[Message, int]:
     fields = dict(fields)
     with in_field("preview_every"):
         every = _whole(fields.pop("preview_every", 0), 0, 2**32 - 1)
-    kind: type[Message] = pb.CompositeRequest if "scene" in fields else pb.DrawRequest
     if kind is pb.CompositeRequest and "placements" not in fields:
-        placement = {name: fields.pop(name) for name in list(fields) if name in PLACEMENT}
-        fields["placements"] = [placement]
-    message = kind()
+        fields["placements"] = [_taken(fields, PLACEMENT)]
+    return _filled(kind(), fields), every
+
+
+def segment_message(fields: Fields) -> pb.SegmentRequest:
+    """The message of a body that asks where an object is; likewise."""
+    return _filled(pb.SegmentRequest(), dict(fields))
+
+
+def _taken(fields: Fields, names: frozenset[str]) -> Fields:
+    """The fields of some names, taken out of the others."""
+    return {name: fields.pop(name) for name in list(fields) if name in names}
+
+
+def _filled(message: _Message, fields: Fields) -> _Message:
+    if "where" in message.DESCRIPTOR.fields_by_name and "where" not in fields:
+        fields["where"] = _taken(fields, WHERE) or None
     _fill(message, fields)
-    return message, every
+    return message
 
 
 def _fill(message: Any, fields: Any) -> None:
     descriptor: Descriptor = message.DESCRIPTOR
-    if isinstance(fields, str) and descriptor.name in _LISTED:
-        fields = fields.split(",")
-    if isinstance(fields, list) and descriptor.name in _LISTED:
-        if len(fields) != len(descriptor.fields):
-            raise InputError(f"{len(descriptor.fields)} numbers are expected, not {len(fields)}")
-        fields = {field.name: value for field, value in zip(descriptor.fields, fields)}
+    fields = _named(descriptor.name, fields)
     if not isinstance(fields, Mapping):
         raise InputError("an object with fields is expected")
     for name, value in fields.items():
@@ -72,9 +90,27 @@ def _fill(message: Any, fields: Any) -> None:
             raise InputError(f"give either {' or '.join(given)}, and not both")
 
 
+def _named(kind: str, given: Any) -> Any:
+    """What stands for a message, as the fields of it."""
+    if kind == "Clicks" and isinstance(given, str | list):
+        return {"points": given}
+    if kind not in _LISTED or not isinstance(given, str | list):
+        return given
+    if isinstance(given, str):
+        if kind == "Point" and given.startswith(_OUTSIDE):
+            return {**_named(kind, given.removeprefix(_OUTSIDE).split(",")), "outside": True}
+        given = given.split(",")
+    names = _LISTED[kind]
+    if len(given) != len(names):
+        raise InputError(f"{len(names)} numbers are expected, not {len(given)}")
+    return dict(zip(names, given))
+
+
 def _set(message: Any, field: FieldDescriptor, value: Any) -> None:
     if field.is_repeated:
         with in_field(field.name):
+            if isinstance(value, str):  # of a form, the only one
+                value = [value]
             if not isinstance(value, list):
                 raise InputError("a list is expected")
         for index, each in enumerate(value):
@@ -86,8 +122,11 @@ def _set(message: Any, field: FieldDescriptor, value: Any) -> None:
             setattr(message, field.name, _value(field, value))
             return
         within = getattr(message, field.name)
+        if field.message_type.fields or isinstance(value, Mapping):
+            _fill(within, value)
+        elif not truth_of(value):  # it has no fields: it is there, or it is not
+            return
         within.SetInParent()
-        _fill(within, value)
 
 
 def _value(field: FieldDescriptor, value: Any) -> Any:
@@ -179,7 +218,7 @@ def plain(message: Any) -> Any:
     """A message as JSON has it: of its names, with the enums' short ones, boxes as lists, files in base64."""
     descriptor: Descriptor = message.DESCRIPTOR
     if descriptor.name in _LISTED:
-        return [getattr(message, field.name) for field in descriptor.fields]
+        return [getattr(message, name) for name in _LISTED[descriptor.name]]
     return {field.name: _plain(field, value) for field, value in message.ListFields()}
 
 

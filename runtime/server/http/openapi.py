@@ -12,11 +12,41 @@ from runtime.server.http.images import FORMATS, MOST_PARTIAL_IMAGES, QUALITIES
 from runtime.server.http.messages import enum_names
 from runtime.version import version
 
+
+def _reference(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _numbers(count: int) -> dict[str, Any]:
+    return {"type": "array", "items": {"type": "integer"}, "minItems": count, "maxItems": count}
+
+
 _FILE = {"type": "string", "description": "A file: base64, also as a data URL; in a form, the file itself."}
+_MESSAGES = (
+    *(pb.CompositeRequest, pb.DrawRequest, pb.EditRequest, pb.CompositeResponse),
+    *(pb.SegmentRequest, pb.SegmentResponse, pb.GetModelInfoResponse),
+)
+_SHORTER: dict[str, list[dict[str, Any]]] = {
+    "Box": [_numbers(4), {"type": "string", "pattern": r"^-?\d+(,-?\d+){3}$"}],
+    "Point": [_numbers(2), {"type": "string", "pattern": r"^!?-?\d+,-?\d+$"}],
+    "Clicks": [{"type": "array", "items": _reference("Point")}],
+    "TimestepInterval": [_numbers(2)],
+    "Remove": [{"type": "boolean"}],
+}
+"""What may stand for a message."""
+_ON_THE_WAY = {
+    "preview_every": {
+        "type": "integer",
+        "minimum": 0,
+        "description": "Steps between previews; 0 for none.",
+    },
+    "stream": {"type": "boolean", "description": "Whether to answer with events, whatever Accept says."},
+}
 _ERROR_STATUSES = {
     "400": "A field cannot be used; `param` is its path.",
     "401": "A bearer token is required.",
     "404": "There is no such model.",
+    "409": "The server was started without the model that this needs, or a job has not ended.",
     "413": "The body is too large.",
     "429": "The queue or the memory for requests is full; Retry-After says when to try again.",
     "500": "The engine failed on this request.",
@@ -29,12 +59,16 @@ _ERROR_STATUSES = {
 def document() -> dict[str, Any]:
     """The document, to be sent as JSON."""
     schemas: dict[str, Any] = {"Error": _error()}
-    for message in (pb.CompositeRequest, pb.DrawRequest, pb.CompositeResponse, pb.GetModelInfoResponse):
+    for message in _MESSAGES:
         _add(schemas, message.DESCRIPTOR)  # type: ignore[arg-type]
-    every = {"type": "integer", "minimum": 0, "description": "Steps between previews; 0 for none."}
-    for name in ("CompositeRequest", "DrawRequest"):
-        schemas[name]["properties"]["preview_every"] = every
+    for name, shorter in _SHORTER.items():
+        schemas[name] = {"oneOf": [schemas[name], *shorter]}
+    places = schemas["Where"]["properties"]
     schemas["CompositeRequest"]["properties"] |= schemas["Placement"]["properties"]
+    for name in ("EditRequest", "SegmentRequest"):
+        schemas[name]["properties"] |= places
+    for name in ("CompositeRequest", "DrawRequest", "EditRequest"):
+        schemas[name]["properties"] |= _ON_THE_WAY
     schemas |= {"Job": _job(), "ImageEdit": _edit(), "ImageGeneration": _generation(), "Images": _images()}
     return {
         "openapi": "3.1.0",
@@ -56,19 +90,21 @@ def _paths() -> dict[str, Any]:
     job, result = _answers("Job"), _answers("CompositeResponse", ["image/*"])
     accepted = {"202" if status == "200" else status: body for status, body in job.items()}
     unknown = {"404": _refusal("There is no such thing here.")}
-    either = {"oneOf": [_reference("CompositeRequest"), _reference("DrawRequest")]}
-    gone = {**unknown, "409": _refusal("It has not ended yet.")}
+    any_ = {"anyOf": [_reference(name) for name in ("CompositeRequest", "DrawRequest", "EditRequest")]}
+    mask = _answers("SegmentResponse", ["image/png"])
     images = _answers("Images", ["text/event-stream"])
     model = {"200": _content({"type": "object"})}
     return {
         "/v1/composite": {"post": _post("Composite", _reference("CompositeRequest"), answer)},
         "/v1/draw": {"post": _post("Draw", _reference("DrawRequest"), answer)},
+        "/v1/edit": {"post": _post("Edit", _reference("EditRequest"), answer)},
+        "/v1/segment": {"post": _post("Segment", _reference("SegmentRequest"), mask)},
         "/v1/model": {"get": _get("GetModelInfo", _answers("GetModelInfoResponse"), [chosen])},
         "/v1/images/edits": {"post": _post("EditImage", _reference("ImageEdit"), images)},
         "/v1/images/generations": {"post": _post("GenerateImage", _reference("ImageGeneration"), images)},
         "/v1/models": {"get": _get("ListModels", {**model, **_refusals()})},
         "/v1/models/{name}": {"get": _get("GetModel", {**model, **_refusals()}, [name])},
-        "/v1/jobs": {"post": _post("CreateJob", either, accepted)},
+        "/v1/jobs": {"post": _post("CreateJob", any_, accepted)},
         "/v1/jobs/{id}": {
             "get": _get("GetJob", {**job, **unknown}, [identity]),
             "delete": _get("CancelJob", {**model, **_refusals(), **unknown}, [identity]),
@@ -76,7 +112,7 @@ def _paths() -> dict[str, Any]:
         "/v1/jobs/{id}/events": {
             "get": _get("FollowJob", {**_answers("Job", ["text/event-stream"]), **unknown}, [identity])
         },
-        "/v1/jobs/{id}/result": {"get": _get("GetResult", {**result, **gone}, [identity])},
+        "/v1/jobs/{id}/result": {"get": _get("GetResult", {**result, **unknown}, [identity])},
         "/healthz": {"get": _get("IsAlive", {**model, "503": model["200"]})},
         "/readyz": {"get": _get("IsReady", {**model, "503": model["200"]})},
     }
@@ -108,10 +144,6 @@ def _refusal(text: str) -> dict[str, Any]:
 
 def _content(schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": "Done.", "content": {"application/json": {"schema": schema}}}
-
-
-def _reference(name: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _add(schemas: dict[str, Any], message: Descriptor) -> None:

@@ -362,19 +362,21 @@ def test_heads_that_do_not_come_are_not_waited_for(address: str, monkeypatch: py
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_the_commands_of_the_documentation_run(tmp_path: Path) -> None:
+def test_the_commands_of_the_documentation_run(tmp_path: Path, segmenter_bundles: tuple[Path, Path]) -> None:
     root = Path(__file__).parents[3]
     text = (root / "docs" / "http.md").read_text("utf-8")
     commands = re.findall(r"^ {4}(curl (?:.*\\\n)*.*)", text, re.MULTILINE)
-    assert len(commands) == 3
-    with ServerThread(root / "examples" / "anydoor-small", http="127.0.0.1:0") as server:
+    assert len(commands) == 5
+    segmenter, model = tuple(map(str, segmenter_bundles)), root / "examples" / "anydoor-small"
+    with ServerThread(model, http="127.0.0.1:0", segmenter=segmenter) as server:
         for command in commands:
             there = command.replace("127.0.0.1:8000", http_address(server))
-            there = there.replace("out.png", str(tmp_path / "out.png"))
+            there = re.sub(r"\b(?=\w+\.png\b)(?<!/)", f"{tmp_path}/", there)
             quietly = ["bash", "-c", f"{there} --fail-with-body --silent --show-error"]
             done = subprocess.run(quietly, check=False, capture_output=True, text=True, cwd=root)
             assert done.returncode == 0, done.stderr + done.stdout
-    assert Image.open(tmp_path / "out.png").size == (400, 300)
+    for name in ("out", "mask", "removed"):
+        assert Image.open(tmp_path / f"{name}.png").size == (400, 300)
 
 
 def test_the_studio_is_there_where_it_is_asked_for(tiny_bundle: Path, address: str) -> None:

@@ -1,4 +1,4 @@
-// What the page asks of the server: its model, and pictures with events on the way (docs/http.md).
+// What the page asks of the server: its models, masks, and pictures with events on the way (docs/http.md).
 
 export class Refused extends Error {
   constructor(message, status) {
@@ -13,8 +13,17 @@ export function setToken(value) {
   token = value.trim();
 }
 
-export async function model() {
-  return (await ask("/v1/model", {})).json();
+export async function model(name) {
+  return (await ask(`/v1/model?model=${encodeURIComponent(name)}`, {})).json();
+}
+
+// Where the object is that clicks, like "3,4" or "!5,6", are on; the main object without any. A mask, white inside.
+export async function segment(file, clicks) {
+  const form = new FormData();
+  form.append("picture", file);
+  for (const click of clicks) form.append("clicks", click);
+  const answer = await ask("/v1/segment", { method: "POST", body: form, headers: { accept: "image/png" } });
+  return createImageBitmap(await answer.blob());
 }
 
 // Yields [name, fields] of each event; `signal` cancels, which ends the work on the server, too.

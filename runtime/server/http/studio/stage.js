@@ -1,20 +1,27 @@
-// The canvas: the scene, the places of the objects, what is painted, and the result beside the scene.
+// The canvas: a picture, what is marked on it, and the result beside it. A mark is a box, what is painted, or
+// clicks, with what the server found by them.
 
 const ACCENT = "#1faa5f";
+const OUTSIDE = "#b3261e";
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+const within = (value, most) => Math.round(Math.min(Math.max(value, 0), most));
 
 export class Stage {
-  // `onPlace` is called when a place has been changed by the pointer or the keyboard.
-  constructor(canvas, keys, onPlace) {
+  // `onMark` is called with a mark that the pointer or the keyboard has changed, and with null for one that is gone.
+  constructor(canvas, keys, onMark) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
-    this.onPlace = onPlace;
+    this.onMark = onMark;
     this.scene = null;
     this.result = null;
     this.share = 1; // of the result that is shown, from the left
-    this.places = [];
+    this.marks = [];
     this.chosen = 0;
     this.tool = "box";
     this.brush = 24;
+    this.tallest = 75; // in hundredths of the window
+    this.cursor = null; // where a click of the keyboard goes
     canvas.addEventListener("pointerdown", (event) => this.#down(event));
     canvas.addEventListener("pointermove", (event) => this.#move(event));
     for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => this.#up());
@@ -24,11 +31,18 @@ export class Stage {
   setScene(image) {
     this.scene = image;
     this.result = null;
+    this.cursor = null;
     this.canvas.width = image.width;
     this.canvas.height = image.height;
-    this.canvas.style.width = `min(100%, ${(75 * image.width) / image.height}vh)`;
+    this.canvas.style.width = `min(100%, ${(this.tallest * image.width) / image.height}vh)`;
     this.draw();
   }
+
+  get #clicks() {
+    return this.tool === "click" || this.tool === "not";
+  }
+
+  // --- drawing ---
 
   draw() {
     const { context, canvas, scene, result } = this;
@@ -41,7 +55,8 @@ export class Stage {
       if (this.share < 1) this.#line(width);
       return;
     }
-    this.places.forEach((place, index) => this.#place(place, index === this.chosen));
+    this.marks.forEach((mark, index) => this.#mark(mark, index === this.chosen));
+    if (this.cursor && this.#clicks) this.#sign({ x: this.cursor[0], y: this.cursor[1], outside: this.tool === "not" }, 0.6);
   }
 
   #line(x) {
@@ -49,14 +64,15 @@ export class Stage {
     this.context.fillRect(x - 1, 0, 2, this.canvas.height);
   }
 
-  #place(place, isChosen) {
+  #mark(mark, isChosen) {
     const { context } = this;
+    const area = mark?.painted ?? mark?.found;
     context.save();
-    if (place?.painted) {
+    if (area) {
       context.globalAlpha = isChosen ? 0.55 : 0.3;
-      context.drawImage(place.painted, 0, 0);
-    } else if (place?.box) {
-      const [x0, y0, x1, y1] = place.box;
+      context.drawImage(area, 0, 0);
+    } else if (mark?.box) {
+      const [x0, y0, x1, y1] = mark.box;
       context.lineWidth = Math.max(2, this.canvas.width / 300);
       context.strokeStyle = ACCENT;
       context.setLineDash(isChosen ? [] : [context.lineWidth * 3]);
@@ -66,7 +82,34 @@ export class Stage {
       context.fillRect(x0, y0, x1 - x0, y1 - y0);
     }
     context.restore();
+    for (const click of mark?.clicks ?? []) this.#sign(click, isChosen ? 1 : 0.6);
   }
+
+  // A disc with plus or minus.
+  #sign({ x, y, outside }, alpha) {
+    const { context } = this;
+    const radius = Math.max(5, this.canvas.width / 60);
+    context.save();
+    context.globalAlpha = alpha;
+    context.fillStyle = outside ? OUTSIDE : ACCENT;
+    context.strokeStyle = "white";
+    context.lineWidth = radius / 3;
+    context.beginPath();
+    context.arc(x + 0.5, y + 0.5, radius, 0, 7);
+    context.fill();
+    context.stroke();
+    context.beginPath();
+    context.moveTo(x - radius / 2, y + 0.5);
+    context.lineTo(x + 1 + radius / 2, y + 0.5);
+    if (!outside) {
+      context.moveTo(x + 0.5, y - radius / 2);
+      context.lineTo(x + 0.5, y + 1 + radius / 2);
+    }
+    context.stroke();
+    context.restore();
+  }
+
+  // --- pointer ---
 
   #point(event) {
     const area = this.canvas.getBoundingClientRect();
@@ -76,9 +119,14 @@ export class Stage {
 
   #down(event) {
     if (!this.scene) return;
-    this.canvas.setPointerCapture(event.pointerId);
     this.result = null;
-    this.from = this.#point(event);
+    const point = this.#point(event);
+    if (this.#clicks) {
+      this.#click(...point);
+      return;
+    }
+    this.canvas.setPointerCapture(event.pointerId);
+    this.from = point;
     if (this.tool !== "box") {
       this.#stroke(this.from, this.from);
       this.draw();
@@ -89,7 +137,7 @@ export class Stage {
     if (!this.from) return;
     const to = this.#point(event);
     if (this.tool === "box") {
-      this.places[this.chosen] = { box: this.#box(this.from, to) };
+      this.marks[this.chosen] = { box: this.#box(this.from, to) };
     } else {
       this.#stroke(this.from, to);
       this.from = to;
@@ -100,14 +148,26 @@ export class Stage {
   #up() {
     if (!this.from) return;
     this.from = null;
-    const box = this.places[this.chosen]?.box;
-    if (box && (box[2] - box[0] < 2 || box[3] - box[1] < 2)) delete this.places[this.chosen];
+    const box = this.marks[this.chosen]?.box;
+    if (box && (box[2] - box[0] < 2 || box[3] - box[1] < 2)) delete this.marks[this.chosen];
+    this.#changed();
+  }
+
+  #click(x, y) {
+    const { width, height } = this.canvas;
+    const before = this.marks[this.chosen];
+    const click = { x: Math.min(within(x - 0.5, width), width - 1), y: Math.min(within(y - 0.5, height), height - 1) };
+    const clicks = [...(before?.clicks ?? []), { ...click, outside: this.tool === "not" }];
+    this.marks[this.chosen] = { clicks, found: before?.found };
+    this.#changed();
+  }
+
+  #changed() {
     this.draw();
-    this.onPlace();
+    this.onMark(this.marks[this.chosen] ?? null);
   }
 
   #box([ax, ay], [bx, by]) {
-    const within = (value, most) => Math.round(Math.min(Math.max(value, 0), most));
     const { width, height } = this.canvas;
     return [
       within(Math.min(ax, bx), width),
@@ -118,10 +178,10 @@ export class Stage {
   }
 
   #stroke(from, to) {
-    let painted = this.places[this.chosen]?.painted;
+    let painted = this.marks[this.chosen]?.painted;
     if (!painted) {
       painted = new OffscreenCanvas(this.canvas.width, this.canvas.height);
-      this.places[this.chosen] = { painted };
+      this.marks[this.chosen] = { painted };
     }
     const context = painted.getContext("2d");
     context.globalCompositeOperation = this.tool === "erase" ? "destination-out" : "source-over";
@@ -134,33 +194,49 @@ export class Stage {
     context.stroke();
   }
 
+  // --- keyboard ---
+
   #key(event) {
-    const step = Math.max(1, Math.round(this.canvas.width / 100));
-    const by = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] }[event.key];
-    if (!by || !this.scene) return;
+    if (!this.scene) return;
+    const isArrow = event.key in ARROWS;
+    if (!isArrow && !(this.#clicks && ["Enter", " ", "Backspace"].includes(event.key))) return;
     event.preventDefault();
     this.result = null;
-    const { width, height } = this.canvas;
-    const quarter = [width * 0.35, height * 0.35, width * 0.65, height * 0.65].map(Math.round);
-    const [x0, y0, x1, y1] = this.places[this.chosen]?.box ?? quarter;
-    const [dx, dy] = by;
-    const moved = event.shiftKey ? [x0, y0, x1 + dx, y1 + dy] : [x0 + dx, y0 + dy, x1 + dx, y1 + dy];
-    const isInside = moved[2] > 4 && moved[3] > 4 && moved[0] < width - 4 && moved[1] < height - 4;
-    if (isInside && moved[2] - moved[0] > 3 && moved[3] - moved[1] > 3) this.places[this.chosen] = { box: moved };
-    this.draw();
-    this.onPlace();
+    const step = Math.max(1, Math.round(this.canvas.width / 100));
+    const by = isArrow ? ARROWS[event.key].map((one) => one * step) : null;
+    if (!this.#clicks) this.#moveBox(...by, event.shiftKey);
+    else if (by) this.#moveCursor(...by);
+    else if (event.key === "Backspace") this.#takeBack();
+    else this.#click(...this.#place());
   }
-}
 
-// The mask of a painted place as a PNG file: white inside, black elsewhere.
-export async function maskOf(painted) {
-  const canvas = new OffscreenCanvas(painted.width, painted.height);
-  const context = canvas.getContext("2d");
-  const data = painted.getContext("2d").getImageData(0, 0, painted.width, painted.height);
-  for (let index = 0; index < data.data.length; index += 4) {
-    const value = data.data[index + 3] > 127 ? 255 : 0;
-    data.data.set([value, value, value, 255], index);
+  #place() {
+    this.cursor ??= [this.canvas.width / 2, this.canvas.height / 2].map(Math.round);
+    return this.cursor;
   }
-  context.putImageData(data, 0, 0);
-  return canvas.convertToBlob({ type: "image/png" });
+
+  #moveCursor(dx, dy) {
+    const [x, y] = this.#place();
+    this.cursor = [within(x + dx, this.canvas.width - 1), within(y + dy, this.canvas.height - 1)];
+    this.draw();
+  }
+
+  #takeBack() {
+    const mark = this.marks[this.chosen];
+    if (!mark?.clicks) return;
+    const clicks = mark.clicks.slice(0, -1);
+    if (clicks.length) this.marks[this.chosen] = { clicks, found: mark.found };
+    else delete this.marks[this.chosen];
+    this.#changed();
+  }
+
+  #moveBox(dx, dy, isResized) {
+    const { width, height } = this.canvas;
+    const middle = [width * 0.35, height * 0.35, width * 0.65, height * 0.65].map(Math.round);
+    const [x0, y0, x1, y1] = this.marks[this.chosen]?.box ?? middle;
+    const moved = isResized ? [x0, y0, x1 + dx, y1 + dy] : [x0 + dx, y0 + dy, x1 + dx, y1 + dy];
+    const isInside = moved[2] > 4 && moved[3] > 4 && moved[0] < width - 4 && moved[1] < height - 4;
+    if (isInside && moved[2] - moved[0] > 3 && moved[3] - moved[1] > 3) this.marks[this.chosen] = { box: moved };
+    this.#changed();
+  }
 }

@@ -2,20 +2,50 @@
 
 import { model, pictures, Refused, setToken } from "./api.js";
 import { commandLine, python } from "./commands.js";
+import { Cutout } from "./cutout.js";
+import { showFound } from "./marks.js";
+import { accept, Objects } from "./objects.js";
 import { withText } from "./png.js";
-import { maskOf, Stage } from "./stage.js";
+import { described, formOf, pathOf } from "./request.js";
+import { Stage } from "./stage.js";
+import { TARGET, TASKS } from "./tasks.js";
 
 const find = (id) => document.getElementById(id);
 const QUALITIES = { exact: "exact", balanced: "balanced, twice as fast", fast: "fast, four times as fast" };
 
 let about = null; // what the server says of its model
 let scene = null; // File
-let objects = [{}];
 let shown = null; // the newest picture: { image, file, request }
 let running = null; // AbortController
+let marksOf = {}; // task -> marks, while another task is chosen
 const history = [];
 
-const stage = new Stage(find("canvas"), find("canvas-box"), refresh);
+const stage = new Stage(find("canvas"), find("canvas-box"), marked);
+const cutout = new Cutout(find("cut"));
+const objects = new Objects(find("objects"), find("object"), {
+  takesWords: () => about?.condition === "text",
+  canClick: () => Boolean(about?.clicks),
+  hasPlaces: () => task() === "composite",
+  choose: (index, isFocused) => {
+    choose(index);
+    if (isFocused) find("canvas-box").focus();
+  },
+  changed: refresh,
+  removed: (index) => {
+    stage.marks.splice(index, 1);
+    choose(Math.min(stage.chosen, objects.items.length - 1));
+  },
+  cut: (each) => cutout.open(each.file, (clicks) => {
+    Object.assign(each, { clicks, automatic: false });
+    objects.showCut(each);
+  }),
+  say,
+});
+
+const task = () => find("task").value;
+// What is marked: a place for each object, or what the task needs.
+const needed = () => TASKS[task()].marks ?? objects.items.map(() => TARGET);
+const used = () => (TASKS[task()].reference ? (TASKS[task()].marks ? objects.items.slice(0, 1) : objects.items) : []);
 
 // --- what is shown ---
 
@@ -24,17 +54,12 @@ function say(text) {
   find("message").hidden = !text;
 }
 
-const takesWords = () => about?.condition === "text";
-
 function refresh() {
-  for (const [index, item] of [...find("objects").children].entries()) {
-    const isChosen = index === stage.chosen;
-    item.classList.toggle("chosen", isChosen);
-    const use = item.querySelector(".use");
-    use.textContent = isChosen ? "Placing" : "Place";
-    use.setAttribute("aria-pressed", String(isChosen));
+  objects.mark(stage.chosen);
+  for (const [index, button] of [...find("marks").children].entries()) {
+    button.setAttribute("aria-pressed", String(index === stage.chosen));
   }
-  const ready = scene && objects.every((each, index) => what(each) && stage.places[index]);
+  const ready = scene && needed().every((_, index) => stage.marks[index]) && used().every((each) => objects.said(each));
   find("start").disabled = Boolean(running) || !ready;
   find("again").disabled = Boolean(running) || !shown || !ready;
   for (const id of ["download", "copy-command", "copy-python"]) find(id).disabled = !shown;
@@ -44,83 +69,53 @@ function refresh() {
   find("canvas-box").classList.toggle("has-scene", Boolean(scene));
 }
 
-const what = (each) => (takesWords() ? each.prompt?.trim() : each.file);
-
-function list() {
-  find("objects").replaceChildren(...objects.map(row));
-  refresh();
+// Shows what a task needs and a model takes.
+function arrange() {
+  const { marks, reference, mode, start: verb } = TASKS[task()];
+  find("marks").replaceChildren(...(marks ?? []).map((mark, index) => markButton(mark, index)));
+  find("sources").hidden = !reference;
+  find("add").hidden = Boolean(marks);
+  find("modes").hidden = !mode;
+  find("filling").hidden = !about?.filler || !marks || task() === "try-on";
+  for (const label of document.querySelectorAll(".sampled")) label.hidden = task() === "remove";
+  find("start").textContent = verb;
+  objects.draw();
+  for (const [index, row] of [...find("objects").children].entries()) row.hidden = Boolean(marks) && index > 0;
+  stage.tool = "";
+  choose(0);
 }
 
-function row(each, index) {
-  const item = find("object").content.firstElementChild.cloneNode(true);
-  const [thumb, image] = [item.querySelector(".thumb"), item.querySelector("img")];
-  thumb.hidden = takesWords();
-  const draw = () => {
-    image.src = each.url;
-    image.alt = each.file.name;
-  };
-  if (each.url) draw();
-  accept(thumb, item.querySelector("input[type=file]"), (file) => {
-    each.file = file;
-    if (each.url) URL.revokeObjectURL(each.url);
-    each.url = URL.createObjectURL(file);
-    draw();
-    choose(index);
-  });
-  const words = item.querySelector(".words");
-  words.hidden = !takesWords();
-  const text = item.querySelector(".text");
-  text.value = each.prompt ?? "";
-  text.addEventListener("input", () => {
-    each.prompt = text.value;
-    refresh();
-  });
-  const automatic = item.querySelector(".automatic");
-  automatic.hidden = takesWords();
-  const box = automatic.querySelector("input");
-  box.checked = Boolean(each.automatic);
-  box.addEventListener("change", () => (each.automatic = box.checked));
-  item.querySelector(".use").addEventListener("click", () => {
+function markButton(mark, index) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = mark.label;
+  button.addEventListener("click", () => {
     choose(index);
     find("canvas-box").focus();
   });
-  const remove = item.querySelector(".remove");
-  remove.disabled = objects.length === 1;
-  remove.addEventListener("click", () => {
-    objects.splice(index, 1);
-    stage.places.splice(index, 1);
-    choose(Math.min(stage.chosen, objects.length - 1));
-    list();
-  });
-  return item;
+  return button;
 }
 
+// Makes a mark the one that the tools change.
 function choose(index) {
   stage.chosen = index;
   stage.result = null;
-  stage.draw();
+  const tools = needed()[index].tools.filter((tool) => about?.clicks || !["click", "not"].includes(tool));
+  for (const input of document.getElementsByName("tool")) input.parentElement.hidden = !tools.includes(input.value);
+  use(tools.includes(stage.tool) ? stage.tool : tools[0]);
   refresh();
 }
 
-// --- what is dropped ---
+function use(tool) {
+  stage.tool = tool;
+  for (const input of document.getElementsByName("tool")) input.checked = input.value === tool;
+  find("brushes").hidden = !["paint", "erase"].includes(tool);
+  stage.draw();
+}
 
-function accept(area, input, take) {
-  const use = (file) => {
-    if (!file) return;
-    if (!file.type.startsWith("image/")) say(`'${file.name}' is not a picture.`);
-    else take(file);
-  };
-  input.addEventListener("change", () => use(input.files[0]));
-  area.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    area.classList.add("over");
-  });
-  area.addEventListener("dragleave", () => area.classList.remove("over"));
-  area.addEventListener("drop", (event) => {
-    event.preventDefault();
-    area.classList.remove("over");
-    use(event.dataTransfer.files[0]);
-  });
+async function marked(mark) {
+  refresh();
+  if (mark?.clicks) await showFound(scene, mark, stage, say);
 }
 
 async function setScene(file) {
@@ -133,7 +128,8 @@ async function setScene(file) {
   scene = file;
   shown = null;
   history.length = 0;
-  stage.places = [];
+  stage.marks = [];
+  marksOf = {};
   say("");
   refresh();
 }
@@ -142,41 +138,40 @@ async function setScene(file) {
 
 function requested() {
   const number = (id) => (find(id).value === "" ? null : Number(find(id).value));
+  const value = (id) => (find(id).closest("label").hidden ? null : find(id).value || null);
+  const marks = needed().map(({ name, byBox }, index) => described(stage.marks[index], name, byBox ?? about.clicks));
+  const isComposite = task() === "composite";
+  const words = about?.condition === "text";
   return {
     scene: scene.name,
-    objects: objects.map((each, index) => ({
-      name: each.file?.name,
-      prompt: takesWords() ? each.prompt.trim() : null,
-      automatic: !takesWords() && Boolean(each.automatic),
-      box: stage.places[index].box ?? null,
+    task: task(),
+    objects: used().map((each, index) => ({
+      ...(words ? { prompt: each.prompt.trim() } : { name: each.file.name, automatic: Boolean(each.automatic) }),
+      ...(each.clicks && !words ? { clicks: each.clicks } : {}),
+      ...(isComposite ? targetOf(index) : {}),
     })),
-    mode: find("mode").value || null,
-    quality: find("quality").value || null,
-    steps: number("steps"),
+    ...(isComposite ? {} : { marks }),
+    mode: value("mode"),
+    quality: value("quality"),
+    steps: find("steps").closest("label").hidden ? null : number("steps"),
+    fill: value("fill"),
+    model: about.models?.length > 1 ? about.model : null,
     seed: number("seed") ?? Math.floor(Math.random() * 2 ** 31),
   };
 }
 
-async function formOf(request) {
-  const form = new FormData();
-  form.append("scene", scene);
-  for (const [index, each] of request.objects.entries()) {
-    const field = (name) => `placements[${index}].${name}`;
-    if (each.prompt) form.append(field("prompt"), each.prompt);
-    else form.append(field("reference"), objects[index].file);
-    if (each.automatic) form.append(field("automatic_mask"), "true");
-    if (each.box) form.append(field("box"), each.box.join(","));
-    else form.append(field("mask"), await maskOf(stage.places[index].painted), "mask.png");
-    if (request.mode) form.append(field("mode"), request.mode);
-  }
-  if (request.quality) form.append("sampling.quality", request.quality);
-  if (request.steps) form.append("sampling.steps", request.steps);
-  form.append("seed", request.seed);
-  form.append("preview_every", Math.max(1, Math.ceil((request.steps ?? stepsOf(request.quality)) / 4)));
-  return form;
+function targetOf(index) {
+  const name = index ? `mask-${index + 1}` : "mask";
+  return described(stage.marks[index], name, true);
 }
 
-const stepsOf = (quality) => ({ balanced: 12, fast: 8 })[quality] ?? about?.defaults?.sampling?.steps ?? 50;
+// Steps between previews, of which the server makes so many of a picture.
+function previewEvery({ task, objects, steps, quality }) {
+  const placements = { composite: objects.length, exchange: 2 }[task] ?? 1;
+  const previews = Math.floor((about.limits.previews ?? 0) / placements);
+  const all = steps ?? { balanced: 12, fast: 8 }[quality] ?? about.defaults.sampling.steps;
+  return previews ? Math.ceil(all / previews) : 0;
+}
 
 async function start() {
   if (running) return;
@@ -186,8 +181,10 @@ async function start() {
   progress("sending", 0);
   refresh();
   try {
-    const form = await formOf(request);
-    for await (const [name, fields] of pictures(form, "/v1/composite", running.signal)) {
+    const files = { scene, objects: used().map((each) => each.file) };
+    const form = await formOf(request, files, stage.marks, find("canvas"));
+    form.append("preview_every", previewEvery(request));
+    for await (const [name, fields] of pictures(form, pathOf(request), running.signal)) {
       if (name === "queued") progress(fields.position ? `waiting, ${fields.position} before` : "starting", 0);
       if (name === "step_done") progress(`step ${fields.done} of ${fields.total}`, fields.done / fields.total);
       if (name === "preview") await show(fields.image, "image/jpeg");
@@ -256,25 +253,36 @@ async function copy(button, text) {
 
 // --- the page ---
 
-async function connect() {
+async function connect(name = "") {
+  find("model").textContent = "connecting …";
   try {
-    about = await model();
+    about = await model(name);
     find("model").textContent = `${about.system}, ${about.precision}, ${about.backend} on ${about.device}`;
     find("quality").replaceChildren(
       new Option("of the model", ""),
-      ...about.qualities.map((name) => new Option(QUALITIES[name] ?? name, name)),
+      ...about.qualities.map((quality) => new Option(QUALITIES[quality] ?? quality, quality)),
     );
     find("steps").max = about.limits.steps;
-    find("start").textContent = takesWords() ? "Draw it in" : "Composite";
+    find("models").replaceChildren(...about.models.map((each) => new Option(each, each, false, each === about.model)));
+    find("models").hidden = about.models.length < 2;
     say("");
   } catch (error) {
     find("model").textContent = "not connected";
     say(error.message);
   }
-  list();
+  arrange();
 }
 
-accept(find("canvas-box"), find("scene-file"), setScene);
+find("task").replaceChildren(...Object.entries(TASKS).map(([name, { label }]) => new Option(label, name)));
+let before = task();
+find("task").addEventListener("change", () => {
+  marksOf[before] = stage.marks;
+  before = task();
+  stage.marks = marksOf[before] ?? [];
+  arrange();
+});
+find("models").addEventListener("change", (event) => connect(event.target.value));
+accept(find("canvas-box"), find("scene-file"), setScene, say);
 find("controls").addEventListener("submit", (event) => {
   event.preventDefault();
   start();
@@ -285,9 +293,8 @@ find("again").addEventListener("click", () => {
 });
 find("cancel").addEventListener("click", () => running?.abort());
 find("add").addEventListener("click", () => {
-  objects.push({});
-  choose(objects.length - 1);
-  list();
+  objects.add();
+  choose(objects.items.length - 1);
 });
 find("undo").addEventListener("click", undo);
 find("download").addEventListener("click", download);
@@ -299,9 +306,7 @@ find("slider").addEventListener("input", (event) => {
   stage.draw();
 });
 find("brush").addEventListener("input", (event) => (stage.brush = Number(event.target.value)));
-for (const input of document.getElementsByName("tool")) {
-  input.addEventListener("change", () => (stage.tool = input.value));
-}
+for (const input of document.getElementsByName("tool")) input.addEventListener("change", () => use(input.value));
 find("token").addEventListener("change", (event) => {
   setToken(event.target.value);
   connect();
@@ -309,5 +314,5 @@ find("token").addEventListener("change", (event) => {
 document.addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key === "z" && event.target.tagName !== "INPUT") undo();
 });
-list();
+arrange();
 connect();
