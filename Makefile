@@ -26,7 +26,7 @@ demo: $(VENV)/.lean
 		--backend onnxruntime --steps 12 --seed 7 --output $(DEMO_PICTURE)
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # the studio in Chromium, which must be there: apt-get install chromium. Screenshots in build/studio; the one of
 # the documentation is made by `npm run picture`

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from onnxscript import rewriter
 from torch import nn
 
 from engines.spec import GraphSpec
@@ -54,7 +55,7 @@ def trace(module: nn.Module, spec: GraphSpec, opset: int = OPSET) -> torch.onnx.
     parameters = inspect.signature(module.forward).parameters.values()
     named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
     dynamic = (*shapes[:named], *((tuple(shapes[named:]),) if named < len(shapes) else ()))
-    with _quiet(), torch.no_grad():
+    with _quiet(), _without_slow_rule(), torch.no_grad():
         program = torch.onnx.export(
             module,
             arguments,
@@ -85,3 +86,18 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_slow_rule() -> Iterator[None]:
+    """Leaves out of the exporter's optimisation the rule that makes a split of two slices.
+
+    It goes through the whole graph at every node (`SimplePatternMatcher.match` in onnxscript's
+    rewriter/_matcher.py), and finds nothing in these networks, which have splits already.
+    """
+    rules = rewriter._DEFAULT_REWRITE_RULES
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name != "SlicesSplit")
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support.shared import lock, shared_folder
+from runtime import Compositor
+from tests.support.shared import lock, shared_folder, traced_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,11 +26,18 @@ settings.load_profile("any machine")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+FIRST = (
+    *("benchmarks/test_card.py", "export/test_targets.py", "training/test_train_imprint.py"),
+    *("export/test_skeleton.py", "benchmarks/test_parity.py", "training/test_train_card.py"),
+    *("export/test_precision.py", "training/test_train.py", "benchmarks/test_latency.py"),
+)
+"""Files that take long, so that no process is left with one of them at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets the first process begin with the benchmarks, which build the smallest bundle, and the next with
-    training, which needs none and so does not wait for it."""
-    order = {"benchmarks": 0, "training": 1}
-    items.sort(key=lambda item: order.get(item.path.relative_to(ROOT / "tests").parts[0], 2))
+    """Sorts files; `make test` gives each to one process, which makes what its tests share once."""
+    order = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(ROOT / "tests").as_posix(), len(FIRST)))
 
 
 def _checkpoint(name: str) -> Path:
@@ -61,30 +65,9 @@ def _bundle(name: str, resolution: int, precision: str = "fp32", targets: tuple[
     return path
 
 
-@contextmanager
-def _traced_once() -> Iterator[None]:
-    """Lets bundles of one network in one precision share their graphs, which differ only after they are
-    rewritten for a target: tracing them takes most of a build's time."""
-    from export import onnx_graph
-
-    traced: dict[str, Any] = {}
-    trace = onnx_graph.trace
-
-    def once(module: Any, spec: Any, opset: int) -> Any:
-        if spec.name not in traced:
-            traced[spec.name] = trace(module, spec, opset)
-        program = copy.copy(traced[spec.name])
-        program.model = program.model.clone()
-        return program
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_graph, "trace", once)
-        yield
-
-
 def _half_bundles() -> tuple[Path, Path]:
     """The smallest network's bundles in FP16, for any target and for CUDA."""
-    with lock(shared_folder() / "halves.lock"), _traced_once():
+    with lock(shared_folder() / "halves.lock"), traced_once():
         plain, cuda = (_bundle("tiny", TINY_RESOLUTION, "fp16", targets) for targets in ((), ("cuda",)))
     return plain, cuda
 
@@ -154,6 +137,15 @@ def tiny_inpainting_plan_bundle() -> Path:
 def small_bundle() -> Path:
     """A bundle of the network that the golden cases were recorded with, for 512 px; do not write into it."""
     return _bundle("small", 512)
+
+
+@pytest.fixture(scope="session")
+def small_modules(tmp_path_factory: pytest.TempPathFactory) -> Compositor:
+    """A compositor of the same network whose graphs are PyTorch's modules, as exports take minutes."""
+    from export.systems import open_source
+    from tests.support.module_engine import module_compositor
+
+    return module_compositor(open_source(_checkpoint("small")), tmp_path_factory.mktemp("small"), (512, 512))
 
 
 @pytest.fixture(scope="session")

@@ -21,19 +21,31 @@ Capture = pytest.CaptureFixture[str]
 def altered(
     path: Path, drop: tuple[str, ...] = (), **changes: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 ) -> Path:
-    """A copy of the drawn case without some arrays and with others changed."""
+    """A copy of the first run of the drawn case without some arrays and with others changed."""
     with np.load(DRAWN) as stored:
-        arrays = {name: stored[name] for name in stored.files if not name.endswith(drop)}
+        names = [name for name in stored.files if not name.startswith("shape_") and not name.endswith(drop)]
+        arrays = {name: stored[name] for name in names}
     np.savez(path, **(arrays | changes))
     return path
+
+
+@pytest.fixture(params=["modules", pytest.param("bundle", marks=pytest.mark.nightly)])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The network of the golden cases: PyTorch's modules, and nightly what is exported of them."""
+    if request.param == "bundle":
+        bundle: Path = request.getfixturevalue("small_bundle")
+        return bundle
+    compositor: Compositor = request.getfixturevalue("small_modules")
+    monkeypatch.setattr(Compositor, "load", lambda *_: compositor)
+    return compositor.bundle.path
 
 
 SLOW = ("_latents", "_composite", "_eps_cond", "_eps_uncond", "_ctl_first8", "_decoded_crop")
 
 
-def test_drawn_case_is_reproduced_from_pictures_to_picture(small_bundle: Path, capsys: Capture) -> None:
+def test_drawn_case_is_reproduced_from_pictures_to_picture(small: Path, capsys: Capture) -> None:
     """Every stage of both entry scripts, with the tolerances of the recordings."""
-    assert main(["--bundle", str(small_bundle), str(DRAWN)]) == 0
+    assert main(["--bundle", str(small), str(DRAWN)]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith("parity: 1 cases, ")
     assert "all within tolerance (worst drawn " in printed.splitlines()[-1]
@@ -58,14 +70,12 @@ def first_detail_maps(bundle: Path) -> list[np.ndarray[tuple[int, ...], np.dtype
     return [tensor[:1] for tensor in maps.values()]
 
 
-def test_detail_maps_are_compared_by_their_number(
-    small_bundle: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_detail_maps_are_compared_by_their_number(small: Path, tmp_path: Path, capsys: Capture) -> None:
     """A case may lack some of them."""
-    maps = first_detail_maps(small_bundle)
+    maps = first_detail_maps(small)
     recorded = {f"box_ctl{number:02d}": maps[number] for number in (0, 11, 12)}
     case = altered(tmp_path / "some.npz", SLOW, **recorded)
-    options = ["--bundle", str(small_bundle), "--backend", "onnxruntime"]
+    options = ["--bundle", str(small), "--backend", "onnxruntime"]
     assert main([*options, str(case)]) == 0
     printed = capsys.readouterr().out
     assert [n for n in range(13) if f"detail map {n} " in printed] == [0, 11, 12]
@@ -74,25 +84,25 @@ def test_detail_maps_are_compared_by_their_number(
     assert "has a detail map 13, and this network makes 13" in capsys.readouterr().err
 
 
-def test_wrong_tokens_are_out_of_tolerance(small_bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_wrong_tokens_are_out_of_tolerance(small: Path, tmp_path: Path, capsys: Capture) -> None:
     with np.load(DRAWN) as stored:
         tokens = stored["box_tokens_ref"]
     case = altered(tmp_path / "wrong.npz", SLOW, box_tokens_ref=tokens * np.float32(1.001))
-    assert main(["--bundle", str(small_bundle), str(case)]) == 1
+    assert main(["--bundle", str(small), str(case)]) == 1
     assert "1 out of tolerance: wrong box ID tokens" in capsys.readouterr().out
 
 
-def test_wrong_crop_box_is_out_of_tolerance(small_bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_wrong_crop_box_is_out_of_tolerance(small: Path, tmp_path: Path, capsys: Capture) -> None:
     case = altered(tmp_path / "wrong.npz", SLOW, box_tar_box_yyxx_crop=np.array([46, 300, 134, 389]))
-    assert main(["--bundle", str(small_bundle), str(case)]) == 1
+    assert main(["--bundle", str(small), str(case)]) == 1
     assert "wrong box geometry: crop box" in capsys.readouterr().out
 
 
 def test_values_that_are_not_numbers_are_out_of_tolerance(
-    small_bundle: Path, tmp_path: Path, capsys: Capture
+    small: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     case = altered(tmp_path / "wrong.npz", SLOW, box_tokens_zero=np.full((1, 257, 64), np.nan, np.float32))
-    assert main(["--bundle", str(small_bundle), str(case)]) == 1
+    assert main(["--bundle", str(small), str(case)]) == 1
     assert "ID tokens, black" in capsys.readouterr().out.splitlines()[-1]
 
 

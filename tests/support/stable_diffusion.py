@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from runtime.systems.tokenizer import END, START
-from tests.support.shared import lock, shared_folder
+from tests.support.shared import lock, shared_folder, traced_once
 from tests.support.vocabulary import clip_tokenizer, learned_merges
 from training.network.stable_diffusion_checkpoint import read_stable_diffusion, write_single_file
 
@@ -45,16 +45,6 @@ def pipeline(
     tokenizer = clip_tokenizer(
         learned_merges(), **({} if version == "1.x" else {"pad": "!", "any_case": (START, END)})
     )
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        in_channels=9 if inpaint else 4,
-        block_out_channels=(64, 128),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        **UNET[version],
-    )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -72,6 +62,17 @@ def pipeline(
             bos_token_id=len(tokenizer) - 2,
             eos_token_id=len(tokenizer) - 1,
         )
+    )
+    # last, so that the others are the same for any number of its channels
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        in_channels=9 if inpaint else 4,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        **UNET[version],
     )
     kind = StableDiffusionInpaintPipeline if inpaint else StableDiffusionPipeline
     return kind(
@@ -126,25 +127,30 @@ def tiny_stable_diffusion_bundle(
     prediction: Literal["epsilon", "v"] = "epsilon",
     version: Version = "2.x",
     resolution: int | tuple[int, int] = 64,
-    precision: str = "fp32",
-    targets: tuple[str, ...] = (),
 ) -> Path:
-    """A bundle with the weights of `pipeline`; do not write into it."""
+    """A bundle with the weights of `pipeline`; do not write into it.
+
+    The two that most tests take are built together, because they differ in one graph.
+    """
+    how = prediction, version, resolution
+    together = (4, 9) if how == ("epsilon", "2.x", 64) else (channels,)
+    with lock(shared_folder() / "stable-diffusion.lock"), traced_once():
+        return {each: _bundle(each, *how) for each in together}[channels]
+
+
+def _bundle(channels: int, prediction: str, version: Version, resolution: int | tuple[int, int]) -> Path:
     from export.build import build_bundle
     from export.options import BuildOptions
     from export.progress import Progress
     from export.systems import open_source
 
     size = str(resolution).strip("()").replace(", ", "x")
-    names = ("stable-diffusion", version, str(channels), prediction, size, precision, *targets)
-    path = shared_folder() / "-".join(names)
-    with lock(path.with_suffix(f"{path.suffix}.lock")):
-        if not path.exists():
-            checkpoint = path.with_name(f"{path.name}-checkpoint")
-            pipe = pipeline(version, channels == 9, "v_prediction" if prediction == "v" else "epsilon")
-            pipe.save_pretrained(checkpoint)
-            options = BuildOptions(precision=precision, resolution=resolution, targets=targets)
-            build_bundle(open_source(checkpoint), path, options, Progress(quiet=True))
+    path = shared_folder() / "-".join(("stable-diffusion", version, str(channels), prediction, size))
+    if not path.exists():
+        checkpoint = path.with_name(f"{path.name}-checkpoint")
+        pipe = pipeline(version, channels == 9, "v_prediction" if prediction == "v" else "epsilon")
+        pipe.save_pretrained(checkpoint)
+        build_bundle(open_source(checkpoint), path, BuildOptions(resolution=resolution), Progress(quiet=True))
     return path
 
 

@@ -67,14 +67,20 @@ def step_of(folder: Path) -> int:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of all stages; do not write into it."""
     folder = tmp_path_factory.mktemp("run")
-    train(write_recipe(folder / "tiny.toml", 'checkpoint_dtype = "float16"'), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        draw_small_sheets(patch)
+        train(write_recipe(folder / "tiny.toml", 'checkpoint_dtype = "float16"'), folder)
     return folder
+
+
+def draw_small_sheets(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("training.stages.anydoor.Preview", lambda recipe, model: Preview(recipe, model, 1, 2))
 
 
 @pytest.fixture
 def copy(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it that may be changed. What is trained there draws small sheets."""
-    monkeypatch.setattr("training.stages.anydoor.Preview", lambda recipe, model: Preview(recipe, model, 1, 2))
+    draw_small_sheets(monkeypatch)
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 

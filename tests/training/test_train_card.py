@@ -21,8 +21,9 @@ def test_recipes_share_their_objects_and_what_they_learn_is_packed(
 ) -> None:
     # of the program that runs the tests the minutes are over
     monkeypatch.setattr(train_card, "program_start", time.monotonic)
-    shares = {name: {"minutes": 1.0} for name in ("autoencoder", "identity", "views", "compositing")}
-    whole = test_train_imprint.write_recipe(tmp_path / "whole.toml", **shares)
+    sections = {name: {"minutes": 1.0} for name in ("autoencoder", "identity", "views", "compositing")}
+    sections["defaults"] = {"steps": 2}  # of the pictures that it shows
+    whole = test_train_imprint.write_recipe(tmp_path / "whole.toml", **sections)
     part = test_train.write_recipe(tmp_path / "part.toml", data={"objects": 2}, autoencoder={"minutes": 1.0})
     where = ["--folder", str(tmp_path / "run"), "--output", str(tmp_path / "packed")]
     assert main([str(whole), f"{part}:autoencoder", "--minutes", "10", *where]) == 0

@@ -56,16 +56,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.stages.imprint.ImprintPreview", lambda *given: ImprintPreview(*given, 1, 2))
+        draw_small_sheets(patch)
         train(write_recipe(folder / "tiny.toml", 'checkpoint_dtype = "float16"'), folder)
     torch.set_num_threads(threads)
     return folder
 
 
+def draw_small_sheets(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("training.stages.imprint.ImprintPreview", lambda *given: ImprintPreview(*given, 1, 2))
+
+
 @pytest.fixture
 def copy(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it that may be changed. What is trained there draws small sheets."""
-    monkeypatch.setattr("training.stages.imprint.ImprintPreview", lambda *given: ImprintPreview(*given, 1, 2))
+    draw_small_sheets(monkeypatch)
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,14 @@ NOT_TAKEN = {"channels": 36, "heads": 3, "groups": 12}
 
 
 def block(precision: str, sizes: dict[str, int]) -> ir.Model:
+    """A copy of the graph of a block, which may be changed."""
+    return _traced(precision, *sizes.values()).clone()
+
+
+@cache
+def _traced(precision: str, channels: int, heads: int, groups: int) -> ir.Model:
     torch.manual_seed(0)
-    module = Block(**sizes).eval().to(TORCH_DTYPES[precision])
+    module = Block(channels, heads, groups).eval().to(TORCH_DTYPES[precision])
     if precision == "fp16":
         keep_float32_layers(module)
     return trace(module, SPEC).model

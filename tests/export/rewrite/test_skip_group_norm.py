@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import onnx_ir as ir
 import pytest
 import torch
@@ -45,6 +47,12 @@ SPEC = GraphSpec(
 
 
 def blocks(precision: str) -> ir.Model:
+    """A copy of their graph, which may be changed."""
+    return _traced(precision).clone()
+
+
+@cache
+def _traced(precision: str) -> ir.Model:
     torch.manual_seed(0)
     module = Blocks().eval().to(TORCH_DTYPES[precision])
     if precision == "fp16":

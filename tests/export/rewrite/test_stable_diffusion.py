@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import onnx_ir as ir
 import pytest
@@ -50,6 +51,12 @@ EMBEDDINGS = "its summands differ in shape"
 
 
 def model(architecture: StableDiffusionArchitecture, graph: str, precision: str) -> ir.Model:
+    """A copy of a graph, which may be changed."""
+    return _traced(architecture, graph, precision).clone()
+
+
+@cache
+def _traced(architecture: StableDiffusionArchitecture, graph: str, precision: str) -> ir.Model:
     torch.manual_seed(0)
     part = torch.nn.Module.to(BUILDERS[PARTS[graph]](architecture), TORCH_DTYPES[precision]).eval()
     if precision == "fp16":
