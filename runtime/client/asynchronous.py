@@ -23,7 +23,8 @@ from runtime.imaging.sources import PictureLike
 from runtime.request import Edit, Request, Where
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.wire import composites_from_message, segment_request
+from runtime.server.answer_wire import composites_from_message
+from runtime.server.wire import segment_request
 
 
 class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, Any, list[Image.Image]]]):

@@ -23,9 +23,10 @@ from runtime.request import Edit, Placement, Request, Sampling
 from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from runtime.server.answer_wire import composites_from_message
 from runtime.server.edit_wire import message_from_edit
 from runtime.server.events import Preview, Queued, StepDone
-from runtime.server.wire import Message, composites_from_message, message_from_request
+from runtime.server.wire import Message, message_from_request
 
 ClientEvent = Queued | StepDone | Preview | list[Composite]
 """What `stream` yields; the pictures come last."""

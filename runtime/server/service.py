@@ -12,13 +12,14 @@ import grpc
 
 from runtime.errors import in_field
 from runtime.rpc import compositor_pb2 as pb
+from runtime.server.answer_wire import event_message
 from runtime.server.answers import answer, stream_answer
 from runtime.server.call import Call
 from runtime.server.edit_wire import edit_from_message
 from runtime.server.events import Event, Finished, Preview
 from runtime.server.models import Models
 from runtime.server.parsing import parse
-from runtime.server.wire import Message, event_message, request_from_message, where_from_message
+from runtime.server.wire import Message, request_from_message, where_from_message
 
 NAME: str = pb.DESCRIPTOR.services_by_name["CompositorService"].full_name
 

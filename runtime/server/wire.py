@@ -11,11 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from runtime.errors import InputError, collecting_warnings, in_field
-from runtime.imaging.boxes import Box
+from runtime.errors import InputError, in_field
 from runtime.imaging.clicks import Click, check_clicks
 from runtime.imaging.mask_levels import check_mask_level
-from runtime.imaging.pictures import WRITABLE_FORMATS, load_picture
+from runtime.imaging.pictures import WRITABLE_FORMATS
 from runtime.imaging.sources import PictureLike, read_source
 from runtime.imaging.target import whole_box
 from runtime.request import (
@@ -28,9 +27,7 @@ from runtime.request import (
     check_prompt,
     is_automatic,
 )
-from runtime.result import Composite
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.events import Event, Preview, Queued, StepDone
 
 
 def _numbers(enum: Any, prefix: str) -> dict[str, Any]:
@@ -43,6 +40,7 @@ def _lower(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 MODES = _lower(_numbers(pb.PlacementMode, "PLACEMENT_MODE_"))
+EDGES = _lower(_numbers(pb.Edge, "EDGE_"))
 LEVELS = _lower(_numbers(pb.MaskLevel, "MASK_LEVEL_"))
 SAMPLERS = _lower(_numbers(pb.Sampler, "SAMPLER_"))
 QUALITIES = _lower(_numbers(pb.Quality, "QUALITY_"))
@@ -127,6 +125,7 @@ def placement_from_message(message: pb.Placement) -> Placement:
         mask=message.mask if target == "mask" else None,
         mode=_name_of(message.mode, MODES, "mode", "placement mode"),
         mask_level=_name_of(message.mask_level, LEVELS, "mask_level", "mask level"),
+        edge=_name_of(message.edge, EDGES, "edge", "edge"),
         keep_specks=message.keep_specks,
         **ratios,
     )
@@ -272,6 +271,7 @@ def placement_message(placement: Placement) -> pb.Placement:
         mask=None if mask is None else file_of(mask, "the scene mask"),
         mode=number_of(placement.mode, MODES, "mode", "mode"),
         mask_level=_level(placement.mask_level),
+        edge=number_of(placement.edge, EDGES, "edge", "edge"),
         ratios=pb.Ratios(
             reference=placement.reference_ratio, box=placement.box_ratio, crop=placement.crop_ratio
         ),
@@ -362,39 +362,8 @@ def defaults_message(defaults: Mapping[str, Any]) -> pb.ModelDefaults:
         sampling=sampling_message(Sampling(**{name: defaults.get(name) for name in names})),
         mode=number_of(defaults.get("mode"), MODES, "mode", "mode"),
         mask_level=_level(defaults.get("mask_level")),
+        edge=number_of(defaults.get("edge"), EDGES, "edge", "edge"),
         ratios=pb.Ratios(
             **{name: defaults.get(f"{name}_ratio") for name in pb.Ratios.DESCRIPTOR.fields_by_name}
         ),
     )
-
-
-def event_message(event: Event, request_id: str) -> pb.CompositeStreamResponse:
-    """The message for an event; of `Finished` see `runtime.server.answers`, and `Failed` becomes a status."""
-    message = pb.CompositeStreamResponse(request_id=request_id)
-    if isinstance(event, Queued):
-        message.queued.position = event.position
-    elif isinstance(event, StepDone):
-        message.step_done.done, message.step_done.total = event.done, event.total
-    elif isinstance(event, Preview):
-        message.preview.image_index, message.preview.image = event.image_index, event.image
-    return message
-
-
-def composites_from_message(message: pb.CompositeResponse) -> list[Composite]:
-    """The finished pictures, decoded."""
-    with (
-        collecting_warnings()
-    ):  # of the pictures that the server made; those of the request are in the message
-        pictures = [load_picture(image.image, "the server's picture") for image in message.images]
-    return [
-        Composite(
-            image=picture.pixels,
-            seed=image.seed,
-            regions=tuple(Box(box.x0, box.y0, box.x1, box.y1) for box in image.regions),
-            seconds=dict(message.seconds),
-            metadata=picture.metadata,
-            warnings=tuple(message.warnings),
-            filler=message.filler,
-        )
-        for picture, image in zip(pictures, message.images)
-    ]

@@ -15,6 +15,7 @@ from runtime.diffusion.presets import QUALITIES
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError
 from runtime.imaging.mask_levels import MASK_LEVELS
+from runtime.imaging.paste_back import EDGES
 from runtime.imaging.masks import load_mask
 from runtime.imaging.modes import MODES
 from runtime.imaging.pictures import WRITABLE_FORMATS, load_picture
@@ -82,6 +83,7 @@ def test_wire_has_every_name() -> None:
     assert wire.MODES.keys() == MODES.keys()
     assert tuple(wire.LEVELS) == MASK_LEVELS
     assert wire.SAMPLERS.keys() == SAMPLERS.keys()
+    assert wire.EDGES.keys() == set(EDGES)
     assert wire.QUALITIES.keys() == QUALITIES.keys()
     assert wire.CONDITIONS.keys() == {"reference", "text"}
     assert wire.FORMATS.keys() == set(WRITABLE_FORMATS.values())
@@ -99,6 +101,7 @@ def test_request_survives_the_wire() -> None:
                 crop_ratio=2.5,
             ),
             Placement(OBJECT, OBJECT, mask=SCENE, mode="shape", crop_ratio=1.5, mask_level="blob"),
+            Placement(OBJECT, None, (3, 4, 50, 60), edge="soft"),
         ],
         seed=2**62,
         sampling=Sampling("fast", 17, 0.0, 0.1, 0.3, "ddim", (0, 800), 5),
