@@ -5,8 +5,9 @@
     python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 
 By default on the synthetic set, whose true pictures are known (support/truth_set.py): SSIM and PSNR in the
-object's box, masked patch similarity to the reference (support/patch_similarity.py), and whether a descriptor
-of colours and edges (support/identity.py) recognises the object among twenty; of any number of bundles.
+object's box, gradient similarity in its mask (support/similarity.py), masked patch similarity to the
+reference (support/patch_similarity.py), and whether a descriptor of colours and edges (support/identity.py)
+recognises the object among twenty; of any number of bundles.
 With --protocol: DINO-score and CLIP-score over objects x scenes, in a folder as support/protocol.py
 describes. Prints a table; writes fidelity.json and a contact sheet, pairs.png.
 """

@@ -44,6 +44,8 @@ class PlacementParameters:
     crop_ratio: float
     mask_level: str | int | None
     """None: the system draws in no mask."""
+    edge: str | None
+    """None: the system always fades."""
 
     @property
     def ratios(self) -> Ratios:

@@ -46,8 +46,8 @@ class Placement:
     """Place: a mask of the scene's size, instead of a box."""
     mode: str | None = None
     """How it is placed, one of `runtime.imaging.modes.MODES`: "crop" generates the surroundings of the place
-    anew; "shape" fills the mask; "keep_background" changes nothing outside the place, which with a prompt has
-    a soft edge."""
+    anew; "shape" fills the mask; "keep_background" changes nothing outside the place but its soft edge, where
+    it has one."""
     reference_ratio: float | None = None
     """White around the reference object, a factor from 1 to 100."""
     box_ratio: float | None = None
@@ -65,6 +65,10 @@ class Placement:
     """How coarse `mask` is made before it is drawn into, for models that draw inside of one: a name of
     `runtime.imaging.mask_levels.MASK_LEVELS` or its number, from 0 ("exact") to 3 ("box"). A coarse mask
     leaves room for another pose and for shadows."""
+    edge: str | None = None
+    """How the place ends in the scene, for models that do not always fade: one of
+    `runtime.imaging.paste_back.EDGES`, "hard" as the original pastes, or "soft", which also changes a few
+    pixels around the place."""
     reference_clicks: Sequence[Sequence[int]] | None = None
     """What says where the object is in the reference, instead of a mask: (x, y) on it, or (x, y, False)
     beside it, in pixels of the upright picture; see `runtime.segmentation`."""

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from benchmarks.support.baselines import copy_paste, exact_box, fitted, on_white
 from benchmarks.support.identity import PARTS, Gallery, Identity, identity_of
 from benchmarks.support.patch_similarity import PatchSimilarity
-from benchmarks.support.similarity import region_psnr, region_ssim
+from benchmarks.support.similarity import gradient_similarity, region_psnr, region_ssim
 from benchmarks.support.truth_set import TruthPair, other_views, truth_pairs
+from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
 from training.data.synthetic.views import View
 
@@ -41,7 +42,9 @@ BASELINES: Mapping[str, Method] = {
     PASTE_ON_GUESS: lambda pair: _pasted(pair, pair.guessed),
 }
 
-HEADER = f"{'method':<32} {'SSIM':>16} {'PSNR':>9} {'patches':>8} " + " ".join(f"{p:>9}" for p in PARTS)
+HEADER = f"{'method':<32} {'SSIM':>16} {'PSNR':>9} {'gradients':>9} {'patches':>8} " + " ".join(
+    f"{p:>9}" for p in PARTS
+)
 
 
 def _pasted(pair: TruthPair, scene: Picture) -> Picture:
@@ -56,6 +59,8 @@ class Score:
     """In the box; None for the object of another pair, which is not in the scene."""
     psnr: float | None
     """dB in the box; None also if the pictures are equal."""
+    gradients: float | None
+    """Gradient similarity to the truth inside the object's mask; None likewise."""
     patches: float | None
     """Masked patch similarity to the reference, see `patch_similarity`; None likewise."""
     recognised: dict[str, bool]
@@ -72,6 +77,8 @@ class MethodSummary:
     ssim_error: float | None
     """Standard error of that mean."""
     psnr: float | None
+    gradients: float | None
+    """Mean of the gradient similarity."""
     patches: float | None
     """Mean of the masked patch similarity."""
     retrieval: dict[str, float]
@@ -82,8 +89,9 @@ class MethodSummary:
         ssim = "" if self.ssim is None else f"{self.ssim:.3f} +- {self.ssim_error:.3f}"
         psnr = "" if self.psnr is None else f"{self.psnr:.1f} dB"
         patches = "" if self.patches is None else f"{self.patches:.3f}"
+        gradients = "" if self.gradients is None else f"{self.gradients:.3f}"
         shares = " ".join(f"{self.retrieval[part]:>9.0%}" for part in PARTS)
-        return f"{self.method:<32} {ssim:>16} {psnr:>9} {patches:>8} {shares}"
+        return f"{self.method:<32} {ssim:>16} {psnr:>9} {gradients:>9} {patches:>8} {shares}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +191,7 @@ def _score(picture: Picture, pair: TruthPair, gallery: Gallery, patches: PatchSi
     return Score(
         region_ssim(picture, pair.truth, pair.box),
         psnr if np.isfinite(psnr) else None,
+        gradient_similarity(picture, pair.truth, pair.target.mask >= MASK_THRESHOLD),
         patches(picture, pair.target.mask, pair.reference.image, pair.reference.mask),
         gallery.recognised(identity_of(picture[pair.box.slices]), pair.seed),
     )
@@ -194,7 +203,7 @@ def _wrong_objects(pairs: Sequence[TruthPair], gallery: Gallery) -> Iterator[Sco
         shown = {pair.seed, *gallery.distractors(pair.seed)}
         wrong = next(p for p in (*pairs[number + 1 :], *pairs) if p.seed not in shown)
         yield Score(
-            None, None, None, gallery.recognised(identity_of(wrong.truth[wrong.box.slices]), pair.seed)
+            None, None, None, None, gallery.recognised(identity_of(wrong.truth[wrong.box.slices]), pair.seed)
         )
 
 
@@ -210,6 +219,7 @@ def _cut(view: View) -> Picture:
 def _summary(method: str, scores: Sequence[Score]) -> MethodSummary:
     ssim = [score.ssim for score in scores if score.ssim is not None]
     psnr = [score.psnr for score in scores if score.psnr is not None]
+    gradients = [score.gradients for score in scores if score.gradients is not None]
     patches = [score.patches for score in scores if score.patches is not None]
     spread = statistics.stdev(ssim) if len(ssim) > 1 else 0.0
     return MethodSummary(
@@ -217,6 +227,7 @@ def _summary(method: str, scores: Sequence[Score]) -> MethodSummary:
         statistics.fmean(ssim) if ssim else None,
         spread / len(ssim) ** 0.5 if ssim else None,
         statistics.fmean(psnr) if psnr else None,
+        statistics.fmean(gradients) if gradients else None,
         statistics.fmean(patches) if patches else None,
         {part: statistics.fmean(score.recognised[part] for score in scores) for part in PARTS},
     )

@@ -14,6 +14,7 @@ from runtime.cli.standard_streams import read_standard_input
 from runtime.errors import InputError
 from runtime.imaging.mask_levels import MASK_LEVELS, MaskLevel, check_mask_level
 from runtime.imaging.modes import MODES
+from runtime.imaging.paste_back import EDGES
 from runtime.request import AUTOMATIC, Placement, Request, View
 
 NAME = "composite"
@@ -44,6 +45,7 @@ _PLACEMENT = (
     "negative_prompt",
     "keep_specks",
     "mask_level",
+    "edge",
 )
 
 
@@ -130,6 +132,12 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
         metavar="LEVEL",
         help="how coarse a mask is made before the model draws into it: "
         f"{', '.join(f'{number} or {name}' for number, name in enumerate(MASK_LEVELS))} "
+        "(default: the model's)",
+    )
+    group.add_argument(
+        "--edge",
+        choices=EDGES,
+        help="how the place ends in the scene: hard, as the original pastes, or soft, faded into it "
         "(default: the model's)",
     )
     group.add_argument(

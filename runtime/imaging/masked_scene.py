@@ -99,6 +99,20 @@ def mask_scene(
     )
 
 
+def feathered_box(box: Box, geometry: Geometry, picture_size: tuple[int, int]) -> NDArray[np.float32]:
+    """How much of the networks' picture is pasted around a box, (H, W) in 0..1; see `feather`.
+
+    Args:
+        box: in scene coordinates; what lies outside of the crop does not count.
+        geometry: of the crop.
+        picture_size: (H, W).
+    """
+    crop = geometry.crop
+    inside = np.zeros((crop.height, crop.width), np.bool_)
+    inside[box_in_box(box.intersection(crop), crop).slices] = True
+    return feather(_shrink(inside, geometry.padding, picture_size, fill=False))
+
+
 def feather(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     """How much of the networks' picture is pasted around what they drew, (H, W) in 0..1.
 

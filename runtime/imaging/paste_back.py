@@ -1,4 +1,4 @@
-"""From the networks' picture back into the scene: a rectangle (AnyDoor), or a mask with a soft edge."""
+"""From the networks' picture back into the scene: with a hard edge, as AnyDoor's, or a soft one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.errors import InputError, in_field
 from runtime.imaging.boxes import Box, box_in_box
 from runtime.imaging.geometry import Geometry
 from runtime.imaging.resize import resize_linear
 
 _BAND_ROWS = 256
+
+HARD, SOFT = EDGES = ("hard", "soft")
+"""How a pasted rectangle ends: as the original's, or faded into the scene."""
 
 FEATHER = 8 / 512
 """Share of the networks' picture over which a soft edge fades. A VAE does not return what it was given, so a
@@ -34,6 +38,18 @@ WHOLE_CROP = PasteRule(margin=5, keep_background=False)
 
 TARGET_BOX = PasteRule(margin=3, keep_background=True)
 """run_gradio_demo.py."""
+
+
+def check_edge(name: object) -> str:
+    """Refuses a name that is no edge.
+
+    Raises:
+        InputError: lists those that there are.
+    """
+    with in_field("edge"):
+        if name not in EDGES:
+            raise InputError(f"there is no edge '{name}': choose one of {', '.join(EDGES)}")
+    return str(name)
 
 
 def pasted_region(geometry: Geometry, rule: PasteRule) -> Box:

@@ -11,7 +11,7 @@ from runtime.imaging.sources import PictureLike
 from runtime.imaging.target import whole_box
 from runtime.request import AUTOMATIC, Placement, View, Where, check_prompt, is_automatic
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.wire_values import LEVELS, MODES, file_of, level_of, name_of, number_of
+from runtime.server.wire_values import EDGES, LEVELS, MODES, file_of, level_of, name_of, number_of
 
 
 def placement_from_message(message: pb.Placement) -> Placement:
@@ -34,6 +34,7 @@ def placement_from_message(message: pb.Placement) -> Placement:
         mask=message.mask if target == "mask" else None,
         mode=name_of(message.mode, MODES, "mode", "placement mode"),
         mask_level=name_of(message.mask_level, LEVELS, "mask_level", "mask level"),
+        edge=name_of(message.edge, EDGES, "edge", "edge"),
         keep_specks=message.keep_specks,
         **ratios,
     )
@@ -85,6 +86,7 @@ def placement_message(placement: Placement) -> pb.Placement:
         mask=None if mask is None else file_of(mask, "the scene mask"),
         mode=number_of(placement.mode, MODES, "mode", "mode"),
         mask_level=level_of(placement.mask_level),
+        edge=number_of(placement.edge, EDGES, "edge", "edge"),
         ratios=pb.Ratios(
             reference=placement.reference_ratio, box=placement.box_ratio, crop=placement.crop_ratio
         ),

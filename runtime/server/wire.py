@@ -24,6 +24,7 @@ from runtime.server.placement_wire import (
     placement_message,
 )
 from runtime.server.wire_values import (
+    EDGES,
     FORMATS,
     MODES,
     QUALITIES,
@@ -179,6 +180,7 @@ def defaults_message(defaults: Mapping[str, Any]) -> pb.ModelDefaults:
         sampling=sampling_message(Sampling(**{name: defaults.get(name) for name in names})),
         mode=number_of(defaults.get("mode"), MODES, "mode", "mode"),
         mask_level=level_of(defaults.get("mask_level")),
+        edge=number_of(defaults.get("edge"), EDGES, "edge", "edge"),
         ratios=pb.Ratios(
             **{name: defaults.get(f"{name}_ratio") for name in pb.Ratios.DESCRIPTOR.fields_by_name}
         ),

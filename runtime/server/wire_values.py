@@ -24,6 +24,7 @@ def _lower(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 MODES = _lower(_numbers(pb.PlacementMode, "PLACEMENT_MODE_"))
+EDGES = _lower(_numbers(pb.Edge, "EDGE_"))
 LEVELS = _lower(_numbers(pb.MaskLevel, "MASK_LEVEL_"))
 SAMPLERS = _lower(_numbers(pb.Sampler, "SAMPLER_"))
 QUALITIES = _lower(_numbers(pb.Quality, "QUALITY_"))

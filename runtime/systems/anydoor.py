@@ -18,9 +18,18 @@ from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.presets import QUALITIES
 from runtime.imaging.boxes import Box, bounding_box
 from runtime.imaging.collage import Hint, hint_at, shape_mask
-from runtime.imaging.geometry import Ratios, warn_of_enlargement, zoom_in
+from runtime.imaging.geometry import Geometry, Ratios, warn_of_enlargement, zoom_in
+from runtime.imaging.masked_scene import feathered_box
 from runtime.imaging.modes import MODES, Mode, check_mode
-from runtime.imaging.paste_back import paste_back, pasted_region
+from runtime.imaging.paste_back import (
+    HARD,
+    SOFT,
+    check_edge,
+    feathered_region,
+    paste_back,
+    paste_feathered,
+    pasted_region,
+)
 from runtime.imaging.reference import PreparedReference, prepare_reference
 from runtime.imaging.target import load_target
 from runtime.parameters import PlacementParameters, SamplingParameters
@@ -51,6 +60,7 @@ DEFAULTS: Mapping[str, Any] = {
     "map_steps": None,
     "timesteps": None,
     "mode": "crop",
+    "edge": HARD,
     "reference_ratio": 1.2,
     "box_ratio": 1.1,
     "crop_ratio": 2.0,
@@ -74,11 +84,15 @@ class AnyDoorPlacement:
     hint: Hint
     hint_key: bytes
     """Tells the hint from all others."""
+    fade: NDArray[np.float32] | None
+    """(R, R), share of the networks' picture that is pasted; None for a hard edge."""
 
     @property
     def region(self) -> Box:
         """The only part of the scene that the placement may change."""
-        return pasted_region(self.hint.geometry, self.mode.paste)
+        if self.fade is None:
+            return pasted_region(self.hint.geometry, self.mode.paste)
+        return feathered_region(self.hint.geometry, self.fade)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +140,7 @@ class Preprocessing:
             InputError: a picture, a mask, the place or a parameter cannot be used.
         """
         check_mode(parameters.mode)
+        soft = check_edge(parameters.edge) == SOFT
         mode, ratios = MODES[parameters.mode], parameters.ratios
         with watch.measure("read"):
             assert placement.reference is not None
@@ -134,9 +149,10 @@ class Preprocessing:
         with watch.measure("prepare"):
             reference, *others = [self._reference(picture, mask, ratios) for picture, mask in read]
             hint, key = self._hint(scene, target, reference, ratios, mode)
+            fade = self._fade(hint.geometry, mode) if soft else None
         warn_of_enlargement(hint.geometry, (self._resolution, self._resolution))
         views = [each.image for each in (reference, *others)]
-        return AnyDoorPlacement(reference, views, target, mode, ratios, hint, key)
+        return AnyDoorPlacement(reference, views, target, mode, ratios, hint, key, fade)
 
     def _reference(
         self, picture: NDArray[np.uint8], mask: NDArray[np.bool_], ratios: Ratios
@@ -175,6 +191,11 @@ class Preprocessing:
             key,
         )
 
+    def _fade(self, geometry: Geometry, mode: Mode) -> NDArray[np.float32]:
+        """How much is pasted of a picture; the crop's edge fades in any case."""
+        kept = geometry.box if mode.paste.keep_background else geometry.crop
+        return feathered_box(kept, geometry, (self._resolution, self._resolution))
+
     def forget(self) -> None:
         """Drops references and hints that are kept for re-rolls."""
         self._references.clear()
@@ -183,7 +204,9 @@ class Preprocessing:
     def finish(
         self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: AnyDoorPlacement
     ) -> NDArray[np.uint8]:
-        """Pastes the picture back by the rule of the placement's mode."""
+        """Pastes the picture back by the rule of the placement's mode, or faded."""
+        if prepared.fade is not None:
+            return paste_feathered(picture, scene, prepared.hint.geometry, prepared.fade)
         return paste_back(picture, scene, prepared.hint.geometry, prepared.mode.paste)
 
 

@@ -241,6 +241,17 @@ def test_result_tells_seed_region_and_times(compositor: Compositor) -> None:
     assert (result.image[~outside(result)] != SCENE[~outside(result)]).any()
 
 
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_soft_edge_changes_only_the_region_that_it_tells(compositor: Compositor, mode: str) -> None:
+    hard, soft = (
+        compositor.run(request(replace(PLACEMENT, mode=mode, edge=edge), seed=7))[0]
+        for edge in ("hard", "soft")
+    )
+    assert (hard.image != soft.image).any()
+    np.testing.assert_array_equal(soft.image[outside(soft)], SCENE[outside(soft)])
+    assert (soft.image[~outside(soft)] != SCENE[~outside(soft)]).any()
+
+
 def test_progress_counts_all_steps_of_all_placements(compositor: Compositor) -> None:
     seen: list[tuple[int, int]] = []
     placements = [PLACEMENT, Placement(cutout(seed=2), box=(0, 0, 20, 20))]
@@ -332,6 +343,7 @@ MASK = np.ones((40, 40), bool)
         (Placement(cutout(), mask=MASK), "the scene mask is 40 x 40 and the scene is 120 x 90"),
         (Placement(cutout(), mask=np.zeros((90, 120), bool)), "the scene mask is empty"),
         (Placement(cutout(), box=(0, 0, 9, 9), mode="abacus"), "no mode 'abacus': choose one of crop, shape"),
+        (Placement(cutout(), box=(0, 0, 9, 9), edge="jagged"), "no edge 'jagged': choose one of hard, soft"),
     ],
 )
 def test_placements_that_cannot_be_used(compositor: Compositor, placement: Placement, sentence: str) -> None:

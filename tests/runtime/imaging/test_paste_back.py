@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 from runtime.imaging.boxes import Box
 from runtime.imaging.collage import crop_scene
 from runtime.imaging.geometry import Geometry, Ratios, zoom_in
+from runtime.imaging.masked_scene import feathered_box
 from runtime.imaging.modes import MODES
-from runtime.imaging.paste_back import TARGET_BOX, WHOLE_CROP, paste_back, pasted_region
+from runtime.imaging.paste_back import (
+    TARGET_BOX,
+    WHOLE_CROP,
+    feathered_region,
+    paste_back,
+    paste_feathered,
+    pasted_region,
+)
 
 GOLDEN = np.load(Path(__file__).parents[2] / "data" / "drawn.npz")
 RULES = {"box": WHOLE_CROP, "shape": TARGET_BOX}
@@ -118,4 +126,45 @@ def test_only_the_region_changes(data, mode, dtype):
     untouched[region.slices] = False
     assert not region.is_empty
     assert not np.shares_memory(composite, scene)
+    np.testing.assert_array_equal(composite[untouched], scene[untouched])
+
+
+# a soft edge
+
+
+def test_a_soft_edge_fades_from_the_picture_into_the_scene():
+    geometry = Geometry(crop=Box(20, 20, 276, 276), box=Box(100, 90, 200, 210))
+    weights = feathered_box(geometry.box, geometry, (256, 256))
+    composite = paste_feathered(
+        np.full((256, 256, 3), 200, np.uint8), np.zeros((300, 300, 3), np.uint8), geometry, weights
+    )
+    assert (composite[geometry.box.slices] == 200).all()
+    across = composite[150, 200:, 0].astype(int)
+    assert (np.diff(across) <= 0).all()
+    assert {0, 200} < set(across)
+    region = feathered_region(geometry, weights)
+    assert geometry.box.union(region) == region
+    # 4 of 256 pixels beyond the box, and 4 to fade
+    assert region == Box(92, 82, 208, 218)
+
+
+@settings(max_examples=100)
+@given(st.data(), st.booleans())
+def test_only_the_region_of_a_soft_edge_changes(data, whole_crop):
+    width, height = data.draw(st.tuples(st.integers(1, 120), st.integers(1, 120)))
+    x0, y0 = data.draw(st.tuples(st.integers(0, width - 1), st.integers(0, height - 1)))
+    x1, y1 = data.draw(st.tuples(st.integers(x0 + 1, width), st.integers(y0 + 1, height)))
+    ratios = Ratios(box=data.draw(st.floats(1, 2)), crop=data.draw(st.floats(1, 4)))
+    geometry = zoom_in(Box(x0, y0, x1, y1), (width, height), ratios)
+    weights = feathered_box(geometry.crop if whole_crop else geometry.box, geometry, (64, 64))
+    scene = scene_of(width, height)
+    picture = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+    composite = paste_feathered(picture, scene, geometry, weights)
+
+    region = feathered_region(geometry, weights)
+    untouched = np.ones((height, width), bool)
+    untouched[region.slices] = False
+    assert not region.is_empty
+    assert region.intersection(geometry.crop) == region
     np.testing.assert_array_equal(composite[untouched], scene[untouched])

@@ -17,6 +17,7 @@ from runtime.errors import InputError
 from runtime.imaging.mask_levels import MASK_LEVELS
 from runtime.imaging.masks import load_mask
 from runtime.imaging.modes import MODES
+from runtime.imaging.paste_back import EDGES
 from runtime.imaging.pictures import WRITABLE_FORMATS, load_picture
 from runtime.request import Blank, Placement, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
@@ -82,6 +83,7 @@ def test_wire_has_every_name() -> None:
     assert wire_values.MODES.keys() == MODES.keys()
     assert tuple(wire_values.LEVELS) == MASK_LEVELS
     assert wire_values.SAMPLERS.keys() == SAMPLERS.keys()
+    assert wire_values.EDGES.keys() == set(EDGES)
     assert wire_values.QUALITIES.keys() == QUALITIES.keys()
     assert wire_values.CONDITIONS.keys() == {"reference", "text"}
     assert wire_values.FORMATS.keys() == set(WRITABLE_FORMATS.values())
@@ -99,6 +101,7 @@ def test_request_survives_the_wire() -> None:
                 crop_ratio=2.5,
             ),
             Placement(OBJECT, OBJECT, mask=SCENE, mode="shape", crop_ratio=1.5, mask_level="blob"),
+            Placement(OBJECT, None, (3, 4, 50, 60), edge="soft"),
         ],
         seed=2**62,
         sampling=Sampling("fast", 17, 0.0, 0.1, 0.3, "ddim", (0, 800), 5),

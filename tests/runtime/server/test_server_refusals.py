@@ -94,6 +94,7 @@ MALFORMED = {
         message(placements=[placement(reference_clicks=[pb.Point(x=1, y=1, outside=True)])]),
     ],
     "placements[0].mode": [message(placements=[placement(mode=99)])],
+    "placements[0].edge": [message(placements=[placement(edge=99)])],
     "placements[0].mask_level": [
         message(placements=[placement(mask_level=99)]),
         message(placements=[placement(mask_level=pb.MASK_LEVEL_EXACT)]),
