@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.edits import GUESS, Editor
+from runtime.edits import Editor
+from runtime.edits.fillers import GUESS
 from runtime.request import (
     Action,
     Edit,

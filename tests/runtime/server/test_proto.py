@@ -167,7 +167,7 @@ def test_defaults_of_a_model_are_its_open_request(tiny_bundle: Path) -> None:
         **{"guidance_scale": 2.0, "crop_ratio": 1.3, "mode": "keep_background", "map_steps": 7},
     }
     message = defaults_message(compositor.defaults)
-    placement = pb.Placement(mode=message.mode, ratios=message.ratios)
+    placement = pb.Placement(mode=message.mode, edge=message.edge, ratios=message.ratios)
     back, _ = request_from_message(pb.CompositeRequest(sampling=message.sampling, placements=[placement]))
     for read in (back.sampling, back.placements[0]):
         for field in fields(read):
