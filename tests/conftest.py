@@ -51,17 +51,17 @@ def _checkpoint(name: str) -> Path:
 
 
 def _bundle(name: str, resolution: int, precision: str = "fp32", targets: tuple[str, ...] = ()) -> Path:
-    from export.build import build_bundle
-    from export.options import BuildOptions
-    from export.progress import Progress
-    from export.systems import open_source
-
-    checkpoint = _checkpoint(name)
-    path = checkpoint.parent / "-".join((name, precision, *targets))
+    path = shared_folder() / "-".join((name, precision, *targets))
     with lock(path.with_suffix(".bundle.lock")):
         if not path.exists():
+            # with PyTorch, whose import takes longer than most tests of what is there
+            from export.build import build_bundle
+            from export.options import BuildOptions
+            from export.progress import Progress
+            from export.systems import open_source
+
             options = BuildOptions(precision=precision, resolution=resolution, targets=targets)
-            build_bundle(open_source(checkpoint), path, options, Progress(quiet=True))
+            build_bundle(open_source(_checkpoint(name)), path, options, Progress(quiet=True))
     return path
 
 

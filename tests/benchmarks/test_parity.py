@@ -43,9 +43,9 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pa
 SLOW = ("_latents", "_composite", "_eps_cond", "_eps_uncond", "_ctl_first8", "_decoded_crop")
 
 
-def test_drawn_case_is_reproduced_from_pictures_to_picture(small: Path, capsys: Capture) -> None:
-    """Every stage of both entry scripts, with the tolerances of the recordings."""
-    assert main(["--bundle", str(small), str(DRAWN)]) == 0
+def assert_reproduced(small: Path, case: Path, runs: int, capsys: Capture) -> None:
+    """Every stage of a case, with the tolerances of the recordings."""
+    assert main(["--bundle", str(small), str(case)]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith("parity: 1 cases, ")
     assert "all within tolerance (worst drawn " in printed.splitlines()[-1]
@@ -57,9 +57,20 @@ def test_drawn_case_is_reproduced_from_pictures_to_picture(small: Path, capsys: 
         "latents, step 5/5",
         "decoded_crop",
     ):
-        assert printed.count(stage) >= 2, stage
+        assert printed.count(stage) >= runs, stage
     for stage in ("composite, networks only", "composite, end to end", "unchanged, differing"):
-        assert printed.count(stage) == 2, stage
+        assert printed.count(stage) == runs, stage
+
+
+def test_the_drawn_case_is_reproduced_from_pictures_to_picture(
+    small: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert_reproduced(small, altered(tmp_path / "drawn.npz"), 1, capsys)
+
+
+@pytest.mark.nightly
+def test_both_entry_scripts_are_reproduced(small_bundle: Path, capsys: Capture) -> None:
+    assert_reproduced(small_bundle, DRAWN, 2, capsys)
 
 
 def first_detail_maps(bundle: Path) -> list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:

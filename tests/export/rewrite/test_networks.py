@@ -72,6 +72,8 @@ SPEC = GraphSpec(
     outputs=(TensorSpec("result", "float32", ("rows", 3, 4, 4)),),
 )
 
+BOTH = pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.nightly), "fp16"])
+
 TAKEN = {"channels": 320, "heads": 5, "groups": 32}
 NOT_TAKEN = {"channels": 36, "heads": 3, "groups": 12}
 
@@ -103,7 +105,7 @@ def compare(model: ir.Model, inputs: dict[str, Array], dtype: str, target: str =
     return report
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@BOTH
 def test_sizes_that_the_kernels_take(precision: str) -> None:
     model = block(precision, TAKEN)
     report = compare(model, example_inputs(SPEC, {"rows": 2}), TYPES[precision])
@@ -127,7 +129,7 @@ def test_sizes_that_the_kernels_take(precision: str) -> None:
     assert report.after["Transpose"] == 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.nightly)])
+@BOTH
 def test_deterministic_operators(precision: str) -> None:
     """Nothing of the provider's group normalisation is left, and as many transposes cancel as with it."""
     model = block(precision, TAKEN)
