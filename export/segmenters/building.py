@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from engines.backends.onnxruntime.engine import load_library
 from engines.bundle import CONSTANTS, Bundle, file_record, sha256
 from engines.engine import open_engine
 from engines.errors import AnyDoorError
@@ -135,8 +136,7 @@ def _run(
     path: Path, model: onnx.ModelProto, wrap: Wrap, arrays: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[np.float32]]:
     """What the graph of a network must give: the network runs alone, and NumPy does the rest."""
-    import onnxruntime
-
+    onnxruntime = load_library()
     given = {name: arrays[name] for name in arrays if name != "inside" or len(wrap.inputs) > 1}
     names = network_outputs(wrap, model)
     try:

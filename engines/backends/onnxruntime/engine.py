@@ -5,6 +5,7 @@ Inputs and outputs are values bound to the call, so what one graph leaves the ne
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,11 +46,13 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def load_library() -> Any:
-    """The onnxruntime package.
+    """The onnxruntime package, which reports to nobody: since 1.31 it tells its makers how it is used, unless
+    that is switched off (microsoft/onnxruntime, pull request 27379).
 
     Raises:
         BackendError: it is not installed, or too old.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when it is imported
     try:
         import onnxruntime
     except ImportError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +62,19 @@ def test_a_library_without_what_is_needed_is_refused(version: str) -> None:
         check_version(version)
     check_version("1.23.0")
     check_version("2.0.0rc1")
+
+
+def test_nothing_is_reported_to_its_makers(bundle: Bundle, tmp_path: Path) -> None:
+    """What reports leaves a number for this machine, and what it has not sent yet."""
+    code = (
+        "import sys; from engines.backends.onnxruntime.engine import load_library;"
+        "load_library().InferenceSession(sys.argv[1])"
+    )
+    places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path))
+    ours = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", code, str(bundle.graph_file(DENOISE, "cpu"))]
+    subprocess.run(command, check=True, env={**ours, **places, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime", "openvino"])
