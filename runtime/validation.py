@@ -77,7 +77,7 @@ class Abilities:
     fills: bool = False
     """Whether they draw without a condition, too: what the scene goes on with."""
     views: int = 0
-    """Most pictures of an object that a placement may have."""
+    """Most pictures of an object that a placement may have; 0 if none is looked at, or always one."""
 
 
 def check_usable(request: Request, abilities: Abilities) -> None:
@@ -157,13 +157,13 @@ def _check_condition(placement: Placement, abilities: Abilities) -> None:
 
 def _check_views(placement: Placement, abilities: Abilities) -> None:
     """Refuses views of an object that are too many, or of none; and what says twice where the object is."""
-    views = placement.views or ()
+    views, most = placement.views or (), max(abilities.views, 1)
     with in_field("views"):
         if views and placement.reference is None:
             raise InputError("views are given, and no reference: give the first of them as the reference")
-        if len(views) >= max(abilities.views, 1):
+        if len(views) >= most:
             raise InputError(
-                f"{len(views) + 1} pictures of an object are given, and this bundle takes {abilities.views}: "
+                f"{len(views) + 1} pictures of an object are given, and this bundle takes {most}: "
                 f"build one with --references {len(views) + 1}, or give every object a place of its own"
             )
     said = [("reference_clicks", placement.reference_mask, placement.reference_clicks)]

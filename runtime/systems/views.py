@@ -20,8 +20,8 @@ def load_views(placement: Placement, max_pixels: int) -> list[CutOut]:
         InputError: one cannot be used, or nothing says where the object is in it.
     """
     assert placement.reference is not None
-    given, specks = placement, placement.keep_specks
-    read = [load_reference(placement.reference, given.reference_mask, max_pixels, specks)]
+    specks = placement.keep_specks
+    read = [load_reference(placement.reference, placement.reference_mask, max_pixels, specks)]
     for index, view in enumerate(placement.views or ()):
         with in_field(f"views[{index}]"):
             read.append(load_reference(view.picture, view.mask, max_pixels, specks, ("picture", "mask")))

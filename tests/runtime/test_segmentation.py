@@ -161,3 +161,26 @@ def test_networks_and_compositor_share_the_memory(segmenter: Segmenter) -> None:
         segmenter.beside(EngineOptions(memory_budget=1 << 30)).memory_budget == (1 << 30) - segmenter.nbytes
     )
     assert segmenter.beside(CPU) == CPU
+
+
+def test_the_segmenter_of_the_repository_finds_what_the_rule_refuses(example_bundle: Path) -> None:
+    """Held-out rendered objects in rooms; then one of them is composited."""
+    from training.data.synthetic.views import HELD_OUT, scene_view
+
+    segmenter = Segmenter.load(example_bundle.with_name("segmenter-small"), options=CPU)
+    overlaps = []
+    for seed in range(HELD_OUT, HELD_OUT + 6):
+        view = scene_view(seed, 0)
+        with pytest.raises(MissingModelError, match="is not plain"):
+            Segmenter().mask(view.image)
+        mask, truth = segmenter.mask(view.image), view.mask > 127
+        overlaps.append(np.count_nonzero(mask & truth) / np.count_nonzero(mask | truth))
+    assert np.mean(overlaps) > 0.85
+
+    compositor = Compositor.load(example_bundle, CPU, segmenter=segmenter)
+    masks: tuple[object, object] = ("auto", mask)
+    found, given = (
+        compositor.composite(SCENE, Placement(view.image, each, box=BOX), seed=3, sampling=Sampling(steps=1))
+        for each in masks
+    )
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(given))
