@@ -2,15 +2,15 @@
 
     serve run docker/ray.yaml
 
-A replica is a server without doors of its own: calls come in by Ray's gRPC proxy and go through the same
-gate, with their tokens, limits and statuses. What the proxy does itself is Ray's: TLS, health, reflection,
-connections.
+Calls come in by Ray's proxies, for gRPC and HTTP, and `RayDoor` sends each to a replica. That is a server
+without doors of its own: calls go through its gate, with their tokens, limits and statuses. What the proxies
+do themselves is Ray's: TLS, health, reflection, connections.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,54 +18,39 @@ from typing import Any
 import grpc
 from ray import serve
 
-from engines.errors import AnyDoorError
 from runtime.errors import InputError
-from runtime.rpc import compositor_pb2 as pb
 from runtime.server.events import EngineLostError
+from runtime.server.ray_door import SERVICE, Asked, AskedHttp, Ended, RayDoor
 from runtime.server.serve import Server, open_models
 from runtime.server.settings import settings_from
-
-SERVICE = pb.DESCRIPTOR.services_by_name["CompositorService"]
 
 _MOST_CALLS = 64
 """Of a replica at a time; its queue refuses before that."""
 
 
-class _Answer(bytes):
-    """A message that is serialized already; the proxy takes it for one."""
-
-    def SerializeToString(self) -> bytes:  # noqa: N802
-        return bytes(self)
-
-
-class RefusedError(AnyDoorError):
-    """Ends a call; its status is that of the call's context."""
-
-
 class RayContext:
     """A call that came in by Ray's proxy; see `runtime.server.call.Context`."""
 
-    def __init__(self, message: bytes, context: Any) -> None:
+    def __init__(self, asked: Asked, put: Callable[[Any], Awaitable[None]]) -> None:
         """Keeps what is known.
 
         Args:
-            message: serialized.
-            context: `ray.serve.grpc_util.RayServegRPCContext`.
+            asked: the call.
+            put: takes what is answered.
         """
-        self._message = message
-        self._context = context
-        self.answers: asyncio.Queue[bytes | None] = asyncio.Queue(1)
-        """Serialized messages."""
-        self.is_refused = False
-        """Whether the call ended with an error."""
+        self._asked = asked
+        self._message = [asked.message]
+        self._put = put
+        self.ended = Ended()
+        """How it ends, as far as that is known."""
 
     def peer(self) -> str:
         """The other end of the proxy's connection."""
-        return str(self._context.peer())
+        return self._asked.peer
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
         """As the client sent it."""
-        return list(self._context.invocation_metadata())
+        return self._asked.metadata
 
     def auth_context(self) -> Mapping[str, Sequence[bytes]]:
         """Nothing: certificates are the proxy's."""
@@ -77,23 +62,19 @@ class RayContext:
 
     async def read(self) -> bytes:
         """The message."""
-        message, self._message = self._message, b""
-        return message
+        return self._message.pop()
 
     async def write(self, message: bytes) -> None:
         """Waits until the message before is on its way."""
-        await self.answers.put(message)
+        await self._put(message)
 
     def set_trailing_metadata(self, metadata: Any) -> None:
         """Goes with the answer's end."""
-        self._context.set_trailing_metadata(list(metadata))
+        self.ended.trailing = list(metadata)
 
     async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None:
         """Keeps the status for the answer's end."""
-        self.is_refused = True
-        self._context.set_code(code)
-        self._context.set_details(details)
-        self.set_trailing_metadata(trailing_metadata)
+        self.ended = Ended(code, details, list(trailing_metadata))
 
 
 class Replica:
@@ -115,9 +96,10 @@ class Replica:
         compositor, filler, bundles = await asyncio.to_thread(open_models, settings)
         self._server = Server(compositor, settings, filler, bundles)
         await self._server.start()
-        self._gate = self._server.gate
+        self._app = self._server.http_app(with_jobs=False)
+        gate = self._server.gate
         self._methods = {
-            name: partial(self._gate.serve, method) for name, method in self._server.service.methods.items()
+            name: partial(gate.serve, method) for name, method in self._server.service.methods.items()
         }
 
     async def check_health(self) -> None:
@@ -125,55 +107,60 @@ class Replica:
         if self._server.engine_lost.is_set():
             raise EngineLostError()
 
-    async def _answer(self, name: str, message: bytes, grpc_context: Any) -> _Answer:
-        """The answer of a method with one; an empty one where the context has another status than OK."""
-        context = RayContext(message, grpc_context)
-        await self._gate.answer(context, name, self._methods[name])
-        answer = None if context.answers.empty() else context.answers.get_nowait()
-        return _Answer(answer or b"")
+    async def answer(self, asked: Asked) -> AsyncIterator[bytes | Ended]:
+        """Yields the answers of a method, then how the call ended."""
+        await self._tell_model()
 
-    async def _answers(self, name: str, message: bytes, grpc_context: Any) -> AsyncIterator[_Answer]:
-        """The answers of a method with several.
+        async def work(put: Callable[[Any], Awaitable[None]]) -> None:
+            context = RayContext(asked, put)
+            await self._server.gate.answer(context, asked.method, self._methods[asked.method])
+            await put(context.ended)
 
-        Raises:
-            RefusedError: the context has another status than OK.
-        """
-        context = RayContext(message, grpc_context)
+        async for item in _yielded(work):
+            yield item
 
-        async def answer() -> None:
-            try:
-                await self._gate.answer(context, name, self._methods[name])
-            finally:
-                await context.answers.put(None)
+    async def answer_http(self, asked: AskedHttp) -> AsyncIterator[Any]:
+        """Yields the answer as messages of ASGI."""
+        await self._tell_model()
+        bodies = [{"type": "http.request", "body": asked.body}]
 
-        task = asyncio.create_task(answer())
+        async def receive() -> Any:
+            if not bodies:
+                await asyncio.Event().wait()  # who goes away cancels the call
+            return bodies.pop()
+
+        async for message in _yielded(lambda put: self._app({**asked.scope}, receive, put)):
+            yield message
+
+    async def _tell_model(self) -> None:
+        """Lets Ray know that this replica will have the model that the call is for."""
+        model = serve.get_multiplexed_model_id()
+        if model in self._server.models.names:
+            await self._noted(model)
+
+    @serve.multiplexed(max_num_models_per_replica=-1)  # type: ignore[untyped-decorator]
+    async def _noted(self, model: str) -> str:
+        return model  # it is loaded, and leaves, as `runtime.server.models` says
+
+
+async def _yielded(work: Callable[[Callable[[Any], Awaitable[None]]], Awaitable[None]]) -> AsyncIterator[Any]:
+    """Yields what work puts; ending it earlier cancels the work."""
+    items: asyncio.Queue[Any] = asyncio.Queue(1)
+    end = object()
+
+    async def run() -> None:
         try:
-            while (content := await context.answers.get()) is not None:
-                yield _Answer(content)
-            if context.is_refused:
-                raise RefusedError(grpc_context.details())
+            await work(items.put)
         finally:
-            task.cancel()
+            await items.put(end)
 
-
-def _add_methods() -> None:
-    """Gives a replica the methods of the service, by whose names the proxy calls it."""
-    for method in SERVICE.methods:
-
-        async def one(self: Any, message: bytes, grpc_context: Any, name: str = method.name) -> _Answer:
-            answer: _Answer = await self._answer(name, message, grpc_context)
-            return answer
-
-        async def several(
-            self: Any, message: bytes, grpc_context: Any, name: str = method.name
-        ) -> AsyncIterator[_Answer]:
-            async for answer in self._answers(name, message, grpc_context):
-                yield answer
-
-        setattr(Replica, method.name, several if method.server_streaming else one)
-
-
-_add_methods()
+    task = asyncio.create_task(run())
+    try:
+        while (item := await items.get()) is not end:
+            yield item
+        await task
+    finally:
+        task.cancel()
 
 
 def add_methods(servicer: Any, server: Any) -> None:
@@ -191,5 +178,9 @@ def add_methods(servicer: Any, server: Any) -> None:
 
 def app(given: dict[str, Any]) -> serve.Application:
     """The application; `given` are settings by name, as the config file has them under `args`."""
-    deployment = serve.deployment(Replica, name="AnyDoor", max_ongoing_requests=_MOST_CALLS)
-    return deployment.bind(given)
+    replicas = serve.deployment(Replica, name="AnyDoor", max_ongoing_requests=_MOST_CALLS)
+    # it only waits for replicas
+    door = serve.deployment(
+        RayDoor, name="Door", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
+    )
+    return door.bind(replicas.bind(given))

@@ -40,6 +40,8 @@ from runtime.server.service import NAME, CompositorService
 from runtime.server.settings import Settings
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from runtime.server.http.door import Door
     from runtime.server.http.jobs import Jobs
 
@@ -241,11 +243,24 @@ class Server:
         Raises:
             InputError: it is invalid or taken, or the packages are missing.
         """
+        app = self.http_app()
+        from runtime.server.http.door import Door
+
+        settings = self._settings
+        self._door = Door(settings.http, app, self.access.tls_context(), most_connections(settings))
+
+    def http_app(self, with_jobs: bool = True) -> ASGIApp:
+        """What answers over HTTP.
+
+        Args:
+            with_jobs: whether there are jobs; they are this server's alone.
+
+        Raises:
+            InputError: the packages are missing.
+        """
         try:
             from runtime.server.http.app import new_app
             from runtime.server.http.composites import Composites
-            from runtime.server.http.door import Door
-            from runtime.server.http.images import Images
             from runtime.server.http.jobs import Jobs
         except ModuleNotFoundError as error:
             raise InputError(
@@ -253,21 +268,11 @@ class Server:
             ) from error
         settings = self._settings
         composites = Composites(self.models, self.health)
-        images = Images(composites)
         folder = Path(settings.job_folder) if settings.job_folder else None
-        room = settings.job_folder_bytes if folder else self.ledger.capacity / _SHARE_FOR_RESULTS
-        self._jobs = Jobs(composites, self.gate, room, folder)
-        app = new_app(
-            self.gate,
-            self.health,
-            composites,
-            images,
-            self._jobs,
-            settings.max_message_bytes,
-            settings.cors,
-            settings.studio,
-        )
-        self._door = Door(settings.http, app, self.access.tls_context(), most_connections(settings))
+        if with_jobs:
+            room = settings.job_folder_bytes if folder else self.ledger.capacity / _SHARE_FOR_RESULTS
+            self._jobs = Jobs(composites, self.gate, room, folder)
+        return new_app(self.gate, self.health, composites, self._jobs, settings)
 
     def _bind(self) -> None:
         tls = self.access.credentials()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -28,6 +28,7 @@ from runtime.server.http.context import HttpContext
 from runtime.server.http.images import Images
 from runtime.server.http.jobs import Jobs
 from runtime.server.http.openapi import document
+from runtime.server.settings import Settings
 
 STUDIO = "/studio"
 
@@ -81,11 +82,8 @@ def new_app(
     gate: Gate,
     health: Health,
     composites: Composites,
-    images: Images,
-    jobs: Jobs,
-    max_bytes: int,
-    origins: Sequence[str],
-    studio: bool,
+    jobs: Jobs | None,
+    settings: Settings,
 ) -> Starlette:
     """The ASGI application.
 
@@ -93,12 +91,10 @@ def new_app(
         gate: lets calls in.
         health: what /healthz and /readyz say.
         composites: answers the runtime's own form.
-        images: answers OpenAI's.
-        jobs: answers what is fetched later.
-        max_bytes: of a body.
-        origins: web pages that may call, like https://example.org; none if empty.
-        studio: whether the page is there.
+        jobs: answers what is fetched later, if anything is.
+        settings: of the server.
     """
+    images, origins, max_bytes = Images(composites), settings.cors, settings.max_message_bytes
 
     def endpoint(verb: str, path: str, method: Method) -> Route:
         answers = Endpoint(gate, f"{verb} {path}", method, max_bytes, has_message=verb == "POST")
@@ -119,13 +115,16 @@ def new_app(
         endpoint("POST", "/v1/images/generations", images.generate),
         endpoint("GET", "/v1/models", images.models),
         endpoint("GET", "/v1/models/{name}", images.models),
-        endpoint("POST", "/v1/jobs", jobs.create),
-        endpoint("GET", "/v1/jobs/{id}", jobs.show),
-        endpoint("DELETE", "/v1/jobs/{id}", jobs.cancel),
-        endpoint("GET", "/v1/jobs/{id}/events", jobs.follow),
-        endpoint("GET", "/v1/jobs/{id}/result", jobs.result),
     ]
-    if studio:
+    if jobs:
+        routes += [
+            endpoint("POST", "/v1/jobs", jobs.create),
+            endpoint("GET", "/v1/jobs/{id}", jobs.show),
+            endpoint("DELETE", "/v1/jobs/{id}", jobs.cancel),
+            endpoint("GET", "/v1/jobs/{id}/events", jobs.follow),
+            endpoint("GET", "/v1/jobs/{id}/result", jobs.result),
+        ]
+    if settings.studio:
         routes.append(Mount(STUDIO, _Page(directory=Path(__file__).with_name("studio"), html=True)))
         routes.append(Route("/", lambda request: RedirectResponse(f"{STUDIO}/")))
     cross_origin = Middleware(
