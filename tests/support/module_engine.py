@@ -52,9 +52,6 @@ class ModuleEngine:
     def to_host(self, tensor: Array) -> Array:
         return tensor
 
-    def nbytes(self, tensor: Array) -> int:
-        return tensor.nbytes
-
     def concatenate(self, pieces: Sequence[tuple[Array, int, int]]) -> Array:
         return concatenate_rows(pieces)
 
