@@ -51,7 +51,11 @@ class ContentAdapter(nn.Linear):
     @torch.no_grad()
     def skip_blocks(self) -> None:
         """Sets what the blocks add to 0: what is left are the normalisation and the linear layer."""
-        for block in self.blocks if self.layers else ():
+        if not self.layers:
+            return
+        for block in self.blocks:
+            assert isinstance(block, AdapterBlock)
             for last in (block.out, block.mlp[-1]):
+                assert isinstance(last, nn.Linear)
                 last.weight.zero_()
                 last.bias.zero_()
