@@ -77,8 +77,10 @@ class Editing:
         filler = self._filler.compositor if self._filler else None
         accept = partial(self._batcher.plan, edit, filler)
         del edit
-        async for event in self._phase(course, self._follow(call, self._batcher, accept, file_format)):
-            yield event
+        follow = self._follow(call, self._batcher, accept, file_format)
+        async with aclosing(self._phase(course, follow)) as events:
+            async for event in events:
+                yield event
         planned = course.finished
         assert isinstance(planned, Planned)
         plan = planned.plan
@@ -95,8 +97,9 @@ class Editing:
         if self._filler and plan.has_hole:
             accept = partial(self._filler.submit, phases[0][1])
             follow = self._follow(call, self._filler, accept, preview_every=preview_every)
-            async for event in self._phase(course, follow):
-                yield event
+            async with aclosing(self._phase(course, follow)) as events:
+                async for event in events:
+                    yield event
             assert course.finished
             done.append(course.finished)
             scenes = await asyncio.to_thread(_filled, plan, course.finished)
@@ -106,8 +109,9 @@ class Editing:
         if plan.placements:
             accept = partial(self._batcher.submit, plan.place_request(scenes[0]))
             follow = self._follow(call, self._batcher, accept, file_format, preview_every)
-            async for event in self._phase(course, follow):
-                yield event
+            async with aclosing(self._phase(course, follow)) as events:
+                async for event in events:
+                    yield event
         else:
             with watch.measure("encode"):
                 course.finished = await asyncio.to_thread(_removed, plan, scenes, file_format)
