@@ -7,7 +7,7 @@ all requests.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -69,11 +69,26 @@ class Editing:
             Exception: what the edit failed with.
         """
         course = _Course()
+        follows = self._follows(course, call, edit, file_format, preview_every)
+        del edit
+        for follow in follows:
+            async with aclosing(self._phase(course, follow)) as events:
+                async for event in events:
+                    yield event
+        plan = _planned(course, first=True).plan
+        assert plan
+        finished = self._finished(plan, course.done)
+        call.seconds = finished.seconds
+        yield finished
+
+    def _follows(
+        self, course: _Course, call: Call, edit: Edit, file_format: str, preview_every: int
+    ) -> Iterator[AsyncGenerator[Event, None]]:
+        """Yields the events of each phase; what a phase is depends on how those before it ended."""
         filler = self._filler.compositor if self._filler else None
         accept = partial(self._batcher.plan, edit, filler)
         del edit
-        async for event in self._phase(course, self._follow(call, self._batcher, accept, file_format)):
-            yield event
+        yield self._follow(call, self._batcher, accept, file_format)
         plan = _planned(course).plan
         assert plan
         phases = self._phases(plan)
@@ -84,20 +99,12 @@ class Editing:
         )
         if self._filler and plan.has_hole:
             accept = partial(self._filler.submit, phases[0][1])
-            follow = self._follow(call, self._filler, accept, preview_every=preview_every)
-            async for event in self._phase(course, follow):
-                yield event
+            yield self._follow(call, self._filler, accept, preview_every=preview_every)
             accept = partial(self._batcher.fill, plan, course.done[-1].images)
-            async for event in self._phase(course, self._follow(call, self._batcher, accept, file_format)):
-                yield event
+            yield self._follow(call, self._batcher, accept, file_format)
         if plan.placements:
             accept = partial(self._batcher.submit, plan.place_request(_planned(course).scenes[0]))
-            follow = self._follow(call, self._batcher, accept, file_format, preview_every)
-            async for event in self._phase(course, follow):
-                yield event
-        finished = self._finished(plan, course.done)
-        call.seconds = finished.seconds
-        yield finished
+            yield self._follow(call, self._batcher, accept, file_format, preview_every)
 
     async def _phase(
         self, course: _Course, follow: AsyncGenerator[Event, None]
@@ -139,7 +146,7 @@ class Editing:
         )
 
 
-def _planned(course: _Course) -> Planned:
-    last = course.done[-1]
-    assert isinstance(last, Planned)
-    return last
+def _planned(course: _Course, first: bool = False) -> Planned:
+    planned = course.done[0 if first else -1]
+    assert isinstance(planned, Planned)
+    return planned
