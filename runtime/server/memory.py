@@ -21,6 +21,8 @@ see."""
 LARGEST_METADATA = MAX_PROFILE_BYTES + MAX_EXIF_BYTES
 PROBE_BYTES = 8
 """Messages of callers that need no token (health), received at a time; see `runtime.server.health`."""
+_ARENA_MAX = -8
+"""M_ARENA_MAX in malloc.h of glibc."""
 _PREPARED_BYTES_PER_PIXEL = 24
 """Of what the networks draw: the collage in float32, its mask, and the picture."""
 _SCRATCH_BYTES_PER_PIXEL = 24
@@ -112,6 +114,17 @@ class Account:
                 self._ledger.change(self._client, -self.nbytes)
                 self._ledger.close(self._client)
                 self._closed, self.nbytes = True, 0
+
+
+def share_one_arena() -> None:
+    """Lets all threads that begin from now on allocate from one place.
+
+    glibc gives each thread an arena of its own, up to eight for each core, and keeps what is freed in them.
+    Each model that is loaded brings threads, so a server whose models take turns grew at every load
+    (`docs/studies/server-load.md`). See mallopt(3), M_ARENA_MAX.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_ARENA_MAX, 1)
 
 
 def give_back() -> None:

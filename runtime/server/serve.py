@@ -31,7 +31,7 @@ from runtime.server.connections import most_connections
 from runtime.server.gate import CHANNEL_OPTIONS, Gate
 from runtime.server.health import SERVICE, Health
 from runtime.server.logs import FIELDS, LogWriter, json_logs
-from runtime.server.memory import LARGEST_METADATA, LARGEST_SCENE, Ledger, request_bytes
+from runtime.server.memory import LARGEST_METADATA, LARGEST_SCENE, Ledger, request_bytes, share_one_arena
 from runtime.server.metrics import Metrics
 from runtime.server.metrics_page import MetricsPage
 from runtime.server.models import Models
@@ -322,6 +322,7 @@ def _serve_logged(settings: Settings, log: LogWriter) -> int:
     tracing.configure()
     # the engine's thread needs the interpreter between two calls: a flood must not keep it waiting
     sys.setswitchinterval(_SWITCH_SECONDS)
+    share_one_arena()
     compositor, filler, bundles = open_models(settings)
     return asyncio.run(_serve(compositor, settings, log, filler, bundles))
 

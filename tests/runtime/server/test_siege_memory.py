@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -76,6 +80,33 @@ def test_the_bound_is_the_one_in_the_documentation() -> None:
     sizes = {"pixels": 1000, "masks": 2, "placements": 3, "drawn": 64, "images": 8}
     sizes |= {"scene": 10, "channels": 4, "metadata": 99}
     assert value("(scene + masks", **sizes) == request_bytes(**sizes)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
+def test_threads_share_one_arena() -> None:
+    """Without it each of them has its own."""
+    code = """if True:
+        import ctypes, sys, threading
+        from runtime.server.memory import share_one_arena
+        if sys.argv[1] == "one":
+            share_one_arena()
+        barrier = threading.Barrier(8)
+        def work():
+            kept = [bytearray(5000) for _ in range(100)]
+            barrier.wait()
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        libc = ctypes.CDLL(None)
+        libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+        libc.fflush(None)
+    """
+    alone = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    heaps = [
+        subprocess.check_output([sys.executable, "-c", code, how], text=True, env=alone).count("<heap nr=")
+        for how in ("one", "many")
+    ]
+    assert heaps[0] == 1 < heaps[1]
 
 
 def test_requests_for_which_there_is_no_memory_come_back_later(tiny_bundle: Path) -> None:
