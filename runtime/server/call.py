@@ -32,6 +32,7 @@ from runtime.server.events import (
     UnknownServiceError,
 )
 from runtime.server.memory import Account, Ledger
+from runtime.server.timeouts import within
 
 _BYTES_PER_SECOND = 1 << 20
 """Slower than that, a large message or answer is given up."""
@@ -116,7 +117,7 @@ class Call:
         self.account.set(self.max_message_bytes)
         seconds = self._seconds_for(self.max_message_bytes)
         try:
-            content = await asyncio.wait_for(self.context.read(), seconds)
+            content = await within(seconds, self.context.read())
         except asyncio.TimeoutError as error:
             raise TransferError(f"the message did not come within {seconds:.0f} s") from error
         except grpc.aio.InternalError as error:
@@ -139,7 +140,7 @@ class Call:
         content = message if isinstance(message, bytes) else message.SerializeToString()
         seconds = self._seconds_for(len(content))
         try:
-            await asyncio.wait_for(self.context.write(content), seconds)
+            await within(seconds, self.context.write(content))
         except asyncio.TimeoutError as error:
             cut_off(self.connection)
             raise TransferError(f"the answer was not taken within {seconds:.0f} s") from error

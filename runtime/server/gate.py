@@ -36,6 +36,7 @@ from runtime.server.logs import FIELDS
 from runtime.server.memory import PROBE_BYTES, Ledger
 from runtime.server.metrics import Metrics
 from runtime.server.settings import Settings
+from runtime.server.timeouts import within
 
 CHANNEL_OPTIONS = (
     ("grpc.max_concurrent_streams", 32),
@@ -168,7 +169,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 raise UnknownMethodError()
             with self._place(call):
                 if handler.request_streaming:
-                    await asyncio.wait_for(self._reflect(handler, messages, context), _REFLECTION_SECONDS)
+                    await within(_REFLECTION_SECONDS, self._reflect(handler, messages, context))
                     return
                 await self._read_and_serve(partial(self.serve, handler), call)
 

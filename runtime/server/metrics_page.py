@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from runtime.errors import InputError
 from runtime.server.access import Access
 from runtime.server.events import UnauthenticatedError
+from runtime.server.timeouts import within
 
 PATH = "/metrics"
 _CONNECTIONS = 16
@@ -67,13 +68,13 @@ class MetricsPage:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, ValueError):
-                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _SECONDS)
+                head = await within(_SECONDS, reader.readuntil(b"\r\n\r\n"))
                 status, content = await self._page(head)
                 lines = [f"HTTP/1.1 {status}", f"Content-Type: {CONTENT_TYPE_LATEST}", "Connection: close"]
                 writer.write(
                     "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content
                 )
-                await asyncio.wait_for(writer.drain(), _SECONDS)
+                await within(_SECONDS, writer.drain())
         except asyncio.LimitOverrunError:
             pass
         finally:

@@ -99,10 +99,10 @@ def test_an_object_that_is_moved_is_that_of_the_scene(editor: Editor) -> None:
 def test_objects_that_change_places_keep_their_proportions(editor: Editor) -> None:
     regions = editor.run(edit(SwapPlaces(Where(mask=VASE))))[0].regions
     cup, vase = regions[2], regions[3]
-    assert abs(cup.height - 1.1 * 60) <= 2  # the box ratio of the model is 1.1
-    assert abs(cup.width - 1.1 * 60) <= 2
-    assert abs(vase.height - 1.1 * 30) <= 2
-    assert abs(vase.width - 1.1 * 10) <= 2
+    # the box ratio of the model is 1.1, and up to 4 of its 96 pixels fade on either side
+    for region, height, width in ((cup, 60, 60), (vase, 30, 10)):
+        assert 0 <= region.height - 1.1 * height <= 11
+        assert abs((region.height - 1.1 * height) - (region.width - 1.1 * width)) <= 2
 
 
 def test_several_pictures_and_their_warnings(editor: Editor) -> None:

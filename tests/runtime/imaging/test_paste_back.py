@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.errors import InputError
 from runtime.imaging.boxes import Box
 from runtime.imaging.collage import crop_scene
 from runtime.imaging.geometry import Geometry, Ratios, zoom_in
@@ -15,6 +16,7 @@ from runtime.imaging.modes import MODES
 from runtime.imaging.paste_back import (
     TARGET_BOX,
     WHOLE_CROP,
+    check_edge,
     feathered_region,
     paste_back,
     paste_feathered,
@@ -130,6 +132,11 @@ def test_only_the_region_changes(data, mode, dtype):
 
 
 # a soft edge
+
+
+def test_another_edge_is_refused():
+    with pytest.raises(InputError, match="no edge 'jagged': choose one of hard, soft"):
+        check_edge("jagged")
 
 
 def test_a_soft_edge_fades_from_the_picture_into_the_scene():

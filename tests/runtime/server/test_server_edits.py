@@ -108,7 +108,7 @@ def test_edits_of_one_client_do_not_keep_others_waiting(
         assert go_on.wait(PATIENCE)
         return scene
 
-    monkeypatch.setattr("runtime.edits.guess_background", guess)
+    monkeypatch.setattr("runtime.edits.plan.guess_background", guess)
     (tmp_path / "tokens").write_text("open-sesame\nshazam\n")
     settings = {"tokens": str(tmp_path / "tokens"), "queue": 100}
     with (

@@ -93,6 +93,7 @@ MALFORMED = {
     "placements[0].reference_clicks": [
         message(placements=[placement(reference_clicks=[pb.Point(x=1, y=1, outside=True)])]),
     ],
+    "placements[0].views": [message(placements=[placement(views=[pb.View(picture=OBJECT)])])],
     "placements[0].mode": [message(placements=[placement(mode=99)])],
     "placements[0].edge": [message(placements=[placement(edge=99)])],
     "placements[0].mask_level": [

@@ -61,7 +61,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def tokens_of(model: Imprint, placed: Any) -> Tensor:
     """Of the reference, and of none, (2, T, D)."""
-    tokens = model.encode_reference(torch.from_numpy(as_reference(placed.what))[None])
+    tokens = model.encode_reference(torch.from_numpy(as_reference(*placed.what))[None])
     return torch.cat([tokens, model.unconditional.expand_as(tokens)])
 
 
