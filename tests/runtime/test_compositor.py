@@ -244,9 +244,8 @@ def test_result_tells_seed_region_and_times(compositor: Compositor) -> None:
 
 @pytest.mark.parametrize("mode", list(MODES))
 def test_a_soft_edge_changes_only_the_region_that_it_tells(compositor: Compositor, mode: str) -> None:
-    hard, soft = (
-        compositor.run(request(replace(PLACEMENT, mode=mode, edge=edge), seed=7))[0] for edge in EDGES
-    )
+    asked = [replace(PLACEMENT, mode=mode, edge=edge) for edge in EDGES]
+    hard, soft = (compositor.run(request(each, seed=7))[0] for each in asked)
     assert (hard.image != soft.image).any()
     assert not (soft.image != SCENE)[outside(soft)].any()
 
