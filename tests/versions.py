@@ -1,4 +1,4 @@
-"""The lean tests with other versions than those at hand: `python -m tests.versions`.
+"""The lean tests with other versions than those installed: `python -m tests.versions`.
 
 The oldest versions that pyproject.toml allows, on this Python; and the newest, on every other Python that it
 allows and that is found. Each gets an environment of its own in build/versions, from a package index. None of
