@@ -73,7 +73,7 @@ def load_dinov2(folder: Path) -> PatchSimilarity:
 
 
 def own_dinov2(checkpoint: Path) -> PatchSimilarity:
-    """Take the small DINOv2 of a checkpoint of AnyDoor or IMPRINT, where no published weights are at hand.
+    """Take the small DINOv2 of a checkpoint of AnyDoor or IMPRINT, where no published weights are given.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -79,7 +79,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Judges:
-    """What scores: the descriptor always, and the networks whose weights are at hand."""
+    """What scores: the descriptor always, and the networks whose weights were given."""
 
     dino: Embed | None = None
     clip: Embed | None = None
