@@ -262,6 +262,8 @@ def fidelity() -> str:
         "method": lambda row: _METHODS.get(row["method"], row["method"]),
         "SSIM": lambda row: "" if row["ssim"] is None else f"{row['ssim']:.3f} ± {row['ssim_error']:.3f}",
         "PSNR dB": lambda row: number(row["psnr"], 1),
+        "gradients": lambda row: number(row["gradients"], 3),
+        "patches": lambda row: number(row["patches"], 3),
         "recognised": lambda row: percent(row["retrieval"]["identity"]),
         "by colours": lambda row: percent(row["retrieval"]["colours"]),
         "by edges": lambda row: percent(row["retrieval"]["edges"]),

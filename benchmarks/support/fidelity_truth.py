@@ -177,10 +177,12 @@ def measure(
         for name, draw in models.items()
     }
     pictures = {name: [draw(pair) for pair in pairs] for name, draw in BASELINES.items()} | drawn
-    scores = {
-        name: [_score(picture, pair, gallery, patches) for picture, pair in zip(each, pairs, strict=True)]
-        for name, each in pictures.items()
-    }
+    scores: dict[str, list[Score]] = {name: [] for name in pictures}
+    with ProgressBar(None, "scoring", len(pictures) * len(pairs), leave=False) as bar:
+        for name, each in pictures.items():
+            for picture, pair in zip(each, pairs, strict=True):
+                scores[name].append(_score(picture, pair, gallery, patches))
+                bar.update()
     scores[WRONG] = list(islice(_wrong_objects(candidates, gallery), count))
     order = (*BASELINES, WRONG, *drawn)
     return TruthReport(pairs, drawn, among, patches.name, {name: scores[name] for name in order})
