@@ -92,10 +92,20 @@ def load_small_parts(model: ReferenceNetwork, recipe: CommonRecipe, folder: Path
     model.vae.cpu()
 
 
-def _load_encoders(model: ReferenceNetwork, path: str) -> None:
+def network_in(path: str) -> ReferenceNetwork:
+    """Builds the network of a checkpoint, with its weights.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
     checkpoint = read_checkpoint(path)
-    source = network_of(checkpoint.architecture)
-    source.load_official_state_dict(checkpoint.tensors)
+    network = network_of(checkpoint.architecture)
+    network.load_official_state_dict(checkpoint.tensors)
+    return network
+
+
+def _load_encoders(model: ReferenceNetwork, path: str) -> None:
+    source = network_in(path)
     backbone = model.id_encoder.backbone
     for part, taken in ((model.vae, source.vae), (backbone, source.id_encoder.backbone)):
         try:

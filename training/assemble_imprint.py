@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from training import seeds
-from training.assemble import load_small_parts, stage_weights
+from training.assemble import load_small_parts, network_in, stage_weights
 from training.config import ImprintRecipe
 from training.data.composites import CompositeMaker, Composites, ViewMaker, token_grid
 from training.data.rendered import RenderedScenes, RenderedViews
 from training.data.sources import SOURCES, Source
 from training.data.view_samples import ViewSamples
-from training.network.checkpoint import network_of, read_checkpoint, read_start
+from training.network.checkpoint import read_start
 from training.network.checkpoint_file import CheckpointError
 from training.network.imprint import Imprint, with_scene
 from training.systems.imprint import ENCODER, CompositingSettings, ViewsSettings, load_parts
@@ -40,11 +40,9 @@ def start_model(recipe: ImprintRecipe, folder: Path) -> Imprint:
 
 
 def _load_unet(model: Imprint, path: str) -> None:
-    checkpoint = read_checkpoint(path)
-    source = network_of(checkpoint.architecture)
-    source.load_official_state_dict(checkpoint.tensors)
+    source = network_in(path)
     unet = source.unet.state_dict()
-    unet[_FIRST] = with_scene(unet[_FIRST], checkpoint.architecture.latent_channels)
+    unet[_FIRST] = with_scene(unet[_FIRST], source.architecture.latent_channels)
     adapter = model.id_encoder.projector
     try:
         model.unet.load_state_dict(unet)

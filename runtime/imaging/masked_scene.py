@@ -84,8 +84,7 @@ def mask_scene(
     crop = geometry.crop
     if isinstance(target, Box):
         filled = place if mode == "shape" else place.union(geometry.box)
-        inside = np.zeros((crop.height, crop.width), np.bool_)
-        inside[box_in_box(filled, crop).slices] = True
+        inside = _in_crop(filled, crop)
     else:
         inside = coarsen_mask(target[crop.slices], level, box_in_box(geometry.box, crop))
     mask = _shrink(inside, geometry.padding, picture_size, fill=True)
@@ -107,9 +106,7 @@ def feathered_box(box: Box, geometry: Geometry, picture_size: tuple[int, int]) -
         geometry: of the crop.
         picture_size: (H, W).
     """
-    crop = geometry.crop
-    inside = np.zeros((crop.height, crop.width), np.bool_)
-    inside[box_in_box(box.intersection(crop), crop).slices] = True
+    inside = _in_crop(box.intersection(geometry.crop), geometry.crop)
     return feather(_shrink(inside, geometry.padding, picture_size, fill=False))
 
 
@@ -152,6 +149,13 @@ def _windows(values: NDArray[np.float32], radius: int, axis: int) -> NDArray[np.
     """For each value those up to `radius` away along an axis, in a last axis; the outermost ones go on."""
     around = [(radius, radius) if of == axis else (0, 0) for of in (0, 1)]
     return np.lib.stride_tricks.sliding_window_view(np.pad(values, around, "edge"), 2 * radius + 1, axis)
+
+
+def _in_crop(box: Box, crop: Box) -> NDArray[np.bool_]:
+    """A crop's mask of a box inside of it."""
+    inside = np.zeros((crop.height, crop.width), np.bool_)
+    inside[box_in_box(box, crop).slices] = True
+    return inside
 
 
 def _bounds(mask: NDArray[np.bool_]) -> Box:

@@ -75,9 +75,7 @@ class Editing:
             async with aclosing(self._phase(course, follow)) as events:
                 async for event in events:
                     yield event
-        plan = _planned(course, first=True).plan
-        assert plan
-        finished = self._finished(plan, course.done)
+        finished = self._finished(course.done)
         call.seconds = finished.seconds
         yield finished
 
@@ -89,7 +87,7 @@ class Editing:
         accept = partial(self._batcher.plan, edit, filler)
         del edit
         yield self._follow(call, self._batcher, accept, file_format)
-        plan = _planned(course).plan
+        plan = _planned(course.done[-1]).plan
         assert plan
         phases = self._phases(plan)
         if preview_every:
@@ -103,7 +101,7 @@ class Editing:
             accept = partial(self._batcher.fill, plan, course.done[-1].images)
             yield self._follow(call, self._batcher, accept, file_format)
         if plan.placements:
-            accept = partial(self._batcher.submit, plan.place_request(_planned(course).scenes[0]))
+            accept = partial(self._batcher.submit, plan.place_request(_planned(course.done[-1]).scenes[0]))
             yield self._follow(call, self._batcher, accept, file_format, preview_every)
 
     async def _phase(
@@ -131,8 +129,10 @@ class Editing:
             phases.append((self._batcher, plan.place_request(plan.scene)))
         return phases
 
-    def _finished(self, plan: Plan, done: list[Finished]) -> Finished:
+    def _finished(self, done: list[Finished]) -> Finished:
         """The end of an edit: the pictures of its last phase, with all that came before."""
+        plan = _planned(done[0]).plan
+        assert plan
         seconds: Counter[str] = Counter()
         for phase in done:
             seconds.update(phase.seconds)
@@ -146,7 +146,6 @@ class Editing:
         )
 
 
-def _planned(course: _Course, first: bool = False) -> Planned:
-    planned = course.done[0 if first else -1]
-    assert isinstance(planned, Planned)
-    return planned
+def _planned(finished: Finished) -> Planned:
+    assert isinstance(finished, Planned)
+    return finished
