@@ -177,24 +177,26 @@ def measure(
         for name, draw in models.items()
     }
     pictures = {name: [draw(pair) for pair in pairs] for name, draw in BASELINES.items()} | drawn
+    references = [patches.patches(pair.reference.image, pair.reference.mask) for pair in pairs]
     scores: dict[str, list[Score]] = {name: [] for name in pictures}
     with ProgressBar(None, "scoring", len(pictures) * len(pairs), leave=False) as bar:
         for name, each in pictures.items():
-            for picture, pair in zip(each, pairs, strict=True):
-                scores[name].append(_score(picture, pair, gallery, patches))
+            for picture, pair, reference in zip(each, pairs, references, strict=True):
+                similarity = patches.to_patches(picture, pair.target.mask, reference)
+                scores[name].append(_score(picture, pair, gallery, similarity))
                 bar.update()
     scores[WRONG] = list(islice(_wrong_objects(candidates, gallery), count))
     order = (*BASELINES, WRONG, *drawn)
     return TruthReport(pairs, drawn, among, patches.name, {name: scores[name] for name in order})
 
 
-def _score(picture: Picture, pair: TruthPair, gallery: Gallery, patches: PatchSimilarity) -> Score:
+def _score(picture: Picture, pair: TruthPair, gallery: Gallery, patches: float) -> Score:
     psnr = region_psnr(picture, pair.truth, pair.box)
     return Score(
         region_ssim(picture, pair.truth, pair.box),
         psnr if np.isfinite(psnr) else None,
         gradient_similarity(picture, pair.truth, pair.target.mask >= MASK_THRESHOLD),
-        patches(picture, pair.target.mask, pair.reference.image, pair.reference.mask),
+        patches,
         gallery.recognised(identity_of(picture[pair.box.slices]), pair.seed),
     )
 
