@@ -45,12 +45,12 @@ class PatchSimilarity:
         return self.to_patches(found, found_mask, self.patches(object_, object_mask))
 
     def to_patches(self, found: Picture, found_mask: Picture, theirs: Tensor) -> float:
-        """Return the similarity to an object whose patches are known, for one that is compared often."""
+        """Return the similarity to an object whose patches are known."""
         return float((self.patches(found, found_mask) @ theirs.T).max(dim=1).values.mean())
 
     @torch.no_grad()
     def patches(self, picture: Picture, mask: Picture) -> Tensor:
-        """Describe the patches of which more than half is the object, at least one: unit vectors (M, width)."""
+        """Describe the patches that are mostly the object, at least one: unit vectors (M, width)."""
         prepared = prepare_reference(picture, mask > _INSIDE, expand_ratio=1.0, size=SIDE)
         pixels = torch.from_numpy(prepared.image.transpose(2, 0, 1).astype(np.float32) / 255)[None]
         tokens = torch.nn.functional.normalize(self._describe(pixels)[0, 1:], dim=-1)
