@@ -208,6 +208,8 @@ class _Stepper:
             if settings.shard
             else accelerator.prepare(task.module)
         )
+        if settings.compile and accelerator.device.type == "cpu":
+            self._module = torch.compile(self._module)
         self.state = TrainState(task.module, settings, accelerator.scaler)
         if saved:
             self.state.load(saved)
