@@ -149,6 +149,11 @@ class Manifest:
         return self.with_role("decode")[0]
 
     @property
+    def encoder(self) -> GraphSpec | None:
+        """The graph that makes a latent of a picture, if there is one."""
+        return next(iter(self.with_role("scene")), None)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of a latent."""
         channels, height, width = self.step.tensor("latent").resolve(self.typical_sizes)[1:]

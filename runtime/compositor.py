@@ -18,8 +18,6 @@ from engines.engine import Engine, open_engine
 from engines.errors import BundleError
 from engines.options import EngineOptions
 from runtime.cache_size import usable_cache_bytes
-from runtime.diffusion.ddim import Schedule
-from runtime.diffusion.samplers import SAMPLERS
 from runtime.drawing import Drawing
 from runtime.errors import InputError, collecting_warnings, in_field, warn
 from runtime.imaging.picture import Picture
@@ -34,6 +32,7 @@ from runtime.parameters import (
 )
 from runtime.request import Blank, Placement, Request, Sampling
 from runtime.result import Composite, Stopwatch
+from runtime.sampling.passes import Pass, first_pass, second_pass
 from runtime.sampling.running_batch import guided_steps
 from runtime.segmentation import Segmenter, check_segmenter, cut_out
 from runtime.systems import open_system
@@ -315,25 +314,24 @@ class Compositor:
         with collecting_warnings() as warnings:
             with watch.measure("read"), in_field("scene"):
                 seen, scene = self._load_scene(request, limits)
-            prepared = []
+            first = first_pass(self._alphas_cumprod, sampling)
+            passes: list[tuple[Prepared, Pass]] = []
             for index, placement in enumerate(request.placements):
                 with in_placement(request, index):
                     mask = placement.mask
                     mask = None if mask is None else upright_mask(mask, scene, limits.pixels)
                     turned = cut_out(replace(placement, mask=mask), self.segmenter, limits.pixels, watch)
-                    prepared.append(self._prepare(request, turned, seen, limits, watch))
+                    passes += self._prepare(request, turned, seen, limits, watch, first)
         job = Job(
             system=self.system,
             scene=scene,
-            placements=prepared,
-            sampling=sampling,
-            schedule=self._schedule(sampling),
+            passes=passes,
             seeds=[seed + i for i in range(num_images)],
             initial_noise=noise,
             watch=watch,
             warnings=warnings,
         )
-        job.images = [ImageJob(job, index, seed, seen, prepared[0]) for index, seed in enumerate(job.seeds)]
+        job.images = [ImageJob(job, index, seed, seen, passes[0][0]) for index, seed in enumerate(job.seeds)]
         return job
 
     def _prepare(
@@ -343,23 +341,28 @@ class Compositor:
         scene: NDArray[np.uint8],
         limits: Limits,
         watch: Stopwatch,
-    ) -> Prepared:
+        first: Pass,
+    ) -> list[tuple[Prepared, Pass]]:
         if isinstance(request.scene, Blank) and placement.box is None and placement.mask is None:
             placement = replace(placement, box=(0, 0, scene.shape[1], scene.shape[0]))
         given = {name: getattr(placement, name) for name in PLACEMENT_PARAMETERS}
         parameters = placement_parameters(given, self.defaults)
-        return self.system.prepare(scene, placement, parameters, limits, watch)
+        prepared = self.system.prepare(scene, placement, parameters, limits, watch)
+        if not prepared.tiles:
+            return [(prepared, first)]
+        second = second_pass(self._alphas_cumprod, first, parameters.refine or 0)
+        return [(prepared, first), *((tile, second) for tile in prepared.tiles)]
 
     def steps_of(self, request: Request, limits: Limits = LARGEST) -> tuple[int, int]:
         """Counts the steps of a request with guidance and those without, over all pictures and placements.
 
-        Decodes nothing and uses no engine.
+        Decodes nothing and uses no engine; tiles of places that are refined are not among them.
 
         Raises:
             InputError: a number cannot be used, in one sentence.
         """
         sampling = self._check_numbers(request, limits)
-        guided = guided_steps(sampling, self._schedule(sampling))
+        guided = guided_steps(sampling, first_pass(self._alphas_cumprod, sampling).schedule)
         runs = request.num_images * len(request.placements)
         return runs * guided.count(True), runs * guided.count(False)
 
@@ -381,10 +384,6 @@ class Compositor:
         if isinstance(request.scene, Blank):
             return load_scene(np.full((*self.bundle.manifest.picture_size, 3), 128, np.uint8))
         return load_scene(request.scene, limits.pixels, request.scene_size)
-
-    def _schedule(self, sampling: SamplingParameters) -> Schedule:
-        make = SAMPLERS[sampling.sampler]
-        return make(self._alphas_cumprod, sampling.steps, sampling.eta, sampling.timesteps)
 
     def new_drawing(self) -> Drawing:
         """What draws the pictures of jobs; the engine serves one at a time."""

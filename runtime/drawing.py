@@ -41,33 +41,44 @@ class Drawing:
         manifest = model.bundle.manifest
         self._shape = manifest.latent_shape
         self._decoder = manifest.decoder.name
+        self._encoder = manifest.encoder.name if manifest.encoder else ""
         _, height, width = self._shape
         alone = self._engine.device == "cpu" and height * width >= _FILLS_A_CPU
         self._batch = RunningBatch(self._engine, manifest.step, 1 if alone else None)
 
     def start(self, image: ImageJob) -> Sample:
         """Lets a picture join: encodes the conditions of its next placement and draws the first latent."""
-        job = image.job
+        job, of_pass = image.job, image.next_pass
+        arguments = (image.prepared, of_pass.sampling, of_pass.schedule, job.watch)
         OWNER.set(job.owner)
-        if image.regions:
-            conditions = self._system.conditions(image.prepared, job.sampling, job.schedule, job.watch)
+        if image.drawn:
+            conditions = self._system.conditions(*arguments)
         else:
             # the first object meets the same scene in all pictures
-            conditions = job.first_conditions or self._system.conditions(
-                image.prepared, job.sampling, job.schedule, job.watch
-            )
+            conditions = job.first_conditions or self._system.conditions(*arguments)
             # after the last picture has started they belong to the samples: job and pictures hold each
             # other, and what they hold stays on the device until Python looks for cycles
             job.first_conditions = None if image is job.images[-1] else conditions
         generator = image.new_generator()
         if job.initial_noise is not None:
-            latent = job.initial_noise[image.index]
+            noise = job.initial_noise[image.index]
         else:
-            latent = generator.standard_normal(self._shape, dtype=np.float32)
+            noise = generator.standard_normal(self._shape, dtype=np.float32)
+        latent = of_pass.first_latent(noise, self._clean_latent(image))
         row = LatentRow(self._engine.to_device(latent[None]), 0, 1)
-        sample = Sample(conditions, job.schedule, job.sampling, row, generator)
+        sample = Sample(conditions, of_pass.schedule, of_pass.sampling, row, generator)
         self.running[sample] = image
         return sample
+
+    def _clean_latent(self, image: ImageJob) -> NDArray[np.float32] | None:
+        """What the next pass starts from, (C, h, w); None for noise alone."""
+        start = image.prepared.start
+        if start is None:
+            return None
+        with image.job.watch.measure("condition"):
+            latent = self._engine.run(self._encoder, {"picture": start[None]})["latent"]
+            clean: NDArray[np.float32] = self._engine.to_host(latent)[0]
+        return clean
 
     def steps_alike(self) -> int:
         """How many steps `step` can take at once; one if the pictures are at different ones."""

@@ -15,13 +15,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.diffusion.ddim import Schedule
 from runtime.imaging.boxes import Box
 from runtime.imaging.picture import Picture
 from runtime.imaging.scene import with_own_pixels
-from runtime.parameters import SamplingParameters
 from runtime.result import Composite, Stopwatch
 from runtime.sampling.conditions import OWNER, Conditions
+from runtime.sampling.passes import Pass
 from runtime.systems.system import Prepared, System
 
 
@@ -32,10 +31,9 @@ class Job:
     system: System
     scene: Picture
     """As it was given; what the networks see of it is where the pictures start."""
-    placements: list[Prepared]
-    """In the scene as it is given."""
-    sampling: SamplingParameters
-    schedule: Schedule
+    passes: list[tuple[Prepared, Pass]]
+    """What is drawn one after the other: the placements in the scene as it is given, each followed by its
+    tiles."""
     seeds: list[int]
     """One per picture."""
     initial_noise: NDArray[np.float32] | None = None
@@ -51,9 +49,15 @@ class Job:
     """What the caller should know about how the pictures were read."""
 
     @property
+    def placements(self) -> list[Prepared]:
+        """In the scene as it is given."""
+        tiles = {id(tile) for prepared, _ in self.passes for tile in prepared.tiles}
+        return [prepared for prepared, _ in self.passes if id(prepared) not in tiles]
+
+    @property
     def total_steps(self) -> int:
         """Sampling steps of all pictures and placements together."""
-        return self.schedule.steps * len(self.placements) * len(self.images)
+        return sum(each.schedule.steps for _, each in self.passes) * len(self.images)
 
     def results(self) -> list[Composite]:
         """The finished pictures."""
@@ -82,19 +86,21 @@ class ImageJob:
     image: NDArray[np.uint8]
     """(H, W, 3) in sRGB."""
     prepared: Prepared
-    """The next placement."""
+    """The next placement, or tile of one."""
+    drawn: int = 0
+    """Passes that are done, and so the index of the next one."""
     regions: list[Box] = field(default_factory=list)
     """What the objects placed so far may have changed."""
 
     @property
-    def placed(self) -> int:
-        """Objects in it, and so the index of the next placement."""
-        return len(self.regions)
-
-    @property
     def done(self) -> bool:
         """Whether all objects are placed."""
-        return self.placed == len(self.job.placements)
+        return self.drawn == len(self.job.passes)
+
+    @property
+    def next_pass(self) -> Pass:
+        """How the next placement is sampled."""
+        return self.job.passes[self.drawn][1]
 
     def finished(self) -> NDArray[np.uint8]:
         """The picture in the scene's own colours and with its transparency, (H, W, 3) or (H, W, 4)."""
@@ -103,7 +109,7 @@ class ImageJob:
     def new_generator(self) -> np.random.Generator:
         """The random numbers of the next placement."""
         # Philox: any seed and placement give an independent stream, whoever shares the batch
-        return np.random.Generator(np.random.Philox(key=np.array([self.seed, self.placed], np.uint64)))
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed, self.drawn], np.uint64)))
 
     def overlay(self) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
         """A function that puts what the networks drew, (R, R, 3) RGB, at its place in a copy of the image.
@@ -117,7 +123,9 @@ class ImageJob:
         job = self.job
         with job.watch.measure("paste"):
             self.image = job.system.finish(picture, self.image, self.prepared)
-        self.regions.append(self.prepared.region)
+        if self.prepared.start is None:
+            self.regions.append(self.prepared.region)
+        self.drawn += 1
         if not self.done:
             OWNER.set(job.owner)
-            self.prepared = job.system.renew(job.placements[self.placed], self.image, job.watch)
+            self.prepared = job.system.renew(job.passes[self.drawn][0], self.image, job.watch)

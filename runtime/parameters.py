@@ -46,6 +46,8 @@ class PlacementParameters:
     """None: the system draws in no mask."""
     edge: str | None
     """None: the system always fades."""
+    refine: int | None
+    """0: one pass; None: the system has no other."""
 
     @property
     def ratios(self) -> Ratios:

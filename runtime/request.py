@@ -20,6 +20,10 @@ AUTOMATIC = "auto"
 """The reference mask of an object that is to be found; a file of that name is "./auto"."""
 
 
+REFINE_TIMESTEP = 400
+"""For `Placement.refine` where nobody says another."""
+
+
 @dataclass(frozen=True, eq=False)
 class View:
     """Another picture of the object of a placement."""
@@ -69,6 +73,10 @@ class Placement:
     """How the place ends in the scene, for models that do not always fade: one of
     `runtime.imaging.paste_back.EDGES`, "hard" as the original pastes, or "soft", which also changes a few
     pixels around the place."""
+    refine: int | None = None
+    """Draws a place that is larger than the networks' picture a second time, in tiles, for detail: the
+    timestep of the noise that the second pass starts from, 1 (next to none) to 999; 0 for one pass. See
+    `runtime.imaging.tiles`; `REFINE_TIMESTEP` is the usual one."""
     reference_clicks: Sequence[Sequence[int]] | None = None
     """What says where the object is in the reference, instead of a mask: (x, y) on it, or (x, y, False)
     beside it, in pixels of the upright picture; see `runtime.segmentation`."""

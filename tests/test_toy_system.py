@@ -47,7 +47,7 @@ from runtime.result import Stopwatch
 from runtime.sampling.conditions import BankRows
 from runtime.sampling.running_batch import guided_steps
 from runtime.systems import register_system
-from runtime.systems.system import Model
+from runtime.systems.system import Model, Prepared
 from runtime.validation import Abilities, Limits
 from tests.support.observers import RunCounter
 from tests.support.pictures import PLACEMENT, SCENE, Pixels, cutout
@@ -167,11 +167,10 @@ def toy_specs(resolution: int) -> list[GraphSpec]:
 
 
 @dataclass(frozen=True, eq=False)
-class ToyPlacement:
+class ToyPlacement(Prepared):
     """A colour, (3,) in -1..1, and its place."""
 
     colour: NDArray[np.float32]
-    region: Box
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +206,8 @@ class Toy:
         place = load_target(placement.box, placement.mask, scene, limits.pixels)
         if not isinstance(place, Box):
             raise InputError("this model places objects into boxes, not into masks")
-        return ToyPlacement(colour_of(picture[inside]), place.clip((scene.shape[1], scene.shape[0])))
+        region = place.clip((scene.shape[1], scene.shape[0]))
+        return ToyPlacement(colour_of(picture[inside]), region=region)
 
     def renew(self, prepared: ToyPlacement, scene: Pixels, watch: Stopwatch) -> ToyPlacement:
         return prepared
@@ -301,8 +301,8 @@ def test_the_picture_is_the_one_of_theory(compositor: Compositor, sampling: Samp
     request = Request(SCENE, [Placement(rgba, box=tuple(box))], 7, sampling, initial_noise=noise)
     (result,) = compositor.run(request)
     job = compositor.accept(request)
-    colour, first = colour_of(rgba[rgba[..., 3] > 128][:, :3]), int(job.schedule.timesteps[0])
-    inside = drawn(compositor.bundle, colour, noise[0], job.sampling.guidance_scale, first)
+    colour, first = colour_of(rgba[rgba[..., 3] > 128][:, :3]), int(job.passes[0][1].schedule.timesteps[0])
+    inside = drawn(compositor.bundle, colour, noise[0], job.passes[0][1].sampling.guidance_scale, first)
     assert np.abs(result.image[box.slices].astype(int) - inside).max() <= 1
     result.image[box.slices] = SCENE[box.slices]
     np.testing.assert_array_equal(result.image, SCENE)

@@ -40,8 +40,8 @@ class LoopSettings:
     """'no' (fp32), 'bf16' or 'fp16', as Accelerate names them, or 'auto': bf16 where the device computes in
     it, else fp32; on cards it also allows TF32. Weights, their average, the optimizer and losses are fp32."""
     compile: bool = False
-    """Whether torch.compile makes the steps of a processor faster: about 1.3 times for the small models, after
-    minutes of compiling that it keeps for the next run. A card replays a captured step instead."""
+    """Whether a processor's steps are compiled: about 1.3 times as fast for the small models, after minutes
+    of compiling. A card replays a captured step instead."""
     minutes: float = 0.0
     """Weight of the stage when stages share the minutes of `training.train --minutes`; 0 for no limit."""
     limit: TimeLimit | None = field(default=None, metadata={"key": None})

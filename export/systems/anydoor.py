@@ -4,6 +4,7 @@
     hint, timesteps, tokens ----> [control] -----> detail maps
     latent, tokens, details ----> [denoise] -----> latent one step further
     latent ---------------------> [decode] ------> picture
+    picture --------------------> [encode] ------> its latent, to draw it again in tiles
 
 Value ranges: `hint` three channels of collage in -1..1 RGB and the mask channel (-1, 0 or 1); the others as
 in `export.systems.reference` and `export.systems.diffusion`.
@@ -27,9 +28,12 @@ from export.systems.diffusion import (
     CONDITIONS,
     DECODE,
     DENOISE,
+    ENCODE,
     DecodeGraph,
+    EncodeGraph,
     check_size,
     decode_spec,
+    encode_spec,
     f32,
     guided,
     index,
@@ -49,7 +53,7 @@ MAPS = "maps"
 
 DIMENSIONS = {SAMPLES: 1, ROWS: 2, CONDITIONS: 2, MAPS: 2}
 
-PARTS = {ID_ENCODER: "id_encoder", CONTROL: "control", DENOISE: "unet", DECODE: "vae"}
+PARTS = {ID_ENCODER: "id_encoder", CONTROL: "control", DENOISE: "unet", ENCODE: "vae", DECODE: "vae"}
 """Graph -> the part of `AnyDoor` whose weights it holds."""
 
 
@@ -73,7 +77,7 @@ class AnyDoorSource(ReferenceSource):
         check_size(self._checkpoint.architecture, size)
 
     def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
-        """The four graphs, the largest first."""
+        """The graphs, the largest first."""
         specs = graph_specs(self._checkpoint.architecture, size[0], BANK_DTYPES[precision], self._references)
         return [GraphExport(spec, partial(self._load, name), EXAMPLES) for name, spec in specs.items()]
 
@@ -137,6 +141,7 @@ def graph_specs(
                 BankSpec("detail_maps", tuple(tensor.name for tensor in detail_maps), "row_map"),
             ),
         ),
+        encode_spec(latent, size),
         decode_spec(latent, size),
     )
     return {spec.name: spec for spec in specs}
@@ -202,5 +207,6 @@ GRAPH_MODULES: Mapping[str, type[nn.Module]] = {
     ID_ENCODER: IDEncoderGraph,
     CONTROL: ControlGraph,
     DENOISE: DenoiseGraph,
+    ENCODE: EncodeGraph,
     DECODE: DecodeGraph,
 }

@@ -1,8 +1,9 @@
-"""What the graphs of all systems share: the step's guidance and update, the decoder, and their signatures.
+"""What the graphs of all systems share: the step's guidance and update, encoder and decoder of pictures, and
+their signatures.
 
 Value ranges: `timestep` 0..999; `coefficients` as `runtime.diffusion.ddim` defines them; `carry` noise, or
-what the sampler keeps of the step before; `decoded` -1..1 before clipping; `image` 0..255 RGB. Index inputs
-count from 0.
+what the sampler keeps of the step before; `picture` -1..1 RGB; `decoded` -1..1 before clipping; `image`
+0..255 RGB. Index inputs count from 0.
 
 The decode graph takes one picture at a time: a single one keeps a card busy, and its intermediate results, by
 far the largest of all graphs, would grow with the batch.
@@ -20,10 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from engines.errors import AnyDoorError
 from engines.spec import SAMPLES, BankSpec, Dimension, GraphSpec, TensorSpec
 from export.systems.system import Size
-from training.network.architecture import DiffusionArchitecture
+from training.network.architecture import LATENT_SCALE, DiffusionArchitecture
 from training.network.modules import DiffusionNetwork
 
 DENOISE = "denoise"
+ENCODE = "encode"
 DECODE = "decode"
 
 CONDITIONS = "conditions"
@@ -86,6 +88,13 @@ def step_spec(
     )
 
 
+def encode_spec(latent: tuple[int, int, int], size: Size) -> GraphSpec:
+    """The signature of the encoder of pictures."""
+    return GraphSpec(
+        ENCODE, "scene", inputs=(f32("picture", 1, 3, *size),), outputs=(f32("latent", 1, *latent),)
+    )
+
+
 def decode_spec(latent: tuple[int, int, int], size: Size) -> GraphSpec:
     """The signature of the decode graph."""
     return GraphSpec(
@@ -119,6 +128,22 @@ def weighted_sum(coefficients: Tensor, *terms: Tensor) -> Tensor:
 def per_sample(values: Tensor) -> Tensor:
     """(N,) -> (N, 1, 1, 1)."""
     return values[:, None, None, None]
+
+
+class EncodeGraph(nn.Module):
+    """Picture -> the mean of its latent: a sample would make the result depend on noise that nobody chose."""
+
+    dtype: torch.dtype
+
+    def __init__(self, model: DiffusionNetwork) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = model.vae.quant_conv.weight.dtype
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """(1, 3, H, W) in -1..1 -> (1, C, h, w)."""
+        mean: Tensor = self.model.encode(picture.to(self.dtype)).mean
+        return LATENT_SCALE * mean.float()
 
 
 class DecodeGraph(nn.Module):

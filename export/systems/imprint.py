@@ -28,20 +28,20 @@ from export.systems.diffusion import (
     CONDITIONS,
     DECODE,
     DENOISE,
+    ENCODE,
     DecodeGraph,
+    EncodeGraph,
     check_size,
     decode_spec,
+    encode_spec,
     f32,
     latent_shape,
 )
 from export.systems.reference import EXAMPLES, ID_ENCODER, IDEncoderGraph, ReferenceSource, id_encoder_spec
 from export.systems.scene import (
     DIMENSIONS,
-    ENCODE,
     DenoiseGraph,
-    EncodeGraph,
     blended_step_spec,
-    encode_spec,
 )
 from export.systems.scene import EXAMPLES as SCENE_EXAMPLES
 from export.systems.system import GraphExport, Size
@@ -101,7 +101,7 @@ def graph_specs(architecture: ImprintArchitecture, size: Size, references: int =
     specs = (
         id_encoder_spec(architecture),
         blended_step_spec(architecture, size, tokens),
-        encode_spec(architecture, size),
+        encode_spec(latent_shape(architecture, size), size),
         decode_spec(latent_shape(architecture, size), size),
     )
     return {spec.name: spec for spec in specs}

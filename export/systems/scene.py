@@ -30,11 +30,9 @@ from export.systems.diffusion import (
     weighted_sum,
 )
 from export.systems.system import Draw, Size
-from training.network.architecture import LATENT_SCALE, SceneArchitecture
+from training.network.architecture import SceneArchitecture
 from training.network.imprint import Imprint
 from training.network.stable_diffusion import StableDiffusion
-
-ENCODE = "encode"
 
 SCENES = "scenes"
 """Dimension: scenes in a call, one per placement."""
@@ -80,32 +78,6 @@ def blended_step_spec(architecture: SceneArchitecture, size: Size, tokens: Tenso
         ),
         fixed=(f32("start_noise", SAMPLES, *latent),),
     )
-
-
-def encode_spec(architecture: SceneArchitecture, size: Size) -> GraphSpec:
-    """The signature of the encoder of pictures."""
-    return GraphSpec(
-        ENCODE,
-        "scene",
-        inputs=(f32("picture", 1, 3, *size),),
-        outputs=(f32("latent", 1, *latent_shape(architecture, size)),),
-    )
-
-
-class EncodeGraph(nn.Module):
-    """Picture -> the mean of its latent: a sample would make the result depend on noise that nobody chose."""
-
-    dtype: torch.dtype
-
-    def __init__(self, model: StableDiffusion | Imprint) -> None:
-        super().__init__()
-        self.model = model
-        self.dtype = model.vae.quant_conv.weight.dtype
-
-    def forward(self, picture: Tensor) -> Tensor:
-        """(1, 3, H, W) in -1..1 -> (1, C, h, w)."""
-        mean: Tensor = self.model.encode(picture.to(self.dtype)).mean
-        return LATENT_SCALE * mean.float()
 
 
 def blended(drawn: Tensor, kept: Tensor, blend: Tensor) -> Tensor:

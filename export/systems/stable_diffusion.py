@@ -34,21 +34,21 @@ from export.systems.diffusion import (
     CONDITIONS,
     DECODE,
     DENOISE,
+    ENCODE,
     DecodeGraph,
+    EncodeGraph,
     check_size,
     decode_spec,
+    encode_spec,
     f32,
     latent_shape,
     without_masks,
 )
 from export.systems.scene import (
     DIMENSIONS,
-    ENCODE,
     EXAMPLES,
     DenoiseGraph,
-    EncodeGraph,
     blended_step_spec,
-    encode_spec,
 )
 from export.systems.system import GraphExport, Size, checkpoint_record
 from runtime.diffusion.noise_schedule import alphas_cumprod
@@ -216,7 +216,7 @@ def graph_specs(architecture: StableDiffusionArchitecture, size: Size) -> dict[s
             inputs=(TensorSpec("ids", "int32", (SAMPLES, architecture.text_positions)),),
             outputs=(f32("tokens", SAMPLES, *tokens.shape[1:]),),
         ),
-        encode_spec(architecture, size),
+        encode_spec(latent_shape(architecture, size), size),
         decode_spec(latent_shape(architecture, size), size),
     )
     return {spec.name: spec for spec in specs}

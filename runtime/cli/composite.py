@@ -15,7 +15,7 @@ from runtime.errors import InputError
 from runtime.imaging.mask_levels import MASK_LEVELS, MaskLevel, check_mask_level
 from runtime.imaging.modes import MODES
 from runtime.imaging.paste_back import EDGES
-from runtime.request import AUTOMATIC, Placement, Request, View
+from runtime.request import AUTOMATIC, REFINE_TIMESTEP, Placement, Request, View
 
 NAME = "composite"
 HELP = "Put one or more objects into a scene"
@@ -30,6 +30,7 @@ anydoor composite --reference cup.jpg --reference-mask auto --scene desk.jpg --b
 anydoor composite --reference shelf.jpg --reference-click 210,95 --segmenter build/engines/sam \\
     --scene desk.jpg --box 80,60,300,260 -o out.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --quality fast -o out.png
+anydoor composite --reference cup.png --scene wall.jpg --box 600,200,3000,2600 --refine -o out.png
 anydoor composite --prompt "a sks cup" --scene desk.jpg --box 80,60,300,260 --bundle build/sks -o out.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --server gpu:50051 -o out.png
 anydoor composite --prompt "a sks cup" --scene desk.jpg --box 80,60,300,260 --server gpu:50051 --model sks \\
@@ -46,6 +47,7 @@ _PLACEMENT = (
     "keep_specks",
     "mask_level",
     "edge",
+    "refine",
 )
 
 
@@ -139,6 +141,16 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
         choices=EDGES,
         help="how the place ends in the scene: hard, as the original pastes, or soft, faded into it "
         "(default: the model's)",
+    )
+    group.add_argument(
+        "--refine",
+        type=int,
+        nargs="?",
+        const=REFINE_TIMESTEP,
+        metavar="TIMESTEP",
+        help="draw a place that is larger than the model's picture a second time, in tiles, for detail; starts "
+        f"from noise of this timestep, 1 to 999 (without a number {REFINE_TIMESTEP}; 0: not; default: the "
+        "model's)",
     )
     group.add_argument(
         "--keep-specks",

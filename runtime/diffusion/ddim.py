@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import InputError
 
-MAX_STEPS = 999
+MAX_STEPS = LAST_TIMESTEP = 999
 
 
 @dataclass(frozen=True)

@@ -134,19 +134,18 @@ class Editor:
         filler = self.filler if plan.has_hole else None
         fill_steps = sum(filler.steps_of(fill_request(plan, filler))) if filler else 0
         place_steps = sum(self.compositor.steps_of(plan.place_request(plan.scene))) if plan.placements else 0
-        all_steps = fill_steps + place_steps
 
-        def following(before: int) -> StepCallback | None:
-            return (lambda done, _: on_step(before + done, all_steps)) if on_step else None
+        def following(before: int, after: int) -> StepCallback | None:
+            return (lambda done, of: on_step(before + done, before + of + after)) if on_step else None
 
         scenes = [plan.scene]
         if plan.has_hole:
             with watch.measure("fill"):
-                drawn = filler.run(fill_request(plan, filler), following(0)) if filler else []
+                drawn = filler.run(fill_request(plan, filler), following(0, place_steps)) if filler else []
                 # of a scene with colours of its own, the model's picture is in those
                 scenes = [plan.fill(load_scene(of.to_pillow())[0]) for of in drawn] or [plan.fill()]
         if plan.placements:
-            results = self.compositor.run(plan.place_request(scenes[0]), following(fill_steps))
+            results = self.compositor.run(plan.place_request(scenes[0]), following(fill_steps, 0))
         else:
             results = [removed(plan, scenes[i % len(scenes)], plan.seed + i) for i in range(edit.num_images)]
         name = filler_name(filler) if plan.has_hole else ""

@@ -84,12 +84,18 @@ def collage(
 
     The map's black parts cover the scene too. Padding is -1 in the RGB channels.
 
-    scene: (H, W, 3) uint8 RGB. hf_map: (S, S, 3) uint8 RGB, of any size.
+    scene: (H, W, 3) uint8 RGB. geometry: of a tile, the box may reach beyond the crop.
+    hf_map: (S, S, 3) uint8 RGB, of any size.
     mask: (crop height, crop width) uint8, 0 or 1. Returns (4, R, R) float32.
     """
-    box = geometry.box
-    picture = scene[geometry.crop.slices].copy()
-    picture[box_in_box(box, geometry.crop).slices] = resize_linear(hf_map, (box.width, box.height))
+    box, crop = geometry.box, geometry.crop
+    picture = scene[crop.slices].copy()
+    covered = box.intersection(crop)
+    if not covered.is_empty:
+        part = box_in_box(covered, box)
+        picture[box_in_box(covered, crop).slices] = resize_linear(
+            hf_map, (box.width, box.height), window=part
+        )
     rgb = _to_network(picture, geometry.padding, resolution)
     channel = _mask_channel(mask, geometry.padding, mode, resolution)
     return np.concatenate([rgb, channel[None]])

@@ -39,7 +39,7 @@ class Geometry:
     """Where the picture that the networks see lies in the scene."""
 
     crop: Box  # the zoom-in crop, in scene coordinates
-    box: Box  # the expanded target box, in scene coordinates; always inside the crop
+    box: Box  # the expanded target box, in scene coordinates; inside the crop, unless that is a tile
     aspect: tuple[int, int] = (1, 1)  # width and height of the networks' picture, or in proportion to them
 
     @property
@@ -75,12 +75,15 @@ def zoom_in(
     return Geometry(crop.union(box), box, aspect)
 
 
-def warn_of_enlargement(geometry: Geometry, picture_size: tuple[int, int]) -> None:
+def warn_of_enlargement(
+    geometry: Geometry, picture_size: tuple[int, int], sharper: str = "a smaller place is sharper"
+) -> None:
     """Warns where the networks' picture is enlarged so much that the result is soft.
 
     Args:
         geometry: of the place.
         picture_size: (height, width) of the networks' picture, in pixels.
+        sharper: what to do about it.
     """
     height, width = picture_size
     scale = max(geometry.padded_size[0] / width, geometry.padded_size[1] / height)
@@ -88,7 +91,7 @@ def warn_of_enlargement(geometry: Geometry, picture_size: tuple[int, int]) -> No
         crop = geometry.crop
         warn(
             f"the crop around the place has {crop.width} x {crop.height} pixels, and the model draws "
-            f"{width} x {height}: enlarged {scale:.1f} times, it is soft; a smaller place is sharper"
+            f"{width} x {height}: enlarged {scale:.1f} times, it is soft; {sharper}"
         )
 
 

@@ -81,7 +81,7 @@ def paste_back(
     """
     without_first_row = picture[1:].astype(np.float32)
     composite: NDArray[np.uint8] = scene.copy()
-    for band in _bands(pasted_region(geometry, rule)):
+    for band in row_bands(pasted_region(geometry, rule)):
         in_padded_crop = box_in_box(band, geometry.crop).shift(geometry.padding.left, geometry.padding.top)
         pixels = resize_linear(without_first_row, geometry.padded_size, window=in_padded_crop)
         composite[band.slices] = pixels.astype(np.uint8)
@@ -115,34 +115,53 @@ def paste_feathered(
     of the picture's size; see `runtime.imaging.masked_scene`.
     Returns (H, W, 3) uint8 RGB of the scene's size, bit-identical to it where the weights are 0.
     """
-    drawn, crop, padded = picture.astype(np.float32), geometry.crop, geometry.padded_size
-    width = max(1.0, min(weights.shape) * FEATHER * padded[0] / weights.shape[1])
-    rows = _towards_edges(crop.y0, crop.y1, scene.shape[0], width)[:, None]
-    columns = _towards_edges(crop.x0, crop.x1, scene.shape[1], width)[None]
+    drawn, crop = picture.astype(np.float32), geometry.crop
     composite: NDArray[np.uint8] = scene.copy()
-    for band in _bands(feathered_region(geometry, weights)):
-        within = box_in_box(band, crop)
-        window = within.shift(geometry.padding.left, geometry.padding.top)
-        share = resize_linear(weights, padded, window=window)
-        share *= np.minimum(rows[within.slices[0]], columns[:, within.slices[1]])
+    for band in row_bands(feathered_region(geometry, weights)):
+        window = box_in_box(band, crop).shift(geometry.padding.left, geometry.padding.top)
+        share = place_share(weights, geometry, scene.shape, band)
         before = scene[band.slices].astype(np.float32)
-        pixels = before + share[..., None] * (resize_linear(drawn, padded, window=window) - before)
+        pixels = before + share[..., None] * (
+            resize_linear(drawn, geometry.padded_size, window=window) - before
+        )
         composite[band.slices] = np.rint(pixels).astype(np.uint8)
     return composite
 
 
-def _towards_edges(first: int, end: int, length: int, width: float) -> NDArray[np.float32]:
-    """1, falling towards those ends of first..end - 1 that are not those of 0..length - 1."""
-    inside = np.arange(end - first) + 0.5
-    share = np.ones(end - first)
-    if first > 0:
+def place_share(
+    weights: NDArray[np.float32], geometry: Geometry, scene_shape: tuple[int, ...], part: Box
+) -> NDArray[np.float32]:
+    """How much of what was drawn `paste_feathered` puts into a part of the crop, (H, W) of that part, 0..1.
+
+    Args:
+        weights: see `paste_feathered`.
+        geometry: of the crop.
+        scene_shape: (height, width, ...).
+        part: in scene coordinates.
+    """
+    crop, padded = geometry.crop, geometry.padded_size
+    within = box_in_box(part, crop)
+    window = within.shift(geometry.padding.left, geometry.padding.top)
+    share: NDArray[np.float32] = resize_linear(weights, padded, window=window)
+    width = max(1.0, min(weights.shape) * FEATHER * padded[0] / weights.shape[1])
+    rows = fading_ends(crop.height, width, crop.y0 > 0, crop.y1 < scene_shape[0])[:, None]
+    columns = fading_ends(crop.width, width, crop.x0 > 0, crop.x1 < scene_shape[1])[None]
+    share *= np.minimum(rows[within.slices[0]], columns[:, within.slices[1]])
+    return share
+
+
+def fading_ends(length: int, width: float, first: bool, last: bool) -> NDArray[np.float32]:
+    """1 along an axis, (length,), that falls to 0 over `width` towards the ends that are asked for."""
+    inside = np.arange(length) + 0.5
+    share = np.ones(length)
+    if first:
         share = np.minimum(share, inside / width)
-    if end < length:
+    if last:
         share = np.minimum(share, inside[::-1] / width)
     return share.astype(np.float32)
 
 
-def _bands(region: Box) -> Iterator[Box]:
+def row_bands(region: Box) -> Iterator[Box]:
     """The region in bands of rows: a large crop as float32 would take four times the scene's memory."""
     for y0 in range(region.y0, region.y1, _BAND_ROWS):
         yield region._replace(y0=y0, y1=min(y0 + _BAND_ROWS, region.y1))

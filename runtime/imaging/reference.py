@@ -121,6 +121,13 @@ def prepare_reference(
     )
 
 
+def square_side(mask: NDArray[np.bool_], expand_ratio: float) -> int:
+    """Computes the side of the square that `prepare_reference` makes small, in pixels of the picture."""
+    crop = bounding_box(mask)
+    padding = _padding(crop.width, crop.height, expand_ratio)
+    return padding.left + crop.width + padding.right
+
+
 def _padding(width: int, height: int, expand_ratio: float) -> Padding:
     """Room around the object first, then the square: the two paddings round separately."""
     room = expansion_padding(width, height, expand_ratio)

@@ -115,7 +115,9 @@ class Editing:
                     course.done.append(event)
                 elif isinstance(event, StepDone):
                     steps = event.total
-                    yield StepDone(course.before + event.done, course.all_steps)
+                    # tiles of a place are counted once it is prepared
+                    in_all = max(course.all_steps, course.before + steps)
+                    yield StepDone(course.before + event.done, in_all)
                 else:
                     yield event
         course.before += steps

@@ -35,6 +35,7 @@ def placement_from_message(message: pb.Placement) -> Placement:
         mode=name_of(message.mode, MODES, "mode", "placement mode"),
         mask_level=name_of(message.mask_level, LEVELS, "mask_level", "mask level"),
         edge=name_of(message.edge, EDGES, "edge", "edge"),
+        refine=message.refine if message.HasField("refine") else None,
         keep_specks=message.keep_specks,
         **ratios,
     )
@@ -87,6 +88,7 @@ def placement_message(placement: Placement) -> pb.Placement:
         mode=number_of(placement.mode, MODES, "mode", "mode"),
         mask_level=level_of(placement.mask_level),
         edge=number_of(placement.edge, EDGES, "edge", "edge"),
+        refine=placement.refine,
         ratios=pb.Ratios(
             reference=placement.reference_ratio, box=placement.box_ratio, crop=placement.crop_ratio
         ),

@@ -251,7 +251,7 @@ class Workers:
             pixels=pixels,
             scene=kept // pixels,
             masks=masks,
-            placements=len(job.placements),
+            placements=len(job.passes),
             drawn=math.prod(self._compositor.bundle.manifest.picture_size),
             images=len(job.images),
             channels=3 if scene.alpha is None else 4,

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BundleError
-from runtime.diffusion.ddim import Schedule
+from runtime.diffusion.ddim import LAST_TIMESTEP, Schedule
 from runtime.diffusion.presets import QUALITIES
-from runtime.imaging.boxes import Box, bounding_box
-from runtime.imaging.collage import Hint, hint_at, shape_mask
+from runtime.errors import InputError, in_field
+from runtime.imaging.boxes import Box, bounding_box, box_in_box
+from runtime.imaging.collage import Hint, collage, crop_scene, hint_at, shape_mask
 from runtime.imaging.geometry import Geometry, Ratios, warn_of_enlargement, zoom_in
 from runtime.imaging.masked_scene import feathered_box
 from runtime.imaging.modes import MODES, Mode, check_mode
@@ -30,8 +31,9 @@ from runtime.imaging.paste_back import (
     paste_feathered,
     pasted_region,
 )
-from runtime.imaging.reference import PreparedReference, prepare_reference
-from runtime.imaging.target import load_target
+from runtime.imaging.reference import PreparedReference, prepare_reference, square_side
+from runtime.imaging.target import is_integer, load_target
+from runtime.imaging.tiles import paste_tile, tiles_of
 from runtime.parameters import PlacementParameters, SamplingParameters
 from runtime.request import Placement
 from runtime.result import Stopwatch
@@ -40,7 +42,7 @@ from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, shared_time
 from runtime.sampling.reference_tokens import ReferenceTokens
 from runtime.sampling.remembered import Remembered, digest
 from runtime.sampling.running_batch import guided_steps
-from runtime.systems.system import Model
+from runtime.systems.system import Model, Prepared
 from runtime.systems.views import load_views
 from runtime.validation import Abilities, Limits
 
@@ -61,6 +63,7 @@ DEFAULTS: Mapping[str, Any] = {
     "timesteps": None,
     "mode": "crop",
     "edge": HARD,
+    "refine": 0,
     "reference_ratio": 1.2,
     "box_ratio": 1.1,
     "crop_ratio": 2.0,
@@ -71,7 +74,7 @@ ABILITIES = Abilities("AnyDoor", "reference", DEFAULTS, QUALITIES)
 
 
 @dataclass(frozen=True, eq=False)
-class AnyDoorPlacement:
+class AnyDoorPlacement(Prepared):
     """A placement without its full-size reference: a job that waits keeps no more than it needs."""
 
     reference: PreparedReference
@@ -87,12 +90,18 @@ class AnyDoorPlacement:
     fade: NDArray[np.float32] | None
     """(R, R), share of the networks' picture that is pasted; None for a hard edge."""
 
-    @property
-    def region(self) -> Box:
-        """The only part of the scene that the placement may change."""
-        if self.fade is None:
-            return pasted_region(self.hint.geometry, self.mode.paste)
-        return feathered_region(self.hint.geometry, self.fade)
+
+@dataclass(frozen=True, eq=False)
+class AnyDoorTile(Prepared):
+    """A part of a placement that is drawn again, larger."""
+
+    place: AnyDoorPlacement
+    geometry: Geometry
+    """Of the tile; its box is that of the whole place."""
+    details: NDArray[np.uint8]
+    """(S, S, 3) RGB, the reference's high-frequency map, as large as the tile shows it."""
+    hint: Hint | None = None
+    """Once the scene is there that the tile is a part of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +132,8 @@ class Preprocessing:
         """
         self._resolution = resolution
         self._reference_size = reference_size
+        self.refines = True
+        """Whether there is what draws places again."""
         self._references = Remembered[bytes, PreparedReference](_KEPT_PLACEMENTS)
         self._hints = Remembered[bytes, Hint](_KEPT_PLACEMENTS)
 
@@ -141,6 +152,7 @@ class Preprocessing:
         """
         check_mode(parameters.mode)
         soft = check_edge(parameters.edge) == SOFT
+        refine = self._check_refine(parameters.refine)
         mode, ratios = MODES[parameters.mode], parameters.ratios
         with watch.measure("read"):
             assert placement.reference is not None
@@ -150,9 +162,62 @@ class Preprocessing:
             reference, *others = [self._reference(picture, mask, ratios) for picture, mask in read]
             hint, key = self._hint(scene, target, reference, ratios, mode)
             fade = self._fade(hint.geometry, mode) if soft else None
-        warn_of_enlargement(hint.geometry, (self._resolution, self._resolution))
-        views = [each.image for each in (reference, *others)]
-        return AnyDoorPlacement(reference, views, target, mode, ratios, hint, key, fade)
+            views = [each.image for each in (reference, *others)]
+            region = (
+                pasted_region(hint.geometry, mode.paste)
+                if fade is None
+                else feathered_region(hint.geometry, fade)
+            )
+            place = AnyDoorPlacement(reference, views, target, mode, ratios, hint, key, fade, region=region)
+            tiles = self._tiles(place, *read[0], (scene.shape[1], scene.shape[0])) if refine else ()
+        sharper = "a smaller place is sharper"
+        if self.refines and not tiles:
+            sharper += ", and so is one that is refined"
+        drawn_last = tiles[-1].geometry if tiles else hint.geometry
+        warn_of_enlargement(drawn_last, (self._resolution, self._resolution), sharper)
+        return replace(place, tiles=tiles)
+
+    def _check_refine(self, timestep: int | None) -> int:
+        with in_field("refine"):
+            if not is_integer(timestep) or not 0 <= int(timestep or 0) <= LAST_TIMESTEP:
+                raise InputError(
+                    f"refine must be a timestep from 1 to {LAST_TIMESTEP}, or 0 for none, not {timestep!r}"
+                )
+            if timestep and not self.refines:
+                raise InputError(
+                    "this bundle was built without the graph that encodes pictures, which refine needs: "
+                    "build it again"
+                )
+        return int(timestep or 0)
+
+    def _tiles(
+        self,
+        place: AnyDoorPlacement,
+        picture: NDArray[np.uint8],
+        mask: NDArray[np.bool_],
+        scene_size: tuple[int, int],
+    ) -> tuple[AnyDoorTile, ...]:
+        """Covers a place with tiles, unless the networks' picture is as large as what they see of it.
+
+        Args:
+            place: what is refined.
+            picture: of the reference, (H, W, 3).
+            mask: of the object in it, (H, W).
+            scene_size: (width, height).
+        """
+        whole, ratio = place.hint.geometry, place.ratios.reference
+        if max(whole.padded_size) <= self._resolution:
+            return ()
+        boxes = tiles_of(place.region, scene_size, self._resolution)
+        scale = self._resolution / max(boxes[0].width, boxes[0].height)
+        shown = round(max(whole.box.width, whole.box.height) * scale)
+        # a reference that is smaller has no more details than it has
+        side = max(min(shown, square_side(mask, ratio)), self._reference_size)
+        details = prepare_reference(picture, mask, ratio, side).high_frequency_map
+        return tuple(
+            AnyDoorTile(place, Geometry(box, whole.box), details, region=place.region.intersection(box))
+            for box in boxes
+        )
 
     def _reference(
         self, picture: NDArray[np.uint8], mask: NDArray[np.bool_], ratios: Ratios
@@ -165,13 +230,25 @@ class Preprocessing:
         )
 
     def renew(
-        self, prepared: AnyDoorPlacement, scene: NDArray[np.uint8], watch: Stopwatch
-    ) -> AnyDoorPlacement:
-        """The same placement in another scene of the same size."""
+        self, prepared: AnyDoorPlacement | AnyDoorTile, scene: NDArray[np.uint8], watch: Stopwatch
+    ) -> AnyDoorPlacement | AnyDoorTile:
+        """The same placement in another scene of the same size, or a tile of it."""
         p = prepared
         with watch.measure("prepare"):
+            if isinstance(p, AnyDoorTile):
+                hint = Hint(self._tile_hint(p, scene), p.geometry)
+                return replace(p, hint=hint, start=crop_scene(scene, p.geometry, self._resolution))
             hint, key = self._hint(scene, p.target, p.reference, p.ratios, p.mode)
-        return replace(prepared, hint=hint, hint_key=key)
+        return replace(p, hint=hint, hint_key=key)
+
+    def _tile_hint(self, tile: AnyDoorTile, scene: NDArray[np.uint8]) -> NDArray[np.float32]:
+        place, box = tile.place, tile.geometry.crop
+        whole = place.hint.geometry
+        both = box.intersection(whole.crop)
+        mask = np.zeros((box.height, box.width), np.uint8)
+        of_place = shape_mask(place.target, whole, place.mode)
+        mask[box_in_box(both, box).slices] = of_place[box_in_box(both, whole.crop).slices]
+        return collage(scene, tile.geometry, tile.details, mask, place.mode, self._resolution)
 
     def _hint(
         self,
@@ -202,9 +279,16 @@ class Preprocessing:
         self._hints.clear()
 
     def finish(
-        self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: AnyDoorPlacement
+        self,
+        picture: NDArray[np.uint8],
+        scene: NDArray[np.uint8],
+        prepared: AnyDoorPlacement | AnyDoorTile,
     ) -> NDArray[np.uint8]:
         """Pastes the picture back by the rule of the placement's mode, or faded."""
+        if isinstance(prepared, AnyDoorTile):
+            place = prepared.place
+            whole = place.hint.geometry
+            return paste_tile(picture, scene, prepared.geometry, place.region, whole, place.fade)
         if prepared.fade is not None:
             return paste_feathered(picture, scene, prepared.hint.geometry, prepared.fade)
         return paste_back(picture, scene, prepared.hint.geometry, prepared.mode.paste)
@@ -234,15 +318,27 @@ class AnyDoor(Preprocessing):
         no_reference = model.constant("unconditional_tokens", self._tokens.shape)
         self._unconditional_tokens = self._tokens.repeated(no_reference)
         self._window = model.control_window
+        self.refines = manifest.encoder is not None
+        self._tile_maps = DetailMapCache(0)
+        """Of tiles, which another seed does not need again: what they show is drawn anew."""
         self.cache = DetailMapCache(model.cache_bytes)
         """Detail maps that are kept for re-rolls."""
 
     def conditions(
-        self, prepared: AnyDoorPlacement, sampling: SamplingParameters, schedule: Schedule, watch: Stopwatch
+        self,
+        prepared: AnyDoorPlacement | AnyDoorTile,
+        sampling: SamplingParameters,
+        schedule: Schedule,
+        watch: Stopwatch,
     ) -> AnyDoorConditions:
         """Encodes the reference, unless its ID tokens are remembered; detail maps are computed when
         needed."""
-        tokens = self._tokens.of_views(prepared.views, watch)
+        if isinstance(prepared, AnyDoorTile):
+            place, cache, key = prepared.place, self._tile_maps, None
+        else:
+            place, cache, key = prepared, self.cache, prepared.hint_key
+        assert prepared.hint is not None
+        tokens = self._tokens.of_views(place.views, watch)
         guided = guided_steps(sampling, schedule)
         if any(guided):
             tokens = np.concatenate([tokens, self._unconditional_tokens])
@@ -250,13 +346,13 @@ class AnyDoor(Preprocessing):
         maps = DetailMaps(
             self._engine,
             CONTROL,
-            self.cache,
+            cache,
             prepared.hint.hint,
             tokens,
             timesteps,
             self._window,
             guided,
-            prepared.hint_key,
+            key,
         )
         return AnyDoorConditions(BankRows({"tokens": tokens}, 0, len(tokens) - 1, on_host=True), maps)
 

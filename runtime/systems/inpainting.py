@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from engines.errors import BundleError
 from runtime.diffusion.ddim import Schedule
 from runtime.errors import InputError, in_field
-from runtime.imaging.boxes import Box
 from runtime.imaging.geometry import warn_of_enlargement
 from runtime.imaging.mask_levels import check_mask_level
 from runtime.imaging.masked_scene import MaskedScene, mask_scene
@@ -31,7 +30,7 @@ from runtime.sampling.conditions import BankRows, FixedConditions
 from runtime.sampling.remembered import Remembered
 from runtime.sampling.running_batch import guided_steps
 from runtime.sampling.scene_latents import SceneLatents
-from runtime.systems.system import Model
+from runtime.systems.system import Model, Prepared
 from runtime.validation import Limits
 
 ENCODE = "encode"
@@ -44,12 +43,11 @@ What = TypeVar("What")
 
 
 @dataclass(frozen=True, eq=False)
-class InpaintingPlacement(Generic[What]):
+class InpaintingPlacement(Prepared, Generic[What]):
     """What is drawn, and its place in the scene."""
 
     what: What
     scene: MaskedScene
-    region: Box
 
 
 class Inpainting(ABC, Generic[What]):
@@ -128,7 +126,7 @@ class Inpainting(ABC, Generic[What]):
             )
             region = feathered_region(masked.geometry, masked.paste)
         warn_of_enlargement(masked.geometry, self._picture_size)
-        return InpaintingPlacement(what, masked, region)
+        return InpaintingPlacement(what, masked, region=region)
 
     def renew(
         self, prepared: InpaintingPlacement[What], scene: NDArray[np.uint8], watch: Stopwatch

@@ -7,7 +7,7 @@ this folder with a function `create(model) -> System`, one in `export/systems` a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,12 +51,16 @@ class Model:
         return found
 
 
-class Prepared(Protocol):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prepared:
     """A placement in its scene, ready for the networks. What else it holds is the system's own."""
 
-    @property
-    def region(self) -> Box:
-        """The only part of the scene that the placement may change."""
+    region: Box
+    """The only part of the scene that it may change."""
+    tiles: Sequence[Prepared] = ()
+    """What is drawn after it, for the same place: parts of it, larger."""
+    start: NDArray[np.float32] | None = None
+    """(3, H, W) RGB -1..1: the networks' picture so far, of what is drawn again; None starts from noise."""
 
 
 class System(Protocol):

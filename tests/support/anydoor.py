@@ -5,6 +5,7 @@ from __future__ import annotations
 ID_ENCODER = "id_encoder"
 CONTROL = "control"
 DENOISE = "denoise"
+ENCODE = "encode"
 DECODE = "decode"
 
-GRAPHS = (ID_ENCODER, CONTROL, DENOISE, DECODE)
+GRAPHS = (ID_ENCODER, CONTROL, DENOISE, ENCODE, DECODE)

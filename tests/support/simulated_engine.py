@@ -15,14 +15,14 @@ from engines.engine import DeviceTensor, Engine, open_engine
 from engines.memory_plan import DeviceMemoryPlan, plan_device_memory
 from engines.options import EngineOptions
 from engines.spec import GraphSpec
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ENCODE, ID_ENCODER
 from tests.support.simulated_card import SimulatedDevice, SimulatedPlans
 from tests.support.simulated_provider import SimulatedLibrary
 
 # the decoder needs far more than the others, and so what the denoise graph has in place lies in its way
-SCRATCH = {DENOISE: 2 << 20, CONTROL: 1 << 20, DECODE: 24 << 20, ID_ENCODER: 1 << 20}
+SCRATCH = {DENOISE: 2 << 20, CONTROL: 1 << 20, ENCODE: 1 << 20, DECODE: 24 << 20, ID_ENCODER: 1 << 20}
 CACHE = 8 << 20
-WEIGHTS = {DENOISE: 40, CONTROL: 30, DECODE: 10, ID_ENCODER: 20}
+WEIGHTS = {DENOISE: 40, CONTROL: 30, ENCODE: 5, DECODE: 10, ID_ENCODER: 20}
 
 
 def memory_plan(

@@ -22,7 +22,7 @@ from engines.memory_plan import plan_device_memory
 from engines.options import EngineOptions
 from export.example_inputs import example_inputs
 from runtime import Compositor, Placement, Sampling
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ENCODE, ID_ENCODER
 from tests.support.observers import RunCounter
 from tests.support.simulated_engine import Painter, ProviderSimulation, memory_plan, on_onnxruntime, renamed
 
@@ -167,7 +167,7 @@ def test_a_bundle_says_what_its_largest_calls_take_on_a_card(bundle: Bundle) -> 
 def test_groups_are_swapped_and_captured_anew(bundle: Bundle, expected_pictures: np.ndarray) -> None:
     plan = memory_plan(bundle, backend="onnxruntime")
     tight = memory_plan(bundle, plan.total - plan.cache - 1, backend="onnxruntime")
-    assert tight.groups == ((CONTROL, DENOISE, DECODE), (ID_ENCODER,))
+    assert tight.groups == ((CONTROL, DENOISE, DECODE), (ID_ENCODER, ENCODE))
     simulation = ProviderSimulation(bundle, tight)
     for _ in range(2):
         np.testing.assert_array_equal(simulation.painter.paint(), expected_pictures)

@@ -55,8 +55,8 @@ def test_exact_is_the_default_and_leaves_nothing_out(compositor: Compositor) -> 
 
 def test_exact_visits_the_timesteps_of_the_original(compositor: Compositor) -> None:
     job = compositor.accept(Request(SCENE, [PLACEMENT], 7, Sampling(quality=EXACT)))
-    assert job.schedule.timesteps.tolist() == ddim_timesteps(50)[::-1].tolist()
-    assert not job.schedule.multistep
+    assert job.passes[0][1].schedule.timesteps.tolist() == ddim_timesteps(50)[::-1].tolist()
+    assert not job.passes[0][1].schedule.multistep
 
 
 def test_outside_the_interval_only_the_conditional_half_is_computed(compositor: Compositor) -> None:

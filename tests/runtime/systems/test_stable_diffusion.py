@@ -278,7 +278,7 @@ def test_a_bundle_without_a_tokenizer() -> None:
 
 
 def test_its_defaults_are_those_of_diffusers(four: Compositor) -> None:
-    job = four.accept(Request.drawing("a cat", seed=7))
-    assert (job.schedule.steps, job.sampling.guidance_scale) == (DEFAULTS["steps"], 7.5)
-    assert job.sampling.control_scale is None
+    ((_, only),) = four.accept(Request.drawing("a cat", seed=7)).passes
+    assert (only.schedule.steps, only.sampling.guidance_scale) == (DEFAULTS["steps"], 7.5)
+    assert only.sampling.control_scale is None
     assert isinstance(four.draw("a cat", sampling=FAST), Image.Image)
