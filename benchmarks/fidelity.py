@@ -2,7 +2,8 @@
 
     python benchmarks/fidelity.py
     python benchmarks/fidelity.py --bundle examples/anydoor-small --bundle build/engines/imprint-small
-    python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
+    python benchmarks/fidelity.py --scene-size 480 --refine 0 --refine 400 --count 30
+  python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 
 By default on the synthetic set, whose true pictures are known (support/truth_set.py): SSIM and PSNR in the
 object's box, gradient similarity in its mask (support/similarity.py), masked patch similarity to the
@@ -18,6 +19,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from runtime.diffusion.presets import QUALITIES
 from runtime.errors import InputError
 from runtime.imaging.boxes import Box
 from runtime.imaging.modes import MODES
+from training.data.synthetic.views import VIEW_SIZE
 
 Picture = NDArray[np.uint8]
 
@@ -81,9 +84,9 @@ class Composer:
         request = Request(scene, [placement], self.seed + number, self.sampling)
         return self.compositor.run(request)[0].image
 
-    def truth_pair(self, pair: TruthPair, number: int) -> Picture:
+    def truth_pair(self, pair: TruthPair, number: int, refine: int | None = None) -> Picture:
         """Return the scene of a pair with its object."""
-        return self.draw(pair.guessed, pair.placement(self.mode), number)
+        return self.draw(pair.guessed, replace(pair.placement(self.mode), refine=refine), number)
 
     def protocol_pair(self, each: ProtocolObject, scene: Picture, box: Box, number: int) -> Picture:
         """Return a scene with an object of the paper's protocol."""
@@ -122,6 +125,8 @@ def check(options: argparse.Namespace) -> None:
         raise InputError("--dino and --clip score the paper's protocol: give its folder with --protocol")
     if options.protocol and len(options.bundle or ()) > 1:
         raise InputError("--protocol measures one bundle: give one --bundle")
+    if options.scene_size < 64:
+        raise InputError(f"--scene-size is at least 64, not {options.scene_size}")
     if options.count < 1 or options.rows < 1 or options.among < 2:
         raise InputError("--count and --rows are at least 1, --among at least 2")
 
@@ -153,8 +158,14 @@ def measure(
     """
     if not options.protocol:
         patches = load_dinov2(options.dinov2) if options.dinov2 else own_dinov2(EXAMPLE_CHECKPOINT)
-        models = {name: composer.truth_pair for name, composer in composers.items()}
-        return fidelity_truth.measure(models, options.count, patches, options.among)
+        models = {
+            name if not refine else f"{name}, refined from {refine}": partial(
+                composer.truth_pair, refine=refine
+            )
+            for name, composer in composers.items()
+            for refine in options.refine or [None]
+        }
+        return fidelity_truth.measure(models, options.count, patches, options.among, options.scene_size)
     # the packages of the embedding networks are not needed otherwise
     from benchmarks.support.embeddings import load_clip, load_dino
 
@@ -204,6 +215,20 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="R",
         help="zoom-in crop around the box; the example model learned 1.2 to 1.6 (default: the model's)",
+    )
+    result.add_argument(
+        "--scene-size",
+        type=int,
+        default=VIEW_SIZE,
+        metavar="N",
+        help="side of the synthetic set's pictures, in pixels (default: %(default)s)",
+    )
+    result.add_argument(
+        "--refine",
+        type=int,
+        action="append",
+        metavar="TIMESTEP",
+        help="draw large places a second time, from noise of this timestep; 0: not; repeated, one row each",
     )
     result.add_argument("--mode", choices=MODES, help="default: the model's")
     result.add_argument("--seed", type=int, default=7, metavar="S", help="of the first pair (default: 7)")

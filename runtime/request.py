@@ -20,7 +20,7 @@ AUTOMATIC = "auto"
 """The reference mask of an object that is to be found; a file of that name is "./auto"."""
 
 
-REFINE_TIMESTEP = 400
+REFINE_TIMESTEP = 200
 """For `Placement.refine` where nobody says another."""
 
 

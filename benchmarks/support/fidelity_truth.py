@@ -25,7 +25,7 @@ from benchmarks.support.similarity import gradient_similarity, region_psnr, regi
 from benchmarks.support.truth_set import TruthPair, other_views, truth_pairs
 from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
-from training.data.synthetic.views import View
+from training.data.synthetic.views import VIEW_SIZE, View
 
 Picture = NDArray[np.uint8]
 Method = Callable[[TruthPair], Picture]
@@ -154,6 +154,7 @@ def measure(
     count: int,
     patches: PatchSimilarity,
     among: int = 20,
+    size: int = VIEW_SIZE,
 ) -> TruthReport:
     """Score models and the baselines on `count` pairs.
 
@@ -162,10 +163,11 @@ def measure(
         count: at least 1.
         patches: compares drawn objects with their references.
         among: how many objects one is recognised among.
+        size: side of the scenes and references, in pixels.
     """
     # recognition needs its distractors, and one object more, however few pairs are asked for
     needed = max(count, among + 1)
-    candidates = list(ProgressBar(truth_pairs(needed), "drawing pairs", needed, leave=False))
+    candidates = list(ProgressBar(truth_pairs(needed, size), "drawing pairs", needed, leave=False))
     views = {
         pair.seed: _identities(pair.seed)
         for pair in ProgressBar(candidates, "drawing other views", leave=False)

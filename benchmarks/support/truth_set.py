@@ -23,7 +23,7 @@ from runtime.imaging.boxes import Box
 from runtime.imaging.geometry import Ratios, zoom_in
 from runtime.imaging.guess_background import guess_background
 from training.data.pairs import UnfitPairError, check_masks
-from training.data.synthetic.views import HELD_OUT, View, reference_view, scene_view
+from training.data.synthetic.views import HELD_OUT, VIEW_SIZE, View, reference_view, scene_view
 
 Picture = NDArray[np.uint8]
 
@@ -75,16 +75,17 @@ class TruthPair:
         return Placement(self.reference.image, self.reference.mask > _INSIDE, box=box, mode=mode)
 
 
-def truth_pairs(count: int) -> Iterator[TruthPair]:
+def truth_pairs(count: int, size: int = VIEW_SIZE) -> Iterator[TruthPair]:
     """Yield the first `count` held-out objects whose masks pass the filters of training pairs.
 
-    A box may take 0.88 of the side of its scene, a tenth more than in training.
+    A box may take 0.88 of the side of its scene, a tenth more than in training. `size` is the side of scenes
+    and references, in pixels.
     """
     found = 0
     for seed in numbers(HELD_OUT):
         if found == count:
             return
-        pair = TruthPair(seed, reference_view(seed, 0), scene_view(seed, 0))
+        pair = TruthPair(seed, reference_view(seed, 0, size), scene_view(seed, 0, size))
         try:
             check_masks(pair.reference.mask > _INSIDE, pair.target.mask > _INSIDE, largest_box=0.88)
         except UnfitPairError:

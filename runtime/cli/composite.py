@@ -148,9 +148,9 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=REFINE_TIMESTEP,
         metavar="TIMESTEP",
-        help="draw a place that is larger than the model's picture a second time, in tiles, for detail; starts "
-        f"from noise of this timestep, 1 to 999 (without a number {REFINE_TIMESTEP}; 0: not; default: the "
-        "model's)",
+        help="draw a place that is larger than the model's picture a second time, in tiles, for detail, "
+        f"starting from noise of this timestep, 1 to 999; without a number {REFINE_TIMESTEP}; 0: not "
+        "(default: the model's)",
     )
     group.add_argument(
         "--keep-specks",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,7 +33,8 @@ def test_tiles_cover_the_place_and_lie_in_the_scene(place: tuple[Box, tuple[int,
     assert 1 <= len(tiles) <= MAX_TILES
     covered = np.zeros((height, width), np.bool_)
     for tile in tiles:
-        assert 0 <= tile.x0 < tile.x1 <= width and 0 <= tile.y0 < tile.y1 <= height
+        assert 0 <= tile.x0 < tile.x1 <= width
+        assert 0 <= tile.y0 < tile.y1 <= height
         assert (tile.width, tile.height) == (tiles[0].width, tiles[0].height)
         covered[tile.slices] = True
     assert covered[region.slices].all()
@@ -44,7 +47,7 @@ def test_neighbours_overlap_by_a_quarter(place: tuple[Box, tuple[int, int]]) -> 
     columns = sorted({(tile.x0, tile.x1) for tile in tiles})
     rows = sorted({(tile.y0, tile.y1) for tile in tiles})
     for starts in (columns, rows):
-        for (first, end), (second, _) in zip(starts, starts[1:]):
+        for (first, end), (second, _) in itertools.pairwise(starts):
             # one pixel is lost where the tiles cannot be spread more evenly
             assert end - second >= (end - first) * OVERLAP - 2
 
@@ -82,9 +85,7 @@ def paste_all(
 
 
 @given(places(), st.integers(0, 255))
-def test_what_is_the_same_in_all_tiles_shows_no_seam(
-    place: tuple[Box, tuple[int, int]], value: int
-) -> None:
+def test_what_is_the_same_in_all_tiles_shows_no_seam(place: tuple[Box, tuple[int, int]], value: int) -> None:
     region, (width, height) = place
     scene = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     pasted = paste_all(scene, region, Geometry(region, region), None, [value])
@@ -122,5 +123,7 @@ def test_a_soft_place_fades_as_it_did_before() -> None:
 def test_a_tile_is_put_where_it_was_cut_out() -> None:
     scene = np.random.default_rng(1).integers(0, 256, (200, 200, 3), np.uint8)
     region, tile = Box(30, 40, 170, 180), Box(70, 60, 134, 124)
-    same = paste_tile(scene[tile.slices], scene, Geometry(tile, region), region, Geometry(region, region), None)
+    same = paste_tile(
+        scene[tile.slices], scene, Geometry(tile, region), region, Geometry(region, region), None
+    )
     np.testing.assert_array_equal(same, scene)
