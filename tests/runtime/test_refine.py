@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+from PIL import Image
 
 from engines.bundle import Bundle
 from engines.engine import open_engine
@@ -20,11 +23,14 @@ from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
 from runtime.imaging.tiles import tiles_of
 from runtime.parameters import sampling_parameters
+from runtime.rpc import compositor_pb2 as pb
+from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.sampling.passes import first_pass, second_pass
 from runtime.systems.anydoor import DEFAULTS, AnyDoorPlacement, AnyDoorTile
 from tests.support.anydoor import DENOISE, ENCODE
 from tests.support.observers import RunCounter
 from tests.support.pictures import cutout, picture
+from tests.support.serving import PATIENCE, ServerThread, held_compositor, png
 
 CPU = EngineOptions(backend="onnxruntime", device="cpu")
 SCENE, OBJECT = picture(300, 400), cutout(260)
@@ -149,6 +155,29 @@ def test_tiles_cover_the_region(compositor: Compositor) -> None:
     found = [tile.geometry.crop for tile, _ in job.passes[1:] if isinstance(tile, AnyDoorTile)]
     side = compositor.bundle.manifest.resolution
     assert found == tiles_of(job.placements[0].region, (400, 300), side)
+
+
+def test_a_server_draws_the_same_and_counts_the_steps_of_tiles(
+    compositor: Compositor, tiny_bundle: Path
+) -> None:
+    placement = pb.Placement(
+        reference=png(OBJECT),
+        box=pb.Box(x0=90, y0=60, x1=290, y1=260),
+        mode=pb.PLACEMENT_MODE_KEEP_BACKGROUND,
+        refine=400,
+    )
+    asked = pb.CompositeRequest(
+        scene=png(SCENE), placements=[placement], sampling=pb.Sampling(steps=FEW.steps), seed=7
+    )
+    job = compositor.accept(Request.of(SCENE, replace(LARGE, refine=400), 7, FEW))
+    with ServerThread(tiny_bundle) as server, grpc.insecure_channel(server.address) as channel:
+        stream = CompositorServiceStub(channel).CompositeStream
+        events = list(stream(pb.CompositeStreamRequest(request=asked), timeout=PATIENCE))
+    steps = [(event.step_done.done, event.step_done.total) for event in events if event.HasField("step_done")]
+    assert steps[-1] == (job.total_steps, job.total_steps)
+    image = Image.open(io.BytesIO(events[-1].result.images[0].image))
+    expected = drawn(held_compositor(tiny_bundle)[0], replace(LARGE, refine=400))
+    np.testing.assert_array_equal(np.asarray(image), expected)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------

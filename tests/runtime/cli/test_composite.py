@@ -293,3 +293,12 @@ def test_without_a_terminal_progress_is_a_few_lines(folder: Path, tiny_bundle: P
     lines = capsys.readouterr().err.splitlines()
     assert "anydoor: step 4 of 4" in lines
     assert all("\r" not in line for line in lines)
+
+
+def test_a_large_place_is_refined(composite: Callable[..., int], folder: Path) -> None:
+    large = "5,5,115,85"
+    for name, more in (("once", ()), ("again", ("--refine",)), ("noisier", ("--refine", "600"))):
+        assert composite(*more, box=large, steps="5", output=str(folder / f"{name}.png")) == 0
+    once, again, noisier = (read(folder / f"{name}.png") for name in ("once", "again", "noisier"))
+    assert (once != again).any()
+    assert (again != noisier).any()
