@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engines.bundle import Bundle
 from engines.engine import open_engine
@@ -15,6 +17,8 @@ from engines.options import EngineOptions
 from export.build_engines import main
 from export.segmenters.building import SegmenterSource
 from export.segmenters.recognition import NORMALISATIONS
+from runtime.imaging.masks import MASK_THRESHOLD
+from runtime.segmentation import Segmenter
 from tests.support.segmenters import (
     CELLS,
     HALF,
@@ -28,6 +32,8 @@ from tests.support.segmenters import (
     sam2,
     u2net,
 )
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 MAIN_OBJECT = {
     "U2Net": u2net,
@@ -177,3 +183,19 @@ def test_every_normalisation_can_be_named() -> None:
     from export.segmenters import command
 
     assert set(command.NORMALISATIONS) == set(NORMALISATIONS)
+
+
+NAMED = os.environ.get("ANYDOOR_SEGMENTER", "")
+
+
+@pytest.mark.skipif(not NAMED, reason="ANYDOOR_SEGMENTER names no ONNX file of IS-Net or the like")
+def test_a_real_network_finds_the_example_in_a_room(tmp_path: Path) -> None:
+    """ANYDOOR_SEGMENTER=isnet-general-use.onnx python -m pytest tests/export/test_segmenters.py -k real"""
+    cut = Image.open(EXAMPLES / "object.png").convert("RGBA").resize((300, 300))
+    room = Image.open(EXAMPLES / "scene.png").convert("RGB").resize((640, 640))
+    room.paste(cut, (170, 200), cut)
+    expected = np.zeros((640, 640), np.bool_)
+    expected[200:500, 170:470] = np.asarray(cut)[..., 3] > MASK_THRESHOLD
+    bundle = build(Path(NAMED), output=tmp_path / "bundle")
+    found = Segmenter.load(bundle.path, options=EngineOptions("onnxruntime", "cpu")).mask(np.asarray(room))
+    assert (found & expected).sum() / (found | expected).sum() > 0.8
