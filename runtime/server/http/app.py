@@ -105,7 +105,7 @@ def new_app(
         return Endpoint(gate, "other", partial(_refuse, error), max_bytes, has_message=False)
 
     routes: list[BaseRoute] = [
-        *_health_routes(health),
+        *_health_routes(health, has_jobs=jobs is not None),
         endpoint("POST", "/v1/composite", composites.composite),
         endpoint("POST", "/v1/draw", composites.draw),
         endpoint("POST", "/v1/edit", composites.edit),
@@ -124,6 +124,9 @@ def new_app(
             endpoint("GET", "/v1/jobs/{id}/events", jobs.follow),
             endpoint("GET", "/v1/jobs/{id}/result", jobs.result),
         ]
+    else:
+        no_jobs = Endpoint(gate, "other", _refuse_job, max_bytes, has_message=False)
+        routes.append(Route("/v1/jobs{rest:path}", no_jobs))
     if settings.studio:
         routes.append(Mount(STUDIO, _Page(directory=Path(__file__).with_name("studio"), html=True)))
         routes.append(Route("/", lambda request: RedirectResponse(f"{STUDIO}/")))
@@ -138,7 +141,7 @@ def new_app(
     return Starlette(routes=routes, middleware=[cross_origin] if origins else [], exception_handlers=handlers)
 
 
-def _health_routes(health: Health) -> list[BaseRoute]:
+def _health_routes(health: Health, has_jobs: bool) -> list[BaseRoute]:
     """Paths that need no token, and the description."""
 
     async def alive(request: Request) -> Response:
@@ -148,7 +151,7 @@ def _health_routes(health: Health) -> list[BaseRoute]:
         return _health(health.is_ready)
 
     async def described(request: Request) -> Response:
-        return JSONResponse(document())
+        return JSONResponse(document(has_jobs))
 
     return [Route("/healthz", alive), Route("/readyz", ready), Route("/openapi.json", described)]
 
@@ -156,6 +159,13 @@ def _health_routes(health: Health) -> list[BaseRoute]:
 def _health(is_well: bool) -> Response:
     status = HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE
     return JSONResponse({"status": "ok" if is_well else "not ready"}, int(status))
+
+
+async def _refuse_job(content: bytes, call: Call) -> None:
+    raise UnknownMethodError(
+        "there are no jobs here, because each of several servers would know its own alone: ask for a picture "
+        "with stream=true, and keep the connection until it is there"
+    )
 
 
 async def _refuse(error: Any, content: bytes, call: Call) -> None:
