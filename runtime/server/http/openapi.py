@@ -45,6 +45,7 @@ _ON_THE_WAY = {
 _ERROR_STATUSES = {
     "400": "A field cannot be used; `param` is its path.",
     "401": "A bearer token is required.",
+    "403": "A web page of another origin, or by another name of this server, may not call.",
     "404": "There is no such model.",
     "409": "The server was started without the model that this needs, or a job has not ended.",
     "413": "The body is too large.",
