@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,15 @@ def needed_host_bytes(bundle: Bundle, backend: str, copies: float = 1.0, load_fa
     """What the host needs for a bundle whose graphs are all loaded, without what is kept; arguments as of
     `plan_host_memory`."""
     return plan_host_memory(bundle, backend, UNLIMITED, copies, load_factor).total
+
+
+def trim() -> None:
+    """Gives memory that is no longer used back to the system.
+
+    glibc's allocator keeps it otherwise, between what is still used; see malloc_trim(3).
+    """
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)
 
 
 def free_host_memory() -> int:

@@ -21,6 +21,7 @@ from runtime.server.events import (
     CallerGoneError,
     DeadlineError,
     EngineLostError,
+    ForbiddenError,
     LoadFailedError,
     LoadingError,
     NotFinishedError,
@@ -172,6 +173,8 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, s
         return codes.CANCELLED, str(error), []
     if isinstance(error, UnauthenticatedError):
         return codes.UNAUTHENTICATED, str(error), []
+    if isinstance(error, ForbiddenError):
+        return codes.PERMISSION_DENIED, str(error), []
     if isinstance(error, UnknownMethodError):
         return codes.UNIMPLEMENTED, str(error), []
     if isinstance(error, NotFinishedError):

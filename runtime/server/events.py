@@ -186,6 +186,10 @@ class UnauthenticatedError(AnyDoorError):
         super().__init__("a valid bearer token is required")
 
 
+class ForbiddenError(AnyDoorError):
+    """A web page calls that may not."""
+
+
 class UnknownMethodError(AnyDoorError):
     """There is no such method."""
 

@@ -8,6 +8,7 @@ import math
 import threading
 from collections import Counter
 
+from engines.host_memory import trim
 from runtime.imaging.mending import MAX_PROFILE_BYTES
 from runtime.imaging.picture import MAX_EXIF_BYTES
 from runtime.server.decoding import decoder_bytes
@@ -128,14 +129,9 @@ def share_one_arena() -> None:
 
 
 def give_back() -> None:
-    """Gives the memory of what is no longer used back to the system.
-
-    What was used by threads that ended stays with glibc's allocator otherwise, and each new thread may get a
-    part of its own: see malloc_trim(3).
-    """
+    """Gives the memory of what is no longer used back to the system."""
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    trim()
 
 
 def request_bytes(

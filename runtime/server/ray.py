@@ -20,6 +20,8 @@ from ray import serve
 
 from runtime.errors import InputError
 from runtime.server.events import EngineLostError
+from runtime.server.logs import json_logs
+from runtime.server.memory import share_one_arena
 from runtime.server.ray_door import SERVICE, Asked, AskedHttp, Ended, RayDoor
 from runtime.server.serve import Server, open_models
 from runtime.server.settings import settings_from
@@ -93,6 +95,9 @@ class Replica:
             raise InputError("bundle must say where the model is")
         settings = settings_from(given, None, "")
         settings = replace(settings, listen=(), http="", metrics="")
+        self._logs = json_logs(settings.log_level)
+        self._logs.__enter__()  # as long as the process
+        share_one_arena()
         compositor, filler, bundles = await asyncio.to_thread(open_models, settings)
         self._server = Server(compositor, settings, filler, bundles)
         await self._server.start()

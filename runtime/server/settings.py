@@ -76,6 +76,13 @@ class Settings:
     cors: tuple[str, ...] = _setting(
         (), "web page that may call over HTTP, like https://example.org; may be repeated", metavar="ORIGIN"
     )
+    host: tuple[str, ...] = _setting(
+        (),
+        "name by which a proxy, or a page, calls this server over HTTP, beside localhost; may be repeated. "
+        "Other names are refused, as they are without it at an address of this machine where no token is "
+        "needed",
+        metavar="NAME",
+    )
     job_folder: str = _setting(
         "", "folder for results of jobs over HTTP; a part of request_memory if not given", metavar="DIR"
     )
@@ -214,7 +221,7 @@ class Settings:
         self._check_addresses()
 
     def _check_http(self) -> None:
-        for name in ("studio", "cors", "job_folder"):
+        for name in ("studio", "cors", "host", "job_folder"):
             if getattr(self, name) and not self.http:
                 raise InputError(f"{name} needs http")
         if self.job_folder and not os.path.isdir(self.job_folder):
@@ -291,7 +298,9 @@ def settings_from(given: Mapping[str, Any], config: Path | None, default_bundle:
     engine = {
         option.name: values.pop(option.name) for option in fields(EngineOptions) if option.name in values
     }
-    values |= {name: tuple(values[name]) for name in ("listen", "cors", "segmenter") if name in values}
+    values |= {
+        name: tuple(values[name]) for name in ("listen", "cors", "host", "segmenter") if name in values
+    }
     if not isinstance(values["bundle"], str):
         values["bundle"] = tuple(values["bundle"])
     settings = Settings(engine=EngineOptions(**engine), **values)

@@ -30,7 +30,8 @@ from engines.engine import (
     run_step_by_step,
 )
 from engines.errors import BackendError, BundleError
-from engines.host_memory import HostMemoryPlan, needed_host_bytes, plan_host_memory
+from engines.host_memory import HostMemoryPlan, needed_host_bytes, plan_host_memory, trim
+from engines.memory_plan import Groups, groupings
 from engines.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ class OpenVinoEngine:
         self._specs = bundle.manifest.specs
         self._core = core()
         self._requests: dict[str, openvino.InferRequest] = {}
+        self._phases: Groups = groupings(self._specs)[-1] if options.memory_budget is not None else ()
+        """Graphs that run by turns, each time one picture: what others keep between two runs is freed."""
+        self._phase: tuple[str, ...] = ()
         self._lock = threading.RLock()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -210,6 +214,16 @@ class OpenVinoEngine:
         with self._lock:
             self._requests.clear()
 
+    def _begin_phase(self, graph: str) -> None:
+        """Frees the scratch memory of loaded graphs, which the library keeps for the next run, but for those
+        that run by turns with this one: a plan counts the largest of them alone."""
+        phase = next((phase for phase in self._phases if graph in phase), self._phase)
+        if phase != self._phase:
+            self._phase = phase
+            for other in self._requests.keys() - phase:
+                self._requests[other].get_compiled_model().release_memory()
+            trim()
+
     def run(
         self,
         graph: str,
@@ -221,6 +235,7 @@ class OpenVinoEngine:
         spec = self._specs[graph]
         with self._lock:
             self.load(graph)
+            self._begin_phase(graph)
             with observed(self, "run", graph, inputs):
                 request = self._requests[graph]
                 # the request only points into the arrays: they live until it has run

@@ -17,10 +17,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runtime.server.call import Call
-from runtime.server.events import UnknownMethodError
+from runtime.server.events import ForbiddenError, UnknownMethodError
 from runtime.server.gate import Gate
 from runtime.server.health import Health
 from runtime.server.http.composites import Composites
@@ -28,6 +28,7 @@ from runtime.server.http.context import HttpContext
 from runtime.server.http.images import Images
 from runtime.server.http.jobs import Jobs
 from runtime.server.http.openapi import document
+from runtime.server.http.origin import OriginCheck
 from runtime.server.settings import Settings
 
 STUDIO = "/studio"
@@ -105,7 +106,7 @@ def new_app(
         return Endpoint(gate, "other", partial(_refuse, error), max_bytes, has_message=False)
 
     routes: list[BaseRoute] = [
-        *_health_routes(health),
+        *_health_routes(health, has_jobs=jobs is not None),
         endpoint("POST", "/v1/composite", composites.composite),
         endpoint("POST", "/v1/draw", composites.draw),
         endpoint("POST", "/v1/edit", composites.edit),
@@ -124,9 +125,19 @@ def new_app(
             endpoint("GET", "/v1/jobs/{id}/events", jobs.follow),
             endpoint("GET", "/v1/jobs/{id}/result", jobs.result),
         ]
+    else:
+        no_jobs = Endpoint(gate, "other", _refuse_job, max_bytes, has_message=False)
+        routes.append(Route("/v1/jobs{rest:path}", no_jobs))
     if settings.studio:
         routes.append(Mount(STUDIO, _Page(directory=Path(__file__).with_name("studio"), html=True)))
         routes.append(Route("/", lambda request: RedirectResponse(f"{STUDIO}/")))
+
+    def refusal(reason: str) -> ASGIApp:
+        return Endpoint(gate, "other", partial(_forbid, reason), max_bytes, has_message=False)
+
+    middleware = []
+    if settings.host or not settings.tokens:  # no page of others has a token
+        middleware.append(Middleware(OriginCheck, settings=settings, refusal=refusal))
     cross_origin = Middleware(
         CORSMiddleware,
         allow_origins=list(origins),
@@ -134,11 +145,13 @@ def new_app(
         allow_headers=["*"],
         expose_headers=["x-request-id", "x-seed", "x-warnings", "retry-after", "location"],
     )
+    if origins:
+        middleware.append(cross_origin)
     handlers: dict[Any, Any] = dict.fromkeys((404, 405), refuse)
-    return Starlette(routes=routes, middleware=[cross_origin] if origins else [], exception_handlers=handlers)
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
-def _health_routes(health: Health) -> list[BaseRoute]:
+def _health_routes(health: Health, has_jobs: bool) -> list[BaseRoute]:
     """Paths that need no token, and the description."""
 
     async def alive(request: Request) -> Response:
@@ -148,7 +161,7 @@ def _health_routes(health: Health) -> list[BaseRoute]:
         return _health(health.is_ready)
 
     async def described(request: Request) -> Response:
-        return JSONResponse(document())
+        return JSONResponse(document(has_jobs))
 
     return [Route("/healthz", alive), Route("/readyz", ready), Route("/openapi.json", described)]
 
@@ -156,6 +169,17 @@ def _health_routes(health: Health) -> list[BaseRoute]:
 def _health(is_well: bool) -> Response:
     status = HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE
     return JSONResponse({"status": "ok" if is_well else "not ready"}, int(status))
+
+
+async def _forbid(reason: str, content: bytes, call: Call) -> None:
+    raise ForbiddenError(reason)
+
+
+async def _refuse_job(content: bytes, call: Call) -> None:
+    raise UnknownMethodError(
+        "there are no jobs here, because each of several servers would know its own alone: ask for a picture "
+        "with stream=true, and keep the connection until it is there"
+    )
 
 
 async def _refuse(error: Any, content: bytes, call: Call) -> None:

@@ -22,6 +22,7 @@ EVENTS = "text/event-stream"
 _ERRORS: Mapping[grpc.StatusCode, tuple[HTTPStatus, str]] = {
     grpc.StatusCode.INVALID_ARGUMENT: (HTTPStatus.BAD_REQUEST, "invalid_request_error"),
     grpc.StatusCode.UNAUTHENTICATED: (HTTPStatus.UNAUTHORIZED, "authentication_error"),
+    grpc.StatusCode.PERMISSION_DENIED: (HTTPStatus.FORBIDDEN, "permission_error"),
     grpc.StatusCode.NOT_FOUND: (HTTPStatus.NOT_FOUND, "invalid_request_error"),
     grpc.StatusCode.UNIMPLEMENTED: (HTTPStatus.NOT_FOUND, "invalid_request_error"),
     grpc.StatusCode.FAILED_PRECONDITION: (HTTPStatus.CONFLICT, "invalid_request_error"),

@@ -45,6 +45,7 @@ _ON_THE_WAY = {
 _ERROR_STATUSES = {
     "400": "A field cannot be used; `param` is its path.",
     "401": "A bearer token is required.",
+    "403": "A web page of another origin, or by another name of this server, may not call.",
     "404": "There is no such model.",
     "409": "The server was started without the model that this needs, or a job has not ended.",
     "413": "The body is too large.",
@@ -56,8 +57,12 @@ _ERROR_STATUSES = {
 
 
 @cache
-def document() -> dict[str, Any]:
-    """The document, to be sent as JSON."""
+def document(has_jobs: bool) -> dict[str, Any]:
+    """The document, to be sent as JSON.
+
+    Args:
+        has_jobs: whether the server has jobs.
+    """
     schemas: dict[str, Any] = {"Error": _error()}
     for message in _MESSAGES:
         _add(schemas, message.DESCRIPTOR)  # type: ignore[arg-type]
@@ -69,11 +74,15 @@ def document() -> dict[str, Any]:
         schemas[name]["properties"] |= places
     for name in ("CompositeRequest", "DrawRequest", "EditRequest"):
         schemas[name]["properties"] |= _ON_THE_WAY
-    schemas |= {"Job": _job(), "ImageEdit": _edit(), "ImageGeneration": _generation(), "Images": _images()}
+    schemas |= {"ImageEdit": _edit(), "ImageGeneration": _generation(), "Images": _images()}
+    paths = _paths()
+    if has_jobs:
+        schemas["Job"] = _job()
+        paths |= _job_paths()
     return {
         "openapi": "3.1.0",
         "info": {"title": "AnyDoor Runtime", "version": version()},
-        "paths": _paths(),
+        "paths": paths,
         "components": {
             "schemas": schemas,
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
@@ -82,15 +91,13 @@ def document() -> dict[str, Any]:
     }
 
 
+_IDENTITY = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+
+
 def _paths() -> dict[str, Any]:
-    identity = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-    name = {**identity, "name": "name"}
-    chosen = {**identity, "name": "model", "in": "query", "required": False}
+    name = {**_IDENTITY, "name": "name"}
+    chosen = {**_IDENTITY, "name": "model", "in": "query", "required": False}
     answer = _answers("CompositeResponse", ["image/*", "text/event-stream"])
-    job, result = _answers("Job"), _answers("CompositeResponse", ["image/*"])
-    accepted = {"202" if status == "200" else status: body for status, body in job.items()}
-    unknown = {"404": _refusal("There is no such thing here.")}
-    any_ = {"anyOf": [_reference(name) for name in ("CompositeRequest", "DrawRequest", "EditRequest")]}
     mask = _answers("SegmentResponse", ["image/png"])
     images = _answers("Images", ["text/event-stream"])
     model = {"200": _content({"type": "object"})}
@@ -104,17 +111,27 @@ def _paths() -> dict[str, Any]:
         "/v1/images/generations": {"post": _post("GenerateImage", _reference("ImageGeneration"), images)},
         "/v1/models": {"get": _get("ListModels", {**model, **_refusals()})},
         "/v1/models/{name}": {"get": _get("GetModel", {**model, **_refusals()}, [name])},
-        "/v1/jobs": {"post": _post("CreateJob", any_, accepted)},
-        "/v1/jobs/{id}": {
-            "get": _get("GetJob", {**job, **unknown}, [identity]),
-            "delete": _get("CancelJob", {**model, **_refusals(), **unknown}, [identity]),
-        },
-        "/v1/jobs/{id}/events": {
-            "get": _get("FollowJob", {**_answers("Job", ["text/event-stream"]), **unknown}, [identity])
-        },
-        "/v1/jobs/{id}/result": {"get": _get("GetResult", {**result, **unknown}, [identity])},
         "/healthz": {"get": _get("IsAlive", {**model, "503": model["200"]})},
         "/readyz": {"get": _get("IsReady", {**model, "503": model["200"]})},
+    }
+
+
+def _job_paths() -> dict[str, Any]:
+    any_ = {"anyOf": [_reference(name) for name in ("CompositeRequest", "DrawRequest", "EditRequest")]}
+    job, result = _answers("Job"), _answers("CompositeResponse", ["image/*"])
+    accepted = {"202" if status == "200" else status: body for status, body in job.items()}
+    unknown = {"404": _refusal("There is no such thing here.")}
+    deleted = {"200": _content({"type": "object"}), **_refusals(), **unknown}
+    return {
+        "/v1/jobs": {"post": _post("CreateJob", any_, accepted)},
+        "/v1/jobs/{id}": {
+            "get": _get("GetJob", {**job, **unknown}, [_IDENTITY]),
+            "delete": _get("CancelJob", deleted, [_IDENTITY]),
+        },
+        "/v1/jobs/{id}/events": {
+            "get": _get("FollowJob", {**_answers("Job", ["text/event-stream"]), **unknown}, [_IDENTITY])
+        },
+        "/v1/jobs/{id}/result": {"get": _get("GetResult", {**result, **unknown}, [_IDENTITY])},
     }
 
 

@@ -109,6 +109,31 @@ def test_the_pages_of_its_files_count_against_a_budget_only(
 # --- what is kept for the next start ----------------------------------------------------------------------
 
 
+def resident_bytes() -> int:
+    host_memory.trim()
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_under_a_budget_scratch_memory_is_freed_when_graphs_of_another_phase_run(bundle: Bundle) -> None:
+    """The library keeps it for the next run of the graph; a plan counts that of one phase at a time."""
+    other = example_inputs(bundle.manifest.specs[DECODE], SIZES)
+    many = example_inputs(bundle.manifest.specs[DENOISE], dict.fromkeys(SIZES, 128))
+    grown, latents = [], []
+    for budget in (10**10, None):
+        engine = open_engine(bundle, replace(OPENVINO, threads=1, memory_budget=budget))
+        engine.load(DENOISE)
+        engine.run(DECODE, other)
+        before = resident_bytes()
+        for _ in range(2):
+            latents.append(engine.run(DENOISE, many)["epsilon"])
+            engine.run(DECODE, other)
+        grown.append(resident_bytes() - before)
+        engine.close()
+    assert all((latent == latents[0]).all() for latent in latents)
+    assert grown[0] < grown[1] / 3
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for what is kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from runtime.server.http.door import Door
 from tests.runtime.server.test_http import fields, form, http_address
 from tests.support.http import get, post, post_form, request
 from tests.support.serving import ServerThread, wait_until
@@ -145,3 +147,22 @@ def test_a_server_that_stops_finishes_them(tiny_bundle: Path, tmp_path: Path) ->
     with ServerThread(tiny_bundle, http="127.0.0.1:0", job_folder=str(tmp_path)) as server:
         post(http_address(server), "/v1/jobs", fields())
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_where_several_servers_answer_there_are_no_jobs(tiny_bundle: Path) -> None:
+    with ServerThread(tiny_bundle) as server:
+        door = Door("127.0.0.1:0", server.server.http_app(with_jobs=False), None, connections=8)
+
+        async def open_and_ask() -> None:
+            door.start()
+            for path in ("/v1/jobs", "/v1/jobs/job-0/result"):
+                answer = await asyncio.to_thread(post, door.address, path, fields())
+                assert answer.status == 404
+                assert "there are no jobs here, because" in answer.error["message"]
+            described = (await asyncio.to_thread(get, door.address, "/openapi.json")).content
+            assert b"/v1/edit" in described
+            assert b"/v1/job" not in described
+            assert b"Job" not in described
+            await door.stop()
+
+        server.run(open_and_ask())

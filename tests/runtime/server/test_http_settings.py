@@ -19,6 +19,7 @@ from tests.support.serving import ServerThread
         ({"cors": ["https://example.org"]}, "cors needs http"),
         ({"job_folder": "."}, "job_folder needs http"),
         ({"studio": True}, "studio needs http"),
+        ({"host": ["example.org"]}, "host needs http"),
         ({"http": "127.0.0.1:0", "job_folder": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all'"),
     ],
 )

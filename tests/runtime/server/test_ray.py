@@ -5,9 +5,11 @@ ANYDOOR_RAY_REQUESTS=500 python -m pytest tests/runtime/server/test_ray.py -m ni
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +46,7 @@ TOKEN = (("authorization", "Bearer open-sesame"),)
 OURS = dict(TOKEN)
 REQUESTS = int(os.environ.get("ANYDOOR_RAY_REQUESTS", "60"))
 CALLERS = 6
+MODELS = ["cup", "bear", "pen"]
 
 
 def free_port() -> int:
@@ -54,10 +57,11 @@ def free_port() -> int:
 class Fleet:
     """Ray on this machine, with one application, deployed as a config file would."""
 
-    def __init__(self, bundle: Path, tokens: Path) -> None:
+    def __init__(self, bundle: Path, tokens: Path, logs: Path) -> None:
         self.ports = {"grpc": free_port(), "http": free_port()}
         self.address, self.http = (f"127.0.0.1:{self.ports[door]}" for door in ("grpc", "http"))
-        models = [f"cup={bundle}", f"bear={bundle}"]
+        self._logs = logs
+        models = [f"{name}={bundle}" for name in MODELS]
         self.settings = {"bundle": models, "threads": 1, "tokens": str(tokens)}
 
     def deploy(self, **options: Any) -> None:
@@ -69,6 +73,14 @@ class Fleet:
         application = {"name": "anydoor", "import_path": "runtime.server.ray:app", "args": self.settings}
         config = {"applications": [{**application, "deployments": [replicas]}]}
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
+
+    def loads(self, model: str) -> list[int]:
+        """How often each replica that has loaded a model did, by the log of its process."""
+        found: Counter[Path] = Counter()
+        for log in self._logs.glob("worker-*.err"):
+            lines = [json.loads(line) for line in log.read_text("utf-8").splitlines() if line.startswith("{")]
+            found[log] += sum((line["event"], line.get("model")) == ("model loaded", model) for line in lines)
+        return [count for count in found.values() if count]
 
     @property
     def replicas(self) -> list[str]:
@@ -95,8 +107,8 @@ def fleet(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     tokens = tmp_path_factory.mktemp("ray") / "tokens"
     tokens.write_text("open-sesame\n")
     tokens.chmod(0o600)
-    fleet = Fleet(tiny_bundle, tokens)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    head = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    fleet = Fleet(tiny_bundle, tokens, Path(head.address_info["session_dir"], "logs"))
     methods = {"port": fleet.ports["grpc"], "grpc_servicer_functions": ["runtime.server.ray.add_methods"]}
     serve.start(http_options={"port": fleet.ports["http"]}, grpc_options=methods)
     fleet.deploy(num_replicas=1)
@@ -121,7 +133,7 @@ def test_pictures_are_the_compositors(client: Client, tiny_bundle: Path) -> None
     alone = held_compositor(tiny_bundle)[0].composite(SCENE, PLACEMENT, seed=7, sampling=sampling)
     drawn = client.composite(SCENE, PLACEMENT, seed=7, sampling=sampling)
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(alone)).max() <= 1
-    assert list(client.model_info().models) == ["cup", "bear"]
+    assert list(client.model_info().models) == MODELS
 
 
 def test_events_come_on_the_way(client: Client) -> None:
@@ -159,7 +171,11 @@ def test_http_is_the_servers(fleet: Fleet, client: Client) -> None:
     answer = post(fleet.http, "/v1/composite", fields(seed=-1), **OURS)
     assert (answer.status, answer.error["param"]) == (400, "seed")
     assert post(fleet.http, "/v1/composite", fields()).status == 401
-    assert post(fleet.http, "/v1/jobs", fields(), **OURS).status == 404
+    answer = post(fleet.http, "/v1/jobs", fields(), **OURS)
+    assert (answer.status, "there are no jobs here" in answer.error["message"]) == (404, True)
+    described = get(fleet.http, "/openapi.json").json["paths"]
+    assert "/v1/edit" in described
+    assert not any(path.startswith("/v1/jobs") for path in described)
     assert get(fleet.http, "/readyz").status == 200
 
 
@@ -172,8 +188,24 @@ def test_a_request_names_its_model(fleet: Fleet, client: Client) -> None:
     answer = post(fleet.http, "/v1/composite", fields(model="bear"), **OURS)
     assert answer.status == 200
     models = {each["id"]: each["status"] for each in get(fleet.http, "/v1/models", **OURS).json["data"]}
-    assert models == {"cup": "loaded", "bear": "loaded"}
+    assert models == {"cup": "loaded", "bear": "loaded", "pen": "unloaded"}
     assert post(fleet.http, "/v1/composite", fields(model="dog"), **OURS).status == 404
+
+
+def test_a_cold_model_is_loaded_once_by_each_replica(fleet: Fleet) -> None:
+    """Asked for by more calls at once than one replica takes."""
+    fleet.deploy(num_replicas=2, max_ongoing_requests=4)
+    wait_until(lambda: fleet.running == 2)
+    assert not fleet.loads("pen")
+    named = {"token": "open-sesame", "timeout": PATIENCE, "model": "pen"}
+    with Client(fleet.address, **named) as client, ThreadPoolExecutor(12) as pool:
+
+        def draw(seed: int) -> Any:
+            return client.composite(SCENE, PLACEMENT, seed=seed, sampling=Sampling(steps=2))
+
+        assert len(list(pool.map(draw, range(12)))) == 12
+    wait_until(lambda: len(fleet.loads("pen")) == 2)
+    assert fleet.loads("pen") == [1, 1]
 
 
 def test_calls_of_a_replica_that_is_killed_go_to_another(fleet: Fleet) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,9 @@ import pytest
 
 from benchmarks.support.attacker import Attacker
 from benchmarks.support.server_process import ServerProcess
+from engines.bundle import Bundle
+from engines.engine import needed_bytes
+from engines.options import EngineOptions
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server.events import MemoryFullError
@@ -191,3 +195,24 @@ def test_resident_memory_keeps_to_the_bound(tiny_bundle: Path) -> None:
             time.sleep(0.05)
         assert any(not call.exception() for call in calls)
         assert most - before <= bound(3 * 10**8, Settings.workers, 10**6, 4 * 10**6)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_models_that_take_turns_keep_to_the_budget(small_bundle: Path) -> None:
+    """Two under a budget that holds one, with OpenVINO: the most that the process ever had resident."""
+    pytest.importorskip("openvino")
+    options = EngineOptions("openvino", "cpu")
+    budget = int(1.1 * needed_bytes(Bundle.open(small_bundle), options))
+    flags = [f"--bundle=b={small_bundle}", "--backend=openvino", "--device=cpu", f"--memory-budget={budget}"]
+    with (
+        ServerProcess(Path(f"a={small_bundle}"), *flags) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub: Any = CompositorServiceStub(channel)
+        for model in "babab":
+            assert stub.Composite(message(steps=1, model=model), timeout=10 * PATIENCE).images
+        status = Path(f"/proc/{server.process.pid}/status").read_text("ascii")
+    most = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert most
+    assert int(most[1]) * 1024 <= budget
