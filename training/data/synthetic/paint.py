@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from training.data.synthetic.batches import Table, table
 
 Array = NDArray[np.float32]
 Colour = tuple[int, int, int]
@@ -40,6 +44,44 @@ def palette(rng: Generator, count: int) -> list[Colour]:
         r, g, b = colorsys.hsv_to_rgb((hue + index * step) % 1, saturation, value)
         colours.append((int(r * 255), int(g * 255), int(b * 255)))
     return colours
+
+
+@dataclass(frozen=True)
+class Texture:
+    """A picture, linear light, that repeats along both axes."""
+
+    texels: Table  # RGB of one row after the other
+    height: int
+    width: int
+
+    def read(self, u: Tensor, v: Tensor) -> Tensor:
+        """Reads colours (3, N) at positions (N,) in units of the picture's sides; bilinear."""
+        x, y = u * self.width - 0.5, v * self.height - 0.5
+        left, top = x.floor(), y.floor()
+        columns, rows = _wrapped_pair(left, self.width), _wrapped_pair(top, self.height)
+        upper, lower = (
+            torch.lerp(*(self.texels.read(row * self.width + column) for column in columns), x - left)
+            for row in rows
+        )
+        return torch.lerp(upper, lower, y - top)
+
+    def picture(self) -> Tensor:
+        """Gives a single picture as a whole, (H, W, 3)."""
+        return self.texels.values.T.view(self.height, self.width, 3)
+
+
+def texture(picture: Array) -> Texture:
+    """Makes a texture of a picture (H, W, 3)."""
+    height, width, _ = picture.shape
+    columns = np.ascontiguousarray(picture.reshape(-1, 3).T)
+    return Texture(table(torch.from_numpy(columns)), height, width)
+
+
+def _wrapped_pair(places: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The index at whole places of an axis that repeats after `count`, and the one behind it."""
+    index = places.int().remainder_(count)
+    behind = index + 1
+    return index, behind.masked_fill_(behind == count, 0)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,9 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from training.data.synthetic.rendering import ObjectSpec, Pose, make_object, render_all, render_cutout
+from training.data.synthetic.bodies import Pose
+from training.data.synthetic.objects import ObjectSpec, make_object
+from training.data.synthetic.rendering import render_all, render_cutout
 from training.data.synthetic.scenes import Scene, make_light, make_scene
 
 Picture = NDArray[np.uint8]
