@@ -39,6 +39,11 @@ def stack(things: Sequence[_Tree]) -> _Tree:
     return things[0] if len(things) == 1 else _mapped(_joined, *things)
 
 
+def abreast(things: Sequence[_Tree]) -> _Tree:
+    """Puts batches of one structure side by side: their tensors get an axis (..., K, B)."""
+    return _mapped(lambda *leaves: torch.stack(leaves, -2), *things)
+
+
 def take(things: _Tree, which: Tensor) -> _Tree:
     """Gives the things of these numbers (N,)."""
 

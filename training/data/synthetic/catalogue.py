@@ -18,6 +18,7 @@ from training.data.synthetic.shapes import (
     lathe,
     part,
     petals,
+    several,
     shape,
     sphere,
     torus,
@@ -147,11 +148,17 @@ def car(rng: Generator) -> Shape:
         part(body, wrap="box", centre=middle, half=(length, height, wide)),
         part(cabin, colour=1),
     ]
-    for end in (-1, 1):
-        for side in (-1, 1):
-            tyre = cylinder((end * length * 0.6, wheel, side * wide), wheel, 0.07, axis=2, rounding=0.03)
-            hub = cylinder((end * length * 0.6, wheel, side * (wide + 0.05)), wheel * 0.5, 0.05, axis=2)
-            parts += [part(tyre, colour=3), part(hub, colour=2)]
+    places = [(end, side) for end in (-1, 1) for side in (-1, 1)]
+    tyres, hubs = (
+        several(
+            [
+                cylinder((end * length * 0.6, wheel, side * out), radius, half, axis=2, rounding=edge)
+                for end, side in places
+            ]
+        )
+        for out, radius, half, edge in ((wide, wheel, 0.07, 0.03), (wide + 0.05, wheel * 0.5, 0.05, 0.0))
+    )
+    parts += [part(tyres, colour=3), part(hubs, colour=2)]
     tall = wheel + 2 * height + 0.34
     return shape("car", tuple(parts), tall, float(np.linalg.norm((length, tall / 2, wide + 0.1))))
 

@@ -181,8 +181,9 @@ def draw_bodies(bodies: Body, cameras: Camera, lights: Light, size: Size) -> Ten
     some, seen, lit = take(bodies, owner), take(cameras, owner), take(lights, owner)
     columns, rows = (low[touched, None] + places for low, places in ((left, x), (top, y)))
     rays = seen.rays(columns.flatten(), rows.flatten(), size)
-    _, end = some.span(seen.eye, rays)
-    depths = trace(some, seen.eye, rays, stops[touched].repeat_interleave(len(x)), end, 0.0)
+    thin = torch.zeros(1, device=cells.device)
+    _, end = some.span(seen.eye, rays, thin)
+    depths = trace(some, seen.eye, rays, stops[touched].repeat_interleave(len(x)), end, thin)
 
     hits = chosen(depths.isfinite())
     some, lit, eye = take(some, hits), take(lit, hits), take(seen.eye, hits)

@@ -7,6 +7,7 @@ ball of radius 1. A solid holds its numbers as tensors (..., B), see `batches`; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal, Protocol
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data.synthetic.batches import Table, table
+from training.data.synthetic.batches import Table, abreast, structure, table
 
 Triple = tuple[float, float, float]
 
@@ -40,19 +41,13 @@ def vector(x: float, y: float, z: float) -> Tensor:
 
 
 def length(p: Tensor) -> Tensor:
-    """Computes the length (N,) of vectors (2 or 3, N); written out, because a sum over a short axis is slow."""
-    squares = p * p
-    return reduce(torch.add, squares.unbind()[1:], squares[0]).sqrt_()
-
-
-def largest(values: Tensor) -> Tensor:
-    """Computes the largest (N,) of values (2 or 3, N), for the same reason."""
-    return reduce(torch.maximum, values.unbind())
+    """Computes the length (N,) of vectors (2 or 3, N); PyTorch's own norm is slow over a short axis."""
+    return (p * p).sum(0).sqrt_()
 
 
 def rounded(q: Tensor, rounding: Tensor) -> Tensor:
     """Computes the distance (N,) to an edge from those to its sides (2 or 3, N)."""
-    inside = largest(q).clamp_(max=0)
+    inside = q.amax(0).clamp_(max=0)
     return length(q.clamp(min=0)).add_(inside).sub_(rounding)
 
 
@@ -180,7 +175,7 @@ class Gable:
 
 @dataclass(frozen=True)
 class Join:
-    """A union whose seam is rounded."""
+    """A union of two solids whose seam is rounded."""
 
     first: Solid
     second: Solid
@@ -188,9 +183,35 @@ class Join:
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        a, b = self.first.distance(p), self.second.distance(p)
-        overlap = (self.width - (a - b).abs_()).clamp_(min=0)
-        return torch.minimum(a, b).sub_(overlap * overlap * (0.25 / self.width))
+        return _blended(self.first.distance(p), self.second.distance(p), self.width)
+
+
+@dataclass(frozen=True)
+class JoinTwins:
+    """The same of two solids that differ in their numbers alone."""
+
+    both: Solid  # its numbers: (..., 2, B)
+    width: Tensor  # (B,)
+
+    def distance(self, p: Tensor) -> Tensor:
+        """Computes signed distances."""
+        return _blended(*self.both.distance(p[:, None]), self.width)
+
+
+def _blended(a: Tensor, b: Tensor, width: Tensor) -> Tensor:
+    overlap = (width - (a - b).abs_()).clamp_(min=0)
+    return torch.minimum(a, b).sub_(overlap.square_().mul_(0.25 / width))
+
+
+@dataclass(frozen=True)
+class Several:
+    """Solids that differ in their numbers alone."""
+
+    solids: Solid  # their numbers: (..., K, B)
+
+    def distance(self, p: Tensor) -> Tensor:
+        """Computes signed distances."""
+        return self.solids.distance(p[:, None]).amin(0)
 
 
 @dataclass(frozen=True)
@@ -207,8 +228,11 @@ class Carve:
 
 def _around(q: Tensor, axis: int) -> Tensor:
     """Computes distances (2, N) from an axis and from the middle along it."""
-    across = [q[other] for other in range(3) if other != axis]
-    return torch.stack([length(torch.stack(across)), q[axis].abs()])
+    return torch.stack([length(q[_ACROSS[axis]]), q[axis].abs()])
+
+
+_ACROSS = slice(1, 3), slice(0, 3, 2), slice(0, 2)
+"""The other axes than each."""
 
 
 def sphere(centre: Triple, radius: float) -> Solid:
@@ -268,7 +292,14 @@ def gable(pitch: float, ridge: float, eaves: float, half: float) -> Solid:
 
 def join(first: Solid, second: Solid, blend: float) -> Solid:
     """Makes a union whose seam is rounded over the width `blend`."""
+    if structure(first) == structure(second):
+        return JoinTwins(abreast([first, second]), number(blend))
     return Join(first, second, number(blend))
+
+
+def several(solids: Sequence[Solid]) -> Solid:
+    """Makes a union of solids that differ in their numbers alone."""
+    return Several(abreast(solids))
 
 
 def carve(solid: Solid, hollow: Solid) -> Solid:
