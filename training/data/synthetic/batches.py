@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -72,9 +73,8 @@ def structure(tree: Any) -> Hashable:
         return tree.shape[:-1] if isinstance(tree, Tensor) else None
     if isinstance(tree, tuple):
         return tuple(map(structure, tree))
-    if is_dataclass(tree):
-        return type(tree), *(structure(getattr(tree, field.name)) for field in fields(tree))
-    return cast(Hashable, tree)
+    names = _field_names(type(tree))
+    return (type(tree), *(structure(getattr(tree, name)) for name in names)) if names else cast(Hashable, tree)
 
 
 def chosen(mask: Tensor) -> Tensor:
@@ -100,8 +100,14 @@ def _mapped(change: Callable[..., Any], first: _Tree, *others: _Tree) -> _Tree:
     if isinstance(tree, tuple):
         parts = zip(tree, *cast(Any, others), strict=True)
         return cast(_Tree, tuple(_mapped(change, *each) for each in parts))
-    if not is_dataclass(tree):
+    names = _field_names(type(tree))
+    if not names:
         return first
-    names = [field.name for field in fields(tree)]
-    values = {name: _mapped(change, *(getattr(each, name) for each in (tree, *others))) for name in names}
-    return cast(_Tree, type(tree)(**values))
+    values = [_mapped(change, *[getattr(each, name) for each in (tree, *others)]) for name in names]
+    return cast(_Tree, type(tree)(*values))
+
+
+@lru_cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    """The names of a dataclass's fields; none of anything else."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()

@@ -104,7 +104,7 @@ def trace(
             fixed = take(fixed, going)
         shape, scale, near, eye, slope = fixed
         for _ in range(first, last):
-            free = shape.distance(torch.addcmul(eye, way, depth)).mul_(scale).sub_(depth * slope)
+            free = shape.distance(torch.addcmul(eye, way, depth)).mul_(scale).addcmul_(depth, slope, value=-1)
             hit = free < near
             depth.add_(free.masked_fill_(hit, 0))  # a ray that has hit stays where it is, to hit again
         before = depth < end

@@ -1,6 +1,6 @@
 """Colours and wrap pictures: what is printed on an object.
 
-A wrap picture is float32 (H, W, 3), linear light 0..1; its width goes once around the object, row 0 is its
+A wrap picture is float32 (3, H, W), linear light 0..1; its width goes once around the object, row 0 is its
 top.
 """
 
@@ -65,16 +65,11 @@ class Texture:
         )
         return torch.lerp(upper, lower, y - top)
 
-    def picture(self) -> Tensor:
-        """Gives a single picture as a whole, (H, W, 3)."""
-        return self.texels.values.T.view(self.height, self.width, 3)
-
 
 def texture(picture: Array) -> Texture:
-    """Makes a texture of a picture (H, W, 3)."""
-    height, width, _ = picture.shape
-    columns = np.ascontiguousarray(picture.reshape(-1, 3).T)
-    return Texture(table(torch.from_numpy(columns)), height, width)
+    """Makes a texture of a picture (3, H, W)."""
+    columns = np.ascontiguousarray(picture.reshape(3, -1))
+    return Texture(table(torch.from_numpy(columns)), *picture.shape[1:])
 
 
 def _wrapped_pair(places: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -255,7 +250,7 @@ def mark(
 class Wrap:
     """What is printed on an object."""
 
-    picture: Array  # (HEIGHT, fronts * HEIGHT, 3), linear light
+    picture: Array  # (3, HEIGHT, fronts * HEIGHT), linear light
     pattern: str  # name of one of PATTERNS
     mark: str  # one of MARKS, or empty
 
@@ -275,7 +270,7 @@ def wrap_picture(rng: Generator, colours: list[Colour], fronts: int) -> Wrap:
     pattern(Cloth(picture, draw, colours, count, count * fronts), rng)
     style = rng.choice(["none", "bare", "label", "badge"], p=[0.2, 0.3, 0.25, 0.25])
     if style == "none":
-        return Wrap(linear(np.asarray(picture)), pattern.__name__, "")
+        return Wrap(linear(np.asarray(picture)).transpose(2, 0, 1), pattern.__name__, "")
     kind = str(rng.choice(MARKS))
     text = "".join(rng.choice(list(string.ascii_uppercase + string.digits), int(rng.integers(1, 3))))
     ink, ground = colours[3], colours[int(rng.integers(0, 2))]
@@ -291,4 +286,4 @@ def wrap_picture(rng: Generator, colours: list[Colour], fronts: int) -> Wrap:
         elif style == "badge":
             draw.ellipse((x - size * 1.5, y - size * 1.5, x + size * 1.5, y + size * 1.5), fill=ground)
         mark(draw, kind, x, y, size, [ink, ground], text)
-    return Wrap(linear(np.asarray(picture)), pattern.__name__, kind)
+    return Wrap(linear(np.asarray(picture)).transpose(2, 0, 1), pattern.__name__, kind)

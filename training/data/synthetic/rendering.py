@@ -191,17 +191,16 @@ def draw_bodies(bodies: Body, cameras: Camera, lights: Light, size: Size) -> Ten
     samples[:3, hits] = shade(some, lit, eye, rays[:, hits], depths[hits]).clamp_(max=1)
     samples[3, hits] = 1
     pixels = torch.zeros(4, len(cells), CELL**2, device=cells.device)
-    pixels[:, touched] = samples.view(4, -1, CELL**2, SAMPLES**2).mean(-1)
+    pixels[:, touched] = samples.view(4, -1, SAMPLES**2, CELL**2).mean(2)
     pictures = pixels.view(4, count, down, across, CELL, CELL).transpose(3, 4)
     return pictures.reshape(4, count, down * CELL, across * CELL)[..., :height, :width]
 
 
 def _sample_places(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Columns and rows (64,), in pixels, of a cell's samples; those of a pixel are neighbours."""
-    pixel = torch.arange(CELL, device=device)[:, None]
-    sample = (torch.arange(SAMPLES, device=device) + 0.5) / SAMPLES
-    places = pixel + sample  # (CELL, SAMPLES)
-    rows = places[:, None, :, None].expand(CELL, CELL, SAMPLES, SAMPLES)
+    """Columns and rows (64,), in pixels, of a cell's samples: the first one of all pixels, the second ones."""
+    sample = (torch.arange(SAMPLES, device=device)[:, None] + 0.5) / SAMPLES
+    places = torch.arange(CELL, device=device) + sample  # (SAMPLES, CELL)
+    rows = places[:, None, :, None].expand(SAMPLES, SAMPLES, CELL, CELL)
     return rows.transpose(0, 1).transpose(2, 3).flatten(), rows.flatten()
 
 

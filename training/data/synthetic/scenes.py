@@ -78,13 +78,13 @@ class Scene:
 
 
 @lru_cache(maxsize=32)
-def _filter(roughness: float, stretch: float) -> NDArray[np.float64]:
+def _filter(roughness: float, stretch: float) -> Array:
     """What the frequencies of white noise are multiplied with, (TILE, TILE / 2 + 1)."""
     vertical = np.fft.fftfreq(TILE)[:, None] * TILE
     horizontal = np.fft.rfftfreq(TILE)[None, :] * TILE * stretch
     frequency = np.sqrt(vertical**2 + horizontal**2)
     frequency[0, 0] = np.inf
-    result: NDArray[np.float64] = frequency**-roughness
+    result: Array = (frequency**-roughness).astype(np.float32)
     return result
 
 
@@ -96,9 +96,10 @@ def noise(rng: Generator, roughness: float = 1.5, stretch: float = 1.0) -> Array
     return result
 
 
-def mix(first: Array, second: Array, amount: Array) -> Array:
-    """Blends two colours (3,) by a field (TILE, TILE) in 0..1."""
-    return first + (second - first) * np.clip(amount, 0, 1)[..., None]
+def mix(first: Array, second: Array, amount: Array | float) -> Array:
+    """Blends two colours (3,), or pictures (3, TILE, TILE), by a field (TILE, TILE) in 0..1."""
+    first, second = (c.reshape(3, *(c.shape[1:] or (1, 1))) for c in (first, second))
+    return first + (second - first) * np.clip(amount, 0, 1, dtype=np.float32)
 
 
 def grid(count: int, joint: float, offset: bool) -> tuple[Array, NDArray[np.intp]]:
@@ -126,14 +127,14 @@ def planks(rng: Generator, colours: Colours) -> Array:
     """Boards of wood."""
     joints, number = grid(int(rng.choice([4, 6])), 0.03, True)
     tone = rng.uniform(0.75, 1.15, 64).astype(np.float32)[number]
-    return wood(rng, colours) * (tone * (1 - 0.6 * joints))[..., None]
+    return wood(rng, colours) * (tone * (1 - 0.6 * joints))
 
 
 def tiles(rng: Generator, colours: Colours) -> Array:
     """Draws square tiles with dark joints."""
     joints, number = grid(int(rng.choice([3, 4, 6])), 0.05, False)
     tone = rng.uniform(0.88, 1.08, 64).astype(np.float32)[number]
-    return mix(colours[0] * np.float32(1.05), colours[1] * np.float32(0.5), joints) * tone[..., None]
+    return mix(colours[0] * np.float32(1.05), colours[1] * np.float32(0.5), joints) * tone
 
 
 def bricks(rng: Generator, colours: Colours) -> Array:
@@ -141,7 +142,7 @@ def bricks(rng: Generator, colours: Colours) -> Array:
     joints, number = grid(8, 0.12, True)
     tone = rng.uniform(0.7, 1.15, 64).astype(np.float32)[number] + 0.06 * noise(rng, 0.8)
     brick = linear((168, 88, 66)) if rng.random() < 0.5 else colours[1]
-    return mix(brick, colours[2], joints) * tone[..., None]
+    return mix(brick, colours[2], joints) * tone
 
 
 def checks(rng: Generator, colours: Colours) -> Array:
@@ -161,7 +162,7 @@ def marble(rng: Generator, colours: Colours) -> Array:
 def carpet(rng: Generator, colours: Colours) -> Array:
     """Draws fine grain with a few worn places."""
     picture = mix(colours[0], colours[1], 0.5 + 0.3 * noise(rng, 0.2))
-    return picture * (1 + 0.1 * noise(rng, 1.5))[..., None]
+    return picture * (1 + 0.1 * noise(rng, 1.5))
 
 
 def grass(rng: Generator, _: Colours) -> Array:
@@ -185,9 +186,7 @@ def panels(_: Generator, colours: Colours) -> Array:
 def blur(rng: Generator, colours: Colours) -> Array:
     """Draws patches of colour that are out of focus."""
     strong = [linear(c) for c in palette(rng, 2)]
-    picture = mix(strong[0], strong[1], 0.5 + 0.5 * noise(rng, 2.2))
-    result: Array = picture + (colours[2] - picture) * np.float32(0.6)
-    return result
+    return mix(mix(strong[0], strong[1], 0.5 + 0.5 * noise(rng, 2.2)), colours[2], 0.6)
 
 
 def plaster(rng: Generator, colours: Colours) -> Array:
@@ -212,7 +211,7 @@ def surface(material: Material, size: float, rng: Generator) -> Surface:
     grey = linear((np.array([225, 215, 200]) * rng.uniform(0.55, 1.0)).astype(np.uint8))
     base, other = (grey + (linear(c) - grey) * np.float32(rng.uniform(0.05, 0.55)) for c in palette(rng, 2))
     picture = material(rng, (base, other, grey))
-    return Surface(texture(np.clip(picture, 0.003, 1).astype(np.float32)), number(size))
+    return Surface(texture(np.clip(picture, 0.003, 1)), number(size))
 
 
 def sky_picture(rng: Generator) -> Array:
@@ -222,13 +221,12 @@ def sky_picture(rng: Generator) -> Array:
     if rng.random() < 0.3:
         low, high = linear((250, 200, 150)), linear((110, 110, 180))
     clouds = np.clip(noise(rng, 1.7, 0.4) - 0.3, 0, 1) * height
-    picture = mix(low, high, height) * (1 - clouds[..., None]) + clouds[..., None]
+    picture = mix(low, high, height) * (1 - clouds) + clouds
     for shade, level in ((0.9, 0.13), (0.6, 0.06)):
         ridge = level + 0.025 * noise(rng, 1.8)[0]
         hill = linear((120, 150, 130)) * np.float32(shade)
-        picture = np.where((height < ridge[None, :])[..., None], hill, picture)
-    result: Array = picture.astype(np.float32)
-    return result
+        picture = mix(picture, hill, (height < ridge).astype(np.float32))
+    return picture
 
 
 def make_light(rng: Generator) -> Light:
