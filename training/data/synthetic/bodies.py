@@ -108,7 +108,7 @@ def trace(
             hit = free < near
             depth.add_(free.masked_fill_(hit, 0))  # a ray that has hit stays where it is, to hit again
         before = depth < end
-        stopped[number] = torch.where(hit & before, depth, math.inf)
+        stopped.index_copy_(0, number, torch.where(hit & before, depth, math.inf))
         going = chosen(before > hit)
     return stopped
 
@@ -133,8 +133,8 @@ def albedo(bodies: Body, own: Tensor, normals: Tensor) -> Tensor:
     colours = bodies.paint.accents.read(colour)
     painted = chosen(colour == 0)
     some = take(bodies, painted)
-    colours[:, painted] = wrapped(some.shape.parts[0], some.paint, own[:, painted], normals[:, painted])
-    return colours
+    at = (v.index_select(1, painted) for v in (own, normals))
+    return colours.index_copy_(1, painted, wrapped(some.shape.parts[0], some.paint, *at))
 
 
 def wrapped(part: Part, paint: Paint, own: Tensor, normals: Tensor) -> Tensor:

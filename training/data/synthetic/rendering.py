@@ -187,11 +187,11 @@ def draw_bodies(bodies: Body, cameras: Camera, lights: Light, size: Size) -> Ten
 
     hits = chosen(depths.isfinite())
     some, lit, eye = take(some, hits), take(lit, hits), take(seen.eye, hits)
+    shaded = shade(some, lit, eye, rays.index_select(1, hits), depths[hits]).clamp_(max=1)
     samples = torch.zeros(4, len(depths), device=cells.device)
-    samples[:3, hits] = shade(some, lit, eye, rays[:, hits], depths[hits]).clamp_(max=1)
-    samples[3, hits] = 1
+    samples.index_copy_(1, hits, torch.cat([shaded, torch.ones_like(shaded[:1])]))
     pixels = torch.zeros(4, len(cells), CELL**2, device=cells.device)
-    pixels[:, touched] = samples.view(4, -1, SAMPLES**2, CELL**2).mean(2)
+    pixels.index_copy_(1, touched, samples.view(4, -1, SAMPLES**2, CELL**2).mean(2))
     pictures = pixels.view(4, count, down, across, CELL, CELL).transpose(3, 4)
     return pictures.reshape(4, count, down * CELL, across * CELL)[..., :height, :width]
 

@@ -47,11 +47,12 @@ def draw_rooms(scenes: Scene, groups: Sequence[Group], size: tuple[int, int], se
     picture = torch.zeros(3, len(seen), device=seen.device)
     floor, wall = chosen(on_floor), chosen(~on_floor)
     ground = torch.full((2, len(seen)), torch.inf, device=seen.device)
-    ground[:, place[floor]] = points[::2, floor]
-    shares = shadows(groups, scenes.light, ground.view(2, -1, pixels)).view(2, -1)[:, place[floor]]
-    picture[:, place[floor]] = _floor(take(within, floor), points[:, floor], *shares)
-    picture[:, place[wall]] = _wall(take(within, wall), points[:, wall])
-    return picture
+    on, behind = points.index_select(1, floor), points.index_select(1, wall)
+    ground.index_copy_(1, place[floor], on[::2])
+    shares = shadows(groups, scenes.light, ground.view(2, -1, pixels)).view(2, -1)
+    lit = _floor(take(within, floor), on, *shares.index_select(1, place[floor]))
+    picture.index_copy_(1, place[floor], lit)
+    return picture.index_copy_(1, place[wall], _wall(take(within, wall), behind))
 
 
 def shadows(groups: Sequence[Group], light: Light, ground: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def shadows(groups: Sequence[Group], light: Light, ground: Tensor) -> Tensor:
         places = chosen(near.flatten())
         which = places // ground.shape[2]
         which_picture = group.pictures[which]
-        x, z = points.flatten(1)[:, places]
+        x, z = points.flatten(1).index_select(1, places)
         spots = torch.stack([x, torch.zeros_like(x), z])
         left = _shares(take(bodies, which), take(light, which_picture).direction, spots)
         shares[:, which_picture, places % ground.shape[2]] *= left

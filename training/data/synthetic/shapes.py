@@ -61,7 +61,7 @@ class Ellipsoid:
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        return (length((p - self.centre).div_(self.radii)) - 1).mul_(self.smallest)
+        return length((p - self.centre).div_(self.radii)).mul_(self.smallest).sub_(self.smallest)
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,11 @@ class Join:
 
     first: Solid
     second: Solid
-    width: Tensor  # (B,), of the seam
+    seam: Tensor  # (2, B): its width, and a quarter of the inverse
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        return _blended(self.first.distance(p), self.second.distance(p), self.width)
+        return _blended(self.first.distance(p), self.second.distance(p), self.seam)
 
 
 @dataclass(frozen=True)
@@ -191,16 +191,17 @@ class JoinTwins:
     """The same of two solids that differ in their numbers alone."""
 
     both: Solid  # its numbers: (..., 2, B)
-    width: Tensor  # (B,)
+    seam: Tensor  # (2, B)
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        return _blended(*self.both.distance(p[:, None]), self.width)
+        return _blended(*self.both.distance(p[:, None]), self.seam)
 
 
-def _blended(a: Tensor, b: Tensor, width: Tensor) -> Tensor:
+def _blended(a: Tensor, b: Tensor, seam: Tensor) -> Tensor:
+    width, quarter = seam
     overlap = (width - (a - b).abs_()).clamp_(min=0)
-    return torch.minimum(a, b).sub_(overlap.square_().mul_(0.25 / width))
+    return torch.minimum(a, b).sub_(overlap.mul_(overlap).mul_(quarter))
 
 
 @dataclass(frozen=True)
@@ -292,9 +293,10 @@ def gable(pitch: float, ridge: float, eaves: float, half: float) -> Solid:
 
 def join(first: Solid, second: Solid, blend: float) -> Solid:
     """Makes a union whose seam is rounded over the width `blend`."""
+    seam = torch.tensor([[blend], [0.25 / blend]], dtype=torch.float32)
     if structure(first) == structure(second):
-        return JoinTwins(abreast([first, second]), number(blend))
-    return Join(first, second, number(blend))
+        return JoinTwins(abreast([first, second]), seam)
+    return Join(first, second, seam)
 
 
 def several(solids: Sequence[Solid]) -> Solid:
