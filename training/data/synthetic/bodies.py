@@ -99,10 +99,9 @@ def trace(
     for first, last in zip((0, *_SORTED), _SORTED):
         if not len(going):
             break
-        flying = way, depth, end, number = take(flying, going)
-        if many:
-            fixed = take(fixed, going)
-        shape, scale, near, eye, slope = fixed
+        if len(going) < len(flying[-1]):
+            flying, fixed = take(flying, going), take(fixed, going) if many else fixed
+        (way, depth, end, number), (shape, scale, near, eye, slope) = flying, fixed
         for _ in range(first, last):
             free = shape.distance(torch.addcmul(eye, way, depth)).mul_(scale).addcmul_(depth, slope, value=-1)
             hit = free < near

@@ -41,14 +41,13 @@ def vector(x: float, y: float, z: float) -> Tensor:
 
 
 def length(p: Tensor) -> Tensor:
-    """Computes the length (N,) of vectors (2 or 3, N); PyTorch's own norm is slow over a short axis."""
+    """Computes the length (N,) of vectors (3, N); PyTorch's own norm is slow over a short axis."""
     return (p * p).sum(0).sqrt_()
 
 
-def rounded(q: Tensor, rounding: Tensor) -> Tensor:
-    """Computes the distance (N,) to an edge from those to its sides (2 or 3, N)."""
-    inside = q.amax(0).clamp_(max=0)
-    return length(q.clamp(min=0)).add_(inside).sub_(rounding)
+def hypotenuse(a: Tensor, b: Tensor) -> Tensor:
+    """Computes the length (N,) of vectors of two components (N,); PyTorch's own takes twice as long."""
+    return (a * a).addcmul_(b, b).sqrt_()
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,9 @@ class Box:
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        return rounded((p - self.centre).abs_().sub_(self.half), self.rounding)
+        q = (p - self.centre).abs_().sub_(self.half)
+        inside = q.amax(0).clamp_(max=0)
+        return length(q.clamp_(min=0)).add_(inside).sub_(self.rounding)
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,17 @@ class Cylinder:
     """A cylinder along an axis (0 x, 1 y, 2 z) with rounded rims."""
 
     centre: Tensor  # (3, B)
-    size: Tensor  # (2, B): radius and half height, without the rounding
+    radius: Tensor  # (B,), without the rounding
+    half: Tensor  # (B,), without the rounding
     rounding: Tensor  # (B,)
     axis: int
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        return rounded(_around(p - self.centre, self.axis).sub_(self.size), self.rounding)
+        first, second, along = _around(p - self.centre, self.axis)
+        across, along = hypotenuse(first, second).sub_(self.radius), along.abs_().sub_(self.half)
+        inside = torch.maximum(across, along).clamp_(max=0)
+        return hypotenuse(across.clamp_(min=0), along.clamp_(min=0)).add_(inside).sub_(self.rounding)
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,14 @@ class Torus:
     """A ring about an axis."""
 
     centre: Tensor  # (3, B)
-    major: Tensor  # (2, B): the radius of the ring, and 0
+    major: Tensor  # (B,)
     minor: Tensor  # (B,)
     axis: int
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        return length(_around(p - self.centre, self.axis).sub_(self.major)).sub_(self.minor)
+        first, second, along = _around(p - self.centre, self.axis)
+        return hypotenuse(hypotenuse(first, second).sub_(self.major), along).sub_(self.minor)
 
 
 @dataclass(frozen=True)
@@ -129,11 +135,10 @@ class Lathe:
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        y = p[1]
-        place = ((y - self.low) * self.density).clamp_(0, self.samples - 1.001)
-        sample = place.int()
-        radius, growth, slack = self.profile.read(sample)
-        side = (length(p[::2]) - (radius + growth * (place - sample))) * slack
+        x, y, z = p.unbind()
+        place = (y - self.low).mul_(self.density).clamp_(0, self.samples - 1.001)
+        radius, growth, slack = self.profile.read(place.int())
+        side = hypotenuse(x, z).sub_(radius.addcmul_(growth, place.frac_())).mul_(slack)
         return torch.maximum(side, torch.maximum(self.low - y, y - self.high))
 
 
@@ -151,10 +156,10 @@ class Petals:
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        flat = torch.stack([p[0], p[1] - self.middle])
-        wave = 0.5 + 0.5 * torch.cos(torch.atan2(flat[0], flat[1]) * self.count)
-        radius = self.inner + self.swing * wave**self.power
-        return torch.maximum((length(flat) - radius) * self.slack, p[2].abs() - self.half)
+        x, y, z = p[0], p[1] - self.middle, p[2]
+        wave = torch.atan2(x, y).mul_(self.count).cos_().mul_(0.5).add_(0.5)
+        radius = wave.pow_(self.power).mul_(self.swing).add_(self.inner)
+        return torch.maximum(hypotenuse(x, y).sub_(radius).mul_(self.slack), z.abs() - self.half)
 
 
 @dataclass(frozen=True)
@@ -227,13 +232,11 @@ class Carve:
         return torch.maximum(self.solid.distance(p), -self.hollow.distance(p))
 
 
-def _around(q: Tensor, axis: int) -> Tensor:
-    """Computes distances (2, N) from an axis and from the middle along it."""
-    return torch.stack([length(q[_ACROSS[axis]]), q[axis].abs()])
-
-
-_ACROSS = slice(1, 3), slice(0, 3, 2), slice(0, 2)
-"""The other axes than each."""
+def _around(q: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives two components of vectors (3, N) across an axis, and the one along it."""
+    first, second = (other for other in range(3) if other != axis)
+    components = q.unbind()
+    return components[first], components[second], components[axis]
 
 
 def sphere(centre: Triple, radius: float) -> Solid:
@@ -253,13 +256,13 @@ def box(centre: Triple, half: Triple, rounding: float = 0.0) -> Solid:
 
 def cylinder(centre: Triple, radius: float, half: float, axis: int = 1, rounding: float = 0.0) -> Solid:
     """Makes a cylinder."""
-    size = torch.tensor([[radius - rounding], [half - rounding]], dtype=torch.float32)
-    return Cylinder(vector(*centre), size, number(rounding), axis)
+    inner = number(radius - rounding), number(half - rounding)
+    return Cylinder(vector(*centre), *inner, number(rounding), axis)
 
 
 def torus(centre: Triple, major: float, minor: float, axis: int = 1) -> Solid:
     """Makes a ring."""
-    return Torus(vector(*centre), torch.tensor([[major], [0]], dtype=torch.float32), number(minor), axis)
+    return Torus(vector(*centre), number(major), number(minor), axis)
 
 
 def lathe(heights: NDArray[np.float64], radii: NDArray[np.float64], samples: int = 256) -> Solid:
