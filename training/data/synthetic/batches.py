@@ -74,7 +74,9 @@ def structure(tree: Any) -> Hashable:
     if isinstance(tree, tuple):
         return tuple(map(structure, tree))
     names = _field_names(type(tree))
-    return (type(tree), *(structure(getattr(tree, name)) for name in names)) if names else cast(Hashable, tree)
+    return (
+        (type(tree), *(structure(getattr(tree, name)) for name in names)) if names else cast(Hashable, tree)
+    )
 
 
 def chosen(mask: Tensor) -> Tensor:
@@ -108,6 +110,6 @@ def _mapped(change: Callable[..., Any], first: _Tree, *others: _Tree) -> _Tree:
 
 
 @lru_cache
-def _field_names(kind: type) -> tuple[str, ...]:
+def _field_names(kind: Hashable) -> tuple[str, ...]:
     """The names of a dataclass's fields; none of anything else."""
     return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()

@@ -20,7 +20,7 @@ STEPS = 40
 NEAR = 0.004
 """A ray this near to a surface, in units of the scene, has hit it."""
 
-_SORTED = (1, 2, 3, 4, 6, 8, 11, 15, 20, 28, STEPS)
+SORTED = (1, 2, 3, 4, 6, 8, 11, 15, 20, 28, STEPS)
 """Steps after which the rays that have stopped are left out: most of them are fast."""
 
 
@@ -52,9 +52,9 @@ class Body:
 
     def turned(self, v: Tensor, back: bool = False) -> Tensor:
         """Turns vectors (3, N) of the scene to the object's axes, or back."""
-        (x, y, z), sine = v, -self.sine if back else self.sine
-        turned = self.cosine * x - sine * z, y, sine * x + self.cosine * z
-        return torch.stack(torch.broadcast_tensors(*turned))
+        (x, y, z), sine = v.unbind(), -self.sine if back else self.sine
+        across, along = self.cosine * x - sine * z, sine * x + self.cosine * z
+        return torch.stack([across, y.expand_as(across), along])
 
     def inside(self, points: Tensor) -> Tensor:
         """Converts scene coordinates (3, N) to the object's own."""
@@ -73,9 +73,7 @@ class Body:
         return along - half, torch.where(gap > 0, along + half, -math.inf)
 
 
-def trace(
-    bodies: Body, origin: Tensor, rays: Tensor, start: Tensor, end: Tensor, slope: Tensor
-) -> Tensor:
+def trace(bodies: Body, origin: Tensor, rays: Tensor, start: Tensor, end: Tensor, slope: Tensor) -> Tensor:
     """Finds where rays stop, by sphere tracing.
 
     A ray stands for a cone whose radius grows by `slope`: it stops as soon as the cone may touch, at a
@@ -96,7 +94,7 @@ def trace(
     numbers = torch.arange(len(start), device=start.device)
     flying = bodies.turned(rays).div_(bodies.scale), start, end, numbers
     stopped, going = torch.full_like(start, math.inf), chosen(start < end)
-    for first, last in zip((0, *_SORTED), _SORTED):
+    for first, last in zip((0, *SORTED), SORTED):
         if not len(going):
             break
         if len(going) < len(flying[-1]):
@@ -178,5 +176,5 @@ def shade(bodies: Body, light: Light, origin: Tensor, rays: Tensor, depths: Tens
 
 def dot(first: Tensor, second: Tensor) -> Tensor:
     """Computes scalar products (N,) of vectors (3, N)."""
-    x, y, z = first * second
+    x, y, z = (first * second).unbind()
     return x.add_(y).add_(z)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.synthetic.batches import Table, table
+from training.data.synthetic.batches import Table, structure, table
 from training.data.synthetic.catalogue import CATALOGUE
-from training.data.synthetic.paint import HEIGHT, Colour, Texture, linear, palette, texture, wrap_picture
+from training.data.synthetic.paint import Colour, Texture, linear, palette, texture, wrap_picture
 from training.data.synthetic.shapes import Shape, number
 
 _FRONTS = {"round": 3, "box": 1}
@@ -37,6 +38,16 @@ class ObjectSpec:
     colours: tuple[Colour, ...]  # of the wrap; the first is its ground
     pattern: str  # see paint.Wrap
     mark: str
+
+    @cached_property
+    def drawn(self) -> tuple[Shape, Paint]:
+        """What its pictures show, a batch of one."""
+        return self.shape, self.paint
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """Is equal for objects that can be drawn together."""
+        return structure(self.drawn)
 
 
 @lru_cache(maxsize=256)

@@ -58,11 +58,10 @@ class Texture:
         """Reads colours (3, N) at positions (N,) in units of the picture's sides; bilinear."""
         x, y = u * self.width - 0.5, v * self.height - 0.5
         left, top = x.floor(), y.floor()
-        columns, rows = _wrapped_pair(left, self.width), _wrapped_pair(top, self.height)
-        upper, lower = (
-            torch.lerp(*(self.texels.read(row * self.width + column) for column in columns), x - left)
-            for row in rows
-        )
+        (x0, x1), rows = _wrapped_pair(left, self.width), _wrapped_pair(top, self.height)
+        across, read = x - left, self.texels.read
+        starts = [row * self.width for row in rows]
+        upper, lower = (torch.lerp(read(row + x0), read(row + x1), across) for row in starts)
         return torch.lerp(upper, lower, y - top)
 
 

@@ -6,7 +6,7 @@ Bodies of one structure are drawn together, whatever picture they are in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data.synthetic.batches import chosen, moved, stack, structure, take
+from training.data.synthetic.batches import chosen, moved, stack, take
 from training.data.synthetic.bodies import Body, Pose, shade, trace
 from training.data.synthetic.objects import ObjectSpec
 from training.data.synthetic.rooms import Group, draw_rooms
@@ -33,8 +33,8 @@ SAMPLES = 2
 CELL = 4
 """Pixels along each axis that share one coarse ray."""
 
-_AT_ONCE = {"cpu": 1, "cuda": 1024}
-"""Pictures that are drawn together: what fits the caches of a processor, or keeps a card busy."""
+AT_ONCE = 1024
+"""Pictures that a card draws together. A processor draws each alone: what it works on stays in its caches."""
 
 
 @torch.inference_mode()
@@ -53,10 +53,12 @@ def render_pictures(
         Pictures (F, H, W, 3), and for each its objects' shares of each pixel, (K, H, W), 0..255; all uint8.
     """
     pictures, masks = [], []
-    for some in _slices(len(scenes), device):
+    for some in slices(len(scenes), device):
         drawn, shares = _draw(scenes[some], placed[some], size, device)
         pictures.append(developed(drawn))
-        masks += (shares * 255 + 0.5).to(torch.uint8).split([len(things) for things in placed[some]])
+        masks += (
+            (shares * 255 + 0.5).to(torch.uint8).split_with_sizes([len(things) for things in placed[some]])
+        )
     return torch.cat(pictures), masks
 
 
@@ -69,7 +71,7 @@ def render_cutouts(
     size: int,
     device: torch.device = CPU,
 ) -> Tensor:
-    """Draws objects, each alone in a square: uint8 RGBA (N, size, size, 4), colours not multiplied with alpha.
+    """Draws objects, each alone in a square: uint8 RGBA (N, S, S, 4), colours not multiplied with alpha.
 
     Args:
         specs: the objects.
@@ -80,7 +82,7 @@ def render_cutouts(
         device: where they are drawn.
     """
     pictures = []
-    for some in _slices(len(specs), device):
+    for some in slices(len(specs), device):
         cameras = [
             camera(6.0, elevation, float(spec.shape.height) / 2, float(spec.shape.radius) / 5.8)
             for spec, elevation in zip(specs[some], elevations[some], strict=True)
@@ -102,8 +104,9 @@ def developed(light: Tensor) -> Tensor:
     return (light.clamp(0, 1).sqrt_() * 255 + 0.5).to(torch.uint8).movedim(0, -1).contiguous()
 
 
-def _slices(count: int, device: torch.device) -> Iterator[slice]:
-    at_once = _AT_ONCE[device.type]
+def slices(count: int, device: torch.device) -> Iterator[slice]:
+    """Divides pictures into those that are drawn together."""
+    at_once = 1 if device.type == "cpu" else AT_ONCE
     return (slice(start, start + at_once) for start in range(0, count, at_once))
 
 
@@ -118,14 +121,13 @@ def _gathered(things: Sequence[_Thing], device: torch.device) -> _Thing:
 
 def _groups(placed: Sequence[Sequence[Placed]], device: torch.device) -> list[Group]:
     """Collects what is drawn together: bodies of one structure, first those that stand in front."""
-    kinds: dict[object, list[tuple[ObjectSpec, Pose, int, int]]] = {}
+    kinds: dict[tuple[int, Hashable], list[tuple[ObjectSpec, Pose, int, int]]] = {}
     first = 0
     for picture, things in enumerate(placed):
         nearest_first = sorted(range(len(things)), key=lambda index: -things[index][1].z)
         for rank, index in enumerate(nearest_first):
             spec, pose = things[index]
-            kind = rank, structure((spec.shape, spec.paint))
-            kinds.setdefault(kind, []).append((spec, pose, picture, first + index))
+            kinds.setdefault((rank, spec.kind), []).append((spec, pose, picture, first + index))
         first += len(things)
     in_order = sorted(kinds.items(), key=lambda item: item[0][0])
     return [_group(members, device) for _, members in in_order]
@@ -133,11 +135,16 @@ def _groups(placed: Sequence[Sequence[Placed]], device: torch.device) -> list[Gr
 
 def _group(members: Sequence[tuple[ObjectSpec, Pose, int, int]], device: torch.device) -> Group:
     specs, poses, pictures, masks = zip(*members, strict=True)
-    shape, paint = _gathered([(spec.shape, spec.paint) for spec in specs], device)
+    numbers = (torch.tensor(each, device=device) for each in (pictures, masks))
+    return Group(place(specs, poses, device), *numbers)
+
+
+def place(specs: Sequence[ObjectSpec], poses: Sequence[Pose], device: torch.device = CPU) -> Body:
+    """Puts objects of one structure in their places."""
+    shape, paint = _gathered([spec.drawn for spec in specs], device)
     numbers = [(p.x, 0, p.z, math.sin(p.yaw), math.cos(p.yaw), p.scale) for p in poses]
     rows = torch.tensor(numbers, dtype=torch.float32).T.to(device)
-    bodies = Body(shape, paint, rows[:3], *rows[3:])
-    return Group(bodies, torch.tensor(pictures, device=device), torch.tensor(masks, device=device))
+    return Body(shape, paint, rows[:3], *rows[3:])
 
 
 def _draw(
@@ -148,7 +155,9 @@ def _draw(
     width, height = size
     light = torch.zeros(3, len(scenes), height, width, device=device)
     masks = torch.zeros(sum(map(len, placed)), height, width, device=device)
-    free = torch.ones(len(scenes), height, width, device=device)  # share of each pixel that nothing covers yet
+    free = torch.ones(
+        len(scenes), height, width, device=device
+    )  # share of each pixel that nothing covers yet
     for group in groups:
         seen = take(batch.camera, group.pictures), take(batch.light, group.pictures)
         drawn, behind = draw_bodies(group.bodies, *seen, size), free[group.pictures]
@@ -162,7 +171,7 @@ def _draw(
 def draw_bodies(bodies: Body, cameras: Camera, lights: Light, size: Size) -> Tensor:
     """Draws bodies, each alone: premultiplied light and coverage, 0..1, (4, B, H, W).
 
-    Spheres are traced in two passes: cones of a cell each, then the cells' rays from where their cone stopped.
+    Spheres are traced twice: for cones of a cell each, then for the cells' rays from where their cone stopped.
     """
     width, height = size
     across, down = -(-width // CELL), -(-height // CELL)
@@ -197,7 +206,7 @@ def draw_bodies(bodies: Body, cameras: Camera, lights: Light, size: Size) -> Ten
 
 
 def _sample_places(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Columns and rows (64,), in pixels, of a cell's samples: the first one of all pixels, the second ones."""
+    """Columns and rows (64,), in pixels, of a cell's samples: the first of each pixel, the second ones."""
     sample = (torch.arange(SAMPLES, device=device)[:, None] + 0.5) / SAMPLES
     places = torch.arange(CELL, device=device) + sample  # (SAMPLES, CELL)
     rows = places[:, None, :, None].expand(SAMPLES, SAMPLES, CELL, CELL)
@@ -205,7 +214,7 @@ def _sample_places(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def render_all(scene: Scene, placed: Sequence[Placed], size: Size) -> tuple[Picture, list[Picture]]:
-    """Draws a picture (H, W, 3) of a scene with objects, and of each its share of each pixel, (H, W), 0..255."""
+    """Draws a picture (H, W, 3) of a scene with objects, and for each its share of each pixel, (H, W)."""
     pictures, masks = render_pictures([scene], [placed], size)
     return pictures[0].numpy(), list(masks[0].numpy())
 

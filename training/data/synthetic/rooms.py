@@ -95,7 +95,7 @@ def _shares(bodies: Body, direction: Tensor, spots: Tensor) -> Tensor:
 
 
 def _floor(scenes: Scene, points: Tensor, direct: Tensor, ambient: Tensor) -> Tensor:
-    """Computes the light (3, N) from points (3, N) of floors, with the shares (N,) of light that reach them."""
+    """Computes the light (3, N) from points (3, N) of floors, which shares (N,) of the light reach."""
     # the corner under the wall is darker, as in any room
     corner = 0.7 + 0.3 * ((points[2] + scenes.wall_distance) / 0.8).clamp_(0, 1)
     light = scenes.light

@@ -99,7 +99,8 @@ def noise(rng: Generator, roughness: float = 1.5, stretch: float = 1.0) -> Array
 def mix(first: Array, second: Array, amount: Array | float) -> Array:
     """Blends two colours (3,), or pictures (3, TILE, TILE), by a field (TILE, TILE) in 0..1."""
     first, second = (c.reshape(3, *(c.shape[1:] or (1, 1))) for c in (first, second))
-    return first + (second - first) * np.clip(amount, 0, 1, dtype=np.float32)
+    result: Array = first + (second - first) * np.clip(amount, 0, 1, dtype=np.float32)
+    return result
 
 
 def grid(count: int, joint: float, offset: bool) -> tuple[Array, NDArray[np.intp]]:
@@ -205,13 +206,18 @@ OUTDOOR_FLOORS: tuple[Material, ...] = (grass, marble, carpet, planks)
 WALLS: tuple[Material, ...] = (plain, plaster, bricks, stripes, tiles, panels, blur)
 
 
-def surface(material: Material, size: float, rng: Generator) -> Surface:
-    """Makes a floor or wall whose repeat is `size` long."""
+def surface_picture(material: Material, rng: Generator) -> Array:
+    """Draws a floor or wall in colours that suit a room, (3, TILE, TILE), linear light."""
     # rooms are paler than the things in them: pull the colours to a common light grey or beige
     grey = linear((np.array([225, 215, 200]) * rng.uniform(0.55, 1.0)).astype(np.uint8))
     base, other = (grey + (linear(c) - grey) * np.float32(rng.uniform(0.05, 0.55)) for c in palette(rng, 2))
-    picture = material(rng, (base, other, grey))
-    return Surface(texture(np.clip(picture, 0.003, 1)), number(size))
+    result: Array = np.clip(material(rng, (base, other, grey)), 0.003, 1)
+    return result
+
+
+def surface(material: Material, size: float, rng: Generator) -> Surface:
+    """Makes a floor or wall whose repeat is `size` long."""
+    return Surface(texture(surface_picture(material, rng)), number(size))
 
 
 def sky_picture(rng: Generator) -> Array:

@@ -2,7 +2,8 @@
 
 A shape is a handful of parts; a part is a solid, a way of wrapping a picture around it, and which of the
 object's colours it takes. Every shape stands on the plane y = 0 around the y axis and is about as large as a
-ball of radius 1. A solid holds its numbers as tensors (..., B), see `batches`; B is 1, or the number of points.
+ball of radius 1. A solid holds its numbers as tensors (..., B), see `batches`; B is 1, or the number of
+points.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def vector(x: float, y: float, z: float) -> Tensor:
 
 def length(p: Tensor) -> Tensor:
     """Computes the length (N,) of vectors (3, N); PyTorch's own norm is slow over a short axis."""
-    return (p * p).sum(0).sqrt_()
+    x, y, z = p.unbind()
+    return (x * x).addcmul_(y, y).addcmul_(z, z).sqrt_()
 
 
 def hypotenuse(a: Tensor, b: Tensor) -> Tensor:
@@ -200,7 +202,8 @@ class JoinTwins:
 
     def distance(self, p: Tensor) -> Tensor:
         """Computes signed distances."""
-        return _blended(*self.both.distance(p[:, None]), self.seam)
+        first, second = self.both.distance(p[:, None])
+        return _blended(first, second, self.seam)
 
 
 def _blended(a: Tensor, b: Tensor, seam: Tensor) -> Tensor:

@@ -58,9 +58,7 @@ def _stage(seed: int, number: int) -> tuple[Scene, tuple[ObjectSpec, Pose], list
     return scene, (make_object(seed), pose), others
 
 
-def scene_views(
-    keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU
-) -> Tensor:
+def scene_views(keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU) -> Tensor:
     """Draws views in scenes, each in a room of its own.
 
     Args:
