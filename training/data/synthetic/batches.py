@@ -7,8 +7,7 @@ broadcasts it, so that the numbers of a single object need not be copied for eac
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -73,7 +72,7 @@ def structure(tree: Any) -> Hashable:
         return tree.shape[:-1] if isinstance(tree, Tensor) else None
     if isinstance(tree, tuple):
         return tuple(map(structure, tree))
-    names = _field_names(type(tree))
+    names = getattr(tree, "__match_args__", ())  # the names of a dataclass's fields
     return (
         (type(tree), *(structure(getattr(tree, name)) for name in names)) if names else cast(Hashable, tree)
     )
@@ -102,14 +101,8 @@ def _mapped(change: Callable[..., Any], first: _Tree, *others: _Tree) -> _Tree:
     if isinstance(tree, tuple):
         parts = zip(tree, *cast(Any, others), strict=True)
         return cast(_Tree, tuple(_mapped(change, *each) for each in parts))
-    names = _field_names(type(tree))
+    names = getattr(tree, "__match_args__", ())  # the names of a dataclass's fields
     if not names:
         return first
     values = [_mapped(change, *[getattr(each, name) for each in (tree, *others)]) for name in names]
     return cast(_Tree, type(tree)(*values))
-
-
-@lru_cache
-def _field_names(kind: Hashable) -> tuple[str, ...]:
-    """The names of a dataclass's fields; none of anything else."""
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()

@@ -52,7 +52,8 @@ def render_pictures(
     Returns:
         Pictures (F, H, W, 3), and for each its objects' shares of each pixel, (K, H, W), 0..255; all uint8.
     """
-    pictures, masks = [], []
+    pictures: list[Tensor] = []
+    masks: list[Tensor] = []
     for some in slices(len(scenes), device):
         drawn, shares = _draw(scenes[some], placed[some], size, device)
         pictures.append(developed(drawn))
@@ -171,7 +172,7 @@ def _draw(
 def draw_bodies(bodies: Body, cameras: Camera, lights: Light, size: Size) -> Tensor:
     """Draws bodies, each alone: premultiplied light and coverage, 0..1, (4, B, H, W).
 
-    Spheres are traced twice: for cones of a cell each, then for the cells' rays from where their cone stopped.
+    Spheres are traced twice: for cones of a cell each, then for the cells' rays from where the cone stopped.
     """
     width, height = size
     across, down = -(-width // CELL), -(-height // CELL)

@@ -227,7 +227,7 @@ def sky_picture(rng: Generator) -> Array:
     if rng.random() < 0.3:
         low, high = linear((250, 200, 150)), linear((110, 110, 180))
     clouds = np.clip(noise(rng, 1.7, 0.4) - 0.3, 0, 1) * height
-    picture = mix(low, high, height) * (1 - clouds) + clouds
+    picture: Array = mix(low, high, height) * (1 - clouds) + clouds
     for shade, level in ((0.9, 0.13), (0.6, 0.06)):
         ridge = level + 0.025 * noise(rng, 1.8)[0]
         hill = linear((120, 150, 130)) * np.float32(shade)
