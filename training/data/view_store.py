@@ -29,7 +29,7 @@ from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
 from training.data.device import MAPPED, resident
 from training.data.pairs import Shot
-from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
+from training.data.synthetic.views import VIEW_SIZE, View, reference_views, scene_views
 
 SCENES, REFERENCES = 3, 2
 """Views per object: in scenes, and alone."""
@@ -88,12 +88,8 @@ def as_shot(view: View) -> Shot:
 
 def draw_object(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draws all views of one object: (V, S, S, 4) in scenes and (R, S, S, 4) alone."""
-
-    def stacked(views: list[View]) -> NDArray[np.uint8]:
-        return np.stack([np.dstack([view.image, view.mask]) for view in views])
-
-    scenes = stacked([scene_view(seed, number) for number in range(SCENES)])
-    return scenes, stacked([reference_view(seed, number) for number in range(REFERENCES)])
+    scenes = scene_views([(seed, number) for number in range(SCENES)])
+    return scenes.numpy(), reference_views([(seed, number) for number in range(REFERENCES)]).numpy()
 
 
 def draw_views(folder: Path, count: int, workers: int = 1) -> None:
@@ -121,7 +117,8 @@ def draw_views(folder: Path, count: int, workers: int = 1) -> None:
             )
     done = folder / DONE
     start = int(done.read_text()) if done.exists() else 0
-    with ProcessPoolExecutor(workers) as pool:
+    # one thread each: the processes share the cores
+    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         drawn = pool.map(draw_object, range(start, count), chunksize=4)
         for row, (scenes, references) in enumerate(
             ProgressBar(drawn, total=count - start, unit="object"), start

@@ -12,7 +12,7 @@ from training.data.synthetic.batches import chosen, take
 from training.data.synthetic.objects import Paint
 from training.data.synthetic.paint import HEIGHT
 from training.data.synthetic.scenes import Light
-from training.data.synthetic.shapes import Part, Shape, length, vector
+from training.data.synthetic.shapes import Part, Shape, length
 
 STEPS = 40
 """Sphere tracing gives up after so many steps; grazing rays are the slow ones."""
@@ -103,19 +103,21 @@ def trace(bodies: Body, origin: Tensor, rays: Tensor, start: Tensor, end: Tensor
         for _ in range(first, last):
             free = shape.distance(torch.addcmul(eye, way, depth)).mul_(scale).addcmul_(depth, slope, value=-1)
             hit = free < near
-            depth.add_(free.masked_fill_(hit, 0))  # a ray that has hit stays where it is, to hit again
-        before = depth < end
+            depth = depth + free.masked_fill_(hit, 0)  # a ray that has hit stays where it is, to hit again
+        flying, before = (way, depth, end, number), depth < end
         stopped.index_copy_(0, number, torch.where(hit & before, depth, math.inf))
         going = chosen(before > hit)
     return stopped
 
 
+_CORNERS = torch.tensor([(1.0, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)])[..., None]
+
+
 def normals(bodies: Body, own: Tensor) -> Tensor:
     """Computes unit normals (3, N), in objects' coordinates, from four distances around each point."""
     total = torch.zeros_like(own)
-    for corner in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
-        step = vector(*corner).to(own.device)
-        total.addcmul_(step, bodies.shape.distance(own + step * 0.004))
+    for corner in _CORNERS.to(own.device):
+        total.addcmul_(corner, bodies.shape.distance(own + corner * 0.004))
     return total.div_(length(total).clamp_(min=1e-6))
 
 
