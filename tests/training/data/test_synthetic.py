@@ -50,9 +50,10 @@ def test_the_same_number_gives_the_same_picture() -> None:
 
 @pytest.mark.parametrize("view", [0, 1], ids=["in a scene", "alone"])
 def test_the_pictures_are_those_of_the_truth_set(view: int) -> None:
-    """Parts of held-out views of every kind of object, as they were first drawn, in 8 bits.
+    """Parts of held-out views of every kind of object, as they were first drawn.
 
-    Where a normal lies between two faces of an object, its last bit chooses the face: a pixel of thousands.
+    Where a normal lies between two faces of an object, its last bit chooses the face, and where a ray grazes
+    the object, whether it hits: 93 of the 3,072,000 pixels of 120 views differ by more than a level.
     """
     recorded = np.load(Path(__file__).parents[2] / "data" / "views.npz")
     keys = [(int(seed), 0) for seed in recorded["seeds"]]
@@ -62,8 +63,7 @@ def test_the_pictures_are_those_of_the_truth_set(view: int) -> None:
     ):
         side = len(crop)
         seen = picture[top : top + side, left : left + side]
-        other = np.abs(seen.astype(int) - crop).max(-1) > 1
-        assert other.mean() < 0.004
+        assert (np.abs(seen.astype(int) - crop).max(-1) > 1).sum() <= 2
 
 
 def test_other_numbers_give_other_pictures() -> None:
@@ -124,6 +124,13 @@ def test_twins_are_joined_like_any_other_two() -> None:
     others = join(sphere(left, 0.3), ellipsoid(right, (0.3, 0.3, 0.3)), 0.1)
     assert type(twins) is not type(others)
     assert torch.allclose(twins.distance(points), others.distance(points), atol=1e-6)
+
+
+def test_an_object_beside_the_picture_is_not_seen() -> None:
+    scene = make_scene(2)
+    picture, mask = render(scene, make_object(3), Pose(x=60), SIZE)
+    assert not mask.any()
+    assert np.array_equal(picture, render_background(scene, SIZE))
 
 
 def test_many_pictures_at_once_are_those_of_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
