@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
 from training.data.pairs import Picture
 from training.data.synthetic.catalogue import CATALOGUE
+from training.data.synthetic.objects import ObjectSpec, make_object
 from training.data.synthetic.paint import MARKS, Colour
-from training.data.synthetic.rendering import ObjectSpec, developed, make_object
-from training.data.synthetic.scenes import Material, bricks, checks, grass, surface, tiles, wood
+from training.data.synthetic.rendering import developed
+from training.data.synthetic.scenes import Material, bricks, checks, grass, surface_picture, tiles, wood
 from training.data.synthetic.views import HELD_OUT, reference_view
 
 PLAIN: Mapping[str, int] = {"on white": 255, "on black": 0}
@@ -110,7 +112,8 @@ def words_of_captions() -> list[str]:
 
 @lru_cache(maxsize=len(TEXTURED) * _TEXTURES)
 def _texture(material: Callable[..., Any], number: int) -> Picture:
-    return developed(surface(material, 1, np.random.default_rng([number, 6])).picture)
+    picture = surface_picture(material, np.random.default_rng([number, 6]))
+    return developed(torch.from_numpy(picture)).numpy()
 
 
 def ground(place: str, side: int, rng: Generator) -> Picture:

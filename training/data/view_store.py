@@ -7,6 +7,7 @@ many rows are written, so that drawing can be interrupted, resumed, and read whi
 examples:
     python -m training.data.view_store build/views --objects 100
     python -m training.data.view_store build/views --objects 5000 --workers 8
+    python -m training.data.view_store build/views --objects 5000 --workers 8 --device cuda
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -29,12 +32,15 @@ from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
 from training.data.device import MAPPED, resident
 from training.data.pairs import Shot
-from training.data.synthetic.views import VIEW_SIZE, View, reference_view, scene_view
+from training.data.synthetic.rendering import CPU
+from training.data.synthetic.views import VIEW_SIZE, View, reference_views, scene_views
 
 SCENES, REFERENCES = 3, 2
 """Views per object: in scenes, and alone."""
 
 DONE = "done.txt"
+
+Views = NDArray[np.uint8]
 
 
 class StoreError(AnyDoorError):
@@ -86,23 +92,24 @@ def as_shot(view: View) -> Shot:
     return Shot(view.image, view.mask > MASK_THRESHOLD)
 
 
-def draw_object(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Draws all views of one object: (V, S, S, 4) in scenes and (R, S, S, 4) alone."""
+def draw_objects(seeds: range, device: torch.device = CPU) -> list[tuple[Views, Views]]:
+    """Draws all views of some objects: of each (V, S, S, 4) in scenes and (R, S, S, 4) alone."""
+    drawn = (
+        draw([(seed, number) for seed in seeds for number in range(count)], device=device)
+        for draw, count in ((scene_views, SCENES), (reference_views, REFERENCES))
+    )
+    scenes, references = (views.cpu().numpy().reshape(len(seeds), -1, *views.shape[1:]) for views in drawn)
+    return list(zip(scenes, references, strict=True))
 
-    def stacked(views: list[View]) -> NDArray[np.uint8]:
-        return np.stack([np.dstack([view.image, view.mask]) for view in views])
 
-    scenes = stacked([scene_view(seed, number) for number in range(SCENES)])
-    return scenes, stacked([reference_view(seed, number) for number in range(REFERENCES)])
-
-
-def draw_views(folder: Path, count: int, workers: int = 1) -> None:
+def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device = CPU) -> None:
     """Draws the views of the objects 0..count-1, or those that an earlier call left undone.
 
     Args:
         folder: is made if it is not there.
         count: of objects.
         workers: processes.
+        device: where they draw; the last bits of what they compute depend on it.
 
     Raises:
         StoreError: the folder was made for another number of objects.
@@ -121,8 +128,13 @@ def draw_views(folder: Path, count: int, workers: int = 1) -> None:
             )
     done = folder / DONE
     start = int(done.read_text()) if done.exists() else 0
-    with ProcessPoolExecutor(workers) as pool:
-        drawn = pool.map(draw_object, range(start, count), chunksize=4)
+    on_card = device.type != "cpu"
+    at_once = 64 if on_card else 4
+    seeds = [range(first, min(first + at_once, count)) for first in range(start, count, at_once)]
+    # a process that was forked cannot use a card; one thread each, because they share the cores
+    method = get_context("spawn" if on_card else None)
+    with ProcessPoolExecutor(workers, method, torch.set_num_threads, (1,)) as pool:
+        drawn = chain.from_iterable(pool.map(draw_objects, seeds, repeat(device)))
         for row, (scenes, references) in enumerate(
             ProgressBar(drawn, total=count - start, unit="object"), start
         ):
@@ -140,11 +152,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the arrays are, or are to be")
     parser.add_argument("--objects", type=int, default=4000, help="rows of the arrays; default: 4000")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw; default: 1")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     options = parser.parse_args(arguments)
     if options.objects < 1 or options.workers < 1:
         parser.error("--objects and --workers are at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no card on this machine; leave --device out")
     try:
-        draw_views(options.folder, options.objects, options.workers)
+        draw_views(options.folder, options.objects, options.workers, torch.device(options.device))
     except (OSError, StoreError) as error:
         print(f"view_store: {error}", file=sys.stderr)
         return 2

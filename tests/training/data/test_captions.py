@@ -18,7 +18,7 @@ from training.data.captions import (
     main,
     words_of_captions,
 )
-from training.data.synthetic.rendering import make_object
+from training.data.synthetic.objects import make_object
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from training.data.captions import describe, words_of_captions
-from training.data.synthetic.rendering import make_object
+from training.data.synthetic.objects import make_object
 from training.rare_tokens import rare_tokens, token_ids, warnings_for
 from training.small.vocabulary import learn_vocabulary, rare_words
 

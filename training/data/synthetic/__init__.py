@@ -4,15 +4,9 @@ It stands in for the video and multi-view sets of the paper's table 1, and draws
 Everything follows from a seed: the same number gives the same object, scene and picture.
 """
 
-from training.data.synthetic.rendering import (
-    ObjectSpec,
-    Pose,
-    make_object,
-    render,
-    render_all,
-    render_background,
-    render_cutout,
-)
+from training.data.synthetic.bodies import Pose
+from training.data.synthetic.objects import ObjectSpec, make_object
+from training.data.synthetic.rendering import render, render_all, render_background, render_cutout
 from training.data.synthetic.scenes import Light, Scene, make_light, make_scene
 
 __all__ = [

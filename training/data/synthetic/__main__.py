@@ -18,7 +18,9 @@ from PIL import Image
 
 from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
-from training.data.synthetic.rendering import Pose, make_object, render_all, render_cutout
+from training.data.synthetic.bodies import Pose
+from training.data.synthetic.objects import make_object
+from training.data.synthetic.rendering import render_all, render_cutout
 from training.data.synthetic.scenes import make_light, make_scene
 from training.data.synthetic.views import HELD_OUT, reference_view, scene_view
 

@@ -1,6 +1,6 @@
 """Colours and wrap pictures: what is printed on an object.
 
-A wrap picture is float32 (H, W, 3), linear light 0..1; its width goes once around the object, row 0 is its
+A wrap picture is float32 (3, H, W), linear light 0..1; its width goes once around the object, row 0 is its
 top.
 """
 
@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from training.data.synthetic.batches import Table, table
 
 Array = NDArray[np.float32]
 Colour = tuple[int, int, int]
@@ -40,6 +44,38 @@ def palette(rng: Generator, count: int) -> list[Colour]:
         r, g, b = colorsys.hsv_to_rgb((hue + index * step) % 1, saturation, value)
         colours.append((int(r * 255), int(g * 255), int(b * 255)))
     return colours
+
+
+@dataclass(frozen=True)
+class Texture:
+    """A picture, linear light, that repeats along both axes."""
+
+    texels: Table  # RGB of one row after the other
+    height: int
+    width: int
+
+    def read(self, u: Tensor, v: Tensor) -> Tensor:
+        """Reads colours (3, N) at positions (N,) in units of the picture's sides; bilinear."""
+        x, y = u * self.width - 0.5, v * self.height - 0.5
+        left, top = x.floor(), y.floor()
+        (x0, x1), rows = _wrapped_pair(left, self.width), _wrapped_pair(top, self.height)
+        across, read = x - left, self.texels.read
+        starts = [row * self.width for row in rows]
+        upper, lower = (torch.lerp(read(row + x0), read(row + x1), across) for row in starts)
+        return torch.lerp(upper, lower, y - top)
+
+
+def texture(picture: Array) -> Texture:
+    """Makes a texture of a picture (3, H, W)."""
+    columns = np.ascontiguousarray(picture.reshape(3, -1))
+    return Texture(table(torch.from_numpy(columns)), *picture.shape[1:])
+
+
+def _wrapped_pair(places: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The index at whole places of an axis that repeats after `count`, and the one behind it."""
+    index = places.int().remainder_(count)
+    behind = index + 1
+    return index, behind.masked_fill_(behind == count, 0)
 
 
 @lru_cache(maxsize=64)
@@ -213,7 +249,7 @@ def mark(
 class Wrap:
     """What is printed on an object."""
 
-    picture: Array  # (HEIGHT, fronts * HEIGHT, 3), linear light
+    picture: Array  # (3, HEIGHT, fronts * HEIGHT), linear light
     pattern: str  # name of one of PATTERNS
     mark: str  # one of MARKS, or empty
 
@@ -233,7 +269,7 @@ def wrap_picture(rng: Generator, colours: list[Colour], fronts: int) -> Wrap:
     pattern(Cloth(picture, draw, colours, count, count * fronts), rng)
     style = rng.choice(["none", "bare", "label", "badge"], p=[0.2, 0.3, 0.25, 0.25])
     if style == "none":
-        return Wrap(linear(np.asarray(picture)), pattern.__name__, "")
+        return Wrap(linear(np.asarray(picture)).transpose(2, 0, 1), pattern.__name__, "")
     kind = str(rng.choice(MARKS))
     text = "".join(rng.choice(list(string.ascii_uppercase + string.digits), int(rng.integers(1, 3))))
     ink, ground = colours[3], colours[int(rng.integers(0, 2))]
@@ -249,4 +285,4 @@ def wrap_picture(rng: Generator, colours: list[Colour], fronts: int) -> Wrap:
         elif style == "badge":
             draw.ellipse((x - size * 1.5, y - size * 1.5, x + size * 1.5, y + size * 1.5), fill=ground)
         mark(draw, kind, x, y, size, [ink, ground], text)
-    return Wrap(linear(np.asarray(picture)), pattern.__name__, kind)
+    return Wrap(linear(np.asarray(picture)).transpose(2, 0, 1), pattern.__name__, kind)

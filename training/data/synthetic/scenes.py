@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
+from torch import Tensor
 
-from training.data.synthetic.paint import linear, palette
-from training.data.synthetic.shapes import length
+from training.data.synthetic.paint import Texture, linear, palette, texture
+from training.data.synthetic.shapes import length, number, vector
 
 Array = NDArray[np.float32]
 
@@ -21,76 +25,82 @@ TILE = 256  # pixels of a surface picture, which repeats
 class Surface:
     """A picture that repeats over a plane."""
 
-    picture: Array  # (TILE, TILE, 3), linear light
-    size: float  # length of one repeat in the units of the scene
+    picture: Texture  # (TILE, TILE)
+    size: Tensor  # (B,), length of one repeat in the units of the scene
+
+    def read(self, across: Tensor, along: Tensor) -> Tensor:
+        """Reads colours (3, N) at positions (N,) in the units of the scene."""
+        return self.picture.read(across / self.size, along / self.size)
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera that looks along -z at (0, aim, 0), from above."""
+    """A pinhole camera above the z axis that looks along -z, and down."""
 
-    distance: float
-    elevation: float  # radians above the horizon
-    aim: float  # height of the point in the middle of the picture
-    spread: float  # half the picture's shorter side at distance 1: the tangent of half the angle of view
+    eye: Tensor  # (3, B)
+    sine: Tensor  # (B,), as are the others: of the angle by which it looks down
+    cosine: Tensor
+    spread: Tensor  # half the picture's shorter side at distance 1: the tangent of half the angle of view
 
-    def rays(self, columns: Array, rows: Array, size: tuple[int, int]) -> tuple[Array, Array]:
-        """Computes origin (3, 1) and directions (3, N), of length 1, of rays through pixels."""
-        sine, cosine = np.float32(np.sin(self.elevation)), np.float32(np.cos(self.elevation))
-        scale = np.float32(2 * self.spread / min(size))
-        x = (columns - np.float32(size[0] / 2)) * scale
-        y = (np.float32(size[1] / 2) - rows) * scale
-        rays = np.stack([x, y * cosine - sine, -y * sine - cosine])
-        rays /= length(rays)
-        origin = np.array([[0], [self.aim + self.distance * sine], [self.distance * cosine]], np.float32)
-        return origin, rays
+    def rays(self, columns: Tensor, rows: Tensor, size: tuple[int, int]) -> Tensor:
+        """Computes directions (3, N), of length 1, of rays through pixels of a picture (width, height)."""
+        scale = 2 * self.spread / min(size)
+        x, y = (columns - size[0] / 2) * scale, (size[1] / 2 - rows) * scale
+        rays = torch.stack([x, y * self.cosine - self.sine, -y * self.sine - self.cosine])
+        return rays.div_(length(rays))
 
-    def project(self, points: Array, size: tuple[int, int]) -> Array:
-        """Computes pixel positions (2, N), column and row, of points (3, N)."""
-        sine, cosine = np.sin(self.elevation), np.cos(self.elevation)
-        x, y, z = points[0], points[1] - self.aim, points[2]
-        depth = self.distance - (y * sine + z * cosine)
-        scale = min(size) / (2 * self.spread) / depth
-        return np.stack([size[0] / 2 + x * scale, size[1] / 2 - (y * cosine - z * sine) * scale]).astype(
-            np.float32
-        )
+
+def camera(distance: float, elevation: float, aim: float, spread: float) -> Camera:
+    """Makes a camera that looks at (0, aim, 0) from a distance, `elevation` radians above the horizon."""
+    sine, cosine = math.sin(elevation), math.cos(elevation)
+    eye = vector(0, aim + distance * sine, distance * cosine)
+    return Camera(eye, number(sine), number(cosine), number(spread))
 
 
 @dataclass(frozen=True)
 class Light:
     """One far light and what comes from all sides."""
 
-    direction: Array  # (3, 1), unit, towards the light
-    colour: Array  # (3,)
-    ambient: Array  # (3,)
+    direction: Tensor  # (3, B), unit, towards the light
+    colour: Tensor  # (3, B)
+    ambient: Tensor  # (3, B)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything but the objects."""
+    """Everything but the objects; a batch, see `batches`."""
 
     floor: Surface
     wall: Surface
-    wall_distance: float  # the wall stands at z = -wall_distance
+    wall_distance: Tensor  # (B,), the wall stands at z = -wall_distance
     camera: Camera
     light: Light
+
+
+@lru_cache(maxsize=32)
+def _filter(roughness: float, stretch: float) -> Array:
+    """What the frequencies of white noise are multiplied with, (TILE, TILE / 2 + 1)."""
+    vertical = np.fft.fftfreq(TILE)[:, None] * TILE
+    horizontal = np.fft.rfftfreq(TILE)[None, :] * TILE * stretch
+    frequency = np.sqrt(vertical**2 + horizontal**2)
+    frequency[0, 0] = np.inf
+    result: Array = (frequency**-roughness).astype(np.float32)
+    return result
 
 
 def noise(rng: Generator, roughness: float = 1.5, stretch: float = 1.0) -> Array:
     """Makes tileable noise (TILE, TILE) of mean 0 and variance 1; spectrum: frequency ** -roughness."""
     spectrum = np.fft.rfft2(rng.standard_normal((TILE, TILE), dtype=np.float32))
-    vertical = np.fft.fftfreq(TILE)[:, None] * TILE
-    horizontal = np.fft.rfftfreq(TILE)[None, :] * TILE * stretch
-    frequency = np.sqrt(vertical**2 + horizontal**2)
-    frequency[0, 0] = np.inf
-    field = np.fft.irfft2(spectrum * frequency**-roughness, s=(TILE, TILE))
+    field = np.fft.irfft2(spectrum * _filter(roughness, stretch), s=(TILE, TILE))
     result: Array = (field / field.std()).astype(np.float32)
     return result
 
 
-def mix(first: Array, second: Array, amount: Array) -> Array:
-    """Blends two colours (3,) by a field (TILE, TILE) in 0..1."""
-    return first + (second - first) * np.clip(amount, 0, 1)[..., None]
+def mix(first: Array, second: Array, amount: Array | float) -> Array:
+    """Blends two colours (3,), or pictures (3, TILE, TILE), by a field (TILE, TILE) in 0..1."""
+    first, second = (c.reshape(3, *(c.shape[1:] or (1, 1))) for c in (first, second))
+    result: Array = first + (second - first) * np.clip(amount, 0, 1, dtype=np.float32)
+    return result
 
 
 def grid(count: int, joint: float, offset: bool) -> tuple[Array, NDArray[np.intp]]:
@@ -118,14 +128,14 @@ def planks(rng: Generator, colours: Colours) -> Array:
     """Boards of wood."""
     joints, number = grid(int(rng.choice([4, 6])), 0.03, True)
     tone = rng.uniform(0.75, 1.15, 64).astype(np.float32)[number]
-    return wood(rng, colours) * (tone * (1 - 0.6 * joints))[..., None]
+    return wood(rng, colours) * (tone * (1 - 0.6 * joints))
 
 
 def tiles(rng: Generator, colours: Colours) -> Array:
     """Draws square tiles with dark joints."""
     joints, number = grid(int(rng.choice([3, 4, 6])), 0.05, False)
     tone = rng.uniform(0.88, 1.08, 64).astype(np.float32)[number]
-    return mix(colours[0] * np.float32(1.05), colours[1] * np.float32(0.5), joints) * tone[..., None]
+    return mix(colours[0] * np.float32(1.05), colours[1] * np.float32(0.5), joints) * tone
 
 
 def bricks(rng: Generator, colours: Colours) -> Array:
@@ -133,7 +143,7 @@ def bricks(rng: Generator, colours: Colours) -> Array:
     joints, number = grid(8, 0.12, True)
     tone = rng.uniform(0.7, 1.15, 64).astype(np.float32)[number] + 0.06 * noise(rng, 0.8)
     brick = linear((168, 88, 66)) if rng.random() < 0.5 else colours[1]
-    return mix(brick, colours[2], joints) * tone[..., None]
+    return mix(brick, colours[2], joints) * tone
 
 
 def checks(rng: Generator, colours: Colours) -> Array:
@@ -153,7 +163,7 @@ def marble(rng: Generator, colours: Colours) -> Array:
 def carpet(rng: Generator, colours: Colours) -> Array:
     """Draws fine grain with a few worn places."""
     picture = mix(colours[0], colours[1], 0.5 + 0.3 * noise(rng, 0.2))
-    return picture * (1 + 0.1 * noise(rng, 1.5))[..., None]
+    return picture * (1 + 0.1 * noise(rng, 1.5))
 
 
 def grass(rng: Generator, _: Colours) -> Array:
@@ -177,9 +187,7 @@ def panels(_: Generator, colours: Colours) -> Array:
 def blur(rng: Generator, colours: Colours) -> Array:
     """Draws patches of colour that are out of focus."""
     strong = [linear(c) for c in palette(rng, 2)]
-    picture = mix(strong[0], strong[1], 0.5 + 0.5 * noise(rng, 2.2))
-    result: Array = picture + (colours[2] - picture) * np.float32(0.6)
-    return result
+    return mix(mix(strong[0], strong[1], 0.5 + 0.5 * noise(rng, 2.2)), colours[2], 0.6)
 
 
 def plaster(rng: Generator, colours: Colours) -> Array:
@@ -198,13 +206,18 @@ OUTDOOR_FLOORS: tuple[Material, ...] = (grass, marble, carpet, planks)
 WALLS: tuple[Material, ...] = (plain, plaster, bricks, stripes, tiles, panels, blur)
 
 
-def surface(material: Material, size: float, rng: Generator) -> Surface:
-    """Makes a floor or wall whose repeat is `size` long."""
+def surface_picture(material: Material, rng: Generator) -> Array:
+    """Draws a floor or wall in colours that suit a room, (3, TILE, TILE), linear light."""
     # rooms are paler than the things in them: pull the colours to a common light grey or beige
     grey = linear((np.array([225, 215, 200]) * rng.uniform(0.55, 1.0)).astype(np.uint8))
     base, other = (grey + (linear(c) - grey) * np.float32(rng.uniform(0.05, 0.55)) for c in palette(rng, 2))
-    picture = material(rng, (base, other, grey))
-    return Surface(np.clip(picture, 0.003, 1).astype(np.float32), size)
+    result: Array = np.clip(material(rng, (base, other, grey)), 0.003, 1)
+    return result
+
+
+def surface(material: Material, size: float, rng: Generator) -> Surface:
+    """Makes a floor or wall whose repeat is `size` long."""
+    return Surface(texture(surface_picture(material, rng)), number(size))
 
 
 def sky_picture(rng: Generator) -> Array:
@@ -214,24 +227,21 @@ def sky_picture(rng: Generator) -> Array:
     if rng.random() < 0.3:
         low, high = linear((250, 200, 150)), linear((110, 110, 180))
     clouds = np.clip(noise(rng, 1.7, 0.4) - 0.3, 0, 1) * height
-    picture = mix(low, high, height) * (1 - clouds[..., None]) + clouds[..., None]
+    picture: Array = mix(low, high, height) * (1 - clouds) + clouds
     for shade, level in ((0.9, 0.13), (0.6, 0.06)):
         ridge = level + 0.025 * noise(rng, 1.8)[0]
         hill = linear((120, 150, 130)) * np.float32(shade)
-        picture = np.where((height < ridge[None, :])[..., None], hill, picture)
-    result: Array = picture.astype(np.float32)
-    return result
+        picture = mix(picture, hill, (height < ridge).astype(np.float32))
+    return picture
 
 
 def make_light(rng: Generator) -> Light:
     """Makes a light from above and before, warm or cold."""
     turn, lift = rng.uniform(-1.2, 1.2), rng.uniform(0.6, 1.15)
-    direction = np.array(
-        [[np.sin(turn) * np.cos(lift)], [np.sin(lift)], [np.cos(turn) * np.cos(lift)]], np.float32
-    )
+    direction = vector(math.sin(turn) * math.cos(lift), math.sin(lift), math.cos(turn) * math.cos(lift))
     warmth = rng.uniform(-0.08, 0.1)
-    colour = np.array([1 + warmth, 1, 1 - warmth], np.float32) * np.float32(rng.uniform(0.65, 0.95))
-    ambient = np.array([1 - warmth, 1, 1 + warmth], np.float32) * np.float32(rng.uniform(0.28, 0.5))
+    colour = vector(1 + warmth, 1, 1 - warmth) * rng.uniform(0.65, 0.95)
+    ambient = vector(1 - warmth, 1, 1 + warmth) * rng.uniform(0.28, 0.5)
     return Light(direction, colour, ambient)
 
 
@@ -240,11 +250,11 @@ def make_scene(seed: int) -> Scene:
     rng = np.random.default_rng([seed, 2])
     if rng.random() < 0.25:
         floor = surface(OUTDOOR_FLOORS[rng.integers(len(OUTDOOR_FLOORS))], rng.uniform(1.6, 3.5), rng)
-        wall, wall_distance = Surface(sky_picture(rng), 9.0), 6.0
+        wall, wall_distance = Surface(texture(sky_picture(rng)), number(9.0)), 6.0
     else:
         floor = surface(FLOORS[rng.integers(len(FLOORS))], rng.uniform(1.6, 3.5), rng)
         wall = surface(WALLS[rng.integers(len(WALLS))], rng.uniform(1.8, 3.6), rng)
         wall_distance = rng.uniform(1.6, 3.2)
     distance, elevation = rng.uniform(4.5, 6.0), rng.uniform(0.2, 0.55)
-    camera = Camera(distance, elevation, rng.uniform(0.45, 0.75), rng.uniform(0.3, 0.36))
-    return Scene(floor, wall, wall_distance, camera, make_light(rng))
+    seen = camera(distance, elevation, rng.uniform(0.45, 0.75), rng.uniform(0.3, 0.36))
+    return Scene(floor, wall, number(wall_distance), seen, make_light(rng))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
+from torch import Tensor
 
-from training.data.synthetic.rendering import ObjectSpec, Pose, make_object, render_all, render_cutout
+from training.data.synthetic.bodies import Pose
+from training.data.synthetic.objects import ObjectSpec, make_object
+from training.data.synthetic.rendering import CPU, render_cutouts, render_pictures
 from training.data.synthetic.scenes import Scene, make_light, make_scene
 
 Picture = NDArray[np.uint8]
+Key = tuple[int, int]  # the number of an object, and of a view of it
 
 HELD_OUT = 1_000_000
 """Seeds from here on are never trained on; example pictures and the evaluation set are drawn with them."""
@@ -52,16 +58,43 @@ def _stage(seed: int, number: int) -> tuple[Scene, tuple[ObjectSpec, Pose], list
     return scene, (make_object(seed), pose), others
 
 
+def scene_views(keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU) -> Tensor:
+    """Draws views in scenes, each in a room of its own.
+
+    Args:
+        keys: objects and numbers of views, N.
+        size: pixels per side.
+        device: where they are drawn.
+
+    Returns:
+        RGB and the object's share of each pixel, (N, size, size, 4) uint8.
+    """
+    stages = [_stage(seed, number) for seed, number in keys]
+    placed = [[own, *others] for _, own, others in stages]
+    pictures, masks = render_pictures([scene for scene, _, _ in stages], placed, (size, size), device)
+    return torch.cat([pictures, torch.stack([each[0] for each in masks])[..., None]], -1)
+
+
+def reference_views(keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU) -> Tensor:
+    """Draws views of objects alone on black, as in product pictures; see `scene_views`."""
+    poses = []
+    for seed, number in keys:
+        rng = np.random.default_rng([seed, 5, number])
+        poses.append((make_object(seed), _yaw(seed, rng), rng.uniform(0.1, 0.5), make_light(rng)))
+    specs, yaws, elevations, lights = zip(*poses, strict=True)
+    return render_cutouts(specs, yaws, elevations, lights, size, device)
+
+
 def scene_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
-    """Draws view `number` of object `seed`, each in a room of its own."""
-    scene, placed, others = _stage(seed, number)
-    image, masks = render_all(scene, [placed, *others], (size, size))
-    return View(image, masks[0])
+    """Draws view `number` of object `seed`, in a room of its own."""
+    return _view(scene_views([(seed, number)], size))
 
 
 def reference_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
     """Draws view `number` of object `seed` alone on black, as in a product picture."""
-    rng = np.random.default_rng([seed, 5, number])
-    yaw, elevation, light = _yaw(seed, rng), rng.uniform(0.1, 0.5), make_light(rng)
-    picture = render_cutout(make_object(seed), yaw, elevation, light, size)
+    return _view(reference_views([(seed, number)], size))
+
+
+def _view(drawn: Tensor) -> View:
+    picture = drawn[0].numpy()
     return View(picture[..., :3], picture[..., 3])
