@@ -7,6 +7,7 @@ resumed, or split over several processes, sees exactly the samples, noises and t
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from training.capture import CapturedStep
 from training.clock import Clock
@@ -209,7 +211,7 @@ class _Stepper:
             else accelerator.prepare(task.module)
         )
         if settings.compile and accelerator.device.type == "cpu":
-            self._module = torch.compile(self._module)
+            self._module = _compiled(self._module)
         self.state = TrainState(task.module, settings, accelerator.scaler)
         if saved:
             self.state.load(saved)
@@ -270,6 +272,18 @@ class _Stepper:
         alone = accelerator.num_processes == settings.accumulate == 1 and not settings.shard
         again = any(getattr(part, "gradient_checkpointing", False) for part in self._task.module.modules())
         return accelerator.device.type == "cuda" and alone and accelerator.scaler is None and not again
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    """A module whose passes are compiled when they first run.
+
+    Raises:
+        InputError: there is nothing to compile with.
+    """
+    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        raise InputError("compile needs a C++ compiler: install g++, or leave it out of the recipe")
+    module.compile()
+    return module
 
 
 def load_batches(
