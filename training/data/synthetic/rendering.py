@@ -57,9 +57,8 @@ def render_pictures(
     for some in slices(len(scenes), device):
         drawn, shares = _draw(scenes[some], placed[some], size, device)
         pictures.append(developed(drawn))
-        masks += (
-            (shares * 255 + 0.5).to(torch.uint8).split_with_sizes([len(things) for things in placed[some]])
-        )
+        objects = [len(things) for things in placed[some]]
+        masks += (shares * 255 + 0.5).to(torch.uint8).split_with_sizes(objects)
     return torch.cat(pictures), masks
 
 
@@ -125,8 +124,8 @@ def _groups(placed: Sequence[Sequence[Placed]], device: torch.device) -> list[Gr
     kinds: dict[tuple[int, Hashable], list[tuple[ObjectSpec, Pose, int, int]]] = {}
     first = 0
     for picture, things in enumerate(placed):
-        nearest_first = sorted(range(len(things)), key=lambda index: -things[index][1].z)
-        for rank, index in enumerate(nearest_first):
+        far_first = sorted(range(len(things)), key=lambda index: things[index][1].z)
+        for rank, index in enumerate(reversed(far_first)):
             spec, pose = things[index]
             kinds.setdefault((rank, spec.kind), []).append((spec, pose, picture, first + index))
         first += len(things)
@@ -156,9 +155,8 @@ def _draw(
     width, height = size
     light = torch.zeros(3, len(scenes), height, width, device=device)
     masks = torch.zeros(sum(map(len, placed)), height, width, device=device)
-    free = torch.ones(
-        len(scenes), height, width, device=device
-    )  # share of each pixel that nothing covers yet
+    # the share of each pixel that nothing covers yet
+    free = torch.ones(len(scenes), height, width, device=device)
     for group in groups:
         seen = take(batch.camera, group.pictures), take(batch.light, group.pictures)
         drawn, behind = draw_bodies(group.bodies, *seen, size), free[group.pictures]
