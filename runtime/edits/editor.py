@@ -10,7 +10,7 @@ from PIL import Image
 
 from runtime.compositor import Compositor, StepCallback
 from runtime.edits.fillers import check_fill, fill_request, filler_name, fills_holes, require_filler
-from runtime.edits.plan import Plan, plan_edit
+from runtime.edits.plan import Plan, in_edit, placed_field, plan_edit
 from runtime.errors import InputError, collecting_warnings, in_field, warn
 from runtime.imaging.picture import Picture
 from runtime.imaging.scene import load_scene
@@ -47,11 +47,11 @@ def check_edit(edit: Edit, compositor: Compositor, filler: Compositor | None, li
     with in_field("where"):
         compositor.segmenter.check(edit.where)
     if isinstance(edit.action, SwapPlaces):
-        with in_field("other"):
+        with in_field("swap.other"):
             compositor.segmenter.check(edit.action.other)
     if isinstance(edit.action, Swap | TryOn):
         given = edit.action.placement
-        with in_field("placement"):
+        with in_field(placed_field(edit.action)):
             if given.box is not None or given.mask is not None:
                 raise InputError("the place is where the object is: leave out box and mask")
     if not isinstance(edit.action, Remove):
@@ -123,7 +123,7 @@ class Editor:
         """
         check_edit(edit, self.compositor, self.filler, LARGEST)
         watch = Stopwatch()
-        with collecting_warnings() as warnings:
+        with collecting_warnings() as warnings, in_edit(placed_field(edit.action)):
             plan = plan_edit(edit, self.compositor.segmenter, LARGEST, watch)
             return self._run(plan, watch, warnings, on_step)
 

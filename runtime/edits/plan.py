@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +21,7 @@ from runtime.imaging.masks import MaskedPicture, load_mask
 from runtime.imaging.picture import Picture
 from runtime.imaging.scene import load_scene
 from runtime.imaging.target import check_box
-from runtime.request import Edit, Move, Placement, Remove, Request, Reshape, Swap, SwapPlaces, TryOn
+from runtime.request import Action, Edit, Move, Placement, Remove, Request, Reshape, Swap, SwapPlaces, TryOn
 from runtime.result import Stopwatch
 from runtime.segmentation import Segmenter
 from runtime.validation import MAX_SEED, Limits
@@ -81,6 +83,27 @@ class Plan:
         return tuple(smallest_box(hole_of(mask)) for mask in self.objects)
 
 
+def placed_field(action: Action) -> str:
+    """The field of an edit that says what is placed, as it is on the wire."""
+    if isinstance(action, Swap):
+        return "swap.placement"
+    return "try_on" if isinstance(action, TryOn) else "where"
+
+
+@contextmanager
+def in_edit(placed: str) -> Iterator[None]:
+    """Lets refusals of what is placed name the field of the edit, not that of the request that is made of it.
+
+    Args:
+        placed: see `placed_field`.
+    """
+    try:
+        yield
+    except InputError as error:
+        error.field = re.sub(r"^placements\[\d+\]", placed, error.field)
+        raise
+
+
 def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch) -> Plan:
     """Reads the scene, and finds the objects. Uses no engine but the segmenter's, and may run in any thread.
 
@@ -99,11 +122,11 @@ def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch
         mask = segmenter.find(scene, edit.where, limits.pixels, "the scene")
     found = _Found(edit, replace(scene, orientation=UPRIGHT), seen, mask)
     if isinstance(edit.action, SwapPlaces):
-        with watch.measure("segment"), in_field("other"):
+        with watch.measure("segment"), in_field("swap.other"):
             other = segmenter.find(scene, edit.action.other, limits.pixels, "the scene")
             plan = found.swapped(other)
     elif isinstance(edit.action, Reshape):
-        with watch.measure("read"), in_field("to"):
+        with watch.measure("read"), in_field("reshape.to"):
             of = MaskedPicture("the scene", seen.shape, scene.orientation)
             plan = found.reshaped(load_mask(edit.action.to, "the new outline", limits.pixels, of))
     else:
@@ -147,7 +170,7 @@ class _Found:
         if isinstance(action, Remove):
             return self._plan([self.mask], [])
         if isinstance(action, Move):
-            with in_field("to"):
+            with in_field("move.to"):
                 to = check_box(action.to, (self.seen.shape[1], self.seen.shape[0]))
             return self._plan([self.mask], [replace(self.own, box=to)])
         given = action.placement

@@ -126,14 +126,14 @@ def _action_fields(action: Action) -> Mapping[str, Any]:
     if isinstance(action, Remove):
         return {"remove": pb.Remove()}
     if isinstance(action, Move):
-        with in_field("to"):
+        with in_field("move.to"):
             return {"move": pb.Move(to=pb.Box(**whole_box(action.to)._asdict()))}
     if isinstance(action, Reshape):
-        with in_field("to"):
+        with in_field("reshape.to"):
             return {"reshape": pb.Reshape(to=file_of(action.to, "the new outline"))}
     if isinstance(action, SwapPlaces):
-        with in_field("other"):
+        with in_field("swap.other"):
             return {"swap": pb.Swap(other=message_from_where(action.other))}
-    with in_field("placement"):
+    with in_field("try_on" if isinstance(action, TryOn) else "swap.placement"):
         placement = placement_message(action.placement)
     return {"try_on": placement} if isinstance(action, TryOn) else {"swap": pb.Swap(placement=placement)}

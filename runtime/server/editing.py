@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from runtime.edits.fillers import fill_request, filler_name
-from runtime.edits.plan import Plan
+from runtime.edits.plan import Plan, in_edit, placed_field
 from runtime.request import Edit, Request
 from runtime.server.batching import Batcher
 from runtime.server.call import Call
@@ -70,11 +70,13 @@ class Editing:
         """
         course = _Course()
         follows = self._follows(course, call, edit, file_format, preview_every)
+        placed = placed_field(edit.action)
         del edit
-        for follow in follows:
-            async with aclosing(self._phase(course, follow)) as events:
-                async for event in events:
-                    yield event
+        with in_edit(placed):
+            for follow in follows:
+                async with aclosing(self._phase(course, follow)) as events:
+                    async for event in events:
+                        yield event
         finished = self._finished(course.done)
         call.seconds = finished.seconds
         yield finished

@@ -131,8 +131,8 @@ class Images:
         with in_field("image"):
             given = fields.pop("image", None)
             images = [file_of(each) for each in (given if isinstance(given, list) else [given])]
-            if not 1 <= len(images) <= 2:
-                raise InputError("the scene is expected, or a list of the scene and the object's picture")
+            if not images:
+                raise InputError("the scene is expected, or a list of the scene and pictures of the object")
         with in_field("size"):
             size = _size(fields.pop("size", None))
         mask = fields.pop("mask", None)
@@ -140,8 +140,8 @@ class Images:
         placement = {name: fields.pop(name) for name in list(fields) if name in PLACEMENT}
         if prompt:
             placement["prompt"] = prompt
-        if len(images) == 2:
-            placement["reference"] = images[1]
+        if len(images) > 1:
+            placement["reference"] = images[1:]
         if "reference_image" in fields:
             placement["reference"] = fields.pop("reference_image")
         given = {**fields, "scene": images[0], "placements": [placement]}

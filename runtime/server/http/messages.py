@@ -2,7 +2,8 @@
 
 Pictures are files of a form, or base64, also as a data URL. Names of enums are in lower case without their
 prefix. Boxes and clicks are also lists of their numbers, or those in a text: "!3,4" is a click that is not on
-the object. The fields of a single placement may stand beside the scene, as may those of `where`.
+the object. A file stands for a view, and a list of files for a reference and its views. The fields of a
+single placement may stand beside the scene, as may those of `where`.
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ def _named(kind: str, given: Any) -> Any:
     """What stands for a message, as the fields of it."""
     if kind == "Clicks" and isinstance(given, str | list):
         return {"points": given}
+    if kind == "View" and isinstance(given, str | bytes):
+        return {"picture": given}
+    if kind == "Placement" and isinstance(given, Mapping) and isinstance(given.get("reference"), list):
+        return _with_views(given)
     if kind not in _LISTED or not isinstance(given, str | list):
         return given
     if isinstance(given, str):
@@ -106,10 +111,21 @@ def _named(kind: str, given: Any) -> Any:
     return dict(zip(names, given))
 
 
+def _with_views(placement: Mapping[str, Any]) -> Fields:
+    """A placement whose reference is a list: the first of it, and views."""
+    references = placement["reference"]
+    with in_field("reference"):
+        if not references:
+            raise InputError("a file is expected, or a list of files, and the list is empty")
+        if placement.get("views") is not None:
+            raise InputError("give several pictures of an object either here or in views, and not in both")
+    return {**placement, "reference": references[0], "views": references[1:]}
+
+
 def _set(message: Any, field: FieldDescriptor, value: Any) -> None:
     if field.is_repeated:
         with in_field(field.name):
-            if isinstance(value, str):  # of a form, the only one
+            if isinstance(value, str | bytes):  # of a form, the only one
                 value = [value]
             if not isinstance(value, list):
                 raise InputError("a list is expected")

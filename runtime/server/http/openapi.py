@@ -22,6 +22,7 @@ def _numbers(count: int) -> dict[str, Any]:
 
 
 _FILE = {"type": "string", "description": "A file: base64, also as a data URL; in a form, the file itself."}
+_FILES = {"oneOf": [_FILE, {"type": "array", "items": _FILE, "minItems": 1}]}
 _MESSAGES = (
     *(pb.CompositeRequest, pb.DrawRequest, pb.EditRequest, pb.CompositeResponse),
     *(pb.SegmentRequest, pb.SegmentResponse, pb.GetModelInfoResponse),
@@ -32,6 +33,7 @@ _SHORTER: dict[str, list[dict[str, Any]]] = {
     "Clicks": [{"type": "array", "items": _reference("Point")}],
     "TimestepInterval": [_numbers(2)],
     "Remove": [{"type": "boolean"}],
+    "View": [_FILE],
 }
 """What may stand for a message."""
 _ON_THE_WAY = {
@@ -68,6 +70,7 @@ def document(has_jobs: bool) -> dict[str, Any]:
         _add(schemas, message.DESCRIPTOR)  # type: ignore[arg-type]
     for name, shorter in _SHORTER.items():
         schemas[name] = {"oneOf": [schemas[name], *shorter]}
+    schemas["Placement"]["properties"]["reference"] = _FILES
     places = schemas["Where"]["properties"]
     schemas["CompositeRequest"]["properties"] |= schemas["Placement"]["properties"]
     for name in ("EditRequest", "SegmentRequest"):
@@ -224,9 +227,8 @@ def _common() -> dict[str, Any]:
 
 
 def _edit() -> dict[str, Any]:
-    image = {"oneOf": [_FILE, {"type": "array", "items": _FILE, "maxItems": 2}]}
     mask = {**_FILE, "description": "A picture of the scene's size; what is transparent is the place."}
-    fields = {"image": image, "mask": mask, "reference_image": dict(_FILE), **_common()}
+    fields = {"image": _FILES, "mask": mask, "reference_image": _FILES, **_common()}
     box = {"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 4}
     return {"type": "object", "required": ["image"], "properties": {**fields, "box": box}}
 

@@ -129,14 +129,14 @@ def test_the_object_is_found(editor: Editor) -> None:
 @pytest.mark.parametrize(
     ("asked", "field", "reason"),
     [
-        (lambda: edit(Move((200, 0, 240, 40))), "to", "lies outside the scene of 160 x 120 pixels"),
-        (lambda: edit(Move((9, 9, 9, 20))), "to", "has no area"),
+        (lambda: edit(Move((200, 0, 240, 40))), "move.to", "lies outside the scene of 160 x 120 pixels"),
+        (lambda: edit(Move((9, 9, 9, 20))), "move.to", "has no area"),
         (lambda: edit(Remove(), np.ones((120, 160), bool)), "where", "nothing is left that could fill it"),
         (lambda: edit(Remove(), np.ones((12, 16), bool)), "where.mask", "they must have the same size"),
         (lambda: edit(Remove(), CUP & VASE), "where.mask", "the mask is empty"),
-        (lambda: edit(SwapPlaces(Where(mask=CUP))), "other", "both places show the same object"),
-        (lambda: edit(Reshape(np.ones((9, 9), bool))), "to", "they must have the same size"),
-        (lambda: edit(Swap(Placement(OBJECT, box=(0, 0, 9, 9)))), "placement", "leave out box and mask"),
+        (lambda: edit(SwapPlaces(Where(mask=CUP))), "swap.other", "both places show the same object"),
+        (lambda: edit(Reshape(np.ones((9, 9), bool))), "reshape.to", "they must have the same size"),
+        (lambda: edit(Swap(Placement(OBJECT, box=(0, 0, 9, 9)))), "swap.placement", "leave out box and mask"),
         (
             lambda: edit(Move((90, 60, 140, 110)), sampling=Sampling(steps=0)),
             "sampling.steps",

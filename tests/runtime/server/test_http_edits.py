@@ -176,7 +176,12 @@ def test_a_mask_in_json(address: str) -> None:
 @pytest.mark.parametrize(
     ("path", "more", "param", "text"),
     [
-        ("edit", {"move": {"to": [200, 0, 240, 40]}}, "to", "outside"),
+        ("edit", {"move": {"to": [200, 0, 240, 40]}}, "move.to", "outside"),
+        ("edit", {"reshape": {"to": OBJECT_64}}, "reshape.to", "they must have the same size"),
+        ("edit", {"swap": {"other": {"box": [1, 2, 1, 4]}}}, "swap.other", "no area"),
+        ("edit", {"swap": {"placement": {"reference": "AAAA"}}}, "swap.placement.reference", "not a picture"),
+        ("edit", {"try_on": {"reference": OBJECT_64, "prompt": "a hat"}}, "try_on.prompt", "takes no prompt"),
+        ("edit", {"try_on": {"reference": OBJECT_64, "box": [1, 2, 3, 4]}}, "try_on", "leave out box"),
         ("edit", {}, "action", "nothing says what is done to the object"),
         ("edit", {"remove": {}, "move": {"to": list(TO)}}, None, "give either remove or move"),
         ("edit", {"remove": {}, "box": [1, 2, 3, 4]}, "where", "give either box or mask"),

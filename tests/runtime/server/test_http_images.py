@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import pytest
 from PIL import Image
 
 from runtime import Compositor, Placement, Sampling
-from tests.support.http import post
+from runtime.errors import InputError
+from runtime.rpc import compositor_pb2 as pb
+from runtime.server.http.messages import message_of
+from tests.support.http import post, post_form
 from tests.support.serving import (
     BOX,
     OBJECT,
@@ -117,6 +121,36 @@ def test_the_object_and_its_place_may_come_by_extra_body(client: openai.OpenAI, 
         sampling=Sampling(steps=2),
     )
     assert (pixels(answer.data[0].b64_json) == np.asarray(expected)).all()
+
+
+def test_several_pictures_of_the_object_are_views(client: openai.OpenAI, server: ServerThread) -> None:
+    """This bundle takes one picture of an object, and counts those that it is given."""
+    both = [base64.b64encode(OBJECT).decode()] * 2
+    images = [file(each) for each in (SCENE, OBJECT, OBJECT)]
+    refused = r"placements\[0\].views: 2 pictures of an object are given, and this bundle takes 1"
+    for image, more in ((file(SCENE), {"reference_image": both}), (images, {})):
+        with pytest.raises(openai.BadRequestError, match=refused):
+            client.images.edit(image=image, prompt="", extra_body={"box": list(BOX), **more})  # type: ignore[arg-type]
+    client.images.edit(
+        image=file(SCENE), prompt="", extra_body={"box": list(BOX), "reference_image": both[:1], **TWO_STEPS}
+    )
+    box: list[tuple[str, str | bytes]] = [("box", ",".join(map(str, BOX))), ("scene", SCENE)]
+    for names in (("reference", "reference"), ("reference[]", "reference[]"), ("reference", "views[]")):
+        form = [*box, *((name, OBJECT) for name in names)]
+        answer = post_form(str(server.server.http_address), "/v1/composite", form)
+        assert re.match(refused, answer.error["message"])
+
+
+def test_a_list_of_references_is_the_first_and_its_views() -> None:
+    place = {"box": list(BOX), "reference": [b"front", b"left", b"right"]}
+    message, _ = message_of({"scene": SCENE, **place}, pb.CompositeRequest)
+    (placement,) = message.placements
+    assert placement.reference == b"front"
+    assert [view.picture for view in placement.views] == [b"left", b"right"]
+    for more, text in (({"reference": []}, "the list is empty"), ({"views": [b"left"]}, "and not in both")):
+        with pytest.raises(InputError, match=text) as caught:
+            message_of({"scene": SCENE, **place, **more}, pb.CompositeRequest)
+        assert caught.value.field == "placements[0].reference"
 
 
 def test_the_format_of_the_files_is_theirs_to_choose(client: openai.OpenAI) -> None:

@@ -156,11 +156,11 @@ def test_the_object_is_found(server: ServerThread) -> None:
 @pytest.mark.parametrize(
     ("asked", "field"),
     [
-        (edit(Move((200, 0, 240, 40))), "to"),
+        (edit(Move((200, 0, 240, 40))), "move.to"),
         (edit(Move(TO), where=Where(clicks=[(500, 3)])), "where"),
         (edit(Move(TO), where=Where(mask=np.ones((9, 9), bool))), "where.mask"),
         (edit(Reshape(np.ones((9, 9), bool))), "reshape.to"),
-        (edit(SwapPlaces(Where(mask=CUP))), "other"),
+        (edit(SwapPlaces(Where(mask=CUP))), "swap.other"),
         (edit(Swap(Placement(SCENE))), "placements[0].reference_mask"),
         (edit(Move(TO), num_images=100), "num_images"),
     ],
