@@ -95,7 +95,7 @@ def new_app(
         jobs: answers what is fetched later, if anything is.
         settings: of the server.
     """
-    images, origins, max_bytes = Images(composites), settings.cors, settings.max_message_bytes
+    images, max_bytes = Images(composites), settings.max_message_bytes
 
     def endpoint(verb: str, path: str, method: Method) -> Route:
         answers = Endpoint(gate, f"{verb} {path}", method, max_bytes, has_message=verb == "POST")
@@ -132,23 +132,30 @@ def new_app(
         routes.append(Mount(STUDIO, _Page(directory=Path(__file__).with_name("studio"), html=True)))
         routes.append(Route("/", lambda request: RedirectResponse(f"{STUDIO}/")))
 
+    handlers: dict[Any, Any] = dict.fromkeys((404, 405), refuse)
+    return Starlette(routes=routes, middleware=_middleware(gate, settings), exception_handlers=handlers)
+
+
+def _middleware(gate: Gate, settings: Settings) -> list[Middleware]:
+    """Which web pages may call."""
+
     def refusal(reason: str) -> ASGIApp:
-        return Endpoint(gate, "other", partial(_forbid, reason), max_bytes, has_message=False)
+        answer = partial(_forbid, reason)
+        return Endpoint(gate, "other", answer, settings.max_message_bytes, has_message=False)
 
     middleware = []
     if settings.host or not settings.tokens:  # no page of others has a token
         middleware.append(Middleware(OriginCheck, settings=settings, refusal=refusal))
-    cross_origin = Middleware(
-        CORSMiddleware,
-        allow_origins=list(origins),
-        allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["*"],
-        expose_headers=["x-request-id", "x-seed", "x-warnings", "retry-after", "location"],
-    )
-    if origins:
+    if settings.cors:
+        cross_origin = Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-seed", "x-warnings", "retry-after", "location"],
+        )
         middleware.append(cross_origin)
-    handlers: dict[Any, Any] = dict.fromkeys((404, 405), refuse)
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    return middleware
 
 
 def _health_routes(health: Health, has_jobs: bool) -> list[BaseRoute]:
