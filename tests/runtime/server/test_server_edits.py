@@ -161,7 +161,7 @@ def test_the_object_is_found(server: ServerThread) -> None:
         (edit(Move(TO), where=Where(mask=np.ones((9, 9), bool))), "where.mask"),
         (edit(Reshape(np.ones((9, 9), bool))), "reshape.to"),
         (edit(SwapPlaces(Where(mask=CUP))), "swap.other"),
-        (edit(Swap(Placement(SCENE))), "placements[0].reference_mask"),
+        (edit(Swap(Placement(SCENE))), "swap.placement.reference_mask"),
         (edit(Move(TO), num_images=100), "num_images"),
     ],
 )
