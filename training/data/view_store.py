@@ -131,8 +131,8 @@ def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device 
     on_card = device.type != "cpu"
     at_once = 64 if on_card else 4
     seeds = [range(first, min(first + at_once, count)) for first in range(start, count, at_once)]
-    # a process that was forked cannot use a card; one thread each, because they share the cores
-    method = get_context("spawn" if on_card else None)
+    # what was forked can use no card, and hangs where PyTorch had threads; one each: they share the cores
+    method = get_context("spawn")
     with ProcessPoolExecutor(workers, method, torch.set_num_threads, (1,)) as pool:
         drawn = chain.from_iterable(pool.map(draw_objects, seeds, repeat(device)))
         for row, (scenes, references) in enumerate(
