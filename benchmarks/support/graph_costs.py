@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.support.graphs import GRAPHS_OF
 from benchmarks.support.peaks import Peak
 from engines.bundle import Bundle
 from engines.errors import BundleError
@@ -162,7 +163,7 @@ def _itemsize(element_type: int) -> int:
 
 
 def count_bundle(bundle: Bundle, sizes: Mapping[str, int] | None = None) -> dict[str, GraphCost]:
-    """Count all graphs of a bundle.
+    """Count the graphs of a bundle that a picture needs; AnyDoor's `encode` serves refining alone.
 
     Args:
         bundle: of ONNX graphs.
@@ -178,4 +179,5 @@ def count_bundle(bundle: Bundle, sizes: Mapping[str, int] | None = None) -> dict
                 "were built from"
             )
     sizes = sizes or bundle.manifest.typical_sizes
-    return {graph: count_graph(bundle.graph_file(graph), graph, sizes) for graph in bundle.manifest.graphs}
+    graphs = GRAPHS_OF.get(bundle.manifest.system, tuple(bundle.manifest.graphs))
+    return {graph: count_graph(bundle.graph_file(graph), graph, sizes) for graph in graphs}

@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.roofline import main
 from benchmarks.support.graph_costs import GraphCost, count_bundle, count_graph
+from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from benchmarks.support.limits import picture_limit
 from benchmarks.support.peaks import PUBLISHED, Peak
 from engines.bundle import Bundle
 from engines.errors import BundleError
 from export.example_inputs import example_inputs
 from export.systems.anydoor import GRAPH_MODULES, PARTS
-from tests.support.anydoor import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from training.network.checkpoint import read_checkpoint
 
 Capture = pytest.CaptureFixture[str]

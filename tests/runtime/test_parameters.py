@@ -158,7 +158,8 @@ def test_a_request_overrides_the_quality_and_the_quality_the_manifest(
     compositor = Compositor.load(with_defaults(TRAINED_FOR), CPU)
 
     def accepted(sampling: Sampling) -> dict[str, Any]:
-        return asdict(compositor.accept(Request(SCENE, [Placement(cutout(), box=BOX)], 7, sampling)).sampling)
+        job = compositor.accept(Request(SCENE, [Placement(cutout(), box=BOX)], 7, sampling))
+        return asdict(job.passes[0][1].sampling)
 
     manifest = {**DEFAULTS, **TRAINED_FOR}
     expected = {name: manifest[name] for name in SAMPLING_PARAMETERS}

@@ -71,7 +71,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 def test_a_body_of_many_small_chunks_is_refused(tiny_bundle: Path, tokens: str) -> None:
     """Before the token is looked at: each chunk takes the event loop as long as a large one."""
-    head = b"POST /v1/composite HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/composite HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     with ServerThread(tiny_bundle, http="127.0.0.1:0", tokens=tokens) as server:
         with closing(connect(http_address(server))) as connection:
             connection.sendall(head + b"1\r\na\r\n" * 600)
@@ -123,7 +123,7 @@ def test_who_does_not_take_an_answer_is_cut_off(
     server: ServerThread, address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     body = json.dumps(fields(**LARGE)).encode()
-    head = f"POST /v1/composite HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/composite HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     with caplog.at_level("INFO"), closing(connect(address)) as connection:
         connection.sendall(head.encode() + body)
         wait_until(lambda: logged(caplog))
@@ -140,7 +140,7 @@ def test_a_result_that_is_fetched_counts(server: ServerThread, address: str) -> 
     wait_until(lambda: not calls(server))
     kept = ledger.taken
     with closing(connect(address)) as connection:
-        connection.sendall(f"GET {job['result']} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET {job['result']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         wait_until(lambda: ledger.taken > 2 * kept)
         wait_until(lambda: ledger.taken == kept)
     assert len(get(address, job["result"]).json["images"]) == 3
@@ -150,7 +150,7 @@ def test_who_follows_a_job_and_leaves_is_gone(server: ServerThread, address: str
     server.engine.hold()
     job = post(address, "/v1/jobs", fields()).json
     with closing(connect(address)) as connection:
-        connection.sendall(f"GET /v1/jobs/{job['id']}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET /v1/jobs/{job['id']}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         wait_until(lambda: calls(server) == 2)
         assert connection.recv(1000)
     wait_until(lambda: calls(server) == 1)
@@ -170,7 +170,7 @@ def test_a_job_that_nobody_knows_of_is_ended(
     body = json.dumps(fields()).encode()
     with closing(connect(address)) as connection:
         connection.sendall(
-            f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            f"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         )
         connection.sendall(body)
         wait_until(lambda: calls(server) == 2)
