@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +81,7 @@ def paste_back(
     """
     without_first_row = picture[1:].astype(np.float32)
     composite: NDArray[np.uint8] = scene.copy()
-    for band in row_bands(pasted_region(geometry, rule)):
+    for band in _bands(pasted_region(geometry, rule)):
         in_padded_crop = box_in_box(band, geometry.crop).shift(geometry.padding.left, geometry.padding.top)
         pixels = resize_linear(without_first_row, geometry.padded_size, window=in_padded_crop)
         composite[band.slices] = pixels.astype(np.uint8)
@@ -115,16 +115,35 @@ def paste_feathered(
     of the picture's size; see `runtime.imaging.masked_scene`.
     Returns (H, W, 3) uint8 RGB of the scene's size, bit-identical to it where the weights are 0.
     """
-    drawn, crop = picture.astype(np.float32), geometry.crop
+    region = feathered_region(geometry, weights)
+    return blend(
+        picture, scene, geometry, region, lambda part: place_share(weights, geometry, scene.shape, part)
+    )
+
+
+def blend(
+    picture: NDArray[np.uint8],
+    scene: NDArray[np.uint8],
+    geometry: Geometry,
+    region: Box,
+    share_of: Callable[[Box], NDArray[np.float32]],
+) -> NDArray[np.uint8]:
+    """A copy of the scene, (H, W, 3), with a share of the picture, (H, W, 3) RGB, in a region of its crop.
+
+    Args:
+        picture: see `paste_feathered`.
+        scene: see `paste_feathered`.
+        geometry: of the picture's crop.
+        region: inside the crop, in scene coordinates.
+        share_of: gives the share for a part of the region, (H, W) of that part, 0..1.
+    """
+    drawn = picture.astype(np.float32)
     composite: NDArray[np.uint8] = scene.copy()
-    for band in row_bands(feathered_region(geometry, weights)):
-        window = box_in_box(band, crop).shift(geometry.padding.left, geometry.padding.top)
-        share = place_share(weights, geometry, scene.shape, band)
+    for band in _bands(region):
+        window = box_in_box(band, geometry.crop).shift(geometry.padding.left, geometry.padding.top)
         before = scene[band.slices].astype(np.float32)
-        pixels = before + share[..., None] * (
-            resize_linear(drawn, geometry.padded_size, window=window) - before
-        )
-        composite[band.slices] = np.rint(pixels).astype(np.uint8)
+        change = resize_linear(drawn, geometry.padded_size, window=window) - before
+        composite[band.slices] = np.rint(before + share_of(band)[..., None] * change).astype(np.uint8)
     return composite
 
 
@@ -161,7 +180,7 @@ def fading_ends(length: int, width: float, first: bool, last: bool) -> NDArray[n
     return share.astype(np.float32)
 
 
-def row_bands(region: Box) -> Iterator[Box]:
+def _bands(region: Box) -> Iterator[Box]:
     """The region in bands of rows: a large crop as float32 would take four times the scene's memory."""
     for y0 in range(region.y0, region.y1, _BAND_ROWS):
         yield region._replace(y0=y0, y1=min(y0 + _BAND_ROWS, region.y1))

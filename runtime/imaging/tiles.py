@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from runtime.imaging.boxes import Box, box_in_box
 from runtime.imaging.geometry import Geometry
-from runtime.imaging.paste_back import fading_ends, place_share, row_bands
-from runtime.imaging.resize import resize_linear
+from runtime.imaging.paste_back import blend, fading_ends, place_share
 
 OVERLAP = 0.25
 """Of neighbouring tiles, in sides of one, at the least."""
@@ -76,20 +75,16 @@ def paste_tile(
     Returns:
         (H, W, 3), bit-identical to the scene outside of tile and region.
     """
-    drawn, crop = picture.astype(np.float32), tile.crop
-    composite: NDArray[np.uint8] = scene.copy()
+    crop = tile.crop
     rows = _share(crop.y0, crop.y1, region.y0, region.y1)[:, None]
     columns = _share(crop.x0, crop.x1, region.x0, region.x1)[None]
-    for band in row_bands(region.intersection(crop)):
-        within = box_in_box(band, crop)
+
+    def share_of(part: Box) -> NDArray[np.float32]:
+        within = box_in_box(part, crop)
         share = rows[within.slices[0]] * columns[:, within.slices[1]]
-        if fade is not None:
-            share = share * place_share(fade, place, scene.shape, band)
-        before = scene[band.slices].astype(np.float32)
-        window = within.shift(tile.padding.left, tile.padding.top)
-        pixels = before + share[..., None] * (resize_linear(drawn, tile.padded_size, window=window) - before)
-        composite[band.slices] = np.rint(pixels).astype(np.uint8)
-    return composite
+        return share if fade is None else share * place_share(fade, place, scene.shape, part)
+
+    return blend(picture, scene, tile, region.intersection(crop), share_of)
 
 
 def _share(first: int, end: int, region_first: int, region_end: int) -> NDArray[np.float32]:
