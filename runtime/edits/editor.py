@@ -141,7 +141,10 @@ class Editor:
         scenes = [plan.scene]
         if plan.has_hole:
             with watch.measure("fill"):
-                drawn = filler.run(fill_request(plan, filler), following(0, place_steps)) if filler else []
+                drawn = []
+                if filler:
+                    with in_edit("fill"):
+                        drawn = filler.run(fill_request(plan, filler), following(0, place_steps))
                 # of a scene with colours of its own, the model's picture is in those
                 scenes = [plan.fill(load_scene(of.to_pillow())[0]) for of in drawn] or [plan.fill()]
         if plan.placements:

@@ -92,10 +92,10 @@ def placed_field(action: Action) -> str:
 
 @contextmanager
 def in_edit(placed: str) -> Iterator[None]:
-    """Lets refusals of what is placed name the field of the edit, not that of the request that is made of it.
+    """Lets refusals name the field of the edit, not that of the request that is made of it.
 
     Args:
-        placed: see `placed_field`.
+        placed: of what is placed, see `placed_field`; "fill" where a hole is filled.
     """
     try:
         yield

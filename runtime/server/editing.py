@@ -70,10 +70,9 @@ class Editing:
         """
         course = _Course()
         follows = self._follows(course, call, edit, file_format, preview_every)
-        placed = placed_field(edit.action)
         del edit
-        with in_edit(placed):
-            for follow in follows:
+        for named, follow in follows:
+            with in_edit(named):
                 async with aclosing(self._phase(course, follow)) as events:
                     async for event in events:
                         yield event
@@ -83,28 +82,32 @@ class Editing:
 
     def _follows(
         self, course: _Course, call: Call, edit: Edit, file_format: str, preview_every: int
-    ) -> Iterator[AsyncGenerator[Event, None]]:
-        """Yields the events of each phase; what a phase is depends on how those before it ended."""
+    ) -> Iterator[tuple[str, AsyncGenerator[Event, None]]]:
+        """Yields the events of each phase, and the field of the edit that says what it draws.
+
+        What a phase is depends on how those before it ended.
+        """
         filler = self._filler.compositor if self._filler else None
-        accept = partial(self._batcher.plan, edit, filler)
+        accept, placed = partial(self._batcher.plan, edit, filler), placed_field(edit.action)
         del edit
-        yield self._follow(call, self._batcher, accept, file_format)
+        yield placed, self._follow(call, self._batcher, accept, file_format)
         plan = _planned(course.done[-1]).plan
         assert plan
         phases = self._phases(plan)
         if preview_every:
             self._check_previews(preview_every, phases)
-        course.all_steps = sum(
-            sum(batcher.compositor.steps_of(request, batcher.limits)) for batcher, request in phases
-        )
+        with in_edit(placed):  # what a hole is filled with was checked before the edit was planned
+            course.all_steps = sum(
+                sum(batcher.compositor.steps_of(request, batcher.limits)) for batcher, request in phases
+            )
         if self._filler and plan.has_hole:
             accept = partial(self._filler.submit, phases[0][1])
-            yield self._follow(call, self._filler, accept, preview_every=preview_every)
+            yield "fill", self._follow(call, self._filler, accept, preview_every=preview_every)
             accept = partial(self._batcher.fill, plan, course.done[-1].images)
-            yield self._follow(call, self._batcher, accept, file_format)
+            yield placed, self._follow(call, self._batcher, accept, file_format)
         if plan.placements:
             accept = partial(self._batcher.submit, plan.place_request(_planned(course.done[-1]).scenes[0]))
-            yield self._follow(call, self._batcher, accept, file_format, preview_every)
+            yield placed, self._follow(call, self._batcher, accept, file_format, preview_every)
 
     async def _phase(
         self, course: _Course, follow: AsyncGenerator[Event, None]

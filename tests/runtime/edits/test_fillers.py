@@ -137,7 +137,7 @@ def test_an_edit_that_is_left_leaves_nothing_behind(editors: dict[str, Editor], 
     [
         (Fill(sampling=Sampling(steps=0)), "fill.sampling.steps", "steps must be"),
         (Fill(sampling=Sampling(control_scale=1.0)), "fill.sampling.control_scale", "has no control_scale"),
-        (Fill("cat " * 80), "placements[0].prompt", "longer than the 75 tokens"),
+        (Fill("cat " * 80), "fill.prompt", "longer than the 75 tokens"),
     ],
 )
 def test_refusals(editors: dict[str, Editor], fill: Fill, field: str, reason: str) -> None:

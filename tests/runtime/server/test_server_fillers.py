@@ -94,6 +94,13 @@ def test_steps_and_previews_of_both_phases(server: ServerThread) -> None:
     assert {"read", "sample", "decode", "paste", "encode"} <= events[-1][0].seconds.keys()
 
 
+def test_a_prompt_that_is_too_long_is_that_of_the_filler(server: ServerThread) -> None:
+    fill = Fill("cat " * 80, Sampling(steps=2))
+    with server.client() as client, pytest.raises(InputError, match="longer than the 75 tokens") as caught:
+        client.edit(edit(Remove(), fill=fill))
+    assert caught.value.field == "request.fill.prompt"
+
+
 def test_who_leaves_while_the_hole_is_filled_lets_the_next_one_in(server: ServerThread) -> None:
     """The first is left at its second step, the second while it waits for the first; a third is done."""
     server.filler_engine.hold()
