@@ -41,7 +41,7 @@ FORMATS = ("png", "jpeg", "webp")
 MOST_PARTIAL_IMAGES = 3
 
 _WITHOUT_EFFECT = ("user", "background", "moderation", "input_fidelity", "output_compression")
-_SETTLED = {"response_format": "b64_json", "background": ("auto", "opaque")}
+_SETTLED = {"response_format": ["b64_json"], "background": ["auto", "opaque"]}
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _NO_TOKENS = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 
@@ -174,14 +174,14 @@ class Images:
         for name, allowed in _SETTLED.items():
             with in_field(name):
                 if name in fields and fields[name] not in allowed:
-                    raise InputError(f"only {allowed if isinstance(allowed, str) else allowed[0]} is offered")
+                    raise InputError(f"only {allowed[0]} is offered")
         for name in (*_WITHOUT_EFFECT, "response_format"):
             fields.pop(name, None)
         if "n" in fields:
             fields["num_images"] = fields.pop("n")
         with in_field("quality"):
             quality = fields.pop("quality", "auto")
-            if quality not in QUALITIES:
+            if not isinstance(quality, str) or quality not in QUALITIES:
                 raise InputError(f"there is no '{str(quality)[:100]}': choose one of {', '.join(QUALITIES)}")
         with in_field("output_format"):
             if fields.get("output_format", "png") not in FORMATS:

@@ -196,9 +196,11 @@ def test_partial_images_are_streamed(client: openai.OpenAI) -> None:
     ("given", "param", "text"),
     [
         ({"quality": "best"}, "quality", "choose one of auto, high"),
+        ({"quality": ["low", "high"]}, "quality", "choose one of auto, high"),
         ({"size": "512x512"}, "scene", "the scene is 80 x 64 pixels, and the result has its size"),
         ({"size": "big"}, "size", "a size like 1024x1024 is expected"),
         ({"response_format": "url"}, "response_format", "only b64_json is offered"),
+        ({"response_format": "json"}, "response_format", "only b64_json is offered"),
         ({"background": "transparent"}, "background", "only auto is offered"),
         ({"output_format": "tiff"}, "output_format", "choose one of png, jpeg, webp"),
         ({"n": 0}, "num_images", "from 1 to"),
