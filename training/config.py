@@ -168,6 +168,9 @@ class StableDiffusionRecipe:
     """A checkpoint in the original layout, whose autoencoder is taken."""
     diffusion: LoopSettings
     system: Literal["stable_diffusion"] = "stable_diffusion"
+    unet: str = ""
+    """A checkpoint whose UNet training starts from, such as a small IMPRINT's: what it sees of a scene is left
+    out."""
     checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights in the checkpoint that is written."""
     architecture: StableDiffusionArchitecture = field(default_factory=StableDiffusionArchitecture)
