@@ -6,7 +6,7 @@ import difflib
 import json
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,13 +19,15 @@ _Settings = TypeVar("_Settings")
 _IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def read_settings(path: Path, kind: type[_Settings], name: str) -> _Settings:
-    """Reads a file as an instance of a dataclass; missing keys have their defaults. See `read_values`.
+def read_settings(path: Path, kind: type[_Settings], name: str, changes: Sequence[str] = ()) -> _Settings:
+    """Reads a file as an instance of a dataclass; missing keys have their defaults.
+
+    See `read_values`, and `read_toml` for `changes`.
 
     Raises:
-        InputError: see `read_values`, or a key without a default is missing.
+        InputError: see there, or a key without a default is missing.
     """
-    return _Reader(path).build(kind, name, read_toml(path, name))
+    return _Reader(path).build(kind, name, read_toml(path, name, changes))
 
 
 def read_values(path: Path, kind: type | tuple[type, ...], name: str) -> dict[str, Any]:
@@ -51,11 +53,17 @@ def read_values(path: Path, kind: type | tuple[type, ...], name: str) -> dict[st
     return _Reader(path).values(kind, name, read_toml(path, name))
 
 
-def read_toml(path: Path, name: str) -> dict[str, Any]:
+def read_toml(path: Path, name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a TOML file as nested dictionaries.
 
+    Args:
+        path: of the file.
+        name: what to call it in an error.
+        changes: lines of TOML like "section.key=value", which take the place of what the file says. A
+            section that is false is left out.
+
     Raises:
-        InputError: it cannot be read, or is not TOML.
+        InputError: it cannot be read, or it or a change is not TOML.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -67,7 +75,28 @@ def read_toml(path: Path, name: str) -> dict[str, Any]:
         raise InputError(f"cannot read {name} '{path}': {error.strerror}") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise InputError(f"cannot read {name}: '{path}' is not TOML: {error}") from error
+    for change in changes:
+        try:
+            _merge(content, tomllib.loads(change))
+        except ValueError as error:
+            raise InputError(
+                f"'{change}' changes nothing in {name}: write SECTION.KEY=VALUE as in TOML, texts in quotes "
+                f"({error})"
+            ) from error
     return content
+
+
+def _merge(table: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        section = table.get(key)
+        if not isinstance(section, dict):
+            table[key] = value
+        elif isinstance(value, dict):
+            _merge(section, value)
+        elif value is False:
+            del table[key]
+        else:
+            table[key] = value
 
 
 class _Reader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -168,6 +168,9 @@ class StableDiffusionRecipe:
     """A checkpoint in the original layout, whose autoencoder is taken."""
     diffusion: LoopSettings
     system: Literal["stable_diffusion"] = "stable_diffusion"
+    unet: str = ""
+    """A checkpoint whose UNet training starts from, like a small IMPRINT's; what it sees of a scene is left
+    out."""
     checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights in the checkpoint that is written."""
     architecture: StableDiffusionArchitecture = field(default_factory=StableDiffusionArchitecture)
@@ -204,17 +207,19 @@ RECIPES: Mapping[str, type[AnyRecipe]] = {
 """System -> what its recipes say."""
 
 
-def read_recipe(path: Path) -> AnyRecipe:
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
     """Reads a recipe; missing settings have their defaults, and the system is AnyDoor.
+
+    `changes` are lines like "compositing.swap=1", see `runtime.toml_file.read_toml`.
 
     Raises:
         InputError: it cannot be read, or a section, a setting or a value is not one that exists.
     """
-    system = read_toml(path, "the recipe").get("system", "anydoor")
+    system = read_toml(path, "the recipe", changes).get("system", "anydoor")
     if not isinstance(system, str) or system not in RECIPES:
         raise InputError(f"'{path}': system is {system!r}, expected {' or '.join(RECIPES)}")
     try:
-        recipe = read_settings(path, RECIPES[system], "the recipe")
+        recipe = read_settings(path, RECIPES[system], "the recipe", changes)
     except ArchitectureError as error:
         raise InputError(f"'{path}': [architecture]: {error}") from error
     if isinstance(recipe, DreamBoothRecipe | StableDiffusionRecipe | SegmenterRecipe):

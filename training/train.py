@@ -24,6 +24,7 @@ examples:
     python -m training.train training/recipes/anydoor-small.toml
     python -m training.train training/recipes/anydoor-small.toml --stage diffusion --folder runs/next
     python -m training.train RECIPE --start model.safetensors --folder runs/more
+    python -m training.train RECIPE --set compositing.steps=1000 --set views=false --folder runs/without-views
     python -m training.train training/recipes/dreambooth.toml
     python -m training.train RECIPE --minutes 7 --stage autoencoder --stage identity
     torchrun --nproc-per-node 2 -m training.train training/recipes/imprint.toml
@@ -165,6 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", choices=names, action="append", help="only these; default: all in order")
     parser.add_argument("--folder", type=Path, help="default: runs/NAME of the recipe")
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="another value than the recipe's, as TOML; SECTION=false leaves a section out",
+    )
     parser.add_argument("--threads", type=int, help="processor threads to use")
     parser.add_argument(
         "--minutes",
@@ -179,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        recipe = read_recipe(options.recipe)
+        recipe = read_recipe(options.recipe, options.set)
         if options.start:
             recipe = _started(recipe, str(options.start))
         _check_start(recipe)

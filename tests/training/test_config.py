@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,35 @@ def test_whole_numbers_are_numbers_and_lists_may_be_of_any_length(tmp_path: Path
     recipe = read_recipe(path)
     assert (recipe.pairs.flip, recipe.pairs.crop_ratios) == (0.0, (1.0, 2.0))
     assert recipe.architecture.unet_channels == (32, 64, 96)
+
+
+def test_changes_take_the_place_of_what_a_recipe_says() -> None:
+    path = next(path for path in RECIPES if path.stem == "imprint-small")
+    asked = ["compositing.swap=1", "compositing.rates={unet=1e-3}", "data.pairs=12", "views=false"]
+    plain, changed = read_recipe(path), read_recipe(path, asked)
+    assert isinstance(plain, ImprintRecipe)
+    assert isinstance(changed, ImprintRecipe)
+    assert plain.views
+    assert changed.views is None
+    assert plain.compositing
+    assert changed.compositing == replace(
+        plain.compositing, swap=1.0, rates={**plain.compositing.rates, "unet": 1e-3}
+    )
+    assert changed.data == replace(plain.data, pairs=12)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("compositing.swap", "'compositing.swap' changes nothing in the recipe: write SECTION.KEY=VALUE"),
+        ("system=imprint", "texts in quotes"),
+        ("compositing.swop=1", "did you mean 'swap'"),
+        ("compositing=true", r"compositing is true, expected a section \[compositing\]"),
+    ],
+)
+def test_a_slip_in_a_change_is_told(change: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        read_recipe(next(path for path in RECIPES if path.stem == "imprint-small"), [change])
 
 
 def test_defaults_are_read_as_they_are_written(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from training.assemble import network_in
 from training.config import StableDiffusionRecipe, read_recipe
 from training.inspect_data import main as inspect
 from training.network.stable_diffusion import StableDiffusion
@@ -93,6 +94,25 @@ def test_pictures_are_shown_with_their_captions(tmp_path: Path, capsys: pytest.C
     assert Image.open(sheet).size == (4 * 64, 64)
     captions = capsys.readouterr().out.splitlines()[:4]
     assert all(caption.startswith("a ") or caption == "(no caption)" for caption in captions)
+
+
+def test_the_unet_of_another_model_is_a_start(tmp_path: Path) -> None:
+    """That of IMPRINT's example, without the channels that see the scene."""
+    recipe = read_recipe(short(tmp_path))
+    assert isinstance(recipe, StableDiffusionRecipe)
+    network, _ = start_network(recipe)
+    source = network_in(recipe.unet).unet.state_dict()
+    own = network.unet.state_dict()
+    assert len(own) == len(source)
+    torch.testing.assert_close(own.pop("conv_in.weight"), source.pop("conv_in.weight")[:, :12])
+    for name, weight in own.items():
+        torch.testing.assert_close(weight, source[name])
+
+
+def test_a_unet_of_other_sizes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = short(tmp_path, token_width="64", text_width="64")
+    assert main([str(path), "--folder", str(tmp_path / "run"), "--stage", "encode"]) == 2
+    assert "has other sizes than the recipe's: change [architecture]" in capsys.readouterr().err
 
 
 def test_another_autoencoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

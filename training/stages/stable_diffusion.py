@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training import seeds
-from training.assemble import stage_weights
+from training.assemble import network_in, stage_weights
 from training.config import StableDiffusionRecipe
 from training.data.captions import CaptionedViews, words_of_captions
 from training.data.encoded import settled_rows
@@ -29,6 +29,8 @@ from training.workers import worker_count
 
 PREVIEWS = 8
 """Pictures of each prompt in a sheet."""
+
+_FIRST = "conv_in.weight"
 
 ROWS = "rows.txt"
 """Beside a stage's weights: how many of the encoded samples it learns from."""
@@ -53,13 +55,32 @@ def read_autoencoder(path: str, architecture: StableDiffusionArchitecture) -> di
 
 
 def start_network(recipe: StableDiffusionRecipe) -> tuple[StableDiffusion, TokenizerFiles]:
-    """Builds a network whose UNet and text encoder are fresh, and its tokenizer."""
+    """Builds a network whose text encoder is fresh, and its UNet, too, or the recipe's; and its tokenizer.
+
+    Raises:
+        CheckpointError: the recipe's autoencoder or UNet cannot be used.
+    """
     files = learn_vocabulary(words_of_captions())
     architecture = replace(recipe.architecture, text_vocabulary=len(files.vocabulary))
     torch.manual_seed(0)
     network = StableDiffusion(architecture, {part: build(architecture) for part, build in BUILDERS.items()})
     network.vae.load_state_dict(read_autoencoder(recipe.start, architecture))
+    if recipe.unet:
+        _load_unet(network, recipe.unet)
     return network.eval(), files
+
+
+def _load_unet(network: StableDiffusion, path: str) -> None:
+    weights = network_in(path).unet.state_dict()
+    # of an inpainting model, the first channels are the picture's latent
+    weights[_FIRST] = weights[_FIRST][:, : network.unet.config.in_channels]
+    try:
+        network.unet.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the UNet of '{path}' has other sizes than the recipe's: change [architecture] or give another "
+            "unet"
+        ) from error
 
 
 def caption_samples(recipe: StableDiffusionRecipe) -> CaptionedViews:
