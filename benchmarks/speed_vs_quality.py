@@ -2,6 +2,7 @@
 
     python benchmarks/speed_vs_quality.py
     python benchmarks/speed_vs_quality.py --bundle build/engines/anydoor --guidance-scale 5
+    python benchmarks/speed_vs_quality.py --bundle build/engines/imprint-small
 
 Held-out objects in held-out rooms, whose true pictures are known (support/truth_set.py). Every pair is
 composited with all settings in turn, in one process and from the same noise, and nothing is kept from one
@@ -114,7 +115,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[SettingResult
     engine = open_engine(bundle, engine_options(options))
     compositor = Compositor(bundle, engine)
     deque(compositor.load_graphs(), maxlen=0)
-    todo = settings(options.guidance_scale)
+    todo = settings(options.guidance_scale, compositor.system.abilities.parameters)
     bar = ProgressBar(
         truth_pairs(options.count), "drawing", options.count, leave=False, disable=options.quiet
     )

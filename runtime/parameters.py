@@ -82,7 +82,8 @@ def sampling_parameters(sampling: Sampling, defaults: Mapping[str, Any]) -> Samp
                 raise InputError(
                     f"there is no quality '{sampling.quality}': choose one of {', '.join(QUALITIES)}"
                 )
-            preset = QUALITIES[sampling.quality]
+            # detail maps are AnyDoor's alone
+            preset = {name: v for name, v in QUALITIES[sampling.quality].items() if name in defaults}
     given = {name: getattr(sampling, name) for name in SAMPLING_PARAMETERS}
     return SamplingParameters(**_filled(given, {**defaults, **preset}))
 

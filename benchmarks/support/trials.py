@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -38,11 +38,14 @@ class Setting:
     seed_offset: int = 0
 
 
-def settings(guidance_scale: float | None) -> list[Setting]:
+def settings(guidance_scale: float | None, parameters: Collection[str]) -> list[Setting]:
     """Return everything that is measured; `exact` is the first.
+
+    Presets are given as the parameters that they set: a model may not offer them before they are measured.
 
     Args:
         guidance_scale: of all settings; the model's if None.
+        parameters: those that the model has.
     """
     exact = Sampling(quality=EXACT, guidance_scale=guidance_scale)
 
@@ -50,6 +53,10 @@ def settings(guidance_scale: float | None) -> list[Setting]:
         for value in values:
             text = "-".join(map(str, value)) if isinstance(value, tuple) else value
             yield Setting(f"{label} {text}", name, replace(exact, **{field: value}, **fixed))
+
+    def preset(name: str) -> Setting:
+        values = {field: value for field, value in QUALITIES[name].items() if field in parameters}
+        return Setting(name, "presets", replace(exact, **values))
 
     steps = (25, 20, 16, 12, 8)
     second_order = "dpm_solver_2m"
@@ -59,8 +66,8 @@ def settings(guidance_scale: float | None) -> list[Setting]:
         *lever("DDIM, fewer steps", "ddim", "steps", steps),
         *lever(f"{second_order}, fewer steps", second_order, "steps", steps, sampler=second_order),
         *lever("guidance interval", "guided", "guidance_interval", ((200, 999), (400, 999), (200, 800))),
-        *lever("map timesteps", "maps", "map_steps", (25, 10, 5, 3)),
-        *(Setting(name, "presets", replace(exact, quality=name)) for name in QUALITIES if name != EXACT),
+        *(lever("map timesteps", "maps", "map_steps", (25, 10, 5, 3)) if "map_steps" in parameters else ()),
+        *(preset(name) for name in QUALITIES if name != EXACT),
     ]
 
 

@@ -12,12 +12,15 @@ import pytest
 from benchmarks.speed_vs_quality import main
 from benchmarks.support.speed_vs_quality_report import LIMITS, table, verdicts
 from benchmarks.support.trials import EXACT, OTHER_SEED, RowCounter, Trial, settings, summarise
+from runtime import Sampling
 from runtime.diffusion.presets import QUALITIES
+from runtime.systems import imprint
+from runtime.systems.anydoor import DEFAULTS
 from tests.support.anydoor import CONTROL, DECODE, DENOISE
 
 EXACTLY = Trial(8.0, 8.0, 100, 100, 0.80, 20.0, True, 0.0)
 OTHERWISE = replace(EXACTLY, ssim=0.76, change=10.0)
-TODO = [s for s in settings(2.0) if s.name in (EXACT, OTHER_SEED, *LIMITS)]
+TODO = [s for s in settings(2.0, DEFAULTS) if s.name in (EXACT, OTHER_SEED, *LIMITS)]
 
 
 def rows_with(balanced: Trial, fast: Trial):  # type: ignore[no-untyped-def]
@@ -25,11 +28,18 @@ def rows_with(balanced: Trial, fast: Trial):  # type: ignore[no-untyped-def]
 
 
 def test_every_quality_is_measured_with_the_same_guidance() -> None:
-    todo = settings(3.5)
+    todo = settings(3.5, DEFAULTS)
     assert {setting.sampling.guidance_scale for setting in todo} == {3.5}
     assert QUALITIES.keys() <= {setting.name for setting in todo}
     assert todo[0].name == EXACT
     assert len({setting.name for setting in todo}) == len(todo)
+
+
+def test_a_model_without_detail_maps_is_measured_without_them() -> None:
+    todo = {setting.name: setting.sampling for setting in settings(None, imprint.DEFAULTS)}
+    assert all(sampling.map_steps is None for sampling in todo.values())
+    assert todo["balanced"] == Sampling(quality=EXACT, sampler="dpm_solver_2m", steps=20)
+    assert todo["fast"].guidance_interval == (200, 999)
 
 
 def test_loss_and_change_are_parts_of_what_another_seed_does() -> None:
