@@ -1,5 +1,6 @@
 # make demo   the main job, on a machine with Python and make alone
 # make test   formatter, linter, types, import rules, tests
+# make slow   the tests that take longest
 # make browser  the studio in Chromium
 # make gpu    what only an NVIDIA card can show; ARGS=--help says how
 # make train-card MINUTES=7   small models learn on a card; results in build/train-card
@@ -14,10 +15,12 @@ RECIPES ?= $(addprefix training/recipes/,imprint-small.toml stable-diffusion-sma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=5
+
 DEMO_BUNDLE := examples/anydoor-small
 DEMO_PICTURE := build/demo.png
 
-.PHONY: demo test browser gpu train-card lock sbom dev check proto nightly versions bindings format clean
+.PHONY: demo test slow browser gpu train-card lock sbom dev check proto nightly versions bindings format clean
 
 demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
@@ -26,7 +29,11 @@ demo: $(VENV)/.lean
 		--backend onnxruntime --steps 12 --seed 7 --output $(DEMO_PICTURE)
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# what builds, trains and measures longest
+slow: $(VENV)/.dev
+	$(PYTEST) -m "slow and not nightly"
 
 # the studio in Chromium, which must be there: apt-get install chromium. Screenshots in build/studio; the one of
 # the documentation is made by `npm run picture`

@@ -59,6 +59,7 @@ def rehearsed(bundles: Path, output: Path, *arguments: str) -> Json:
     return results
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_all_that_a_cpu_can_and_a_part_that_fails_leaves_its_reason(
     bundles: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

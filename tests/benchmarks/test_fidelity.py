@@ -91,6 +91,7 @@ def test_the_table_and_the_sheet_show_all_of_it(perfect) -> None:  # type: ignor
     assert np.array_equal(sheet[-160:, -160:], perfect.pairs[0].truth)
 
 
+@pytest.mark.slow
 def test_the_command_measures_bundles_side_by_side(
     tiny_bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -207,6 +207,7 @@ def measured(tmp_path: Path, *arguments: str) -> int:
     return main([*arguments, *few, "--results", str(tmp_path / "latency.json")])
 
 
+@pytest.mark.slow
 def test_a_run_leaves_tables_results_and_a_plot(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -232,6 +233,7 @@ def test_a_run_leaves_tables_results_and_a_plot(
     assert ours["summary"]["50 steps"]["p50"] > ours["summary"]["20 steps"]["p50"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [4, pytest.param(9, marks=pytest.mark.nightly)])
 def test_stable_diffusion_runs_beside_the_pipeline_of_diffusers(
     channels: Literal[4, 9], tmp_path: Path, capsys: Capture
@@ -257,6 +259,7 @@ def test_stable_diffusion_runs_beside_the_pipeline_of_diffusers(
     assert reroll["stages"][TEXT_ENCODER] == reroll["stages"][ENCODE] == 0
 
 
+@pytest.mark.slow
 def test_what_fails_and_what_draws_another_picture_is_named_and_all_others_are_measured(
     tiny_bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -59,7 +59,11 @@ WIDE_INPAINTING = StableDiffusionArchitecture(
 
 
 @pytest.fixture(
-    scope="module", params=["stable_diffusion", pytest.param("anydoor", marks=pytest.mark.nightly)]
+    scope="module",
+    params=[
+        pytest.param("stable_diffusion", marks=pytest.mark.slow),
+        pytest.param("anydoor", marks=pytest.mark.nightly),
+    ],
 )
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Skeleton and bundle of a small network."""

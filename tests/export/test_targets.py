@@ -87,6 +87,7 @@ def plain_results(path: Path, graph: str) -> list[Array]:
     return evaluate(ir.load(bundle.graph_file(graph)), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_a_bundle_for_cuda_computes_the_same(
     tiny_cuda_bundle: Path, tiny_half_bundle: Path, graph: str
@@ -106,6 +107,7 @@ def test_a_bundle_for_cuda_computes_the_same(
         assert relative_error(found.astype(np.float64), wanted.astype(np.float64)) < HALF_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", ["denoise", "control"])
 def test_deterministic_operators_compute_the_same(tiny_half_bundle: Path, tmp_path: Path, graph: str) -> None:
     """With the convolutions of the provider, but without its group normalisation."""

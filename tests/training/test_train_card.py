@@ -16,6 +16,7 @@ from training.network.checkpoint import read_checkpoint
 from training.train_card import PACKED_BYTES, main, pack
 
 
+@pytest.mark.slow
 def test_recipes_share_their_objects_and_what_they_learn_is_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
