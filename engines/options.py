@@ -1,5 +1,4 @@
-"""How an engine is opened: one set of options for the command line, the server, the Compositor and
-benchmarks."""
+"""Defines the options of an engine, for the command line, the server, the Compositor and benchmarks."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ INFERENCE_PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def _option(default: Any, help: str, **flag: Any) -> Any:
-    """A field, with what a command line says of it."""
+    """A field, with its help text for the command line."""
     return field(default=default, metadata={"help": help, **flag})
 
 
@@ -28,27 +27,25 @@ class EngineOptions:
     """Where and how the graphs of a bundle run."""
 
     backend: str = _option(
-        AUTO, "what executes the graphs; auto: the fastest that is installed", choices=BACKENDS
+        AUTO, "library that runs the graphs; auto: the fastest installed one", choices=BACKENDS
     )
-    device: str = _option(AUTO, "where the graphs run; auto: the best of this machine", choices=DEVICES)
+    device: str = _option(AUTO, "device that runs the graphs; auto: a card if there is one", choices=DEVICES)
     inference_precision: str = _option(
         "fp32",
-        "of graphs that are in float32; tf32 on cards, bf16 where the processor has it",
+        "precision of float32 graphs; tf32 needs a card, bf16 a processor with bfloat16 arithmetic",
         choices=INFERENCE_PRECISIONS,
     )
-    threads: int | None = _option(None, "CPU threads of one operator; all cores if unset", metavar="N")
+    threads: int | None = _option(None, "CPU threads per operator (default: all cores)", metavar="N")
     memory_budget: int | None = _option(
         None,
-        "of the device's memory to use at most, like 6G; nearly all that is free if unset",
+        "most memory to use on the device, like 6G (default: 90 %% of what is free)",
         metavar="SIZE",
         is_size=True,
     )
-    cuda_graphs: bool = _option(
-        True, "on a card, capture the graphs that run for every picture as CUDA graphs and replay them"
-    )
+    cuda_graphs: bool = _option(True, "on a card, capture graphs as CUDA graphs and replay them")
 
     def __post_init__(self) -> None:
-        """Refuses values that no engine has.
+        """Checks all values.
 
         Raises:
             BackendError: names the option and its values.

@@ -1,4 +1,4 @@
-"""The flags of `build_engines.py`, which is also `anydoor build`."""
+"""Defines the flags of `build_engines.py`, which is also `anydoor build`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.parameters import PLACEMENT_PARAMETERS, SAMPLING_PARAMETERS
 _PARAMETERS = (*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS)
 
 SKELETONS = {"anydoor": Path("build/card/full"), "stable_diffusion": Path("build/card/stable-diffusion")}
-"""System -> where its skeleton goes."""
+"""Maps systems to the folders of their skeletons."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,41 +26,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="CKPT",
-        help="checkpoint: a file of safetensors or torch.save, the folder or index of one in shards, or a "
-        "folder of diffusers; a bundle of ONNX graphs, to build plans without PyTorch; or a network "
-        "that cuts out objects, as ONNX",
+        help="a checkpoint: a file of safetensors or torch.save, the folder or index of a sharded one, or a "
+        "folder in diffusers' layout; a bundle of ONNX graphs, to build plans without PyTorch; or the ONNX "
+        "file of a segmentation network",
     )
     add_segmenter_arguments(parser)
     parser.add_argument(
         "--skeleton",
         action="store_true",
-        help="instead of CKPT: a published network without weights, 2 MB "
+        help="build a published network without weights, 2 MB, instead of CKPT "
         f"(default output: {SKELETONS['anydoor'].parent})",
     )
     parser.add_argument(
         "--system",
         choices=tuple(SKELETONS),
-        help="of the skeleton (default: anydoor); checkpoints say theirs",
+        help="system of the skeleton (default: anydoor); that of a checkpoint is recognised",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="the bundle (default: build/engines/NAME of the checkpoint)",
+        help="directory of the bundle (default: build/engines/NAME of the checkpoint)",
     )
     parser.add_argument(
         "--backend",
         choices=("auto", *BACKENDS),
         default="auto",
-        help="what will execute it (default: best of this machine)",
+        help="backend that will run it (default: the best on this machine)",
     )
     parser.add_argument(
         "--targets",
         type=lambda text: tuple(text.lower().split(",")),
         default=(),
         metavar="SM,SM",
-        help="cards that tensorrt_rtx builds for: sm75 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120)."
-        " Of onnxruntime: cuda or any (default: cuda where there is a card)",
+        help="for tensorrt_rtx, card architectures: sm75 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120). "
+        "For onnxruntime: cuda or any (default: cuda on a machine with a card)",
     )
     parser.add_argument(
         "--deterministic",
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --targets cuda: the same seed gives the same bits; group normalisation is slower",
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="default: fp16 for TensorRT, fp32 for ONNX Runtime"
+        "--precision", choices=PRECISIONS, help="of the graphs (default: fp16 for TensorRT, else fp32)"
     )
     parser.add_argument("--max-batch", type=int, metavar="N", help="most samples in one call (default: 4)")
     parser.add_argument(
@@ -82,17 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=parse_default,
         metavar="NAME=VALUE",
-        help="value of a parameter that requests leave open, which the model was trained for, like "
-        "guidance_scale=2; may be repeated (default: those of the system)",
+        help="default of a request parameter, for which the model was trained, like guidance_scale=2; may be "
+        "repeated (default: those of the system)",
     )
     parser.add_argument(
         "--reuse",
         type=Path,
         metavar="DIR",
-        help="a bundle: graphs whose weights and settings are the same are copied from it",
+        help="bundle from which graphs with equal weights and settings are copied",
     )
     _add_source_arguments(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="do not print a progress bar")
 
 
 def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,26 +114,28 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--references",
         type=int,
         metavar="N",
-        help="pictures of an object that a placement may have, for AnyDoor and IMPRINT (default: 1)",
+        help="pictures of an object per placement, for AnyDoor and IMPRINT (default: 1)",
     )
     parser.add_argument(
         "--ema",
         action="store_true",
         default=None,
-        help="take averages of weights, where the checkpoint has them",
+        help="use averaged weights, if the checkpoint has them",
     )
     stable_diffusion = parser.add_argument_group("checkpoints of Stable Diffusion")
-    stable_diffusion.add_argument("--variant", metavar="NAME", help="of the weights in a folder, like fp16")
+    stable_diffusion.add_argument(
+        "--variant", metavar="NAME", help="variant of a folder's weights, like fp16"
+    )
     stable_diffusion.add_argument(
         "--prediction",
         choices=("epsilon", "v"),
-        help="what the UNet predicts, if not stored (default: epsilon); 2.x for 768 px predicts v",
+        help="prediction type of the UNet, if not stored (default: epsilon); 2.x for 768 px predicts v",
     )
     stable_diffusion.add_argument(
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="merges.txt, or the folder of a tokenizer, for a file, which has none (default: that of "
+        help="merges.txt, or a tokenizer folder, for a single file, which has none (default: that of "
         "open_clip_torch, if installed)",
     )
     stable_diffusion.add_argument(
@@ -141,15 +143,15 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=parse_lora,
         metavar="FILE[:SCALE]",
-        help="LoRA to merge into the weights, and how much of it (default: 1); may be repeated",
+        help="LoRA to merge into the weights, and its scale (default: 1); may be repeated",
     )
 
 
 def parse_default(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` as a parameter and its value, which is JSON, or else a string.
+    """Parses `NAME=VALUE` into a parameter and its value, which is JSON, or else a string.
 
     Raises:
-        argparse.ArgumentTypeError: it is not, or there is no such parameter.
+        argparse.ArgumentTypeError: the text is malformed, or there is no such parameter.
     """
     name, separator, value = text.partition("=")
     if not separator:
@@ -165,7 +167,7 @@ def parse_default(text: str) -> tuple[str, Any]:
 
 
 def parse_resolution(text: str) -> int | tuple[int, int]:
-    """`SIDE` or `WIDTHxHEIGHT` as the side, or (height, width).
+    """Parses `SIDE` or `WIDTHxHEIGHT` into the side, or (height, width).
 
     Raises:
         argparse.ArgumentTypeError: it is neither.
@@ -175,12 +177,14 @@ def parse_resolution(text: str) -> int | tuple[int, int]:
     except ValueError:
         sides = []
     if len(sides) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size: give the side, or WIDTHxHEIGHT, like 768x512")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a size: give the side, or WIDTHxHEIGHT, like 768x512"
+        )
     return sides[0] if len(sides) == 1 else (sides[1], sides[0])
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:SCALE` as file and scale. A colon that no number follows is part of the name.
+    """Parses `FILE` or `FILE:SCALE` into file and scale. A colon without a number is part of the name.
 
     Raises:
         argparse.ArgumentTypeError: the scale is not finite.
@@ -193,5 +197,5 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not file:
         return Path(text), 1.0
     if not math.isfinite(scale):
-        raise argparse.ArgumentTypeError(f"'{number}' is no scale of a LoRA: give a number, like 0.8")
+        raise argparse.ArgumentTypeError(f"'{number}' is not a scale of a LoRA: give a number, like 0.8")
     return Path(file), scale

@@ -1,4 +1,4 @@
-"""The command line: finds a command, runs it, and turns refusals into one sentence and exit code 2.
+"""Implements the command line: runs a command, and turns errors into one sentence and exit code 2.
 
 A command is a module with the names of `Command`, below, and an entry in the group `anydoor.commands` of any
 installed distribution:
@@ -38,18 +38,18 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "sign": ("runtime.cli.sign", "cpu,sign"),
     "build": ("export.build_engines", "export"),
 }
-"""Name -> module, and the extras of this package that the command needs. They are entries of the group, too;
-asking for those takes longer than importing the module."""
+"""Maps names to modules, and to the extras of this package that the command needs. They are entries of the
+group too, but looking those up takes longer than importing the module."""
 
 _EVERYWHERE = ("-v", "--verbose", "--no-huge-pages")
-"""Flags that come before or after the command; `anydoor_command` acts upon them."""
+"""Flags that may stand before or after the command; `anydoor_command` handles them."""
 
 
 class Command(Protocol):
-    """What a module has that is a command."""
+    """The interface of a command's module."""
 
     NAME: str
-    """As it is called: `anydoor NAME`."""
+    """Its name: `anydoor NAME`."""
     HELP: str
     """What it does, in one line."""
     EXAMPLES: str
@@ -59,10 +59,10 @@ class Command(Protocol):
         """Adds its flags."""
 
     def run(self, options: argparse.Namespace) -> int:
-        """Does it; returns the exit code.
+        """Runs the command; returns the exit code.
 
         Raises:
-            AnyDoorError: says in one sentence what the user can mend.
+            AnyDoorError: says in one sentence what the user can fix.
         """
 
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows `anydoor`; those of this process if None.
 
     Returns:
-        The exit code: that of the command, or 2 for anything that the user can mend.
+        The exit code: that of the command, or 2 for anything that the user can fix.
     """
     given = join_negative_values(sys.argv[1:] if arguments is None else arguments)
     _show_any_name()
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         forget_output()
         if isinstance(error, BrokenPipeError):
-            return 1  # whoever read what is printed has gone
+            return 1  # the reader of the output has gone
         file = f" '{error.filename}'" if error.filename else " to standard output"
         print(f"anydoor: cannot write{file}: {error.strerror or error}", file=sys.stderr)
         return 2
@@ -112,22 +112,23 @@ def join_negative_values(arguments: Sequence[str]) -> list[str]:
 
 
 def _show_any_name() -> None:
-    """Has names that the terminal's encoding lacks printed with escapes."""
+    """Prints characters that the terminal's encoding lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
 def forget_output() -> None:
-    """Lets what cannot be printed go nowhere, or Python would try again when it ends."""
+    """Redirects standard output to the null device, or Python would try to flush it again at exit."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
-    """The parser of a command line with some commands. Its result has a function `run`."""
+    """Builds the parser of a command line with some commands. Its result has a function `run`."""
     result = argparse.ArgumentParser(
-        prog="anydoor", description="Put an object from one picture into another, or draw one from words."
+        prog="anydoor",
+        description="Put an object from one picture into another, or draw a picture from a prompt.",
     )
     _add_flags_for_everywhere(result)
     subparsers = result.add_subparsers(required=True, metavar="COMMAND")
@@ -146,7 +147,7 @@ def parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
 
 
 def load_command(name: str) -> Command:
-    """The module of a command of this package.
+    """Imports the module of a command of this package.
 
     Raises:
         BackendError: a package that it imports is not installed.
@@ -161,7 +162,7 @@ def load_command(name: str) -> Command:
 
 
 def all_commands() -> list[Command]:
-    """All commands that are installed and can be loaded; says on standard error which cannot."""
+    """Loads all installed commands; reports on standard error which cannot be loaded."""
     from importlib.metadata import entry_points
 
     others = {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN}
@@ -175,7 +176,7 @@ def all_commands() -> list[Command]:
 
 
 def missing_package(error: ImportError, extras: str) -> AnyDoorError:
-    """The refusal for an import that failed, which names the extras that install the package."""
+    """Returns the error for a failed import, which names the extras that install the package."""
     return BackendError(f"the package '{error.name}' is missing; install it with: pip install '.[{extras}]'")
 
 
@@ -184,8 +185,11 @@ def _add_flags_for_everywhere(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-huge-pages",
         action="store_true",
-        help="do not start again with 2 MB pages, where Linux gives them to programs that ask",
+        help="do not re-execute with 2 MB memory pages (Linux)",
     )
     group.add_argument(
-        "-v", "--verbose", action="store_true", help="say on standard error if it starts again"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="report on standard error if the command re-executes itself",
     )

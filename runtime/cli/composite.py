@@ -68,25 +68,23 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=Path,
         metavar="FILE",
-        help="picture of the object; of all pictures, one may be -, standard input; several, with one place, "
-        "are views of one object",
+        help="picture of the object; several with one place are views of one object; one of all pictures "
+        "may be -, standard input",
     )
     group.add_argument(
         "--prompt",
         dest="objects",
         action="append",
         metavar="TEXT",
-        help="what to draw there, in words, where the model takes those instead of a reference",
+        help="text prompt, for a model that takes prompts instead of references",
     )
-    group.add_argument(
-        "--negative-prompt", metavar="TEXT", help="what not to draw, in words, for all of them"
-    )
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw, for all prompts")
     group.add_argument(
         "--reference-mask",
         action="append",
         type=Path,
         metavar="FILE",
-        help="where the object is in it; auto: it is found (default: its transparency)",
+        help="mask of the object in the reference; auto: found by a segmenter (default: transparency)",
     )
     group.add_argument(
         "--reference-click",
@@ -94,7 +92,8 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         action=_AddClick,
         type=parse_click,
         metavar="X,Y",
-        help="where the object is in the --reference before it; !X,Y: where it is not; may be repeated",
+        help="a pixel of the object in the preceding --reference; !X,Y: one that is not on it; may be "
+        "repeated",
     )
     _add_place_flags(group)
 
@@ -109,7 +108,9 @@ class _AddClick(argparse.Action):
 
 
 def _add_place_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--scene", type=Path, required=True, metavar="FILE", help="picture to put it into")
+    group.add_argument(
+        "--scene", type=Path, required=True, metavar="FILE", help="picture to put the object into"
+    )
     # one list for both, likewise
     group.add_argument(
         "--box",
@@ -117,29 +118,34 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
         action="append",
         type=parse_box,
         metavar="X0,Y0,X1,Y1",
-        help="place in pixels of the scene, x1 and y1 exclusive",
+        help="place of the object, in pixels of the scene; x1 and y1 are exclusive",
     )
     group.add_argument(
-        "--mask", dest="places", action="append", type=Path, metavar="FILE", help="place as a mask"
+        "--mask",
+        dest="places",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="place of the object, as a mask of the scene's size",
     )
     group.add_argument(
         "--mode",
         choices=list(MODES),
-        help="crop: surroundings are generated anew; shape: the mask is filled; keep_background: nothing "
-        "outside the place changes (default: the model's)",
+        help="crop: redraw the surroundings; shape: fill the mask; keep_background: change nothing outside "
+        "the place (default: the model's)",
     )
     group.add_argument(
         "--mask-level",
         type=parse_mask_level,
         metavar="LEVEL",
-        help="how coarse a mask is made before the model draws into it: "
+        help="how much a mask is coarsened before the model draws into it: "
         f"{', '.join(f'{number} or {name}' for number, name in enumerate(MASK_LEVELS))} "
         "(default: the model's)",
     )
     group.add_argument(
         "--edge",
         choices=EDGES,
-        help="how the place ends in the scene: hard, as the original pastes, or soft, faded into it "
+        help="edge of the pasted picture: hard, as in the original, or soft, blended into the scene "
         "(default: the model's)",
     )
     group.add_argument(
@@ -148,17 +154,17 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=REFINE_TIMESTEP,
         metavar="TIMESTEP",
-        help="draw a place that is larger than the model's picture a second time, in tiles, for detail, "
-        f"starting from noise of this timestep, 1 to 999; without a number {REFINE_TIMESTEP}; 0: not "
+        help="draw a place that is larger than the model's picture a second time, in tiles, for more detail, "
+        f"from noise of this timestep, 1 to 999 (without a number: {REFINE_TIMESTEP}); 0: off "
         "(default: the model's)",
     )
     group.add_argument(
         "--keep-specks",
         action="store_true",
-        help="let pixels of a mask that lie far from the rest belong to it, as the original does",
+        help="keep stray pixels of masks, far from the rest, as the original does",
     )
     for name, what in (
-        ("--reference-ratio", "white around the object"),
+        ("--reference-ratio", "white margin around the object"),
         ("--box-ratio", "box around the place"),
         ("--crop-ratio", "zoom-in crop around the box"),
     ):

@@ -1,4 +1,4 @@
-"""`anydoor doctor`: what is installed, which backends work, which bundles fit this machine."""
+"""Implements `anydoor doctor`: shows packages, working backends, and bundles that fit this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engines.bundle import Bundle
 
 NAME = "doctor"
-HELP = "Say what is installed, which backends work, and which bundles fit this machine"
+HELP = "Show what is installed, which backends work, and which bundles fit this machine"
 EXAMPLES = """
 anydoor doctor
 anydoor doctor build/engines/anydoor
@@ -30,7 +30,7 @@ anydoor doctor build/engines/orin --memory-budget 6G
 _REQUIRED = ("numpy", "pillow", "tqdm")
 _OPTIONAL = {
     "cuda-bindings": "drives NVIDIA cards: pip install '.[cuda]' or '.[tensorrt]'",
-    "grpcio": "talks to a server: pip install '.[client]'; is one: pip install '.[serve]'",
+    "grpcio": "client: pip install '.[client]'; server: pip install '.[serve]'",
     "torch": "builds bundles and trains: pip install '.[export]' or '.[train]'",
 }
 _DEFAULT_BUNDLES = Path("build/engines")
@@ -46,16 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"bundles to check (default: all in {_DEFAULT_BUNDLES})",
     )
     parser.add_argument(
-        "--trusted-key", type=Path, metavar="FILE", help="PEM file; bundles must be signed by its owner"
+        "--trusted-key",
+        type=Path,
+        metavar="FILE",
+        help="PEM file with a public key; bundles must be signed with its private key",
     )
-    add_engine_flags(parser.add_argument_group("how the bundles would be run"))
+    add_engine_flags(parser.add_argument_group("how to run the bundles"))
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the findings.
 
     Returns:
-        0 if some device can run a bundle and every bundle that was named is sound; else 2.
+        0 if some device can run a bundle and every named bundle is valid; else 2.
 
     Raises:
         AnyDoorError: an option is out of range, or a package that is required is missing.

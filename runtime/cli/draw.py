@@ -1,4 +1,4 @@
-"""`anydoor draw`: draws pictures from words, on this machine or on a server."""
+"""Implements `anydoor draw`: draws pictures from a prompt, on this machine or on a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runtime.cli.pictures import add_picture_flags, check_flags, common_argument
 from runtime.request import Request
 
 NAME = "draw"
-HELP = "Draw pictures from words, with a model that takes prompts"
+HELP = "Draw pictures from a prompt, with a model that takes prompts"
 EXAMPLES = """
 anydoor draw --prompt "a sks cup in the snow" --bundle build/engines/sks -o out.png
 anydoor draw --prompt "a sks cup" --negative-prompt "blurry" --seed 7 --num-images 4 --grid -o cups.png
@@ -20,13 +20,13 @@ anydoor draw --prompt "a sks cup in the snow" --server gpu:50051 --model sks -o 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     group = parser.add_argument_group("what to draw")
-    group.add_argument("--prompt", required=True, metavar="TEXT", help="in words")
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw, in words")
+    group.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
     group.add_argument(
         "--size",
         type=parse_picture_size,
         metavar="WxH",
-        help="width and height in pixels; the bundle's, and no other (default)",
+        help="width and height in pixels, which must be the bundle's (default)",
     )
     add_picture_flags(parser)
 

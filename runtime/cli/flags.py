@@ -1,4 +1,4 @@
-"""Flags of a dataclass of options: one per field, and back.
+"""Turns dataclasses of options into flags, one per field, and back.
 
 The metadata of a field describes its flag: `help`, `is_size` for an amount of memory, and arguments of
 `argparse.ArgumentParser.add_argument`, like `choices` and `metavar`. The flag of `memory_budget` is
@@ -23,7 +23,7 @@ BUNDLE_VARIABLE = "ANYDOOR_BUNDLE"
 
 
 def default_bundle() -> Path:
-    """The bundle where none is named: that of the environment, or the usual place."""
+    """Returns the default bundle: that of $ANYDOOR_BUNDLE, or `DEFAULT_BUNDLE`."""
     return Path(os.environ.get(BUNDLE_VARIABLE, DEFAULT_BUNDLE))
 
 
@@ -45,28 +45,28 @@ def add_segmenter_flag(parser: argparse._ActionsContainer) -> None:
         type=Path,
         metavar="DIR",
         help="bundle that finds objects; may be repeated: one for the main object of a picture, one for "
-        "clicks (default: none, for plain backgrounds)",
+        "clicks (default: a rule for plain backgrounds)",
     )
 
 
 def parse_click(text: str) -> tuple[int, int, bool]:
-    """`x,y` on the object, or `!x,y` beside it.
+    """Parses `x,y`, a point on the object, or `!x,y`, a point that is not on it.
 
     Raises:
-        argparse.ArgumentTypeError: it is neither.
+        argparse.ArgumentTypeError: the text is neither.
     """
     try:
         x, y = (int(part) for part in text.removeprefix("!").split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"'{text}' is not a click: two whole numbers x,y are expected, like 120,80, or !120,80 for "
-            "what is not meant"
+            "a point that is not on the object"
         ) from error
     return x, y, not text.startswith("!")
 
 
 def parse_box(text: str) -> tuple[int, int, int, int]:
-    """`x0,y0,x1,y1` as four numbers.
+    """Parses `x0,y0,x1,y1` into four numbers.
 
     Raises:
         argparse.ArgumentTypeError: it is not.
@@ -86,7 +86,7 @@ def add_engine_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
-    """The engine's options from parsed flags.
+    """Returns the engine's options from parsed flags.
 
     Raises:
         BackendError: a value is out of range.
@@ -95,7 +95,7 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
 
 
 def add_flags(parser: argparse._ActionsContainer, kind: type) -> None:
-    """Adds a flag for every field of a dataclass; those of a dataclass within it stand beside the others."""
+    """Adds a flag for every field of a dataclass, including those of nested dataclasses."""
     hints = get_type_hints(kind)
     for field in fields(kind):
         if is_dataclass(hints[field.name]):
@@ -105,7 +105,7 @@ def add_flags(parser: argparse._ActionsContainer, kind: type) -> None:
 
 
 def field_names(kind: type) -> list[str]:
-    """The fields of a dataclass that have a flag; see `add_flags`."""
+    """Lists the fields of a dataclass that have a flag; see `add_flags`."""
     hints = get_type_hints(kind)
     names: list[str] = []
     for field in fields(kind):
@@ -116,12 +116,12 @@ def field_names(kind: type) -> list[str]:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field, like --memory-budget of memory_budget."""
+    """Returns the flag of a field, like --memory-budget for memory_budget."""
     return f"--{name.replace('_', '-')}"
 
 
 def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Name -> value, of the flags that were given."""
+    """Maps names to values, for the flags that were given."""
     values = {name: getattr(options, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""What the commands that make pictures have in common: flags, and the way from a request to files."""
+"""Implements what the commands that draw pictures share: flags, and the path from a request to files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SAMPLING = (
     *("guidance_interval", "map_steps"),
 )
 _MACHINE = ("bundle", "segmenter", *field_names(EngineOptions), "control_window", "initial_noise")
-"""Flags that have an effect without --server only."""
+"""Flags that only have an effect without --server."""
 
 
 def add_picture_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,10 +54,14 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
         help=".png, .jpg, .webp or .avif; - writes a PNG to standard output",
     )
     out.add_argument(
-        "--num-images", type=int, default=1, metavar="N", help="pictures with seeds S, S+1, ... (default: 1)"
+        "--num-images",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of pictures, with seeds S, S+1, ... (default: 1)",
     )
     out.add_argument("--grid", action="store_true", help="write one contact sheet instead of numbered files")
-    out.add_argument("--quiet", action="store_true", help="show no progress and no memory plan")
+    out.add_argument("--quiet", action="store_true", help="do not print progress and the memory plan")
     machine = parser.add_argument_group("machine")
     add_bundle_flag(machine)
     add_segmenter_flag(machine)
@@ -73,38 +77,38 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling (default: what --quality says, else the model's)")
+    group = parser.add_argument_group("sampling (defaults: those of --quality, else the model's)")
     group.add_argument(
         "--seed", type=int, metavar="S", help="the same seed gives the same picture (default: random)"
     )
     group.add_argument(
         "--quality",
         choices=list(QUALITIES),
-        help="exact: as the model's authors sample it; balanced, fast: nearly the same picture, at least "
+        help="exact: sampling as by the model's authors; balanced, fast: nearly the same picture, at least "
         "twice and four times as fast",
     )
     group.add_argument("--steps", type=int, metavar="N", help="sampling steps")
     group.add_argument(
-        "--guidance-scale", type=float, metavar="G", help="classifier-free guidance; 1 is without"
+        "--guidance-scale", type=float, metavar="G", help="scale of classifier-free guidance; 1 turns it off"
     )
     group.add_argument("--control-scale", type=float, metavar="C", help="factor of the detail maps")
     group.add_argument("--eta", type=float, metavar="E", help="noise per step, 0 (DDIM) to 1 (DDPM)")
     group.add_argument(
         "--sampler",
         choices=list(SAMPLERS),
-        help="ddim, or dpm_solver_2m, of second order, which needs fewer steps and has no eta",
+        help="dpm_solver_2m is of second order, needs fewer steps than ddim, and has no eta",
     )
     group.add_argument(
         "--guidance-interval",
         type=parse_interval,
         metavar="FIRST,LAST",
-        help="timesteps with guidance, of 0 (picture) to 999 (noise); the others cost half",
+        help="timesteps with guidance, from 0 (picture) to 999 (noise); the others cost half",
     )
     group.add_argument(
         "--map-steps",
         type=int,
         metavar="N",
-        help="compute detail maps at so many timesteps, shared by neighbouring steps",
+        help="number of timesteps at which detail maps are computed; neighbouring steps share them",
     )
     group.add_argument(
         "--initial-noise",

@@ -1,4 +1,4 @@
-"""The part of the commands that make pictures which lets a server do it."""
+"""Runs the commands that draw pictures on a server."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from runtime.result import Composite
 
 SERVER_FLAGS = ("model", "timeout", "token_file", "tls", "tls_ca", "tls_certificate", "tls_key")
-"""Flags that have an effect with --server only."""
+"""Flags that only have an effect with --server."""
 
 
 def add_server_flags(parser: argparse._ActionsContainer, with_model: bool = True) -> None:
     """Adds --server, and `SERVER_FLAGS`, which are None if not given; --model only where a model draws."""
-    parser.add_argument("--server", metavar="ADDRESS", help="host:port or unix:/path of 'anydoor serve'")
+    parser.add_argument(
+        "--server", metavar="ADDRESS", help="address of 'anydoor serve', host:port or unix:/path"
+    )
     if with_model:
-        parser.add_argument(
-            "--model", metavar="NAME", help="which of the server's models draws (default: its first)"
-        )
+        parser.add_argument("--model", metavar="NAME", help="model of the server to use (default: its first)")
     else:
         parser.set_defaults(model=None)
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token to send")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="fail after this time")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token to send")
     parser.add_argument(
         "--tls", action="store_true", default=None, help="connect with TLS; implied by the files below"
     )
-    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="certificates to trust (PEM)")
-    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="certificate to show (PEM)")
-    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="CA certificates to trust (PEM)")
+    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="client certificate (PEM)")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="private key of the certificate (PEM)")
 
 
 def connect(options: argparse.Namespace) -> Client:
@@ -46,7 +46,7 @@ def connect(options: argparse.Namespace) -> Client:
         BackendError: gRPC is not installed.
     """
     if bool(options.tls_certificate) != bool(options.tls_key):
-        raise InputError("--tls-certificate and --tls-key are only of use together")
+        raise InputError("--tls-certificate and --tls-key must be given together")
     try:
         from runtime.client import Client, Tls
     except ModuleNotFoundError as error:

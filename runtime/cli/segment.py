@@ -1,4 +1,4 @@
-"""`anydoor segment`: finds an object in a picture, on this machine or on a server; writes its mask."""
+"""Implements `anydoor segment`: finds an object in a picture and writes its mask, here or on a server."""
 
 from __future__ import annotations
 
@@ -42,18 +42,25 @@ anydoor segment desk.jpg --click 120,80 --server gpu:50051 -o mask.png
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
-    parser.add_argument("picture", type=Path, metavar="PICTURE", help="where to look; - is standard input")
+    parser.add_argument(
+        "picture", type=Path, metavar="PICTURE", help="picture with the object; - is standard input"
+    )
     parser.add_argument(
         "--click",
         dest="clicks",
         action="append",
         type=parse_click,
         metavar="X,Y",
-        help="a pixel of the object; !X,Y: one that is not; may be repeated (default: the main object)",
+        help="a pixel of the object; !X,Y: one that is not on it; may be repeated (default: the main object)",
     )
     parser.add_argument("--box", type=parse_box, metavar="X0,Y0,X1,Y1", help="a box around the object")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="the mask: white on the object"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file for the mask, which is white on the object",
     )
     machine = parser.add_argument_group("machine")
     add_segmenter_flag(machine)
@@ -70,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     check_flags(options, ("segmenter", *field_names(EngineOptions)))
     ((picture,),) = read_standard_input([options.picture])
     if options.clicks and options.box:
-        raise InputError("--click and --box are given: give one of them")
+        raise InputError("--click and --box cannot be used together: give one of them")
     check_output(options.output, picture, 1, grid=False)
     mask = _find(picture, Where(box=options.box, clicks=options.clicks), options)
     save_pictures([(np.repeat(mask[..., None] * np.uint8(255), 3, axis=2), options.output)])

@@ -1,4 +1,4 @@
-"""`anydoor serve`: serves composites over gRPC and HTTP."""
+"""Implements `anydoor serve`: serves composites over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ anydoor serve --bundle cup=build/engines/cup --bundle bear=build/engines/bear --
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --config, and one flag per setting."""
     parser.add_argument(
-        "--config", type=Path, metavar="FILE.toml", help="settings by name; flags take precedence"
+        "--config",
+        type=Path,
+        metavar="FILE.toml",
+        help="TOML file with settings by name; flags take precedence",
     )
     add_flags(parser, Settings)
 

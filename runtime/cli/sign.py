@@ -1,4 +1,4 @@
-"""`anydoor sign`: signs a bundle, for machines that run none but signed ones."""
+"""Implements `anydoor sign`: signs a bundle, for machines that run signed bundles only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from runtime.cli import missing_package
 
 NAME = "sign"
-HELP = "Sign a bundle, so that others can tell who built it"
+HELP = "Sign a bundle, so that others can verify who built it"
 EXAMPLES = """
 anydoor sign build/engines/anydoor --key private.pem
 openssl genpkey -algorithm ed25519 -out private.pem
@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compares all hashes, then writes the signature and prints where it is.
+    """Verifies all hashes, then writes the signature and prints its path.
 
     Raises:
-        AnyDoorError: the bundle is not sound, or the key cannot be used.
+        AnyDoorError: the bundle is damaged, or the key cannot be used.
     """
     try:
         from engines.bundle import Bundle

@@ -1,4 +1,4 @@
-"""`anydoor studio`: serves a page on this machine, and opens it."""
+"""Implements `anydoor studio`: serves the studio page on this machine and opens it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import webbrowser
 from runtime.cli import serve as server
 
 NAME = "studio"
-HELP = "Try a bundle with a mouse: serve a page on this machine, and open it"
+HELP = "Try a bundle in the browser: serve a page on this machine and open it"
 EXAMPLES = """
 anydoor studio --bundle examples/anydoor-small
 anydoor studio --http 127.0.0.1:9000 --no-browser
@@ -24,7 +24,7 @@ _SECONDS_BETWEEN = 0.2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `anydoor serve`, and --no-browser."""
     server.add_arguments(parser)
-    parser.add_argument("--no-browser", action="store_true", help="do not open the page")
+    parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _announce(url: str, is_opened: bool) -> None:
-    """Says where the page is, when it is there."""
+    """Prints the address of the page when it is ready, and opens it."""
     while not _answers(url):
         time.sleep(_SECONDS_BETWEEN)
     print(f"The studio is at {url}   (Ctrl-C ends it)", flush=True)

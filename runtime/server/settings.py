@@ -1,4 +1,4 @@
-"""What can be set of a server: one table for the command line's flags and the TOML file's keys."""
+"""Defines the server's settings, as one table for the command line's flags and the TOML file's keys."""
 
 from __future__ import annotations
 
@@ -38,101 +38,108 @@ def _size(default: int, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that can be set about a server. Names are those of the TOML file; flags have dashes."""
+    """Settings of a server. Names are those of the TOML file; flags have dashes."""
 
     bundle: tuple[str, ...] | str = _setting(
         "",
-        "directory of the bundle; $ANYDOOR_BUNDLE, else build/engines/anydoor, if unset. May be repeated: "
-        "requests say by NAME, or the directory's own, which one they are for, or get the first; the others "
-        "are loaded when they are asked for, and where --memory-budget has no room for all, the one that was "
-        "not asked for longest leaves",
+        "directory of a bundle (default: $ANYDOOR_BUNDLE, else build/engines/anydoor). May be repeated: "
+        "requests select one by NAME (default: that of the directory), or get the first. The others are "
+        "loaded on their first request; if --memory-budget has no room for all, the least recently used is "
+        "unloaded",
         metavar="[NAME=]DIR",
     )
     segmenter: tuple[str, ...] = _setting(
         (),
-        "directory of the bundle of a segmenter, which finds objects; may be repeated: one for the main "
-        "object of a picture, one for clicks",
+        "directory of a segmenter's bundle, which finds objects; may be repeated: one for the main object "
+        "of a picture, one for clicks",
         metavar="DIR",
     )
     filler: str = _setting(
         "",
-        "directory of a bundle of Stable Diffusion for inpainting, or of IMPRINT, which fills the holes of "
-        "edits; without one models that can do it themselves, and other backgrounds are guessed",
+        "directory of a bundle of Stable Diffusion for inpainting, or of IMPRINT, that fills the holes of "
+        "edits (default: the model itself if it can, else the background is guessed)",
         metavar="DIR",
     )
     require_signature: bool = _setting(False, "serve a bundle only if it is signed by the trusted key")
     trusted_key: str = _setting(
-        "", "PEM file with the Ed25519 public key of who signs bundles", metavar="FILE"
+        "", "PEM file with the Ed25519 public key that bundles are signed with", metavar="FILE"
     )
     engine: EngineOptions = EngineOptions()
-    """Where and how the graphs run. Its fields have flags and keys beside the others."""
+    """Where and how the graphs run. Its fields have flags and keys of their own."""
     listen: tuple[str, ...] = _setting(
         ("127.0.0.1:50051",),
-        "address, host:port or unix:/path; may be repeated",
+        "address for gRPC, host:port or unix:/path; may be repeated",
         metavar="ADDRESS",
     )
-    http: str = _setting("", "address for HTTP, host:port; none if not given", metavar="ADDRESS")
-    studio: bool = _setting(False, "a page at /studio, over HTTP, to try it with a mouse")
+    http: str = _setting("", "address for HTTP, host:port (default: no HTTP)", metavar="ADDRESS")
+    studio: bool = _setting(False, "serve a page at /studio, over HTTP, to try the model in a browser")
     cors: tuple[str, ...] = _setting(
-        (), "web page that may call over HTTP, like https://example.org; may be repeated", metavar="ORIGIN"
+        (),
+        "origin whose web pages may call over HTTP, like https://example.org; may be repeated",
+        metavar="ORIGIN",
     )
     host: tuple[str, ...] = _setting(
         (),
-        "name by which a proxy, or a page, calls this server over HTTP, beside localhost; may be repeated. "
-        "Other names are refused, as they are without it at an address of this machine where no token is "
-        "needed",
+        "name that a proxy or a page uses for this server over HTTP, besides localhost; may be repeated. "
+        "Other names are then refused. At a loopback address without tokens, all names but localhost are "
+        "refused by default",
         metavar="NAME",
     )
     job_folder: str = _setting(
-        "", "folder for results of jobs over HTTP; a part of request_memory if not given", metavar="DIR"
+        "", "folder for results of jobs over HTTP (default: they are kept in request_memory)", metavar="DIR"
     )
     job_folder_bytes: int = _size(
-        10 << 30, "that results in job_folder may take, like 10G; the oldest of whoever has most go first"
+        10 << 30, "most bytes of results in job_folder, like 10G; the client with most loses its oldest"
     )
     insecure: bool = _setting(
-        False, "listen beyond this machine without TLS, or without tokens or client certificates"
+        False, "allow addresses beyond this machine without TLS, or without tokens or client certificates"
     )
-    metrics: str = _setting("", "address for Prometheus, host:port; none if not given", metavar="ADDRESS")
-    metrics_token: bool = _setting(False, "metrics, too, are for those with a token only")
+    metrics: str = _setting(
+        "", "address for Prometheus metrics, host:port (default: none)", metavar="ADDRESS"
+    )
+    metrics_token: bool = _setting(False, "require a token for metrics, too")
     tls_certificate: str = _setting("", "PEM file with the server's certificate chain", metavar="FILE")
     tls_key: str = _setting("", "PEM file with its private key", metavar="FILE")
     tls_client_ca: str = _setting(
-        "", "PEM file; only clients with a certificate signed by it are let in", metavar="FILE"
+        "", "PEM file with a CA; clients need a certificate that it signed", metavar="FILE"
     )
     tokens: str = _setting(
-        "", "file with bearer tokens, one per line; only callers with one are let in", metavar="FILE"
+        "", "file with bearer tokens, one per line; clients need one of them", metavar="FILE"
     )
-    max_message_bytes: int = _size(32 << 20, "of a request, like 32M")
-    max_pixels: int = _setting(1 << 24, "pixels of each picture and mask", metavar="N")
-    max_steps: int = _setting(100, "steps of a request", metavar="N")
-    max_images: int = _setting(8, "pictures of a request", metavar="N")
-    max_placements: int = _setting(4, "placements of a request", metavar="N")
-    max_previews: int = _setting(4, "previews of each picture, over all its placements", metavar="N")
-    max_connections: int = _setting(1000, "connections at a time", metavar="N")
+    max_message_bytes: int = _size(32 << 20, "largest request, like 32M")
+    max_pixels: int = _setting(1 << 24, "most pixels of a picture or mask", metavar="N")
+    max_steps: int = _setting(100, "most steps of a request", metavar="N")
+    max_images: int = _setting(8, "most pictures of a request", metavar="N")
+    max_placements: int = _setting(4, "most placements of a request", metavar="N")
+    max_previews: int = _setting(4, "most previews of a picture, over all its placements", metavar="N")
+    max_connections: int = _setting(1000, "most simultaneous connections", metavar="N")
     share_caches: bool = _setting(
         False,
-        "what is kept of one client's requests also serves others, who can tell from the time that theirs "
-        "take whether somebody used the same object lately",
+        "share cached ID tokens and detail maps between clients. From the time that their requests take, "
+        "clients can then tell whether somebody used the same object recently",
     )
-    queue: int = _setting(16, "requests accepted beyond as many as the batch has slots", metavar="N")
+    queue: int = _setting(16, "most requests that wait beyond the slots of the batch", metavar="N")
     max_batch: int = _setting(
         0,
-        "most samples in the batch; 0: the bundle's limit, on a card at most 4, which have most of the gain: "
-        "on an H100 8.00 ms per sample alone, 6.07 for 2, 5.34 for 4, 5.03 for 8 (6 %% more)",
+        "most samples in the batch; 0: the bundle's limit, on a card at most 4 (8 gain 6 %% more on an H100)",
         metavar="N",
     )
-    batching: str = _setting("continuous", "static admits only into an empty batch", choices=BATCHING)
+    batching: str = _setting(
+        "continuous",
+        "continuous: requests join between steps; static: they join an empty batch only",
+        choices=BATCHING,
+    )
     request_memory: int = _size(
-        -1, "that all requests and answers may take, like 4G; -1: a quarter of the machine's, at least 1 GiB"
+        -1, "most memory of all requests and answers, like 4G; -1: a quarter of the machine's, at least 1 GiB"
     )
     transfer_seconds: float = _setting(
-        30.0, "to send a message or take an answer, beside a second per MiB", metavar="SECONDS"
+        30.0, "time to send a message or receive an answer, plus a second per MiB", metavar="SECONDS"
     )
     decode_seconds: float = _setting(
-        10.0, "of a processor's time for the pictures of a request", metavar="SECONDS"
+        10.0, "processor time to decode the pictures of a request", metavar="SECONDS"
     )
     workers: int = _setting(
-        2, "threads that prepare, paste and encode, each with a process that decodes", metavar="N"
+        2, "threads that prepare, paste and encode, each with a decoding process", metavar="N"
     )
     control_window: int = _setting(
         0,
@@ -141,20 +148,18 @@ class Settings:
     )
     cache_bytes: int = _size(
         -1,
-        "for detail maps of all models, like 2G, if there is room; -1: an eighth of the machine's, at most "
-        "4 GiB",
+        "most memory of the detail maps of all models, like 2G, if there is room; -1: an eighth of the "
+        "machine's, at most 4 GiB",
     )
-    drain_seconds: float = _setting(
-        30.0, "after SIGTERM, time to finish what was accepted", metavar="SECONDS"
-    )
-    log_level: str = _setting("info", "least severe lines to log", choices=LOG_LEVELS)
+    drain_seconds: float = _setting(30.0, "time to finish accepted requests after SIGTERM", metavar="SECONDS")
+    log_level: str = _setting("info", "lowest level to log", choices=LOG_LEVELS)
 
     @property
     def bundles(self) -> Mapping[str, Path]:
-        """Name -> directory of each bundle; the first is the default.
+        """Maps names to bundle directories; the first is the default.
 
         Raises:
-            InputError: two have one name.
+            InputError: two have the same name.
         """
         named: dict[str, Path] = {}
         for text in (self.bundle,) if isinstance(self.bundle, str) else self.bundle:
@@ -163,8 +168,8 @@ class Settings:
             name = found[1] if found else path.resolve().name
             if name in named:
                 raise InputError(
-                    f"bundle: '{named[name]}' and '{path}' are both called '{name}': give one another name, "
-                    f"like other={path}"
+                    f"bundle: '{named[name]}' and '{path}' are both called '{name}': give one of them "
+                    f"another name, like other={path}"
                 )
             named[name] = path
         return named
@@ -186,7 +191,7 @@ class Settings:
         return max(memory // 4, 1 << 30)
 
     def check(self) -> None:
-        """Refuses values that no server can have.
+        """Checks all values.
 
         Raises:
             InputError: names the setting.
@@ -204,9 +209,9 @@ class Settings:
         if not self.listen:
             raise InputError("listen must name at least one address")
         if bool(self.tls_certificate) != bool(self.tls_key):
-            raise InputError("tls_certificate and tls_key are only of use together")
+            raise InputError("tls_certificate and tls_key must be given together")
         if self.require_signature != bool(self.trusted_key):
-            raise InputError("require_signature and trusted_key are only of use together")
+            raise InputError("require_signature and trusted_key must be given together")
         if self.tls_client_ca and not self.tls_certificate:
             raise InputError("tls_client_ca needs tls_certificate and tls_key")
         self._check_http()
@@ -228,7 +233,7 @@ class Settings:
             raise InputError(f"job_folder: there is no folder '{self.job_folder}'")
 
     def _check_addresses(self) -> None:
-        """Refuses to be open to strangers by mistake."""
+        """Refuses addresses that others can reach without TLS and authentication."""
         if self.insecure:
             return
         guarded = self.tls_certificate and (self.tokens or self.tls_client_ca)

@@ -77,7 +77,7 @@ def test_a_lora_and_its_scale(text: str, file: str, scale: float) -> None:
 
 
 def test_a_scale_that_is_none() -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="'nan' is no scale"):
+    with pytest.raises(argparse.ArgumentTypeError, match="'nan' is not a scale"):
         parse_lora("cup.safetensors:nan")
 
 
@@ -88,7 +88,7 @@ def test_a_size(text: str, size: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "512x", "1x2x3", "wide"])
 def test_a_size_that_is_none(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is no size"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a size"):
         parse_resolution(text)
 
 

@@ -1,4 +1,4 @@
-"""What the commands that edit a scene have in common: where the object is, and what fills its hole."""
+"""Implements what the commands that edit a scene share: where the object is, and what fills its hole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_scene_flags(parser: argparse.ArgumentParser, title: str = "the object") -> None:
-    """Adds --scene, and the flags that say where an object is in it."""
+    """Adds --scene, and the flags that select an object in it."""
     group = parser.add_argument_group(f"{title} (default: the main object of the scene)")
     group.add_argument("--scene", type=Path, required=True, metavar="FILE", help="picture to edit")
     add_where_flags(group, "object", "click")
@@ -35,21 +35,21 @@ def add_where_flags(group: argparse._ArgumentGroup, name: str, click: str) -> No
         action="append",
         type=parse_click,
         metavar="X,Y",
-        help="a pixel of it; !X,Y: one that is not; may be repeated",
+        help="a pixel of it; !X,Y: one that is not on it; may be repeated",
     )
     group.add_argument(f"--{name}-box", type=parse_box, metavar="X0,Y0,X1,Y1", help="a box around it")
     group.add_argument(f"--{name}-mask", type=Path, metavar="FILE", help="its mask, of the scene's size")
 
 
 def add_reference_flags(parser: argparse.ArgumentParser, what: str, required: bool) -> None:
-    """Adds the flags of another object, which comes in a picture of its own."""
+    """Adds the flags of another object, which has its own picture."""
     group = parser.add_argument_group(what)
     group.add_argument("--reference", type=Path, required=required, metavar="FILE", help="picture of it")
     group.add_argument(
         "--reference-mask",
         type=Path,
         metavar="FILE",
-        help="where it is in that; auto: it is found (default: its transparency)",
+        help="its mask in that picture; auto: found by a segmenter (default: its transparency)",
     )
     group.add_argument(
         "--reference-click",
@@ -57,7 +57,7 @@ def add_reference_flags(parser: argparse.ArgumentParser, what: str, required: bo
         action="append",
         type=parse_click,
         metavar="X,Y",
-        help="a pixel of it in that; !X,Y: one that is not; may be repeated",
+        help="a pixel of it in that picture; !X,Y: one that is not on it; may be repeated",
     )
 
 
@@ -68,23 +68,23 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--filler",
         type=Path,
         metavar="DIR",
-        help="bundle of Stable Diffusion for inpainting, or of IMPRINT (default: --bundle if it can, else "
-        "the background is guessed)",
+        help="bundle of Stable Diffusion for inpainting, or of IMPRINT (default: --bundle if it can fill "
+        "holes, else the background is guessed)",
     )
     group.add_argument(
-        "--fill-prompt", metavar="TEXT", help="what is there, in words, for a filler that takes a prompt"
+        "--fill-prompt", metavar="TEXT", help="what to draw in the hole, for a filler that takes prompts"
     )
     group.add_argument("--fill-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
     add_picture_flags(parser)
 
 
 def where(options: argparse.Namespace, name: str = "object") -> Where:
-    """Where an object is, as the flags say."""
+    """Returns where an object is, from the flags."""
     return Where(*(getattr(options, f"{name}_{kind}") for kind in ("box", "mask", "clicks")))
 
 
 def referenced(options: argparse.Namespace) -> Placement:
-    """Another object, without a place."""
+    """Returns the other object from the flags, without a place."""
     mask = options.reference_mask
     return Placement(
         options.reference,

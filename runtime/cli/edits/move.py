@@ -1,4 +1,4 @@
-"""`anydoor move`: takes an object of a scene to another place in it."""
+"""Implements `anydoor move`: moves an object to another place in its scene."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runtime.cli.flags import parse_box
 from runtime.request import Move
 
 NAME = "move"
-HELP = "Take an object of a scene to another place in it"
+HELP = "Move an object to another place in its scene"
 EXAMPLES = """
 anydoor move --scene desk.jpg --click 120,80 --to 300,60,420,260 --segmenter build/engines/sam -o out.png
 anydoor move --scene desk.jpg --object-mask cup.png --to 300,60,420,260 -o out.png
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     add_scene_flags(parser)
     parser.add_argument(
-        "--to", type=parse_box, required=True, metavar="X0,Y0,X1,Y1", help="the other place, in pixels"
+        "--to", type=parse_box, required=True, metavar="X0,Y0,X1,Y1", help="the new place, in pixels"
     )
     add_common_flags(parser)
 

@@ -1,4 +1,4 @@
-"""`anydoor remove`: takes an object out of a scene."""
+"""Implements `anydoor remove`: removes an object from a scene."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from runtime.cli.edits.common import add_common_flags, add_scene_flags, run_edit
 from runtime.request import Remove
 
 NAME = "remove"
-HELP = "Take an object out of a scene"
+HELP = "Remove an object from a scene"
 EXAMPLES = """
 anydoor remove --scene desk.jpg --click 120,80 --segmenter build/engines/sam -o out.png
 anydoor remove --scene desk.jpg --object-mask cup.png --filler build/engines/512-inpainting-ema -o out.png

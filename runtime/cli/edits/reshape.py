@@ -1,4 +1,4 @@
-"""`anydoor reshape`: draws an object of a scene again in another outline."""
+"""Implements `anydoor reshape`: redraws an object of a scene in another outline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runtime.cli.edits.common import add_common_flags, add_scene_flags, run_edit
 from runtime.request import Reshape
 
 NAME = "reshape"
-HELP = "Draw an object of a scene again in another outline"
+HELP = "Redraw an object of a scene in another outline"
 EXAMPLES = """
 anydoor reshape --scene desk.jpg --click 120,80 --to taller.png --segmenter build/engines/sam -o out.png
 anydoor reshape --scene desk.jpg --object-mask cup.png --to taller.png -o out.png

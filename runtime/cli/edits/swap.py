@@ -1,4 +1,4 @@
-"""`anydoor swap`: puts another object in the place of one, or lets two objects change places."""
+"""Implements `anydoor swap`: replaces an object by another, or exchanges two objects of a scene."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.imaging.modes import MODES
 from runtime.request import Swap, SwapPlaces
 
 NAME = "swap"
-HELP = "Put another object in the place of one, or let two objects of a scene change places"
+HELP = "Replace an object by another, or exchange two objects of a scene"
 EXAMPLES = """
 anydoor swap --scene desk.jpg --click 120,80 --reference vase.png --segmenter build/engines/sam -o out.png
 anydoor swap --scene desk.jpg --object-mask cup.png --reference vase.png --mode shape -o out.png
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=list(MODES),
-        help="of --reference; shape: it fills the outline of the old one (default: keep_background)",
+        help="mode of --reference; shape: it fills the outline of the old object (default: keep_background)",
     )
     add_where_flags(parser.add_argument_group("or another object of the scene"), "other", "other-click")
     add_common_flags(parser)
@@ -44,5 +44,5 @@ def run(options: argparse.Namespace) -> int:
     other = where(options, "other")
     in_scene = any(given is not None for given in vars(other).values())
     if in_scene == bool(options.reference):
-        raise InputError("give another object: with --reference, or one of the scene with --other-click")
+        raise InputError("give one other object: with --reference, or in the scene with --other-click")
     return run_edit(options, SwapPlaces(other) if in_scene else Swap(referenced(options)))

@@ -1,4 +1,4 @@
-"""`anydoor try-on`: puts a garment in the place of what a person wears."""
+"""Implements `anydoor try-on`: dresses a person in a garment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.cli.edits.common import (
 from runtime.request import TryOn
 
 NAME = "try-on"
-HELP = "Put a garment in the place of what a person wears"
+HELP = "Dress a person in a garment"
 EXAMPLES = """
 anydoor try-on --scene person.jpg --object-mask shirt_place.png --reference shirt.png -o out.png
 anydoor try-on --scene person.jpg --click 210,300 --reference shirt.jpg --reference-mask auto \\
@@ -24,7 +24,7 @@ anydoor try-on --scene person.jpg --click 210,300 --reference shirt.jpg --refere
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
-    add_scene_flags(parser, "what is worn: a coarse outline is enough")
+    add_scene_flags(parser, "the clothes to replace: a coarse outline is enough")
     add_reference_flags(parser, "the garment", required=True)
     add_common_flags(parser)
 

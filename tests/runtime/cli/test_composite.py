@@ -262,7 +262,7 @@ def test_what_can_be_refused_is_refused_before_anything_is_opened(
 def test_a_certificate_needs_its_key(capsys: Capture) -> None:
     command = ["composite", "--reference", "a.png", "--scene", "s.png", "--box", "1,2,3,4", "-o", "out.png"]
     assert main([*command, "--server", "a:1", "--tls-certificate", "a.pem"]) == 2
-    assert "--tls-certificate and --tls-key are only of use together" in capsys.readouterr().err
+    assert "--tls-certificate and --tls-key are must be given together" in capsys.readouterr().err
 
 
 def test_what_is_left_open_comes_from_the_bundle(

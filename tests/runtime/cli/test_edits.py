@@ -120,8 +120,8 @@ REFUSALS = [
     ("reshape --click 20,20 --to vase.png", "they must have the same size"),
     ("reshape --click 20,20 --to none.png", "No such file or directory"),
     ("swap --click 20,20 --other-click 22,24", "both places show the same object, and two are needed"),
-    ("swap --click 20,20", "give another object: with --reference, or one of the scene"),
-    ("swap --click 20,20 --other-click 70,30 --reference vase.png", "give another object: with --reference"),
+    ("swap --click 20,20", "give one other object: with --reference, or in the scene"),
+    ("swap --click 20,20 --other-click 70,30 --reference vase.png", "give one other object: with --reference"),
     ("try-on --click 20,20 --reference shelf.png", "the reference has no transparency"),
     ("try-on --click 20,20 --object-box 1,2,9,9 --reference vase.png", "give one of them"),
 ]

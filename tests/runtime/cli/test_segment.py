@@ -44,7 +44,7 @@ def test_a_plain_background_needs_no_segmenter(tmp_path: Path) -> None:
     ("arguments", "refusal"),
     [
         (["--click", "20,20"], "no segmenter for clicks is loaded: give a mask, or the bundle of one"),
-        (["--click", "20,20", "--box", "1,2,3,4"], "--click and --box are given: give one of them"),
+        (["--click", "20,20", "--box", "1,2,3,4"], "--click and --box cannot be used together: give one of them"),
         (["--server", "gpu:1", "--segmenter", "sam"], "--segmenter is for this machine"),
         (["--segmenter", "nowhere"], "there is no bundle at 'nowhere'"),
     ],

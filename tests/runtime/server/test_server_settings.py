@@ -67,7 +67,7 @@ def test_the_engines_options_stand_beside_the_others(tmp_path: Path) -> None:
         ("backend = 'magic'", "there is no backend 'magic': choose one of auto, openvino"),
         ("engine = 'magic'", "the configuration has no 'engine'"),
         ("batching = 'magic'", "batching must be one of continuous, static"),
-        ("tls_key = 'key.pem'", "only of use together"),
+        ("tls_key = 'key.pem'", "must be given together"),
         ("tls_client_ca = 'ca.pem'", "needs tls_certificate"),
         ("listen = []", "at least one address"),
         ("queue 5", "is not TOML"),
