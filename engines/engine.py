@@ -215,8 +215,8 @@ def refuse_card_graphs(bundle: Bundle) -> None:
     """
     if bundle.manifest.target == CUDA:
         raise BackendError(
-            f"the bundle at '{bundle.path}' is for NVIDIA cards (pip install '.[cuda]'): for the CPU build "
-            f"one with '{BUILD_COMMAND} --backend {ONNX} --targets {ANY_TARGET}'"
+            f"the bundle at '{bundle.path}' is for NVIDIA cards (pip install '.[cuda]'): build one "
+            f"for the CPU with '{BUILD_COMMAND} --backend {ONNX} --targets {ANY_TARGET}'"
         )
 
 

@@ -46,7 +46,7 @@ class HostMemoryPlan:
         """
         if not self.fits:
             raise BackendError(
-                f"it needs {self.total / 1e9:.1f} GB of memory, and {self.budget / 1e9:.1f} GB of it are free"
+                f"it needs {self.total / 1e9:.1f} GB of memory, but {self.budget / 1e9:.1f} GB of it are free"
             )
 
     def evicted_by(self, graph: str, loaded: Iterable[str]) -> list[str]:
@@ -97,7 +97,7 @@ def plan_host_memory(
     plan = next((plan for plan in plans if plan.fits), plans[-1])
     if budget is not None and not plan.fits:
         raise BackendError(
-            f"the bundle at '{bundle.path}' needs about {megabytes(plan.total)} MB of memory and "
+            f"the bundle at '{bundle.path}' needs about {megabytes(plan.total)} MB of memory, but "
             f"{budget // 1_000_000} MB may be used: raise --memory-budget"
         )
     return replace(plan, cache=max(0, available - plan.total))

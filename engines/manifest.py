@@ -213,7 +213,7 @@ def read_manifest(path: Path, trusted_key: Path | None = None) -> Manifest:
         raise BundleError(f"{where} is not a bundle: it has no {MANIFEST}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"the bundle at {where} is damaged: {MANIFEST} is not readable JSON ({error})"
+            f"the bundle at {where} is damaged: {MANIFEST} is not valid JSON ({error})"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BundleError(f"{where} is not a bundle: its {MANIFEST} does not say format '{FORMAT}'")
@@ -260,7 +260,7 @@ def _parse_json(content: bytes) -> Any:
 
     def finite(text: str) -> float:
         if not math.isfinite(float(text)):
-            raise ValueError(f"{text[:60]} is no finite number")
+            raise ValueError(f"{text[:60]} is not a finite number")
         return float(text)
 
     return json.loads(
@@ -301,9 +301,9 @@ def _check(manifest: Manifest) -> None:
     roles = [spec.role for spec in manifest.specs.values()]
     if "segment" in roles:
         if other := sorted({*roles} - {"segment"}):
-            raise ValueError(f"graphs have the roles 'segment' and '{other[0]}', which do not go together")
+            raise ValueError(f"graphs cannot have both roles 'segment' and '{other[0]}'")
         if len(manifest.with_role("segment")[0].tensor("picture").shape) != 4:
-            raise ValueError("the picture has not four dimensions")
+            raise ValueError("the picture does not have four dimensions")
     for role in () if manifest.is_segmenter else ("step", "decode"):
         if roles.count(role) != 1:
             raise ValueError(f"one graph must have the role '{role}', not {roles.count(role)}")
@@ -319,7 +319,7 @@ def _check(manifest: Manifest) -> None:
     for graph, record in manifest.graphs.items():
         loaded = (record.files[0], *record.variants.values())
         if manifest.backend == ONNX and not all(file.path.endswith(".onnx") for file in loaded):
-            raise ValueError(f"a file of '{graph}' is not named .onnx")
+            raise ValueError(f"a file of '{graph}' is not named *.onnx")
 
 
 def _check_sampling(manifest: Manifest) -> None:
@@ -329,7 +329,7 @@ def _check_sampling(manifest: Manifest) -> None:
     for name in (*banks, *step.per_step, *step.feedback, *step.feedback.values()):
         step.tensor(name)
     if len(step.tensor("latent").shape) != 4 or len(manifest.decoder.tensor("image").shape) != 4:
-        raise ValueError("the latent or the picture has not four dimensions")
+        raise ValueError("the latent or the picture does not have four dimensions")
 
 
 def _parse_graph(name: str, content: Mapping[str, Any]) -> GraphRecord:

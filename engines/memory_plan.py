@@ -201,8 +201,8 @@ def plan_device_memory(manifest: Manifest, budget: int, most_cache: int = LARGES
             cache = min(budget - needed, most) // ALIGNMENT * ALIGNMENT
             return DeviceMemoryPlan(graphs, groups, fixed, context, library, pool, cache, budget)
     raise BackendError(
-        f"the bundle needs at least {megabytes(needed)} MB of device memory and {budget // 1_000_000} MB may "
-        "be used: free some, raise --memory-budget, or build a bundle that needs less with "
+        f"the bundle needs at least {megabytes(needed)} MB of device memory, but {budget // 1_000_000} MB "
+        "may be used: free some, raise --memory-budget, or build a bundle that needs less with "
         f"'{BUILD_COMMAND} --max-batch 1'"
     )
 

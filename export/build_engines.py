@@ -81,7 +81,9 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     if options.source is None:
         raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
     if options.system:
-        raise AnyDoorError(f"--system goes with --skeleton: '{options.source}' says what it is itself")
+        raise AnyDoorError(
+            f"--system is for --skeleton: the system of '{options.source}' is recognised from its weights"
+        )
     if is_segmenter(options):
         return build_from_onnx(options)
     build = build_options(options)
@@ -132,10 +134,10 @@ def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:
     if options.source is not None:
         raise AnyDoorError(f"--skeleton has no weights: give it or '{options.source}', not both")
     if options.backend not in ("auto", ONNX):
-        raise AnyDoorError(f"--skeleton makes ONNX graphs: it goes with --backend {ONNX}")
+        raise AnyDoorError(f"--skeleton makes ONNX graphs: use it with --backend {ONNX}")
     for name in _OF_ITS_NETWORK:
         if getattr(options, name) is not None:
-            raise AnyDoorError(f"{flag(name)} goes with a checkpoint, not with --skeleton")
+            raise AnyDoorError(f"{flag(name)} is for checkpoints, not for --skeleton")
     options.backend = ONNX
     system = options.system or "anydoor"
     build, output = build_options(options), options.output or SKELETONS[system]

@@ -70,12 +70,12 @@ class BuildOptions:
                 raise AnyDoorError(f"there is no {what} '{chosen}': choose one of {', '.join(known)}")
         if self.backend == ONNX and self.targets not in ((), (ANY_TARGET,), (CUDA,)):
             raise AnyDoorError(
-                f"--targets of {ONNX} is {ANY_TARGET} or {CUDA}: architectures go with --backend tensorrt_rtx"
+                f"--targets of {ONNX} is {ANY_TARGET} or {CUDA}: architectures are for --backend tensorrt_rtx"
             )
         if self.deterministic and self.targets != (CUDA,):
-            raise AnyDoorError(f"--deterministic goes with --backend {ONNX} --targets {CUDA}")
+            raise AnyDoorError(f"--deterministic needs --backend {ONNX} --targets {CUDA}")
         if self.reuse is not None and self.rules != ANY_TARGET:
-            raise AnyDoorError(f"--reuse goes with --targets {ANY_TARGET}: graphs for {CUDA} are not copied")
+            raise AnyDoorError(f"--reuse needs --targets {ANY_TARGET}: graphs for {CUDA} are not copied")
         if self.max_batch < 1:
             raise AnyDoorError(f"--max-batch must be at least 1, not {self.max_batch}")
 
@@ -114,7 +114,7 @@ class SourceOptions:
         for name in SOURCE_OPTIONS:
             if getattr(self, name) is not None and name not in taken:
                 flags = ", ".join(map(flag, taken))
-                raise AnyDoorError(f"{flag(name)} does not go with {system}, which takes {flags}")
+                raise AnyDoorError(f"{flag(name)} is not for {system}, which takes {flags}")
 
     def __post_init__(self) -> None:
         """Refuses a number of references that no bundle has.

@@ -62,13 +62,13 @@ class Segmenter:
             kind = SALIENT if SALIENT in graphs else CLICK
             if kind not in graphs:
                 raise BundleError(
-                    f"the bundle at '{bundle.path}' is no segmenter: build one from an .onnx file, as "
-                    "'anydoor build u2net.onnx' does"
+                    f"the bundle at '{bundle.path}' is not a segmenter: build one from an .onnx file, "
+                    "like 'anydoor build u2net.onnx'"
                 )
             if kind in self._networks:
                 both = f"'{self._networks[kind][0].path}' and '{bundle.path}'"
                 what = "the main object" if kind == SALIENT else "what is clicked on"
-                raise BundleError(f"the segmenters {both} both find {what}: give one of them")
+                raise BundleError(f"the segmenters {both} both find {what}: give only one of them")
             self._networks[kind] = bundle, engine
 
     @classmethod
@@ -125,7 +125,7 @@ class Segmenter:
             InputError: several things say where, a click is none, or none is on the object.
         """
         if sum(given is not None for given in vars(where).values()) > 1:
-            raise InputError("an object is in a box, in a mask, or where clicks are: give one of them")
+            raise InputError("give only one of box, mask and clicks to select the object")
         if where.clicks is not None:
             with in_field("clicks"):
                 check_clicks(where.clicks)
@@ -169,7 +169,7 @@ class Segmenter:
         else:
             mask, where = self._clicked(rgb, clicks, box, name), "there"
         if np.count_nonzero(mask) < SMALLEST_MASK_AREA:
-            raise InputError(f"no object is found {where}: give a mask, or other clicks")
+            raise InputError(f"no object was found {where}: give a mask, or other clicks")
         return mask
 
     def _main_object(self, rgb: NDArray[np.uint8], name: str) -> NDArray[np.bool_]:
@@ -182,8 +182,8 @@ class Segmenter:
         found = cut_from_plain(rgb)
         if found is None:
             raise MissingModelError(
-                f"the background of {name} is not plain, and without a network objects are cut out of plain "
-                f"ones alone: give a mask, transparency, or {_OPTION} BUNDLE"
+                f"the background of {name} is not plain, and other backgrounds need a segmenter: give a "
+                f"mask, transparency, or {_OPTION} BUNDLE"
             )
         return found
 
@@ -312,7 +312,7 @@ def cut_out(placement: Placement, segmenter: Segmenter, max_pixels: int, watch: 
         watch: counts the stages read and segment.
 
     Raises:
-        InputError: a picture cannot be read, or no object is found in it.
+        InputError: a picture cannot be read, or no object was found in it.
     """
 
     def found(given: View, names: tuple[str, str, str], title: str) -> View:

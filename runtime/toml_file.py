@@ -80,8 +80,8 @@ def read_toml(path: Path, name: str, changes: Sequence[str] = ()) -> dict[str, A
             _merge(content, tomllib.loads(change))
         except ValueError as error:
             raise InputError(
-                f"'{change}' changes nothing in {name}: write SECTION.KEY=VALUE as in TOML, texts in quotes "
-                f"({error})"
+                f"'{change}' is not a change of {name}: write SECTION.KEY=VALUE as in TOML, strings in "
+                f"quotes ({error})"
             ) from error
     return content
 

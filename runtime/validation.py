@@ -90,7 +90,7 @@ def check_usable(request: Request, abilities: Abilities) -> None:
     if isinstance(request.scene, Blank) and abilities.condition != "text":
         with in_field("prompt"):
             raise InputError(
-                f"{title} puts objects from pictures into scenes, and draws nothing from a prompt: give a "
+                f"{title} puts objects from pictures into scenes, and does not draw from prompts: give a "
                 "scene and a reference"
             )
     with in_field("sampling"):
@@ -98,7 +98,7 @@ def check_usable(request: Request, abilities: Abilities) -> None:
         with in_field("quality"):
             if quality is not None and quality not in abilities.qualities:
                 raise InputError(
-                    f"the quality '{quality}' was not measured on {title}, and is not offered for it: choose "
+                    f"the quality '{quality}' was not measured on {title}, so it is not available: choose "
                     f"{' or '.join(abilities.qualities)}, or set steps and sampler"
                 )
         _check_parameters(request.sampling, SAMPLING_PARAMETERS, abilities)
@@ -160,10 +160,10 @@ def _check_views(placement: Placement, abilities: Abilities) -> None:
     views, most = placement.views or (), max(abilities.views, 1)
     with in_field("views"):
         if views and placement.reference is None:
-            raise InputError("views are given, and no reference: give the first of them as the reference")
+            raise InputError("views need a reference: give the first of them as the reference")
         if len(views) >= most:
             raise InputError(
-                f"{len(views) + 1} pictures of an object are given, and this bundle takes {most}: "
+                f"{len(views) + 1} pictures of an object are given, but this bundle takes {most}: "
                 f"build one with --references {len(views) + 1}, or give every object a place of its own"
             )
     said = [("reference_clicks", placement.reference_mask, placement.reference_clicks)]
@@ -171,9 +171,7 @@ def _check_views(placement: Placement, abilities: Abilities) -> None:
     for name, mask, clicks in said:
         with in_field(name):
             if mask is not None and clicks is not None:
-                raise InputError(
-                    "a reference has either a mask or clicks that say where the object is, not both"
-                )
+                raise InputError("a reference takes either a mask or clicks, not both")
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:
@@ -245,9 +243,9 @@ def check_placement_count(count: int, limits: Limits = LARGEST) -> None:
     """
     with in_field("placements"):
         if not count:
-            raise InputError("there is nothing to place: give at least one placement")
+            raise InputError("nothing to place: give at least one placement")
         if count > limits.placements:
-            raise InputError(f"{count} placements are given; at most {limits.placements} are done")
+            raise InputError(f"{count} placements are given; at most {limits.placements} are allowed")
 
 
 def check_initial_noise(noise: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -47,7 +47,7 @@ def is_segmenter(options: argparse.Namespace) -> bool:
         return True
     if options.decoder or options.normalise:
         what = f"'{options.decoder}'" if options.decoder else "--normalise"
-        raise AnyDoorError(f"{what} goes with a network that cuts out objects, as an .onnx file")
+        raise AnyDoorError(f"{what} is for segmentation networks, given as .onnx files")
     return False
 
 
@@ -59,9 +59,7 @@ def build_from_onnx(options: argparse.Namespace) -> tuple[Path, Manifest]:
     """
     for name in _OF_A_CHECKPOINT:
         if getattr(options, name) is not None:
-            raise AnyDoorError(
-                f"{flag(name)} goes with a checkpoint: '{options.source}' is a network as ONNX"
-            )
+            raise AnyDoorError(f"{flag(name)} goes with a checkpoint: '{options.source}' is an ONNX file")
     paths = [options.source, *([options.decoder] if options.decoder else [])]
     backend = best_backend() if options.backend == "auto" else options.backend
     targets = (ANY_TARGET,) if backend == ONNX else options.targets

@@ -183,7 +183,9 @@ def recognise(paths: Sequence[Path], models: Sequence[onnx.ModelProto], normalis
     if len(models) == 1:
         return [_recognise_salient(paths[0], models[0], normalise)]
     if normalise:
-        raise AnyDoorError("--normalise goes with one network that finds the main object, not with two files")
+        raise AnyDoorError(
+            "--normalise is for a single network that finds the main object, not for two files"
+        )
     for encoder, decoder in ((0, 1), (1, 0)):
         given, taken = inputs_of(models[encoder]), inputs_of(models[decoder])
         outputs = {output.name for output in models[encoder].graph.output}
@@ -195,8 +197,8 @@ def recognise(paths: Sequence[Path], models: Sequence[onnx.ModelProto], normalis
                 click = Wrap(CLICK, clicker.title, size, clicker=clicker)
                 return [embed, click] if encoder == 0 else [click, embed]
     raise AnyDoorError(
-        f"'{paths[0]}' and '{paths[1]}' are no encoder and decoder that are known: those of SAM, MobileSAM, "
-        "SAM 2 and EfficientSAM are"
+        f"'{paths[0]}' and '{paths[1]}' are not a known encoder and decoder; known are those of SAM, "
+        "MobileSAM, SAM 2 and EfficientSAM"
     )
 
 

@@ -97,7 +97,7 @@ class StableDiffusionSource:
             )
         if a.text_positions != TOKENS:
             raise CheckpointError(
-                f"the text encoder of '{checkpoint.path}' reads {a.text_positions} tokens, and prompts have "
+                f"the text encoder of '{checkpoint.path}' reads {a.text_positions} tokens, but prompts have "
                 f"{TOKENS}"
             )
         self.path = checkpoint.path
@@ -186,7 +186,7 @@ def with_tokenizer(
     """
     if checkpoint.tokenizer is not None:
         if given is not None:
-            raise CheckpointError(f"'{checkpoint.path}' has its own tokenizer: leave --tokenizer out")
+            raise CheckpointError(f"'{checkpoint.path}' has its own tokenizer: leave out --tokenizer")
         return checkpoint
     if given is None:
         merges = installed_merges()

@@ -197,7 +197,7 @@ def run(options: argparse.Namespace) -> int:
     masks, clicks = chosen.pop("reference_mask") or [], chosen.pop("reference_clicks") or {}
     _check_counts(objects, len(places), len(masks))
     if -1 in clicks:
-        raise InputError("--reference-click belongs to the --reference before it: name that first")
+        raise InputError("--reference-click needs a --reference before it: put that first")
     check_flags(options)
     (scene,), objects, masks, places = read_standard_input([options.scene], objects, masks, places)
     check_output(options.output, scene, options.num_images, options.grid)
@@ -232,9 +232,9 @@ def _check_counts(objects: list[Path | str], places: int, masks: int) -> None:
     references = sum(isinstance(what, Path) for what in objects)
     kinds = "--prompt" if objects and not references else "--reference"
     if not objects:
-        raise InputError("there is nothing to place: give a --reference, or a --prompt")
+        raise InputError("nothing to place: give a --reference or a --prompt")
     if 0 < references < len(objects):
-        raise InputError("--reference and --prompt are given: a model takes one of them")
+        raise InputError("--reference and --prompt cannot be used together: give one of them")
     # several references with one place are views of one object
     if places != len(objects) and not (places == 1 < references):
         raise InputError(
@@ -243,6 +243,6 @@ def _check_counts(objects: list[Path | str], places: int, masks: int) -> None:
         )
     if masks not in (0, references):
         raise InputError(
-            f"{references} --reference and {masks} --reference-mask are given: give one for every reference, "
-            "or none"
+            f"{references} --reference and {masks} --reference-mask are given: give one per reference, or "
+            "none"
         )

@@ -200,8 +200,8 @@ def check_flags(options: argparse.Namespace, of_machine: Sequence[str] = _MACHIN
     """
     for name in given(options, of_machine if options.server else SERVER_FLAGS):
         if options.server:
-            raise InputError(f"{flag_of(name)} is for this machine and has no effect with --server")
-        raise InputError(f"{flag_of(name)} is for a server: name one with --server")
+            raise InputError(f"{flag_of(name)} has no effect with --server")
+        raise InputError(f"{flag_of(name)} needs --server")
 
 
 def _read_noise(path: Path) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ def read_standard_input(*groups: Sequence[Any]) -> list[list[Any]]:
     """
     wanted = sum(argument == STREAM for group in groups for argument in group)
     if wanted > 1:
-        raise InputError("standard input holds one picture, and several are -")
+        raise InputError("standard input holds one picture, but several are -")
     content = read_source(sys.stdin.buffer, "standard input") if wanted else b""
     return [[content if argument == STREAM else argument for argument in group] for group in groups]
 
@@ -36,7 +36,7 @@ def check_standard_output(pictures: int) -> None:
     if pictures > 1:
         raise InputError("standard output holds one picture: write one, or a contact sheet with --grid")
     if sys.stdout.isatty():
-        raise InputError("the picture would be written to the terminal: send standard output elsewhere")
+        raise InputError("the picture would be written to the terminal: redirect standard output")
 
 
 def write_standard_output(content: bytes) -> None:

@@ -53,13 +53,15 @@ def check_edit(edit: Edit, compositor: Compositor, filler: Compositor | None, li
         given = edit.action.placement
         with in_field(placed_field(edit.action)):
             if given.box is not None or given.mask is not None:
-                raise InputError("the place is where the object is: leave out box and mask")
+                raise InputError("the object stays in its place: leave out box and mask")
     if not isinstance(edit.action, Remove):
         request = Request(edit.scene, [Placement(edit.scene)], edit.seed, edit.sampling, edit.num_images)
         compositor.steps_of(request, limits)
     elif edit.sampling != Sampling():
         with in_field("sampling"):
-            raise InputError("nothing is placed when an object is removed: say how its hole is filled")
+            raise InputError(
+                "nothing is drawn when an object is removed: set the parameters of filling instead"
+            )
     check_fill(edit, filler, limits)
 
 

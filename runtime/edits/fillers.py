@@ -32,8 +32,8 @@ def require_filler(compositor: Compositor) -> None:
     """
     if not fills_holes(compositor):
         raise InputError(
-            f"the bundle at '{compositor.bundle.path}' cannot fill holes: a filler is a model that sees the "
-            "scene and needs no object, like Stable Diffusion for inpainting, or IMPRINT"
+            f"the bundle at '{compositor.bundle.path}' cannot fill holes: a filler must see the scene and "
+            "need no object, like Stable Diffusion for inpainting, or IMPRINT"
         )
 
 
@@ -54,8 +54,8 @@ def check_fill(edit: Edit, filler: Compositor | None, limits: Limits) -> None:
             filler.steps_of(Request(edit.scene, [placement], edit.seed, sampling, edit.num_images), limits)
         elif edit.fill != Fill():
             raise MissingModelError(
-                "no model that fills holes is loaded: leave this out, and the background is guessed; or give "
-                "the bundle of one, like Stable Diffusion for inpainting, with --filler BUNDLE"
+                "no model that fills holes is loaded: leave this out to have the background guessed, or "
+                "give a bundle, like Stable Diffusion for inpainting, with --filler BUNDLE"
             )
 
 

@@ -30,12 +30,10 @@ def check_clicks(clicks: Sequence[Sequence[int]]) -> list[Click]:
     for click in clicks:
         whole = len(click) in (2, 3) and all(map(is_integer, click[:2]))
         if not whole or not all(isinstance(inside, bool) for inside in click[2:]):
-            raise InputError(
-                f"a click is x,y in whole pixels, and whether the object is there, not {click!r}"
-            )
+            raise InputError(f"a click must be (x, y) or (x, y, on_object) in whole pixels, not {click!r}")
         checked.append(Click(int(click[0]), int(click[1]), *map(bool, click[2:])))
     if not any(click.inside for click in checked):
-        raise InputError("no click is on the object: give one that is")
+        raise InputError("no click is on the object: give at least one that is")
     if len(checked) > MAX_CLICKS:
         raise InputError(f"{len(checked)} clicks are given; at most {MAX_CLICKS} are used")
     return checked

@@ -112,7 +112,7 @@ def _decode_file(content: bytes, where: str, max_pixels: int) -> Image.Image:
     except InputError:
         raise
     except MemoryError as error:
-        raise InputError(f"{where} takes more memory to decode than there is") from error
+        raise InputError(f"{where} needs more memory to decode than there is") from error
     except Exception as error:
         # on a damaged file Pillow's readers raise almost any class there is
         mended = _mended(content, where, max_pixels)
@@ -173,7 +173,7 @@ def _mended(content: bytes, where: str, max_pixels: int) -> Image.Image | None:
         return None
     if not np.array_equal(np.asarray(image), np.asarray(filled)):
         return None
-    warn(f"{where} lacks the end of its file; all of the picture is there, and it is read")
+    warn(f"{where} is truncated, but all of the picture is there, and it is read")
     return image
 
 

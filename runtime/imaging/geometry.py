@@ -90,7 +90,7 @@ def warn_of_enlargement(
     if scale > _MUCH_LARGER:
         crop = geometry.crop
         warn(
-            f"the crop around the place has {crop.width} x {crop.height} pixels, and the model draws "
+            f"the crop around the place has {crop.width} x {crop.height} pixels, but the model draws "
             f"{width} x {height}: enlarged {scale:.1f} times, it is soft; {sharper}"
         )
 

@@ -37,7 +37,9 @@ def hole_of(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """
     hole = grow(mask, room_around(mask))
     if hole.all():
-        raise InputError("the hole would be the whole picture, and nothing is left that could fill it")
+        raise InputError(
+            "the hole covers the whole picture, so nothing is left to fill it from: select a smaller object"
+        )
     return hole
 
 

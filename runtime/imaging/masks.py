@@ -102,11 +102,11 @@ def _turned_like(decoded: Decoded, of: MaskedPicture, name: str) -> Decoded:
     height, width = of.shape[:2]
     if of.orientation < FIRST_SWAPPED or height == width:
         warn(
-            f"{of.name} is turned, as its EXIF says, and {name} is not: turn it if a tool that ignores EXIF "
-            "has made it"
+            f"{of.name} is rotated by its EXIF, but {name} is not: rotate it if it was made by a tool "
+            "that ignores EXIF"
         )
     elif decoded.image.size == (height, width):
-        warn(f"{of.name} is turned, as its EXIF says; {name} has the size from before, and is turned too")
+        warn(f"{of.name} is rotated by its EXIF; {name} has the size before rotation, and is rotated too")
         return replace(decoded, image=turned(decoded.image, of.orientation))
     return decoded
 

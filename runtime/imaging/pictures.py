@@ -94,7 +94,7 @@ def encode_picture(image: NDArray[np.uint8], file_format: str, metadata: Metadat
         metadata: what the file says of it.
     """
     if file_format == "JPEG" and image.shape[2] == 4:
-        warn("a JPEG holds no transparency: the picture is on white; a PNG or a WebP keeps it")
+        warn("a JPEG has no transparency: the picture is put on white; PNG and WebP keep transparency")
         image = on_white(image[..., :3], image[..., 3])
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, file_format, **_SETTINGS[file_format], **metadata.info)
@@ -149,8 +149,8 @@ def check_format(size: tuple[int, int], file_format: str) -> None:
     largest = _LARGEST_SIDES.get(file_format, max(size))
     if max(size) > largest:
         raise InputError(
-            f"the picture has {size[0]} x {size[1]} pixels, and {file_format} holds sides of {largest:,} "
-            "at most"
+            f"the picture has {size[0]} x {size[1]} pixels, but {file_format} allows sides of at most "
+            f"{largest:,}"
         )
 
 
@@ -225,7 +225,7 @@ def _exif(decoded: Decoded, name: str) -> bytes | None:
         # in damaged EXIF data Pillow raises almost any class there is
         return None
     if content and len(content) > MAX_EXIF_BYTES:
-        warn(f"{name} has {len(content):,} bytes of EXIF data, more than a JPEG holds: they are not kept")
+        warn(f"{name} has {len(content):,} bytes of EXIF data, more than a JPEG can hold: they are dropped")
         return None
     return content
 

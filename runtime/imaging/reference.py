@@ -85,7 +85,7 @@ def load_reference(
             check_area(inside, name, f"{rule}; or give a reference mask")
         else:
             raise InputError(
-                "the reference has no transparency, so where the object is must be said: "
+                "the reference has no transparency that shows the object: "
                 "give a reference mask, or auto to have the object found"
             )
         if not keep_specks:
@@ -93,8 +93,8 @@ def load_reference(
     box = smallest_box(inside)
     if max(box.width, box.height) < _FEW_PIXELS:
         warn(
-            f"the object has {box.width} x {box.height} pixels in the reference: of one with fewer than "
-            f"{_FEW_PIXELS} the details are made up; a larger picture of it shows them"
+            f"the object has {box.width} x {box.height} pixels in the reference: with fewer than "
+            f"{_FEW_PIXELS} details are invented; use a larger picture of it"
         )
     return picture.rgb, inside
 

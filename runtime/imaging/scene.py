@@ -45,7 +45,7 @@ def load_scene(
         picture = _checked(picture)
     if picture.alpha is None:
         return picture.rgb, picture
-    warn("the scene is transparent in parts: the model sees them on white, and what is drawn there is opaque")
+    warn("the scene is partly transparent: the model sees it on white, and drawn pixels are opaque")
     return on_white(picture.rgb, picture.alpha), picture
 
 
@@ -92,7 +92,7 @@ def _checked(picture: Picture) -> Picture:
     try:
         from_srgb(picture.rgb[:1, :1], picture.metadata.icc_profile)
     except ProfileError:
-        warn("the scene has a colour profile that leads to sRGB and not back: the result is in sRGB")
+        warn("the scene has a colour profile that cannot be converted back from sRGB: the result is in sRGB")
         metadata = Metadata(None, picture.metadata.exif, picture.metadata.dpi)
         return replace(picture, own=picture.rgb, metadata=metadata)
     return picture

@@ -48,7 +48,7 @@ def without_specks(mask: NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
         result[rows[run], starts[run] : ends[run]] = False
     pixels = sum(pieces[label].pixels for label in specks)
     warn(
-        f"{name} has specks, {pixels} of its pixels, far from the rest: they are left out; --keep-specks, or "
+        f"{name} has specks, {pixels} of its pixels, far from the rest: they are dropped; --keep-specks, or "
         "keep_specks in a request, keeps them"
     )
     return result

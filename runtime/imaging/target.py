@@ -41,9 +41,7 @@ def load_target(
     """
     if (box is None) == (mask is None):
         with in_field("target"):
-            raise InputError(
-                "a placement needs either a box or a mask that says where the object goes, and not both"
-            )
+            raise InputError("a placement needs either a box or a mask for the place of the object, not both")
     if box is not None:
         with in_field("box"):
             return check_box(box, (scene.shape[1], scene.shape[0]))

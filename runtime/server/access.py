@@ -140,7 +140,7 @@ def read_tokens(path: str) -> list[bytes]:
     lines = [line.strip() for line in _read(path).splitlines()]
     tokens = [line for line in lines if line and not line.startswith(b"#")]
     if not tokens:
-        raise InputError(f"there is no token in '{path}': one per line is expected")
+        raise InputError(f"there is no token in '{path}': expected one per line")
     return tokens
 
 

@@ -125,7 +125,7 @@ class Batcher:
         with in_field("where"):
             self.compositor.segmenter.check(where)
             if where.mask is not None:
-                raise InputError("a mask says already where the object is: give a box or clicks, or nothing")
+                raise InputError("a mask already selects the object: give a box, clicks, or nothing")
         self._accept(ticket, self._workers.segment, picture, where)
 
     def plan(self, edit: Edit, filler: Compositor | None, ticket: Ticket) -> None:

@@ -124,7 +124,7 @@ class Call:
         except grpc.aio.InternalError as error:
             raise CallerGoneError() from error
         if content is grpc.aio.EOF:
-            raise InputError("there is no message, or one of more bytes than are accepted")
+            raise InputError("the message is missing, or larger than is accepted")
         self.has_message = True
         # it is parsed, and its fields are copied
         self.account.set(3 * len(content))

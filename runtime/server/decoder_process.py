@@ -157,7 +157,7 @@ def _read(
     except InputError:
         raise
     except MemoryError as error:
-        raise InputError(f"{name} takes more memory to decode than is allowed") from error
+        raise InputError(f"{name} needs more memory to decode than is allowed") from error
     except Exception as error:
         raise InputError(f"{name} is damaged") from error
 

@@ -90,7 +90,7 @@ def _action(message: pb.EditRequest) -> Action:
     if what == "other":
         return SwapPlaces(where_from_message(message.swap.other))
     with in_field("action" if kind is None else "swap"):
-        raise InputError("nothing says what is done to the object: set one of the fields")
+        raise InputError("no edit is given: set one of the fields")
 
 
 def message_from_edit(edit: Edit, file_format: str = "PNG") -> pb.EditRequest:

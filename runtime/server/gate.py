@@ -224,7 +224,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _place(self, call: Call) -> Iterator[None]:
         """Counts a call as one of its client's."""
         if self._of_client[call.client] >= _MOST_CALLS:
-            raise BusyError(f"{_MOST_CALLS} calls of yours are open, the most that are")
+            raise BusyError(f"{_MOST_CALLS} of your calls are open, which is the limit")
         self._of_client[call.client] += 1
         call.account = self.ledger.open(call.client)
         try:

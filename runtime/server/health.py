@@ -101,7 +101,7 @@ class Health:
             places.append((connection, _WATCHES_OF_CONNECTION))
         for place, most in places:
             if self._watches[place] >= most:
-                raise BusyError("health is watched by too many already: Check answers always")
+                raise BusyError("too many clients watch health: use Check, which always answers")
         self._watches.update(place for place, _ in places)
         try:
             await self._tell(name, call)

@@ -50,7 +50,7 @@ def _view_from_message(message: pb.View) -> View:
 def _mask_of(mask: bytes, automatic: bool) -> bytes | str | None:
     if automatic and mask:
         with in_field("automatic_mask"):
-            raise InputError("a reference mask is given: leave out automatic_mask")
+            raise InputError("automatic_mask cannot be used with a reference mask: leave one out")
     return mask or (AUTOMATIC if automatic else None)
 
 
@@ -66,7 +66,7 @@ def placement_message(placement: Placement) -> pb.Placement:
         InputError: something about it cannot be sent.
     """
     if placement.box is not None and placement.mask is not None:
-        raise InputError("a placement needs either a box or a mask, and not both")
+        raise InputError("a placement needs either a box or a mask, not both")
     mask, reference = placement.mask, placement.reference
     box, views = None, []
     if placement.box is not None:
@@ -138,7 +138,7 @@ def message_from_where(where: Where) -> pb.Where:
         InputError: several things say it, or one cannot be sent.
     """
     if sum(given is not None for given in vars(where).values()) > 1:
-        raise InputError("an object is in a box, in a mask, or where clicks are: give one of them")
+        raise InputError("give only one of box, mask and clicks to select the object")
     if where.box is not None:
         with in_field("box"):
             return pb.Where(box=pb.Box(**whole_box(where.box)._asdict()))

@@ -92,7 +92,7 @@ class Replica:
             AnyDoorError: a setting or a bundle cannot be used.
         """
         if "bundle" not in given:
-            raise InputError("bundle must say where the model is")
+            raise InputError("bundle must name the directory of the model")
         settings = settings_from(given, None, "")
         settings = replace(settings, listen=(), http="", metrics="")
         self._logs = json_logs(settings.log_level)

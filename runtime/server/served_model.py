@@ -198,7 +198,7 @@ class ServedModel:
         if previews > self._settings.max_previews:
             with in_field("preview_every"):
                 raise InputError(
-                    f"{previews} previews of each picture; at most {self._settings.max_previews} are made"
+                    f"{previews} previews per picture; at most {self._settings.max_previews} are made"
                 )
 
 

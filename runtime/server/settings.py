@@ -245,12 +245,12 @@ class Settings:
                 raise InputError(
                     f"{'http' if address == self.http else 'listen'}: '{address}' can be reached from other "
                     "machines. That needs tls_certificate, "
-                    "tls_key and tokens (or tls_client_ca); or say insecure, where strangers cannot come"
+                    "tls_key and tokens (or tls_client_ca); or set insecure, on a trusted network"
                 )
         if ":" in self.metrics and not self.metrics_token and not is_local(self.metrics):
             raise InputError(
-                f"metrics: '{self.metrics}' can be reached from other machines. That needs metrics_token and "
-                "tokens; or say insecure, where strangers cannot come"
+                f"metrics: '{self.metrics}' can be reached from other machines, which needs metrics_token "
+                "and tokens; or set insecure, on a trusted network"
             )
 
 

@@ -104,7 +104,7 @@ def message_from_request(request: Request, file_format: str = "PNG") -> Message:
             initial noise or exact timesteps, which a server does not take.
     """
     if request.initial_noise is not None or request.sampling.timesteps is not None:
-        raise InputError("a server takes no initial noise and no exact timesteps: run without a server")
+        raise InputError("a server does not take initial noise or timesteps: run without a server")
     try:
         common = {
             "sampling": sampling_message(request.sampling),
@@ -131,7 +131,7 @@ def _drawing_fields(request: Request, blank: Blank) -> dict[str, Any]:
     first = next(iter(request.placements), Placement())
     plain = Placement(prompt=first.prompt, negative_prompt=first.negative_prompt)
     if len(request.placements) != 1 or vars(first) != vars(plain):
-        raise InputError("without a scene a server draws one prompt and nothing else: give a scene")
+        raise InputError("without a scene, a server draws a single prompt: give a scene")
     return {**checked_prompts(first), "width": blank.width, "height": blank.height}
 
 

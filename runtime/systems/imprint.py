@@ -80,7 +80,7 @@ class Imprint(Inpainting[Reference]):
         if placement.reference is None:
             with in_field("reference_mask"):
                 if placement.reference_mask is not None:
-                    raise InputError("a reference mask is given, and no reference: give both, or neither")
+                    raise InputError("a reference mask needs a reference: give both, or neither")
             return ()
         with watch.measure("read"):
             read = load_views(placement, limits.pixels)

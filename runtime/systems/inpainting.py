@@ -114,8 +114,7 @@ class Inpainting(ABC, Generic[What]):
             level = check_mask_level(parameters.mask_level)
             if placement.box is not None and placement.mask_level is not None and level != "box":
                 raise InputError(
-                    f"the mask level {level} makes a mask coarser, and a box is given: leave it out, or give "
-                    "a mask"
+                    f"the mask level {level} is for masks, but a box is given: leave it out, or give a mask"
                 )
         what = self.read(placement, parameters, limits, watch)
         with watch.measure("read"):

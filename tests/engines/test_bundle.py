@@ -57,7 +57,7 @@ def test_directory_without_a_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "\x00\xff"])
 def test_manifest_that_is_not_one(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST).write_text(content)
-    with pytest.raises(BundleError, match=r"not readable JSON|is not a bundle"):
+    with pytest.raises(BundleError, match=r"not valid JSON|is not a bundle"):
         Bundle.open(tmp_path)
 
 

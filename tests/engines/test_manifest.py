@@ -267,7 +267,7 @@ def test_another_format(tmp_path: Path) -> None:
 
 def test_no_json(tmp_path: Path) -> None:
     for content in ("", "{", '{"format":'):
-        assert "manifest.json is not readable JSON" in refused(tmp_path, content)
+        assert "manifest.json is not valid JSON" in refused(tmp_path, content)
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
         read_manifest(tmp_path / MANIFEST)
@@ -370,4 +370,4 @@ def test_parts_that_do_not_fit_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ['{"max_batch": Infinity', "[" * 100_000])
 def test_text_that_is_no_manifest(tmp_path: Path, text: str) -> None:
-    assert "not readable JSON" in refused(tmp_path, text)
+    assert "not valid JSON" in refused(tmp_path, text)

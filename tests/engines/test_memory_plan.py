@@ -304,7 +304,7 @@ def test_what_a_bundle_needs_on_a_card() -> None:
 
 def test_budget_that_no_plan_fits(tiny_bundle: Path) -> None:
     with pytest.raises(
-        BackendError, match=r"needs about \d+ MB of memory and 4000 MB may be used: raise --mem"
+        BackendError, match=r"needs about \d+ MB of memory, but 4000 MB may be used: raise --mem"
     ):
         plan_host_memory(large_bundle(tiny_bundle), ORT, 4000 * MB)
 

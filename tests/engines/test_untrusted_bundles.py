@@ -66,9 +66,9 @@ def refused(bundle: Path) -> str:
 # --- the manifest -----------------------------------------------------------------------------------------
 
 TEXTS = {
-    "[" * 200_000: "is not readable JSON",
-    '{"format": NaN}': "NaN is no finite number",
-    '{"format": 1e400}': "1e400 is no finite number",
+    "[" * 200_000: "is not valid JSON",
+    '{"format": NaN}': "NaN is not a finite number",
+    '{"format": 1e400}': "1e400 is not a finite number",
     '{"format": 1, "format": 2}': "the key 'format' is there twice",
     " " * (17 << 20): "it has more than 16 MiB",
 }
@@ -103,7 +103,7 @@ VALUES: dict[str, tuple[tuple[str | int, ...], Any]] = {
     ),
     "shape[1] must be a whole number": (("graphs", DENOISE, "inputs", 0, "shape"), ["samples", -5]),
     "would take more than 1 TiB": (("graphs", DENOISE, "inputs", 0, "shape"), [1, 1 << 24, 1 << 24, 8]),
-    "a file of 'denoise' is not named .onnx": (("graphs", DENOISE, "files", 0, "path"), "graph.xml"),
+    "a file of 'denoise' is not named *.onnx": (("graphs", DENOISE, "files", 0, "path"), "graph.xml"),
 }
 
 

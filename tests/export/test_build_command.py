@@ -61,7 +61,7 @@ def test_flags_are_the_options_of_the_build() -> None:
     )
     same_bits = parser.parse_args(["a.ckpt", "--backend=onnxruntime", "--targets=cuda", "--deterministic"])
     assert build_options(same_bits).rules == DETERMINISTIC_CUDA
-    with pytest.raises(AnyDoorError, match="--deterministic goes with --backend onnxruntime --targets cuda"):
+    with pytest.raises(AnyDoorError, match="--deterministic needs --backend onnxruntime --targets cuda"):
         build_options(parser.parse_args(["a.ckpt", "--targets=any", "--deterministic"]))
     plans = parser.parse_args(["a.ckpt", "--backend=tensorrt", "--targets=SM87,sm89"])
     assert build_options(plans) == BuildOptions("tensorrt", "fp16", targets=("sm87", "sm89"))
@@ -118,13 +118,13 @@ def test_without_pytorch_it_names_the_extra(tmp_path: Path) -> None:
         (["a.ckpt", "--skeleton"], "--skeleton has no weights: give it or 'a.ckpt', not both"),
         (
             ["--skeleton", "--backend=tensorrt"],
-            "--skeleton makes ONNX graphs: it goes with --backend onnxruntime",
+            "--skeleton makes ONNX graphs: use it with --backend onnxruntime",
         ),
         (
             ["a.ckpt", "--system=stable_diffusion"],
-            "--system goes with --skeleton: 'a.ckpt' says what it is itself",
+            "--system is for --skeleton: the system of 'a.ckpt' is recognised from its weights",
         ),
-        (["--skeleton", "--dino-heads=6"], "--dino-heads goes with a checkpoint, not with --skeleton"),
+        (["--skeleton", "--dino-heads=6"], "--dino-heads is for checkpoints, not for --skeleton"),
         (
             ["--skeleton", "--resolution=100"],
             "--resolution must be a multiple of 64 for this network, not 100",

@@ -167,7 +167,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     ]:
         with pytest.raises(AnyDoorError, match=message):
             open_source(path, SourceOptions(tokenizer=given))
-    with pytest.raises(AnyDoorError, match="has its own tokenizer: leave --tokenizer out"):
+    with pytest.raises(AnyDoorError, match="has its own tokenizer: leave out --tokenizer"):
         open_source(tmp_path / "source", SourceOptions(tokenizer=few))
 
 

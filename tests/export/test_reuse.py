@@ -140,9 +140,9 @@ def test_all_that_determines_a_graph_counts() -> None:
     ("arguments", "sentence"),
     [
         (["CKPT", "--resolution", "64", "--reuse", "none"], "there is no bundle at 'none'"),
-        (["CKPT", "--reuse", "BUNDLE", "--targets", "cuda"], "--reuse goes with --targets any"),
+        (["CKPT", "--reuse", "BUNDLE", "--targets", "cuda"], "--reuse needs --targets any"),
         (["BUNDLE", "--reuse", "BUNDLE", "--backend", "tensorrt_rtx"], "--reuse goes with a checkpoint"),
-        (["--skeleton", "--reuse", "BUNDLE"], "--reuse goes with a checkpoint, not with --skeleton"),
+        (["--skeleton", "--reuse", "BUNDLE"], "--reuse is for checkpoints, not for --skeleton"),
     ],
 )
 def test_what_cannot_be_reused(tmp_path: Path, arguments: list[str], sentence: str, capsys: Capture) -> None:

@@ -150,7 +150,7 @@ def damaged(folder: Path) -> list[Path]:
     [
         (no_picture, "takes 'tokens' (1, 77): pictures are (1, 3, S, S)"),
         (lambda folder: [sam(folder)[1]], "comes in two files, its encoder and its decoder; give both"),
-        (strangers, "are no encoder and decoder that are known"),
+        (strangers, "are not a known encoder and decoder"),
         (damaged, "cannot read the network"),
         (lambda folder: [folder / "none.onnx"], "No such file"),
     ],

@@ -180,7 +180,7 @@ def test_qualities_mean_the_same_on_both_sides(client: Client, tiny_bundle: Path
 
 
 def test_initial_noise_is_refused(client: Client) -> None:
-    with pytest.raises(InputError, match="a server takes no initial noise"):
+    with pytest.raises(InputError, match="a server does not take initial noise"):
         client.composite(SCENE, PLACEMENT, initial_noise=np.zeros((1, 4, 8, 8), np.float32))
 
 

@@ -125,7 +125,7 @@ def test_the_seed_of_every_picture_exists() -> None:
 
 
 def test_something_must_be_placed() -> None:
-    with pytest.raises(InputError, match="there is nothing to place: give at least one placement") as caught:
+    with pytest.raises(InputError, match="nothing to place: give at least one placement") as caught:
         check_placement_count(0)
     assert caught.value.field == "placements"
 

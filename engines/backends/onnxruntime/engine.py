@@ -285,5 +285,5 @@ def _device(bundle: Bundle, options: EngineOptions) -> str:
     if device == "cpu":
         refuse_card_graphs(bundle)
         if options.inference_precision == "tf32":
-            raise BackendError("only a card computes in tf32: leave out --inference-precision tf32")
+            raise BackendError("tf32 needs a card: leave out --inference-precision tf32")
     return device

@@ -74,7 +74,7 @@ def _check(bundle: Bundle, options: EngineOptions) -> Library:
     """The library for a bundle, after refusing what can be refused without a card."""
     if options.device == "cpu":
         raise BackendError(
-            f"the bundle at '{bundle.path}' holds plans for an NVIDIA card: for the CPU build one with "
+            f"the bundle at '{bundle.path}' holds plans for an NVIDIA card: build one for the CPU with "
             f"'{BUILD_COMMAND} --backend onnxruntime'"
         )
     library = check_plans(bundle)

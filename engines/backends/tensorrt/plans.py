@@ -207,7 +207,9 @@ def check_signature(tensors: Sequence[PlanTensor], spec: GraphSpec, largest: Map
     """
     found = {tensor.spec.name: tensor for tensor in tensors}
     if found.keys() != {tensor.stored_name for tensor in spec.tensors}:
-        raise BundleError(f"the plan of '{spec.name}' has other inputs and outputs than the manifest says")
+        raise BundleError(
+            f"the plan of '{spec.name}' has other inputs and outputs than those in the manifest"
+        )
     for expected in spec.tensors:
         tensor = found[expected.stored_name]
         shape = tuple(-1 if isinstance(d, str) else d for d in expected.shape)

@@ -101,13 +101,13 @@ def run_edit(options: argparse.Namespace, action: Action) -> int:
         AnyDoorError: a flag, a picture, a bundle or the server cannot be used.
     """
     if options.server and options.filler:
-        raise InputError("--filler is for this machine and has no effect with --server")
+        raise InputError("--filler has no effect with --server")
     check_flags(options)
     check_output(options.output, options.scene, options.num_images, options.grid)
     ((scene,),) = read_standard_input([options.scene])
     common = common_arguments(options)
     if common.pop("initial_noise") is not None:
-        raise InputError("--initial-noise goes with composite and draw")
+        raise InputError("--initial-noise is for composite and draw")
     sampling = {name.removeprefix("fill_"): value for name, value in given(options, ["fill_steps"]).items()}
     fill = Fill(options.fill_prompt or "", Sampling(**sampling))
     edit = Edit(scene, where(options), action, fill, **common)

@@ -184,8 +184,8 @@ async def _forbid(reason: str, content: bytes, call: Call) -> None:
 
 async def _refuse_job(content: bytes, call: Call) -> None:
     raise UnknownMethodError(
-        "there are no jobs here, because each of several servers would know its own alone: ask for a picture "
-        "with stream=true, and keep the connection until it is there"
+        "jobs are not available here, because each of several servers would only know its own: request a "
+        "picture with stream=true, and keep the connection open until it arrives"
     )
 
 

@@ -73,7 +73,7 @@ def _form(content: bytes, content_type: str) -> Fields:
             raise ValueError("the last boundary is missing")  # the parser takes what is there
         found = asyncio.run(parts())
     except (MultiPartException, KeyError, UnicodeDecodeError, ValueError) as error:
-        raise InputError("the body is no form that can be read: multipart/form-data is expected") from error
+        raise InputError("the body is not a valid form: multipart/form-data is expected") from error
     fields: Fields = {}
     for name, value in found:
         _assign(fields, name, value)
@@ -84,7 +84,7 @@ def _assign(fields: Fields, name: str, value: Any) -> None:
     """Sets a field of a form: "placements[0].box", "sampling[steps]", or "image[]", one more of a list."""
     path = re.findall(r"\[\]|[^.\[\]]+", name)
     if not path or path[0] == "[]":
-        raise InputError(f"a field of the form has the name '{name[:100]}'")
+        raise InputError(f"a field of the form has an invalid name: '{name[:100]}'")
     place: Any = fields
     for part, following in zip(path, [*path[1:], None]):
         is_list = following == "[]" or (following is not None and _WHOLE_NUMBER.fullmatch(following))
@@ -116,5 +116,5 @@ def _descend(place: Any, part: str, empty: Any, name: str, is_last: bool) -> Any
         place[part] = [*values, empty]
         return empty
     if is_last or type(found) is not type(empty):
-        raise InputError(f"the form's field '{name[:100]}' is there twice, or does not fit the others")
+        raise InputError(f"the form's field '{name[:100]}' is given twice, or conflicts with other fields")
     return found

@@ -102,7 +102,7 @@ class Composites:
         if is_file and request.num_images != 1:
             with in_field("num_images"):
                 raise InputError(
-                    "a single picture can be sent as a file: accept application/json for several"
+                    "only a single picture can be returned as a file: accept application/json for several"
                 )
         del message
         async with (

@@ -151,7 +151,7 @@ class Images:
         if mask is not None:
             with in_field("mask"):
                 if place.box is not None:
-                    raise InputError("give either box or mask, and not both")
+                    raise InputError("give either box or mask, not both")
                 place = replace(place, mask=TransparentPlace(file_of(mask)))
         elif place.box is None:
             # by their rule, a scene is its own mask

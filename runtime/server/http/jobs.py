@@ -382,7 +382,7 @@ async def _write(file: Path, content: bytes) -> None:
         await asyncio.wait({writing})
         raise
     except OSError as error:
-        raise BusyError(f"the result cannot be kept: {error.strerror}") from error
+        raise BusyError(f"the result cannot be stored: {error.strerror}") from error
 
 
 def _when(job: Job) -> float:

@@ -116,9 +116,9 @@ def _with_views(placement: Mapping[str, Any]) -> Fields:
     references = placement["reference"]
     with in_field("reference"):
         if not references:
-            raise InputError("a file is expected, or a list of files, and the list is empty")
+            raise InputError("a file or a list of files is expected; the list is empty")
         if placement.get("views") is not None:
-            raise InputError("give several pictures of an object either here or in views, and not in both")
+            raise InputError("give several pictures of an object either here or in views, not in both")
     return {**placement, "reference": references[0], "views": references[1:]}
 
 
@@ -153,7 +153,7 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
             raise InputError("text is expected")
         with_surrogates = any("\ud800" <= character <= "\udfff" for character in value)
         if with_surrogates:
-            raise InputError("the text has half of a surrogate pair, which stands for nothing: leave it out")
+            raise InputError("the text has half of a surrogate pair, which is not a character: remove it")
         return value
     if field.enum_type is not None:
         return _number_of(field.enum_type, value)
@@ -178,7 +178,7 @@ def file_of(value: Any) -> bytes:
     try:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError("a file, or one in base64, is expected, and it cannot be read as base64") from error
+        raise InputError("a file, or one in base64, is expected; this is not base64") from error
 
 
 def truth_of(value: Any) -> bool:

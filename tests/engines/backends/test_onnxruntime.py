@@ -81,12 +81,12 @@ def test_nothing_is_reported_to_its_makers(bundle: Bundle, tmp_path: Path) -> No
 def test_graphs_for_cards_are_not_run_on_the_cpu(bundle: Bundle, backend: str) -> None:
     for_cards = Bundle(bundle.path, replace(bundle.manifest, target="cuda"))
     command = r"anydoor build CHECKPOINT --backend onnxruntime --targets any"
-    with pytest.raises(BackendError, match=f"is for NVIDIA cards .*: for the CPU build one with '{command}'"):
+    with pytest.raises(BackendError, match=f"is for NVIDIA cards .*: build one for the CPU with '{command}'"):
         open_engine(for_cards, EngineOptions(backend, "cpu"))
 
 
 def test_the_cpu_has_no_tf32(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match="only a card computes in tf32"):
+    with pytest.raises(BackendError, match="tf32 needs a card"):
         open_engine(bundle, EngineOptions("onnxruntime", "cpu", "tf32"))
     with pytest.raises(BackendError, match="only the backend onnxruntime has the inference precision tf32"):
         open_engine(bundle, EngineOptions("openvino", "cpu", "tf32"))

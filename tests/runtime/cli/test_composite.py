@@ -210,7 +210,7 @@ def test_corrupt_bundle_file(
     [
         ("backend", "tensorrt", "runs with the backend openvino or onnxruntime, not with tensorrt"),
         ("inference_precision", "bf16", "only the backend openvino has the inference precision bf16"),
-        ("memory_budget", "1K", "MB of memory and 0 MB may be used: raise --memory-budget"),
+        ("memory_budget", "1K", "MB of memory, but 0 MB may be used: raise --memory-budget"),
         ("control_window", "0", "control_window must be from 1 to 4, the bundle's max_batch, not 0"),
         ("control_window", "5", "control_window must be from 1 to 4, the bundle's max_batch, not 5"),
     ],
@@ -232,9 +232,9 @@ def test_machine_options_that_do_not_fit(
         (["--box", "1,2,3,4"], "1 --reference and 2 --box or --mask are given"),
         (
             ["--reference", "b.png", "--mask", "b_place.png", "--reference-mask", "a_mask.png"],
-            "2 --reference and 1 --reference-mask are given: give one for every reference, or none",
+            "2 --reference and 1 --reference-mask are given: give one per reference, or none",
         ),
-        (["--timeout", "3"], "--timeout is for a server: name one with --server"),
+        (["--timeout", "3"], "--timeout needs --server"),
         (["--tls"], "--tls is for a server"),
         (["--token-file", "token"], "--token-file is for a server"),
         (

@@ -44,7 +44,7 @@ def test_transparent_scene_in_an_other_profile(
     rgba[:40, :60] = (255, 0, 255, 0)
     profile = icc_profile()
     assert composite(encoded(rgba, icc_profile=profile, dpi=(300, 300)), "--mode", "keep_background") == 0
-    assert "anydoor: warning: the scene is transparent in parts" in capsys.readouterr().err
+    assert "anydoor: warning: the scene is partly transparent" in capsys.readouterr().err
     written = Image.open(tmp_path / "out.png")
     result, inside = np.asarray(written), np.zeros(SCENE.shape[:2], np.bool_)
     inside[15:75, 25:85] = True
@@ -64,7 +64,7 @@ def test_plain_scene_gives_a_plain_file_without_a_word(
 ) -> None:
     assert composite(encoded(SCENE)) == 0
     printed = capsys.readouterr().err.splitlines()
-    assert all("pixels in the reference: of one with fewer than 128" in line for line in printed)
+    assert all("pixels in the reference: with fewer than 128" in line for line in printed)
     assert Image.open(tmp_path / "out.png").info == {}
 
 
@@ -116,7 +116,7 @@ def test_dash_is_standard_input_and_output(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--reference", "-", "--box", "1,1,20,20"), "standard input holds one picture, and several are -"),
+        (("--reference", "-", "--box", "1,1,20,20"), "standard input holds one picture, but several are -"),
         (
             ("--num-images", "2"),
             "standard output holds one picture: write one, or a contact sheet",

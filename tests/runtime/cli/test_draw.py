@@ -125,7 +125,7 @@ def test_what_the_model_cannot_use(
         (["--prompt", "a dog"], "2 --prompt and 1 --box or --mask are given: every prompt needs one place"),
         (
             ["--reference", "b.png", "--box", "1,2,3,4"],
-            "--reference and --prompt are given: a model takes one",
+            "--reference and --prompt cannot be used together: give one",
         ),
         (["--reference-mask", "a.png"], "0 --reference and 1 --reference-mask are given"),
     ],
@@ -140,7 +140,7 @@ def test_flags_that_do_not_fit_together(
 def test_there_must_be_something_to_place(scene: Path, tmp_path: Path, capsys: Capture) -> None:
     command = ["composite", "--scene", str(scene), "--box", "1,2,3,4", "-o", str(tmp_path / "out.png")]
     assert main(command) == 2
-    assert "there is nothing to place: give a --reference, or a --prompt" in capsys.readouterr().err
+    assert "nothing to place: give a --reference or a --prompt" in capsys.readouterr().err
 
 
 def test_anydoor_draws_nothing_from_words(tiny_bundle: Path, tmp_path: Path, capsys: Capture) -> None:

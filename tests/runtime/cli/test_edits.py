@@ -109,19 +109,22 @@ def test_a_filler(folder: Path, here: list[str], filler: str, capsys: Capture) -
 REFUSALS = [
     ("remove --click 200,20", "the click 200,20 lies outside the scene, which has 96 x 48 pixels"),
     ("remove --click here", "'here' is not a click: two whole numbers x,y are expected"),
-    ("remove --click !20,20", "no click is on the object: give one that is"),
+    ("remove --click !20,20", "no click is on the object: give at least one that is"),
     ("remove --object-mask nothing.png", "the mask is empty"),
-    ("remove --object-mask all.png", "the hole would be the whole picture, and nothing is left"),
+    ("remove --object-mask all.png", "the hole covers the whole picture, so nothing is left"),
     ("remove --object-mask vase.png", "they must have the same size"),
-    ("remove --click 20,20 --steps 3", "nothing is placed when an object is removed"),
+    ("remove --click 20,20 --steps 3", "nothing is drawn when an object is removed"),
     ("remove --click 20,20 --fill-prompt desk", "no model that fills holes is loaded: leave this out"),
     ("move --click 20,20 --to 200,4,240,40", "lies outside the scene of 96 x 48 pixels"),
     ("move --click 20,20 --to 9,9,9,20", "has no area"),
     ("reshape --click 20,20 --to vase.png", "they must have the same size"),
     ("reshape --click 20,20 --to none.png", "No such file or directory"),
-    ("swap --click 20,20 --other-click 22,24", "both places show the same object, and two are needed"),
+    ("swap --click 20,20 --other-click 22,24", "both clicks select the same object"),
     ("swap --click 20,20", "give one other object: with --reference, or in the scene"),
-    ("swap --click 20,20 --other-click 70,30 --reference vase.png", "give one other object: with --reference"),
+    (
+        "swap --click 20,20 --other-click 70,30 --reference vase.png",
+        "give one other object: with --reference",
+    ),
     ("try-on --click 20,20 --reference shelf.png", "the reference has no transparency"),
     ("try-on --click 20,20 --object-box 1,2,9,9 --reference vase.png", "give one of them"),
 ]
@@ -149,7 +152,7 @@ def test_nothing_is_found(folder: Path, here: list[str], capsys: Capture) -> Non
     Image.fromarray(noise).save(folder / "noise.png")
     line = "remove --scene {}.png --quiet -o out.png"
     assert main([*command(folder, line.format("dark")), *here]) == 2
-    assert "no object is found in the scene: give a mask, or other clicks" in capsys.readouterr().err
+    assert "no object was found in the scene: give a mask, or other clicks" in capsys.readouterr().err
     assert main([*command(folder, line.format("noise")), *here[:2]]) == 2
     assert "the background of the scene is not plain" in capsys.readouterr().err
 
@@ -164,7 +167,7 @@ def test_nothing_is_found(folder: Path, here: list[str], capsys: Capture) -> Non
             Where(clicks=[(20, 20)]),
             SwapPlaces(Where(clicks=[(22, 24)])),
             "INVALID_ARGUMENT",
-            "other: both places show the same object",
+            "other: both clicks select the same object",
         ),
         (Where(clicks=[(20, 20)]), Move((200, 4, 240, 40)), "INVALID_ARGUMENT", "to: the box"),
     ],

@@ -44,7 +44,10 @@ def test_a_plain_background_needs_no_segmenter(tmp_path: Path) -> None:
     ("arguments", "refusal"),
     [
         (["--click", "20,20"], "no segmenter for clicks is loaded: give a mask, or the bundle of one"),
-        (["--click", "20,20", "--box", "1,2,3,4"], "--click and --box cannot be used together: give one of them"),
+        (
+            ["--click", "20,20", "--box", "1,2,3,4"],
+            "--click and --box cannot be used together: give one of them",
+        ),
         (["--server", "gpu:1", "--segmenter", "sam"], "--segmenter is for this machine"),
         (["--segmenter", "nowhere"], "there is no bundle at 'nowhere'"),
     ],
@@ -103,4 +106,4 @@ def test_clicks_belong_to_the_reference_before_them(
     assert main(
         ["composite", "--reference-click", "2,2", *reference, "--box", "2,2,30,30", *common, "-o", "x.png"]
     )
-    assert "--reference-click belongs to the --reference before it" in capsys.readouterr().err
+    assert "--reference-click needs a --reference before it" in capsys.readouterr().err

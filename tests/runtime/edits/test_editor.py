@@ -112,7 +112,7 @@ def test_several_pictures_and_their_warnings(editor: Editor) -> None:
     assert [result.seed for result in results] == [5, 6]
     assert results[0].image.shape == (120, 160, 4)
     assert (results[0].image != results[1].image).any()
-    assert sum("transparent in parts" in text for text in results[0].warnings) == 1
+    assert sum("partly transparent" in text for text in results[0].warnings) == 1
 
 
 def test_the_object_is_found(editor: Editor) -> None:
@@ -131,10 +131,10 @@ def test_the_object_is_found(editor: Editor) -> None:
     [
         (lambda: edit(Move((200, 0, 240, 40))), "move.to", "lies outside the scene of 160 x 120 pixels"),
         (lambda: edit(Move((9, 9, 9, 20))), "move.to", "has no area"),
-        (lambda: edit(Remove(), np.ones((120, 160), bool)), "where", "nothing is left that could fill it"),
+        (lambda: edit(Remove(), np.ones((120, 160), bool)), "where", "nothing is left to fill it from"),
         (lambda: edit(Remove(), np.ones((12, 16), bool)), "where.mask", "they must have the same size"),
         (lambda: edit(Remove(), CUP & VASE), "where.mask", "the mask is empty"),
-        (lambda: edit(SwapPlaces(Where(mask=CUP))), "swap.other", "both places show the same object"),
+        (lambda: edit(SwapPlaces(Where(mask=CUP))), "swap.other", "both clicks select the same object"),
         (lambda: edit(Reshape(np.ones((9, 9), bool))), "reshape.to", "they must have the same size"),
         (lambda: edit(Swap(Placement(OBJECT, box=(0, 0, 9, 9)))), "swap.placement", "leave out box and mask"),
         (
@@ -142,7 +142,7 @@ def test_the_object_is_found(editor: Editor) -> None:
             "sampling.steps",
             "steps must be",
         ),
-        (lambda: edit(Remove(), sampling=SHORT), "sampling", "nothing is placed when an object is removed"),
+        (lambda: edit(Remove(), sampling=SHORT), "sampling", "nothing is drawn when an object is removed"),
         (lambda: edit(Remove(), num_images=0), "num_images", "num_images must be"),
         (lambda: Edit(SCENE, Where(clicks=[(500, 3)]), Remove()), "where", "the click 500,3 lies outside"),
         (lambda: Edit(SCENE, Where(clicks=[(3, 3)], mask=CUP), Remove()), "where", "give one of them"),
@@ -159,12 +159,12 @@ def test_two_objects_on_one_click_are_refused(editor: Editor) -> None:
     scene = np.zeros((120, 160, 3), np.uint8)
     scene[CUP] = 255
     asked = Edit(scene, Where(clicks=[(35, 45)]), SwapPlaces(Where(clicks=[(40, 50)])), sampling=SHORT)
-    with pytest.raises(InputError, match="both places show the same object, and two are needed"):
+    with pytest.raises(InputError, match="both clicks select the same object"):
         editor.run(asked)
 
 
 def test_a_filler_must_be_one(editor: Editor) -> None:
-    with pytest.raises(InputError, match=r"cannot fill holes: a filler is a model that sees the scene"):
+    with pytest.raises(InputError, match=r"cannot fill holes: a filler must see the scene"):
         Editor(editor.compositor, editor.compositor)
     with pytest.raises(MissingModelError, match="--filler BUNDLE") as caught:
         editor.run(edit(Remove(), fill=Fill("a desk")))

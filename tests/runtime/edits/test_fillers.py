@@ -151,5 +151,5 @@ def test_a_filler_sees_the_scene(tiny_bundle: Path) -> None:
     refused: list[Callable[[], Path]] = [lambda: tiny_stable_diffusion_bundle(4), lambda: tiny_bundle]
     for bundle in refused:
         compositor = Compositor.load(bundle(), CPU)
-        with pytest.raises(InputError, match="cannot fill holes: a filler is a model that sees the scene"):
+        with pytest.raises(InputError, match="cannot fill holes: a filler must see the scene"):
             Editor(compositor, compositor)

@@ -39,7 +39,7 @@ def test_what_fills_a_hole_is_all_that_is_seen_at_the_object_and_nothing_outside
 
 
 def test_a_hole_of_the_whole_picture_is_refused() -> None:
-    with pytest.raises(InputError, match="nothing is left that could fill it"):
+    with pytest.raises(InputError, match="nothing is left to fill it from"):
         hole_of(np.ones((40, 40), bool))
 
 

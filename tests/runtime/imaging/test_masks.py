@@ -129,7 +129,7 @@ def test_mask_must_have_its_pictures_size() -> None:
 
 def test_mask_of_the_stored_picture_is_turned_with_it() -> None:
     stored = Image.fromarray(PLACE).transpose(Image.Transpose.ROTATE_90)  # what orientation 6 undoes
-    with pytest.warns(InputWarning, match="has the size from before, and is turned too"):
+    with pytest.warns(InputWarning, match="has the size before rotation, and is rotated too"):
         mask = load_mask(stored, "the mask", of=MaskedPicture("the scene", (30, 40, 3), orientation=6))
     np.testing.assert_array_equal(mask, PLACE)
 
@@ -141,7 +141,7 @@ def test_upright_mask_of_a_turned_picture_stays(recwarn: pytest.WarningsRecorder
 
 
 def test_mask_that_may_lie_either_way_is_warned_of() -> None:
-    with pytest.warns(InputWarning, match="the scene is turned, as its EXIF says, and the mask is not"):
+    with pytest.warns(InputWarning, match="the scene is rotated by its EXIF, but the mask is not"):
         mask = load_mask(PLACE, "the mask", of=MaskedPicture("the scene", (30, 40, 3), orientation=3))
     np.testing.assert_array_equal(mask, PLACE)
 

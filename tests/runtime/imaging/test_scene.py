@@ -61,7 +61,7 @@ def transparent() -> Pixels:
 
 
 def test_networks_see_a_transparent_scene_on_white() -> None:
-    with pytest.warns(InputWarning, match="the scene is transparent in parts: the model sees them on white"):
+    with pytest.warns(InputWarning, match="the scene is partly transparent: the model sees it on white"):
         seen, _ = load_scene(encoded(transparent()))
     assert seen[0, 0].tolist() == [255, 127, 255]
     assert seen[0, -1].tolist() == [255, 255, 255]
@@ -82,7 +82,7 @@ def test_transparency_is_kept_and_what_is_drawn_is_opaque(file_format: str) -> N
 
 def test_jpeg_of_a_transparent_picture_is_on_white() -> None:
     rgba = np.full((16, 16, 4), (255, 0, 255, 0), np.uint8)
-    with pytest.warns(InputWarning, match="a JPEG holds no transparency: the picture is on white"):
+    with pytest.warns(InputWarning, match="a JPEG has no transparency: the picture is put on white"):
         content = encode_picture(rgba, "JPEG")
     assert (np.asarray(Image.open(io.BytesIO(content))) == 255).all()
 
@@ -202,7 +202,7 @@ def with_thumbnail(exif_data: bytes) -> bytes:
 def test_exif_too_long_for_a_jpeg_is_told() -> None:
     tags = Image.Exif()
     tags[ExifTags.Base.ImageDescription] = "x" * 70_000
-    with pytest.warns(InputWarning, match="bytes of EXIF data, more than a JPEG holds: they are not kept"):
+    with pytest.warns(InputWarning, match="bytes of EXIF data, more than a JPEG can hold: they are dropped"):
         assert load_scene(encoded(SCENE, exif=tags.tobytes()))[1].metadata.exif is None
 
 

@@ -160,9 +160,9 @@ def test_the_model_describes_itself(address: str, server: ServerThread) -> None:
         ({"box": [1, 2, 1, 4]}, "placements[0].box", "has no area"),
         ({"box": "here"}, "placements[0].box", "4 numbers are expected"),
         ({"mode": "magic"}, "placements[0].mode", "there is no 'magic': choose one of crop, shape"),
-        ({"mask": in_base64(SCENE)}, "placements[0]", "give either box or mask, and not both"),
+        ({"mask": in_base64(SCENE)}, "placements[0]", "give either box or mask, not both"),
         ({"prompt": "a cat"}, "placements[0].prompt", "takes no prompt"),
-        ({"scene": "not base64!"}, "scene", "cannot be read as base64"),
+        ({"scene": "not base64!"}, "scene", "this is not base64"),
         ({"scene": in_base64(b"text")}, "scene", "the scene is not a picture"),
         ({"seed": -1}, "seed", "a whole number from 0"),
         ({"seed": True}, "seed", "a whole number from 0"),
@@ -186,7 +186,7 @@ def test_what_cannot_be_used_is_named(address: str, more: Any, param: str | None
 
 
 def test_placements_are_a_list(address: str) -> None:
-    for placements, text in (({}, "a list is expected"), ([], "there is nothing to place")):
+    for placements, text in (({}, "a list is expected"), ([], "nothing to place")):
         answer = post(address, "/v1/composite", {"scene": in_base64(SCENE), "placements": placements})
         assert answer.status == 400
         assert text in answer.error["message"]
@@ -201,8 +201,8 @@ def test_placements_are_a_list(address: str) -> None:
         (b"[" * 900, "application/json", "the body is not JSON"),
         (b"[" + b"0," * 5000 + b"0]", "application/json", "more than 2,000 values"),
         (b"a=b", "application/x-www-form-urlencoded", "JSON or multipart/form-data is expected"),
-        (b"--x", "multipart/form-data", "the body is no form that can be read"),
-        (b"--x\r\nnonsense", "multipart/form-data; boundary=x", "the body is no form"),
+        (b"--x", "multipart/form-data", "the body is not a valid form"),
+        (b"--x\r\nnonsense", "multipart/form-data; boundary=x", "the body is not a valid form"),
         (b"{}", "", "give a scene"),
     ],
 )
@@ -242,7 +242,7 @@ def test_several_pictures_are_no_file(address: str) -> None:
 
 def test_a_drawing_needs_another_model(address: str) -> None:
     answer = post(address, "/v1/draw", {"prompt": "a cat"})
-    assert "draws nothing from a prompt" in answer.error["message"]
+    assert "does not draw from prompts" in answer.error["message"]
     assert post(address, "/v1/draw", fields()).error["param"] == "scene"
     assert post(address, "/v1/composite", {"prompt": "a cat"}).error["param"] == "scene"
 

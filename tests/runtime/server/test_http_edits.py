@@ -182,7 +182,7 @@ def test_a_mask_in_json(address: str) -> None:
         ("edit", {"swap": {"placement": {"reference": "AAAA"}}}, "swap.placement.reference", "not a picture"),
         ("edit", {"try_on": {"reference": OBJECT_64, "prompt": "a hat"}}, "try_on.prompt", "takes no prompt"),
         ("edit", {"try_on": {"reference": OBJECT_64, "box": [1, 2, 3, 4]}}, "try_on", "leave out box"),
-        ("edit", {}, "action", "nothing says what is done to the object"),
+        ("edit", {}, "action", "no edit is given"),
         ("edit", {"remove": {}, "move": {"to": list(TO)}}, None, "give either remove or move"),
         ("edit", {"remove": {}, "box": [1, 2, 3, 4]}, "where", "give either box or mask"),
         ("edit", {"remove": {}, "num_images": 100}, "num_images", "from 1 to"),
@@ -193,7 +193,12 @@ def test_a_mask_in_json(address: str) -> None:
         ("segment", {"picture": in_base64(SHELF), "clicks": "500,2"}, "where", "lies outside the picture"),
         ("segment", {"picture": in_base64(SHELF), "clicks": "20"}, "where.clicks.points[0]", "2 numbers"),
         ("segment", {"picture": in_base64(SHELF), "clicks": []}, "where.clicks", "no click is on the object"),
-        ("segment", {"picture": in_base64(SHELF), "mask": in_base64(SHELF)}, "where", "a mask says already"),
+        (
+            "segment",
+            {"picture": in_base64(SHELF), "mask": in_base64(SHELF)},
+            "where",
+            "a mask already selects the object",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named(

@@ -147,7 +147,7 @@ def test_a_list_of_references_is_the_first_and_its_views() -> None:
     (placement,) = message.placements
     assert placement.reference == b"front"
     assert [view.picture for view in placement.views] == [b"left", b"right"]
-    for more, text in (({"reference": []}, "the list is empty"), ({"views": [b"left"]}, "and not in both")):
+    for more, text in (({"reference": []}, "the list is empty"), ({"views": [b"left"]}, "not in both")):
         with pytest.raises(InputError, match=text) as caught:
             message_of({"scene": SCENE, **place, **more}, pb.CompositeRequest)
         assert caught.value.field == "placements[0].reference"

@@ -158,7 +158,7 @@ def test_where_several_servers_answer_there_are_no_jobs(tiny_bundle: Path) -> No
             for path in ("/v1/jobs", "/v1/jobs/job-0/result"):
                 answer = await asyncio.to_thread(post, door.address, path, fields())
                 assert answer.status == 404
-                assert "there are no jobs here, because" in answer.error["message"]
+                assert "jobs are not available here, because" in answer.error["message"]
             described = (await asyncio.to_thread(get, door.address, "/openapi.json")).content
             assert b"/v1/edit" in described
             assert b"/v1/job" not in described

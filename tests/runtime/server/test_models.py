@@ -118,7 +118,7 @@ def test_a_request_names_its_model(tiny_bundle: Path) -> None:
         assert [info.condition for info in infos] == [pb.CONDITION_REFERENCE] * 2 + [pb.CONDITION_TEXT]
         assert list(infos[0].models) == ["cup", "painter"]
         np.testing.assert_array_equal(draw(server, ""), draw(server, "cup"))
-        with pytest.raises(InputError, match="draws nothing from a prompt"):
+        with pytest.raises(InputError, match="does not draw from prompts"):
             server.client().draw("a cat")
 
         address = server.server.http_address
@@ -148,7 +148,7 @@ def test_the_command_line_names_a_model(
         error = capsys.readouterr().err
         assert error == "anydoor: there is no model 'sculptor' here: choose one of cup, painter\n"
     assert main(["draw", "--prompt=a cat", "--model=painter", f"-o={tmp_path / 'dog.png'}"]) == 2
-    assert "--model is for a server: name one with --server" in capsys.readouterr().err
+    assert "--model needs --server" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there(tiny_bundle: Path) -> None:

@@ -205,11 +205,11 @@ def test_pictures_in_memory_become_files(tmp_path: Path) -> None:
         (Request(SCENE, [Placement(prompt="\ud83d", box=BOX)]), "U\\+D83D, half of a surrogate pair"),
         (Request(SCENE, [Placement(prompt=b"cup", box=BOX)]), "a prompt is text, not b'cup'"),  # type: ignore[arg-type]
         (Request.drawing("a cup", "\udc00"), "U\\+DC00, half of a surrogate pair"),
-        (Request(Blank(), [Placement(prompt="a cup", box=BOX)]), "draws one prompt and nothing else"),
-        (Request(Blank(), []), "draws one prompt and nothing else"),
+        (Request(Blank(), [Placement(prompt="a cup", box=BOX)]), "draws a single prompt"),
+        (Request(Blank(), []), "draws a single prompt"),
         (Request(SCENE, [], seed=-1), "cannot be sent"),
-        (Request(SCENE, [], initial_noise=np.zeros((1, 4, 8, 8), np.float32)), "no initial noise"),
-        (Request(SCENE, [], sampling=Sampling(timesteps=(1, 2))), "no exact timesteps"),
+        (Request(SCENE, [], initial_noise=np.zeros((1, 4, 8, 8), np.float32)), "does not take initial noise"),
+        (Request(SCENE, [], sampling=Sampling(timesteps=(1, 2))), "initial noise or timesteps"),
     ],
 )
 def test_requests_that_cannot_be_sent(request_: Request, sentence: str) -> None:

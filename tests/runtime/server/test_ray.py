@@ -172,7 +172,7 @@ def test_http_is_the_servers(fleet: Fleet, client: Client) -> None:
     assert (answer.status, answer.error["param"]) == (400, "seed")
     assert post(fleet.http, "/v1/composite", fields()).status == 401
     answer = post(fleet.http, "/v1/jobs", fields(), **OURS)
-    assert (answer.status, "there are no jobs here" in answer.error["message"]) == (404, True)
+    assert (answer.status, "jobs are not available here" in answer.error["message"]) == (404, True)
     described = get(fleet.http, "/openapi.json").json["paths"]
     assert "/v1/edit" in described
     assert not any(path.startswith("/v1/jobs") for path in described)

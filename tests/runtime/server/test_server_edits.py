@@ -177,4 +177,4 @@ def test_what_is_missing_is_named(server: ServerThread) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
         error = refusal(stub.Edit, pb.EditRequest(scene=OBJECT))
-    assert error.details() == "action: nothing says what is done to the object: set one of the fields"
+    assert error.details() == "action: no edit is given: set one of the fields"

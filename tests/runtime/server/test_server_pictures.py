@@ -55,19 +55,19 @@ def test_everything_of_the_scene_comes_back(here: Compositor, there: Client) -> 
         ours.metadata.exif,
     )
     assert theirs.warnings == ours.warnings
-    assert "the scene is transparent in parts" in ours.warnings[0]
+    assert "the scene is partly transparent" in ours.warnings[0]
 
 
 def test_jpeg_without_transparency_is_told_by_the_server(there: Client) -> None:
     request = Request(transparent_scene(), [Placement(OBJECT, box=BOX)], 7, STEPS, num_images=2)
     results = there.run(request, file_format="JPEG")
     assert [result.image.shape for result in results] == [(64, 80, 3)] * 2
-    assert sum("a JPEG holds no transparency" in text for text in results[0].warnings) == 1
+    assert sum("a JPEG has no transparency" in text for text in results[0].warnings) == 1
 
 
 def test_pillow_images_carry_it_and_python_warns(here: Compositor, there: Client) -> None:
     for compositor in (here, there):
-        with pytest.warns(InputWarning, match="the scene is transparent in parts"):
+        with pytest.warns(InputWarning, match="the scene is partly transparent"):
             image = compositor.composite(
                 transparent_scene(), Placement(OBJECT, box=BOX), seed=7, sampling=STEPS
             )
@@ -100,7 +100,7 @@ def test_mask_of_a_turned_scene_is_turned(here: Compositor, there: Client) -> No
         (turned,) = compositor.run(Request(scene, [Placement(OBJECT, mask=stored)], 7, STEPS))
         (upright,) = compositor.run(Request(scene_array(), [Placement(OBJECT, mask=place)], 7, STEPS))
         np.testing.assert_array_equal(turned.image, upright.image)
-        assert "is turned too" in turned.warnings[0]
+        assert "is rotated too" in turned.warnings[0]
         assert not any("turned" in text for text in upright.warnings)
 
 

@@ -84,7 +84,11 @@ def test_what_is_missing_is_named(bare_server: ServerThread) -> None:
     [
         (pb.SegmentRequest(), "picture", "the picture is empty"),
         (pb.SegmentRequest(picture=b"GIF89a"), "picture", "the picture is"),
-        (pb.SegmentRequest(picture=SHELF, where=pb.Where(mask=SHELF)), "where", "a mask says already"),
+        (
+            pb.SegmentRequest(picture=SHELF, where=pb.Where(mask=SHELF)),
+            "where",
+            "a mask already selects the object",
+        ),
         (
             pb.SegmentRequest(picture=SHELF, where=pb.Where(clicks=pb.Clicks(points=[pb.Point(x=500, y=2)]))),
             "where",
@@ -114,7 +118,7 @@ def test_a_mask_beside_an_automatic_one_is_refused(server: ServerThread) -> None
         stub = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
         error = refusal(stub.Composite, message(placements=[placement]))
     assert error.details() == (
-        "placements[0].automatic_mask: a reference mask is given: leave out automatic_mask"
+        "placements[0].automatic_mask: automatic_mask cannot be used with a reference mask: leave one out"
     )
 
 

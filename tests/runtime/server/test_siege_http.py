@@ -211,7 +211,7 @@ def test_a_folder_that_takes_nothing_more(
         (tmp_path / "results").rmdir()
         failed = ended(http_address(server), post(http_address(server), "/v1/jobs", fields()).json)
     assert failed["error"]["code"] == "resource_exhausted"
-    assert failed["error"]["message"].startswith("the result cannot be kept: No such file or directory")
+    assert failed["error"]["message"].startswith("the result cannot be stored: No such file or directory")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

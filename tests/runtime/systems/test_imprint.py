@@ -186,7 +186,7 @@ def test_references_and_scenes_are_encoded_once(compositor: Compositor) -> None:
             "negative_prompt",
             "takes no negative prompt: leave it out",
         ),
-        (replace(HOLE, reference_mask=cutout()), "reference_mask", "mask is given, and no reference"),
+        (replace(HOLE, reference_mask=cutout()), "reference_mask", "mask needs a reference"),
         (
             replace(MASKED, mask_level="rough"),
             "mask_level",

@@ -171,7 +171,7 @@ def test_masks_of_views_are_found_as_the_reference_s(compositors: dict[int, Comp
         (
             {"views": [View(SIDE, "auto", [(3, 3)])]},
             "views[0].clicks",
-            "either a mask or clicks that say where the object is",
+            "either a mask or clicks",
         ),
         ({"views": [View(SIDE, clicks=[(3, 3)])]}, "views[0].clicks", "no segmenter for clicks is loaded"),
         ({"views": [View(SIDE)], "reference": None}, "", "give"),
