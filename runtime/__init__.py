@@ -1,4 +1,4 @@
-"""AnyDoor Runtime: puts an object from one picture into another.
+"""Puts an object from one picture into another.
 
 from runtime import Compositor, Placement
 
@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is first asked for: a command imports nothing that it does not use."""
+    """Imports a name on first use, so that commands only import what they need."""
     if name not in _HOMES:
         raise AttributeError(f"module 'runtime' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)

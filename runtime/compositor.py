@@ -1,4 +1,4 @@
-"""The Compositor: a scene and placements, or a prompt, go in; pictures come out."""
+"""Defines the Compositor, which draws the pictures of a request."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ from runtime.validation import (
 )
 
 StepCallback = Callable[[int, int], object]
-"""Called after every step with the steps done and all steps, counted over all pictures and placements."""
+"""Called after every step with the steps done and the total, counted over all pictures and placements."""
 
 
 class Compositor:
-    """Composites objects into scenes, or draws pictures from nothing, with one bundle.
+    """Composites objects into scenes, or draws pictures from prompts, with one bundle.
 
     compositor = Compositor.load("build/engines/anydoor")
     image = compositor.composite(scene, Placement(reference, box=(80, 60, 300, 260)), seed=7)
@@ -73,13 +73,12 @@ class Compositor:
         """Wraps an opened bundle and an engine that runs it; `load` is the usual way.
 
         Args:
-            bundle: says sizes and defaults, and holds the constants.
+            bundle: has sizes, defaults and constants.
             engine: runs the graphs.
-            cache_bytes: memory for what is kept for re-rolls; see `runtime.cache_size`.
-            control_window: sampling steps that a window graph computes in one call. If None, as many as the
-                bundle's batch on a card, where they cost less together, and one on a CPU, where more cost
-                memory and gain nothing.
-            segmenter: finds the objects of references without masks; None for plain backgrounds alone.
+            cache_bytes: most memory to keep for re-rolls; see `runtime.cache_size`.
+            control_window: sampling steps that a window graph computes in one call. If None, the bundle's
+                batch on a card, where that is faster, and 1 on a CPU, where more only cost memory.
+            segmenter: finds the objects of references without masks; if None, on plain backgrounds only.
 
         Raises:
             InputError: `control_window` is not in 1..max_batch.
@@ -102,7 +101,7 @@ class Compositor:
         self.model = Model(bundle, engine, constants, usable_cache_bytes(engine, cache_bytes), control_window)
         self.system = open_system(manifest.system, self.model)
         self.defaults: Mapping[str, Any] = {**self.system.defaults, **manifest.defaults}
-        """Parameter -> its value where neither the request nor its quality says one."""
+        """Maps parameters to their values where neither the request nor its quality sets one."""
         self._alphas_cumprod = constants["alphas_cumprod"]
         try:
             check_defaults(self.defaults)
@@ -126,18 +125,18 @@ class Compositor:
             options: where and how the graphs run.
             cache_bytes: see `__init__`.
             control_window: see `__init__`.
-            trusted_key: PEM file with an Ed25519 public key; the bundle must be signed by its owner
-                (`anydoor sign`). None: no signature is needed.
+            trusted_key: PEM file with an Ed25519 public key; the bundle must be signed with its private key
+                (`anydoor sign`). If None, no signature is needed.
             segmenter: see `__init__`.
 
         Raises:
-            AnyDoorError: the bundle or its backend cannot be used, and why.
+            AnyDoorError: the bundle or its backend cannot be used; the message says why.
         """
         bundle = Bundle.open(path, None if trusted_key is None else Path(trusted_key))
         return cls(bundle, open_engine(bundle, options), cache_bytes, control_window, segmenter)
 
     def load_graphs(self) -> Iterator[str]:
-        """Loads all graphs now, so that the first picture does not wait; yields each name when ready."""
+        """Loads all graphs ahead of the first picture; yields the name of each when it is ready."""
         for graph in self.bundle.manifest.graphs:
             self.engine.load(graph)
             yield graph
@@ -179,25 +178,24 @@ class Compositor:
         initial_noise: NDArray[np.float32] | None = None,
         on_step: StepCallback | None = None,
     ) -> Image.Image | list[Image.Image]:
-        """The scene with the object in it, or several such pictures.
+        """Draws the object into the scene; returns the picture, or several.
 
         Args:
             scene: file, bytes, open file, Pillow image, array or tensor.
-            placements: the object and its place; several are placed one after the other.
+            placements: the object and its place; several are drawn one after the other.
             seed: the same seed gives the same picture bit for bit on one machine; random if None. Picture i
                 of several has the seed `seed + i`.
-            sampling: steps, guidance scale and the like.
-            num_images: how many pictures to return as a list; None returns a single one.
+            sampling: steps, guidance scale and other parameters.
+            num_images: number of pictures to return as a list; None returns a single picture.
             initial_noise: (N, C, h, w) standard normal latents to start from instead of those of the seeds.
-            on_step: called with (steps done, steps in all).
+            on_step: called with (steps done, total steps).
 
         Returns:
-            Pictures as the scene is: transparent where it is, in the colours of its profile, which is in
-            their `info` with its EXIF and resolution. What a caller should know about how pictures and masks
-            were read comes as an `InputWarning` of Python's.
+            Pictures with the scene's transparency and colour profile; their `info` has the profile, EXIF and
+            resolution. Anything unexpected about pictures and masks is issued as an `InputWarning`.
 
         Raises:
-            InputError: something about the request cannot be used, in one sentence.
+            InputError: the request is invalid; the message says what to change.
         """
         request = Request.of(scene, placements, seed, sampling, num_images, initial_noise)
         images = self._images(request, on_step)
@@ -239,17 +237,17 @@ class Compositor:
         on_step: StepCallback | None = None,
         **others: Any,
     ) -> Image.Image | list[Image.Image]:
-        """A picture from nothing but words, or several; the bundle must be of a model that takes prompts.
+        """Draws a picture from a prompt, or several; the bundle's model must take prompts.
 
         Args:
             prompt: what to draw.
             num_images: see `composite`.
             on_step: see `composite`.
-            others: `negative_prompt` says what not to draw; `size` is (width, height), which must be that of
-                the bundle; all others as of `composite`.
+            others: `negative_prompt` is what not to draw; `size` is (width, height), which must be the
+                bundle's; all others are arguments of `composite`.
 
         Raises:
-            InputError: something about the request cannot be used, in one sentence.
+            InputError: the request is invalid; the message says what to change.
         """
         request = Request.drawing(prompt, num_images=num_images, **others)
         images = self._images(request, on_step)
@@ -262,14 +260,14 @@ class Compositor:
         return [result.to_pillow() for result in results]
 
     def run(self, request: Request, on_step: StepCallback | None = None) -> list[Composite]:
-        """All pictures of a request, with seeds, regions and times.
+        """Draws all pictures of a request; returns them with seeds, regions and times.
 
         Args:
             request: what to draw.
-            on_step: called with (steps done, steps in all).
+            on_step: called with (steps done, total steps).
 
         Raises:
-            InputError: something about the request cannot be used, in one sentence.
+            InputError: the request is invalid; the message says what to change.
         """
         job = self.accept(request)
         drawing = self.new_drawing()
@@ -299,11 +297,11 @@ class Compositor:
 
         Args:
             request: what to draw.
-            limits: what it may ask for.
-            watch: counts its stages, where some of its time has been measured.
+            limits: the largest values that are allowed.
+            watch: records the time of its stages.
 
         Raises:
-            InputError: something about the request cannot be used, in one sentence.
+            InputError: the request is invalid; the message says what to change.
         """
         num_images, noise = request.num_images, request.initial_noise
         seed = secrets.randbelow(MAX_SEED >> 32) if request.seed is None else request.seed
@@ -356,10 +354,10 @@ class Compositor:
     def steps_of(self, request: Request, limits: Limits = LARGEST) -> tuple[int, int]:
         """Counts the steps of a request with guidance and those without, over all pictures and placements.
 
-        Decodes nothing and uses no engine; tiles of places that are refined are not among them.
+        Decodes nothing and uses no engine. Tiles of refined places are not counted.
 
         Raises:
-            InputError: a number cannot be used, in one sentence.
+            InputError: a number is out of range.
         """
         sampling = self._check_numbers(request, limits)
         guided = guided_steps(sampling, first_pass(self._alphas_cumprod, sampling).schedule)
@@ -367,7 +365,7 @@ class Compositor:
         return runs * guided.count(True), runs * guided.count(False)
 
     def _check_numbers(self, request: Request, limits: Limits) -> SamplingParameters:
-        """Refuses what can be refused before anything is decoded."""
+        """Checks what can be checked before anything is decoded."""
         with in_field("sampling"):
             sampling = sampling_parameters(request.sampling, self.defaults)
             check_sampling(sampling, limits)
@@ -380,20 +378,20 @@ class Compositor:
         return sampling
 
     def _load_scene(self, request: Request, limits: Limits) -> tuple[NDArray[np.uint8], Picture]:
-        """What the networks see of the scene, (H, W, 3) RGB, and the scene; grey if there is none."""
+        """Returns the scene as the networks see it, (H, W, 3) RGB, and the scene; grey if there is none."""
         if isinstance(request.scene, Blank):
             return load_scene(np.full((*self.bundle.manifest.picture_size, 3), 128, np.uint8))
         return load_scene(request.scene, limits.pixels, request.scene_size)
 
     def new_drawing(self) -> Drawing:
-        """What draws the pictures of jobs; the engine serves one at a time."""
+        """Returns an object that draws the pictures of jobs; the engine serves one at a time."""
         return Drawing(self.model, self.system)
 
     def clear(self) -> None:
-        """Drops what is kept for later pictures, like detail maps and ID tokens."""
+        """Drops what is cached for later pictures, like detail maps and ID tokens."""
         self.system.clear()
 
     @property
     def max_batch(self) -> int:
-        """Most samples in one call."""
+        """Returns the largest number of samples in one call."""
         return self.bundle.manifest.max_batch

@@ -1,4 +1,4 @@
-"""Refusals and warnings of the runtime; see `engines.errors` for the base class."""
+"""Defines the errors and warnings of the runtime; see `engines.errors` for the base class."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from engines.errors import AnyDoorError
 
 
 class InputError(AnyDoorError, ValueError):
-    """A picture, mask, box or parameter that cannot be used, in one sentence."""
+    """A picture, mask, box or parameter is invalid; the message is one sentence."""
 
     field: str = ""
-    """Which part of the request it is, like "placements[0].box"; empty if no single one is to blame."""
+    """The invalid part of the request, like "placements[0].box"; empty if it is not a single one."""
 
 
 class MissingModelError(InputError):
-    """A request that needs a model which was not loaded; names the option that loads it."""
+    """A request needs a model that is not loaded; the message names the option that loads it."""
 
 
 class InputWarning(UserWarning):
-    """That a picture or a mask was read in a way its owner may not expect, in one sentence."""
+    """A picture or a mask was read in a way that its owner may not expect."""
 
 
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
@@ -30,7 +30,7 @@ _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 @contextmanager
 def in_field(name: str) -> Iterator[None]:
-    """Lets refusals from inside say which field of the request they are about; may be nested."""
+    """Adds the field of the request to errors raised inside; may be nested."""
     try:
         yield
     except InputError as error:
@@ -50,9 +50,9 @@ def collecting_warnings() -> Iterator[list[str]]:
 
 
 def warn(text: str) -> None:
-    """Says once that something was read in a way its owner may not expect.
+    """Warns once that something was read in a way that its owner may not expect.
 
-    Goes to the surrounding `collecting_warnings`; outside of one it becomes an `InputWarning` of Python's.
+    Goes to the surrounding `collecting_warnings`; outside of one it becomes a Python warning, `InputWarning`.
     """
     found = _collected.get()
     if found is None:

@@ -1,4 +1,4 @@
-"""Which value a parameter has: the request's, else the preset's, else the manifest's, else the system's."""
+"""Resolves parameters: from the request, else the preset, else the manifest, else the system."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from runtime.request import Sampling
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """`runtime.request.Sampling` with nothing left open."""
+    """`runtime.request.Sampling` with all values set."""
 
     steps: int
     guidance_scale: float
     control_scale: float | None
-    """None: the system has no detail maps."""
+    """None if the system has no detail maps."""
     eta: float
     sampler: str
     guidance_interval: tuple[int, int]
     map_steps: int | None
-    """None: detail maps at every step."""
+    """None for detail maps at every step."""
     timesteps: tuple[int, ...] | None
 
     def guided_at(self, timestep: int) -> bool:
-        """Whether the unconditional half is needed; at a scale of exactly 1 it cancels out."""
+        """Returns whether the unconditional half is needed; at a scale of exactly 1 it cancels out."""
         first, last = self.guidance_interval
         return self.guidance_scale != 1.0 and first <= timestep <= last
 
 
 @dataclass(frozen=True)
 class PlacementParameters:
-    """The parameters of a `runtime.request.Placement` with nothing left open."""
+    """The parameters of a `runtime.request.Placement` with all values set."""
 
     mode: str
     reference_ratio: float | None
-    """None: the system takes no reference."""
+    """None if the system takes no reference."""
     box_ratio: float
     crop_ratio: float
     mask_level: str | int | None
-    """None: the system draws in no mask."""
+    """None if the system does not draw inside masks."""
     edge: str | None
-    """None: the system always fades."""
+    """None if the system always uses a soft edge."""
     refine: int | None
-    """0: one pass; None: the system has no other."""
+    """0 for one pass; None if the system has no second one."""
 
     @property
     def ratios(self) -> Ratios:
-        """The three ratios.
+        """Returns the three ratios.
 
         Raises:
             InputError: one is out of range.
@@ -66,11 +66,11 @@ PLACEMENT_PARAMETERS = tuple(field.name for field in fields(PlacementParameters)
 
 
 def sampling_parameters(sampling: Sampling, defaults: Mapping[str, Any]) -> SamplingParameters:
-    """The parameters of a sampling run.
+    """Resolves the parameters of a sampling run.
 
     Args:
-        sampling: as the caller gave it.
-        defaults: parameter -> value, of the manifest and the system.
+        sampling: the caller's values.
+        defaults: parameter -> value, from the manifest and the system.
 
     Raises:
         InputError: there is no such quality.
@@ -89,11 +89,11 @@ def sampling_parameters(sampling: Sampling, defaults: Mapping[str, Any]) -> Samp
 
 
 def placement_parameters(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> PlacementParameters:
-    """The parameters of a placement.
+    """Resolves the parameters of a placement.
 
     Args:
-        given: parameter -> the placement's value; None where it is open.
-        defaults: parameter -> value, of the manifest and the system.
+        given: parameter -> the placement's value, or None.
+        defaults: parameter -> value, from the manifest and the system.
     """
     return PlacementParameters(**_filled(given, defaults))
 

@@ -1,7 +1,7 @@
-"""What a caller asks for: what goes where, and how the picture is sampled.
+"""Defines requests: what goes where, and how the picture is sampled.
 
-A field that is None is open. It then comes from the quality preset, from the bundle's manifest, or from the
-system, in this order; see `runtime.parameters`.
+The value of a field that is None comes from the quality preset, the bundle's manifest or the system, in this
+order; see `runtime.parameters`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from runtime.errors import InputError
 from runtime.imaging.sources import PictureLike
 
 AUTOMATIC = "auto"
-"""The reference mask of an object that is to be found; a file of that name is "./auto"."""
+"""The reference mask that has the object found by a segmenter; a file of that name is "./auto"."""
 
 
 REFINE_TIMESTEP = 200
-"""For `Placement.refine` where nobody says another."""
+"""The default timestep of `Placement.refine` and --refine."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,71 +30,70 @@ class View:
 
     picture: PictureLike
     mask: PictureLike | None = None
-    """As `Placement.reference_mask`."""
+    """See `Placement.reference_mask`."""
     clicks: Sequence[Sequence[int]] | None = None
-    """As `Placement.reference_clicks`."""
+    """See `Placement.reference_clicks`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """What is drawn, and its place in the scene. Models take either a reference or a prompt."""
+    """What to draw, and its place in the scene. A model takes either a reference or a prompt."""
 
     reference: PictureLike | None = None
-    """Picture of the object. Without it, a model that fills holes goes on with the scene."""
+    """Picture of the object. Without it, a model that fills holes continues the scene."""
     reference_mask: PictureLike | None = None
-    """Where the object is in it; `AUTOMATIC` to have it found; its transparency if None."""
+    """Mask of the object in the reference; `AUTOMATIC` to have it found; its transparency if None."""
     box: Sequence[float] | None = None
-    """Place: x0, y0, x1, y1 in whole pixels of the scene, x1 and y1 exclusive. May cross the scene's
-    border."""
+    """Place of the object: x0, y0, x1, y1 in whole pixels of the scene, x1 and y1 exclusive. It may cross the
+    scene's border."""
     mask: PictureLike | None = None
-    """Place: a mask of the scene's size, instead of a box."""
+    """Place of the object: a mask of the scene's size, instead of a box."""
     mode: str | None = None
-    """How it is placed, one of `runtime.imaging.modes.MODES`: "crop" generates the surroundings of the place
-    anew; "shape" fills the mask; "keep_background" changes nothing outside the place but its soft edge, where
-    it has one."""
+    """How it is placed, one of `runtime.imaging.modes.MODES`: "crop" redraws the surroundings of the place;
+    "shape" fills the mask; "keep_background" changes nothing outside the place, except for a soft edge."""
     reference_ratio: float | None = None
-    """White around the reference object, a factor from 1 to 100."""
+    """White margin around the reference object, a factor from 1 to 100."""
     box_ratio: float | None = None
-    """Target box around the place, likewise."""
+    """Enlargement of the place to the target box, a factor from 1 to 100."""
     crop_ratio: float | None = None
-    """Zoom-in crop around the target box, likewise."""
+    """Enlargement of the target box to the zoom-in crop, a factor from 1 to 100."""
     prompt: str | None = None
-    """What to draw, in words, instead of a reference."""
+    """Text prompt, instead of a reference."""
     negative_prompt: str | None = None
-    """What guidance leads away from, in words; nothing in particular if None."""
+    """What not to draw: guidance leads away from it. The empty prompt if None."""
     keep_specks: bool = False
-    """Whether pixels of a mask that lie far from the rest belong to it, as in the original; if not, they are
-    left out with a warning (`runtime.imaging.specks`)."""
+    """Whether to keep stray pixels of masks, far from the rest, as the original does. Otherwise they are
+    dropped with a warning (`runtime.imaging.specks`)."""
     mask_level: str | int | None = None
-    """How coarse `mask` is made before it is drawn into, for models that draw inside of one: a name of
+    """How much `mask` is coarsened first, for models that draw inside a mask: a name of
     `runtime.imaging.mask_levels.MASK_LEVELS` or its number, from 0 ("exact") to 3 ("box"). A coarse mask
     leaves room for another pose and for shadows."""
     edge: str | None = None
-    """How the place ends in the scene, for models that do not always fade: one of
-    `runtime.imaging.paste_back.EDGES`, "hard" as the original pastes, or "soft", which also changes a few
-    pixels around the place."""
+    """How the result is pasted into the scene, for models with a choice: one of
+    `runtime.imaging.paste_back.EDGES`, "hard" as in the original, or "soft", which also changes a few pixels
+    around the place."""
     refine: int | None = None
-    """Draws a place that is larger than the networks' picture a second time, in tiles, for detail: the
-    timestep of the noise that the second pass starts from, 1 (next to none) to 999; 0 for one pass. See
-    `runtime.imaging.tiles`; `REFINE_TIMESTEP` is the usual one."""
+    """Draws a place that is larger than the networks' picture a second time, in tiles, for more detail: the
+    timestep of the noise that the second pass starts from, 1 (almost none) to 999; 0 turns it off. See
+    `runtime.imaging.tiles`; `REFINE_TIMESTEP` is a usual value."""
     reference_clicks: Sequence[Sequence[int]] | None = None
-    """What says where the object is in the reference, instead of a mask: (x, y) on it, or (x, y, False)
-    beside it, in pixels of the upright picture; see `runtime.segmentation`."""
+    """Clicks that select the object in the reference, instead of a mask: (x, y) on it, or (x, y, False) for a
+    point that is not on it, in pixels of the upright picture; see `runtime.segmentation`."""
     views: Sequence[View] | None = None
-    """More views of the object, for a bundle that takes several. Their order does not matter; the details of
-    `reference` are what AnyDoor puts into its place."""
+    """More views of the object, for a bundle that takes several. Their order does not matter; AnyDoor takes
+    the HF map from `reference`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Where:
-    """Where an object is in a picture: one of these says it; the main object if none does."""
+    """Selects an object in a picture, by one of these; without any, the main object."""
 
     box: Sequence[float] | None = None
-    """x0, y0, x1, y1 around it, as of a placement."""
+    """x0, y0, x1, y1 around it, like that of a placement."""
     mask: PictureLike | None = None
     """A mask of the picture's size."""
     clicks: Sequence[Sequence[int]] | None = None
-    """(x, y) on it, or (x, y, False) beside it."""
+    """(x, y) on it, or (x, y, False) for a point that is not on it."""
 
 
 @dataclass(frozen=True)
@@ -102,55 +101,55 @@ class Sampling:
     """How pictures are sampled."""
 
     quality: str | None = None
-    """A preset, one of `runtime.diffusion.presets.QUALITIES`: values for the fields that are open."""
+    """A preset, one of `runtime.diffusion.presets.QUALITIES`, for the fields that are None."""
     steps: int | None = None
-    """Steps, 1 to 999."""
+    """Number of steps, 1 to 999."""
     guidance_scale: float | None = None
-    """Classifier-free guidance scale, 0 to 100; 1 is without guidance and half the work."""
+    """Scale of classifier-free guidance, 0 to 100; 1 turns it off and halves the work."""
     control_scale: float | None = None
     """Factor of the detail maps, 0 to 10; 0 ignores the scene's details and the high-frequency map."""
     eta: float | None = None
-    """0 is deterministic DDIM, 1 adds as much noise as DDPM."""
+    """Noise per step: 0 is deterministic DDIM, 1 adds as much noise as DDPM."""
     sampler: str | None = None
-    """What takes the steps, one of `runtime.diffusion.samplers.SAMPLERS`: "ddim", or "dpm_solver_2m", which
-    needs fewer of them and has no `eta`."""
+    """One of `runtime.diffusion.samplers.SAMPLERS`: "ddim", or "dpm_solver_2m", which needs fewer steps and
+    has no `eta`."""
     guidance_interval: tuple[int, int] | None = None
-    """Lowest and highest timestep with guidance, of 0 (picture) to 999 (noise); a step outside of them has
-    none, and half the work. Source: Kynkäänniemi et al., 2024."""
+    """Lowest and highest timestep with guidance, from 0 (picture) to 999 (noise). Steps outside take half the
+    work. Source: Kynkäänniemi et al., 2024."""
     map_steps: int | None = None
-    """At how many timesteps detail maps are computed; neighbouring steps share them."""
+    """Number of timesteps at which detail maps are computed; neighbouring steps share them."""
     timesteps: tuple[int, ...] | None = None
-    """Exact timesteps to visit, rising, to follow another implementation; overrides `steps`."""
+    """Exact timesteps, in increasing order, to follow another implementation; overrides `steps`."""
 
 
 @dataclass(frozen=True)
 class Blank:
-    """No scene: a picture is drawn from nothing. A placement without a place then takes all of it."""
+    """Stands for a missing scene. A placement without a place then takes the whole picture."""
 
     width: int | None = None
-    """In pixels; that of the bundle if None, and no other."""
+    """In pixels; must be the bundle's, which is the default."""
     height: int | None = None
-    """Likewise."""
+    """In pixels; must be the bundle's, which is the default."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Everything that makes a picture."""
+    """A request for pictures."""
 
     scene: PictureLike | Blank
-    """File, bytes, Pillow image, array or tensor; or none."""
+    """File, bytes, Pillow image, array or tensor; or `Blank`."""
     placements: Sequence[Placement]
-    """What goes where; placed one after the other, each into the result of the one before."""
+    """Objects and their places, drawn one after the other, each into the result of the one before."""
     seed: int | None = None
     """The same seed gives the same picture bit for bit on one machine; random if None. Picture i of several
     has the seed `seed + i`."""
     sampling: Sampling = field(default_factory=Sampling)
     num_images: int = 1
-    """How many pictures to make."""
+    """Number of pictures."""
     initial_noise: NDArray[np.float32] | None = None
     """(N, C, h, w) standard normal latents to start from instead of those of the seeds."""
     scene_size: tuple[int, int] | None = None
-    """(width, height) that the scene must have, and so the result; any if None."""
+    """(width, height) that the scene must have; any if None."""
 
     @classmethod
     def of(
@@ -162,8 +161,7 @@ class Request:
         num_images: int | None = None,
         initial_noise: NDArray[np.float32] | None = None,
     ) -> Request:
-        """A request from loose arguments: one placement or several, and None for what is left to the
-        defaults."""
+        """Builds a request from arguments: one placement or several, and None for defaults."""
         listed = [placements] if isinstance(placements, Placement) else list(placements)
         count = 1 if num_images is None else num_images
         return cls(scene, listed, seed, sampling or Sampling(), count, initial_noise)
@@ -176,13 +174,13 @@ class Request:
         size: tuple[int, int] | None = None,
         **others: Any,
     ) -> Request:
-        """A request for a picture from nothing.
+        """Builds a request for a picture without a scene.
 
         Args:
             prompt: what to draw.
             negative_prompt: see `Placement`.
-            size: (width, height) in pixels; that of the bundle if None, and no other.
-            others: as of `of`, after the placements.
+            size: (width, height) in pixels; must be the bundle's, which is the default.
+            others: the arguments of `of` after the placements.
         """
         placement = Placement(prompt=prompt, negative_prompt=negative_prompt)
         return cls.of(Blank(*size or ()), placement, **others)
@@ -190,20 +188,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Remove:
-    """Takes the object out of the scene."""
+    """Removes the object from the scene."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """Takes the object to another place."""
+    """Moves the object to another place."""
 
     to: Sequence[float]
-    """x0, y0, x1, y1, as of a placement."""
+    """x0, y0, x1, y1, like the box of a placement."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reshape:
-    """Draws the object again in another outline."""
+    """Redraws the object in another outline."""
 
     to: PictureLike
     """A mask of the scene's size."""
@@ -211,22 +209,22 @@ class Reshape:
 
 @dataclass(frozen=True, eq=False)
 class Swap:
-    """Puts another object in the place of the object: in its box, or with the mode shape in its outline."""
+    """Replaces the object by another: in its box, or with the mode shape in its outline."""
 
     placement: Placement
-    """The other one, without a place."""
+    """The other object, without a place."""
 
 
 @dataclass(frozen=True, eq=False)
 class SwapPlaces:
-    """Lets two objects of the scene change places; each keeps its proportions and gets the other's height."""
+    """Exchanges two objects of the scene; each keeps its proportions and gets the other's height."""
 
     other: Where
 
 
 @dataclass(frozen=True, eq=False)
 class TryOn:
-    """Puts a garment in the place of what a person wears there."""
+    """Puts a garment in the place of the selected clothes."""
 
     placement: Placement
     """The garment, without a place."""
@@ -240,13 +238,13 @@ class Fill:
     """How a network fills a hole."""
 
     prompt: str = ""
-    """What is there, in words, for a model that takes a prompt."""
+    """What to draw in the hole, for a model that takes prompts."""
     sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What is done to an object of a scene."""
+    """A request for an edit of an object in a scene."""
 
     scene: PictureLike
     where: Where
@@ -256,20 +254,20 @@ class Edit:
     seed: int | None = None
     """See `Request`."""
     sampling: Sampling = field(default_factory=Sampling)
-    """Of what is placed."""
+    """For the object that is placed."""
     num_images: int = 1
 
 
 def is_automatic(mask: PictureLike | None) -> bool:
-    """Whether a reference mask says that the object is to be found."""
+    """Returns whether a reference mask asks for the object to be found."""
     return isinstance(mask, str) and mask == AUTOMATIC
 
 
 def check_prompt(prompt: object) -> str:
-    """Refuses what is no text, or cannot be sent as one.
+    """Checks that a prompt is text that can be encoded.
 
     Raises:
-        InputError: it is no string, or has half of a surrogate pair.
+        InputError: it is not a string, or has half of a surrogate pair.
     """
     if not isinstance(prompt, str):
         raise InputError(f"a prompt is text, not {prompt!r}")
@@ -279,6 +277,6 @@ def check_prompt(prompt: object) -> str:
         code = ord(prompt[error.start])
         raise InputError(
             f"the prompt's character {error.start + 1} is U+{code:04X}, half of a surrogate pair, which "
-            "stands for nothing: leave it out"
+            "is not a character: remove it"
         ) from error
     return prompt

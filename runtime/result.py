@@ -1,4 +1,4 @@
-"""What comes back: the pictures, and how they came about."""
+"""Defines results: pictures, seeds, regions and times."""
 
 from __future__ import annotations
 
@@ -18,34 +18,33 @@ from runtime.imaging.picture import NO_METADATA, Metadata
 
 @dataclass(frozen=True, eq=False)
 class Composite:
-    """One picture, and how it came about."""
+    """One picture, with its seed, regions and times."""
 
     image: NDArray[np.uint8]
-    """(H, W, 3) of the scene's size, in the colours of its profile; (H, W, 4) if it is transparent in
-    parts."""
+    """(H, W, 3) uint8 of the scene's size, in the colours of its profile; (H, W, 4) if the scene is partly
+    transparent."""
     seed: int
-    """Gives the same picture again, on the same machine and bundle."""
+    """Reproduces the picture, on the same machine and bundle."""
     regions: tuple[Box, ...]
-    """Per placement, and before those per hole of an edit: the only part of the scene that it may have
-    changed."""
+    """The regions that may have changed: one per hole of an edit, then one per placement."""
     seconds: dict[str, float]
-    """Stage -> time spent, for all pictures of the call together."""
+    """Maps stages to seconds, for all pictures of the call together."""
     metadata: Metadata = NO_METADATA
-    """The scene's: profile, EXIF and resolution."""
+    """The scene's profile, EXIF and resolution."""
     warnings: tuple[str, ...] = ()
-    """What the caller should know about how the pictures and masks were read, a sentence each."""
+    """Anything unexpected about the pictures and masks, one sentence each."""
     filler: str = ""
-    """Of an edit, what filled the hole of an object: a system, or "guess"; empty if there was none."""
+    """What filled the hole of an edit: a system, or "guess"; empty if there was none."""
 
     def to_pillow(self) -> Image.Image:
-        """The picture, with its metadata in `info`."""
+        """Returns the picture as a Pillow image, with its metadata in `info`."""
         image = Image.fromarray(self.image)
         image.info.update(self.metadata.info)
         return image
 
 
 class Stopwatch:
-    """Time per stage; stages of one job may be measured in several threads."""
+    """Measures the time per stage; several threads may measure stages of one job."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -53,18 +52,18 @@ class Stopwatch:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Stage -> time spent so far."""
+        """Maps stages to seconds so far."""
         with self._lock:
             return dict(self._seconds)
 
     def add(self, stage: str, seconds: float) -> None:
-        """Counts time that was measured elsewhere."""
+        """Adds time that was measured elsewhere."""
         with self._lock:
             self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """Counts the time that the block takes."""
+        """Measures the time of the block."""
         started = time.perf_counter()
         try:
             yield

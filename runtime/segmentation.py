@@ -1,4 +1,4 @@
-"""Where an object is in a picture: found by networks, or by a rule in front of a plain background."""
+"""Finds objects in pictures, by networks or by a rule for plain backgrounds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from runtime.result import Stopwatch
 from runtime.validation import in_placement
 
 SALIENT, EMBED, CLICK = "salient", "embed", "click"
-"""Graphs of segmenters."""
+"""Names of segmenters' graphs."""
 
 _ON, _OFF, _FIRST_CORNER, _LAST_CORNER, _NO_POINT = 1, 0, 2, 3, -1
 """Labels of points."""
@@ -41,19 +41,19 @@ _OPTION = "--segmenter"
 
 
 class Segmenter:
-    """Finds objects in pictures. Threads may share it; its networks run for one at a time.
+    """Finds objects in pictures. Threads may share a segmenter; its networks serve one at a time.
 
     segmenter = Segmenter.load("build/engines/u2net", "build/engines/sam")
     mask = segmenter.mask("desk.jpg", clicks=[(120, 80)])
 
-    Without a network it cuts objects out of plain backgrounds.
+    Without networks it cuts objects out of plain backgrounds.
     """
 
     def __init__(self, *networks: tuple[Bundle, Engine]) -> None:
         """Wraps opened bundles and the engines that run them; `load` is the usual way.
 
         Raises:
-            BundleError: one is no segmenter, or two of them find the same.
+            BundleError: a bundle is not a segmenter, or two find the same.
         """
         self._lock = threading.Lock()
         self._networks: dict[str, tuple[Bundle, Engine]] = {}
@@ -86,7 +86,7 @@ class Segmenter:
             trusted_key: see `Compositor.load`.
 
         Raises:
-            AnyDoorError: a bundle or its backend cannot be used, and why.
+            AnyDoorError: a bundle or its backend cannot be used; the message says why.
         """
         key = None if trusted_key is None else Path(trusted_key)
         opened = [Bundle.open(path, key) for path in paths]
@@ -94,35 +94,35 @@ class Segmenter:
 
     @property
     def takes_clicks(self) -> bool:
-        """Whether it finds what is clicked on, or is in a box."""
+        """Whether it finds objects by clicks and boxes."""
         return CLICK in self._networks
 
     @property
     def finds_main_object(self) -> bool:
-        """Whether a network finds the main object, also in front of a background that is not plain."""
+        """Whether a network finds the main object, on any background."""
         return SALIENT in self._networks
 
     @property
     def nbytes(self) -> int:
-        """Memory of its networks; see `bundle_bytes`."""
+        """Returns the memory of its networks; see `bundle_bytes`."""
         return sum(bundle_bytes(bundle) for bundle, _ in self._networks.values())
 
     def load_graphs(self) -> None:
-        """Loads all graphs now, so that the first picture does not wait."""
+        """Loads all graphs ahead of the first picture."""
         for bundle, engine in self._networks.values():
             for graph in bundle.manifest.graphs:
                 engine.load(graph)
 
     def beside(self, options: EngineOptions) -> EngineOptions:
-        """The options for another engine that shares the memory budget with the networks."""
+        """Returns the options for another engine that shares the memory budget."""
         return beside(options, self.nbytes)
 
     def check(self, where: Where) -> None:
-        """Refuses what cannot be found, before anything is decoded.
+        """Checks, before anything is decoded, that the object can be found.
 
         Raises:
-            MissingModelError: there is no network for clicks, and that is what it takes.
-            InputError: several things say where, a click is none, or none is on the object.
+            MissingModelError: a network for clicks is needed, but none is loaded.
+            InputError: box, mask and clicks are combined, a click is invalid, or none is on the object.
         """
         if sum(given is not None for given in vars(where).values()) > 1:
             raise InputError("give only one of box, mask and clicks to select the object")
@@ -135,7 +135,7 @@ class Segmenter:
     def find(
         self, picture: Picture, where: Where, max_pixels: int = MAX_PIXELS, name: str = "the picture"
     ) -> NDArray[np.bool_]:
-        """Where an object is in an upright picture, (H, W); see `mask`, and `check`, which comes before."""
+        """Finds an object in an upright picture, (H, W); see `mask`. Call `check` before."""
         if where.mask is not None:
             with in_field("mask"):
                 of = MaskedPicture(name, picture.rgb.shape, picture.orientation)
@@ -150,18 +150,18 @@ class Segmenter:
         max_pixels: int = MAX_PIXELS,
         name: str = "the picture",
     ) -> NDArray[np.bool_]:
-        """Where an object is, (H, W): what is clicked on or in a box, else the main object.
+        """Finds an object by clicks or a box, else the main object; returns its mask (H, W).
 
         Args:
-            picture: where to look.
-            clicks: (x, y) on the object, or (x, y, False) beside it.
+            picture: the picture.
+            clicks: (x, y) on the object, or (x, y, False) for points that are not on it.
             box: x0, y0, x1, y1 around the object.
             max_pixels: a larger picture is refused before it is decoded.
-            name: what to call the picture in a refusal.
+            name: name of the picture in errors.
 
         Raises:
-            MissingModelError: it needs a network that is not there.
-            InputError: the picture, a click or the box cannot be used, or nothing is found.
+            MissingModelError: a network that is needed is not loaded.
+            InputError: the picture, a click or the box is invalid, or nothing is found.
         """
         rgb = load_picture(picture, name, max_pixels).rgb
         if clicks is None and box is None:
@@ -209,10 +209,10 @@ class Segmenter:
         return view.to_picture(masks[0, scores[0].argmax()]) > 0
 
     def require_clicks(self) -> tuple[Bundle, Engine]:
-        """What finds what is clicked on.
+        """Returns the network for clicks.
 
         Raises:
-            MissingModelError: there is none; names the option.
+            MissingModelError: none is loaded; the message names the option.
         """
         if CLICK not in self._networks:
             raise MissingModelError(
@@ -223,23 +223,23 @@ class Segmenter:
 
 
 def bundle_bytes(bundle: Bundle) -> int:
-    """Memory of a bundle's graphs, and of their intermediate results."""
+    """Returns the memory of a bundle's graphs and their intermediate results."""
     records = bundle.manifest.graphs.values()
     return sum(record.nbytes + max(record.scratch_bytes.values(), default=0) for record in records)
 
 
 def beside(options: EngineOptions, nbytes: int) -> EngineOptions:
-    """The options of an engine that shares its memory budget with what takes so many bytes."""
+    """Returns the options of an engine that leaves so many bytes of its memory budget to others."""
     if options.memory_budget is None:
         return options
     return replace(options, memory_budget=max(1, options.memory_budget - nbytes))
 
 
 class _View:
-    """A picture as a network takes it, and the way back."""
+    """Scales a picture to a network's input, and masks back."""
 
     def __init__(self, rgb: NDArray[np.uint8], side: int, keeps_proportions: bool) -> None:
-        """Brings (H, W, 3) to a square of `side` pixels: stretched, or with room right of it or below."""
+        """Scales (H, W, 3) to a square of `side` pixels: stretched, or padded on the right or below."""
         height, width = rgb.shape[:2]
         self._size = width, height
         self._side = self._width = self._height = side
@@ -255,7 +255,7 @@ class _View:
 
     @property
     def inputs(self) -> dict[str, NDArray[np.float32]]:
-        """Of the graph that looks at the picture."""
+        """Returns the inputs of the graph that takes the picture."""
         if not self._keeps_proportions:
             return {"picture": self.picture}
         inside = np.zeros((1, 1, self._side, self._side), np.float32)
@@ -265,7 +265,8 @@ class _View:
     def points(
         self, clicks: Sequence[Click], box: Box | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Points (1, N, 2) and labels (1, N); without a box one point is none, as SAM's decoder wants it."""
+        """Returns points (1, N, 2) and labels (1, N); without a box, a padding point follows, as SAM's
+        decoder requires."""
         scale = np.array([self._width / self._size[0], self._height / self._size[1]], np.float32)
         points = [(click.x, click.y) for click in clicks]
         labels = [_ON if click.inside else _OFF for click in clicks]
@@ -277,7 +278,7 @@ class _View:
         return np.array([points], np.float32) * scale, np.array([labels], np.float32)
 
     def to_picture(self, plane: NDArray[Any]) -> NDArray[np.float32]:
-        """A plane (s, s) of the square, brought to the picture's size."""
+        """Scales a plane (s, s) of the square to the picture's size."""
         height, width = (
             max(1, round(of * length / self._side))
             for of, length in zip(plane.shape, (self._height, self._width))
@@ -287,10 +288,10 @@ class _View:
 
 
 def check_segmenter(request: Request, segmenter: Segmenter) -> None:
-    """Refuses references whose object cannot be found, before anything is decoded.
+    """Checks, before anything is decoded, that the objects of references can be found.
 
     Raises:
-        InputError: names the placement.
+        InputError: an object cannot be found; the message names the placement.
     """
     for index, placement in enumerate(request.placements):
         given = {"reference_clicks": placement.reference_clicks}
@@ -303,13 +304,13 @@ def check_segmenter(request: Request, segmenter: Segmenter) -> None:
 
 
 def cut_out(placement: Placement, segmenter: Segmenter, max_pixels: int, watch: Stopwatch) -> Placement:
-    """The placement with masks where its object is, if that is to be found.
+    """Finds the object of a placement if that is requested; returns the placement with masks.
 
     Args:
-        placement: as the caller gave it.
+        placement: the caller's placement.
         segmenter: finds it.
         max_pixels: of the reference, and of each view.
-        watch: counts the stages read and segment.
+        watch: records the time of the stages read and segment.
 
     Raises:
         InputError: a picture cannot be read, or no object was found in it.

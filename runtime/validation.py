@@ -1,6 +1,6 @@
-"""Where a request is refused: every range and limit of its parameters, checked before any work.
+"""Validates requests: checks every range and limit of their parameters before any work.
 
-Pictures, masks and boxes are refused where they are read: `runtime.imaging.decoding`, `masks`,
+Pictures, masks and boxes are checked where they are read: `runtime.imaging.decoding`, `masks`,
 `reference` and `target`.
 """
 
@@ -38,7 +38,7 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one request may ask for. A server sets lower ones."""
+    """Limits of a request. A server sets lower ones."""
 
     steps: int = MAX_STEPS
     images: int = MAX_IMAGES
@@ -48,7 +48,7 @@ class Limits:
 
 
 LARGEST = Limits()
-"""What this package accepts at all."""
+"""The limits of this package."""
 
 
 _CONDITIONS = {
@@ -59,32 +59,33 @@ _CONDITIONS = {
         ("reference", "reference_mask", "reference_clicks", "views"),
     ),
 }
-"""Condition -> the field that has it, what the model does with that, and the fields of the other one."""
+"""Maps conditions to their field, to what the model does with it, and to the fields of the other
+condition."""
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What the models of a system can be asked for."""
+    """What the models of a system support."""
 
     title: str
-    """What to call them in an error."""
+    """Their name in errors."""
     condition: Literal["reference", "text"]
-    """What says what to draw."""
+    """Their condition: a reference or a prompt."""
     parameters: Collection[str]
     """Parameters that have an effect, of sampling and of placements."""
     qualities: Collection[str]
     """Presets that were measured on them."""
     fills: bool = False
-    """Whether they draw without a condition, too: what the scene goes on with."""
+    """Whether they also draw without a condition, continuing the scene."""
     views: int = 0
-    """Most pictures of an object that a placement may have; 0 if none is looked at, or always one."""
+    """Most pictures of an object per placement; 0 if references are not taken, or only one."""
 
 
 def check_usable(request: Request, abilities: Abilities) -> None:
-    """Refuses what a model cannot use, or lacks. Decodes nothing.
+    """Checks that a model can use a request. Decodes nothing.
 
     Raises:
-        InputError: names the model, and what it takes instead.
+        InputError: it cannot; the message says what the model takes instead.
     """
     title = abilities.title
     if isinstance(request.scene, Blank) and abilities.condition != "text":
@@ -109,10 +110,10 @@ def check_usable(request: Request, abilities: Abilities) -> None:
 
 
 def check_blank(blank: Blank, size: tuple[int, int]) -> None:
-    """Refuses to draw a picture of another size than the bundle's, (height, width).
+    """Checks that a drawing has the bundle's size, (height, width).
 
     Raises:
-        InputError: names both sizes.
+        InputError: it has another size; the message names both.
     """
     height, width = size
     asked = (width if blank.width is None else blank.width, height if blank.height is None else blank.height)
@@ -175,13 +176,13 @@ def _check_views(placement: Placement, abilities: Abilities) -> None:
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:
-    """Refuses defaults with which no request could be drawn.
+    """Checks a bundle's defaults.
 
     Args:
-        defaults: parameter -> value where a request leaves it open.
+        defaults: parameter -> value if a request does not set it.
 
     Raises:
-        InputError: names the parameter.
+        InputError: a value is invalid; the message names the parameter.
     """
     unknown = sorted(defaults.keys() - {*SAMPLING_PARAMETERS, *PLACEMENT_PARAMETERS})
     if unknown:
@@ -192,10 +193,10 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 
 
 def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> None:
-    """Refuses sampling parameters out of range.
+    """Checks the ranges of sampling parameters.
 
     Raises:
-        InputError: names the parameter, its value and its range.
+        InputError: a value is out of range; the message names parameter, value and range.
     """
     _check_integer("steps", sampling.steps, 1, limits.steps)
     _check_number("guidance_scale", sampling.guidance_scale, 0.0, MAX_GUIDANCE_SCALE)
@@ -226,20 +227,20 @@ def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> No
 
 
 def check_seeds(seed: int, num_images: int, limits: Limits = LARGEST) -> None:
-    """Refuses a seed or a number of pictures out of range.
+    """Checks the ranges of the seed and the number of pictures.
 
     Raises:
-        InputError: names the parameter, its value and its range.
+        InputError: a value is out of range; the message names parameter, value and range.
     """
     _check_integer("num_images", num_images, 1, limits.images)
     _check_integer("seed", seed, 0, MAX_SEED - num_images)
 
 
 def check_placement_count(count: int, limits: Limits = LARGEST) -> None:
-    """Refuses a request with nothing to place, or with too many placements.
+    """Checks the number of placements.
 
     Raises:
-        InputError: says how many may be given.
+        InputError: there are none, or too many.
     """
     with in_field("placements"):
         if not count:
@@ -249,7 +250,7 @@ def check_placement_count(count: int, limits: Limits = LARGEST) -> None:
 
 
 def check_initial_noise(noise: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The noise as float32 of the given shape.
+    """Returns the noise as float32 of the given shape.
 
     Raises:
         InputError: it has another shape, or values that are not finite.

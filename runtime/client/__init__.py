@@ -1,11 +1,11 @@
-"""Talks to a server as if it were a Compositor: the same calls give the same pictures.
+"""Draws pictures on a server, with the methods of a Compositor.
 
 from runtime.client import Client
 
 with Client("localhost:50051") as client:
     image = client.composite("desk.jpg", Placement("cup.png", box=(80, 60, 300, 260)), seed=7)
 
-`AsyncClient` is the same for asyncio.
+`AsyncClient` has the same methods for asyncio.
 """
 
 from runtime.client.asynchronous import AsyncClient

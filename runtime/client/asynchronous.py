@@ -1,4 +1,4 @@
-"""The client for asyncio."""
+"""Defines the client for asyncio."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from runtime.server.wire import composites_from_message, segment_request
 
 
 class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, Any, list[Image.Image]]]):
-    """The same for asyncio."""
+    """Draws pictures on a server, for asyncio."""
 
     _channels = grpc.aio
 
@@ -103,7 +103,7 @@ class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, An
             return info
 
     async def close(self) -> None:
-        """Ends the connection, and every call on it."""
+        """Closes the connection, and every call on it."""
         await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:

@@ -1,4 +1,4 @@
-"""The client that waits for every call."""
+"""Defines the client whose calls block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runtime.server.wire import composites_from_message, segment_request
 
 
 class Client(Connection[Image.Image, list[Image.Image]]):
-    """A server's Compositor; may be used from several threads."""
+    """Draws pictures on a server, with the methods of a Compositor. Threads may share a client."""
 
     _channels = grpc
 
@@ -38,13 +38,13 @@ class Client(Connection[Image.Image, list[Image.Image]]):
         file_format: str = "PNG",
         timeout: float | None = None,
     ) -> list[Composite]:
-        """All pictures of a request, with seeds, regions and times. Raises as `composite`.
+        """Draws all pictures of a request; returns them with seeds, regions and times. Raises as `composite`.
 
         Args:
             request: what to draw.
-            on_step: called with (steps done, steps in all).
-            file_format: PNG, JPEG or WEBP: how the pictures travel.
-            timeout: seconds that it may take, instead of the client's.
+            on_step: called with (steps done, total steps).
+            file_format: format of the pictures on the wire: PNG, JPEG or WEBP.
+            timeout: seconds that the call may take, instead of the client's.
         """
         if on_step is None:
             with self._refusals():
@@ -62,7 +62,7 @@ class Client(Connection[Image.Image, list[Image.Image]]):
         file_format: str = "PNG",
         timeout: float | None = None,
     ) -> Iterator[ClientEvent]:
-        """Like `run`, and yields events on the way; leaving the loop cancels the request.
+        """Draws like `run`, and yields events on the way; leaving the loop cancels the request.
 
         Args:
             request: what to draw.
@@ -81,11 +81,11 @@ class Client(Connection[Image.Image, list[Image.Image]]):
     def edit(
         self, edit: Edit, on_step: StepCallback | None = None, timeout: float | None = None
     ) -> list[Composite]:
-        """All pictures of an edit, with seeds, regions and times. Raises as `composite`.
+        """Draws all pictures of an edit; returns them with seeds, regions and times. Raises as `composite`.
 
         Args:
-            edit: what is done to which object.
-            on_step: called with (steps done, steps in all).
+            edit: the object and what to do with it.
+            on_step: called with (steps done, total steps).
             timeout: see `run`.
         """
         results: list[Composite] = []
@@ -96,7 +96,7 @@ class Client(Connection[Image.Image, list[Image.Image]]):
     def stream_edit(
         self, edit: Edit, *, preview_every: int = 0, file_format: str = "PNG", timeout: float | None = None
     ) -> Iterator[ClientEvent]:
-        """Like `edit`, and yields events on the way; arguments as of `stream`."""
+        """Draws like `edit`, and yields events on the way; takes the arguments of `stream`."""
         call = self._begin_edit(edit, preview_every, file_format, timeout)
         try:
             with self._refusals():
@@ -108,11 +108,11 @@ class Client(Connection[Image.Image, list[Image.Image]]):
     def segment(
         self, picture: PictureLike, where: Where = Where(), timeout: float | None = None
     ) -> NDArray[np.bool_]:
-        """Where an object is in a picture, (H, W); see `Segmenter.mask`. Raises as `composite`.
+        """Finds an object in a picture; returns its mask (H, W). See `Segmenter.mask`; raises as `composite`.
 
         Args:
-            picture: where to look.
-            where: a box around the object, or clicks; the main object if it says nothing.
+            picture: the picture.
+            where: a box around the object, or clicks; the main object if it is empty.
             timeout: see `run`.
         """
         with self._refusals():
@@ -120,7 +120,7 @@ class Client(Connection[Image.Image, list[Image.Image]]):
         return mask_of(answer)
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
-        """What the model is, which others there are, and what the server accepts. Raises as `composite`."""
+        """Returns what the model is, the other models, and the server's limits. Raises as `composite`."""
         with self._refusals():
             info: pb.GetModelInfoResponse = self._call(
                 "GetModelInfo", pb.GetModelInfoRequest(model=self.model), timeout
@@ -128,7 +128,7 @@ class Client(Connection[Image.Image, list[Image.Image]]):
             return info
 
     def close(self) -> None:
-        """Ends the connection, and every call on it."""
+        """Closes the connection, and every call on it."""
         self._channel.close()
 
     def __enter__(self) -> Client:

@@ -1,4 +1,4 @@
-"""A connection to a server: its channel, how requests travel, and what refusals say."""
+"""Connects to a server: opens the channel, sends requests, and turns statuses into errors."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from runtime.server.events import Preview, Queued, StepDone
 from runtime.server.wire import Message, composites_from_message, message_from_request
 
 ClientEvent = Queued | StepDone | Preview | list[Composite]
-"""What `stream` yields; the pictures come last."""
+"""Events that `stream` yields; the pictures come last."""
 
 StepCallback = Callable[[int, int], object]
-"""Called after every step with the steps done and all steps, counted over all pictures and placements."""
+"""Called after every step with the steps done and the total, counted over all pictures and placements."""
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["CompositorService"].full_name
 _RETRIES = {
@@ -66,22 +66,22 @@ class ServerError(AnyDoorError):
         self.code = code
         """Name of the gRPC status code."""
         self.request_id = request_id
-        """What the server's logs call the request, if it got there."""
+        """Id of the request in the server's log, if it arrived."""
 
 
 @dataclass(frozen=True)
 class Tls:
-    """Certificates of a connection with TLS. PEM files."""
+    """PEM files for a connection with TLS."""
 
     ca: Path | None = None
-    """Certificates that the server's must be signed by; those of the system if None."""
+    """CA certificates for the server's certificate; those of the system if None."""
     certificate: Path | None = None
-    """The client's own, where the server asks for one."""
+    """The client's certificate, if the server requires one."""
     key: Path | None = None
-    """Its private key."""
+    """Private key of the client's certificate."""
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """What a channel needs.
+        """Returns the credentials of a channel.
 
         Raises:
             InputError: a file cannot be read.
@@ -100,10 +100,10 @@ Several = TypeVar("Several")
 
 
 class Connection(Generic[One, Several]):
-    """What both clients have in common: a channel, requests and refusals."""
+    """Implements what both clients share: channel, requests and errors."""
 
     _channels: Any
-    """The module that makes channels."""
+    """Module that makes channels."""
 
     def __init__(
         self,
@@ -114,15 +114,15 @@ class Connection(Generic[One, Several]):
         tls: Tls | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Connects with the first call.
+        """Prepares a connection, which the first call opens.
 
         Args:
             address: host:port or unix:/path.
-            model: name of the server's model that draws; its first if empty. Clients of one server share
-                what it takes to be connected: have one for each model.
-            token: bearer token, where the server asks for one.
+            model: name of the server's model to use; its first if empty. Clients of one server share a
+                connection, so use one client per model.
+            token: bearer token, if the server requires one.
             tls: None for a connection without TLS.
-            timeout: seconds that a call may take, retries included; a call's own `timeout` comes first.
+            timeout: seconds that a call may take, retries included; the `timeout` of a call overrides it.
 
         Raises:
             InputError: a file of `tls` cannot be read.
@@ -179,12 +179,12 @@ class Connection(Generic[One, Several]):
         on_step: StepCallback | None = None,
         timeout: float | None = None,
     ) -> One | Several:
-        """The scene with the object in it, or several such pictures; see `Compositor.composite`.
+        """Draws the object into the scene; returns the picture, or several; see `Compositor.composite`.
 
         Raises:
-            InputError: the server refuses something about the request, as `field` says; or there is initial
-                noise, which a server does not take.
-            ServerError: it cannot be reached, is too busy, or fails.
+            InputError: the request is invalid (`field` names the part), or has initial noise, which a server
+                does not take.
+            ServerError: the server cannot be reached, is too busy, or fails.
         """
         request = Request.of(scene, placements, seed, sampling, num_images, initial_noise)
         images: One | Several = self._images(request, num_images is None, on_step, timeout)
@@ -227,7 +227,7 @@ class Connection(Generic[One, Several]):
         timeout: float | None = None,
         **others: Any,
     ) -> One | Several:
-        """A picture from nothing but words, or several; see `Compositor.draw`. Raises as `composite`."""
+        """Draws a picture from a prompt, or several; see `Compositor.draw`. Raises as `composite`."""
         request = Request.drawing(prompt, num_images=num_images, **others)
         images: One | Several = self._images(request, num_images is None, on_step, timeout)
         return images
@@ -306,7 +306,7 @@ class Connection(Generic[One, Several]):
 
 
 def pictures_of(results: list[Composite], single: bool) -> Image.Image | list[Image.Image]:
-    """The pictures of a request, or its single one; its warnings become Python's."""
+    """Returns the pictures of a request, or its single one; issues its warnings as Python warnings."""
     for text in results[0].warnings:
         warn(text)
     images = [result.to_pillow() for result in results]
@@ -314,14 +314,14 @@ def pictures_of(results: list[Composite], single: bool) -> Image.Image | list[Im
 
 
 def mask_of(answer: pb.SegmentResponse) -> NDArray[np.bool_]:
-    """The mask (H, W) in an answer; its warnings become Python's."""
+    """Returns the mask (H, W) in an answer; issues its warnings as Python warnings."""
     for text in answer.warnings:
         warn(text)
     return load_mask(answer.mask, "the server's mask")
 
 
 def event_of(response: pb.CompositeStreamResponse) -> ClientEvent:
-    """The event in a message."""
+    """Reads the event in a message."""
     kind = response.WhichOneof("event")
     if kind == "queued":
         return Queued(response.queued.position)
@@ -333,7 +333,7 @@ def event_of(response: pb.CompositeStreamResponse) -> ClientEvent:
 
 
 def note(event: ClientEvent, on_step: StepCallback) -> list[Composite]:
-    """Reports a step; returns the pictures, none before the last event."""
+    """Reports a step; returns the pictures, which only the last event has."""
     if isinstance(event, StepDone):
         on_step(event.done, event.total)
     return event if isinstance(event, list) else []

@@ -1,6 +1,6 @@
-"""Edits of a scene: an object is removed, moved, reshaped, swapped, or a garment is tried on.
+"""Edits scenes: removes, moves, reshapes or swaps an object, or tries on a garment.
 
-Each is a list of known steps: find the object (`runtime.segmentation`), fill the hole that it leaves, and
+Each edit is a sequence of steps: find the object (`runtime.segmentation`), fill the hole that it leaves, and
 place something (`runtime.compositor`). Source: AnyDoor (Chen et al., CVPR 2024), section 4.4.
 """
 

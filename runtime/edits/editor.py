@@ -32,16 +32,16 @@ from runtime.validation import LARGEST, Limits, check_seeds
 
 
 def check_edit(edit: Edit, compositor: Compositor, filler: Compositor | None, limits: Limits) -> None:
-    """Refuses what can be refused before anything is decoded.
+    """Checks what can be checked before anything is decoded.
 
     Args:
-        edit: what is asked for.
+        edit: the request.
         compositor: places objects; its segmenter finds them.
-        filler: fills holes, if there is one.
-        limits: what the edit may ask for.
+        filler: fills holes; optional.
+        limits: the largest values that are allowed.
 
     Raises:
-        InputError: names the field.
+        InputError: a field is invalid; the message names it.
     """
     check_seeds(edit.seed or 0, edit.num_images, limits)
     with in_field("where"):
@@ -73,15 +73,15 @@ class Editor:
     """
 
     def __init__(self, compositor: Compositor, filler: Compositor | None = None) -> None:
-        """Keeps the models.
+        """Stores the models.
 
         Args:
             compositor: places objects.
-            filler: fills the holes that they leave; the compositor itself if None and it can, else they are
-                guessed.
+            filler: fills the holes that they leave. If None, the compositor does if it can; otherwise the
+                background is guessed.
 
         Raises:
-            InputError: the filler cannot.
+            InputError: the filler cannot fill holes.
         """
         if filler is not None:
             require_filler(filler)
@@ -96,17 +96,17 @@ class Editor:
         on_step: StepCallback | None = None,
         **others: Any,
     ) -> Image.Image:
-        """The edited scene.
+        """Edits a scene; returns the picture.
 
         Args:
-            scene: as of `Compositor.composite`.
-            where: the object is.
-            action: what is done to it.
-            on_step: called with (steps done, steps in all).
+            scene: see `Compositor.composite`.
+            where: selects the object.
+            action: what to do with it.
+            on_step: called with (steps done, total steps).
             others: fields of `Edit`.
 
         Raises:
-            InputError: something about the edit cannot be used, in one sentence.
+            InputError: the edit is invalid; the message says what to change.
         """
         result = self.run(Edit(scene, where, action, **others), on_step)[0]
         for text in result.warnings:
@@ -114,14 +114,14 @@ class Editor:
         return result.to_pillow()
 
     def run(self, edit: Edit, on_step: StepCallback | None = None) -> list[Composite]:
-        """All pictures of an edit, with seeds, regions and times.
+        """Draws all pictures of an edit; returns them with seeds, regions and times.
 
         Args:
-            edit: what is asked for.
-            on_step: called with (steps done, steps in all).
+            edit: the request.
+            on_step: called with (steps done, total steps).
 
         Raises:
-            InputError: something about the edit cannot be used, in one sentence.
+            InputError: the edit is invalid; the message says what to change.
         """
         check_edit(edit, self.compositor, self.filler, LARGEST)
         watch = Stopwatch()
@@ -158,14 +158,14 @@ class Editor:
 
 
 def removed(plan: Plan, scene: Picture, seed: int) -> Composite:
-    """The result of an edit that places nothing."""
+    """Returns the result of an edit that places nothing."""
     return Composite(scene.pixels, seed, (), {}, scene.metadata)
 
 
 def finished(
     result: Composite, plan: Plan, filler: str, watch: Stopwatch, warnings: Sequence[str]
 ) -> Composite:
-    """A picture of an edit, with all that came before it was placed."""
+    """Completes a picture of an edit with what happened before the placement."""
     seconds = dict(result.seconds)
     for stage, time in watch.seconds.items():
         seconds[stage] = seconds.get(stage, 0.0) + time

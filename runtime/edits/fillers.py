@@ -1,4 +1,4 @@
-"""What fills the holes of an edit: a network that goes on with the scene, or a guess."""
+"""Fills the holes of an edit, by a network that continues the scene or by a guess."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from runtime.request import Edit, Fill, Placement, Request, Sampling
 from runtime.validation import Limits
 
 GUESS = "guess"
-"""What fills a hole where no network does: `runtime.imaging.guess_background`."""
+"""Names the filler that is used without a network: `runtime.imaging.guess_background`."""
 
 _UNGUIDED = 1.0
-"""Guidance scale of a model that is told nothing: there is nothing to lead towards."""
+"""Guidance scale of a model without a condition: off."""
 
 
 def fills_holes(compositor: Compositor) -> bool:
@@ -25,10 +25,10 @@ def fills_holes(compositor: Compositor) -> bool:
 
 
 def require_filler(compositor: Compositor) -> None:
-    """Refuses a model that cannot fill holes.
+    """Checks that a model can fill holes.
 
     Raises:
-        InputError: says what can.
+        InputError: it cannot; the message says which models can.
     """
     if not fills_holes(compositor):
         raise InputError(
@@ -38,15 +38,15 @@ def require_filler(compositor: Compositor) -> None:
 
 
 def filler_name(filler: Compositor | None) -> str:
-    """What a result says of it: the system of a model, or `GUESS`."""
+    """Returns the name of a filler in results: the system of a model, or `GUESS`."""
     return filler.bundle.manifest.system if filler else GUESS
 
 
 def check_fill(edit: Edit, filler: Compositor | None, limits: Limits) -> None:
-    """Refuses what can be refused of how holes are to be filled, before anything is decoded.
+    """Checks, before anything is decoded, how holes are to be filled.
 
     Raises:
-        InputError: names the field.
+        InputError: a field is invalid; the message names it.
     """
     with in_field("fill"):
         if filler:
@@ -60,7 +60,7 @@ def check_fill(edit: Edit, filler: Compositor | None, limits: Limits) -> None:
 
 
 def fill_request(plan: Plan, filler: Compositor) -> Request:
-    """What a model is asked for, to fill the holes of a plan."""
+    """Builds the request that fills the holes of a plan."""
     placement, sampling = _asked(plan.edit.fill, filler)
     images = 1 if plan.placements else plan.edit.num_images
     return Request(plan.scene, [replace(placement, mask=plan.hole)], plan.seed, sampling, images)

@@ -1,4 +1,4 @@
-"""What an edit will do: its objects are found, and what is placed instead is known."""
+"""Plans an edit: finds its objects, and determines what is placed instead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from runtime.validation import MAX_SEED, Limits
 
 _TRY_ON_CROP_RATIO = 1.3
 _SAME_OBJECT = 0.5
-"""Share of the smaller of two objects that both have, from which on they are the same."""
+"""Two objects are the same if they share at least this part of the smaller one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,35 +40,35 @@ class Plan:
     scene: Picture
     """Upright."""
     seen: NDArray[np.uint8]
-    """What networks see of it, (H, W, 3)."""
+    """The scene as networks see it, (H, W, 3)."""
     objects: Sequence[NDArray[np.bool_]]
-    """Masks (H, W) of what leaves a hole."""
+    """Masks (H, W) of the objects that leave holes."""
     placements: Sequence[Placement]
 
     @cached_property
     def share(self) -> NDArray[np.float32]:
-        """How much of what fills the holes is seen, (H, W), 0..1."""
+        """Returns the opacity of the fill, (H, W), 0..1."""
         share: NDArray[np.float32] = np.max([fade(mask) for mask in self.objects], axis=0)
         return share
 
     @cached_property
     def hole(self) -> NDArray[np.bool_]:
-        """Everything that is filled, (H, W)."""
+        """Returns the mask of all holes, (H, W)."""
         hole: NDArray[np.bool_] = np.logical_or.reduce([hole_of(mask) for mask in self.objects])
         return hole
 
     @property
     def has_hole(self) -> bool:
-        """Whether anything is to be filled."""
+        """Whether there is a hole to fill."""
         return bool(self.objects)
 
     def place_request(self, scene: Picture) -> Request:
-        """What the compositor is asked for, with the holes filled."""
+        """Builds the request that places objects, with the holes filled."""
         edit = self.edit
         return Request(scene, self.placements, self.seed, edit.sampling, edit.num_images)
 
     def fill(self, drawn: NDArray[np.uint8] | None = None) -> Picture:
-        """The scene with its holes filled, and no other pixel changed.
+        """Fills the holes of the scene, without changing other pixels.
 
         Args:
             drawn: the scene (H, W, 3) in sRGB with the holes drawn over; they are guessed if None.
@@ -79,12 +79,12 @@ class Plan:
 
     @property
     def hole_boxes(self) -> tuple[Box, ...]:
-        """The smallest box around each hole."""
+        """Returns the smallest box around each hole."""
         return tuple(smallest_box(hole_of(mask)) for mask in self.objects)
 
 
 def placed_field(action: Action) -> str:
-    """The field of an edit that says what is placed, as it is on the wire."""
+    """Returns the wire name of the edit's field that has the placement."""
     if isinstance(action, Swap):
         return "swap.placement"
     return "try_on" if isinstance(action, TryOn) else "where"
@@ -92,7 +92,7 @@ def placed_field(action: Action) -> str:
 
 @contextmanager
 def in_edit(placed: str) -> Iterator[None]:
-    """Lets refusals name the field of the edit, not that of the request that is made of it.
+    """Makes errors name the field of the edit instead of that of the request made from it.
 
     Args:
         placed: of what is placed, see `placed_field`; "fill" where a hole is filled.
@@ -108,13 +108,13 @@ def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch
     """Reads the scene, and finds the objects. Uses no engine but the segmenter's, and may run in any thread.
 
     Args:
-        edit: what is asked for.
+        edit: the request.
         segmenter: finds the objects.
-        limits: what it may ask for.
-        watch: counts the stages read and segment.
+        limits: the largest values that are allowed.
+        watch: records the time of the stages read and segment.
 
     Raises:
-        InputError: something about the edit cannot be used, in one sentence.
+        InputError: the edit is invalid; the message says what to change.
     """
     with watch.measure("read"), in_field("scene"):
         seen, scene = load_scene(edit.scene, limits.pixels)
@@ -148,11 +148,11 @@ class _Found:
 
     @property
     def own(self) -> Placement:
-        """The object itself, without a place."""
+        """Returns the object itself, without a place."""
         return Placement(self.scene, reference_mask=self.mask, mode="keep_background")
 
     def swapped(self, other: NDArray[np.bool_]) -> Plan:
-        """The plan of `SwapPlaces`."""
+        """Returns the plan of `SwapPlaces`."""
         _check_different(self.mask, other)
         first, second = smallest_box(self.mask), smallest_box(other)
         placements = [
@@ -162,11 +162,11 @@ class _Found:
         return self._plan([self.mask, other], placements)
 
     def reshaped(self, shape: NDArray[np.bool_]) -> Plan:
-        """The plan of `Reshape`."""
+        """Returns the plan of `Reshape`."""
         return self._plan([self.mask], [replace(self.own, mask=shape, mode="shape")])
 
     def placed(self, action: Remove | Move | Swap | TryOn) -> Plan:
-        """The plan of the others."""
+        """Returns the plan of all other actions."""
         if isinstance(action, Remove):
             return self._plan([self.mask], [])
         if isinstance(action, Move):
