@@ -66,7 +66,7 @@ class Phase:
     """Resident bytes of the server and its processes."""
 
     def quantile(self, part: float) -> float:
-        """Seconds within which this part of the requests was answered."""
+        """Returns seconds within which this part of the requests was answered."""
         return sorted(self.seconds)[int(part * (len(self.seconds) - 1))] if self.seconds else math.nan
 
 

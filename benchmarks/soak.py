@@ -134,7 +134,7 @@ async def soak(server: ServerProcess, minutes: float) -> tuple[Counter[tuple[str
 
 
 def summary(outcomes: Counter[tuple[str, str]], memory: Sequence[float]) -> dict[str, Any]:
-    """What a results file has: outcomes by kind of request, and memory in MB."""
+    """Returns what a results file has: outcomes by kind of request, and memory in MB."""
     wrong = {key: count for key, count in outcomes.items() if key[1] not in EXPECTED[key[0]]}
     warm = memory[int(len(memory) * _WARM_UP) :]
     part = max(len(warm) // 5, 1)

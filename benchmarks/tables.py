@@ -31,7 +31,7 @@ _METHODS = {"AnyDoor": "**the example model**"}
 
 
 def machine(results: Json) -> str:
-    """Names the processor of a results file and the instructions that decide its speed."""
+    """Returns names the processor of a results file and the instructions that decide its speed."""
     described = results["machine"]
     flags = {"amx_bf16": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
     widest = next(title for flag, title in flags.items() if flag in described["processor_flags"])
@@ -50,7 +50,7 @@ def latency_rows(*names: str) -> list[Json]:
 
 
 def contender(row: Json) -> str:
-    """Names what was measured in a row of `benchmarks/latency.py`."""
+    """Returns names what was measured in a row of `benchmarks/latency.py`."""
     return f"{_BACKENDS[row['contender']['backend']]}, {_PRECISIONS[row['contender']['precision']]}"
 
 

@@ -150,7 +150,8 @@ def request_walk(bundle: Path) -> set[Function]:
 
 @contextmanager
 def _server(bundle: Path) -> Iterator[tuple[Server, Callable[[Any], Any]]]:
-    """A server on the loopback, in a thread of this process; and a function that runs a coroutine there."""
+    """Yields a server on the loopback, in a thread of this process; and a function that runs a coroutine
+    there."""
     from runtime import Compositor
     from runtime.server.serve import Server
     from runtime.server.settings import Settings

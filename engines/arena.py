@@ -16,7 +16,7 @@ ALIGNMENT = 256
 
 
 def aligned(nbytes: int) -> int:
-    """The size rounded up to the alignment."""
+    """Returns the size rounded up to the alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -103,7 +103,7 @@ class Pool:
             return sum(size for _, size in self._free)
 
     def take(self, nbytes: int) -> int:
-        """Offset of a piece of at least `nbytes`: the smallest that is large enough.
+        """Returns offset of a piece of at least `nbytes`: the smallest that is large enough.
 
         Raises:
             PoolExhaustedError: there is none.

@@ -15,7 +15,7 @@ _MOST = 64
 
 
 def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
-    """Name -> array, of finite numbers.
+    """Returns name -> array, of finite numbers.
 
     Args:
         content: of the file.

@@ -79,17 +79,17 @@ class Bundle:
         return bundle
 
     def files(self) -> list[FileRecord]:
-        """Every file but the manifest."""
+        """Returns every file but the manifest."""
         graphs = self.manifest.graphs.values()
         return [*self.small_files(), *(record for graph in graphs for record in graph.all_files)]
 
     def small_files(self) -> list[FileRecord]:
-        """Every file but the manifest and those of the graphs."""
+        """Returns every file but the manifest and those of the graphs."""
         tokenizer = self.manifest.tokenizer
         return [self.manifest.constants, *([tokenizer.merges] if tokenizer else [])]
 
     def graph_file(self, graph: str, target: str = ANY_TARGET) -> Path:
-        """The file to load for a graph: the variant for a target if there is one."""
+        """Returns the file to load for a graph: the variant for a target if there is one."""
         record = self.manifest.graphs[graph]
         return self.path / record.variants.get(target, record.files[0]).path
 
@@ -129,7 +129,7 @@ class Bundle:
         self.constants()
 
     def constants(self) -> dict[str, NDArray[np.float32]]:
-        """Name -> array: `alphas_cumprod` (1000,) float32, and what the bundle's system keeps there.
+        """Returns name -> array: `alphas_cumprod` (1000,) float32, and what the bundle's system keeps there.
 
         A segmenter has none.
 
@@ -151,7 +151,7 @@ class Bundle:
         return constants
 
     def read(self, record: FileRecord) -> bytes:
-        """The content of a small file: what was compared is what is returned.
+        """Returns the content of a small file: what was compared is what is returned.
 
         Raises:
             BundleError: it is not the file that was built.
@@ -220,7 +220,7 @@ class Bundle:
 
 
 def sha256(*paths: Path, progress: Progress | None = None) -> str:
-    """The hexadecimal hash of a file, or of several in a row."""
+    """Returns the hexadecimal hash of a file, or of several in a row."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -232,5 +232,5 @@ def sha256(*paths: Path, progress: Progress | None = None) -> str:
 
 
 def file_record(bundle: Path, name: str) -> FileRecord:
-    """The manifest's entry for a file that was just written."""
+    """Returns the manifest's entry for a file that was just written."""
     return FileRecord(name, (bundle / name).stat().st_size, sha256(bundle / name))

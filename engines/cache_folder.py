@@ -35,7 +35,7 @@ def keep(path: Path, content: bytes | memoryview) -> None:
 
 
 def kept(path: Path) -> bytes | None:
-    """What `keep` wrote; None if there is nothing, or if it is no longer what was written."""
+    """Reads what `keep` wrote; None if it is missing or damaged."""
     try:
         stored = path.read_bytes()
     except OSError:

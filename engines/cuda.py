@@ -40,7 +40,7 @@ class OutOfDeviceMemoryError(BackendError):
 
 
 def cuda_error(name: str, doing: str, driver: int = 0, free: int | None = None) -> BackendError:
-    """The refusal for a CUDA error.
+    """Returns the error for a CUDA status.
 
     Args:
         name: as CUDA names it, like cudaErrorNoDevice.
@@ -70,7 +70,7 @@ def _version(number: int) -> str:
 
 
 def load_cuda_python() -> Any:
-    """The CUDA runtime API of cuda-python, by its new name or the old one.
+    """Returns the CUDA runtime API of cuda-python, by its new name or the old one.
 
     Raises:
         BackendError: it is not installed.
@@ -117,7 +117,7 @@ class Device:
         """What frees memory, and its address."""
 
     def card(self) -> Card:
-        """What the driver says about the card."""
+        """Returns the driver's description of the card."""
         properties = self._call("reading properties", self._cuda.cudaGetDeviceProperties, 0)
         free, total = self._call("reading memory", self._cuda.cudaMemGetInfo)
         driver = self._call("reading the driver's version", self._cuda.cudaDriverGetVersion)
@@ -130,7 +130,7 @@ class Device:
         )
 
     def allocate(self, nbytes: int) -> int:
-        """Address of new device memory.
+        """Returns address of new device memory.
 
         Raises:
             OutOfDeviceMemoryError: there is not so much.
@@ -168,7 +168,7 @@ class Device:
         self._call("running a graph", self._cuda.cudaStreamSynchronize, self.stream)
 
     def new_event(self) -> Any:
-        """A place in the stream that can be asked for, once it is recorded."""
+        """Returns a place in the stream that can be asked for, once it is recorded."""
         flags = self._cuda.cudaEventDisableTiming
         return self._call("creating an event", self._cuda.cudaEventCreateWithFlags, flags)
 
@@ -177,7 +177,8 @@ class Device:
         self._call("recording an event", self._cuda.cudaEventRecord, event, self.stream)
 
     def reached(self, event: Any) -> bool:
-        """Whether everything before an event is done; does not wait. Not while another thread captures.
+        """Returns whether everything before an event is done; does not wait. Not while another thread
+        captures.
 
         Raises:
             BackendError: something before it failed.
@@ -215,7 +216,7 @@ class Device:
         self._call("freeing a captured graph", self._cuda.cudaGraphExecDestroy, captured)
 
     def _call(self, doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The results of a CUDA function, of which the first is its status."""
+        """Returns the results of a CUDA function, of which the first is its status."""
         status, *results = function(*arguments)
         if status != self._cuda.cudaError_t.cudaSuccess:
             _, driver = self._cuda.cudaDriverGetVersion()

@@ -43,7 +43,7 @@ class Engine(Protocol):
     """Wraps every load and every run, if set."""
 
     def describe(self) -> str:
-        """The memory plan as a table for people; empty if everything is loaded together."""
+        """Returns the memory plan as a table for people; empty if everything is loaded together."""
 
     def load(self, graph: str) -> None:
         """Makes a graph ready to run; `run` does it on first use."""
@@ -96,45 +96,46 @@ class Engine(Protocol):
         """Copies a tensor to the host."""
 
     def concatenate(self, pieces: Sequence[tuple[DeviceTensor, int, int]]) -> DeviceTensor:
-        """Rows of tensors, one after the other, as a new tensor on the device.
+        """Returns rows of tensors, one after the other, as a new tensor on the device.
 
         Args:
             pieces: (tensor, first row, row after the last); dtypes and all dimensions but the first agree.
         """
 
     def nbytes(self, tensor: DeviceTensor) -> int:
-        """The memory that a tensor occupies."""
+        """Returns the memory that a tensor occupies."""
 
 
 class BackendModule(Protocol):
     """The functions that the engine module of every backend has."""
 
     def open_engine(self, bundle: Bundle, options: EngineOptions) -> Engine:
-        """The engine for a bundle.
+        """Returns the engine for a bundle.
 
         Raises:
             AnyDoorError: it cannot run here, and why.
         """
 
     def fits(self, bundle: Bundle, options: EngineOptions) -> bool:
-        """Whether the device has the memory that this backend needs for a bundle."""
+        """Returns whether the device has the memory that this backend needs for a bundle."""
 
     def usable_devices(self) -> dict[str, str]:
-        """Device -> what of it people should know, for each that the installed library can use.
+        """Returns device -> what of it people should know, for each that the installed library can use.
 
         Raises:
             BackendError: the library is not installed, or does not work.
         """
 
     def needed_bytes(self, bundle: Bundle, options: EngineOptions) -> int:
-        """The memory that the device needs for a bundle, all graphs loaded, without what is kept for later.
+        """Returns the memory that the device needs for a bundle, all graphs loaded, without what is kept for
+        later.
 
         Raises:
             BackendError: there is no such device.
         """
 
     def examine(self, bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
-        """The device that would run a bundle, and the memory plan as a table; loads nothing.
+        """Returns the device that would run a bundle, and the memory plan as a table; loads nothing.
 
         Raises:
             AnyDoorError: it cannot run here, and why.
@@ -142,14 +143,14 @@ class BackendModule(Protocol):
 
 
 def load_backend(name: str) -> BackendModule:
-    """The engine module of a backend."""
+    """Returns the engine module of a backend."""
     module: Any = importlib.import_module(backends()[name].module)
     backend: BackendModule = module
     return backend
 
 
 def open_engine(bundle: Bundle, options: EngineOptions = EngineOptions()) -> Engine:
-    """The engine for a bundle.
+    """Returns the engine for a bundle.
 
     Args:
         bundle: an opened bundle; its manifest says what kind of graphs it holds.
@@ -172,7 +173,8 @@ def open_engine(bundle: Bundle, options: EngineOptions = EngineOptions()) -> Eng
 
 
 def needed_bytes(bundle: Bundle, options: EngineOptions = EngineOptions()) -> int:
-    """The memory that the device needs for a bundle, all graphs loaded, without what is kept for later.
+    """Returns the memory that the device needs for a bundle, all graphs loaded, without what is kept for
+    later.
 
     Raises:
         AnyDoorError: as `open_engine`.
@@ -181,7 +183,7 @@ def needed_bytes(bundle: Bundle, options: EngineOptions = EngineOptions()) -> in
 
 
 def choose_backend(bundle: Bundle, options: EngineOptions = EngineOptions()) -> str:
-    """Name of the backend that executes a bundle: the one in the options, or the fastest that fits.
+    """Returns name of the backend that executes a bundle: the one in the options, or the fastest that fits.
 
     Raises:
         BackendError: the one in the options does not execute this bundle.
@@ -249,7 +251,7 @@ def observed(
     graph: str,
     inputs: Mapping[str, DeviceTensor | Array] | None = None,
 ) -> AbstractContextManager[object]:
-    """The observer's context for an action of an engine; an empty one without an observer."""
+    """Returns the observer's context for an action of an engine; an empty one without an observer."""
     return engine.observer(action, graph, inputs or {}) if engine.observer else nullcontext()
 
 
@@ -286,7 +288,7 @@ def concatenate_rows(pieces: Sequence[tuple[Array, int, int]]) -> Array:
 
 
 def require_shape(name: str, array: Array, dtype: str) -> Array:
-    """The array as the graph wants it: of the dtype, contiguous."""
+    """Returns the array as the graph wants it: of the dtype, contiguous."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"input '{name}' must be a NumPy array or a tensor of this engine")
     return np.ascontiguousarray(array, dtype=dtype)

@@ -77,7 +77,7 @@ def put_back(path: str | Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """A path beside a file or folder that no other process and no other call has."""
+    """Returns a path beside a file or folder that no other process and no other call has."""
     return path.with_name(f"{_beside(path)}{os.getpid()}-{os.urandom(4).hex()}.partial")
 
 
@@ -94,7 +94,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def _beside(path: Path) -> str:
-    """How the names of the hidden files beside a path begin."""
+    """Returns the prefix of the hidden files beside a path."""
     name = path.name
     if len(name) > _LONGEST_NAME:
         name = name[: _LONGEST_NAME - 9] + "-" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
@@ -102,7 +102,7 @@ def _beside(path: Path) -> str:
 
 
 def _old(path: Path) -> Path:
-    """Where a folder is while another takes its place."""
+    """Returns the path of a folder while another takes its place."""
     return path.with_name(f"{_beside(path)}old")
 
 
@@ -131,7 +131,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _is_open_as(path: Path, file: int) -> bool:
-    """Whether an open file is the one that is at a path."""
+    """Returns whether an open file is the one that is at a path."""
     with suppress(FileNotFoundError):
         return file >= 0 and os.path.samestat(os.stat(path), os.fstat(file))
     return False

@@ -61,7 +61,7 @@ _FIELDS = record(
 
 
 def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a version 2 manifest that says the same.
+    """Returns the content of a version 2 manifest that says the same.
 
     Args:
         content: of a version 1 manifest.
@@ -119,7 +119,7 @@ def _rename(tensor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def host_scratch(content: Mapping[str, Any], fused_attention: bool) -> dict[str, int]:
-    """Estimate of the intermediate results of each graph for one picture with guidance, in bytes.
+    """Returns estimate of the intermediate results of each graph for one picture with guidance, in bytes.
 
     The largest are the feature maps at the full size, of which a few are needed at once, and the scores of
     the attention there, several times over around the softmax.

@@ -39,7 +39,7 @@ class HostMemoryPlan:
         return HOST_PROGRAM + max(_group_bytes(self.graphs, group) for group in self.groups)
 
     def require_fit(self) -> None:
-        """Refuses a plan that does not stay within the budget.
+        """Checks that the plan stays within the budget.
 
         Raises:
             BackendError: says how much is missing.
@@ -50,12 +50,12 @@ class HostMemoryPlan:
             )
 
     def evicted_by(self, graph: str, loaded: Iterable[str]) -> list[str]:
-        """The loaded graphs that make room for another."""
+        """Returns the loaded graphs that make room for another."""
         group = next(group for group in self.groups if graph in group)
         return [other for other in loaded if other not in group]
 
     def table(self) -> str:
-        """The plan as it is printed before loading; empty if everything is loaded together."""
+        """Returns the plan as it is printed before loading; empty if everything is loaded together."""
         if len(self.groups) == 1:
             return ""
         lines = [f"{'loaded in turn':<32} {'weights MB':>11} {'scratch MB':>11}"]
@@ -74,7 +74,7 @@ def plan_host_memory(
     copies: float = 1.0,
     load_factor: float = 0.0,
 ) -> HostMemoryPlan:
-    """The plan with the fewest groups that fits the host's memory, for one picture at a time.
+    """Returns the plan with the fewest groups that fits the host's memory, for one picture at a time.
 
     Args:
         bundle: its files are the weights.
@@ -104,8 +104,8 @@ def plan_host_memory(
 
 
 def needed_host_bytes(bundle: Bundle, backend: str, copies: float = 1.0, load_factor: float = 0.0) -> int:
-    """What the host needs for a bundle whose graphs are all loaded, without what is kept; arguments as of
-    `plan_host_memory`."""
+    """Returns what the host needs for a bundle whose graphs are all loaded, without what is kept; arguments
+    as of `plan_host_memory`."""
     return plan_host_memory(bundle, backend, UNLIMITED, copies, load_factor).total
 
 
@@ -119,8 +119,8 @@ def trim() -> None:
 
 
 def free_host_memory() -> int:
-    """Bytes that programs can still take, as Linux estimates it; a great many where the system does not
-    say."""
+    """Returns bytes that programs can still take, as Linux estimates it; a great many where the system does
+    not say."""
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))

@@ -130,7 +130,7 @@ class Manifest:
         return sizes_for(self.dimensions, 1)
 
     def with_role(self, role: Role) -> list[GraphSpec]:
-        """The graphs with a role."""
+        """Returns the graphs with a role."""
         return [spec for spec in self.specs.values() if spec.role == role]
 
     @property
@@ -180,7 +180,7 @@ class Manifest:
         return f"{width} px" if width == height else f"{width}x{height} px"
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
+        """Returns the text of manifest.json."""
         content = asdict(self)
         for name, record in self.graphs.items():
             content["graphs"][name] = _spec_to_json(record.spec) | {

@@ -55,7 +55,7 @@ class GraphMemory:
 
 
 def card_memory(manifest: Manifest) -> dict[str, GraphMemory]:
-    """What each graph takes on a card.
+    """Returns the memory of each graph on a card.
 
     A bundle of ONNX graphs may not say it of the card, but of one sample on a CPU: then it is as much for
     each sample of the largest call.
@@ -129,11 +129,11 @@ class DeviceMemoryPlan:
         return self.budget - self.arena - self.context
 
     def group_of(self, graph: str) -> tuple[str, ...]:
-        """The graphs that may be loaded at the same time as this one."""
+        """Returns the graphs that may be loaded at the same time as this one."""
         return next(group for group in self.groups if graph in group)
 
     def table(self) -> str:
-        """The plan as it is printed before loading."""
+        """Returns the plan as it is printed before loading."""
         lines = [f"{'graph':<12} {'weights MB':>11} {'scratch MB':>11}  loaded"]
         for number, group in enumerate(self.groups, 1):
             swap = "; evicts the other groups" if len(self.groups) > 1 else ", all the time"
@@ -153,7 +153,7 @@ class DeviceMemoryPlan:
 
 
 def plan_for_card(manifest: Manifest, wanted: int | None, free: int) -> DeviceMemoryPlan:
-    """The plan for a card.
+    """Returns the plan for a card.
 
     Args:
         manifest: see `plan_device_memory`.
@@ -170,7 +170,7 @@ def plan_for_card(manifest: Manifest, wanted: int | None, free: int) -> DeviceMe
 
 
 def plan_device_memory(manifest: Manifest, budget: int, most_cache: int = LARGEST_CACHE) -> DeviceMemoryPlan:
-    """The plan with the fewest groups that fits a card.
+    """Returns the plan with the fewest groups that fits a card.
 
     Args:
         manifest: of a bundle of plans, whose scratch memory lies in the arena, or of ONNX graphs, whose
@@ -208,13 +208,15 @@ def plan_device_memory(manifest: Manifest, budget: int, most_cache: int = LARGES
 
 
 def needed_device_bytes(manifest: Manifest) -> int:
-    """What a card needs for a bundle whose graphs are all loaded, without what is kept for re-rolls."""
+    """Returns what a card needs for a bundle whose graphs are all loaded, without what is kept for
+    re-rolls."""
     plan = plan_device_memory(manifest, UNLIMITED)
     return plan.total - plan.cache
 
 
 def fixed_buffers(graphs: Mapping[str, GraphMemory], manifest: Manifest) -> list[Buffer]:
-    """Scratch memory of every graph, a place for every input and output of a captured graph, and tables.
+    """Returns scratch memory of every graph, a place for every input and output of a captured graph, and
+    tables.
 
     Graphs run one after the other, so each is a phase of its own. What the step graph is given stays in place
     while a window graph runs for the next step; other graphs may overwrite it. A table holds the values of a
@@ -246,7 +248,7 @@ def fixed_buffers(graphs: Mapping[str, GraphMemory], manifest: Manifest) -> list
 
 
 def buffers_of(spec: GraphSpec) -> list[str]:
-    """Names of the buffers in `fixed_buffers` that a run of a graph writes to."""
+    """Returns names of the buffers in `fixed_buffers` that a run of a graph writes to."""
     tensors = spec.tensors if spec.role in CAPTURED_ROLES else ()
     return [
         scratch_name(spec.name),
@@ -256,17 +258,17 @@ def buffers_of(spec: GraphSpec) -> list[str]:
 
 
 def scratch_name(graph: str) -> str:
-    """Name of the buffer for a graph's intermediate results."""
+    """Returns name of the buffer for a graph's intermediate results."""
     return f"{graph} scratch"
 
 
 def place_name(graph: str, tensor: str) -> str:
-    """Name of the buffer for an input or output of a captured graph."""
+    """Returns name of the buffer for an input or output of a captured graph."""
     return f"{graph}.{tensor}"
 
 
 def table_name(graph: str, tensor: str) -> str:
-    """Name of the buffer for an input's values at all steps of a loop."""
+    """Returns name of the buffer for an input's values at all steps of a loop."""
     return f"{graph}.{tensor} table"
 
 

@@ -70,7 +70,7 @@ def external_data(content: bytes) -> Iterator[ExternalData]:
 
 
 def _fields(content: bytes, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(number, first byte, byte after the last) of every field of a message that holds bytes."""
+    """Yields (number, first byte, byte after the last) of every field of a message that holds bytes."""
     while position < end:
         tag, position = _varint(content, position, end)
         kind = tag & 7
@@ -91,7 +91,7 @@ def _fields(content: bytes, position: int, end: int) -> Iterator[tuple[int, int,
 
 
 def _varint(content: bytes, position: int, end: int) -> tuple[int, int]:
-    """(value, position after it)."""
+    """Returns (value, position after it)."""
     value = shift = 0
     while position < end and shift < 64:
         byte = content[position]

@@ -18,7 +18,7 @@ INFERENCE_PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def _option(default: Any, help: str, **flag: Any) -> Any:
-    """A field, with its help text for the command line."""
+    """Returns a field, with its help text for the command line."""
     return field(default=default, metadata={"help": help, **flag})
 
 

@@ -56,7 +56,7 @@ class Backend:
 
 @functools.cache
 def backends() -> Mapping[str, Backend]:
-    """Name -> backend, for every backend, in the order of `Backend.rank`."""
+    """Returns name -> backend, for every backend, in the order of `Backend.rank`."""
     package = importlib.import_module("engines.backends")
     folders = sorted(folder.name for folder in pkgutil.iter_modules(package.__path__) if folder.ispkg)
     found = [

@@ -24,7 +24,7 @@ _LONGEST_PATH = 200
 
 
 def whole(least: int, most: int) -> Check:
-    """A whole number, the bounds included."""
+    """Returns a whole number, the bounds included."""
 
     def check(where: str, value: object) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -53,7 +53,7 @@ def name(where: str, value: object) -> None:
 
 
 def one_of(choices: Collection[str]) -> Check:
-    """One of several texts."""
+    """Returns one of several texts."""
 
     def check(where: str, value: object) -> None:
         if not isinstance(value, str) or value not in choices:
@@ -63,7 +63,7 @@ def one_of(choices: Collection[str]) -> Check:
 
 
 def sequence(of: Check, least: int = 0, most: int = _MANY) -> Check:
-    """A list."""
+    """Returns a list."""
 
     def check(where: str, value: object) -> None:
         if not isinstance(value, list) or not least <= len(value) <= most:
@@ -75,7 +75,7 @@ def sequence(of: Check, least: int = 0, most: int = _MANY) -> Check:
 
 
 def table(of: Check) -> Check:
-    """An object whose keys are names."""
+    """Returns an object whose keys are names."""
 
     def check(where: str, value: object) -> None:
         for key, item in _object(where, value).items():
@@ -86,7 +86,7 @@ def table(of: Check) -> Check:
 
 
 def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    """An object with certain fields, and maybe others."""
+    """Returns an object with certain fields, and maybe others."""
 
     def check(where: str, value: object) -> None:
         fields = _object(where, value)

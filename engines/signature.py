@@ -44,7 +44,7 @@ def sign(manifest: Path, private_key: Path) -> Path:
 
 
 def check(content: bytes, signature: Path, trusted_key: Path) -> None:
-    """Refuses a manifest that the owner of a key did not sign.
+    """Checks that a manifest is signed with the private key of a public one.
 
     Args:
         content: of manifest.json.

@@ -65,11 +65,11 @@ class TensorSpec:
         return self.file_name or self.name
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with every variable dimension replaced by its size."""
+        """Returns the shape with every variable dimension replaced by its size."""
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
-        """Memory of a tensor of these sizes."""
+        """Returns memory of a tensor of these sizes."""
         return math.prod(self.resolve(sizes)) * np.dtype(self.dtype).itemsize
 
 
@@ -105,7 +105,7 @@ class GraphSpec:
         return self.inputs + self.outputs
 
     def tensor(self, name: str) -> TensorSpec:
-        """The input or output of that name.
+        """Returns the input or output of that name.
 
         Raises:
             BundleError: there is none.
@@ -116,7 +116,7 @@ class GraphSpec:
         raise BundleError(f"the graph '{self.name}' has no tensor '{name}'")
 
     def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Variable dimension -> its size in a call.
+        """Returns variable dimension -> its size in a call.
 
         Args:
             shapes: shape of every input.
@@ -130,7 +130,7 @@ class GraphSpec:
 
 
 def sizes_for(dimensions: Mapping[str, int], samples: int) -> dict[str, int]:
-    """Variable dimension -> its size in a call with guidance.
+    """Returns variable dimension -> its size in a call with guidance.
 
     Args:
         dimensions: variable dimension -> its size for one sample, as in the manifest.

@@ -43,7 +43,7 @@ class FileState:
 
     @classmethod
     def of(cls, file: Path, sha256: str) -> FileState:
-        """A file as it is now.
+        """Returns a file as it is now.
 
         Take it before the file is read: if it changes meanwhile, what is recorded is no longer what it is.
 
@@ -59,7 +59,7 @@ class FileState:
         return cls(str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, sha256)
 
     def is_verified(self) -> bool:
-        """Whether exactly this was found sound before, and the file need not be read."""
+        """Returns whether exactly this was found sound before, and the file need not be read."""
         if os.environ.get(ALWAYS_VARIABLE):
             return False
         return _read(_record()).get(self.path) == asdict(self)
@@ -85,7 +85,7 @@ def _record() -> Path | None:
 
 
 def _read(record: Path | None) -> dict[str, Any]:
-    """Path -> what was recorded of it; empty if there is no record, or what is there is none."""
+    """Returns path -> what was recorded of it; empty if there is no record, or what is there is none."""
     try:
         content = json.loads(record.read_text("utf-8")) if record else {}
     except (OSError, ValueError, RecursionError):

@@ -197,7 +197,8 @@ def _check(output: Path, options: BuildOptions) -> None:
 
 
 def default_targets(backend: str) -> tuple[str, ...]:
-    """What a bundle is built for on this machine: ONNX graphs for CUDA where ONNX Runtime can use a card."""
+    """Returns the default targets on this machine: ONNX graphs for CUDA where ONNX Runtime can use a
+    card."""
     with suppress(AnyDoorError):
         if backend == ONNX and CUDA in onnxruntime_devices() and Device().card():
             return (CUDA,)
@@ -205,7 +206,8 @@ def default_targets(backend: str) -> tuple[str, ...]:
 
 
 def best_backend() -> str:
-    """What runs fastest on this machine: TensorRT where there is a card and the library, or ONNX Runtime."""
+    """Returns the fastest backend of this machine: TensorRT where there is a card and the library, or ONNX
+    Runtime."""
     with suppress(AnyDoorError):
         architecture = Device().card().architecture
         for backend, variant in VARIANTS.items():

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
-    """What the command line asks for: where the bundle is, and its manifest.
+    """Builds what the command line requests; returns the bundle's path and manifest.
 
     Raises:
         AnyDoorError: it cannot be built; says why.
@@ -113,7 +113,8 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint: in the layout of diffusers, in shards, or with its file in it."""
+    """Returns whether a folder is a checkpoint: in the layout of diffusers, in shards, or with its file in
+    it."""
     suffixes = (".index.json", ".safetensors", ".ckpt", ".pt", ".pth", ".bin")
     return (folder / "unet").is_dir() or any(
         name.name.lower().endswith(suffixes) for name in folder.iterdir()
@@ -121,7 +122,8 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def checkpoint_name(path: Path) -> str:
-    """What a bundle of a checkpoint is called: its file's name, or its folder's if it is in shards."""
+    """Returns the default name of a checkpoint's bundle: its file's name, or its folder's if it is in
+    shards."""
     return path.resolve().parent.name if path.name.endswith(".index.json") else path.stem
 
 
@@ -155,7 +157,7 @@ def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:
 
 
 def build_options(options: argparse.Namespace) -> BuildOptions:
-    """How the command line asks for a bundle to be built.
+    """Returns the build options of the command line.
 
     Raises:
         AnyDoorError: a value is out of range.
@@ -173,13 +175,13 @@ def build_options(options: argparse.Namespace) -> BuildOptions:
 
 
 def source_options(options: argparse.Namespace) -> SourceOptions:
-    """What the command line says of the checkpoint."""
+    """Returns the checkpoint options of the command line."""
     given = {name: getattr(options, name) for name in SOURCE_OPTIONS}
     return SourceOptions(**given | {"lora": tuple(options.lora) if options.lora else None})
 
 
 def summary(manifest: Manifest) -> str:
-    """What a bundle is, and a table of its graphs."""
+    """Formats a bundle's properties and a table of its graphs."""
     defaults = ", ".join(f"{name} {value}" for name, value in manifest.defaults.items())
     against = "the network" if manifest.is_segmenter else "PyTorch"
     lines = [

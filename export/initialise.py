@@ -127,7 +127,7 @@ def _inherited(stable_diffusion: Mapping[str, Tensor], dinov2: Mapping[str, Tens
 
 
 def _projector_shape(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of a projector that makes tokens as wide as the UNet takes them."""
+    """Returns the shape of a projector that makes tokens as wide as the UNet takes them."""
     return {PROJECTOR: (tensors[_TOKEN_WIDTH_KEY].shape[1], 0)}
 
 

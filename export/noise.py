@@ -54,7 +54,7 @@ def write_recipe(bundle: Path, weights: Mapping[str, Sequence[NoisyWeight]]) -> 
 
 
 def is_filled(bundle: Path) -> bool:
-    """Whether all files that the manifest of a bundle names are there and have their hashes."""
+    """Returns whether all files that the manifest of a bundle names are there and have their hashes."""
     records = [file for graph in read_manifest(bundle / MANIFEST).graphs.values() for file in graph.files]
     return all(record.sha256 and (bundle / record.path).is_file() for record in records)
 
@@ -106,7 +106,7 @@ def _fill_graph(
 
 
 def _pieces(weight: NoisyWeight, noise: NDArray[np.float32]) -> list[NDArray[Any]]:
-    """The values of a weight: a stretch of noise, and its beginning as often as is needed."""
+    """Returns the values of a weight: a stretch of noise, and its beginning as often as is needed."""
     start = zlib.crc32(weight.name.encode()) % _PERIOD
     stretch = np.roll(noise, -start)[: weight.count]
     scaled = stretch * np.float32(weight.deviation) + np.float32(weight.mean)

@@ -26,7 +26,7 @@ _SCALES = {
 
 
 def noise_recipe(path: Path) -> list[NoisyWeight]:
-    """The weights of a graph that lie in another file, in the order of the graph.
+    """Returns the weights of a graph that lie in another file, in the order of the graph.
 
     Args:
         path: an ONNX file; the weights are not read and need not be there.
@@ -62,7 +62,7 @@ def _describe(weight: TensorProto, reader: onnx.NodeProto, index: int) -> NoisyW
 
 
 def _distribution(shape: list[int], reader: onnx.NodeProto, index: int) -> tuple[float, float]:
-    """Mean and standard deviation of a weight that is an input of a node."""
+    """Returns mean and standard deviation of a weight that is an input of a node."""
     kind = reader.op_type
     if kind in ("Conv", "NhwcConv") and index == 1:
         return 0.0, _GAIN / math.sqrt(math.prod(shape[1:]))

@@ -39,7 +39,7 @@ _STEPS_PER_GRAPH = 4
 
 
 def step_count(graphs: int) -> int:
-    """How many steps `export_graphs` reports as progress."""
+    """Returns the number of progress steps of `export_graphs`."""
     return 2 + _STEPS_PER_GRAPH * graphs
 
 
@@ -89,7 +89,8 @@ def write_tokenizer(output: Path, tokenizer: TokenizerFiles) -> TokenizerRecord:
 
 
 def _open_on_the_cpu(output: Path, manifest: Manifest) -> Engine:
-    """The engine for graphs that are in standard operators yet, whatever they will be rewritten for."""
+    """Returns the engine for graphs that are in standard operators yet, whatever they will be rewritten
+    for."""
     return open_engine(Bundle(output, replace(manifest, target=ANY_TARGET)), _ON_THE_CPU)
 
 
@@ -125,7 +126,7 @@ def _store_exact_halves(path: Path, source: ExportSource, manifest: Manifest) ->
 
 
 def _record(spec: GraphSpec, path: Path, manifest: Manifest) -> GraphRecord:
-    """The record of an exported graph, after its variant for ONNX Runtime's CPU provider is written.
+    """Returns the record of an exported graph, after its variant for ONNX Runtime's CPU provider is written.
 
     The provider's attention computes in float32 alone. Without a matrix of scores it takes much less memory.
     """
@@ -143,13 +144,13 @@ def _record(spec: GraphSpec, path: Path, manifest: Manifest) -> GraphRecord:
 
 
 def _files(path: Path) -> tuple[FileRecord, ...]:
-    """The records of a graph's file and of the file of its weights."""
+    """Returns the records of a graph's file and of the file of its weights."""
     files = (path, path.with_name(f"{path.name}.data"))
     return tuple(file_record(path.parent, file.name) for file in files if file.exists())
 
 
 def empty_manifest(source: ExportSource, options: BuildOptions, checkpoint: Mapping[str, Any]) -> Manifest:
-    """The manifest of a bundle of ONNX graphs before it has any graph."""
+    """Returns the manifest of a bundle of ONNX graphs before it has any graph."""
     return Manifest(
         system=source.system,
         backend=ONNX,

@@ -132,5 +132,5 @@ SOURCE_OPTIONS = tuple(field.name for field in fields(SourceOptions))
 
 
 def flag(name: str) -> str:
-    """The flag of an option."""
+    """Returns the flag of an option."""
     return f"--{name.replace('_', '-')}"

@@ -96,7 +96,7 @@ def build_plans(
 
 
 def check_targets(library: Library, targets: Sequence[str]) -> Sequence[str]:
-    """The architectures to build for: those that were asked for, or else what makes sense.
+    """Returns the architectures to build for: those that were asked for, or else what makes sense.
 
     Raises:
         AnyDoorError: the library does not support one of them.
@@ -158,7 +158,7 @@ def build_plan(
 
 
 def new_config(library: Library, builder: tensorrt.Builder) -> tensorrt.IBuilderConfig:
-    """How plans are built, whatever their graph. Products of FP32 numbers are in FP32.
+    """Returns how plans are built, whatever their graph. Products of FP32 numbers are in FP32.
 
     The library sets the flag TF32 by itself (`BuilderFlag` in the documentation of TensorRT's Python API).
     """
@@ -178,7 +178,7 @@ def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
 
 
 def network_signature(network: tensorrt.INetworkDefinition) -> list[PlanTensor]:
-    """Inputs and outputs of a network, before it is built; their names are those of its file."""
+    """Returns inputs and outputs of a network, before it is built; their names are those of its file."""
     inputs = [(network.get_input(i), True) for i in range(network.num_inputs)]
     outputs = [(network.get_output(i), False) for i in range(network.num_outputs)]
     return [
@@ -188,7 +188,8 @@ def network_signature(network: tensorrt.INetworkDefinition) -> list[PlanTensor]:
 
 
 def scratch_bytes(messages: Sequence[tuple[str, str]]) -> int:
-    """Size of the scratch memory, which only the builder's log tells without a card; 0 if it does not.
+    """Returns size of the scratch memory, which only the builder's log tells without a card; 0 if it does
+    not.
 
     Older versions leave out the unit (log in github.com/NVIDIA/TensorRT-LLM/issues/1397).
     """
@@ -197,7 +198,8 @@ def scratch_bytes(messages: Sequence[tuple[str, str]]) -> int:
 
 
 def _profile(builder: tensorrt.Builder, spec: GraphSpec, manifest: Manifest) -> tensorrt.IOptimizationProfile:
-    """The sizes that a plan is built for: one of everything, one picture with guidance, the largest call."""
+    """Returns the sizes that a plan is built for: one of everything, one picture with guidance, the largest
+    call."""
     profile = builder.create_optimization_profile()
     smallest = dict.fromkeys(manifest.dimensions, 1)
     for tensor in spec.inputs:
@@ -258,7 +260,7 @@ class Phase:
 
 
 def completed(phases: Mapping[str, Phase], name: str | None) -> float:
-    """Part of the whole that is done, 0..1, as far as a phase knows."""
+    """Returns part of the whole that is done, 0..1, as far as a phase knows."""
     part = 0.0
     while name is not None and name in phases:
         phase = phases[name]

@@ -27,7 +27,7 @@ _SETTINGS = ("producer", "system", "architecture", "precision", "target", "max_b
 
 
 def made_from(module: nn.Module, spec: GraphSpec, manifest: Manifest, stored: torch.dtype) -> str:
-    """The SHA-256 of all that determines the files of an exported graph.
+    """Returns the SHA-256 of all that determines the files of an exported graph.
 
     Args:
         module: the graph in PyTorch, with its weights.
@@ -49,7 +49,7 @@ def made_from(module: nn.Module, spec: GraphSpec, manifest: Manifest, stored: to
 
 
 def has_graph(bundle: Bundle, graph: str, digest: str) -> bool:
-    """Whether a bundle has a graph that is made from the same; `digest` is that of `made_from`."""
+    """Returns whether a bundle has a graph that is made from the same; `digest` is that of `made_from`."""
     record = bundle.manifest.graphs.get(graph)
     return record is not None and record.made_from == digest
 

@@ -120,7 +120,7 @@ def _leave_out_weights(model: ir.Model, file: str, marks: Collection[float]) -> 
 
 
 def _is_weight(tensor: ir.TensorProtocol, marks: Collection[float]) -> bool:
-    """Whether a tensor is a parameter or was made of one."""
+    """Returns whether a tensor is a parameter or was made of one."""
     if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor) or tensor.nbytes >= _LARGEST_CONSTANT:
         return True
     if not tensor.dtype.is_floating_point() or tensor.size == 0:
@@ -136,11 +136,11 @@ class _NoiseEngine:
         self._manifest = manifest
 
     def run(self, graph: str, inputs: dict[str, Array]) -> dict[str, Array]:
-        """Output -> seeded noise."""
+        """Returns output -> seeded noise."""
         random, spec = np.random.default_rng(0), self._manifest.specs[graph]
         sizes = spec.sizes({name: array.shape for name, array in inputs.items()})
         return {t.name: random.standard_normal(t.resolve(sizes)).astype(t.dtype) for t in spec.outputs}
 
     def to_host(self, tensor: Array) -> Array:
-        """The tensor itself."""
+        """Returns the tensor itself."""
         return tensor

@@ -11,7 +11,7 @@ _SHARE_OF_MEMORY = 8
 
 
 def default_cache_bytes() -> int:
-    """An eighth of the machine's memory, at most 4 GiB.
+    """Returns an eighth of the machine's memory, at most 4 GiB.
 
     The detail maps of AnyDoor at full size, 512 px, 50 steps with guidance take 2.7 GB in fp32 and 1.3 GB in
     fp16.
@@ -24,7 +24,7 @@ def default_cache_bytes() -> int:
 
 
 def usable_cache_bytes(engine: Engine, wanted: int | None) -> int:
-    """Bytes to keep: as many as wanted, never more than the engine's device has room for."""
+    """Returns bytes to keep: as many as wanted, never more than the engine's device has room for."""
     room = engine.cache_bytes
     if wanted is None:
         # on a card, what there is room for is already no more than is worth keeping

@@ -71,7 +71,7 @@ class Drawing:
         return sample
 
     def _clean_latent(self, image: ImageJob) -> NDArray[np.float32] | None:
-        """What the next pass starts from, (C, h, w); None for noise alone."""
+        """Returns the latent that the next pass starts from, (C, h, w); None for noise alone."""
         start = image.prepared.start
         if start is None:
             return None
@@ -81,7 +81,7 @@ class Drawing:
         return clean
 
     def steps_alike(self) -> int:
-        """How many steps `step` can take at once; one if the pictures are at different ones."""
+        """Returns how many steps `step` can take at once; one if the pictures are at different ones."""
         self._batch.samples = list(self.running)
         return self._batch.steps_alike()
 

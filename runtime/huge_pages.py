@@ -29,7 +29,8 @@ _FIRST_GLIBC = 2, 35
 
 
 def environment(variables: Mapping[str, str], offer: Path = OFFER) -> dict[str, str] | None:
-    """The variables with the setting, or None where it would change nothing or the user has chosen."""
+    """Returns the variables with the setting, or None where it would change nothing or the user has
+    chosen."""
     tunables = variables.get(VARIABLE, "")
     if SETTING in tunables or not madvise_available(offer):
         return None
@@ -37,7 +38,7 @@ def environment(variables: Mapping[str, str], offer: Path = OFFER) -> dict[str, 
 
 
 def madvise_available(offer: Path = OFFER) -> bool:
-    """Whether large pages are given to programs that ask for them: not to all, and not to none."""
+    """Returns whether large pages are given to programs that ask for them: not to all, and not to none."""
     if sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
         return False
     try:

@@ -60,7 +60,7 @@ class Job:
         return sum(each.schedule.steps for _, each in self.passes) * len(self.images)
 
     def results(self) -> list[Composite]:
-        """The finished pictures."""
+        """Returns the finished pictures."""
         seconds = self.watch.seconds
         return [
             Composite(
@@ -103,16 +103,18 @@ class ImageJob:
         return self.job.passes[self.drawn][1]
 
     def finished(self) -> NDArray[np.uint8]:
-        """The picture in the scene's own colours and with its transparency, (H, W, 3) or (H, W, 4)."""
+        """Returns the picture in the scene's own colours and with its transparency, (H, W, 3) or (H, W,
+        4)."""
         return with_own_pixels(self.image, self.job.scene, self.regions)
 
     def new_generator(self) -> np.random.Generator:
-        """The random numbers of the next placement."""
+        """Returns the random numbers of the next placement."""
         # Philox: any seed and placement give an independent stream, whoever shares the batch
         return np.random.Generator(np.random.Philox(key=np.array([self.seed, self.drawn], np.uint64)))
 
     def overlay(self) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
-        """A function that puts what the networks drew, (R, R, 3) RGB, at its place in a copy of the image.
+        """Returns a function that puts what the networks drew, (R, R, 3) RGB, at its place in a copy of the
+        image.
 
         It stays with this placement when the image moves on to the next.
         """

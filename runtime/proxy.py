@@ -15,7 +15,7 @@ _EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
 
 
 def is_local(address: str) -> bool:
-    """Whether an address of gRPC, like localhost:50051 or unix:/path, is on this machine."""
+    """Returns whether an address of gRPC, like localhost:50051 or unix:/path, is on this machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     host = _host(address)
@@ -26,8 +26,8 @@ def is_local(address: str) -> bool:
 
 
 def proxy_for(address: str) -> str:
-    """The variable of the environment that sends the connections to an address to a proxy, and which proxy,
-    like "http_proxy (proxy:3128)"; empty if none does."""
+    """Returns the variable of the environment that sends the connections to an address to a proxy, and which
+    proxy, like "http_proxy (proxy:3128)"; empty if none does."""
     variable = next((name for name in _VARIABLES if os.environ.get(name)), "")
     exceptions = next((os.environ[name] for name in _EXCEPTIONS if os.environ.get(name)), "")
     if not variable or is_local(address) or proxy_bypass_environment(_host(address), {"no": exceptions}):
@@ -37,7 +37,7 @@ def proxy_for(address: str) -> str:
 
 
 def _host(address: str) -> str:
-    """The host of host:port, [host]:port, dns:///host:port or ipv4:host:port."""
+    """Returns the host of host:port, [host]:port, dns:///host:port or ipv4:host:port."""
     rest = unquote(address).rpartition("/")[2]
     for scheme in ("dns:", "ipv4:", "ipv6:"):
         rest = rest.removeprefix(scheme)

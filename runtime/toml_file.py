@@ -160,7 +160,7 @@ class _Reader:
         return _frozen(value)
 
     def _free_table(self, kind: Any, key: str, table: Any) -> dict[str, Any]:
-        """A table with any keys, whose values are all of one type."""
+        """Returns a table with any keys, whose values are all of one type."""
         if not isinstance(table, dict):
             raise self._error(f"{key} is {_shown(table)}, expected a section [{key}]")
         return {name: self._value(kind, name, f"[{key}]", value) for name, value in table.items()}
@@ -170,13 +170,13 @@ class _Reader:
 
 
 def _section(kind: Any) -> type | None:
-    """The dataclass of a field that is a table, which may be optional; None for other fields."""
+    """Returns the dataclass of a field that is a table, which may be optional; None for other fields."""
     candidates = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     return next((each for each in candidates if is_dataclass(each) and isinstance(each, type)), None)
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of TOML is of a field's type."""
+    """Returns whether a value of TOML is of a field's type."""
     origin, kinds = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in kinds
@@ -209,7 +209,7 @@ def _any_of(choices: Iterable[str]) -> str:
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
-    """What may have been meant, or, where nothing is close, what there is."""
+    """Suggests the closest known name, or lists all if none is close."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
 
@@ -219,5 +219,5 @@ def _frozen(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as TOML and JSON write it."""
+    """Returns a value as TOML and JSON write it."""
     return json.dumps(value, default=str)

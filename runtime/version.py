@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def version() -> str:
-    """The installed version, "0+unknown" in a clone that is not installed."""
+    """Returns the installed version, "0+unknown" in a clone that is not installed."""
     from importlib import metadata  # takes a while to import
 
     try:

@@ -88,7 +88,7 @@ class CapturedStep:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong first, in a line; ending a capture that failed fails as well."""
+    """Returns the first error in one line; ending a failed capture fails as well."""
     while error.__context__:
         error = error.__context__
     return f"{type(error).__name__}: {error}".splitlines()[0]

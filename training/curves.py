@@ -108,7 +108,7 @@ class Curves:
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; values that its header has no name for are dropped."""
+    """Returns the rows of a table; values that its header has no name for are dropped."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

@@ -88,7 +88,7 @@ class ShardedSampler(Sampler[int]):
             yield from numbers
 
     def batches(self) -> Iterator[range]:
-        """The numbers of one batch after the other."""
+        """Yields the numbers of one batch after the other."""
         start = self.first + self.process * self.share
         while True:
             yield range(start, start + self.share)
@@ -189,7 +189,7 @@ def train(
 
 
 def _agreed(settings: LoopSettings, reading: _Reading) -> _Reading:
-    """What the main process reads off the clock: all take the same steps."""
+    """Returns what the main process reads off the clock: all take the same steps."""
     return broadcast_object_list([reading])[0] if settings.limit else reading  # type: ignore[no-any-return]
 
 
@@ -275,7 +275,7 @@ class _Stepper:
 
 
 def _compiled(module: nn.Module) -> nn.Module:
-    """A module whose passes are compiled when they first run.
+    """Returns a module whose passes are compiled when they first run.
 
     Raises:
         InputError: there is nothing to compile with.

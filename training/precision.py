@@ -7,7 +7,8 @@ from accelerate import Accelerator
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16, instead of only storing it: AMX, AVX512-BF16, or a card."""
+    """Returns whether the device computes in bfloat16, instead of only storing it: AMX, AVX512-BF16, or a
+    card."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and (

@@ -45,7 +45,7 @@ from training.systems.imprint import SceneDenoiser
 def sample(
     model: AnyDoor, tokens: Tensor, hints: Tensor, steps: int, guidance_scale: float, seed: int = 0
 ) -> Tensor:
-    """Samples by DDIM with eta 0 from pure noise, at the timesteps that the runtime uses.
+    """Returns samples by DDIM with eta 0 from pure noise, at the timesteps that the runtime uses.
 
     Args:
         model: UNet and ControlNet.

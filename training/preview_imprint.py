@@ -150,7 +150,8 @@ def sample(
     guidance_scale: float,
     seed: int = 0,
 ) -> Tensor:
-    """Samples by DDIM with eta 0; after each step all but the mask is the background, as noisy as the rest.
+    """Returns samples by DDIM with eta 0; after each step all but the mask is the background, as noisy as the
+    rest.
 
     Args:
         model: its UNet.

@@ -43,7 +43,7 @@ def shard_module(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost lists of modules that have weights."""
+    """Yields the members of the outermost lists of modules that have weights."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from (block for block in child if any(True for _ in block.parameters()))

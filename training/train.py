@@ -132,14 +132,14 @@ def _check_start(recipe: AnyRecipe) -> None:
 
 
 def _started(recipe: AnyRecipe, start: str) -> AnyRecipe:
-    """The recipe with another start; refuses one that has none."""
+    """Returns the recipe with another start; refuses one that has none."""
     if isinstance(recipe, SegmenterRecipe):
         raise InputError("--start: a segmenter goes on from what its folder has alone")
     return replace(recipe, start=start)
 
 
 def _choose(recipe: AnyRecipe, wanted: Sequence[str] | None, limit: TimeLimit | None) -> list[str]:
-    """The stages to run.
+    """Returns the stages to run.
 
     Raises:
         InputError: the system has no such stage, or there is a limit and none of them has a share of it.

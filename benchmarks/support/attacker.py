@@ -142,7 +142,7 @@ def _text(value: str) -> bytes:
 
 
 def scan_bomb(side: int = 2048, scans: int = 600) -> bytes:
-    """A progressive JPEG whose last scan is repeated: each goes over all pixels."""
+    """Returns a progressive JPEG whose last scan is repeated: each goes over all pixels."""
     buffer = io.BytesIO()
     grey = Image.fromarray(np.zeros((side, side), np.uint8))
     grey.save(buffer, "JPEG", progressive=True)
@@ -152,7 +152,7 @@ def scan_bomb(side: int = 2048, scans: int = 600) -> bytes:
 
 
 def tile_bomb(side: int = 8192) -> bytes:
-    """A TIFF of 80 x 64 pixels with one tile that is far larger."""
+    """Returns a TIFF of 80 x 64 pixels with one tile that is far larger."""
     tile = zlib.compress(bytes(side * side), 9)
     entries = [
         (256, 3, 1, 80),  # width
@@ -175,7 +175,7 @@ def tile_bomb(side: int = 8192) -> bytes:
 
 
 def damaged_exif() -> bytes:
-    """A JPEG whose EXIF data makes Pillow raise `struct.error`: an entry has an unknown type."""
+    """Returns a JPEG whose EXIF data makes Pillow raise `struct.error`: an entry has an unknown type."""
     buffer = io.BytesIO()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))
     exif = Image.Exif()

@@ -204,7 +204,8 @@ def _score(picture: Picture, pair: TruthPair, gallery: Gallery, patches: float) 
 
 
 def _wrong_objects(pairs: Sequence[TruthPair], gallery: Gallery) -> Iterator[Score]:
-    """What chance recognises: for each pair the true picture of an object that is not in its gallery."""
+    """Yields what chance recognises: for each pair the true picture of an object that is not in its
+    gallery."""
     for number, pair in enumerate(pairs):
         shown = {pair.seed, *gallery.distractors(pair.seed)}
         wrong = next(p for p in (*pairs[number + 1 :], *pairs) if p.seed not in shown)

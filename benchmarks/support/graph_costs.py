@@ -134,7 +134,7 @@ def count_graph(path: Path, name: str, sizes: Mapping[str, int] | None = None) -
 
 
 def _inferred(path: Path, sizes: Mapping[str, int]) -> GraphProto:
-    """The graph of a file with the shapes that follow from its inputs' sizes."""
+    """Returns the graph of a file with the shapes that follow from its inputs' sizes."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)

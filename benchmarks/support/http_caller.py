@@ -113,7 +113,7 @@ def _refusal(answer: http.client.HTTPResponse) -> str:
 
 
 def _events(answer: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
-    """Name and fields of the events of a stream, as they come."""
+    """Yields name and fields of the events of a stream, as they come."""
     name = ""
     for line in answer:
         key, _, value = line.decode().rstrip("\n").partition(": ")

@@ -80,7 +80,7 @@ class PictureMarks:
 
 
 def _sorted_values(array: NDArray[Any]) -> NDArray[np.float32] | None:
-    """The values in rising order on the scale 0..1; None if there are too few, or just one."""
+    """Returns the values in rising order on the scale 0..1; None if there are too few, or just one."""
     if array.size < _LEAST_VALUES or array.dtype.kind not in "buif":
         return None
     values = np.sort(array.astype(np.float32), axis=None)
@@ -178,7 +178,7 @@ class ReferenceWalk:
 
 
 def _arguments(frame: FrameType) -> list[Any]:
-    """The arguments of a call that begins, self included."""
+    """Returns the arguments of a call that begins, self included."""
     code = frame.f_code
     count = code.co_argcount + code.co_kwonlyargcount
     count += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)

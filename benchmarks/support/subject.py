@@ -61,15 +61,15 @@ class Drawn:
         return [picture for pictures in self.subject.values() for picture in pictures]
 
     def likeness(self, embed: Embed) -> float:
-        """How alike drawn and real pictures of the subject are: the mean cosine of all pairs."""
+        """Returns how alike drawn and real pictures of the subject are: the mean cosine of all pairs."""
         return pairwise_score(embed(self.all_of_subject), embed(self.real))
 
     def preservation(self, embed: Embed) -> float:
-        """How alike pictures of the class are to real ones of the subject; lower is better."""
+        """Returns how alike pictures of the class are to real ones of the subject; lower is better."""
         return pairwise_score(embed(self.of_class), embed(self.real))
 
     def obedience(self, embed: Embed, embed_text: EmbedText) -> float:
-        """How alike pictures are to their prompts."""
+        """Returns how alike pictures are to their prompts."""
         scores = [
             pairwise_score(embed(pictures), embed_text([self.said[prompt]]))
             for prompt, pictures in self.subject.items()
@@ -123,14 +123,16 @@ class Judges:
 
 
 def difference(pictures: Sequence[Picture]) -> float:
-    """How different pictures of one prompt are to the descriptor: 1 - the mean cosine of all pairs."""
+    """Returns how different pictures of one prompt are to the descriptor: 1 - the mean cosine of all
+    pairs."""
     vectors = describe_middles(pictures)
     upper = np.triu_indices(len(vectors), 1)
     return float(1 - (vectors @ vectors.T)[upper].mean())
 
 
 def recognised(gallery: Gallery, pictures: Sequence[Picture], number: int) -> float:
-    """The share of pictures that the descriptor finds more like object `number` than like any other."""
+    """Returns the share of pictures that the descriptor finds more like object `number` than like any
+    other."""
     return statistics.fmean(
         gallery.recognised(middle_identity(picture), number)["identity"] for picture in pictures
     )

@@ -39,7 +39,7 @@ class Run:
             stage(self.recipe, self.folder)
 
     def checkpoints(self, every: bool) -> dict[str, Path]:
-        """Names what it has written: the last checkpoint, or all of them in their order.
+        """Returns names what it has written: the last checkpoint, or all of them in their order.
 
         Raises:
             InputError: there is none.

@@ -37,7 +37,7 @@ class CallSignature:
 
     @classmethod
     def of(cls, graph: str, inputs: Mapping[str, DeviceArray | Array]) -> CallSignature:
-        """The signature of one step with these inputs, which are in the order of the graph."""
+        """Returns the signature of one step with these inputs, which are in the order of the graph."""
         return cls(graph, tuple(value.shape for value in inputs.values()))
 
 
@@ -68,7 +68,7 @@ class CallCache:
         return len(self._calls)
 
     def get(self, signature: CallSignature, new_context: Callable[[], Context]) -> Call:
-        """The call of a signature: the one that is kept, or a new one.
+        """Returns the call of a signature: the one that is kept, or a new one.
 
         Args:
             signature: of the call. Several steps use the context of one.
@@ -134,7 +134,7 @@ class Places:
         """Graph -> buffers whose contents are lost when it runs."""
 
     def addresses(self, graph: str) -> dict[str, int]:
-        """Input or output of a graph -> its place."""
+        """Returns input or output of a graph -> its place."""
         return {tensor.name: self._place(graph, tensor.name) for tensor in self._specs[graph].tensors}
 
     def put(self, graph: str, name: str, value: DeviceArray | Array) -> None:

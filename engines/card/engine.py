@@ -91,7 +91,7 @@ class CardEngine:
         return self._store.free_bytes
 
     def describe(self) -> str:
-        """The memory plan as a table."""
+        """Returns the memory plan as a table."""
         return self.plan.table()
 
     def load(self, graph: str) -> None:
@@ -190,7 +190,7 @@ class CardEngine:
             return self._store.concatenate(pieces)
 
     def nbytes(self, tensor: DeviceArray) -> int:
-        """The memory that a tensor occupies."""
+        """Returns the memory that a tensor occupies."""
         return tensor.nbytes
 
     def _run_anywhere(

@@ -30,7 +30,7 @@ class Context(Protocol):
         """Puts the graph into a stream; does not wait for it."""
 
     def capturable(self, stream: int) -> bool:
-        """Whether `enqueue` may be captured as a CUDA graph."""
+        """Returns whether `enqueue` may be captured as a CUDA graph."""
 
 
 class LoadedGraph(Protocol):
@@ -40,7 +40,7 @@ class LoadedGraph(Protocol):
     """Bytes that a call needs for intermediate results, beside what the backend allocates itself."""
 
     def new_context(self) -> Context:
-        """What calls of one set of shapes need; scratch memory is lent to each call.
+        """Returns the resources for calls of one set of shapes; scratch memory is lent to each call.
 
         Raises:
             OutOfDeviceMemoryError: the card has no room for it.

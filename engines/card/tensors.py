@@ -153,11 +153,11 @@ class TensorStore:
         return self._pool.free_bytes
 
     def address(self, buffer: str) -> int:
-        """Where a buffer of the fixed part lies, by its name in the memory plan."""
+        """Returns where a buffer of the fixed part lies, by its name in the memory plan."""
         return self._arena + self._offsets[buffer]
 
     def new(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
-        """A tensor whose values are not set.
+        """Returns a tensor whose values are not set.
 
         Raises:
             OutOfDeviceMemoryError: the pool has no room for it.
@@ -183,7 +183,7 @@ class TensorStore:
             return self._pool.take(nbytes)
 
     def new_outputs(self, spec: GraphSpec, shapes: Mapping[str, Shape]) -> dict[str, DeviceArray]:
-        """A tensor for every output of a graph.
+        """Returns a tensor for every output of a graph.
 
         Args:
             spec: its signature.
@@ -202,7 +202,7 @@ class TensorStore:
         return tensor
 
     def concatenate(self, pieces: Sequence[tuple[DeviceArray, int, int]]) -> DeviceArray:
-        """Rows of tensors as a new one, see `engines.engine.Engine`; nothing leaves the device."""
+        """Returns rows of tensors as a new one, see `engines.engine.Engine`; nothing leaves the device."""
         first = pieces[0][0]
         rows = sum(stop - start for _, start, stop in pieces)
         joined = self.new((rows, *first.shape[1:]), first.dtype)
@@ -218,7 +218,8 @@ class TensorStore:
 def as_specified(
     spec: GraphSpec, inputs: Mapping[str, DeviceArray | Array]
 ) -> dict[str, DeviceArray | Array]:
-    """The inputs of a graph in their order; host arrays contiguous, and of the dtype that it takes."""
+    """Returns the inputs of a graph in their order; host arrays contiguous, and of the dtype that it
+    takes."""
     return {
         tensor.name: value
         if isinstance(value := inputs[tensor.name], DeviceArray)
@@ -230,7 +231,7 @@ def as_specified(
 def output_shapes(
     spec: GraphSpec, inputs: Mapping[str, DeviceArray | Array], largest: Mapping[str, int]
 ) -> dict[str, Shape]:
-    """Output -> its shape in a call.
+    """Returns output -> its shape in a call.
 
     Args:
         spec: signature of the graph.

@@ -24,7 +24,7 @@ class TransposedKeys(PatternRule):
     name = "transposed keys"
 
     def pattern(self, op: Any, keys: Any, flat_shape: Any, full_shape: Any) -> Any:
-        """(B, H, L, D) -> (B H, L, D) -> (B H, D, L) -> (B, H, D, L)."""
+        """Maps (B, H, L, D) to (B H, L, D) -> (B H, D, L) -> (B, H, D, L)."""
         return op.Reshape(op.Transpose(op.Reshape(keys, flat_shape), perm=[0, 2, 1]), full_shape)
 
     def check(self, context: Any, **found: Any) -> bool:
@@ -36,7 +36,7 @@ class TransposedKeys(PatternRule):
         return flat[1:] == source[2:] and reshaped(source, full) == permuted(source, (0, 1, 3, 2))
 
     def rewrite(self, op: Any, keys: Any, **_: Any) -> Any:
-        """(B, H, L, D) -> (B, H, D, L)."""
+        """Maps (B, H, L, D) to (B, H, D, L)."""
         return op.Transpose(keys, perm=[0, 1, 3, 2])
 
 
@@ -176,7 +176,8 @@ def single_head(node: ir.Node) -> str | None:
 
 
 def _is_causal(mask: ir.Value) -> bool:
-    """Whether a mask is 0 up to the diagonal and very low above it, as PyTorch's exporter computes it."""
+    """Returns whether a mask is 0 up to the diagonal and very low above it, as PyTorch's exporter computes
+    it."""
     where = mask.producer()
     if where is None or where.op_type != "Where":
         return False
@@ -201,13 +202,13 @@ def _is_causal(mask: ir.Value) -> bool:
 
 
 def _scale(found: Mapping[str, ir.Value]) -> float | None:
-    """What scores are multiplied by; None if it is not constant."""
+    """Returns what scores are multiplied by; None if it is not constant."""
     scales = [scalar(found[name]) for name in ("query_scale", "key_scale")]
     return None if None in scales else math.prod(scale or 0 for scale in scales)
 
 
 def _split_heads(split: ir.Value) -> tuple[int, int] | None:
-    """(H, D) if a Reshape splits (B, L, H D) into (B, L, H, D), else None."""
+    """Returns (H, D) if a Reshape splits (B, L, H D) into (B, L, H, D), else None."""
     reshape = split.producer()
     assert reshape is not None
     whole, parts = dimensions(reshape.inputs[0]), reshape_result(split)

@@ -41,7 +41,7 @@ class BiasAdd(PatternRule):
         self._picture = picture
 
     def pattern(self, op: Any, x: Any, bias: Any, skip: Any) -> Any:
-        """A linear layer's bias, then the residual."""
+        """Returns a linear layer's bias, then the residual."""
         biased = op.Add(x, bias, _outputs=["biased"])
         data = op.Reshape(biased, ANY_VALUE, _outputs=["picture"]) if self._picture else biased
         return op.Add(data, skip, _outputs=["result"])
@@ -81,7 +81,7 @@ def _is_flattened(shape: Any, picture: Any) -> bool:
 
 
 def is_biased_residual(node: ir.Node) -> bool:
-    """Whether a node adds an activation to what a linear layer with a bias returns."""
+    """Returns whether a node adds an activation to what a linear layer with a bias returns."""
     if node.domain or node.op_type != "Add":
         return False
     summands = [value for value in node.inputs if value and value.const_value is None]

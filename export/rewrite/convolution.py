@@ -28,7 +28,7 @@ class Convolution(PatternRule):
     name = "NhwcConv"
 
     def pattern(self, op: Any, x: Any, weight: Any) -> Any:
-        """A convolution, with a bias or without."""
+        """Returns a convolution, with a bias or without."""
         return op.Conv(x, weight, _allow_other_inputs=True, _outputs=["result"])
 
     def check(self, context: Any, **found: Any) -> bool:

@@ -16,7 +16,7 @@ class NarrowIndices(PatternRule):
     name = "int32 indices"
 
     def pattern(self, op: Any, data: Any, indices: Any) -> Any:
-        """What PyTorch's exporter writes for a choice of rows."""
+        """Returns what PyTorch's exporter writes for a choice of rows."""
         return op.Gather(data, op.Cast(indices, to=int(ir.DataType.INT64)), _outputs=["chosen"])
 
     def check(self, context: Any, **found: Any) -> bool:
@@ -37,7 +37,7 @@ class SwappedHalves(PatternRule):
     name = "swapped halves"
 
     def pattern(self, op: Any, first: Any, second: Any, middle: Any, end: Any, start: Any, until: Any) -> Any:
-        """Two Slices of a Concat, the other way round."""
+        """Returns two Slices of a Concat, the other way round."""
         whole = op.Concat(first, second, _outputs=["whole"])
         back = op.Slice(whole, middle, end, _allow_other_inputs=True, _outputs=["back"])
         front = op.Slice(whole, start, until, _allow_other_inputs=True, _outputs=["front"])
@@ -62,5 +62,5 @@ class SwappedHalves(PatternRule):
         )
 
     def rewrite(self, op: Any, first: Any, second: Any, **_: Any) -> Any:
-        """One Concat."""
+        """Returns one Concat."""
         return op.Concat(second, first, axis=-1)

@@ -70,7 +70,7 @@ class TwoProjections(PatternRule):
     name = "two projections"
 
     def pattern(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
-        """A linear layer of which each half goes its own way."""
+        """Returns a linear layer of which each half goes its own way."""
         whole = op.Add(op.MatMul(x, weight), bias)
         return op.Split(whole, num_outputs=2, _outputs=["left", "right"])
 
@@ -84,7 +84,7 @@ class TwoProjections(PatternRule):
         return len(weight.const_value.shape) == 2 and width % 2 == 0 and dimensions(bias) == (width,)
 
     def rewrite(self, op: Any, x: Any, weight: Any, bias: Any, **_: Any) -> Any:
-        """Two times MatMul and Add."""
+        """Returns two times MatMul and Add."""
         return tuple(self._half(op, x, weight, bias, side) for side in (0, 1))
 
     def _half(self, op: Any, x: Any, weight: ir.Value, bias: ir.Value, side: int) -> Any:
@@ -102,7 +102,7 @@ def _half_of(weights: Any, side: int) -> Any:
 
 
 def is_split_projection(node: ir.Node) -> bool:
-    """Whether a node splits what a linear layer with stored weights returns."""
+    """Returns whether a node splits what a linear layer with stored weights returns."""
     if not operator("Split")(node) or node.inputs[0] is None:
         return False
     add = node.inputs[0].producer()

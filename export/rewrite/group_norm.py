@@ -194,7 +194,7 @@ def single_channel_groups(node: ir.Node) -> str | None:
 
 
 def silu_after_group_norm(node: ir.Node) -> bool:
-    """Whether a node is the Sigmoid of what a GroupNorm without activation returns."""
+    """Returns whether a node is the Sigmoid of what a GroupNorm without activation returns."""
     if node.op_type != "Sigmoid" or node.inputs[0] is None:
         return False
     transpose = node.inputs[0].producer()

@@ -47,7 +47,7 @@ class JoinedProjections(Rule):
 
 
 def is_projection(node: ir.Node) -> bool:
-    """Whether a node is a linear layer whose weights are stored."""
+    """Returns whether a node is a linear layer whose weights are stored."""
     if node.domain or node.op_type not in ("MatMul", "Gemm"):
         return False
     weights = [value.const_value if value else None for value in node.inputs[1:]]

@@ -42,7 +42,7 @@ class HalfLayerNorm(PatternRule):
 
 
 def is_cast_layer_norm(node: ir.Node) -> bool:
-    """Whether a node is a LayerNormalization of activations that were cast from FP16."""
+    """Returns whether a node is a LayerNormalization of activations that were cast from FP16."""
     if node.op_type != "LayerNormalization" or node.inputs[0] is None:
         return False
     cast = node.inputs[0].producer()

@@ -23,7 +23,7 @@ class LayerScale(PatternRule):
     name = "scaled projections"
 
     def pattern(self, op: Any, x: Any, weight: Any, bias: Any, scale: Any) -> Any:
-        """A linear layer, and a factor for each of its channels."""
+        """Returns a linear layer, and a factor for each of its channels."""
         projected = op.Add(op.MatMul(x, weight), bias, _outputs=["projected"])
         return op.Mul(projected, scale, _outputs=["scaled"])
 
@@ -56,7 +56,8 @@ def scaled_for_some(node: ir.Node) -> str | None:
 
 
 def is_layer_scale(node: ir.Node) -> bool:
-    """Whether a node multiplies what a linear layer returns by stored numbers, one for each channel."""
+    """Returns whether a node multiplies what a linear layer returns by stored numbers, one for each
+    channel."""
     if node.op_type != "Mul":
         return False
     for value, scale in zip(node.inputs, reversed(node.inputs)):

@@ -13,7 +13,7 @@ TO_FIRST = (0, 3, 1, 2)
 
 
 def channels_last(op: Any, value: ir.Value) -> ir.Value:
-    """(N, C, H, W) -> (N, H, W, C); undoes `channels_first` instead of doing both."""
+    """Maps (N, C, H, W) to (N, H, W, C); undoes `channels_first` instead of doing both."""
     node = value.producer()
     if node is not None and is_to_first(node) and node.inputs[0] is not None:
         return node.inputs[0]
@@ -21,17 +21,17 @@ def channels_last(op: Any, value: ir.Value) -> ir.Value:
 
 
 def channels_first(op: Any, value: ir.Value) -> ir.Value:
-    """(N, H, W, C) -> (N, C, H, W)."""
+    """Maps (N, H, W, C) to (N, C, H, W)."""
     return _transpose(op, value, TO_FIRST)
 
 
 def last(shape: Dimensions | None) -> Dimensions | None:
-    """The shape of a (N, C, H, W) value with channels last."""
+    """Returns the shape of a (N, C, H, W) value with channels last."""
     return None if shape is None else permuted(shape, TO_LAST)
 
 
 def is_to_first(node: ir.Node | None) -> bool:
-    """Whether a node puts the channels first."""
+    """Returns whether a node puts the channels first."""
     return node is not None and node.op_type == "Transpose" and _order(node) == TO_FIRST
 
 

@@ -71,5 +71,5 @@ class PatternRule(Rule):
 
 
 def operator(*types: str) -> Anchor:
-    """The nodes of some types of standard operators."""
+    """Returns the nodes of some types of standard operators."""
     return lambda node: node.domain == "" and node.op_type in types

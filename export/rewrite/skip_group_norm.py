@@ -28,7 +28,7 @@ class SkipGroupNorm(PatternRule):
     name = "SkipGroupNorm"
 
     def pattern(self, op: Any, x: Any, skip: Any, scale: Any, shift: Any) -> Any:
-        """Both the normalised sum and the sum may have readers."""
+        """Returns both the normalised sum and the sum may have readers."""
         total = op.Add(x, skip, _outputs=["total"])
         return op.GroupNorm(total, scale, shift, _domain=MICROSOFT, _outputs=["normalised"]), total
 
@@ -64,7 +64,7 @@ class SkipGroupNorm(PatternRule):
 
 
 def is_residual_group_norm(node: ir.Node) -> bool:
-    """Whether a node is a GroupNorm of a sum."""
+    """Returns whether a node is a GroupNorm of a sum."""
     if node.op_type != "GroupNorm" or node.inputs[0] is None:
         return False
     add = node.inputs[0].producer()
@@ -72,7 +72,7 @@ def is_residual_group_norm(node: ir.Node) -> bool:
 
 
 def _bias(value: ir.Value) -> ir.Value | None:
-    """What a convolution or a linear layer adds last, if nothing else reads its result."""
+    """Returns what a convolution or a linear layer adds last, if nothing else reads its result."""
     node = value.producer()
     if node is None or node.op_type != "NhwcConv" or not is_read_once(value):
         return linear_bias(value)
@@ -80,7 +80,7 @@ def _bias(value: ir.Value) -> ir.Value | None:
 
 
 def _without_bias(op: Any, value: ir.Value) -> ir.Value:
-    """The same without what `_bias` returns."""
+    """Returns the same without what `_bias` returns."""
     node, bias = value.producer(), _bias(value)
     if node is None or bias is None:
         return value

@@ -33,7 +33,7 @@ class SkipLayerNorm(PatternRule):
         self._biased = biased
 
     def pattern(self, op: Any, x: Any, bias: Any, skip: Any, scale: Any, shift: Any) -> Any:
-        """Both the normalised sum and the sum have readers."""
+        """Returns both the normalised sum and the sum have readers."""
         summand = op.Add(x, bias, _outputs=["summand"]) if self._biased else x
         total = op.Add(summand, skip, _outputs=["total"])
         return op.LayerNormalization(total, scale, shift, _outputs=["normalised"]), total
@@ -71,7 +71,7 @@ class SkipLayerNorm(PatternRule):
 
 
 def is_residual_layer_norm(node: ir.Node) -> bool:
-    """Whether a node is a LayerNormalization of the sum of two activations."""
+    """Returns whether a node is a LayerNormalization of the sum of two activations."""
     if node.op_type != "LayerNormalization" or node.inputs[0] is None:
         return False
     add = node.inputs[0].producer()

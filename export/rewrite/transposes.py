@@ -23,11 +23,11 @@ class TransposePair(PatternRule):
     name = "two transposes"
 
     def pattern(self, op: Any, x: Any, inner: Any, outer: Any) -> Any:
-        """A transpose of a transpose."""
+        """Returns a transpose of a transpose."""
         return op.Transpose(op.Transpose(x, perm=inner), perm=outer)
 
     def rewrite(self, op: Any, x: Any, inner: Any, outer: Any) -> Any:
-        """The two orders in one."""
+        """Returns the two orders in one."""
         order = [inner.as_ints()[axis] for axis in outer.as_ints()]
         return op.Identity(x) if order == sorted(order) else op.Transpose(x, perm=order)
 
@@ -50,7 +50,7 @@ class ElementwiseLast(PatternRule):
         self._inputs = inputs
 
     def pattern(self, op: Any, x: Any) -> Any:
-        """The operator, whatever its inputs are."""
+        """Returns the operator, whatever its inputs are."""
         return getattr(op, self._kind)(x, _allow_other_inputs=True, _outputs=["result"])
 
     def check(self, context: Any, **found: Any) -> bool:
@@ -63,14 +63,14 @@ class ElementwiseLast(PatternRule):
         return all(_axes(value) == 4 or _is_number(value) for value in inputs)
 
     def rewrite(self, op: Any, result: Any, **found: Any) -> Any:
-        """The same operator between the layouts."""
+        """Returns the same operator between the layouts."""
         node = result.producer()
         inputs = [value if _is_number(value) else channels_last(op, value) for value in node.inputs]
         picture = getattr(op, self._kind)(*inputs, **self.attributes(node))
         return channels_first(op, describe(picture, result, last(dimensions(result))))
 
     def attributes(self, node: ir.Node) -> dict[str, Any]:
-        """The attributes of the new operator."""
+        """Returns the attributes of the new operator."""
         return dict(node.attributes)
 
 
@@ -85,7 +85,7 @@ class ConcatLast(ElementwiseLast):
         return found["result"].producer().attributes["axis"].as_int() == 1 and super().check(context, **found)
 
     def attributes(self, node: ir.Node) -> dict[str, Any]:
-        """The last axis."""
+        """Returns the last axis."""
         return {"axis": 3}
 
 
@@ -129,7 +129,7 @@ class VectorPicture(PatternRule):
     name = "vectors as pictures"
 
     def pattern(self, op: Any, x: Any, axes: Any) -> Any:
-        """What an embedding is added to a picture as."""
+        """Returns the form in which an embedding is added to a picture."""
         return op.Transpose(op.Unsqueeze(x, axes), perm=[0, 2, 3, 1])
 
     def check(self, context: Any, **found: Any) -> bool:
@@ -160,7 +160,7 @@ class FlattenedPicture(PatternRule):
         return reshape_result(found["flat"]) == (batch, channels, math.prod((height, width)))  # type: ignore[arg-type]
 
     def rewrite(self, op: Any, x: Any, **found: Any) -> Any:
-        """One Reshape."""
+        """Returns one Reshape."""
         _, height, width, channels = dimensions(x) or ()
         return op.Reshape(x, op.Constant(value_ints=[0, height * width, channels]))  # type: ignore[operator]
 
@@ -182,14 +182,14 @@ class UnflattenedPicture(PatternRule):
         return result[:2] == (source[0], source[2]) and all(isinstance(size, int) for size in result[2:])
 
     def rewrite(self, op: Any, x: Any, result: Any) -> Any:
-        """A Reshape, then channels first."""
+        """Returns a Reshape, then channels first."""
         batch, channels, height, width = reshape_result(result) or ()
         picture = op.Reshape(x, op.Constant(value_ints=[0, height, width, channels]))
         return channels_first(op, describe(picture, x, (batch, height, width, channels)))
 
 
 def transpose_rules() -> list[Rule]:
-    """All rules of this module."""
+    """Returns all rules of this module."""
     elementwise = {"Add": 2, "Mul": 2, "Cast": 1, "Sigmoid": 1, "Round": 1, "Clip": 3}
     return [
         TransposePair(),

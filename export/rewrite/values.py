@@ -21,25 +21,26 @@ _MANY = 1024
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """The array of a short constant; None if the value is computed, or is a weight."""
+    """Returns the array of a short constant; None if the value is computed, or is a weight."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None or tensor.size > _MANY else tensor.numpy()
 
 
 def scalar(value: ir.Value | None) -> float | None:
-    """The number of a constant with one element; None if it is none."""
+    """Returns the number of a constant with one element; None if it is none."""
     array = constant(value)
     return None if array is None or array.size != 1 else float(array.reshape(-1)[0])
 
 
 def is_close(value: ir.Value | None, number: float) -> bool:
-    """Whether a value is a constant that equals a number, rounded to float16."""
+    """Returns whether a value is a constant that equals a number, rounded to float16."""
     found = scalar(value)
     return found is not None and math.isclose(found, number, rel_tol=2**-11)
 
 
 def is_bias(value: ir.Value | None, shape: Dimensions) -> bool:
-    """Whether a value is a stored weight, with a number for each channel of data that have them last."""
+    """Returns whether a value is a stored weight, with a number for each channel of data that have them
+    last."""
     return value is not None and value.const_value is not None and dimensions(value) == shape[-1:]
 
 
@@ -50,12 +51,13 @@ def differing_summands(add: ir.Node | None) -> str | None:
 
 
 def is_read_once(value: ir.Value) -> bool:
-    """Whether a value has one reader, and is no result of the graph."""
+    """Returns whether a value has one reader, and is no result of the graph."""
     return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def linear_bias(value: ir.Value) -> ir.Value | None:
-    """What a linear layer adds last, if nothing else reads its result; it may have become a picture."""
+    """Returns what a linear layer adds last, if nothing else reads its result; it may have become a
+    picture."""
     node, shape = value.producer(), dimensions(value)
     if node is None or shape is None or not is_read_once(value):
         return None
@@ -67,7 +69,7 @@ def linear_bias(value: ir.Value) -> ir.Value | None:
 
 
 def dimensions(value: ir.Value | None) -> Dimensions | None:
-    """The shape of a value; None if its rank or a dimension has not been inferred."""
+    """Returns the shape of a value; None if its rank or a dimension has not been inferred."""
     if value is None or value.shape is None:
         return None
     found = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
@@ -75,7 +77,8 @@ def dimensions(value: ir.Value | None) -> Dimensions | None:
 
 
 def shape_items(value: ir.Value | None) -> Dimensions | None:
-    """The elements of a value that describes a shape (int64, 1-D), with variable sizes by their names.
+    """Returns the elements of a value that describes a shape (int64, 1-D), with variable sizes by their
+    names.
 
     Understands what exporters compute shapes with: constants, `Shape`, `Slice` and `Concat`.
     """
@@ -104,7 +107,8 @@ def shape_items(value: ir.Value | None) -> Dimensions | None:
 
 
 def reshaped(source: Dimensions | None, target: Dimensions | None) -> Dimensions | None:
-    """The shape that data have in another shape, of which -1 stands for what remains; None if unknown."""
+    """Returns the shape that data have in another shape, of which -1 stands for what remains; None if
+    unknown."""
     if source is None or target is None or 0 in target:
         return None
     if -1 not in target:
@@ -126,7 +130,7 @@ def reshaped(source: Dimensions | None, target: Dimensions | None) -> Dimensions
 
 
 def reshape_result(value: ir.Value) -> Dimensions | None:
-    """The shape of what a Reshape returns, from its inputs; None if unknown."""
+    """Returns the shape of what a Reshape returns, from its inputs; None if unknown."""
     node = value.producer()
     assert node is not None
     source, target = dimensions(node.inputs[0]), shape_items(node.inputs[1])
@@ -139,7 +143,7 @@ def reshape_result(value: ir.Value) -> Dimensions | None:
 
 
 def permuted(shape: Dimensions, order: Sequence[int]) -> Dimensions:
-    """The shape that `Transpose` makes of a shape."""
+    """Returns the shape that `Transpose` makes of a shape."""
     return tuple(shape[axis] for axis in order)
 
 

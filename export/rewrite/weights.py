@@ -20,7 +20,7 @@ def derived_weight(
     shape: Sequence[int],
     dtype: ir.DataType | None = None,
 ) -> ir.Value:
-    """A weight that is computed from another one.
+    """Returns a weight that is computed from another one.
 
     Args:
         op: the builder of the replacement.
@@ -41,7 +41,7 @@ def derived_weight(
 
 
 def joined_weight(graph: ir.Graph, weights: Sequence[ir.Value], axis: int) -> ir.Value:
-    """A weight that is several others of one shape and dtype, one behind the other.
+    """Returns a weight that is several others of one shape and dtype, one behind the other.
 
     Args:
         graph: stores them, and the new one.

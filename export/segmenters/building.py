@@ -70,7 +70,8 @@ class SegmenterSource:
         return self.wraps[0].description
 
     def record(self) -> dict[str, Any]:
-        """Names and hash of the files, for the manifest; of two, the hash of what sha256sum prints."""
+        """Returns names and hash of the files, for the manifest; of two, the hash of what sha256sum
+        prints."""
         names = ", ".join(path.name for path in self.paths)
         if len(self.paths) == 1:
             return {"file": names, "sha256": sha256(self.paths[0])}
@@ -122,7 +123,7 @@ def export_segmenter(source: SegmenterSource, output: Path, progress: Progress) 
 
 
 def _example_inputs(wrap: Wrap) -> dict[str, NDArray[Any]]:
-    """A seeded picture, which is not dark anywhere, or two clicks on it."""
+    """Returns a seeded picture, which is not dark anywhere, or two clicks on it."""
     if wrap.graph == CLICK:
         points = np.array([[[0.3, 0.4], [0.6, 0.5]]], np.float32) * wrap.size
         return {"points": points, "labels": np.array([[1, 0]], np.float32)}
@@ -135,7 +136,7 @@ def _example_inputs(wrap: Wrap) -> dict[str, NDArray[Any]]:
 def _run(
     path: Path, model: onnx.ModelProto, wrap: Wrap, arrays: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[np.float32]]:
-    """What the graph of a network must give: the network runs alone, and NumPy does the rest."""
+    """Returns what the graph of a network must give: the network runs alone, and NumPy does the rest."""
     onnxruntime = load_library()
     given = {name: arrays[name] for name in arrays if name != "inside" or len(wrap.inputs) > 1}
     names = network_outputs(wrap, model)
@@ -170,7 +171,7 @@ def _record(spec: GraphSpec, path: Path, manifest: Manifest) -> GraphRecord:
 def _compare(
     output: Path, manifest: Manifest, spec: GraphSpec, arrays: Mapping[str, NDArray[Any]]
 ) -> dict[str, float]:
-    """Output -> relative error of a built graph.
+    """Returns output -> relative error of a built graph.
 
     Raises:
         AnyDoorError: it is too large.

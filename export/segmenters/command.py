@@ -37,7 +37,7 @@ def add_segmenter_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_segmenter(options: argparse.Namespace) -> bool:
-    """Whether the command line asks for a segmenter.
+    """Returns whether the command line asks for a segmenter.
 
     Raises:
         AnyDoorError: it does not, and has flags of one.
@@ -77,6 +77,7 @@ def build_from_onnx(options: argparse.Namespace) -> tuple[Path, Manifest]:
 
 
 def _name(paths: list[Path]) -> str:
-    """What a bundle is called: the file's name, or what an encoder's and a decoder's have in common."""
+    """Returns the default name of a bundle: the file's name, or what an encoder's and a decoder's have in
+    common."""
     alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*(path.stem for path in paths)))
     return "".join(first for first, *_ in alike).rstrip("_-. ") or paths[0].stem

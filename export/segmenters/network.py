@@ -36,18 +36,18 @@ class WrappedNetwork:
         self._constants = 0
 
     def constant(self, values: Any, dtype: Any = np.float32) -> str:
-        """A tensor of fixed values."""
+        """Returns a tensor of fixed values."""
         self._constants += 1
         name = f"constant_{self._constants}"
         self._model.graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype), name))
         return name
 
     def before(self, operator: str, *inputs: str, **attributes: Any) -> str:
-        """A node in front of the network; returns its result."""
+        """Returns a node in front of the network; returns its result."""
         return _add(self._front, "before", operator, inputs, attributes)
 
     def after(self, operator: str, *inputs: str, **attributes: Any) -> str:
-        """A node behind the network; returns its result."""
+        """Returns a node behind the network; returns its result."""
         return _add(self._back, "after", operator, inputs, attributes)
 
     def feed(self, name: str, value: str) -> None:
@@ -55,7 +55,7 @@ class WrappedNetwork:
         self._front.append(helper.make_node("Cast", [value], [_NETWORK + name], to=self._types[name]))
 
     def output(self, name: str) -> str:
-        """What the network returns, in float32."""
+        """Returns what the network returns, in float32."""
         return self.after("Cast", _NETWORK + name, to=TensorProto.FLOAT)
 
     def save(self, path: Path, spec: GraphSpec, results: Sequence[str]) -> None:
@@ -102,5 +102,5 @@ def _value(tensor: TensorSpec) -> onnx.ValueInfoProto:
 
 
 def shape_of(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    """The sizes of an input or output; None for one that is variable."""
+    """Returns the sizes of an input or output; None for one that is variable."""
     return tuple(size.dim_value or None for size in value.type.tensor_type.shape.dim)

@@ -170,7 +170,7 @@ def read_network(path: Path) -> onnx.ModelProto:
 
 
 def recognise(paths: Sequence[Path], models: Sequence[onnx.ModelProto], normalise: str | None) -> list[Wrap]:
-    """Which networks these are, in the order of the models.
+    """Returns which networks these are, in the order of the models.
 
     Args:
         paths: of the files, for refusals.
@@ -231,7 +231,8 @@ def _recognise_salient(path: Path, model: onnx.ModelProto, normalise: str | None
 
 
 def _side(path: Path, shape: tuple[int | None, ...]) -> tuple[int, bool]:
-    """Side of the picture that an encoder takes, 1024 where it is variable, and whether channels are last."""
+    """Returns side of the picture that an encoder takes, 1024 where it is variable, and whether channels are
+    last."""
     if len(shape) == 3 and shape[2] in (3, None):
         return shape[0] or 1024, True
     if len(shape) == 4 and shape[1] in (3, None) and shape[2] == shape[3]:
@@ -240,7 +241,7 @@ def _side(path: Path, shape: tuple[int | None, ...]) -> tuple[int, bool]:
 
 
 def inputs_of(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
-    """Name -> shape of what a network takes."""
+    """Returns name -> shape of what a network takes."""
     weights = {initializer.name for initializer in model.graph.initializer}
     return {value.name: shape_of(value) for value in model.graph.input if value.name not in weights}
 

@@ -39,7 +39,7 @@ def wrap_network(wrap: Wrap, model: onnx.ModelProto, path: Path, spec: GraphSpec
 
 
 def network_inputs(wrap: Wrap, model: onnx.ModelProto, arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """What the network itself takes for the inputs of its graph."""
+    """Returns what the network itself takes for the inputs of its graph."""
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     names = list(inputs_of(model))
     if wrap.graph == CLICK:
@@ -56,7 +56,7 @@ def network_inputs(wrap: Wrap, model: onnx.ModelProto, arrays: Arrays) -> dict[s
 
 
 def network_outputs(wrap: Wrap, model: onnx.ModelProto) -> list[str]:
-    """The outputs of a network that make those of its graph."""
+    """Returns the outputs of a network that make those of its graph."""
     names = [output.name for output in model.graph.output]
     if wrap.graph == SALIENT:
         return names[:1]
@@ -70,7 +70,7 @@ def network_outputs(wrap: Wrap, model: onnx.ModelProto) -> list[str]:
 def graph_outputs(
     wrap: Wrap, model: onnx.ModelProto, outputs: Sequence[NDArray[Any]]
 ) -> list[NDArray[np.float32]]:
-    """What the graph gives where its network gives this, as `network_outputs` names it."""
+    """Returns what the graph gives where its network gives this, as `network_outputs` names it."""
     results = [array.astype(np.float32) for array in outputs]
     if wrap.graph == CLICK:
         masks, scores = results
@@ -137,7 +137,8 @@ def _wrap_mask(wrap: Wrap, network: WrappedNetwork, model: onnx.ModelProto) -> l
 
 
 def _ends_in_sigmoid(model: onnx.ModelProto) -> bool:
-    """Whether the mask of a network is from 0 to 1 and no logits; it may be reshaped or resized at last."""
+    """Returns whether the mask of a network is from 0 to 1 and no logits; it may be reshaped or resized at
+    last."""
     makers = {output: node for node in model.graph.node for output in node.output}
     node = makers.get(model.graph.output[0].name)
     while node and node.op_type in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Resize"):
@@ -168,12 +169,13 @@ def _wrap_click(wrap: Wrap, network: WrappedNetwork, model: onnx.ModelProto, spe
 
 
 def _batched(clicker: Clicker, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of points or labels as a decoder takes them: EfficientSAM has an axis for queries."""
+    """Returns the shape of points or labels as a decoder takes them: EfficientSAM has an axis for queries."""
     return (1, *shape) if clicker.points.startswith("batched") else tuple(shape)
 
 
 def _constant_inputs(wrap: Wrap, model: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
-    """What a decoder takes beside features, points and labels: no earlier mask, and the picture's size."""
+    """Returns what a decoder takes beside features, points and labels: no earlier mask, and the picture's
+    size."""
     assert wrap.clicker
     known = {*wrap.clicker.features, wrap.clicker.points, wrap.clicker.labels}
     values = {}

@@ -41,7 +41,7 @@ def open_source(path: Path, options: SourceOptions = NOTHING_GIVEN) -> ExportSou
 
 
 def published_source(precision: str, system: str = "anydoor") -> ExportSource:
-    """A published network without weights, to export a skeleton from.
+    """Returns a published network without weights, to export a skeleton from.
 
     Args:
         precision: fp32 or fp16.

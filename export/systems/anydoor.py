@@ -77,12 +77,13 @@ class AnyDoorSource(ReferenceSource):
         check_size(self._checkpoint.architecture, size)
 
     def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
-        """The graphs, the largest first."""
+        """Returns the graphs, the largest first."""
         specs = graph_specs(self._checkpoint.architecture, size[0], BANK_DTYPES[precision], self._references)
         return [GraphExport(spec, partial(self._load, name), EXAMPLES) for name, spec in specs.items()]
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
-        """The noise schedule, and the tokens of the black picture that stand for no reference (1, T, D)."""
+        """Returns the noise schedule, and the tokens of the black picture that stand for no reference (1, T,
+        D)."""
         black: Array = np.zeros((1, 3, REFERENCE_SIZE, REFERENCE_SIZE), np.float32)
         tokens = engine.to_host(engine.run(ID_ENCODER, {"reference": black})["tokens"])
         return {"unconditional_tokens": tokens, "alphas_cumprod": self._schedule()}
@@ -108,7 +109,7 @@ _NUMBERS = (
 def graph_specs(
     architecture: Architecture, resolution: int, detail_dtype: str = "float32", references: int = 1
 ) -> dict[str, GraphSpec]:
-    """Graph -> its signature.
+    """Returns graph -> its signature.
 
     Args:
         architecture: sizes of the network.
@@ -158,7 +159,8 @@ class ControlGraph(nn.Module):
         self.dtype = model.control.conv_in.weight.dtype
 
     def forward(self, hint: Tensor, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """(1, 4, H, W), (M,), (M, T, D) -> one (M, C, h, w) per skip connection, and one for the middle."""
+        """Maps (1, 4, H, W), (M,), (M, T, D) to one (M, C, h, w) per skip connection, and one for the
+        middle."""
         return self.model.detail_maps(hint.to(self.dtype), timestep, tokens.to(self.dtype))
 
 

@@ -33,17 +33,17 @@ CONDITIONS = "conditions"
 
 
 def f32(name: str, *shape: Dimension) -> TensorSpec:
-    """A float32 input or output."""
+    """Returns a float32 input or output."""
     return TensorSpec(name, "float32", shape)
 
 
 def index(name: str, dimension: str) -> TensorSpec:
-    """An input of indices."""
+    """Returns an input of indices."""
     return TensorSpec(name, "int32", (dimension,))
 
 
 def latent_shape(architecture: DiffusionArchitecture, size: Size) -> tuple[int, int, int]:
-    """(C, h, w) of the latent of a picture."""
+    """Returns (C, h, w) of the latent of a picture."""
     height, width = (side // architecture.latent_factor for side in size)
     return architecture.latent_channels, height, width
 
@@ -68,7 +68,7 @@ def step_spec(
     banks: tuple[BankSpec, ...],
     fixed: Sequence[TensorSpec] = (),
 ) -> GraphSpec:
-    """The signature of a step graph.
+    """Returns the signature of a step graph.
 
     Args:
         latent: (C, h, w).
@@ -89,14 +89,14 @@ def step_spec(
 
 
 def encode_spec(latent: tuple[int, int, int], size: Size) -> GraphSpec:
-    """The signature of the encoder of pictures."""
+    """Returns the signature of the encoder of pictures."""
     return GraphSpec(
         ENCODE, "scene", inputs=(f32("picture", 1, 3, *size),), outputs=(f32("latent", 1, *latent),)
     )
 
 
 def decode_spec(latent: tuple[int, int, int], size: Size) -> GraphSpec:
-    """The signature of the decode graph."""
+    """Returns the signature of the decode graph."""
     return GraphSpec(
         DECODE,
         "decode",
@@ -126,7 +126,7 @@ def weighted_sum(coefficients: Tensor, *terms: Tensor) -> Tensor:
 
 
 def per_sample(values: Tensor) -> Tensor:
-    """(N,) -> (N, 1, 1, 1)."""
+    """Maps (N,) to (N, 1, 1, 1)."""
     return values[:, None, None, None]
 
 
@@ -141,7 +141,7 @@ class EncodeGraph(nn.Module):
         self.dtype = model.vae.quant_conv.weight.dtype
 
     def forward(self, picture: Tensor) -> Tensor:
-        """(1, 3, H, W) in -1..1 -> (1, C, h, w)."""
+        """Returns (1, 3, H, W) in -1..1 -> (1, C, h, w)."""
         mean: Tensor = self.model.encode(picture.to(self.dtype)).mean
         return LATENT_SCALE * mean.float()
 
@@ -157,7 +157,8 @@ class DecodeGraph(nn.Module):
         self.dtype = model.vae.post_quant_conv.weight.dtype
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, C, h, w) -> (1, H, W, 3) uint8 RGB, and the same before clipping, (1, 3, H, W) in -1..1."""
+        """Maps (1, C, h, w) to (1, H, W, 3) uint8 RGB, and the same before clipping, (1, 3, H, W) in
+        -1..1."""
         decoded = self.model.decode(latent.to(self.dtype)).float()
         image = (decoded * 127.5 + 127.5).clamp(0, 255).round().permute(0, 2, 3, 1)
         # TensorRT knows uint8 at the border of a network only: nothing may follow the cast

@@ -72,7 +72,7 @@ class ImprintSource(ReferenceSource):
         check_size(self._architecture, size)
 
     def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
-        """The four graphs, the largest first."""
+        """Returns the four graphs, the largest first."""
         examples = {**EXAMPLES, **SCENE_EXAMPLES}
         return [
             GraphExport(spec, partial(self._load, name), examples)
@@ -80,7 +80,8 @@ class ImprintSource(ReferenceSource):
         ]
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
-        """The noise schedule, and the tokens (1, T, D) that stand for no reference, which are weights."""
+        """Returns the noise schedule, and the tokens (1, T, D) that stand for no reference, which are
+        weights."""
         tokens = self._checkpoint.unconditional_tokens.float().contiguous().numpy()
         return {"unconditional_tokens": tokens, "alphas_cumprod": self._schedule()}
 
@@ -89,7 +90,7 @@ class ImprintSource(ReferenceSource):
 
 
 def graph_specs(architecture: ImprintArchitecture, size: Size, references: int = 1) -> dict[str, GraphSpec]:
-    """Graph -> its signature.
+    """Returns graph -> its signature.
 
     Args:
         architecture: sizes of the network.

@@ -53,7 +53,8 @@ class ReferenceSource:
 
     @classmethod
     def without_weights(cls: type[_Source], architecture: Architecture, dtype: torch.dtype) -> _Source:
-        """A network of any size whose weights are zeros that take no memory, to export skeletons from."""
+        """Returns a network of any size whose weights are zeros that take no memory, to export skeletons
+        from."""
         with torch.device("meta"):
             shapes = network_of(architecture).official_shapes()
         zero = torch.zeros((), dtype=dtype)
@@ -66,16 +67,16 @@ class ReferenceSource:
         return self._checkpoint.describe()
 
     def record(self) -> dict[str, Any]:
-        """File name and sha256 of the checkpoint."""
+        """Returns file name and sha256 of the checkpoint."""
         return checkpoint_record(self.path, weight_files(self.path))
 
     def _schedule(self) -> NDArray[np.float32]:
-        """The noise schedule (1000,) that the checkpoint was trained with."""
+        """Returns the noise schedule (1000,) that the checkpoint was trained with."""
         stored = self._checkpoint.alphas_cumprod
         return alphas_cumprod() if stored is None else stored.float().numpy()
 
     def _part(self, part: str, dtype: torch.dtype) -> ReferenceNetwork:
-        """The network with one part, ready for export."""
+        """Returns the network with one part, ready for export."""
         network = self._checkpoint.load_part(part, dtype)
         if dtype != torch.float32:
             keep_float32_layers(network)
@@ -83,7 +84,7 @@ class ReferenceSource:
 
 
 def id_encoder_spec(architecture: Architecture) -> GraphSpec:
-    """The signature of the ID encoder."""
+    """Returns the signature of the ID encoder."""
     return GraphSpec(
         ID_ENCODER,
         "condition",
@@ -108,5 +109,5 @@ class IDEncoderGraph(nn.Module):
         self.dtype = encoder.projector.weight.dtype
 
     def forward(self, reference: Tensor) -> Tensor:
-        """(N, 3, 224, 224) in 0..1 -> (N, T, D)."""
+        """Returns (N, 3, 224, 224) in 0..1 -> (N, T, D)."""
         return self.model.encode_reference(reference.to(self.dtype)).float()

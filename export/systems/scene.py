@@ -57,7 +57,7 @@ _NUMBERS = (
 
 
 def blended_step_spec(architecture: SceneArchitecture, size: Size, tokens: TensorSpec) -> GraphSpec:
-    """The signature of the step graph.
+    """Returns the signature of the step graph.
 
     Args:
         architecture: sizes of the network.
@@ -81,7 +81,8 @@ def blended_step_spec(architecture: SceneArchitecture, size: Size, tokens: Tenso
 
 
 def blended(drawn: Tensor, kept: Tensor, blend: Tensor) -> Tensor:
-    """What is drawn where `blend` is 1, what is kept where it is 0, exactly, and a mixture between."""
+    """Returns what is drawn where `blend` is 1, what is kept where it is 0, exactly, and a mixture
+    between."""
     return blend * drawn + (1 - blend) * kept
 
 

@@ -125,7 +125,8 @@ class StableDiffusionSource:
     def without_weights(
         cls, architecture: StableDiffusionArchitecture, dtype: torch.dtype
     ) -> StableDiffusionSource:
-        """A network of any size whose weights are zeros that take no memory, to export skeletons from."""
+        """Returns a network of any size whose weights are zeros that take no memory, to export skeletons
+        from."""
         zero = torch.zeros((), dtype=dtype)
         parts = {
             part: {name: zero.expand(shape) for name, shape in module_shapes(part, architecture).items()}
@@ -141,7 +142,7 @@ class StableDiffusionSource:
         return self._checkpoint.describe()
 
     def record(self) -> dict[str, Any]:
-        """Name and sha256 of the checkpoint and of the LoRA files in it."""
+        """Returns name and sha256 of the checkpoint and of the LoRA files in it."""
         loras = [
             {"file": path.name, "sha256": sha256(path), "scale": scale}
             for path, scale in self._checkpoint.loras
@@ -158,12 +159,12 @@ class StableDiffusionSource:
         check_size(self._checkpoint.architecture, size)
 
     def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
-        """The four graphs, the largest first."""
+        """Returns the four graphs, the largest first."""
         specs = graph_specs(self._checkpoint.architecture, size)
         return [GraphExport(spec, partial(self._load, name), EXAMPLES) for name, spec in specs.items()]
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
-        """The noise schedule, and the tokens (1, 77, D) of the empty prompt."""
+        """Returns the noise schedule, and the tokens (1, 77, D) of the empty prompt."""
         ids = np.array([self.tokenizer.open().encode("")], np.int32)
         tokens = engine.to_host(engine.run(TEXT_ENCODER, {"ids": ids})["tokens"])
         return {"unconditional_tokens": tokens, "alphas_cumprod": alphas_cumprod()}
@@ -201,7 +202,7 @@ def with_tokenizer(
 
 
 def graph_specs(architecture: StableDiffusionArchitecture, size: Size) -> dict[str, GraphSpec]:
-    """Graph -> its signature.
+    """Returns graph -> its signature.
 
     Args:
         architecture: sizes of the network.
@@ -231,7 +232,7 @@ class TextEncoderGraph(nn.Module):
         without_masks(model.text_encoder)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(N, 77) -> (N, 77, D)."""
+        """Maps (N, 77) to (N, 77, D)."""
         return self.model.encode_prompt(ids).float()
 
 

@@ -62,7 +62,7 @@ class ExportSource(Protocol):
         """What it reads prompts with; None if it takes none."""
 
     def record(self) -> dict[str, Any]:
-        """What the bundle is made from, for the manifest: see `checkpoint_record`."""
+        """Returns the record of the checkpoint for the manifest: see `checkpoint_record`."""
 
     def check_size(self, size: Size) -> None:
         """Refuses a picture size that the network cannot make.
@@ -72,10 +72,11 @@ class ExportSource(Protocol):
         """
 
     def graphs(self, size: Size, precision: str) -> Sequence[GraphExport]:
-        """The graphs, in the order in which they are built. Loads nothing yet: one is in memory at a time."""
+        """Returns the graphs, in the order in which they are built. Loads nothing yet: one is in memory at a
+        time."""
 
     def constants(self, engine: Engine) -> dict[str, NDArray[np.float32]]:
-        """Name -> array: what belongs into constants.npz, `alphas_cumprod` (1000,) among it.
+        """Returns name -> array: what belongs into constants.npz, `alphas_cumprod` (1000,) among it.
 
         Args:
             engine: runs the built graphs.
@@ -83,7 +84,8 @@ class ExportSource(Protocol):
 
 
 def checkpoint_record(path: Path, files: Sequence[Path] = ()) -> dict[str, Any]:
-    """Name and sha256 of a checkpoint. That of a folder is the hash of what sha256sum prints for its files.
+    """Returns name and sha256 of a checkpoint. That of a folder is the hash of what sha256sum prints for its
+    files.
 
     Args:
         path: the file, the folder, or the index of a file in shards.

@@ -174,7 +174,7 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def parse_mask_level(text: str) -> MaskLevel:
-    """A level by its name or its number.
+    """Returns a level by its name or its number.
 
     Raises:
         argparse.ArgumentTypeError: there is no such level.

@@ -95,7 +95,8 @@ def _print_packages() -> None:
 
 
 def backend_versions(backend: Backend) -> str:
-    """The versions of a backend's library that are installed, "found" for one without a version, else "-".
+    """Returns the versions of a backend's library that are installed, "found" for one without a version, else
+    "-".
 
     Several distributions may bring the same package: one for processors, another for cards.
     """

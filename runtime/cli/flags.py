@@ -127,7 +127,7 @@ def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _flag(field: Field[Any], hint: Any) -> dict[str, Any]:
-    """The arguments of `add_argument` for a field."""
+    """Returns the arguments of `add_argument` for a field."""
     flag: dict[str, Any] = dict(field.metadata)
     default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
     if default not in ("", None, False, True):
@@ -145,7 +145,7 @@ def _flag(field: Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _without_none(hint: Any) -> Any:
-    """The type of a field that may be None."""
+    """Returns the type of a field that may be None."""
     if get_origin(hint) in (Union, types.UnionType):
         return next(kind for kind in get_args(hint) if kind is not type(None))
     return hint

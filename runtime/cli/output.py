@@ -44,7 +44,7 @@ def check_output(output: Path, scene: Path | bytes | None, num_images: int, grid
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
-    """The files for so many pictures: NAME.png, or NAME-1.png, NAME-2.png and so on."""
+    """Returns the files for so many pictures: NAME.png, or NAME-1.png, NAME-2.png and so on."""
     if count == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i + 1}{output.suffix}") for i in range(count)]
@@ -73,7 +73,7 @@ def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None
 
 
 def _size_of(picture: Path | bytes) -> tuple[int, int] | None:
-    """(width, height) in pixels, from the head of a file; None if it cannot be read, which is refused
+    """Returns (width, height) in pixels, from the head of a file; None if it cannot be read, which is refused
     later."""
     try:
         with warnings.catch_warnings():

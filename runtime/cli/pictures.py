@@ -134,7 +134,7 @@ def parse_interval(text: str) -> tuple[int, int]:
 
 
 def common_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a request that the flags say: seed, sampling, number of pictures, noise.
+    """Returns the arguments of a request that the flags say: seed, sampling, number of pictures, noise.
 
     Raises:
         InputError: the noise cannot be read.

@@ -15,7 +15,7 @@ STREAM = Path("-")
 
 
 def read_standard_input(*groups: Sequence[Any]) -> list[list[Any]]:
-    """The same lists of arguments, with the bytes of standard input in place of `-`.
+    """Returns the same lists of arguments, with the bytes of standard input in place of `-`.
 
     Raises:
         InputError: several of them are `-`, or nothing comes.

@@ -73,7 +73,7 @@ def ddim_schedule(
     eta: float = 0.0,
     timesteps: Sequence[int] | None = None,
 ) -> Schedule:
-    """The schedule of a sampling run.
+    """Returns the schedule of a sampling run.
 
     Args:
         alphas_cumprod: (1000,) fraction of signal variance left, from the bundle.
@@ -100,7 +100,7 @@ def ddim_schedule(
 
 
 def exact_timesteps(timesteps: Sequence[int], train_timesteps: int = 1000) -> NDArray[np.int64]:
-    """Timesteps that a caller chose.
+    """Returns timesteps that a caller chose.
 
     Raises:
         InputError: they do not rise strictly, or there are no such timesteps.
@@ -116,6 +116,7 @@ def exact_timesteps(timesteps: Sequence[int], train_timesteps: int = 1000) -> ND
 def predicted_clean_latent(
     latent: NDArray[np.float32], epsilon: NDArray[np.float32], alpha: float
 ) -> NDArray[np.float32]:
-    """The latent without its noise as far as the step could tell (DDIM's predicted x0), for previews."""
+    """Returns the latent without its noise as far as the step could tell (DDIM's predicted x0), for
+    previews."""
     clean: NDArray[np.float32] = (latent - np.sqrt(1 - alpha) * epsilon) / np.sqrt(alpha)
     return clean.astype(np.float32)

@@ -11,7 +11,7 @@ BETA_END = 0.0120
 
 
 def betas() -> NDArray[np.float64]:
-    """The noise variance that each of the 1000 timesteps adds, (1000,).
+    """Returns the noise variance that each of the 1000 timesteps adds, (1000,).
 
     Linear in the square root, which the original calls "linear". Source: make_beta_schedule in
     ldm/modules/diffusionmodules/util.py.
@@ -20,7 +20,7 @@ def betas() -> NDArray[np.float64]:
 
 
 def alphas_cumprod() -> NDArray[np.float32]:
-    """The fraction of signal variance left at each of the 1000 timesteps (DDPM's alpha bar), (1000,).
+    """Returns the fraction of signal variance left at each of the 1000 timesteps (DDPM's alpha bar), (1000,).
 
     Computed in float64 and kept in float32, as in the original.
     """

@@ -38,7 +38,7 @@ def dpm_solver_2m_schedule(
     eta: float = 0.0,
     timesteps: Sequence[int] | None = None,
 ) -> Schedule:
-    """The schedule of a run with the second-order solver; the arguments are those of `ddim_schedule`.
+    """Returns the schedule of a run with the second-order solver; the arguments are those of `ddim_schedule`.
 
     It adds no noise, whatever `eta` is: requests with another one are refused in `runtime.validation`.
     """
@@ -65,7 +65,7 @@ its own."""
 
 
 def trailing_timesteps(steps: int, train_timesteps: int = 1000) -> NDArray[np.int64]:
-    """The last timestep of each of `steps` equal parts of the schedule, in rising order.
+    """Returns the last timestep of each of `steps` equal parts of the schedule, in rising order.
 
     The first step then starts where the latent is noise. DDIM's usual timesteps are the first ones of each
     part: 1 to 925 for 12 steps, where a trained network expects to see some of the picture already. Source:
@@ -75,7 +75,7 @@ def trailing_timesteps(steps: int, train_timesteps: int = 1000) -> NDArray[np.in
 
 
 def dpm_solver_2m_coefficients(alphas: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What the steps of dpm_solver_2m multiply latent, epsilon and the epsilon before with.
+    """Returns what the steps of dpm_solver_2m multiply latent, epsilon and the epsilon before with.
 
     Args:
         alphas: (S + 1,) fraction of signal variance before the first step and after each.

@@ -18,7 +18,7 @@ _UNGUIDED = 1.0
 
 
 def fills_holes(compositor: Compositor) -> bool:
-    """Whether a model fills holes: it sees the scene, and needs no object."""
+    """Returns whether a model fills holes: it sees the scene, and needs no object."""
     abilities = compositor.system.abilities
     sees_scene = bool(compositor.bundle.manifest.architecture.get("scene_channels", 0))
     return sees_scene and (abilities.condition == "text" or abilities.fills)
@@ -67,7 +67,7 @@ def fill_request(plan: Plan, filler: Compositor) -> Request:
 
 
 def _asked(fill: Fill, filler: Compositor) -> tuple[Placement, Sampling]:
-    """What goes into a hole, and how it is sampled."""
+    """Returns the content of a hole and its sampling parameters."""
     placement = Placement(mode="keep_background", keep_specks=True)
     abilities = filler.system.abilities
     if abilities.condition == "text":

@@ -196,7 +196,8 @@ def _check_different(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> None:
 
 
 def _instead(own: Box, place: Box) -> Box:
-    """Where an object goes in another's place: that one's centre and height, and its own proportions."""
+    """Returns where an object goes in another's place: that one's centre and height, and its own
+    proportions."""
     width = max(1, round(place.height * own.width / own.height))
     x0 = (place.x0 + place.x1 - width) // 2
     return Box(x0, place.y0, x0 + width, place.y1)

@@ -45,25 +45,25 @@ class Box(NamedTuple):
         return slice(self.y0, self.y1), slice(self.x0, self.x1)
 
     def clip(self, size: tuple[int, int]) -> Box:
-        """The part inside a picture of `size` (width, height)."""
+        """Returns the part inside a picture of `size` (width, height)."""
         return self.intersection(Box(0, 0, *size))
 
     def intersection(self, other: Box) -> Box:
-        """The pixels that lie in both; empty where there are none."""
+        """Returns the pixels that lie in both; empty where there are none."""
         low = max(self.x0, other.x0), max(self.y0, other.y0)
         return Box(*low, min(self.x1, other.x1), min(self.y1, other.y1))
 
     def union(self, other: Box) -> Box:
-        """The smallest box around both."""
+        """Returns the smallest box around both."""
         low = min(self.x0, other.x0), min(self.y0, other.y0)
         return Box(*low, max(self.x1, other.x1), max(self.y1, other.y1))
 
     def shift(self, x: int, y: int) -> Box:
-        """The same box moved x columns to the right and y rows down."""
+        """Returns the same box moved x columns to the right and y rows down."""
         return Box(self.x0 + x, self.y0 + y, self.x1 + x, self.y1 + y)
 
     def shrink(self, margin: int) -> Box:
-        """The box without `margin` pixels at each side."""
+        """Returns the box without `margin` pixels at each side."""
         return Box(self.x0 + margin, self.y0 + margin, self.x1 - margin, self.y1 - margin)
 
 
@@ -95,7 +95,7 @@ def mask_extent(mask: NDArray[Any]) -> Box:
 
 
 def smallest_box(mask: NDArray[np.bool_]) -> Box:
-    """The smallest box around all pixels of a mask (H, W) that is not empty."""
+    """Returns the smallest box around all pixels of a mask (H, W) that is not empty."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 

@@ -36,7 +36,8 @@ def make_hint(
     mode: Mode,
     resolution: int = 512,
 ) -> Hint:
-    """The whole way from a scene and a place in it to the hint. Source: `process_pairs` of both scripts.
+    """Returns the whole way from a scene and a place in it to the hint. Source: `process_pairs` of both
+    scripts.
 
     scene: (H, W, 3) uint8 RGB. target: see `zoom_in`.
     """
@@ -53,7 +54,7 @@ def hint_at(
     mode: Mode,
     resolution: int = 512,
 ) -> Hint:
-    """The hint of a crop that is chosen.
+    """Returns the hint of a crop that is chosen.
 
     scene: (H, W, 3) uint8 RGB; what is outside the crop does not matter. mask: see `shape_mask`.
     """
@@ -61,7 +62,7 @@ def hint_at(
 
 
 def shape_mask(target: NDArray[Any] | Box, geometry: Geometry, mode: Mode) -> NDArray[np.uint8]:
-    """The mask of the shape to fill, (crop height, crop width) uint8, 0 or 1."""
+    """Returns the mask of the shape to fill, (crop height, crop width) uint8, 0 or 1."""
     crop, filled = geometry.crop, geometry.box
     if mode.shape_control:
         if not isinstance(target, Box):
@@ -80,7 +81,8 @@ def collage(
     mode: Mode,
     resolution: int = 512,
 ) -> NDArray[np.float32]:
-    """The hint: the crop whose target box is covered by the stretched high-frequency map, and the mask.
+    """Returns the hint: the crop whose target box is covered by the stretched high-frequency map, and the
+    mask.
 
     The map's black parts cover the scene too. Padding is -1 in the RGB channels.
 
@@ -102,7 +104,8 @@ def collage(
 
 
 def crop_scene(scene: NDArray[np.uint8], geometry: Geometry, resolution: int = 512) -> NDArray[np.float32]:
-    """The zoomed-in scene without the collage, as the VAE encoder takes it: (3, R, R) float32, -1..1."""
+    """Returns the zoomed-in scene without the collage, as the VAE encoder takes it: (3, R, R) float32,
+    -1..1."""
     return _to_network(scene[geometry.crop.slices], geometry.padding, resolution)
 
 

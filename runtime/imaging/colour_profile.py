@@ -23,7 +23,7 @@ class ProfileError(ValueError):
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The image in sRGB, of mode RGB; itself if sRGB is its profile.
+    """Returns the image in sRGB, of mode RGB; itself if sRGB is its profile.
 
     Args:
         image: of mode RGB, L, CMYK or LAB.
@@ -42,7 +42,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def from_srgb(pixels: NDArray[np.uint8], profile: bytes) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of sRGB in the colours of an RGB profile.
+    """Returns pixels (H, W, 3) of sRGB in the colours of an RGB profile.
 
     Raises:
         ProfileError: the profile cannot be used in this direction.

@@ -91,12 +91,12 @@ def decode(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Deco
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """The image upright, of one that is stored in an EXIF orientation."""
+    """Returns the image upright, of one that is stored in an EXIF orientation."""
     return image if orientation == UPRIGHT else image.transpose(_TURNS[orientation])
 
 
 def _loaded(image: Image.Image, where: str) -> Image.Image:
-    """A caller's own image, which may not be loaded yet."""
+    """Returns a caller's own image, which may not be loaded yet."""
     try:
         image.load()
     except Exception as error:
@@ -153,7 +153,7 @@ def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
 
 
 def _mended(content: bytes, where: str, max_pixels: int) -> Image.Image | None:
-    """The picture of a file that Pillow refuses, if all of it is there."""
+    """Returns the picture of a file that Pillow refuses, if all of it is there."""
     try:
         if content.startswith(PNG_SIGNATURE):
             lean, profile = without_text(content)
@@ -178,7 +178,7 @@ def _mended(content: bytes, where: str, max_pixels: int) -> Image.Image | None:
 
 
 def _with_all_bits(image: Image.Image, content: bytes, where: str) -> Image.Image:
-    """The image with a range found by rule, if its colours have 16 bits and fill far fewer.
+    """Returns the image with a range found by rule, if its colours have 16 bits and fill far fewer.
 
     Of such colours Pillow keeps the high bytes. Read in the other byte order, it keeps the low ones.
     """
@@ -199,7 +199,7 @@ def _with_all_bits(image: Image.Image, content: bytes, where: str) -> Image.Imag
 
 
 def _in_other_order(tile: Any) -> Any:
-    """A tile of 16-bit colours that is read in the other byte order; None if it is another."""
+    """Returns a tile of 16-bit colours that is read in the other byte order; None if it is another."""
     mode = tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]
     if not isinstance(mode, str) or ";16" not in mode:
         return None

@@ -42,7 +42,7 @@ def check_cost(image: Image.Image, content: bytes, where: str) -> None:
 
 
 def count_scans(content: bytes) -> int:
-    """The scans of a JPEG file, at most one more than `MAX_SCANS`. Source: ITU-T T.81, annex B."""
+    """Returns the scans of a JPEG file, at most one more than `MAX_SCANS`. Source: ITU-T T.81, annex B."""
     scans, place = 0, 0
     while scans <= MAX_SCANS and (found := _MARKER.search(content, place)):
         marker = content[found.end() - 1]

@@ -47,7 +47,7 @@ _MARKUP = {b"<svg": "SVG", b"<!doctype html": "a web page (HTML)", b"<html": "a 
 
 
 def name_of_format(content: bytes) -> str:
-    """What the first bytes of a file say it is, like "HEIC"; empty if they say nothing."""
+    """Returns the format that the first bytes of a file indicate, like "HEIC"; empty if unknown."""
     for name, signatures in _SIGNATURES.items():
         if any(content.startswith(signature, offset) for offset, signature in signatures):
             return name

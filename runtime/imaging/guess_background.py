@@ -55,7 +55,8 @@ def guess_background(scene: NDArray[np.uint8], hole: Box | NDArray[np.bool_]) ->
 
 
 def _nearest(mask: NDArray[np.bool_], axis: int, backwards: bool) -> NDArray[np.int32]:
-    """Index along an axis of the last pixel outside a mask, from one end; out of range if there is none."""
+    """Returns index along an axis of the last pixel outside a mask, from one end; out of range if there is
+    none."""
     length = mask.shape[axis]
     along = np.arange(length, dtype=np.int32).reshape((-1, 1) if axis == 0 else (1, -1))
     found = np.where(mask, np.int32(length if backwards else -1), along)

@@ -31,8 +31,8 @@ def high_frequency_map(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDA
 
 
 def _edge_strength(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Mean of the horizontal and the vertical 3x3 Sobel response, each saturated to 0..255, of that colour
-    of each pixel (H, W) which has the strongest."""
+    """Returns mean of the horizontal and the vertical 3x3 Sobel response, each saturated to 0..255, of that
+    colour of each pixel (H, W) which has the strongest."""
     planes = np.ascontiguousarray(image.transpose(2, 0, 1), np.int16)
     padded = np.pad(planes, ((0, 0), (1, 1), (1, 1)), mode="reflect")
     rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]

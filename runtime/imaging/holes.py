@@ -19,18 +19,18 @@ _ROOM = 0.03
 
 
 def room_around(mask: NDArray[np.bool_]) -> int:
-    """Pixels by which a hole is larger than its object, (H, W), at each side."""
+    """Returns pixels by which a hole is larger than its object, (H, W), at each side."""
     box = smallest_box(mask)
     return max(_LEAST_ROOM, round(_ROOM * max(box.width, box.height)))
 
 
 def grow(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
-    """A mask (H, W) and what is at most so many rows and columns away from it."""
+    """Returns a mask (H, W) and what is at most so many rows and columns away from it."""
     return _window_sums(mask, pixels) > 0
 
 
 def hole_of(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The hole of an object, (H, W).
+    """Returns the hole of an object, (H, W).
 
     Raises:
         InputError: it is the whole picture.
@@ -44,7 +44,8 @@ def hole_of(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def fade(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """How much of what fills the hole of an object is seen, (H, W): 1 at the object, 0 outside the hole."""
+    """Returns how much of what fills the hole of an object is seen, (H, W): 1 at the object, 0 outside the
+    hole."""
     room = room_around(mask)
     blur = room // 2
     sums = _window_sums(grow(mask, room - blur), blur)
@@ -54,7 +55,7 @@ def fade(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
 def filled(
     picture: Picture, seen: NDArray[np.uint8], drawn: NDArray[np.uint8], share: NDArray[np.float32]
 ) -> Picture:
-    """A scene with its hole filled. Outside of it every pixel stays as it is.
+    """Returns a scene with its hole filled. Outside of it every pixel stays as it is.
 
     Args:
         picture: the scene, upright.
@@ -78,7 +79,7 @@ def filled(
 
 
 def _window_sums(mask: NDArray[np.bool_], radius: int) -> NDArray[np.int32]:
-    """How many pixels of a mask are in the square around each pixel."""
+    """Returns how many pixels of a mask are in the square around each pixel."""
     sums = mask.astype(np.int32)
     for axis in (0, 1):
         length = mask.shape[axis]

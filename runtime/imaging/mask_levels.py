@@ -31,7 +31,7 @@ _REACH = 3
 
 
 def check_mask_level(level: object) -> MaskLevel:
-    """The name of a level that is given by its name or its number, 0 (exact) to 3 (box).
+    """Returns the name of a level that is given by its name or its number, 0 (exact) to 3 (box).
 
     Raises:
         InputError: there is no such level.
@@ -66,7 +66,7 @@ def coarsen_mask(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float =
 
 
 def _blurred(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float) -> NDArray[np.bool_]:
-    """The part of a blurred mask that lies in the box."""
+    """Returns the part of a blurred mask that lies in the box."""
     width, share = _BLURS[level]
     object_box = bounding_box(mask)
     sigma = width * spread * max(object_box.width, object_box.height)

@@ -51,7 +51,7 @@ class MaskedScene:
         return self.mask[None, :: height // h, :: width // w].astype(np.float32)
 
     def in_scene(self, scene: NDArray[np.uint8]) -> MaskedScene:
-        """The same place in another scene of the same size."""
+        """Returns the same place in another scene of the same size."""
         return replace(self, picture=_to_network(scene, self.geometry, self.mask.shape))
 
 
@@ -64,7 +64,7 @@ def mask_scene(
     latent_size: tuple[int, int],
     level: MaskLevel = "exact",
 ) -> MaskedScene:
-    """The whole way from a scene and a place in it to what the networks get.
+    """Returns the whole way from a scene and a place in it to what the networks get.
 
     Args:
         scene: (H, W, 3) RGB.
@@ -99,7 +99,7 @@ def mask_scene(
 
 
 def feathered_box(box: Box, geometry: Geometry, picture_size: tuple[int, int]) -> NDArray[np.float32]:
-    """How much of the networks' picture is pasted around a box, (H, W) in 0..1; see `feather`.
+    """Returns how much of the networks' picture is pasted around a box, (H, W) in 0..1; see `feather`.
 
     Args:
         box: in scene coordinates; what lies outside of the crop does not count.
@@ -111,7 +111,7 @@ def feathered_box(box: Box, geometry: Geometry, picture_size: tuple[int, int]) -
 
 
 def feather(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """How much of the networks' picture is pasted around what they drew, (H, W) in 0..1.
+    """Returns how much of the networks' picture is pasted around what they drew, (H, W) in 0..1.
 
     1 in the mask and up to 8 pixels of 512 beyond, then falls to 0 over as many; distances are the longer one
     of both axes.
@@ -129,7 +129,7 @@ def feather(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 
 def _blend(mask: NDArray[np.bool_], mode: str, latent_size: tuple[int, int]) -> NDArray[np.float32]:
-    """Share of the drawn latent, (h, w): 1 in every cell of which something is drawn."""
+    """Returns share of the drawn latent, (h, w): 1 in every cell of which something is drawn."""
     if mode == "crop":
         return np.ones(latent_size, np.float32)
     (height, width), (h, w) = mask.shape, latent_size
@@ -152,14 +152,14 @@ def _windows(values: NDArray[np.float32], radius: int, axis: int) -> NDArray[np.
 
 
 def _in_crop(box: Box, crop: Box) -> NDArray[np.bool_]:
-    """A crop's mask of a box inside of it."""
+    """Returns a crop's mask of a box inside of it."""
     inside = np.zeros((crop.height, crop.width), np.bool_)
     inside[box_in_box(box, crop).slices] = True
     return inside
 
 
 def _bounds(mask: NDArray[np.bool_]) -> Box:
-    """The smallest box around a mask that is not empty."""
+    """Returns the smallest box around a mask that is not empty."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
@@ -167,8 +167,8 @@ def _bounds(mask: NDArray[np.bool_]) -> Box:
 def _shrink(
     inside: NDArray[np.bool_], padding: Padding, size: tuple[int, int], fill: bool
 ) -> NDArray[np.bool_]:
-    """A crop's mask, padded, at the size (height, width): the nearest neighbour; where several pixels become
-    one, any of them."""
+    """Returns a crop's mask, padded, at the size (height, width): the nearest neighbour; where several pixels
+    become one, any of them."""
     left, top, right, bottom = padding
     result = np.pad(inside, ((top, bottom), (left, right)), constant_values=fill)
     for axis in (0, 1):
@@ -178,7 +178,7 @@ def _shrink(
 
 
 def _to_network(scene: NDArray[np.uint8], geometry: Geometry, size: tuple[int, int]) -> NDArray[np.float32]:
-    """The crop of a scene, (3, height, width) RGB -1..1, with padding of 0."""
+    """Returns the crop of a scene, (3, height, width) RGB -1..1, with padding of 0."""
     crop, padding = geometry.crop, geometry.padding
     pixels = resize_linear(scene[crop.slices], size[::-1], padding, fill=_GREY).astype(np.float32)
     pixels /= 127.5

@@ -39,7 +39,7 @@ class MaskedPicture:
 def load_mask(
     source: PictureLike, name: str, max_pixels: int = MAX_PIXELS, of: MaskedPicture | None = None
 ) -> NDArray[np.bool_]:
-    """A mask (H, W), read by the first of these rules that applies.
+    """Returns a mask (H, W), read by the first of these rules that applies.
 
     1. Transparency with pixels on both sides of 128: what is more opaque than that.
     2. No value above 1, but 1 itself, in no lossy format: what is not 0.
@@ -96,7 +96,8 @@ def check_area(inside: NDArray[np.bool_], name: str, rule: str, least: int = SMA
 
 
 def _turned_like(decoded: Decoded, of: MaskedPicture, name: str) -> Decoded:
-    """The mask of a turned picture: turned, if its size says that it lies as the picture was stored."""
+    """Returns the mask of a turned picture: turned, if its size says that it lies as the picture was
+    stored."""
     if of.orientation == UPRIGHT or decoded.orientation != UPRIGHT:
         return decoded
     height, width = of.shape[:2]
@@ -112,7 +113,7 @@ def _turned_like(decoded: Decoded, of: MaskedPicture, name: str) -> Decoded:
 
 
 def _inside(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
-    """What is inside a mask, and by which rule."""
+    """Reads the inside of a mask; returns it with the rule that was used."""
     image = decoded.image
     if not has_transparency(image):
         return _from_colours(decoded)
@@ -137,22 +138,22 @@ def _transparent(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
 
 
 def has_transparency(image: Image.Image) -> bool:
-    """Whether an image has an alpha channel, a transparent palette entry or a transparent colour."""
+    """Returns whether an image has an alpha channel, a transparent palette entry or a transparent colour."""
     return "A" in image.getbands() or "transparency" in image.info
 
 
 def opacity(image: Image.Image) -> NDArray[np.uint8]:
-    """(H, W), 0 to 255."""
+    """Returns (H, W), 0 to 255."""
     return np.asarray(image.convert("RGBA").getchannel("A"))
 
 
 def mask_from_alpha(alpha: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """The mask of a picture's opaque part, as the original takes it: more than 128."""
+    """Returns the mask of a picture's opaque part, as the original takes it: more than 128."""
     return alpha > MASK_THRESHOLD
 
 
 def values_of(values: NDArray[np.uint8]) -> str:
-    """The values of a mask, as a clause of a refusal."""
+    """Returns the values of a mask, as a clause of a refusal."""
     found = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256)).tolist()
     if len(found) > _MOST_NAMED:
         return f"its {len(found)} values go from {found[0]} to {found[-1]}"
@@ -187,7 +188,7 @@ def _from_colours(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
 
 
 def _from_labels(labels: NDArray[np.uint8] | NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Everything but the most frequent value of the border."""
+    """Returns all pixels except those with the most frequent value of the border."""
     border = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
     values, counts = np.unique(border, return_counts=True)
     inside: NDArray[np.bool_] = labels != values[counts.argmax()]

@@ -25,7 +25,7 @@ _COEFFICIENTS = 64
 
 
 def without_text(png: bytes) -> tuple[bytes, bytes | None]:
-    """A PNG without its texts and its colour profile, and that profile, if it is not too long.
+    """Returns a PNG without its texts and its colour profile, and that profile, if it is not too long.
 
     Pillow refuses a PNG with a text or a profile of more than a megabyte.
     """
@@ -40,7 +40,7 @@ def without_text(png: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes, memoryview]]:
-    """(kind, content, whole chunk) of a PNG, up to where it is cut; the content of a profile alone."""
+    """Yields (kind, content, whole chunk) of a PNG, up to where it is cut; the content of a profile alone."""
     view, at = memoryview(png), len(PNG_SIGNATURE)
     while at + 8 <= len(png):
         length, kind = struct.unpack_from(">I4s", png, at)
@@ -60,7 +60,7 @@ def _inflated(content: bytes) -> bytes | None:
 
 
 def jpegs_with_end(jpeg: bytes) -> tuple[bytes, bytes] | None:
-    """Two JPEGs of one that lacks its end: with the end, and with more picture before the end.
+    """Returns two JPEGs of one that lacks its end: with the end, and with more picture before the end.
 
     Decoded, they are the same picture if all rows are there: what is too much is skipped. Where rows are
     missing, it fills them.
@@ -75,7 +75,7 @@ def jpegs_with_end(jpeg: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _has_all_scans(jpeg: bytes) -> bool:
-    """Whether the scans of a JPEG bring every coefficient of every component to its last bit."""
+    """Returns whether the scans of a JPEG bring every coefficient of every component to its last bit."""
     components: set[int] = set()
     complete: set[tuple[int, int]] = set()
     for marker, content in _segments(jpeg):
@@ -90,7 +90,7 @@ def _has_all_scans(jpeg: bytes) -> bool:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, content) of the segments of a JPEG; the compressed data between them is skipped."""
+    """Yields (marker, content) of the segments of a JPEG; the compressed data between them is skipped."""
     at = len(JPEG_START)
     while (at := jpeg.find(b"\xff", at)) >= 0 and at + 4 <= len(jpeg):
         marker = jpeg[at + 1]

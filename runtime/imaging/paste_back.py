@@ -53,7 +53,7 @@ def check_edge(name: object) -> str:
 
 
 def pasted_region(geometry: Geometry, rule: PasteRule) -> Box:
-    """The only part of the scene that may change, in scene coordinates; at least one pixel.
+    """Returns the only part of the scene that may change, in scene coordinates; at least one pixel.
 
     The crop without its margin, or what of the target box lies in that, if the rule keeps the background.
     Where the margin would leave nothing it is made smaller; the original then pastes nothing.
@@ -71,7 +71,7 @@ def paste_back(
     geometry: Geometry,
     rule: PasteRule,
 ) -> NDArray[np.uint8]:
-    """A copy of the scene with the picture at its place.
+    """Returns a copy of the scene with the picture at its place.
 
     Like the original, drops the picture's first row and truncates to uint8 instead of rounding.
     Source: `crop_back` and its callers in run_inference.py and run_gradio_demo.py.
@@ -89,7 +89,7 @@ def paste_back(
 
 
 def feathered_region(geometry: Geometry, weights: NDArray[np.float32]) -> Box:
-    """The only part of the scene that `paste_feathered` may change, in scene coordinates."""
+    """Returns the only part of the scene that `paste_feathered` may change, in scene coordinates."""
     ends = []
     for axis, (first, before) in enumerate(
         ((geometry.crop.y0, geometry.padding.top), (geometry.crop.x0, geometry.padding.left))
@@ -107,7 +107,7 @@ def paste_feathered(
     geometry: Geometry,
     weights: NDArray[np.float32],
 ) -> NDArray[np.uint8]:
-    """A copy of the scene with the picture at its place, faded into it.
+    """Returns a copy of the scene with the picture at its place, faded into it.
 
     Where the scene goes on beyond the crop, the picture fades towards the crop's edge, too.
 
@@ -128,7 +128,8 @@ def blend(
     region: Box,
     share_of: Callable[[Box], NDArray[np.float32]],
 ) -> NDArray[np.uint8]:
-    """A copy of the scene, (H, W, 3), with a share of the picture, (H, W, 3) RGB, in a region of its crop.
+    """Returns a copy of the scene, (H, W, 3), with a share of the picture, (H, W, 3) RGB, in a region of its
+    crop.
 
     Args:
         picture: see `paste_feathered`.
@@ -150,7 +151,8 @@ def blend(
 def place_share(
     weights: NDArray[np.float32], geometry: Geometry, scene_shape: tuple[int, ...], part: Box
 ) -> NDArray[np.float32]:
-    """How much of what was drawn `paste_feathered` puts into a part of the crop, (H, W) of that part, 0..1.
+    """Returns how much of what was drawn `paste_feathered` puts into a part of the crop, (H, W) of that part,
+    0..1.
 
     Args:
         weights: see `paste_feathered`.
@@ -181,6 +183,7 @@ def fading_ends(length: int, width: float, first: bool, last: bool) -> NDArray[n
 
 
 def _bands(region: Box) -> Iterator[Box]:
-    """The region in bands of rows: a large crop as float32 would take four times the scene's memory."""
+    """Yields the region in bands of rows: a large crop as float32 would take four times the scene's
+    memory."""
     for y0 in range(region.y0, region.y1, _BAND_ROWS):
         yield region._replace(y0=y0, y1=min(y0 + _BAND_ROWS, region.y1))

@@ -86,7 +86,7 @@ def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -
 
 
 def encode_picture(image: NDArray[np.uint8], file_format: str, metadata: Metadata = NO_METADATA) -> bytes:
-    """The bytes of a picture file. Where the format has no transparency, the picture is put on white.
+    """Returns the bytes of a picture file. Where the format has no transparency, the picture is put on white.
 
     Args:
         image: (H, W, 3) uint8 RGB or (H, W, 4) RGBA.
@@ -102,14 +102,14 @@ def encode_picture(image: NDArray[np.uint8], file_format: str, metadata: Metadat
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> bytes:
-    """The bytes of a PNG file, white where a mask (H, W) is set."""
+    """Returns the bytes of a PNG file, white where a mask (H, W) is set."""
     buffer = io.BytesIO()
     Image.fromarray(mask * np.uint8(255)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def on_white(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A transparent picture on `BACKGROUND`: (H, W, 3) of (H, W, 3) and its opacity (H, W)."""
+    """Returns a transparent picture on `BACKGROUND`: (H, W, 3) of (H, W, 3) and its opacity (H, W)."""
     result = Image.new("RGB", (rgb.shape[1], rgb.shape[0]), (BACKGROUND,) * 3)
     result.paste(
         Image.fromarray(np.ascontiguousarray(rgb)), mask=Image.fromarray(np.ascontiguousarray(alpha))
@@ -118,7 +118,7 @@ def on_white(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uin
 
 
 def format_of(path: Path) -> str:
-    """The format that a file name asks for.
+    """Returns the format that a file name asks for.
 
     Raises:
         InputError: none that can be written.
@@ -173,14 +173,14 @@ def save_picture(image: NDArray[np.uint8], path: str | Path, metadata: Metadata 
 
 
 def sheet_size(size: tuple[int, int], count: int, gap: int = 8) -> tuple[int, int]:
-    """(width, height) of the contact sheet of so many pictures of a size (width, height)."""
+    """Returns (width, height) of the contact sheet of so many pictures of a size (width, height)."""
     columns = _columns(count)
     rows = -(-count // columns)
     return columns * (size[0] + gap) - gap, rows * (size[1] + gap) - gap
 
 
 def contact_sheet(images: list[NDArray[np.uint8]], gap: int = 8) -> NDArray[np.uint8]:
-    """Pictures of one size, all RGB or all RGBA, in a near-square grid on white."""
+    """Returns pictures of one size, all RGB or all RGBA, in a near-square grid on white."""
     columns = _columns(len(images))
     height, width, channels = images[0].shape
     sheet_width, sheet_height = sheet_size((width, height), len(images), gap)
@@ -197,7 +197,7 @@ def _columns(count: int) -> int:
 
 
 def _in_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image | None:
-    """The image by its profile; None, with a warning, if that cannot be used."""
+    """Returns the image by its profile; None, with a warning, if that cannot be used."""
     try:
         if len(profile) > MAX_PROFILE_BYTES:
             raise ProfileError(f"it has more than {MAX_PROFILE_BYTES} bytes")
@@ -238,7 +238,7 @@ def _swap_sides(tags: dict[int, Any]) -> None:
 
 
 def _dpi(decoded: Decoded) -> tuple[float, float] | None:
-    """Pixels per inch, if the file has any that make sense."""
+    """Returns pixels per inch, if the file has any that make sense."""
     try:
         x, y = (float(value) for value in decoded.stored.info["dpi"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):

@@ -18,7 +18,7 @@ _SMALLEST = 0.01
 
 
 def cut_from_plain(rgb: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
-    """Where the objects are, (H, W); None if the background is not plain. May be empty.
+    """Finds the objects, (H, W); returns None if the background is not plain. The mask may be empty.
 
     The border is plain if its levels hardly differ. What is like it and connected to it is background. So
     holes through an object belong to it.

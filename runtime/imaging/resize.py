@@ -120,7 +120,7 @@ def _fixed_point_taps(length: int, new_length: int) -> _Taps:
 def _take(
     array: NDArray[_Scalar], index: NDArray[np.intp], axis: int, before: int, fill: float
 ) -> NDArray[_Scalar]:
-    """Rows (axis 0) or columns (axis 1) of the array as padded by `before` and enough behind."""
+    """Returns rows (axis 0) or columns (axis 1) of the array as padded by `before` and enough behind."""
     inner = index - before
     last = array.shape[axis] - 1
     taken = np.take(array, inner.clip(0, last), axis=axis)
@@ -191,7 +191,8 @@ def _blocks(result: NDArray[Any]) -> list[slice]:
 
 
 def _halve(array: NDArray[Any], size: tuple[int, int], padding: Padding, fill: float) -> NDArray[Any]:
-    """The mean of 2x2 pixels: what OpenCV computes for INTER_LINEAR when both axes are exactly halved."""
+    """Returns the mean of 2x2 pixels: what OpenCV computes for INTER_LINEAR when both axes are exactly
+    halved."""
     width, height = size
     rows = _take(array, np.arange(2 * height), 0, padding.top, fill)
     padded = _take(rows, np.arange(2 * width), 1, padding.left, fill)

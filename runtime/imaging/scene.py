@@ -50,7 +50,7 @@ def load_scene(
 
 
 def upright_mask(mask: PictureLike, scene: Picture, max_pixels: int = MAX_PIXELS) -> PictureLike:
-    """The mask of a scene, turned as the scene was, if it was made of that unturned.
+    """Returns the mask of a scene, turned as the scene was, if it was made of that unturned.
 
     Raises:
         InputError: the scene was turned, and it is no mask of it.
@@ -63,7 +63,8 @@ def upright_mask(mask: PictureLike, scene: Picture, max_pixels: int = MAX_PIXELS
 
 
 def with_own_pixels(image: NDArray[np.uint8], scene: Picture, regions: Sequence[Box]) -> NDArray[np.uint8]:
-    """The result as the scene is: what was drawn in the scene's colours and opaque, all else untouched.
+    """Returns the result as the scene is: what was drawn in the scene's colours and opaque, all else
+    untouched.
 
     Args:
         image: (H, W, 3) in sRGB, drawn into what the networks see of the scene.
@@ -87,7 +88,7 @@ def with_own_pixels(image: NDArray[np.uint8], scene: Picture, regions: Sequence[
 
 
 def _checked(picture: Picture) -> Picture:
-    """The picture; in sRGB if its profile leads from its own colours and not back."""
+    """Returns the picture; in sRGB if its profile leads from its own colours and not back."""
     assert picture.metadata.icc_profile
     try:
         from_srgb(picture.rgb[:1, :1], picture.metadata.icc_profile)

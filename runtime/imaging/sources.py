@@ -32,7 +32,7 @@ class Tensor(Protocol):
     """A `torch.Tensor`, on any device; torch itself is not needed."""
 
     def detach(self) -> Any:
-        """The values without their history."""
+        """Returns the values without their history."""
 
 
 PictureLike = (
@@ -53,7 +53,7 @@ PictureLike = (
 
 
 def read_source(source: PictureLike, name: str) -> bytes | Image.Image:
-    """What a source holds: the bytes of a file, still encoded, or an image.
+    """Reads a source: returns the bytes of a file, still encoded, or an image.
 
     Args:
         source: where the picture is.
@@ -84,7 +84,7 @@ def read_source(source: PictureLike, name: str) -> bytes | Image.Image:
 
 
 def described(source: PictureLike, name: str) -> str:
-    """What to call a source in an error: its name, and that of its file."""
+    """Returns the name of a source for errors: its role and its file."""
     return f"{name} '{os.fspath(source)}'" if isinstance(source, str | os.PathLike) else name
 
 
@@ -119,7 +119,7 @@ def _read_open_file(file: Any, name: str) -> bytes:
 
 
 def _array_of_tensor(tensor: Any) -> NDArray[Any]:
-    """The values of a `torch.Tensor`; NumPy has no bfloat16."""
+    """Returns the values of a `torch.Tensor`; NumPy has no bfloat16."""
     tensor = tensor.detach().cpu()
     array: NDArray[Any] = (tensor.float() if "bfloat16" in str(tensor.dtype) else tensor).numpy()
     return array

@@ -25,7 +25,7 @@ class _Piece(NamedTuple):
 
 
 def without_specks(mask: NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
-    """The mask without its specks, or the mask itself where it has none; warns of what it leaves out.
+    """Returns the mask without its specks, or the mask itself where it has none; warns of what it leaves out.
 
     A speck is a connected piece (diagonals connect) of less than 0.1 % of the largest piece's pixels, farther
     from that than half its longer side. Distances are those of the bounding boxes.
@@ -55,7 +55,8 @@ def without_specks(mask: NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
 
 
 def large_pieces(mask: NDArray[np.bool_], share: float = 1.0) -> NDArray[np.bool_]:
-    """The connected pieces of a mask (diagonals connect) that have a share of the largest one's pixels.
+    """Returns the connected pieces of a mask (diagonals connect) that have a share of the largest one's
+    pixels.
 
     A mask that is noise is returned as it is.
 
@@ -73,7 +74,8 @@ def large_pieces(mask: NDArray[np.bool_], share: float = 1.0) -> NDArray[np.bool
 
 
 def reached_from_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """What of a mask (H, W) is connected to the picture's border, by sides of pixels and not by corners."""
+    """Returns what of a mask (H, W) is connected to the picture's border, by sides of pixels and not by
+    corners."""
     rows, starts, ends = _runs(mask)
     if not 1 < len(rows) <= _MOST_RUNS:
         return mask
@@ -87,7 +89,7 @@ def reached_from_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _filled(
     shape: tuple[int, ...], rows: NDArray[np.intp], starts: NDArray[np.intp], ends: NDArray[np.intp]
 ) -> NDArray[np.bool_]:
-    """The mask of some runs."""
+    """Returns the mask of some runs."""
     edges = np.zeros((shape[0], shape[1] + 1), np.int8)
     edges[rows, starts] += 1
     edges[rows, ends] -= 1
@@ -95,7 +97,7 @@ def _filled(
 
 
 def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-    """Row, first column and column after the last of every run of set pixels, row by row."""
+    """Returns row, first column and column after the last of every run of set pixels, row by row."""
     height, width = mask.shape
     framed = np.zeros((height, width + 2), np.bool_)
     framed[:, 1:-1] = mask
@@ -108,7 +110,7 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp], 
 def _connected(
     rows: NDArray[np.intp], starts: NDArray[np.intp], ends: NDArray[np.intp], diagonals: bool = True
 ) -> NDArray[np.intp]:
-    """The piece that each run belongs to, as the number of one of its runs.
+    """Returns the piece that each run belongs to, as the number of one of its runs.
 
     Args:
         rows: of the runs; see `_runs`.

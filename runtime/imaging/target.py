@@ -52,7 +52,7 @@ def load_target(
 
 
 def whole_box(box: Sequence[float]) -> Box:
-    """A box of four whole numbers, which may be floating point, NumPy's or of a tensor.
+    """Returns a box of four whole numbers, which may be floating point, NumPy's or of a tensor.
 
     Raises:
         InputError: it is something else.
@@ -64,7 +64,7 @@ def whole_box(box: Sequence[float]) -> Box:
 
 
 def check_box(box: Sequence[float], size: tuple[int, int]) -> Box:
-    """The box, if any of it lies in a scene of `size` (width, height).
+    """Returns the box, if any of it lies in a scene of `size` (width, height).
 
     Raises:
         InputError: it is not four whole numbers, has no area, or lies outside.
@@ -82,5 +82,5 @@ def _is_whole(value: object) -> bool:
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is a whole number; True and False are not."""
+    """Returns whether a value is a whole number; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

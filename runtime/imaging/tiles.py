@@ -45,7 +45,7 @@ def tiles_of(region: Box, scene_size: tuple[int, int], side: int) -> list[Box]:
 
 
 def _starts(first: int, end: int, side: int, length: int) -> list[int]:
-    """Where the tiles of an axis begin, evenly spread over first..end - 1 of 0..length - 1."""
+    """Returns where the tiles of an axis begin, evenly spread over first..end - 1 of 0..length - 1."""
     if end - first <= side:
         middle = (first + end - side) // 2
         return [min(max(middle, 0), length - side)]
@@ -62,7 +62,7 @@ def paste_tile(
     place: Geometry,
     fade: NDArray[np.float32] | None,
 ) -> NDArray[np.uint8]:
-    """A copy of the scene with the picture of a tile in it.
+    """Returns a copy of the scene with the picture of a tile in it.
 
     Args:
         picture: (R, R, 3) RGB.

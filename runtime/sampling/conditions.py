@@ -47,7 +47,7 @@ class FixedConditions:
         return self.rows
 
     def steps_ready(self, step: int) -> int:
-        """All that are left."""
+        """Returns all that are left."""
         return self.steps - step
 
 
@@ -58,4 +58,4 @@ class Conditions(Protocol):
         """Bank -> its rows at a step, counted from 0. The tensors stay as they are when they are the same."""
 
     def steps_ready(self, step: int) -> int:
-        """How many steps from this one on have all their banks in the same tensors."""
+        """Returns how many steps from this one on have all their banks in the same tensors."""

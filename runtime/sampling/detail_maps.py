@@ -69,7 +69,7 @@ class DetailMapCache:
         self._placements: OrderedDict[bytes, dict[WindowKey, MapWindow]] = OrderedDict()
 
     def get(self, placement: bytes, key: WindowKey) -> MapWindow | None:
-        """The window, if it is kept."""
+        """Returns the window, if it is kept."""
         windows = self._placements.get(placement)
         if windows is None:
             return None
@@ -145,7 +145,7 @@ class DetailMaps:
         self._current: tuple[int, MapWindow] | None = None
 
     def at(self, step: int) -> BankRows:
-        """The maps of a step, counted from 0."""
+        """Returns the maps of a step, counted from 0."""
         index, offset = divmod(self._entry_of_step[step], self._window)
         if self._current is None or self._current[0] != index:
             # the window before is dropped first: two need not fit into memory
@@ -156,7 +156,7 @@ class DetailMaps:
         return BankRows(self._current[1].tensors, row, row + _rows(entries[offset][1]) - 1)
 
     def steps_ready(self, step: int) -> int:
-        """How many steps from this one on have their maps in the same tensors."""
+        """Returns how many steps from this one on have their maps in the same tensors."""
         window = self._entry_of_step[step] // self._window
         return sum(entry // self._window == window for entry in self._entry_of_step[step:])
 

@@ -40,7 +40,7 @@ class Pass:
 
 
 def first_pass(alphas_cumprod: NDArray[np.float32], sampling: SamplingParameters) -> Pass:
-    """The steps from noise to picture.
+    """Returns the steps from noise to picture.
 
     Args:
         alphas_cumprod: (1000,) fraction of signal variance left, from the bundle.
@@ -54,7 +54,7 @@ def first_pass(alphas_cumprod: NDArray[np.float32], sampling: SamplingParameters
 
 
 def second_pass(alphas_cumprod: NDArray[np.float32], first: Pass, timestep: int) -> Pass:
-    """The last steps of the first pass, from a timestep on.
+    """Returns the last steps of the first pass, from a timestep on.
 
     Args:
         alphas_cumprod: see `first_pass`.

@@ -40,7 +40,7 @@ class ReferenceTokens:
         self.kept = Remembered[bytes, NDArray[np.float32]](_KEPT)
 
     def of_views(self, images: Sequence[NDArray[np.uint8]], watch: Stopwatch) -> NDArray[np.float32]:
-        """Tokens (1, N T, D) of 1 to N pictures of an object; see `of`.
+        """Returns tokens (1, N T, D) of 1 to N pictures of an object; see `of`.
 
         Fewer than N are repeated. Attention over tokens that are all there equally often is attention over
         them once, but for rounding. Where N is no multiple, those that come first in the order of their
@@ -50,11 +50,12 @@ class ReferenceTokens:
         return np.concatenate([self.of(image, watch) for image in islice(cycle(ordered), self.views)], axis=1)
 
     def repeated(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Tokens (1, T, D) of what is no picture, for the step graph: (1, N T, D)."""
+        """Returns tokens (1, T, D) of what is no picture, for the step graph: (1, N T, D)."""
         return np.tile(tokens, (1, self.views, 1))
 
     def of(self, image: NDArray[np.uint8], watch: Stopwatch) -> NDArray[np.float32]:
-        """Tokens (1, T, D) of a reference (S, S, 3) RGB on white; `watch` counts the stage condition."""
+        """Returns tokens (1, T, D) of a reference (S, S, 3) RGB on white; `watch` counts the stage
+        condition."""
 
         def encode() -> NDArray[np.float32]:
             with watch.measure("condition"):

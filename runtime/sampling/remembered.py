@@ -39,7 +39,7 @@ class Remembered(Generic[Key, Value]):
         self._lock = threading.Lock()
 
     def get(self, key: Key, compute: Callable[[], Value]) -> Value:
-        """The value of a key, which is computed if it is not remembered."""
+        """Returns the value of a key, which is computed if it is not remembered."""
         owned = (OWNER.get(), key)
         with self._lock:
             value = self._values.get(owned)
@@ -65,7 +65,7 @@ class Remembered(Generic[Key, Value]):
 
 
 def digest(*of: NDArray[Any] | str) -> bytes:
-    """A key for what follows from these arrays and words alone."""
+    """Returns a key for what follows from these arrays and words alone."""
     found = hashlib.sha256()
     for each in of:
         if isinstance(each, str):

@@ -43,7 +43,8 @@ class StepOfSample:
 
 
 def step_inputs(samples: Sequence[StepOfSample], spec: GraphSpec) -> dict[str, Array]:
-    """The inputs of the step graph that change at every step: what each sample is, and which rows it needs.
+    """Returns the inputs of the step graph that change at every step: what each sample is, and which rows it
+    needs.
 
     The conditional halves come first, one row per sample; then the unconditional halves of those samples
     that have guidance. An input that is none of the sampler's own is a parameter, like `guidance_scale`.
@@ -143,11 +144,11 @@ class Sample:
         return len(list(itertools.takewhile(lambda step: step == guided[0], guided)))
 
     def keeps_epsilon(self, steps: int) -> bool:
-        """Whether the step after so many needs what the last of them predicts."""
+        """Returns whether the step after so many needs what the last of them predicts."""
         return self.schedule.multistep and self.step + steps < self.schedule.steps
 
     def noise(self, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-        """The noise of the step to come, None if it adds none; the same until that step is taken."""
+        """Returns the noise of the step to come, None if it adds none; the same until that step is taken."""
         if self._noise is None and self.sampling.eta > 0 and self.generator is not None:
             self._noise = self.generator.standard_normal(shape, dtype=np.float32)
         return self._noise
@@ -202,7 +203,7 @@ class RunningBatch:
         """Bank -> rows that came from the host, and where they are on the device."""
 
     def steps_alike(self) -> int:
-        """How many steps `step` can take at once; one if the samples are at different ones."""
+        """Returns how many steps `step` can take at once; one if the samples are at different ones."""
         first = self.samples[0]
         together = all(
             sample.conditions is first.conditions and sample.step == first.step for sample in self.samples
@@ -236,11 +237,12 @@ class RunningBatch:
                     sample.error = own_error
 
     def latents(self, samples: Sequence[Sample]) -> DeviceTensor:
-        """(N, C, h, w) latents of some samples, together on the device."""
+        """Returns (N, C, h, w) latents of some samples, together on the device."""
         return self._gather([sample.latent for sample in samples])
 
     def _gather(self, rows: Sequence[LatentRow]) -> DeviceTensor:
-        """(N, C, h, w) of rows that may lie anywhere; without a copy if they are all rows of one tensor."""
+        """Returns (N, C, h, w) of rows that may lie anywhere; without a copy if they are all rows of one
+        tensor."""
         first = rows[0]
         if [row.row for row in rows] == list(range(first.rows)) and all(
             row.tensor is first.tensor for row in rows
@@ -283,7 +285,7 @@ class RunningBatch:
             sample.advance(steps, LatentRow(outputs[NEXT_LATENT], row, len(samples)), epsilon)
 
     def _banks(self, samples: Sequence[Sample]) -> list[Mapping[str, BankRows]]:
-        """The banks of each sample; samples of one placement at one step share theirs."""
+        """Returns the banks of each sample; samples of one placement at one step share theirs."""
         by_step = {(id(sample.conditions), sample.step): sample for sample in samples}
         banks = {key: sample.conditions.banks(sample.step) for key, sample in by_step.items()}
         return [banks[id(sample.conditions), sample.step] for sample in samples]
@@ -291,7 +293,7 @@ class RunningBatch:
     def _gather_bank(
         self, bank: BankSpec, rows: Sequence[BankRows]
     ) -> tuple[Mapping[str, DeviceTensor | Array], list[int]]:
-        """A bank for one call, and the conditional row of each sample in it.
+        """Returns a bank for one call, and the conditional row of each sample in it.
 
         Rows that lie in one tensor are taken as they are, others are brought together. What comes from the
         host is sent to the device when it changes.
@@ -328,7 +330,8 @@ class RunningBatch:
         return tensors
 
     def _carry(self, samples: Sequence[Sample]) -> DeviceTensor:
-        """What a step adds beside latent and epsilon: noise, the epsilon of the step before, or nothing."""
+        """Returns what a step adds beside latent and epsilon: noise, the epsilon of the step before, or
+        nothing."""
         count = len(samples)
         if count not in self._no_carry:
             self._no_carry[count] = self._engine.to_device(np.zeros((count, *self._shape), np.float32))
@@ -342,7 +345,7 @@ class RunningBatch:
         return self._gather(rows)
 
     def _start_noise(self, samples: Sequence[Sample]) -> DeviceTensor:
-        """The first latents; the next step of the same samples finds them together."""
+        """Returns the first latents; the next step of the same samples finds them together."""
         noise = self._gather([sample.start_noise or sample.latent for sample in samples])
         for row, sample in enumerate(samples):
             sample.start_noise = LatentRow(noise, row, len(samples))
@@ -367,7 +370,7 @@ def _place(rows: BankRows) -> tuple[int, int]:
 def _step_of_sample(
     sample: Sample, here: Mapping[str, BankRows], rows: Mapping[str, int], ahead: int
 ) -> StepOfSample:
-    """The step to come, or one that is further ahead and has its banks in the same tensors.
+    """Returns the step to come, or one that is further ahead and has its banks in the same tensors.
 
     Args:
         sample: which one.

@@ -42,7 +42,7 @@ class SceneLatents:
         self.latents = Remembered[bytes, NDArray[np.float32]](_KEPT)
 
     def rows(self, scene: MaskedScene, watch: Stopwatch) -> BankRows:
-        """The row of a scene. Runs the encoder, unless it was given the same pixels before.
+        """Returns the row of a scene. Runs the encoder, unless it was given the same pixels before.
 
         Args:
             scene: what is drawn of it, and how it blends.

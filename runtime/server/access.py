@@ -74,11 +74,12 @@ class Access:
         )
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """The same for what is not gRPC; `reload` changes it, too."""
+        """Returns the same for what is not gRPC; `reload` changes it, too."""
         return self._context
 
     def client_of(self, context: Context) -> str:
-        """A name for the caller that it cannot choose freely: its token, its certificate, or its host.
+        """Returns a name for the caller that it cannot choose freely: its token, its certificate, or its
+        host.
 
         Raises:
             UnauthenticatedError: tokens are required, and it has none of them.
@@ -93,7 +94,7 @@ class Access:
         return host_of(context.peer())
 
     def holder_of(self, given: Sequence[str | bytes]) -> str:
-        """A name for who has a token, however its header is written.
+        """Returns a name for who has a token, however its header is written.
 
         Args:
             given: the values of the header "authorization".

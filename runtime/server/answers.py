@@ -12,12 +12,12 @@ _BYTES = 2  # wire type
 
 
 def answer(finished: Finished, request_id: str) -> bytes:
-    """A serialized `CompositeResponse`; the files in `finished` are dropped on the way."""
+    """Returns a serialized `CompositeResponse`; the files in `finished` are dropped on the way."""
     return b"".join(_parts(finished, request_id))
 
 
 def stream_answer(finished: Finished, request_id: str) -> bytes:
-    """The same as the last `CompositeStreamResponse`."""
+    """Returns the same as the last `CompositeStreamResponse`."""
     head = pb.CompositeStreamResponse(request_id=request_id).SerializeToString()
     parts = list(_parts(finished, request_id))
     length = _varint(sum(map(len, parts)))
@@ -25,7 +25,7 @@ def stream_answer(finished: Finished, request_id: str) -> bytes:
 
 
 def _parts(finished: Finished, request_id: str) -> Iterator[bytes]:
-    """Messages that are one when they stand one after the other: repeated fields are joined."""
+    """Yields messages that are one when they stand one after the other: repeated fields are joined."""
     while finished.images:
         image = finished.images.pop(0)
         message = pb.CompositeImage(

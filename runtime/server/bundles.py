@@ -74,7 +74,8 @@ class Bundles:
         return Bundle.open(self._paths[name], Path(key) if key else None)
 
     def cost(self, bundle: Bundle) -> int:
-        """Bytes of the budget that a bundle takes, with what it keeps for later pictures; 0 without a budget.
+        """Returns bytes of the budget that a bundle takes, with what it keeps for later pictures; 0 without a
+        budget.
 
         Raises:
             AnyDoorError: it cannot run here, and why.
@@ -98,7 +99,7 @@ class Bundles:
         return Compositor.load(bundle.path, options, self._cache_bytes, window, key, self._segmenter)
 
     def _share_of_caches(self) -> int | None:
-        """What each model may keep for later pictures; None leaves it to the only one."""
+        """Returns the cache size of each model; None leaves it to the only model."""
         wanted = None if self._settings.cache_bytes < 0 else self._settings.cache_bytes
         if len(self._paths) == 1:
             return wanted

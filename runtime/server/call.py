@@ -43,19 +43,19 @@ class Context(Protocol):
     """What a call needs of the door that it came in by. `grpc.aio.ServicerContext` has it."""
 
     def peer(self) -> str:
-        """The other end, like "ipv4:10.0.0.1:4711"."""
+        """Returns the other end, like "ipv4:10.0.0.1:4711"."""
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
         """Headers: their names in lower case, and values."""
 
     def auth_context(self) -> Any:
-        """What the client's certificate says."""
+        """Returns what the client's certificate says."""
 
     def time_remaining(self) -> float | None:
-        """Seconds until the caller's deadline; None if there is none."""
+        """Returns seconds until the caller's deadline; None if there is none."""
 
     async def read(self) -> Any:
-        """The message's bytes; `grpc.aio.EOF` where there is none."""
+        """Returns the message's bytes; `grpc.aio.EOF` where there is none."""
 
     async def write(self, message: bytes) -> None:
         """Sends a part of the answer; waits until it is on its way."""
@@ -102,7 +102,7 @@ class Call:
         return self.context.peer()
 
     def time_remaining(self) -> float | None:
-        """Seconds until the caller's deadline; None if there is none."""
+        """Returns seconds until the caller's deadline; None if there is none."""
         return self.context.time_remaining()
 
     async def read(self) -> bytes:

@@ -18,7 +18,7 @@ _DESCRIPTORS = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
 
 def most_connections(settings: Settings) -> int:
-    """How many a door of a server takes at a time, so that there are descriptors for all."""
+    """Returns the most connections per listener, limited by the file descriptors."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     doors = 2 if settings.http else 1
     return min(settings.max_connections, max(files - _OTHER_FILES, files // 2) // doors)
@@ -75,6 +75,6 @@ def _copy(descriptor: int) -> socket.socket:
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An address; of IPv4, whichever way it is written."""
+    """Returns an address; of IPv4, whichever way it is written."""
     found = ipaddress.ip_address(host)
     return getattr(found, "ipv4_mapped", None) or found

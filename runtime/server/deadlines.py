@@ -38,8 +38,8 @@ class FastestCalls:
         self._fastest[guided] = min(self._fastest[guided], seconds)
 
     def least_seconds(self, work: Work) -> float:
-        """The seconds from a request's first step to its last if all goes as well as it ever did; 0 if not
-        known.
+        """Returns the seconds from a request's first step to its last if all goes as well as it ever did; 0
+        if not known.
 
         That is its own steps alone, in the fastest batch that was seen. Who is ahead of it does not count:
         any of them may be cancelled or late at any moment, and leave its slot. Nor do banks, which may be

@@ -142,7 +142,7 @@ def _read(
     is_transparent: bool = False,
     of: Sequence[Any] = (),
 ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, Any]]:
-    """The arrays of a picture or of a mask, and what JSON can say of it."""
+    """Returns the arrays of a picture or of a mask, and what JSON can say of it."""
     try:
         if is_mask:
             masked = None
@@ -176,7 +176,7 @@ def _parts(picture: Picture) -> tuple[dict[str, NDArray[np.uint8]], dict[str, An
 
 
 def picture_of(arrays: dict[str, NDArray[np.uint8]], facts: dict[str, Any]) -> Picture:
-    """A picture from what is told of it."""
+    """Returns a picture from what is told of it."""
     profile, exif = (arrays[name].tobytes() if name in arrays else None for name in ("icc_profile", "exif"))
     rgb, dpi = arrays["rgb"], facts["dpi"]
     return Picture(

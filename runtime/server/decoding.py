@@ -36,7 +36,7 @@ Charge = Callable[[int], object]
 
 
 def decoder_bytes(max_pixels: int, max_message_bytes: int) -> int:
-    """What a decoding process may allocate."""
+    """Returns the memory that a decoding process may allocate."""
     return _BASE_BYTES + _BYTES_PER_PIXEL * max_pixels + 2 * max_message_bytes
 
 
@@ -60,7 +60,7 @@ class Decoder:
         self._connection: socket.socket
 
     def decode(self, request: Request, charge: Charge, is_wanted: Callable[[], bool]) -> Request:
-        """The request with `Picture`s and masks in place of its files; `warn` tells what is noticed.
+        """Returns the request with `Picture`s and masks in place of its files; `warn` tells what is noticed.
 
         Args:
             request: its pictures are the bytes of files; what else they are stays as it is.
@@ -158,11 +158,11 @@ class PictureReader:
         self._seconds = seconds
 
     def picture(self, field: str, source: Any, name: str) -> Any:
-        """A picture, with the orientation that was undone; `name` is for refusals."""
+        """Returns a picture, with the orientation that was undone; `name` is for refusals."""
         return self._load(field, source, {"name": name, "is_mask": False})
 
     def mask(self, field: str, source: Any, name: str, of: Any, of_name: str) -> Any:
-        """The mask of a picture, upright, if that is one."""
+        """Returns the mask of a picture, upright, if that is one."""
         is_transparent = isinstance(source, TransparentPlace)
         task: dict[str, Any] = {"name": name, "is_mask": True, "is_transparent": is_transparent}
         if isinstance(of, Picture):
@@ -170,7 +170,7 @@ class PictureReader:
         return self._load(field, source, task)
 
     def placement(self, placement: Placement, scene: Any) -> Placement:
-        """A placement with its pictures."""
+        """Returns a placement with its pictures."""
         given = placement
         reference = self.picture("reference", given.reference, "the reference")
         inside = self.mask(
@@ -188,7 +188,7 @@ class PictureReader:
         )
 
     def where(self, where: Where, scene: Any) -> Where:
-        """Where an object of a scene is, with its mask."""
+        """Selects an object of a scene by its mask."""
         return replace(where, mask=self.mask("mask", where.mask, "the mask", scene, "the scene"))
 
     def _load(self, field: str, source: Any, task: dict[str, Any]) -> Any:
@@ -203,7 +203,7 @@ class PictureReader:
 
 
 def upright(picture: Any) -> Any:
-    """The picture without the orientation that was undone: its masks are turned as it was."""
+    """Returns the picture without the orientation that was undone: its masks are turned as it was."""
     return replace(picture, orientation=UPRIGHT) if isinstance(picture, Picture) else picture
 
 

@@ -41,7 +41,7 @@ Asked = Message | pb.EditRequest
 
 
 def asked_from_message(message: Asked) -> tuple[Request | Edit, str]:
-    """The request or the edit, and the name of the file format for its results.
+    """Returns the request or the edit, and the name of the file format for its results.
 
     Raises:
         InputError: as `edit_from_message` and `request_from_message`.
@@ -52,7 +52,7 @@ def asked_from_message(message: Asked) -> tuple[Request | Edit, str]:
 
 
 def edit_from_message(message: pb.EditRequest) -> tuple[Edit, str]:
-    """The edit, and the name of the file format for its results.
+    """Returns the edit, and the name of the file format for its results.
 
     Raises:
         InputError: the value of an enum is unknown, or an action is missing. All else is checked later.
@@ -94,7 +94,7 @@ def _action(message: pb.EditRequest) -> Action:
 
 
 def message_from_edit(edit: Edit, file_format: str = "PNG") -> pb.EditRequest:
-    """The message for an edit.
+    """Returns the message for an edit.
 
     Raises:
         InputError: a file cannot be read, or a name, a number or a prompt cannot be sent.

@@ -128,7 +128,7 @@ class Editing:
         course.before += steps
 
     def _phases(self, plan: Plan) -> list[Phase]:
-        """What is drawn: what fills the holes, and what is placed, in the scene as it is before."""
+        """Returns what is drawn: what fills the holes, and what is placed, in the scene as it is before."""
         phases: list[Phase] = []
         if self._filler and plan.has_hole:
             phases.append((self._filler, fill_request(plan, self._filler.compositor)))
@@ -137,7 +137,7 @@ class Editing:
         return phases
 
     def _finished(self, done: list[Finished]) -> Finished:
-        """The end of an edit: the pictures of its last phase, with all that came before."""
+        """Returns the end of an edit: the pictures of its last phase, with all that came before."""
         plan = _planned(done[0]).plan
         assert plan
         seconds: Counter[str] = Counter()

@@ -266,7 +266,8 @@ class EngineThread:
             self._give_up(error)
 
     def _engine_works(self) -> bool:
-        """Whether a number still gets to the device and back: after a fault, a card refuses everything."""
+        """Returns whether a number still gets to the device and back: after a fault, a card refuses
+        everything."""
         try:
             number = self._engine.to_host(self._engine.to_device(np.ones(1, np.float32)))
             return bool(number[0] == 1)

@@ -236,7 +236,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 del self._of_client[call.client]
 
     async def _read(self, call: Call) -> bytes:
-        """The message, when it is its turn among those of its connection."""
+        """Returns the message, when it is its turn among those of its connection."""
         task = asyncio.current_task()
         assert task is not None
         self._receiving.add(task)
@@ -251,8 +251,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._receiving.remove(task)
 
     async def _read_probe(self, call: Call) -> bytes:
-        """The message of a call that needs no token. Few are received at a time: the newest come first, as
-        those of honest callers are there at once."""
+        """Returns the message of a call that needs no token. Few are received at a time: the newest come
+        first, as those of honest callers are there at once."""
         reading = asyncio.ensure_future(call.context.read())
         self._probes[reading] = None
         if len(self._probes) > PROBE_BYTES:
@@ -353,7 +353,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 def _remembered(known: OrderedDict[str, _Known], key: str, make: Callable[[], _Known]) -> _Known:
-    """What is known by a key; what was not asked for longest is forgotten."""
+    """Returns the value of a key; the least recently used is dropped."""
     if key not in known:
         known[key] = make()
         if len(known) > _REMEMBERED:

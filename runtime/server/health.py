@@ -47,7 +47,7 @@ class Health:
         self._watches: Counter[str] = Counter()
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
+        """Returns what `grpc.aio.Server.add_generic_rpc_handlers` takes."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Check": grpc.unary_unary_rpc_method_handler(self._check),
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch),

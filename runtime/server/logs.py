@@ -60,7 +60,7 @@ class LogWriter(QueueHandler):
         self._thread.start()
 
     def prepare(self, record: logging.LogRecord) -> Any:
-        """The record as a line, at once: what it refers to may change."""
+        """Returns the record as a line, at once: what it refers to may change."""
         return self.format(record)
 
     def enqueue(self, record: logging.LogRecord) -> None:

@@ -48,7 +48,7 @@ class Ledger:
         self._lock = threading.Lock()
 
     def open(self, client: str) -> Account:
-        """An account of a client's call, with nothing in it."""
+        """Returns an account of a client's call, with nothing in it."""
         with self._lock:
             self._accounts[client] += 1
         return Account(self, client)
@@ -144,7 +144,7 @@ def request_bytes(
     channels: int = 3,
     metadata: int = 0,
 ) -> int:
-    """The most that a prepared request takes until its answer is sent. Its message is no longer kept.
+    """Returns the most that a prepared request takes until its answer is sent. Its message is no longer kept.
 
     Args:
         pixels: of the scene.
@@ -162,6 +162,7 @@ def request_bytes(
 
 
 def bound(capacity: int, workers: int, max_pixels: int, max_message_bytes: int) -> int:
-    """The most that callers can make a server take, beside the model and what it keeps: docs/serving.md."""
+    """Returns the most that callers can make a server take, beside the model and what it keeps:
+    docs/serving.md."""
     of_worker = decoder_bytes(max_pixels, max_message_bytes) + _SCRATCH_BYTES_PER_PIXEL * max_pixels
     return capacity + workers * of_worker + PROBE_BYTES * max_message_bytes

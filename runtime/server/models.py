@@ -118,19 +118,19 @@ class Models:
         return self._places[name].status
 
     def is_loaded(self, name: str) -> bool:
-        """Whether a request need not wait for its model."""
+        """Returns whether a request need not wait for its model."""
         return self.status(name) == LOADED
 
     def total(self, name: str, of_one: Callable[[ServedModel], float]) -> float:
-        """A number of all that serves a model: also of those that leave."""
+        """Returns a number of all that serves a model: also of those that leave."""
         return sum(of_one(served) for served in self.alive if served.name == name)
 
     def bytes_taken(self, name: str) -> int:
-        """What a model takes of the budget."""
+        """Returns the part of the budget that a model takes."""
         return int(self.total(name, lambda served: self._taken[served]))
 
     def find(self, name: str) -> str:
-        """The name of a model; that of the first if empty.
+        """Returns the name of a model; that of the first if empty.
 
         Raises:
             UnknownModelError: there is none of that name.
@@ -158,7 +158,7 @@ class Models:
 
     @asynccontextmanager
     async def use(self, name: str, call: Call) -> AsyncIterator[ServedModel]:
-        """The model of a request; waits until it takes requests, and keeps it from leaving.
+        """Yields the model of a request; waits until it takes requests, and keeps it from leaving.
 
         Args:
             name: of the model; empty for the first.
@@ -193,7 +193,7 @@ class Models:
         return self.use(max(loaded, key=lambda place: place.used).name if loaded else "", call)
 
     async def info(self, name: str, call: Call) -> pb.GetModelInfoResponse:
-        """What a model is; it is loaded if it never was. Raises as `use`."""
+        """Describes a model; loads it if it was never loaded. Raises as `use`."""
         place = self._places[self.find(name)]
         call.model = place.name
         if place.current:

@@ -67,7 +67,7 @@ def count_fields(content: bytes, descriptor: Descriptor) -> int:
 
 
 def _varint(content: bytes, place: int, end: int) -> tuple[int, int]:
-    """A number, and the place behind it."""
+    """Returns a number, and the place behind it."""
     value = 0
     for index in range(_LONGEST_VARINT):
         if place >= end:

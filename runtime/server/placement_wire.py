@@ -15,7 +15,7 @@ from runtime.server.wire_values import EDGES, LEVELS, MODES, file_of, level_of, 
 
 
 def placement_from_message(message: pb.Placement) -> Placement:
-    """The placement in a message; raises for unknown values of enums."""
+    """Returns the placement in a message; raises for unknown values of enums."""
     target = message.WhichOneof("target")
     box = message.box
     ratios = {f"{field.name}_ratio": value for field, value in message.ratios.ListFields()}
@@ -55,12 +55,12 @@ def _mask_of(mask: bytes, automatic: bool) -> bytes | str | None:
 
 
 def negative_prompt_of(message: pb.Placement | pb.DrawRequest) -> dict[str, Any]:
-    """The negative prompt, if there is one."""
+    """Returns the negative prompt, if there is one."""
     return {"negative_prompt": message.negative_prompt} if message.HasField("negative_prompt") else {}
 
 
 def placement_message(placement: Placement) -> pb.Placement:
-    """The message for a placement.
+    """Returns the message for a placement.
 
     Raises:
         InputError: something about it cannot be sent.
@@ -99,7 +99,7 @@ def placement_message(placement: Placement) -> pb.Placement:
 def _mask_fields(
     name: str, mask: PictureLike | None, clicks: Sequence[Sequence[int]] | None, clicks_name: str
 ) -> dict[str, Any]:
-    """What says where an object is in a reference."""
+    """Returns the mask or clicks of a reference."""
     fields: dict[str, Any] = {}
     if clicks is not None:
         with in_field(clicks_name):
@@ -112,7 +112,7 @@ def _mask_fields(
 
 
 def checked_prompts(placement: Placement) -> dict[str, Any]:
-    """The prompts of a placement; raises for what is no text."""
+    """Returns the prompts of a placement; raises for what is no text."""
     prompts = {"prompt": placement.prompt, "negative_prompt": placement.negative_prompt}
     for name, prompt in prompts.items():
         with in_field(name):
@@ -122,7 +122,7 @@ def checked_prompts(placement: Placement) -> dict[str, Any]:
 
 
 def where_from_message(message: pb.Where) -> Where:
-    """Where an object is, as a message says it."""
+    """Reads the selection of an object from a message."""
     box, what = message.box, message.WhichOneof("what")
     return Where(
         box=(box.x0, box.y0, box.x1, box.y1) if what == "box" else None,
@@ -132,7 +132,7 @@ def where_from_message(message: pb.Where) -> Where:
 
 
 def message_from_where(where: Where) -> pb.Where:
-    """The message for where an object is.
+    """Returns the message for where an object is.
 
     Raises:
         InputError: several things say it, or one cannot be sent.
@@ -154,7 +154,7 @@ def clicks_from_message(points: Iterable[pb.Point]) -> list[Click]:
 
 
 def points_of(clicks: Sequence[Sequence[int]]) -> list[pb.Point]:
-    """Points from clicks.
+    """Returns points from clicks.
 
     Raises:
         InputError: one is no click, or cannot be sent.

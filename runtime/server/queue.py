@@ -67,15 +67,16 @@ class FairQueue:
         self.tickets.append(ticket)
 
     def full(self, seconds_per_step: float) -> QueueFullError:
-        """What a request hears for which there is no place; see `add`."""
+        """Returns the error for a request without a place in the queue; see `add`."""
         jobs = [(ticket.job, ticket.steps_done) for ticket in self.tickets]
         steps = [job.total_steps - done for job, done in jobs if job]
         seconds = seconds_per_step * sum(steps) / max(len(steps), 1)
         return QueueFullError(min(max(seconds, _SHORTEST_RETRY), _LONGEST_RETRY))
 
     def yielding(self, client: str) -> Ticket | None:
-        """The request that gives its place to one of `client`, if there is no other place: the last one that
-        has not started, of the client that has most of those, if that is two more than `client` has."""
+        """Returns the request that gives its place to one of `client`, if there is no other place: the last
+        one that has not started, of the client that has most of those, if that is two more than `client`
+        has."""
         if len(self.tickets) < self.capacity:
             return None
         waiting = [ticket for ticket in self.tickets if not ticket.starts]

@@ -47,7 +47,7 @@ class RayContext:
         """How it ends, as far as that is known."""
 
     def peer(self) -> str:
-        """The other end of the proxy's connection."""
+        """Returns the other end of the proxy's connection."""
         return self._asked.peer
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
@@ -63,7 +63,7 @@ class RayContext:
         return None
 
     async def read(self) -> bytes:
-        """The message."""
+        """Returns the message."""
         return self._message.pop()
 
     async def write(self, message: bytes) -> None:
@@ -149,7 +149,7 @@ class Replica:
 
 
 async def _yielded(work: Callable[[Callable[[Any], Awaitable[None]]], Awaitable[None]]) -> AsyncIterator[Any]:
-    """Yields what work puts; ending it earlier cancels the work."""
+    """Yields what the work puts; closing the iterator cancels the work."""
     items: asyncio.Queue[Any] = asyncio.Queue(1)
     end = object()
 
@@ -182,7 +182,7 @@ def add_methods(servicer: Any, server: Any) -> None:
 
 
 def app(given: dict[str, Any]) -> serve.Application:
-    """The application; `given` are settings by name, as the config file has them under `args`."""
+    """Returns the application; `given` are settings by name, as the config file has them under `args`."""
     replicas = serve.deployment(Replica, name="AnyDoor", max_ongoing_requests=_MOST_CALLS)
     # it only waits for replicas
     door = serve.deployment(

@@ -83,7 +83,8 @@ class RayDoor:
         self._replicas = replicas
 
     async def _one(self, name: str, message: bytes, grpc_context: Any) -> _Answer:
-        """The answer of a method with one; an empty one where the context has another status than OK."""
+        """Returns the answer of a method with one; an empty one where the context has another status than
+        OK."""
         found = _Answer()
         async with aclosing(self._call(name, message, grpc_context)) as answers:
             async for answer in answers:
@@ -91,7 +92,7 @@ class RayDoor:
         return found
 
     async def _several(self, name: str, message: bytes, grpc_context: Any) -> AsyncIterator[_Answer]:
-        """The answers of a method with several.
+        """Yields the answers of a method with several.
 
         Raises:
             RefusedError: the context has another status than OK.
@@ -103,7 +104,7 @@ class RayDoor:
             raise RefusedError(grpc_context.details())
 
     async def _call(self, name: str, message: bytes, context: Any) -> AsyncGenerator[_Answer, None]:
-        """Yields what a replica answers, and gives the context its end."""
+        """Yields the answers of a replica, and passes its final status to the context."""
         asked = Asked(name, message, str(context.peer()), list(context.invocation_metadata()))
         model = await asyncio.to_thread(_model_of, name, message)
         async with aclosing(self._anywhere("answer", asked, model)) as items:
@@ -194,7 +195,7 @@ _add_methods()
 
 
 def _model_of(name: str, message: bytes) -> str:
-    """The model that a message names: calls for it go where it is loaded."""
+    """Returns the model that a message names: calls for it go where it is loaded."""
     kind = getattr(pb, SERVICE.methods_by_name[name].input_type.name)
     try:
         found: Any = parse(kind, message)

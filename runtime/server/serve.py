@@ -250,7 +250,7 @@ class Server:
         self._door = Door(settings.http, app, self.access.tls_context(), most_connections(settings))
 
     def http_app(self, with_jobs: bool = True) -> ASGIApp:
-        """What answers over HTTP.
+        """Returns the HTTP listener.
 
         Args:
             with_jobs: whether there are jobs; they are this server's alone.

@@ -72,7 +72,7 @@ class ServedModel:
         self.compositor.engine.close()
 
     def info(self, models: tuple[str, ...]) -> pb.GetModelInfoResponse:
-        """The answer to GetModelInfo.
+        """Returns the answer to GetModelInfo.
 
         Args:
             models: names of all models of the server.
@@ -140,7 +140,7 @@ class ServedModel:
                 yield event
 
     async def segment(self, call: Call, message: pb.SegmentRequest) -> pb.SegmentResponse:
-        """The answer to Segment: finds an object. Raises as `events`."""
+        """Returns the answer to Segment: finds an object. Raises as `events`."""
         accept = partial(self.batcher.segment, message.picture, where_from_message(message.where))
         del message
         async with aclosing(self._follow(call, self.batcher, accept)) as events:
@@ -203,7 +203,7 @@ class ServedModel:
 
 
 def common_settings(settings: Settings) -> dict[str, Any]:
-    """The settings of all batchers of a server."""
+    """Returns the settings of all batchers of a server."""
     return {
         "limits": settings.limits,
         "queue": settings.queue,

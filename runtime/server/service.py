@@ -48,7 +48,7 @@ class CompositorService:
         """Name -> what `runtime.server.gate` serves a call with."""
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
+        """Returns what `grpc.aio.Server.add_generic_rpc_handlers` takes."""
         return grpc.method_handlers_generic_handler(NAME, self.methods)
 
     async def _finish(self, kind: type[Asked], content: bytes, call: Call) -> bytes:
@@ -94,14 +94,14 @@ class CompositorService:
         return await self._models.info(parse(pb.GetModelInfoRequest, content).model, call)
 
     async def _finished(self, make: Callable[[Finished, str], bytes], event: Finished, call: Call) -> bytes:
-        """The last answer; from now on the request takes no more memory than that."""
+        """Returns the last answer; from now on the request takes no more memory than that."""
         content = await asyncio.to_thread(make, event, call.request_id)
         call.account.set(2 * len(content))  # the transport has a copy
         return content
 
 
 async def _last(events: AsyncGenerator[Event, None]) -> Finished:
-    """How a request ends that nobody watches."""
+    """Returns the last event of a request."""
     async for event in events:
         if isinstance(event, Finished):
             return event

@@ -27,12 +27,12 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def _setting(default: Any, help: str, **flag: Any) -> Any:
-    """A field whose flag is described by the arguments of `argparse`."""
+    """Returns a field whose flag is described by the arguments of `argparse`."""
     return field(default=default, metadata={"help": help, **flag})
 
 
 def _size(default: int, help: str) -> Any:
-    """A field for an amount of memory: bytes, or a string like 6G."""
+    """Returns a field for an amount of memory: bytes, or a string like 6G."""
     return _setting(default, help, metavar="SIZE", is_size=True)
 
 
@@ -277,7 +277,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 
 
 def is_local(address: str) -> bool:
-    """Whether only this machine reaches an address, host:port or unix:/path."""
+    """Returns whether only this machine reaches an address, host:port or unix:/path."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     host = address.rpartition(":")[0].strip("[]")

@@ -43,7 +43,7 @@ Message = pb.CompositeRequest | pb.DrawRequest
 
 
 def request_from_message(message: Message) -> tuple[Request, str]:
-    """The request, and the name of the file format for its results.
+    """Returns the request, and the name of the file format for its results.
 
     Raises:
         InputError: the value of an enum is unknown. All else is checked later, by `Compositor.accept`.
@@ -58,7 +58,7 @@ def request_from_message(message: Message) -> tuple[Request, str]:
 
 
 def file_format_of(number: int) -> str:
-    """The name of the file format for results.
+    """Returns the name of the file format for results.
 
     Raises:
         InputError: it is unknown, or this server does not write it.
@@ -86,7 +86,7 @@ def _content(message: Message) -> dict[str, Any]:
 
 
 def sampling_from_message(message: pb.Sampling) -> Sampling:
-    """The sampling in a message; likewise."""
+    """Returns the sampling in a message; likewise."""
     given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
     with in_field("sampling"):
         given["quality"] = name_of(message.quality, QUALITIES, "quality", "quality")
@@ -97,7 +97,7 @@ def sampling_from_message(message: pb.Sampling) -> Sampling:
 
 
 def message_from_request(request: Request, file_format: str = "PNG") -> Message:
-    """The message for a request.
+    """Returns the message for a request.
 
     Raises:
         InputError: a file cannot be read, a name, a number or a prompt cannot be sent, or the request has
@@ -136,7 +136,7 @@ def _drawing_fields(request: Request, blank: Blank) -> dict[str, Any]:
 
 
 def sampling_message(sampling: Sampling) -> pb.Sampling:
-    """The message for what is said of sampling; likewise."""
+    """Returns the message for what is said of sampling; likewise."""
     interval = None
     if sampling.guidance_interval is not None:
         first, last = sampling.guidance_interval
@@ -155,7 +155,7 @@ def sampling_message(sampling: Sampling) -> pb.Sampling:
 
 
 def segment_request(picture: PictureLike, where: Where) -> pb.SegmentRequest:
-    """The message that asks where an object is.
+    """Returns the message that asks where an object is.
 
     Raises:
         InputError: the picture cannot be read, or something cannot be sent.
@@ -170,7 +170,7 @@ def segment_request(picture: PictureLike, where: Where) -> pb.SegmentRequest:
 
 
 def defaults_message(defaults: Mapping[str, Any]) -> pb.ModelDefaults:
-    """The message for a model's defaults.
+    """Returns the message for a model's defaults.
 
     Args:
         defaults: parameter -> value, as `Compositor.defaults`.
@@ -189,7 +189,8 @@ def defaults_message(defaults: Mapping[str, Any]) -> pb.ModelDefaults:
 
 
 def event_message(event: Event, request_id: str) -> pb.CompositeStreamResponse:
-    """The message for an event; of `Finished` see `runtime.server.answers`, and `Failed` becomes a status."""
+    """Returns the message for an event; of `Finished` see `runtime.server.answers`, and `Failed` becomes a
+    status."""
     message = pb.CompositeStreamResponse(request_id=request_id)
     if isinstance(event, Queued):
         message.queued.position = event.position
@@ -201,7 +202,7 @@ def event_message(event: Event, request_id: str) -> pb.CompositeStreamResponse:
 
 
 def composites_from_message(message: pb.CompositeResponse) -> list[Composite]:
-    """The finished pictures, decoded."""
+    """Returns the finished pictures, decoded."""
     with (
         collecting_warnings()
     ):  # of the pictures that the server made; those of the request are in the message

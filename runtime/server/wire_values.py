@@ -15,7 +15,7 @@ from runtime.rpc import compositor_pb2 as pb
 
 
 def _numbers(enum: Any, prefix: str) -> dict[str, Any]:
-    """Name -> number on the wire, of every value of an enum but UNSPECIFIED."""
+    """Returns name -> number on the wire, of every value of an enum but UNSPECIFIED."""
     return {name.removeprefix(prefix): number for name, number in enum.items() if number}
 
 
@@ -37,7 +37,7 @@ _NEITHER_PNG_NOR_TIFF = ("HSV", "RGBa", "La", "PA")
 
 
 def name_of(number: int, numbers: Mapping[str, int], field: str, what: str) -> str | None:
-    """The name of an enum's value; None if it is unspecified."""
+    """Returns the name of an enum's value; None if it is unspecified."""
     if not number:
         return None
     for name, known in numbers.items():
@@ -48,7 +48,7 @@ def name_of(number: int, numbers: Mapping[str, int], field: str, what: str) -> s
 
 
 def number_of(name: str | None, numbers: Mapping[str, int], field: str, what: str) -> Any:
-    """The number of an enum's value; None, which leaves the field unset, if it is open."""
+    """Returns the number of an enum's value; None, which leaves the field unset, if it is open."""
     if name is None:
         return None
     with in_field(field):
@@ -58,7 +58,7 @@ def number_of(name: str | None, numbers: Mapping[str, int], field: str, what: st
 
 
 def level_of(level: str | int | None) -> Any:
-    """The number of a mask level on the wire."""
+    """Returns the number of a mask level on the wire."""
     if level is None:
         return None
     with in_field("mask_level"):
@@ -66,7 +66,8 @@ def level_of(level: str | int | None) -> Any:
 
 
 def file_of(picture: PictureLike, name: str) -> bytes:
-    """The bytes of a picture's file; pictures in memory become a PNG, or a TIFF if a PNG cannot hold them."""
+    """Returns the bytes of a picture's file; pictures in memory become a PNG, or a TIFF if a PNG cannot hold
+    them."""
     found = read_source(picture, name)
     if isinstance(found, bytes):
         return found

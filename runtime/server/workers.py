@@ -37,7 +37,7 @@ _HOLE_BYTES = 5
 
 
 def _decoded(edit: Edit, read: PictureReader) -> Edit:
-    """An edit with its pictures in place of their files."""
+    """Returns an edit with its pictures in place of their files."""
     scene, action = read.picture("scene", edit.scene, "the scene"), edit.action
     with in_field("where"):
         where = read.where(edit.where, scene)

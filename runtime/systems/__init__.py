@@ -26,7 +26,7 @@ def register_system(name: str, create: Callable[[Model], System]) -> None:
 
 
 def open_system(name: str, model: Model) -> System:
-    """The system of a bundle.
+    """Returns the system of a bundle.
 
     Args:
         name: as in the manifest.

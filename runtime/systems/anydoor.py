@@ -116,7 +116,7 @@ class AnyDoorConditions:
         return {"tokens": self.tokens, "detail_maps": self.maps.at(step)}
 
     def steps_ready(self, step: int) -> int:
-        """How many steps from this one on have their detail maps in the same tensors."""
+        """Returns how many steps from this one on have their detail maps in the same tensors."""
         return self.maps.steps_ready(step)
 
 
@@ -232,7 +232,7 @@ class Preprocessing:
     def renew(
         self, prepared: AnyDoorPlacement | AnyDoorTile, scene: NDArray[np.uint8], watch: Stopwatch
     ) -> AnyDoorPlacement | AnyDoorTile:
-        """The same placement in another scene of the same size, or a tile of it."""
+        """Returns the same placement in another scene of the same size, or a tile of it."""
         p = prepared
         with watch.measure("prepare"):
             if isinstance(p, AnyDoorTile):
@@ -258,7 +258,7 @@ class Preprocessing:
         ratios: Ratios,
         mode: Mode,
     ) -> tuple[Hint, bytes]:
-        """The hint, which another seed for the same placement needs again, and its key."""
+        """Returns the hint, which another seed for the same placement needs again, and its key."""
         geometry = zoom_in(target, (scene.shape[1], scene.shape[0]), ratios)
         mask = shape_mask(target, geometry, mode)
         seen = (scene[geometry.crop.slices], mask, reference.high_frequency_map)
@@ -269,7 +269,7 @@ class Preprocessing:
         )
 
     def _fade(self, geometry: Geometry, mode: Mode) -> NDArray[np.float32]:
-        """How much is pasted of a picture; the crop's edge fades in any case."""
+        """Returns the opacity with which a picture is pasted; the crop's edge always fades."""
         kept = geometry.box if mode.paste.keep_background else geometry.crop
         return feathered_box(kept, geometry, (self._resolution, self._resolution))
 
@@ -357,7 +357,7 @@ class AnyDoor(Preprocessing):
         return AnyDoorConditions(BankRows({"tokens": tokens}, 0, len(tokens) - 1, on_host=True), maps)
 
     def kept_bytes(self) -> int:
-        """Memory of the detail maps that are kept."""
+        """Returns memory of the detail maps that are kept."""
         return self.cache.nbytes
 
     def clear(self) -> None:
@@ -368,5 +368,5 @@ class AnyDoor(Preprocessing):
 
 
 def create(model: Model) -> AnyDoor:
-    """The system at work with a model."""
+    """Returns the system at work with a model."""
     return AnyDoor(model)

@@ -89,11 +89,11 @@ class Imprint(Inpainting[Reference]):
             return [prepare_reference(picture, mask, *how).image for picture, mask in read]
 
     def tokens(self, what: Reference, watch: Stopwatch) -> NDArray[np.float32]:
-        """The object's, (1, N T, D)."""
+        """Returns the object's, (1, N T, D)."""
         return self._tokens.of_views(what, watch) if what else self._no_reference
 
     def unconditional_tokens(self, what: Reference, watch: Stopwatch) -> NDArray[np.float32]:
-        """Those of no reference; there is nothing to lead away from where there is none."""
+        """Returns the tokens of an absent reference; none if the request has no reference."""
         return self._no_reference[: bool(what)]
 
     @property
@@ -103,5 +103,5 @@ class Imprint(Inpainting[Reference]):
 
 
 def create(model: Model) -> Imprint:
-    """The system at work with a model."""
+    """Returns the system at work with a model."""
     return Imprint(model)

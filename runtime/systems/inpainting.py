@@ -88,7 +88,7 @@ class Inpainting(ABC, Generic[What]):
 
     @abstractmethod
     def unconditional_tokens(self, what: What, watch: Stopwatch) -> NDArray[np.float32]:
-        """What guidance leads away from, (0 or 1, T, D)."""
+        """Returns the unconditional tokens, (0 or 1, T, D)."""
 
     @property
     @abstractmethod
@@ -130,7 +130,7 @@ class Inpainting(ABC, Generic[What]):
     def renew(
         self, prepared: InpaintingPlacement[What], scene: NDArray[np.uint8], watch: Stopwatch
     ) -> InpaintingPlacement[What]:
-        """The same placement in another scene of the same size."""
+        """Returns the same placement in another scene of the same size."""
         with watch.measure("prepare"):
             return replace(prepared, scene=prepared.scene.in_scene(scene))
 
@@ -158,7 +158,7 @@ class Inpainting(ABC, Generic[What]):
         return paste_feathered(picture, scene, prepared.scene.geometry, prepared.scene.paste)
 
     def kept_bytes(self) -> int:
-        """Memory of tokens and latents that are remembered."""
+        """Returns memory of tokens and latents that are remembered."""
         return self.kept_tokens.nbytes + self._scenes.latents.nbytes
 
     def clear(self) -> None:

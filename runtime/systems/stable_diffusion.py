@@ -90,11 +90,11 @@ class StableDiffusion(Inpainting[Prompts]):
         return Prompts(prompt, self._encode_prompt("negative_prompt", placement.negative_prompt))
 
     def tokens(self, what: Prompts, watch: Stopwatch) -> NDArray[np.float32]:
-        """The prompt's, (1, 77, D)."""
+        """Returns the prompt's, (1, 77, D)."""
         return self._encode(what.prompt, watch)
 
     def unconditional_tokens(self, what: Prompts, watch: Stopwatch) -> NDArray[np.float32]:
-        """The negative prompt's, (1, 77, D)."""
+        """Returns the negative prompt's, (1, 77, D)."""
         away = what.negative_prompt
         return self._no_prompt if away is None else self._encode(away, watch)
 
@@ -108,7 +108,7 @@ class StableDiffusion(Inpainting[Prompts]):
             return None if prompt is None else tuple(self._tokenizer.encode(prompt))
 
     def _encode(self, ids: Ids, watch: Stopwatch) -> NDArray[np.float32]:
-        """Tokens of an encoded prompt, (1, 77, D)."""
+        """Returns tokens of an encoded prompt, (1, 77, D)."""
 
         def compute() -> NDArray[np.float32]:
             with watch.measure("condition"):
@@ -119,5 +119,5 @@ class StableDiffusion(Inpainting[Prompts]):
 
 
 def create(model: Model) -> StableDiffusion:
-    """The system at work with a model."""
+    """Returns the system at work with a model."""
     return StableDiffusion(model)

@@ -40,7 +40,7 @@ class Model:
     """Sampling steps that a window graph computes in one call."""
 
     def constant(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """A constant that the system needs.
+        """Returns a constant that the system needs.
 
         Raises:
             BundleError: the bundle has none of that shape, in float32.
@@ -93,21 +93,23 @@ class System(Protocol):
         """
 
     def renew(self, prepared: Any, scene: NDArray[np.uint8], watch: Stopwatch) -> Prepared:
-        """The same placement in another scene of the same size: that with the objects placed before."""
+        """Returns the same placement in another scene of the same size: that with the objects placed
+        before."""
 
     def conditions(
         self, prepared: Any, sampling: SamplingParameters, schedule: Schedule, watch: Stopwatch
     ) -> Conditions:
-        """What the samples of a placement have in common. Runs the condition graphs, on the engine's
-        thread. What is kept for later pictures is kept for `runtime.sampling.conditions.OWNER`."""
+        """Returns the conditions that the samples of a placement share. Runs the condition graphs, on the
+        engine's thread. What is kept for later pictures is kept for `runtime.sampling.conditions.OWNER`."""
 
     def finish(
         self, picture: NDArray[np.uint8], scene: NDArray[np.uint8], prepared: Any
     ) -> NDArray[np.uint8]:
-        """The result: a copy of the scene, (H, W, 3), with the networks' picture, RGB, at its place."""
+        """Returns the result: a copy of the scene, (H, W, 3), with the networks' picture, RGB, at its
+        place."""
 
     def kept_bytes(self) -> int:
-        """Memory of tensors that are kept for later pictures."""
+        """Returns memory of tensors that are kept for later pictures."""
 
     def clear(self) -> None:
         """Drops what is kept for later pictures."""

@@ -91,7 +91,7 @@ class Tokenizer:
         self._special_in_any_case = _any_of(special.intersection(any_case))
 
     def __len__(self) -> int:
-        """Size of the vocabulary."""
+        """Returns size of the vocabulary."""
         return len(self._tokens)
 
     @property
@@ -160,7 +160,7 @@ class Tokenizer:
 
 
 def open_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The tokenizer of a bundle.
+    """Returns the tokenizer of a bundle.
 
     Raises:
         BundleError: it has none, or its merges are damaged.
@@ -176,7 +176,7 @@ def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
 
 
 def _split(special: re.Pattern[str], text: str) -> Iterator[tuple[str, bool]]:
-    """What stands before, in (True) and after each special token."""
+    """Splits a text at its special tokens, which are marked True."""
     return ((part, bool(index % 2)) for index, part in enumerate(special.split(text)))
 
 
@@ -186,7 +186,7 @@ def _normalise(text: str) -> str:
 
 
 def _outline(text: str) -> str:
-    """The text with ASCII stand-ins: q for letters, 0 for numbers, ! for everything else.
+    """Returns the text with ASCII stand-ins: q for letters, 0 for numbers, ! for everything else.
 
     So that `re`, which has no classes of Unicode categories, can split it. No word of `_PIECE` has a q.
     """

@@ -113,7 +113,7 @@ def random_lut(rng: Generator, strength: float = 1.0) -> NDArray[np.float64]:
 
 
 def _hue_turn(share: float) -> NDArray[np.float64]:
-    """The rotation of colours around the grey axis by a share of the circle (Rodrigues' formula)."""
+    """Returns the rotation of colours around the grey axis by a share of the circle (Rodrigues' formula)."""
     cosine, sine = np.cos(2 * np.pi * share), np.sin(2 * np.pi * share) / np.sqrt(3)
     across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
     turn: NDArray[np.float64] = cosine * np.eye(3) + (1 - cosine) / 3 + sine * across

@@ -105,7 +105,7 @@ def prepare_references(pictures: Tensor, inside: Tensor, ratios: Tensor, size: i
 
 
 def span(covered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `bounding_box` takes of an axis (N, L): which pixels, the first one, and how many."""
+    """Returns what `bounding_box` takes of an axis (N, L): which pixels, the first one, and how many."""
     counted, last = covered.int(), covered.shape[1] - 1
     first = counted.argmax(1)
     length = (last - counted.flip(1).argmax(1) - first).clamp(min=1)

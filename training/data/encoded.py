@@ -179,7 +179,7 @@ class EncodedPairs:
         return sample
 
     def _on(self, device: torch.device) -> Mapping[str, Tensor]:
-        """The rows to draw from, in a device's memory."""
+        """Returns the rows to draw from, in a device's memory."""
         if device not in self._loaded:
             arrays = {
                 "moments": self._moments,

@@ -83,7 +83,7 @@ def perturb_mask(mask: Mask, overlap: float, rng: Generator) -> Mask:
 
 
 def _coarsen(mask: Mask, cell: int) -> Mask:
-    """The mask as seen on a grid of cells: each takes the value of its middle."""
+    """Returns the mask as seen on a grid of cells: each takes the value of its middle."""
     rows, columns = (np.minimum(np.arange(n) // cell * cell + cell // 2, n - 1) for n in mask.shape)
     coarse: Mask = mask[rows][:, columns]
     return coarse

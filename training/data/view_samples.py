@@ -68,7 +68,8 @@ class ViewSamples(Composites):
         return sample
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """All views (N, V, S, S, 4) uint8, and what can be drawn: (M, 3), an object and two of its views."""
+        """Returns all views (N, V, S, S, 4) uint8, and what can be drawn: (M, 3), an object and two of its
+        views."""
         if device not in self._loaded:
             [(source, _)] = self.sources
             assert isinstance(source, RenderedViews)
@@ -83,7 +84,8 @@ class ViewSamples(Composites):
 
 
 def _boxes(inside: Tensor, rules: CommonRules) -> tuple[Tensor, Tensor]:
-    """The objects' places as `expand` makes them: first row and column (N, 2), and those behind the last."""
+    """Returns the objects' places as `expand` makes them: first row and column (N, 2), and those behind the
+    last."""
     spans = [span(inside.any(axis)) for axis in (2, 1)]
     first, length = (torch.stack([each[part] for each in spans], 1) for part in (1, 2))
     middle, half = first + 0.5 * length.double(), rules.box_ratio * (length + 1).double() * 0.5

@@ -18,7 +18,7 @@ class AdapterBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(N, T, width) -> (N, T, width)."""
+        """Maps (N, T, width) to (N, T, width)."""
         # query, key and value of a head lie beside each other, as in Paint-by-Example (encoders/xf.py)
         qkv = self.qkv(self.norm1(tokens)).unflatten(-1, (self.heads, 3, -1)).transpose(2, 3).flatten(2)
         # split one by one: the rules that look for attention in an exported graph know this form
@@ -45,7 +45,7 @@ class ContentAdapter(nn.Linear):
         self.layers = layers
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(N, T, width) -> (N, T, token width)."""
+        """Maps (N, T, width) to (N, T, token width)."""
         return super().forward(self.norm(self.blocks(tokens)) if self.layers else tokens)
 
     @torch.no_grad()

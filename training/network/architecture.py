@@ -295,7 +295,7 @@ def _vae_channels(shapes: Shapes) -> tuple[int, ...]:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest index that `pattern` captures among the keys.
+    """Returns one more than the largest index that `pattern` captures among the keys.
 
     Raises:
         ArchitectureError: no key matches.

@@ -231,7 +231,7 @@ def _read(
 def _as_imprint(
     file: TensorFile, given: Mapping[str, Any], otherwise: Mapping[str, Any]
 ) -> tuple[TensorFile, ImprintArchitecture]:
-    """The file in our layout, whichever it has, and its sizes."""
+    """Returns the file in our layout, whichever it has, and its sizes."""
     settings = settings_from_metadata(file.metadata, ImprintArchitecture.not_inferable)
     if is_object_stitch(file.shapes):
         file, settings = from_object_stitch(file), {"scene_order": "latents_keep", **settings}
@@ -338,7 +338,7 @@ def compare_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str,
 
 
 def _compare_prefixes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What is missing when so much is that the size of the network is unknown."""
+    """Returns the missing keys if so many are missing that the size of the network is unknown."""
     missing = [prefix for prefix in PREFIXES.values() if not any(key.startswith(prefix) for key in shapes)]
     if not missing:
         return ""
@@ -349,7 +349,7 @@ def _compare_prefixes(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _looks_like(keys: Mapping[str, tuple[int, ...]]) -> str:
-    """A guess at what the file is, and what to do with it; empty if there is no guess."""
+    """Returns a guess at what the file is, and what to do with it; empty if there is no guess."""
 
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in keys)

@@ -57,7 +57,7 @@ class TensorFile:
     """Where they are."""
 
     def renamed(self, names: Mapping[str, str]) -> TensorFile:
-        """Some of its tensors: new name -> name in this file."""
+        """Returns some of its tensors: new name -> name in this file."""
         tensors = LazyTensors({new: reader(self.tensors, old) for new, old in names.items()})
         shapes = {new: self.shapes[old] for new, old in names.items()}
         return TensorFile(tensors, shapes, self.metadata, self.paths)
@@ -90,7 +90,7 @@ def read_tensors(path: Path) -> TensorFile:
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
-    """The files with the tensors of a checkpoint, which may be a folder in the layout of diffusers.
+    """Returns the files with the tensors of a checkpoint, which may be a folder in the layout of diffusers.
 
     Raises:
         CheckpointError: see `read_tensors`.
@@ -101,7 +101,7 @@ def weight_files(path: Path) -> tuple[Path, ...]:
 
 
 def find_file(path: Path) -> Path:
-    """The path itself; of a folder, the one checkpoint in it or the index of its shards.
+    """Returns the path itself; of a folder, the one checkpoint in it or the index of its shards.
 
     Raises:
         CheckpointError: there is no checkpoint, or there are several.
@@ -163,7 +163,8 @@ def _open(path: Path) -> TensorFile:
 def _named_tensors(
     content: object, prefix: str, within: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dictionaries, but for those of optimizers, with the names of the dictionaries."""
+    """Yields the tensors of nested dictionaries, but for those of optimizers, with the names of the
+    dictionaries."""
     if not isinstance(content, Mapping) or id(content) in seen or len(within) > _DEEPEST:
         return
     seen.add(id(content))
@@ -308,7 +309,7 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def some_keys(keys: Sequence[str]) -> str:
-    """The first three keys, and how many more there are."""
+    """Returns the first three keys, and how many more there are."""
     named = ", ".join(f"'{key}'" for key in keys[:_MOST_NAMED])
     return named + (f" and {len(keys) - _MOST_NAMED} more" if len(keys) > _MOST_NAMED else "")
 

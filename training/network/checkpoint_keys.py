@@ -34,7 +34,7 @@ class NetworkFile:
     """Tensors of which there is an average too, which was not taken."""
 
     def remarks(self, unneeded: Iterable[str] = ()) -> str:
-        """What is left out of the file, for the person who uses it; empty if nothing is.
+        """Describes which keys of the file are ignored; empty if none are.
 
         Args:
             unneeded: keys of the network that no part needs, beside the others.
@@ -85,14 +85,14 @@ def read_network(path: Path, anchor: str = UNET_KEY, ema: bool = False) -> Netwo
 
 
 def _average_of(name: str, prefix: str, copies: Iterable[str], file: TensorFile) -> str:
-    """The key of the average of a weight; empty if there is none."""
+    """Returns the key of the average of a weight; empty if there is none."""
     first, _, rest = name.partition(".")
     keys = [f"{prefix}{first}_ema.{rest.replace('.', '')}", *(copy + name for copy in copies)]
     return next((key for key in keys if key in file.shapes), "")
 
 
 def unneeded_keys(keys: Iterable[str], expected: Collection[str]) -> list[str]:
-    """Keys beside those that are expected that change nothing.
+    """Returns keys beside those that are expected that change nothing.
 
     Those inside of a part of the network do: a checkpoint with one is of another network.
     """

@@ -114,7 +114,8 @@ def read_architecture(folder: Path) -> StableDiffusionArchitecture:
 
 
 def _unet_heads(unet: Mapping[str, Any]) -> dict[str, int]:
-    """One number of heads for all levels, or one width. diffusers calls their number attention_head_dim."""
+    """Returns one number of heads for all levels, or one width. diffusers calls their number
+    attention_head_dim."""
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
     channels = unet["block_out_channels"]
     if isinstance(heads, int):
@@ -146,7 +147,7 @@ def _check_settings(
 
 
 def _plain(value: Any) -> Any:
-    """One value where a list says the same for every level."""
+    """Returns one value where a list says the same for every level."""
     if isinstance(value, (list, tuple)):
         return value[0] if len(set(value)) == 1 else list(value)
     return value

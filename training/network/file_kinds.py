@@ -36,7 +36,7 @@ _STARTS = (
 
 
 def kind_of(path: Path) -> str:
-    """One of `CHECKPOINT`, `INDEX`, or a sentence that says what the file is and what to do.
+    """Returns one of `CHECKPOINT`, `INDEX`, or a sentence that says what the file is and what to do.
 
     Raises:
         OSError: it cannot be read.

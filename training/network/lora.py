@@ -99,7 +99,7 @@ def merge_lora(
 def _collect(
     checkpoint: StableDiffusionCheckpoint, path: Path, file: TensorFile
 ) -> dict[tuple[str, str], _Update]:
-    """(Part, name of the weight) -> its update."""
+    """Maps (Part, name of the weight) to its update."""
     weights = {
         part: {
             name.removesuffix(".weight").replace(".", "_"): name
@@ -133,7 +133,7 @@ def _collect(
 
 
 def _find(module: str, weights: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
-    """The part, and the name of the weight there, that a LoRA's module is for."""
+    """Returns the part, and the name of the weight there, that a LoRA's module is for."""
     for prefix, parts in _PREFIXES.items():
         if not module.startswith(prefix):
             continue
@@ -151,7 +151,7 @@ def _find(module: str, weights: Mapping[str, Mapping[str, str]]) -> tuple[str, s
 
 
 def _alphas(path: Path, file: TensorFile) -> dict[str, float]:
-    """Part -> alpha, where a configuration says it: in the metadata, or beside an adapter of PEFT."""
+    """Returns part -> alpha, where a configuration says it: in the metadata, or beside an adapter of PEFT."""
     beside = path.with_name("adapter_config.json")
     is_adapter = any(key.startswith("base_model.model.") for key in file.shapes)
     try:
@@ -175,7 +175,7 @@ def _alphas(path: Path, file: TensorFile) -> dict[str, float]:
 
 
 def _matrices(path: Path, update: _Update, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of an update, which fit each other and the weight."""
+    """Returns a and B of an update, which fit each other and the weight."""
     if update.down is None or update.up is None:
         raise CheckpointError(f"'{path}' is incomplete: '{update.keys[0]}' has no counterpart")
     down, up = update.down, update.up

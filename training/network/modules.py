@@ -34,7 +34,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _unet_settings(architecture: DiffusionArchitecture) -> dict[str, Any]:
-    """What UNet and ControlNet have in common."""
+    """Builds what UNet and ControlNet share."""
     attention = architecture.unet_attention
     return {
         "in_channels": architecture.latent_channels,
@@ -251,7 +251,7 @@ class DiffusionNetwork(nn.Module):
         self.register_buffer("noise_rate", (1 - self.alphas_cumprod).sqrt(), persistent=False)
 
     def noise_of(self, output: Tensor, latent: Tensor, timestep: Tensor) -> Tensor:
-        """The noise in `latent` (N, C, h, w), by the UNet's output for it; `timestep` (N,)."""
+        """Returns the noise in `latent` (N, C, h, w), by the UNet's output for it; `timestep` (N,)."""
         if self.prediction == "epsilon":
             return output
         signal, noise = (

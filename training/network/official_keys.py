@@ -243,7 +243,7 @@ def _unet_name(name: str, architecture: DiffusionArchitecture) -> str:
 
 
 def _inside(kind: str, leaf: str) -> str:
-    """Names inside a residual block; those inside a transformer are the same on both sides."""
+    """Returns names inside a residual block; those inside a transformer are the same on both sides."""
     if kind == "attentions":
         return leaf
     layer, _, tensor = leaf.partition(".")
@@ -251,7 +251,7 @@ def _inside(kind: str, leaf: str) -> str:
 
 
 def _hint_block_name(rest: str) -> str:
-    """The hint block is one row of convolutions with an activation after each but the last."""
+    """Returns the hint block is one row of convolutions with an activation after each but the last."""
     stem, _, leaf = rest.partition(".")
     if stem == "conv_in":
         return f"input_hint_block.0.{leaf}"

@@ -38,7 +38,7 @@ class _Block(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, value: Tensor) -> Tensor:
-        """(N, C, h, w) -> the same shape."""
+        """Maps (N, C, h, w) to the same shape."""
         inner = self.conv1(F.silu(self.norm1(value)))
         return value + self.conv2(F.silu(self.norm2(inner)))  # type: ignore[no-any-return]
 

@@ -128,7 +128,7 @@ class StableDiffusionCheckpoint:
 
 
 def is_stable_diffusion(path: Path) -> bool:
-    """Whether a path is a Stable Diffusion checkpoint, by the folders or keys that are there."""
+    """Returns whether a path is a Stable Diffusion checkpoint, by the folders or keys that are there."""
     if (path / "unet").is_dir():
         return True
     shapes = read_network(path).file.shapes
@@ -241,7 +241,7 @@ def official_shapes(architecture: StableDiffusionArchitecture) -> dict[str, tupl
 
 
 def _layouts(architecture: StableDiffusionArchitecture) -> dict[str, str]:
-    """Part -> what `official_keys` calls it."""
+    """Returns part -> what `official_keys` calls it."""
     return {"unet": "unet", "vae": "vae", "text_encoder": architecture.text_encoder}
 
 

@@ -89,7 +89,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
 
 
 def tokenizer_of(merges: str, pad: str) -> TokenizerFiles:
-    """The tokenizer with some merges, with the special tokens of the published folders.
+    """Returns the tokenizer with some merges, with the special tokens of the published folders.
 
     Args:
         merges: content of merges.txt.
@@ -103,7 +103,7 @@ def tokenizer_of(merges: str, pad: str) -> TokenizerFiles:
 
 
 def made_up_tokenizer(vocabulary: int, pad: str) -> TokenizerFiles:
-    """A tokenizer for a network whose weights mean nothing: its merges are pairs of bytes.
+    """Returns a tokenizer for a network whose weights mean nothing: its merges are pairs of bytes.
 
     Args:
         vocabulary: how many tokens it has, 514 to 66,050.
@@ -127,7 +127,8 @@ def read_merges(path: Path, pad: str) -> TokenizerFiles:
 
 
 def installed_merges() -> str | None:
-    """The merges of CLIP as open_clip_torch has them, if that is installed; nothing of it is imported."""
+    """Returns the merges of CLIP as open_clip_torch has them, if that is installed; nothing of it is
+    imported."""
     found = find_spec("open_clip")
     folders = [] if found is None else found.submodule_search_locations or []
     path = next(filter(Path.is_file, (Path(folder) / _OPEN_CLIP for folder in folders)), None)

@@ -75,7 +75,7 @@ class Container(dict[str, Any]):
 
 
 def read_torch_file(path: Path) -> tuple[Any, str]:
-    """What was given to torch.save, and the first class that it needs and that is not made here.
+    """Returns what was given to torch.save, and the first class that it needs and that is not made here.
 
     Tensors are mapped into memory and read when they are used.
 
@@ -116,7 +116,7 @@ def _count_operations(content: bytes) -> None:
 
 
 def _span(content: mmap.mmap, info: zipfile.ZipInfo) -> slice:
-    """Where the bytes of a record are in the file."""
+    """Returns where the bytes of a record are in the file."""
     header = content[info.header_offset : info.header_offset + _LOCAL_HEADER]
     name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
     start = info.header_offset + _LOCAL_HEADER + name + extra
@@ -161,7 +161,7 @@ class _Unpickler(pickle._Unpickler):
         return Container
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """The elements of a storage, in one row."""
+        """Returns the elements of a storage, in one row."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise ValueError("it has tensors of an unknown kind")

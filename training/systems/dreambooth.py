@@ -159,7 +159,8 @@ class SubjectTask:
 
     @torch.no_grad()
     def _scene(self, batch: Batch) -> list[Tensor]:
-        """The scene that an inpainting model sees: mask and latents without the place, (N, 1 + C, h, w)."""
+        """Returns the scene that an inpainting model sees: mask and latents without the place, (N, 1 + C, h,
+        w)."""
         if "mask" not in batch:
             return []
         latents = self.network.vae.encode(batch["surroundings"].flatten(0, 1)).latent_dist.mean * LATENT_SCALE

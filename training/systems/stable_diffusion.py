@@ -120,13 +120,13 @@ def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _noise(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The noise that the runtime starts from."""
+    """Returns the noise that the runtime starts from."""
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
     return generator.standard_normal(shape, np.float32)
 
 
 def _empty_scene(network: StableDiffusion, resolution: int) -> list[Tensor]:
-    """What an inpainting model sees where it draws the whole picture; none for the others."""
+    """Returns what an inpainting model sees where it draws the whole picture; none for the others."""
     if network.unet.config.in_channels == network.vae.config.latent_channels:
         return []
     device = next(network.unet.parameters()).device

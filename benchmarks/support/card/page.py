@@ -42,7 +42,7 @@ def _head(results: Json) -> str:
 
 
 def _pictures(rows: list[Json]) -> str:
-    """Seconds of every scenario, a line per contender and one for the limit.
+    """Returns seconds of every scenario, a line per contender and one for the limit.
 
     In brackets: the part of compiled PyTorch's seconds that they are.
     """

@@ -101,7 +101,7 @@ def _measure(task: Task, contender: Contender, scenarios: Sequence[str]) -> Iter
 
 
 def _same_bits(tour: Scenarios, pipeline: AnyDoorPipeline, steps: int) -> bool:
-    """Whether the same request gives the same picture again, with all of it computed anew."""
+    """Returns whether the same request gives the same picture again, with all of it computed anew."""
     pipeline.clear()
     first = pipeline.run(*tour.inputs([0], 1, steps))[0].image
     pipeline.clear()

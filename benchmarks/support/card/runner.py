@@ -83,7 +83,7 @@ class Runner:
         return row
 
     def _device_gb(self, task: Task, rows: list[Row]) -> float | None:
-        """The card's memory that a part took: as nvidia-smi saw it, or else as its process said."""
+        """Returns the card's memory that a part took: as nvidia-smi saw it, or else as its process said."""
         megabytes = self._meter.device_mb(task.started, time.monotonic())
         if megabytes is not None:
             return megabytes / 1000
@@ -92,7 +92,7 @@ class Runner:
 
 @contextmanager
 def _started(task: Task, errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """The process of a part; when the block ends it and all that it started are gone."""
+    """Yields the process of a part; when the block ends it and all that it started are gone."""
     # ahead of the clone's folder, an installed package of the same name would be imported
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
@@ -131,7 +131,7 @@ def _failure(code: int, errors: IO[str]) -> str:
 
 
 def _text(row: Row) -> str:
-    """The plain values of a row, on one line."""
+    """Returns the plain values of a row, on one line."""
     plain = {key: value for key, value in row.items() if isinstance(value, str | int | float)}
     return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()

@@ -80,8 +80,8 @@ def preload(library: Any) -> None:
 
 
 def loaded_libraries(maps: Path = MAPPED_FILES) -> str:
-    """The CUDA and cuDNN libraries of this process and the folders that they lie in; empty where the system
-    does not say."""
+    """Returns the CUDA and cuDNN libraries of this process and the folders that they lie in; empty where the
+    system does not say."""
     try:
         lines = maps.read_text("utf-8", "replace").splitlines()
     except OSError:
@@ -95,7 +95,7 @@ def loaded_libraries(maps: Path = MAPPED_FILES) -> str:
 
 
 def provider_options(stream: int, precision: str, capture: bool, limit: int) -> dict[str, str]:
-    """What the provider of a session is started with.
+    """Returns the provider's options for a session.
 
     Args:
         stream: where it puts its work.
@@ -118,7 +118,7 @@ def provider_options(stream: int, precision: str, capture: bool, limit: int) -> 
 
 
 def session_options(library: Any, bundle: Bundle) -> Any:
-    """What every session is made with.
+    """Returns the session options.
 
     Args:
         library: the onnxruntime package.
@@ -229,11 +229,12 @@ class LoadedSession:
         """Shapes of a call that is captured -> its `gpu_graph_id`."""
 
     def new_context(self) -> BoundCall:
-        """What calls of one set of shapes need."""
+        """Returns the resources for calls of one set of shapes."""
         return BoundCall(self)
 
     def number(self, shapes: tuple[Shape, ...]) -> int:
-        """The `gpu_graph_id` of shapes: the one they had before, a new one, or none if there are too many."""
+        """Returns the `gpu_graph_id` of shapes: the one they had before, a new one, or none if there are too
+        many."""
         if self._capture and len(self._numbers) < MOST_CAPTURED:
             self._numbers.setdefault(shapes, len(self._numbers) + 1)
         return self._numbers.get(shapes, NOT_CAPTURED)
@@ -290,7 +291,7 @@ class BoundCall:
 
 
 def open_card_engine(library: Any, bundle: Bundle, options: EngineOptions) -> CardEngine:
-    """The engine for a bundle of ONNX graphs on a card; see `engines.engine.open_engine`."""
+    """Returns the engine for a bundle of ONNX graphs on a card; see `engines.engine.open_engine`."""
     # cuDNN finds no plan for some convolutions in so small a workspace; they run with another, and every one
     # is logged as an error. What really fails is raised, too
     library.set_default_logger_severity(_FATAL)

@@ -46,8 +46,8 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def load_library() -> Any:
-    """The onnxruntime package, which reports to nobody: since 1.31 it tells its makers how it is used, unless
-    that is switched off (microsoft/onnxruntime, pull request 27379).
+    """Returns the onnxruntime package, which reports to nobody: since 1.31 it tells its makers how it is
+    used, unless that is switched off (microsoft/onnxruntime, pull request 27379).
 
     Raises:
         BackendError: it is not installed, or too old.
@@ -63,7 +63,7 @@ def load_library() -> Any:
 
 
 def check_version(version: str, first: tuple[int, int] = FIRST_VERSION, why: str = "") -> None:
-    """Refuses a library that is too old.
+    """Checks that the library is recent enough.
 
     Raises:
         BackendError: says which one is needed.
@@ -76,7 +76,7 @@ def check_version(version: str, first: tuple[int, int] = FIRST_VERSION, why: str
 
 
 def devices() -> list[str]:
-    """The devices that the installed ONNX Runtime was built for, best first."""
+    """Returns the devices that the installed ONNX Runtime was built for, best first."""
     available = load_library().get_available_providers()
     return [device for device in ("cuda", "cpu") if _PROVIDERS[device] in available]
 
@@ -123,7 +123,7 @@ class OnnxRuntimeEngine:
             self._options.intra_op_num_threads = options.threads
 
     def describe(self) -> str:
-        """What is loaded together, if not everything is."""
+        """Returns the groups of graphs that are loaded together, if not all are."""
         return self.plan.table() if self.plan else ""
 
     def load(self, graph: str) -> None:
@@ -149,7 +149,8 @@ class OnnxRuntimeEngine:
             raise BundleError(f"ONNX Runtime cannot load the graph '{graph}': {reason}") from error
 
     def model(self, graph: str, path: Path) -> str | bytes:
-        """What to run for a graph: the file, or a model in memory whose weights lie beside the file."""
+        """Returns what to run for a graph: the file, or a model in memory whose weights lie beside the
+        file."""
         return str(path)
 
     def unload(self, graph: str) -> None:
@@ -199,7 +200,7 @@ class OnnxRuntimeEngine:
         return given
 
     def to_device(self, array: Array) -> DeviceTensor:
-        """A value that points into the array."""
+        """Returns a value that points into the array."""
         return self._library.OrtValue.ortvalue_from_numpy(array)
 
     def to_host(self, tensor: DeviceTensor) -> Array:
@@ -213,12 +214,12 @@ class OnnxRuntimeEngine:
         return self.to_device(concatenate_rows([(host[id(t)], start, stop) for t, start, stop in pieces]))
 
     def nbytes(self, tensor: DeviceTensor) -> int:
-        """The memory that a tensor occupies."""
+        """Returns the memory that a tensor occupies."""
         return int(tensor.tensor_size_in_bytes())
 
 
 def usable_devices() -> dict[str, str]:
-    """Device -> a remark, for each that the installed ONNX Runtime was built for.
+    """Returns device -> a remark, for each that the installed ONNX Runtime was built for.
 
     Of a card it is which CUDA and cuDNN libraries were found where.
     """
@@ -234,19 +235,19 @@ def usable_devices() -> dict[str, str]:
 
 
 def fits(bundle: Bundle, options: EngineOptions) -> bool:
-    """Whether the host has the memory for a bundle; graphs are swapped if it is short."""
+    """Returns whether the host has the memory for a bundle; graphs are swapped if it is short."""
     return plan_host_memory(bundle, NAME, options.memory_budget).fits
 
 
 def needed_bytes(bundle: Bundle, options: EngineOptions) -> int:
-    """The memory that a bundle needs, all graphs loaded; see `engines.engine.needed_bytes`."""
+    """Returns the memory that a bundle needs, all graphs loaded; see `engines.engine.needed_bytes`."""
     if _device(bundle, options) == "cuda":
         return needed_device_bytes(bundle.manifest)
     return needed_host_bytes(bundle, NAME)
 
 
 def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
-    """The device that would run a bundle, and the memory plan.
+    """Returns the device that would run a bundle, and the memory plan.
 
     Raises:
         BackendError: there is no such device, or not enough memory.
@@ -262,7 +263,7 @@ def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
 
 
 def open_engine(bundle: Bundle, options: EngineOptions) -> Engine:
-    """The engine for a bundle; see `engines.engine.open_engine`."""
+    """Returns the engine for a bundle; see `engines.engine.open_engine`."""
     if _device(bundle, options) == "cuda":
         from engines.backends.onnxruntime import cuda
 
@@ -273,7 +274,7 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> Engine:
 
 
 def _device(bundle: Bundle, options: EngineOptions) -> str:
-    """Where a bundle would run.
+    """Returns the device that would run a bundle.
 
     Raises:
         BackendError: the library has no such device, or the device cannot run the bundle as asked.

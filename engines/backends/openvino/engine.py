@@ -63,7 +63,7 @@ _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 
 def load_library() -> Any:
-    """The openvino package, without its model converters.
+    """Returns the openvino package, without its model converters.
 
     Raises:
         BackendError: it is not installed.
@@ -86,7 +86,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def core() -> openvino.Core:
-    """The library's core, one for all engines of the process, and until it ends.
+    """Returns the library's core, one for all engines of the process, and until it ends.
 
     With its first use, a core gives the calling thread a new stack for signal handlers; when it is freed, it
     unmaps that stack and puts back the one that it found. Two of them whose lives overlap, or one that
@@ -105,7 +105,7 @@ def _core() -> openvino.Core:
 
 
 def precisions() -> list[str]:
-    """The precisions that this machine's processor has fast arithmetic for.
+    """Returns the precisions that this machine's processor has fast arithmetic for.
 
     Raises:
         BackendError: OpenVINO is not installed.
@@ -156,7 +156,7 @@ class OpenVinoEngine:
             self._options["INFERENCE_NUM_THREADS"] = options.threads
 
     def describe(self) -> str:
-        """What is loaded together, if not everything is."""
+        """Returns the groups of graphs that are loaded together, if not all are."""
         return self.plan.table() if self.plan else ""
 
     def load(self, graph: str) -> None:
@@ -192,7 +192,7 @@ class OpenVinoEngine:
         return compiled
 
     def _place(self, graph: str) -> Path | None:
-        """Where a compiled graph is kept: a file that is named after all that the result depends on.
+        """Returns where a compiled graph is kept: a file that is named after all that the result depends on.
 
         None if there is no place, or if weights that have no file of their own would be kept with it.
         """
@@ -271,23 +271,23 @@ class OpenVinoEngine:
         return concatenate_rows(pieces)
 
     def nbytes(self, tensor: Array) -> int:
-        """The memory that a tensor occupies."""
+        """Returns the memory that a tensor occupies."""
         return tensor.nbytes
 
 
 def plan_memory(bundle: Bundle, memory_budget: int | None) -> HostMemoryPlan:
-    """Which graphs are loaded together; see `plan_host_memory`."""
+    """Returns which graphs are loaded together; see `plan_host_memory`."""
     copies = _COPIES if memory_budget is None else _RESIDENT_COPIES
     return plan_host_memory(bundle, NAME, memory_budget, copies=copies, load_factor=_LOAD_FACTOR)
 
 
 def usable_devices() -> dict[str, str]:
-    """The CPU, with the inference precisions that it has fast arithmetic for."""
+    """Returns the CPU, with the inference precisions that it has fast arithmetic for."""
     return {"cpu": f"inference precision {' or '.join(precisions())}"}
 
 
 def fits(bundle: Bundle, options: EngineOptions) -> bool:
-    """Whether the host has the memory: loading a graph takes more of it than running it."""
+    """Returns whether the host has the memory: loading a graph takes more of it than running it."""
     try:
         return plan_memory(bundle, options.memory_budget).fits
     except BackendError:
@@ -295,12 +295,12 @@ def fits(bundle: Bundle, options: EngineOptions) -> bool:
 
 
 def needed_bytes(bundle: Bundle, options: EngineOptions) -> int:
-    """The memory that a bundle needs, all graphs loaded; see `engines.engine.needed_bytes`."""
+    """Returns the memory that a bundle needs, all graphs loaded; see `engines.engine.needed_bytes`."""
     return needed_host_bytes(bundle, NAME, _RESIDENT_COPIES, _LOAD_FACTOR)
 
 
 def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
-    """The device that would run a bundle, and the memory plan.
+    """Returns the device that would run a bundle, and the memory plan.
 
     Raises:
         BackendError: there is no such device, or not enough memory.
@@ -312,7 +312,7 @@ def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
 
 
 def open_engine(bundle: Bundle, options: EngineOptions) -> OpenVinoEngine:
-    """The engine for a bundle; see `engines.engine.open_engine`."""
+    """Returns the engine for a bundle; see `engines.engine.open_engine`."""
     available = precisions()
     if options.device == "cuda":
         raise BackendError(

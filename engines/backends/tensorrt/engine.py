@@ -16,7 +16,8 @@ from engines.options import EngineOptions
 
 
 def usable_devices() -> dict[str, str]:
-    """The card, with the variants of the library that are installed and support it, and their versions.
+    """Returns the card, with the variants of the library that are installed and support it, and their
+    versions.
 
     Raises:
         BackendError: there is none.
@@ -33,7 +34,7 @@ def usable_devices() -> dict[str, str]:
 
 
 def fits(bundle: Bundle, options: EngineOptions) -> bool:
-    """Whether the card has the memory for a bundle; graphs are swapped if it is short."""
+    """Returns whether the card has the memory for a bundle; graphs are swapped if it is short."""
     try:
         plan_for_card(bundle.manifest, options.memory_budget, Device().card().free)
     except BackendError:
@@ -42,12 +43,12 @@ def fits(bundle: Bundle, options: EngineOptions) -> bool:
 
 
 def needed_bytes(bundle: Bundle, options: EngineOptions) -> int:
-    """The memory that a bundle needs, all graphs loaded; see `engines.engine.needed_bytes`."""
+    """Returns the memory that a bundle needs, all graphs loaded; see `engines.engine.needed_bytes`."""
     return needed_device_bytes(bundle.manifest)
 
 
 def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
-    """The card that would run a bundle, and the memory plan.
+    """Returns the card that would run a bundle, and the memory plan.
 
     Raises:
         BackendError: the library or the card is missing, or has not enough memory.
@@ -60,7 +61,8 @@ def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
 
 
 def open_engine(bundle: Bundle, options: EngineOptions) -> CardEngine:
-    """The engine for a bundle of plans; see `engines.engine.open_engine`. It has no use for `threads`."""
+    """Returns the engine for a bundle of plans; see `engines.engine.open_engine`. It has no use for
+    `threads`."""
     library = _check(bundle, options)
     device = Device()
     card = device.card()
@@ -71,7 +73,7 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> CardEngine:
 
 
 def _check(bundle: Bundle, options: EngineOptions) -> Library:
-    """The library for a bundle, after refusing what can be refused without a card."""
+    """Returns the library for a bundle, after refusing what can be refused without a card."""
     if options.device == "cpu":
         raise BackendError(
             f"the bundle at '{bundle.path}' holds plans for an NVIDIA card: build one for the CPU with "

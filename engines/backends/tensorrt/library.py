@@ -104,12 +104,13 @@ class Library:
         self.messages.clear()
 
     def reason(self) -> str:
-        """The last error that the library logged, on one line."""
+        """Returns the last error that the library logged, on one line."""
         errors = [text for severity, text in self.messages if severity.endswith("ERROR")]
         return " ".join(errors[-1].split()) if errors else "it does not say why"
 
     def rebuild_command(self, target: str) -> str:
-        """The command that builds a bundle again, for those of its architectures that can be built for."""
+        """Returns the command that builds a bundle again, for those of its architectures that can be built
+        for."""
         targets = ",".join(name for name in target.split(",") if name in self.variant.targets)
         flag = f" --targets {targets}" if targets else ""
         return f"'{BUILD_COMMAND} --backend {self.backend}{flag}'"
@@ -134,7 +135,7 @@ class Library:
 
 @functools.cache
 def load_library(backend: str) -> Library:
-    """The library of a backend, one of `VARIANTS`.
+    """Returns the library of a backend, one of `VARIANTS`.
 
     Raises:
         BackendError: it is not installed.
@@ -143,7 +144,7 @@ def load_library(backend: str) -> Library:
 
 
 def usable_library(backend: str) -> Library:
-    """The library of a backend, unless this machine has a card that it does not support.
+    """Returns the library of a backend, unless this machine has a card that it does not support.
 
     Raises:
         BackendError: it is not installed, or does not support the card.
@@ -155,7 +156,7 @@ def usable_library(backend: str) -> Library:
 
 
 def check_plans(bundle: Bundle) -> Library:
-    """The library for a bundle, after refusing what can be refused before anything is on a card.
+    """Returns the library for a bundle, after refusing what can be refused before anything is on a card.
 
     Raises:
         BackendError: the library is not installed, or does not support the card.
@@ -170,7 +171,7 @@ def check_plans(bundle: Bundle) -> Library:
 
 
 def _card() -> Card | None:
-    """The card of this machine; None without one, which whoever needs it explains."""
+    """Returns the card of this machine; None without one, which whoever needs it explains."""
     try:
         return Device().card()
     except BackendError:
@@ -254,7 +255,7 @@ def check_header(library: Library, bundle: Bundle, graph: str) -> None:
 
 
 def header_refusal(library: Library, bundle: Bundle, graph: str, diagnostics: int) -> BundleError:
-    """The refusal for the diagnostic bits of a plan's header.
+    """Returns the error for the diagnostic bits of a plan's header.
 
     Raises:
         BackendError: the library does not support the card, so no other plan of it would run either.
@@ -277,7 +278,7 @@ def header_refusal(library: Library, bundle: Bundle, graph: str, diagnostics: in
 
 
 def loading_refusal(library: Library, bundle: Bundle, graph: str) -> BackendError | BundleError:
-    """The refusal for a plan that the library did not open, from what it logged."""
+    """Returns the error for a plan that the library did not open, from its log."""
     reason, target = library.reason(), bundle.manifest.target
     said = reason.lower()
     if "out of memory" in said or "outofmemory" in said:

@@ -66,7 +66,7 @@ class Plan:
         """Bytes that a call needs for intermediate results."""
 
     def new_context(self) -> Context:
-        """What calls of one set of shapes need; scratch memory is lent to each call.
+        """Returns the resources for calls of one set of shapes; scratch memory is lent to each call.
 
         Raises:
             OutOfDeviceMemoryError: the card has no room for it.
@@ -113,7 +113,7 @@ class Context:
         self._require(self._context.execute_async_v3(stream), "did not run")
 
     def capturable(self, stream: int) -> bool:
-        """Whether `enqueue` may be captured. TensorRT can always; TensorRT for RTX says."""
+        """Returns whether `enqueue` may be captured. TensorRT can always; TensorRT for RTX says."""
         check = getattr(self._context, "is_stream_capturable", None)
         return check is None or bool(check(stream))
 
@@ -143,7 +143,7 @@ class JitCache:
         self._cache: Any = None
 
     def config(self, strategy: tensorrt.ExecutionContextAllocationStrategy) -> Any:
-        """What a context is created with, or None if this variant has no such thing."""
+        """Returns what a context is created with, or None if this variant has no such thing."""
         if not hasattr(self._engine, "create_runtime_config"):
             return None
         config = self._engine.create_runtime_config()
@@ -182,7 +182,7 @@ class PlanTensor:
 
 
 def read_signature(engine: tensorrt.ICudaEngine) -> list[PlanTensor]:
-    """The inputs and outputs of an opened plan."""
+    """Returns the inputs and outputs of an opened plan."""
     tensors = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)

@@ -86,7 +86,7 @@ def new_app(
     jobs: Jobs | None,
     settings: Settings,
 ) -> Starlette:
-    """The ASGI application.
+    """Returns the ASGI application.
 
     Args:
         gate: lets calls in.
@@ -137,7 +137,7 @@ def new_app(
 
 
 def _middleware(gate: Gate, settings: Settings) -> list[Middleware]:
-    """Which web pages may call."""
+    """Returns the middleware for web pages of other origins."""
 
     def refusal(reason: str) -> ASGIApp:
         answer = partial(_forbid, reason)
@@ -159,7 +159,7 @@ def _middleware(gate: Gate, settings: Settings) -> list[Middleware]:
 
 
 def _health_routes(health: Health, has_jobs: bool) -> list[BaseRoute]:
-    """Paths that need no token, and the description."""
+    """Returns paths that need no token, and the description."""
 
     async def alive(request: Request) -> Response:
         return _health(health.is_alive)

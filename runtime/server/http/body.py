@@ -23,7 +23,7 @@ Fields = dict[str, Any]
 
 
 def read_fields(content: bytes, content_type: str) -> Fields:
-    """The fields of a body.
+    """Returns the fields of a body.
 
     Args:
         content: the body.

@@ -40,7 +40,7 @@ class Composites:
         self._health = health
 
     async def fields(self, content: bytes, call: Call) -> Fields:
-        """The fields of a body, read beside the event loop.
+        """Returns the fields of a body, read beside the event loop.
 
         Raises:
             InputError: it cannot be read.
@@ -137,7 +137,8 @@ async def send_json(
 
 
 async def finished_json(finished: Finished, call: Call) -> bytes:
-    """The answer, made beside the event loop; from then on the request takes no more memory than that."""
+    """Returns the answer, made beside the event loop; from then on the request takes no more memory than
+    that."""
     content = await asyncio.to_thread(_json_of, finished, call.request_id)
     call.account.set(2 * len(content))  # the transport has a copy
     return content
@@ -165,12 +166,12 @@ async def send_file(finished: Finished, file_format: str, call: Call) -> None:
 
 
 def _warnings(warnings: Sequence[str]) -> dict[str, str]:
-    """The header for what is to be known."""
+    """Returns the header for what is to be known."""
     return {"x_warnings": json.dumps(list(warnings))} if warnings else {}
 
 
 def plain_event(event: Event) -> tuple[str, dict[str, Any]]:
-    """Name and fields of an event on the way."""
+    """Returns name and fields of an event on the way."""
     if isinstance(event, Queued):
         return "queued", {"position": event.position}
     if isinstance(event, StepDone):

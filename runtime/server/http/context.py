@@ -69,11 +69,11 @@ class HttpContext:
     # --- the request --------------------------------------------------------------------------------------
 
     def header(self, name: str) -> str:
-        """The value of a header, "" if there is none."""
+        """Returns the value of a header, "" if there is none."""
         return next((value for found, value in self._headers if found == name), "")
 
     def wants(self, media_type: str) -> bool:
-        """Whether the client asks for an answer of a type, like "image/"."""
+        """Returns whether the client asks for an answer of a type, like "image/"."""
         return self.header("accept").startswith(media_type)
 
     @property
@@ -83,18 +83,18 @@ class HttpContext:
         return found
 
     def query(self, name: str) -> str:
-        """A value of the path's query, "" if there is none."""
+        """Returns a value of the path's query, "" if there is none."""
         text: bytes = self.scope.get("query_string", b"")
         found = parse_qs(text.decode("latin-1"))
         return found.get(name, [""])[-1]
 
     def peer(self) -> str:
-        """The other end, as gRPC writes it."""
+        """Returns the other end, as gRPC writes it."""
         host, port = self.scope.get("client") or ("127.0.0.1", 0)
         return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
-        """The headers."""
+        """Returns the headers."""
         return list(self._headers)
 
     def auth_context(self) -> Mapping[str, Sequence[bytes]]:
@@ -106,7 +106,7 @@ class HttpContext:
         return None
 
     async def read(self) -> bytes:
-        """The body.
+        """Returns the body.
 
         Raises:
             InputError: it is longer than is accepted.
@@ -224,7 +224,7 @@ def error_of(
 
 
 def server_sent_event(name: str, fields: Mapping[str, Any]) -> bytes:
-    """An event of a stream, as of the HTML standard, section 9.2."""
+    """Returns an event of a stream, as of the HTML standard, section 9.2."""
     return f"event: {name}\ndata: {json.dumps(fields)}\n\n".encode()
 
 

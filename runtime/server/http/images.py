@@ -126,7 +126,7 @@ class Images:
                     await _send(kind, "completed", image.image, {**more, **ours}, call)
 
     def _edit_fields(self, fields: Fields) -> tuple[Request, str]:
-        """The request of an edit."""
+        """Returns the request of an edit."""
         fields = self._common(fields)
         with in_field("image"):
             given = fields.pop("image", None)
@@ -159,7 +159,7 @@ class Images:
         return replace(request, placements=[place], scene_size=size), file_format
 
     def _generation_fields(self, fields: Fields) -> tuple[Request, str]:
-        """The request of a generation."""
+        """Returns the request of a generation."""
         fields = self._common(fields)
         with in_field("size"):
             size = _size(fields.pop("size", None))
@@ -195,7 +195,7 @@ class Images:
 
 
 def _preview_every(request: Request, partial: int, defaults: Mapping[str, Any]) -> int:
-    """Steps between previews, for a number of partial images."""
+    """Returns steps between previews, for a number of partial images."""
     if not partial:
         return 0
     with in_field("sampling"):

@@ -131,7 +131,7 @@ class JobContext:
         return {}
 
     def time_remaining(self) -> float | None:
-        """All the time."""
+        """Returns all the time."""
         return None
 
     async def read(self) -> bytes:
@@ -355,7 +355,8 @@ class Jobs:
 
 
 def _next_to_go(jobs: Mapping[str, Job], size: Callable[[Job], int]) -> Job | None:
-    """The oldest job of the client whose ended jobs are the largest together; None if none has ended."""
+    """Returns the oldest job of the client whose ended jobs are the largest together; None if none has
+    ended."""
     sizes: Counter[str] = Counter()
     ended = [job for job in jobs.values() if job.ended and size(job)]
     for job in ended:

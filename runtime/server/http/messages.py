@@ -37,14 +37,14 @@ ACTIONS = frozenset(field.name for field in pb.EditRequest.DESCRIPTOR.oneofs_by_
 
 
 def kind_of(fields: Fields) -> type[Asked]:
-    """The message that a body is: without a scene, of a drawing; with an action, of an edit."""
+    """Returns the message that a body is: without a scene, of a drawing; with an action, of an edit."""
     if "scene" not in fields:
         return pb.DrawRequest
     return pb.EditRequest if ACTIONS & fields.keys() else pb.CompositeRequest
 
 
 def message_of(fields: Fields, kind: type[_Message]) -> tuple[_Message, int]:
-    """The request that a body asks for, and the steps between previews.
+    """Returns the request that a body asks for, and the steps between previews.
 
     Raises:
         InputError: names the field.
@@ -58,12 +58,12 @@ def message_of(fields: Fields, kind: type[_Message]) -> tuple[_Message, int]:
 
 
 def segment_message(fields: Fields) -> pb.SegmentRequest:
-    """The message of a body that asks where an object is; likewise."""
+    """Returns the message of a body that asks where an object is; likewise."""
     return _filled(pb.SegmentRequest(), dict(fields))
 
 
 def _taken(fields: Fields, names: frozenset[str]) -> Fields:
-    """The fields of some names, taken out of the others."""
+    """Returns the fields of some names, taken out of the others."""
     return {name: fields.pop(name) for name in list(fields) if name in names}
 
 
@@ -92,7 +92,7 @@ def _fill(message: Any, fields: Any) -> None:
 
 
 def _named(kind: str, given: Any) -> Any:
-    """What stands for a message, as the fields of it."""
+    """Expands the short form of a message into its fields."""
     if kind == "Clicks" and isinstance(given, str | list):
         return {"points": given}
     if kind == "View" and isinstance(given, str | bytes):
@@ -112,7 +112,7 @@ def _named(kind: str, given: Any) -> Any:
 
 
 def _with_views(placement: Mapping[str, Any]) -> Fields:
-    """A placement whose reference is a list: the first of it, and views."""
+    """Returns a placement whose reference is a list: the first of it, and views."""
     references = placement["reference"]
     with in_field("reference"):
         if not references:
@@ -165,7 +165,7 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
 
 
 def file_of(value: Any) -> bytes:
-    """The bytes of a picture's file: of a form, or in base64, also as a data URL.
+    """Returns the bytes of a picture's file: of a form, or in base64, also as a data URL.
 
     Raises:
         InputError: it is neither.
@@ -194,7 +194,7 @@ def truth_of(value: Any) -> bool:
 
 
 def enum_names(enum: EnumDescriptor) -> list[str]:
-    """The names of an enum's values in a body, but for the unspecified one."""
+    """Returns the names of an enum's values in a body, but for the unspecified one."""
     prefix = enum.values[0].name.removesuffix("UNSPECIFIED")
     return [value.name.removeprefix(prefix).lower() for value in enum.values[1:]]
 
@@ -231,7 +231,8 @@ def _number(value: Any) -> float:
 
 
 def plain(message: Any) -> Any:
-    """A message as JSON has it: of its names, with the enums' short ones, boxes as lists, files in base64."""
+    """Returns a message as JSON has it: of its names, with the enums' short ones, boxes as lists, files in
+    base64."""
     descriptor: Descriptor = message.DESCRIPTOR
     if descriptor.name in _LISTED:
         return [getattr(message, name) for name in _LISTED[descriptor.name]]

@@ -60,7 +60,7 @@ _ERROR_STATUSES = {
 
 @cache
 def document(has_jobs: bool) -> dict[str, Any]:
-    """The document, to be sent as JSON.
+    """Returns the document, to be sent as JSON.
 
     Args:
         has_jobs: whether the server has jobs.

@@ -60,7 +60,7 @@ class OriginCheck:
 
 
 def _name_of(host: str) -> str:
-    """The name or address in a `Host` header, in lower case, without brackets and port."""
+    """Returns the name or address in a `Host` header, in lower case, without brackets and port."""
     try:
         return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
     except ValueError:

@@ -72,7 +72,7 @@ def texture(picture: Array) -> Texture:
 
 
 def _wrapped_pair(places: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The index at whole places of an axis that repeats after `count`, and the one behind it."""
+    """Returns the index at whole places of an axis that repeats after `count`, and the one behind it."""
     index = places.int().remainder_(count)
     behind = index + 1
     return index, behind.masked_fill_(behind == count, 0)

@@ -79,7 +79,7 @@ class Scene:
 
 @lru_cache(maxsize=32)
 def _filter(roughness: float, stretch: float) -> Array:
-    """What the frequencies of white noise are multiplied with, (TILE, TILE / 2 + 1)."""
+    """Returns the factors for the frequencies of white noise, (TILE, TILE / 2 + 1)."""
     vertical = np.fft.fftfreq(TILE)[:, None] * TILE
     horizontal = np.fft.rfftfreq(TILE)[None, :] * TILE * stretch
     frequency = np.sqrt(vertical**2 + horizontal**2)

@@ -37,7 +37,8 @@ class View:
 
 
 def _yaw(seed: int, rng: Generator) -> float:
-    """Views of an object turn about a middle that is its own, so that they share most of what they show."""
+    """Returns views of an object turn about a middle that is its own, so that they share most of what they
+    show."""
     return float(np.random.default_rng([seed, 3]).normal(0, 0.35) + rng.normal(0, 0.22))
 
 
@@ -50,7 +51,7 @@ def _bystander(seed: int, rng: Generator) -> tuple[ObjectSpec, Pose]:
 
 
 def _stage(seed: int, number: int) -> tuple[Scene, tuple[ObjectSpec, Pose], list[tuple[ObjectSpec, Pose]]]:
-    """The room, the object in its place, and what else stands around."""
+    """Returns the room, the object in its place, and what else stands around."""
     rng = np.random.default_rng([seed, 4, number])
     scene = make_scene(int(rng.integers(2**31)))
     pose = Pose(rng.uniform(-0.5, 0.5), rng.uniform(-0.4, 0.4), _yaw(seed, rng), rng.uniform(0.95, 1.65))
