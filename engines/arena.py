@@ -1,4 +1,4 @@
-"""One block of device memory for everything: where things lie in it. Pure functions of sizes, no device.
+"""Lays out buffers in one block of device memory. Pure functions of sizes, without a device.
 
 Buffers that are never needed in the same phase share their place (`layout`). Tensors that come and go take
 their place from a `Pool`, and give it back.

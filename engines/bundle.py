@@ -1,4 +1,4 @@
-"""The bundle: a directory with a manifest, the graphs and the constants of a checkpoint.
+"""Opens and verifies bundles: directories with a manifest, the graphs and the constants of a checkpoint.
 
 manifest.json       what this is, what it was made from, and the hash of every other file (`engines.manifest`)
 constants.npz       noise schedule, and what a system needs besides its graphs

@@ -1,4 +1,4 @@
-"""Where this package keeps what the next start need not work out again."""
+"""Caches files between runs, like hashes and compiled graphs."""
 
 from __future__ import annotations
 

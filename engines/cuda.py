@@ -1,4 +1,4 @@
-"""An NVIDIA card through NVIDIA's cuda-python: memory, one stream, copies, captured graphs. No torch.
+"""Drives an NVIDIA card through cuda-python: memory, one stream, copies, captured graphs. Does not use torch.
 
 cuda-python has renamed its modules: `cuda.cudart` until 12.6, `cuda.bindings.runtime` since. Both work.
 """

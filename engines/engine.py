@@ -1,5 +1,4 @@
-"""What every execution backend offers, and how one is chosen. An engine runs graphs, whatever they
-compute."""
+"""Defines the interface of an engine, which runs graphs, and chooses a backend for a bundle."""
 
 from __future__ import annotations
 

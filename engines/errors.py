@@ -1,4 +1,4 @@
-"""Refusals: errors whose text is one sentence for the person who caused them."""
+"""Defines the errors, whose messages are one sentence for the user."""
 
 
 class AnyDoorError(Exception):

@@ -1,4 +1,4 @@
-"""Files and folders that nobody ever sees half written."""
+"""Writes files and folders atomically."""
 
 from __future__ import annotations
 

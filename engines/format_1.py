@@ -1,4 +1,4 @@
-"""Format version 1 of the manifest, turned into the present one.
+"""Converts manifests of format version 1 to version 2.
 
 Version 1 knew one system, AnyDoor, whose graphs and inputs it named. What version 2 writes down (roles,
 banks, what changes per step, scratch memory) follows from those names. This is the only file of `engines`

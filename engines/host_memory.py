@@ -1,4 +1,4 @@
-"""Which graphs stay in the host's memory together. See `engines.memory_plan`, which is about cards."""
+"""Plans which graphs are in the host's memory together. See `engines.memory_plan` for cards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest: what a bundle says of itself. docs/model-format.md describes every field of the file."""
+"""Reads the manifest of a bundle. docs/model-format.md describes every field of the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which graphs stay in a card's memory together, and what else has a place there. Pure functions of sizes.
+"""Plans a card's memory: which graphs are loaded together, and which buffers exist. Pure functions of sizes.
 
 Every picture calls the step and window graphs at every step, the decoder once, and a condition graph once per
 new reference or prompt. Where memory is short the graphs are swapped in groups: loading one group evicts the

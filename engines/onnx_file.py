@@ -1,4 +1,5 @@
-"""Which weights an ONNX graph takes from other files: the libraries that load it read whatever it names.
+"""Checks which weights an ONNX graph takes from other files: the libraries that load it read whatever it
+names.
 
 An ONNX file is a protobuf message. Only the fields that lead to tensors are followed (onnx.proto in the
 repository onnx/onnx, "Encoding" in the documentation of protobuf), so neither package is needed.

@@ -1,4 +1,4 @@
-"""Which backends there are, found by looking into `engines/backends`.
+"""Finds the backends in `engines/backends`.
 
 To add a backend, add a folder there. Its `__init__.py` has a tuple `BACKENDS` of `Backend`, which says what
 it runs and imports no library; its `engine.py` has the functions of `engines.engine.BackendModule`. Its

@@ -1,4 +1,4 @@
-"""The schema of manifest.json: which fields it has, and which values they may have.
+"""Defines the schema of manifest.json: its fields, and their types and ranges.
 
 What they mean is in docs/model-format.md. Fields that are not in the schema are ignored, as JSON Schema does.
 """

@@ -1,4 +1,4 @@
-"""What a graph is to an engine: its role, its inputs and outputs, and how one step leads to the next.
+"""Describes a graph for an engine: its role, its inputs and outputs, and how one step leads to the next.
 
 Part of the model format (docs/model-format.md): the exporter writes it into the manifest, and everything that
 runs a bundle reads it from there.

@@ -1,4 +1,4 @@
-"""Which files were found sound before: a bundle of 10 GB takes 10 s to read only to compare its hashes.
+"""Remembers which files were verified: reading a bundle of 10 GB to compare its hashes takes 10 s.
 
 A small record in the user's cache folder says of every file what it was when its hash was compared: size,
 times of its last change, inode, and the hash. Where all of that is as it was, the file is not read again.

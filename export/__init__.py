@@ -1,1 +1,1 @@
-"""Checkpoint -> bundle. Runs on a build machine; nothing of it is needed to serve."""
+"""Builds bundles from checkpoints, on a build machine. Serving does not need it."""

@@ -1,5 +1,5 @@
-"""The command `build_engines.py`, which is also `anydoor build`: checkpoint or ONNX graphs -> bundle for one
-backend.
+"""Implements the command `build_engines.py`, which is also `anydoor build`: builds a bundle for one backend
+from a checkpoint or ONNX graphs.
 
 A bundle of plans is built from a bundle of ONNX graphs without PyTorch: export on a workstation, build the
 plans on the machine that runs them.

@@ -1,4 +1,4 @@
-"""Example inputs of a graph: to trace, verify and measure it with. Needs NumPy alone."""
+"""Generates example inputs of a graph, to trace, verify and measure it. Needs NumPy only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeded noise in place of weights: what a skeleton is filled with where it runs. Needs NumPy alone.
+"""Fills a skeleton with seeded noise in place of weights, where it runs. Needs NumPy only.
 
 What the network draws means nothing.
 """

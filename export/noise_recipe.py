@@ -1,5 +1,5 @@
-"""How the noise of a skeleton's weights is distributed: by what reads each weight, so that numbers stay of an
-ordinary size all through the network."""
+"""Determines the distribution of a skeleton's noise from the readers of each weight, so that values keep an
+ordinary size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint -> bundle of ONNX graphs, each compared with PyTorch."""
+"""Builds a bundle of ONNX graphs from a checkpoint, and compares each with PyTorch."""
 
 from __future__ import annotations
 

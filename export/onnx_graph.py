@@ -1,4 +1,4 @@
-"""One graph and its export to ONNX."""
+"""Exports one graph to ONNX."""
 
 from __future__ import annotations
 

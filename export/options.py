@@ -1,4 +1,4 @@
-"""How a bundle is built."""
+"""Defines the options of a build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX bundle -> bundle of TensorRT plans, for TensorRT for RTX and for TensorRT. Needs no PyTorch."""
+"""Builds plans from an ONNX bundle, for TensorRT for RTX and for TensorRT. Needs no PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP16 networks, and the few places in them that stay in FP32.
+"""Converts networks to FP16, except for the few places that stay in FP32.
 
 Normalisation sums the squares of thousands of activations: in FP16 the sum overflows long before an
 activation does. Everything else stays far inside FP16's range; `benchmarks/precision.py` measures how far.

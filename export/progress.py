@@ -1,4 +1,4 @@
-"""A progress bar whose clock goes on while a step of unknown length runs."""
+"""Shows a progress bar whose clock runs on during steps of unknown length."""
 
 from __future__ import annotations
 

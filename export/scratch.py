@@ -1,4 +1,4 @@
-"""How much memory a graph's intermediate results take: a walk through the ONNX graph, nothing is run."""
+"""Estimates the memory of a graph's intermediate results from the ONNX graph, without running it."""
 
 from __future__ import annotations
 

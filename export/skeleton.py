@@ -1,4 +1,4 @@
-"""Bundles without weights, about a megabyte at full size: graphs and manifest as a build would write them.
+"""Builds bundles without weights, about a megabyte at full size: graphs and manifest as of a normal build.
 
 The network that they are exported from has parameters that take no memory. Operators can be counted in a
 skeleton, and it is a small thing to move to another machine, where `export.noise` gives it weights. For that

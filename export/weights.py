@@ -1,4 +1,4 @@
-"""Weights of an ONNX graph in half the bytes, where not a bit is lost by it."""
+"""Stores weights of an ONNX graph in half the bytes where that is lossless."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `anydoor` as `python -m runtime`."""
+"""Runs the command `anydoor` as `python -m runtime`."""
 
 import sys
 

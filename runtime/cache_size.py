@@ -1,4 +1,4 @@
-"""How much memory may keep what later pictures need again, like detail maps."""
+"""Determines how much memory caches tensors for later pictures, like detail maps."""
 
 from __future__ import annotations
 

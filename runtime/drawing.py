@@ -1,4 +1,4 @@
-"""Pictures while the networks draw them: from a prepared placement to the drawn picture.
+"""Draws the pictures of jobs, from a prepared placement to the decoded picture.
 
 The part of a request's life cycle that needs the engine. `Compositor.run` and the server's batcher both use
 it.

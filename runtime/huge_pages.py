@@ -1,4 +1,4 @@
-"""2 MB pages for the memory that networks compute in, where Linux gives them to programs that ask.
+"""Requests 2 MB memory pages for the networks, on systems that give them on request only.
 
 ONNX Runtime returns the memory of every intermediate result to the system and takes new memory for the next
 one, tens of megabytes at a time. Clearing it in pages of 4 kB takes a third of the time of a step; with pages

@@ -1,4 +1,4 @@
-"""One request on its way: what happens to it on the CPU, before and after the networks.
+"""Prepares a request before the networks run, and finishes it afterwards, on the CPU.
 
 A job makes one or more pictures. Each is an `ImageJob` that starts as the scene and takes the placements one
 after the other: prepare, let the networks draw, paste what they drew. `Compositor.run` does all of that in

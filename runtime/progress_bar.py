@@ -1,4 +1,4 @@
-"""How far something is: a bar on a terminal, elsewhere a line now and then."""
+"""Shows progress: as a bar on a terminal, elsewhere as occasional lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TOML files of settings: the keys are the fields of a dataclass, the tables are those of nested ones."""
+"""Reads settings from TOML: keys are the fields of a dataclass, tables are nested dataclasses."""
 
 from __future__ import annotations
 

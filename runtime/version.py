@@ -1,4 +1,4 @@
-"""Which version of AnyDoor Runtime this is."""
+"""Reads the version of AnyDoor Runtime."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""AnyDoor in PyTorch: the network, its data and the training loop. Nothing of it is needed to serve."""
+"""Implements networks, data and the training loop in PyTorch. Serving does not need it."""

@@ -1,4 +1,4 @@
-"""Steps of training on a card as one CUDA graph.
+"""Captures training steps on a card as one CUDA graph.
 
 A step of a small network is thousands of kernels, and launching them takes longer than computing them. A
 graph is launched at once. Source: PyTorch's notes on CUDA semantics, "Whole-network capture".

@@ -1,4 +1,4 @@
-"""The wall-clock time of a stage: what part of it is over, and when to stop so that saving ends in time."""
+"""Measures the time of a stage, and decides when to stop so that saving ends in time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: one TOML file describes a whole training run."""
+"""Reads recipes: one TOML file describes a training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: curves and samples for TensorBoard, and a table."""
+"""Reports a run: curves and samples for TensorBoard, and a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop of every stage of training: Accelerate, DDP or FSDP, accumulation, EMA, exact resume, curves.
+"""Runs the loop of every training stage: Accelerate, DDP or FSDP, accumulation, EMA, exact resume, curves.
 
 Everything random about a sample follows from its number (see `NumberedDataset`), so a run that is killed and
 resumed, or split over several processes, sees exactly the samples, noises and timesteps of one that is not.

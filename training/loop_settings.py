@@ -1,4 +1,4 @@
-"""What a recipe says of a stage's loop: how long, how fast, and in what precision."""
+"""Defines a recipe's settings of a stage's loop: steps, rates and precision."""
 
 from __future__ import annotations
 

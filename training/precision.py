@@ -1,4 +1,4 @@
-"""In what precision to train: what a recipe asks for, and what the device is good at."""
+"""Selects the precision of training, from the recipe and the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples to look at while training: held-out objects put into scenes, beside what they should look like.
+"""Draws samples while training: held-out objects in scenes, beside the true pictures.
 
 examples:
     python -m training.preview training/recipes/anydoor-small.toml build/samples.png

@@ -1,4 +1,4 @@
-"""Samples of IMPRINT to look at while training: held-out objects in their scenes, at all mask levels."""
+"""Draws samples of IMPRINT while training: held-out objects in their scenes, at all mask levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSDP: weights, gradients and optimizer state sharded over the processes (PyTorch's `fully_shard`).
+"""Shards weights, gradients and optimizer state over processes, by FSDP (PyTorch's `fully_shard`).
 
 A tensor of which each process holds a part is a DTensor. The functions below take any tensor, so that the
 loop is the same for one process, for copies in each (DDP) and for parts in each.

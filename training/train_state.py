@@ -1,4 +1,4 @@
-"""What a stage of training keeps from one step to the next, and how it is saved and read again."""
+"""Holds the state of a training stage between steps, saves it and reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many processes prepare data."""
+"""Determines the number of processes that prepare data."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Backends, one folder each: what executes the graphs of a bundle. `engines.registry` finds them."""
+"""Contains the execution backends, one folder each; `engines.registry` finds them."""

@@ -1,1 +1,1 @@
-"""An NVIDIA card as every backend drives it: one arena, one stream, fixed places, captured calls."""
+"""Drives an NVIDIA card for all backends: one arena, one stream, fixed addresses, captured calls."""

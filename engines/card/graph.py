@@ -1,4 +1,4 @@
-"""What a backend gives the card engine: graphs that are loaded on the card, and ways to run them."""
+"""Defines the interface between a backend and the card engine: loaded graphs, and ways to run them."""
 
 from __future__ import annotations
 

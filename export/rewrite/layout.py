@@ -1,4 +1,4 @@
-"""The order of axes of pictures: channels first as in PyTorch, or last as tensor cores read them."""
+"""Converts between layouts of pictures: channels first as in PyTorch, or last as tensor cores read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rewrite did: operators before and after, and what every rule replaced or left as it was."""
+"""Reports a rewrite: operators before and after, and what every rule replaced or left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rewrite rule: what it replaces, what that becomes, and the limits of the kernel that computes it."""
+"""Defines a rewrite rule: a pattern, its replacement, and the limits of the kernel that computes it."""
 
 from __future__ import annotations
 

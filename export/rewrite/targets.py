@@ -1,4 +1,4 @@
-"""Which rules a graph is rewritten with, for each execution provider of ONNX Runtime."""
+"""Lists the rules for each execution provider of ONNX Runtime."""
 
 from __future__ import annotations
 

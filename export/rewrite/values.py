@@ -1,4 +1,4 @@
-"""Reading values of an ONNX graph: constants, and shapes with variable dimensions."""
+"""Reads values of an ONNX graph: constants, and shapes with variable dimensions."""
 
 from __future__ import annotations
 

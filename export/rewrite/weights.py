@@ -1,4 +1,4 @@
-"""Weights that a rewrite changes: computed when the graph is saved, so that they need not be in memory."""
+"""Computes rewritten weights when the graph is saved, so that they need not be in memory."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""ONNX files of public segmentation networks -> bundle of a segmenter. Needs no PyTorch."""
+"""Builds a segmenter's bundle from the ONNX files of public segmentation networks. Needs no PyTorch."""

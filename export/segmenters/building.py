@@ -1,4 +1,5 @@
-"""ONNX files of a segmentation network -> the graphs of a bundle, each compared with the network alone."""
+"""Builds a bundle's graphs from the ONNX files of a segmentation network, and compares each with the
+network."""
 
 from __future__ import annotations
 

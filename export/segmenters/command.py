@@ -1,4 +1,4 @@
-"""The part of `anydoor build` that is for segmenters."""
+"""Implements the part of `anydoor build` for segmenters."""
 
 from __future__ import annotations
 

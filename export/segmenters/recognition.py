@@ -1,4 +1,4 @@
-"""Which public segmentation networks are known, and how a file is recognised: by its inputs and outputs.
+"""Recognises public segmentation networks by their inputs and outputs.
 
 Sources: U2Net (u2net_test.py), DIS (Inference.py), BiRefNet (image_proc.py), MODNet (inference_onnx.py),
 RMBG-1.4 (model card), segment-anything (utils/onnx.py), sam2 (utils/transforms.py), samexporter,

@@ -1,5 +1,5 @@
-"""What is put around a segmentation network so that all have the same signatures: as nodes of its graph, and
-in NumPy, which a built graph is compared with.
+"""Wraps segmentation networks so that all have the same signatures: as nodes of the graph, and in NumPy as
+the reference.
 
     salient   picture (1, 3, S, S) 0..1 RGB                        -> mask (1, 1, S, S) 0..1
     embed     picture (1, 3, S, S) 0..1 RGB, inside (1, 1, S, S)   -> features_0, features_1, ...

@@ -1,4 +1,4 @@
-"""Which graphs a system has: one module per system."""
+"""Defines the graphs of each system, one module per system."""
 
 from __future__ import annotations
 

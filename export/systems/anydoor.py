@@ -1,4 +1,4 @@
-"""AnyDoor's graphs: PyTorch modules and their signatures.
+"""Defines AnyDoor's graphs: PyTorch modules and their signatures.
 
     reference ------------------> [id_encoder] --> tokens
     hint, timesteps, tokens ----> [control] -----> detail maps

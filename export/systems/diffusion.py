@@ -1,5 +1,5 @@
-"""What the graphs of all systems share: the step's guidance and update, encoder and decoder of pictures, and
-their signatures.
+"""Defines what the graphs of all systems share: the step's guidance and update, encoder and decoder of
+pictures, and their signatures.
 
 Value ranges: `timestep` 0..999; `coefficients` as `runtime.diffusion.ddim` defines them; `carry` noise, or
 what the sampler keeps of the step before; `picture` -1..1 RGB; `decoded` -1..1 before clipping; `image`

@@ -1,4 +1,4 @@
-"""IMPRINT's graphs: PyTorch modules and their signatures.
+"""Defines IMPRINT's graphs: PyTorch modules and their signatures.
 
     reference ------------------------> [id_encoder] --> tokens
     scene ----------------------------> [encode] ------> its latent

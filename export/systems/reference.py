@@ -1,4 +1,4 @@
-"""What the systems share that a picture tells what to draw: checkpoints, and the graph of the ID encoder.
+"""Defines what systems with a reference share: checkpoints, and the graph of the ID encoder.
 
 Value ranges: `reference` 0..1 RGB.
 """

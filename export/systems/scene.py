@@ -1,4 +1,5 @@
-"""Drawing into a scene: the encoder of pictures, and a step that blends the latent with that of the scene.
+"""Defines graphs for drawing into a scene: the encoder of pictures, and a step that blends the latent with
+the scene's.
 
     scene ----------------------------> [encode] --------> its latent
     latent, tokens, scene, background > [denoise] -------> latent one step further

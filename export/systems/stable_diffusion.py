@@ -1,4 +1,4 @@
-"""Stable Diffusion's graphs: PyTorch modules and their signatures.
+"""Defines Stable Diffusion's graphs: PyTorch modules and their signatures.
 
     prompt ---------------------------> [text_encoder] --> tokens
     scene ----------------------------> [encode] --------> its latent

@@ -1,4 +1,4 @@
-"""What the exporter needs from a compositing system: its graphs, with roles and signatures."""
+"""Defines the exporter's interface of a system: its graphs, with roles and signatures."""
 
 from __future__ import annotations
 

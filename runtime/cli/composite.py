@@ -1,4 +1,4 @@
-"""`anydoor composite`: puts objects into a scene, on this machine or on a server."""
+"""Implements `anydoor composite`: puts objects into a scene, on this machine or on a server."""
 
 from __future__ import annotations
 

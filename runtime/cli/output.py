@@ -1,4 +1,4 @@
-"""Where pictures are written: checked before the work, and written after it."""
+"""Checks the output files before the work, and writes them afterwards."""
 
 from __future__ import annotations
 

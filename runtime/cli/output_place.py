@@ -1,4 +1,4 @@
-"""The place of an output: tried before the work, and if it fails after it, no picture is lost."""
+"""Checks that an output can be written before the work; if writing fails afterwards, no picture is lost."""
 
 from __future__ import annotations
 

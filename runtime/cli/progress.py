@@ -1,4 +1,4 @@
-"""How far sampling is: a bar on a terminal, elsewhere a line now and then."""
+"""Shows the progress of sampling: as a bar on a terminal, elsewhere as occasional lines."""
 
 from __future__ import annotations
 

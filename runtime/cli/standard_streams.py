@@ -1,4 +1,4 @@
-"""`-` among the files of a command: a picture from standard input, or one to standard output."""
+"""Handles `-` among a command's files: a picture from standard input, or to standard output."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Noise schedules, samplers and presets: NumPy alone."""
+"""Implements noise schedules, samplers and presets in NumPy."""

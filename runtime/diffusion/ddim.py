@@ -1,4 +1,4 @@
-"""DDIM: which timesteps are visited, and what one step does to the latent.
+"""Implements DDIM: the timesteps that are visited, and the coefficients of one step.
 
 One step is linear in what it is given:
 

@@ -1,4 +1,4 @@
-"""The noise schedule of Stable Diffusion 2.1: how much signal is left at each timestep."""
+"""Computes the noise schedule of Stable Diffusion 2.1: the remaining signal at each timestep."""
 
 from __future__ import annotations
 

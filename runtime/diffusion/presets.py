@@ -1,4 +1,4 @@
-"""How much likeness to the exact picture is given for speed: named sets of sampling parameters.
+"""Defines the presets: named sets of sampling parameters that trade likeness to the exact picture for speed.
 
     compositor.composite(scene, placement, sampling=Sampling(quality="fast"))
     compositor.composite(scene, placement, sampling=Sampling(quality="balanced", steps=30))

@@ -1,4 +1,4 @@
-"""What takes the steps: DDIM (`runtime.diffusion.ddim`), or a multistep sampler that needs fewer of them.
+"""Implements the samplers: DDIM (`runtime.diffusion.ddim`), and a multistep sampler that needs fewer steps.
 
 With the signal and noise scales a and s of a latent x = a * clean + s * noise, sampling without added noise
 follows an ordinary differential equation (DDIM, Song et al., 2021, equation 14):

@@ -1,1 +1,1 @@
-"""Pictures before and after the networks: NumPy and Pillow alone."""
+"""Processes pictures before and after the networks, with NumPy and Pillow."""

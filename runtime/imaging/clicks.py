@@ -1,4 +1,4 @@
-"""Clicks on a picture, which say what is meant and what is not."""
+"""Checks clicks on a picture, which mark points on and off the object."""
 
 from __future__ import annotations
 

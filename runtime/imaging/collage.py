@@ -1,4 +1,5 @@
-"""The ControlNet's hint: the zoomed-in scene with the high-frequency map in the box, and the shape mask."""
+"""Builds the ControlNet's hint: the zoomed-in scene with the high-frequency map in the box, and the shape
+mask."""
 
 from __future__ import annotations
 

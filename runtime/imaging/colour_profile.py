@@ -1,4 +1,4 @@
-"""Colour profiles: the networks see sRGB, whatever a picture's own colours are.
+"""Converts colour profiles: the networks work in sRGB.
 
 Source: ICC.1:2010; LittleCMS through `PIL.ImageCms`. Relative colorimetric, as photo editors convert.
 """

@@ -1,4 +1,4 @@
-"""From a source to a loaded image: bounded before it is decoded, mended where that is safe, upright.
+"""Decodes sources into upright images: checks limits first, and repairs damage where that is safe.
 
 While it is read, a picture takes at most 40 bytes of memory for each of its pixels (10 where it is plain
 RGB), twice the size of its file, and 128 MB for texts and tables. Pixels are counted before they are decoded.

@@ -1,4 +1,4 @@
-"""What a header says of the cost of decoding a picture, beside its size: a small file can ask for hours."""
+"""Estimates the cost of decoding from a file's header: a small file can take hours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in the scene the networks look: the target box, and the zoom-in crop around it."""
+"""Computes the target box in the scene, and the zoom-in crop around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A guess of what is behind an object, without a network: smooth, and good where most of it is drawn over."""
+"""Guesses the background behind an object without a network: smooth, and good where most of it is covered
+again."""
 
 from __future__ import annotations
 

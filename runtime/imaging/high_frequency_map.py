@@ -1,4 +1,4 @@
-"""The high-frequency map: the edges of the reference in its own colours, AnyDoor's carrier of fine detail."""
+"""Computes the high-frequency map: the edges of the reference in its own colours, which carry fine detail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hole that an object leaves in a scene: how large it is, and how what fills it fades into the scene."""
+"""Computes the hole that an object leaves in a scene, and how its fill is blended into the scene."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How precisely a mask outlines the object to be drawn: four levels, each a superset of the one before.
+"""Coarsens masks to four levels, each a superset of the one before.
 
 A network draws inside the mask only. A precise one says which pose the object takes; a coarse one leaves it
 room for another pose, for shadows and for what the object touches. After SmartBrush (Xie et al., 2023), which

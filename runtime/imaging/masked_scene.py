@@ -1,4 +1,4 @@
-"""What an inpainting network gets of a scene: the zoomed-in crop, what is drawn of it, and how that blends
+"""Prepares the scene for an inpainting network: the zoomed-in crop, the part to draw, and how it is blended
 with the rest.
 
 Sources: diffusers' `StableDiffusionInpaintPipeline` (mask and masked picture); Blended Latent Diffusion

@@ -1,4 +1,4 @@
-"""The one reader of masks: of scenes and of references, from files and from arrays."""
+"""Reads masks of scenes and references, from files and arrays."""
 
 from __future__ import annotations
 

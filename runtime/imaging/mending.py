@@ -1,4 +1,4 @@
-"""Picture files that Pillow refuses and that can be read all the same.
+"""Repairs picture files that Pillow refuses although all of the picture is there.
 
 Sources: PNG specification, third edition, sections 5.3 and 11.3; ITU-T T.81 (JPEG), annexes B and G.
 """

@@ -1,5 +1,5 @@
-"""The modes of a placement: what AnyDoor's two entry scripts do differently. Other systems give the names a
-meaning of their own that is as close as they can."""
+"""Defines the modes of a placement, after AnyDoor's two entry scripts. Other systems give the names the
+closest meaning that they have."""
 
 from __future__ import annotations
 

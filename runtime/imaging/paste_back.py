@@ -1,4 +1,5 @@
-"""From the networks' picture back into the scene: with a hard edge, as AnyDoor's, or a soft one."""
+"""Pastes the networks' picture back into the scene, with a hard edge as the original AnyDoor, or a soft
+one."""
 
 from __future__ import annotations
 

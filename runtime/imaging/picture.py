@@ -1,4 +1,4 @@
-"""A decoded picture, with what its file says of it."""
+"""Defines a decoded picture, with the metadata of its file."""
 
 from __future__ import annotations
 

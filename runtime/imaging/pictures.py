@@ -1,4 +1,4 @@
-"""Pictures, in and out: any common file or array to RGB uint8 and back, with what belongs to a picture."""
+"""Reads and writes pictures: any common file or array to RGB uint8 and back, with metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects in front of a plain background, cut out by a rule: what the border's colour does not reach."""
+"""Cuts objects out of plain backgrounds, by a rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference object: read, background removed, centred in a square, small."""
+"""Prepares the reference: reads it, removes its background, centres it in a square and scales it down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resizing as the original does it: OpenCV's `cv2.resize`, in NumPy.
+"""Resizes pictures as OpenCV's `cv2.resize`, which the original uses, in NumPy.
 
 Linear interpolation here means two taps per axis at any scale, without antialiasing when shrinking.
 Only the rows and columns that are needed are read, and padding is never built: a large picture costs

@@ -1,4 +1,4 @@
-"""The scene: what the networks see of it, and what of it stays its own in the result."""
+"""Reads the scene for the networks, and keeps its own pixels, colours and metadata for the result."""
 
 from __future__ import annotations
 

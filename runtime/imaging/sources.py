@@ -1,5 +1,5 @@
-"""Where a picture comes from: a file, its bytes, an open file, a Pillow image, an array, a tensor, or a
-decoded picture."""
+"""Reads picture sources: a file, its bytes, an open file, a Pillow image, an array, a tensor, or a decoded
+picture."""
 
 from __future__ import annotations
 

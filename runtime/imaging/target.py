@@ -1,4 +1,4 @@
-"""The place in the scene where an object goes: a box or a mask."""
+"""Reads the place of an object in the scene: a box or a mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles that cover a place larger than the networks' picture, and how what is drawn in one is put there.
+"""Covers a place larger than the networks' picture with tiles, and blends their pictures.
 
 Neighbours overlap by at least a quarter of a tile. Each fades out over its outer half of that, so a tile that
 comes later covers all of the seam of the one before.

@@ -1,4 +1,4 @@
-"""Values of more than 8 bits, or in floating point, as 8 bits: the range is found by rule."""
+"""Converts values of more than 8 bits, or in floating point, to 8 bits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a system gives the sampler for a placement: banks of tensors, and which of their rows a sample
-needs."""
+"""Defines what a system gives the sampler for a placement: banks of tensors, and the rows that a sample
+uses."""
 
 from __future__ import annotations
 

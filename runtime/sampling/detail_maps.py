@@ -1,4 +1,4 @@
-"""Detail maps, computed ahead of the sampling steps that use them, and kept.
+"""Computes detail maps ahead of the sampling steps that use them, and caches them.
 
 The ControlNet never looks at the latent, so its maps depend on the hint, the timestep and the ID tokens only
 (docs/model-format.md). All samples of a placement share them, and a re-roll with another seed, guidance or

@@ -1,4 +1,5 @@
-"""How a placement is sampled: once, from noise; where it is refined, once more, from what is there.
+"""Defines the passes of sampling a placement: one from noise, and a second one from its result if it is
+refined.
 
 Source of the second pass: SDEdit (Meng et al., 2022), section 3: noise of a timestep is added to the latent
 of a picture, and sampling goes on from there.

@@ -1,4 +1,4 @@
-"""ID tokens of references: of one picture of an object, or of several."""
+"""Computes the ID tokens of references, of one or several pictures of an object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was computed for a picture and is kept, because the next one may need it again."""
+"""Caches computed values that the next picture may need again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling: takes latents from noise to picture, one call of the step graph per step."""
+"""Samples latents from noise to picture, with one call of the step graph per step."""
 
 from __future__ import annotations
 

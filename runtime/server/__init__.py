@@ -1,1 +1,1 @@
-"""The gRPC server: `anydoor serve`. The contract is proto/anydoor/v1/compositor.proto."""
+"""Implements the gRPC server, `anydoor serve`. The contract is proto/anydoor/v1/compositor.proto."""

@@ -1,4 +1,5 @@
-"""Who may call: TLS, client certificates, bearer tokens. Their files can be read again while calls go on."""
+"""Authenticates callers by TLS, client certificates and bearer tokens. Their files can be reloaded while
+calls run."""
 
 from __future__ import annotations
 

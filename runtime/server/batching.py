@@ -1,4 +1,4 @@
-"""Many requests on one engine, by step-level continuous batching.
+"""Serves many requests on one engine, by step-level continuous batching.
 
     workers   decode, check, prepare   |   paste, encode
                         \\             |  /

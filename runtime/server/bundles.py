@@ -1,4 +1,4 @@
-"""The bundles that a server may load, by name: where they are, and how much memory each may take."""
+"""Lists the bundles that a server may load, and how much memory each may take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call: who makes it, what it takes of the memory, and how it ends."""
+"""Represents one call: its caller, its share of the memory, and its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which deadlines certainly cannot be met: a lower bound of the time that a request still takes."""
+"""Finds deadlines that cannot be met, by a lower bound of the remaining time of a request."""
 
 from __future__ import annotations
 

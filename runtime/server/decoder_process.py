@@ -1,4 +1,4 @@
-"""The processes that decode pictures: what a file does to a decoder ends there.
+"""Decodes pictures in processes of their own, so that a harmful file only affects these.
 
 The first process imports what decoding needs and forks one process per `Decoder`, which takes milliseconds.
 Each of those reads pictures from a socket, under limits of the operating system on its memory and on the

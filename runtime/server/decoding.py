@@ -1,4 +1,4 @@
-"""Pictures of strangers, decoded in processes that can be stopped; see `runtime.server.decoder_process`."""
+"""Decodes untrusted pictures in processes that can be stopped; see `runtime.server.decoder_process`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between the messages of edits (proto/anydoor/v1/compositor.proto) and the runtime's own types."""
+"""Converts between the messages of edits (proto/anydoor/v1/compositor.proto) and the runtime's types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""An edit in the server: read and planned by a worker, filled by the filler's batcher, placed by the other.
+"""Runs edits in the server: a worker plans them, the filler's batcher fills holes, and the other batcher
+places objects.
 
 Each phase is a request of its own to a batcher, so waiting, fairness, deadlines and cancelling are those of
 all requests.

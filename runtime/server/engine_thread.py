@@ -1,4 +1,4 @@
-"""The thread that drives the engine: pictures join the batch, take their steps and leave.
+"""Drives the engine in a thread: pictures join the batch, take their steps and leave.
 
 A CPU's engine has done its work when it returns; a card's has only put it into the card's stream. There a
 second thread waits for what comes out, in the order of the stream, while this one puts in the next step: at

@@ -1,4 +1,5 @@
-"""What a request hears on its way through the batcher, and why one is refused. Also what clients see."""
+"""Defines the events of a request on its way through the batcher, and the errors that end it, as clients see
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where calls come in: who makes them is known before anything is kept of them, and nobody fills the place.
+"""Admits calls: authenticates callers before anything is kept of their calls, and limits the calls of each.
 
 gRPC hands over a call when its head is there. Its message stays with the sender, but for one flow-control
 window, until it is asked for; here that is when the caller is known and has room. So every method, whatever

@@ -1,4 +1,4 @@
-"""Whether the server is alive and whether it is ready: grpc.health.v1.Health, apart from all work.
+"""Reports liveness and readiness: grpc.health.v1.Health, independent of all other work.
 
 Ready are "" and the compositor's service: the first model is loaded, and requests are accepted. So is
 "models/NAME", unless that model could not be loaded when it was last asked for. Alive is

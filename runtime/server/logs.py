@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line on standard error, whoever writes there, and never waited for."""
+"""Writes structured logs without blocking: one JSON object per line on standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One ledger of the memory that callers take, from the first byte received to the last byte sent."""
+"""Accounts for the memory of all requests, from the first byte received to the last byte sent."""
 
 from __future__ import annotations
 

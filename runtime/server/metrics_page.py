@@ -1,4 +1,4 @@
-"""Metrics over HTTP, on a port of their own: one page, few connections, each for a short time."""
+"""Serves metrics over HTTP, on a port of their own, with few and short connections."""
 
 from __future__ import annotations
 

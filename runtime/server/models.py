@@ -1,4 +1,4 @@
-"""The models of a server: loaded when they are asked for, under one budget of memory.
+"""Loads the server's models on request, and unloads them to stay within one memory budget.
 
 All of it happens in the server's event loop; only opening, closing and loading a model have threads. A model
 that must leave gets no new requests, and leaves when the last of its requests is over: those that come

@@ -1,4 +1,4 @@
-"""Messages of strangers: their fields are counted before objects are made of them."""
+"""Counts the fields of untrusted messages before they are parsed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between the messages of placements and of places in pictures, and the runtime's own types."""
+"""Converts between the messages of placements and the runtime's types."""
 
 from __future__ import annotations
 

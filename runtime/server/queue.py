@@ -1,4 +1,4 @@
-"""Which requests are accepted, and whose picture joins the batch next."""
+"""Decides which requests are accepted, and whose picture joins the batch next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server as an application of Ray Serve, which starts its replicas, and routes calls to them.
+"""Runs the server as a Ray Serve application; Ray starts the replicas and routes calls to them.
 
     serve run docker/ray.yaml
 

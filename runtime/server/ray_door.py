@@ -1,4 +1,4 @@
-"""Where calls come in on Ray Serve: sent to a replica, and to another one if that ends on the way."""
+"""Receives calls on Ray Serve, and sends each to a replica, or to another one if that ends on the way."""
 
 from __future__ import annotations
 

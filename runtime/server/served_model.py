@@ -1,4 +1,4 @@
-"""A model that is loaded: its batcher, and the way from a request to its events."""
+"""Serves a loaded model: its batcher, and the path from a request to its events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods of anydoor.v1.CompositorService: from a message to the events of a model, and back."""
+"""Implements the methods of anydoor.v1.CompositorService."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request in the server: who wants it, how it is delivered, and how far it is."""
+"""Represents a request in the server: its client, its delivery and its progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bound on how long something is waited for."""
+"""Bounds the time of an await."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""OpenTelemetry spans, when the extra `otel` is installed: one per request, with the seconds of each stage.
+"""Writes OpenTelemetry spans if the extra `otel` is installed: one per request, with the seconds of each
+stage.
 
 The exporter is set up by the standard variables OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_SERVICE_NAME; an
 application that configures a tracer provider of its own keeps it.

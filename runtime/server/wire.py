@@ -1,4 +1,4 @@
-"""Between messages on the wire (proto/anydoor/v1/compositor.proto) and the runtime's own types.
+"""Converts between messages on the wire (proto/anydoor/v1/compositor.proto) and the runtime's types.
 
 Only what is set travels: an open field stays open, and is filled in where the model is.
 """

@@ -1,4 +1,4 @@
-"""Values on the wire that several messages have: enums by name, and the files of pictures."""
+"""Converts values that several messages share: enums by name, and files of pictures."""
 
 from __future__ import annotations
 

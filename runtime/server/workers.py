@@ -1,5 +1,5 @@
-"""What a request needs beside the engine: decoded and prepared before it joins the batch, pasted and encoded
-after it left."""
+"""Runs what a request needs besides the engine: decodes and prepares it before it joins the batch, pastes and
+encodes it afterwards."""
 
 from __future__ import annotations
 

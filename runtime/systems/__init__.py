@@ -1,4 +1,4 @@
-"""Compositing systems: from a request to what the networks need, and back. One module per system."""
+"""Implements compositing systems, one module each: from a request to the networks' inputs, and back."""
 
 from __future__ import annotations
 

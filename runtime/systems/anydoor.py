@@ -1,4 +1,4 @@
-"""AnyDoor: ID tokens of the reference, and detail maps of a collage, steer the sampling.
+"""Implements AnyDoor: ID tokens of the reference and detail maps of a collage condition the sampling.
 
 Source: AnyDoor (Chen et al., CVPR 2024), section 3; the released code, run_inference.py and
 run_gradio_demo.py.

@@ -1,4 +1,5 @@
-"""IMPRINT, and ObjectStitch: tokens of the reference say what is drawn inside a mask of the scene.
+"""Implements IMPRINT and ObjectStitch: tokens of the reference condition what is drawn inside a mask of the
+scene.
 
 Without a reference the scene goes on inside the mask. Sources: IMPRINT (Song et al., 2024), section 3.2;
 ObjectStitch (Song et al., 2023). The authors of the first have published no code, so what its paper does not

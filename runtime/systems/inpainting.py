@@ -1,5 +1,5 @@
-"""What the systems share that draw inside a mask, into a scene that the step blends with: IMPRINT and Stable
-Diffusion. They differ in what says what is drawn.
+"""Implements what IMPRINT and Stable Diffusion share: drawing inside a mask, blended with the scene at every
+step.
 
 Sources: Blended Latent Diffusion (Avrahami et al., 2023); diffusers' `StableDiffusionInpaintPipeline`.
 """

@@ -1,5 +1,5 @@
-"""Stable Diffusion and what is tuned from it, like DreamBooth: a prompt says what is drawn, into a scene or
-from nothing.
+"""Implements Stable Diffusion and models tuned from it, like DreamBooth: a prompt conditions what is drawn,
+with or without a scene.
 
 Sources: Rombach et al., 2022; DreamBooth (Ruiz et al., 2023); diffusers' `StableDiffusionPipeline` and
 `StableDiffusionInpaintPipeline`.

@@ -1,5 +1,5 @@
-"""What a compositing system does: it makes of a placement what the networks need, and of their picture the
-result.
+"""Defines the interface of a compositing system, which prepares placements for the networks and finishes
+their pictures.
 
 Everything else is shared: engines, sampler, batching, server, memory plan, presets. A system is one module in
 this folder with a function `create(model) -> System`, one in `export/systems` and one in `training/systems`.

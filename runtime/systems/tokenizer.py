@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer: a prompt becomes the 77 numbers that a text encoder reads.
+"""Implements CLIP's byte-pair tokenizer, from a prompt to 77 token ids.
 
 Sources: Radford et al., 2021 (CLIP), the tokenizer of its released code; transformers' `CLIPTokenizer`, which
 it equals on every string of assigned characters, except that NFC there leaves U+11935 U+11930 apart, which

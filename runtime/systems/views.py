@@ -1,4 +1,4 @@
-"""The pictures of an object that a placement has: its reference, and more views of it."""
+"""Reads the pictures of an object in a placement: its reference, and more views of it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the model learns from: rendered and real pairs of views of one object."""
+"""Provides the training data: rendered and real pairs of views of one object."""

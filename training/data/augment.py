@@ -1,4 +1,4 @@
-"""What is changed about an object before it is put back into its picture: IMPRINT's T and P (section 3.2).
+"""Changes an object before it is put back into its picture: IMPRINT's T and P (section 3.2).
 
 T is a geometric change and P one of colour and light. Without them a network that sees an object and the
 picture it was cut from would learn to paste it. What they are exactly is not published; their strengths are

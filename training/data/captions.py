@@ -1,4 +1,4 @@
-"""Pictures of rendered objects with captions of what is in them, like "a red mug with dots on wood".
+"""Captions pictures of rendered objects, like "a red mug with dots on wood".
 
 An object stands alone before a ground. How much a caption says differs, so that "a mug" is any mug on any
 ground; some are empty, for classifier-free guidance.

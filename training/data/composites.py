@@ -1,4 +1,4 @@
-"""Training samples of IMPRINT's two stages, made of two pictures of one object.
+"""Makes training samples of IMPRINT's two stages from two pictures of one object.
 
 Stage 1 draws the second view of an object, on white, from the tokens of the first: no scene is known. Stage 2
 draws an object back into its picture, inside a mask. Both see the same: a reference, the picture to draw, and

@@ -1,4 +1,5 @@
-"""Pictures with a main object and its exact mask: rendered scenes, and objects before a backdrop."""
+"""Makes pictures of a main object with its exact mask: rendered scenes, and objects in front of a
+backdrop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What data sets draw whole batches with where they lie in a device's memory: nothing waits for the host.
+"""Draws whole batches in a device's memory, without waiting for the host.
 
 The random numbers of a batch follow from its first number, so a training that goes on sees what it would have
 seen; another device or another size of batch draws others.

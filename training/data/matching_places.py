@@ -1,4 +1,5 @@
-"""Which part of the reference belongs to a cell of the latent, if both show the object from the same side."""
+"""Finds the part of the reference that belongs to a cell of the latent, if both show the object from the same
+side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Image pairs (section 3.4, figure 4): one object in two pictures, a reference and a target to reproduce.
+"""Makes image pairs (section 3.4, figure 4): one object in two pictures, a reference and a target to
+reproduce.
 
 All geometry goes through the runtime's pre-processing, so that training and serving see the same pixels.
 """

@@ -1,4 +1,4 @@
-"""Our renderer's objects as a data set, for either stage of IMPRINT."""
+"""Provides the renderer's objects as a data set for both stages of IMPRINT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a subject and of its class, as DreamBooth learns from them.
+"""Reads the pictures of a subject and of its class for DreamBooth.
 
 Source: DreamBooth (Ruiz et al., CVPR 2023), section 3: three to five pictures of the subject, and pictures
 of its class that the model drew before it was tuned.

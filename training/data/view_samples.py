@@ -1,4 +1,4 @@
-"""Samples of IMPRINT's stage 1 of rendered objects, all of whose views fit into a card's memory."""
+"""Makes samples of IMPRINT's stage 1 from rendered objects whose views all fit a card's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views on disk: rendered once, read at random while training.
+"""Stores rendered views on disk, for random access while training.
 
 A folder with two arrays that are mapped, not read: `scenes.npy` (N, V, S, S, 4) and `references.npy`
 (N, R, S, S, 4), both uint8, RGB and the object's mask; row n is the object of seed n. `done.txt` says how

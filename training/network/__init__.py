@@ -1,1 +1,1 @@
-"""The networks in PyTorch, and the one place that reads and writes checkpoints."""
+"""Defines the networks in PyTorch, and reads and writes checkpoints."""

@@ -1,4 +1,4 @@
-"""What makes ID tokens of an image encoder's tokens: AnyDoor's projector, or IMPRINT's content adapter."""
+"""Turns tokens of an image encoder into ID tokens: AnyDoor's projector, and IMPRINT's content adapter."""
 
 from __future__ import annotations
 

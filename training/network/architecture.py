@@ -1,4 +1,4 @@
-"""The sizes of a network, and how to read those of AnyDoor off the tensors of an official checkpoint."""
+"""Defines the sizes of a network, and reads AnyDoor's from the tensors of an official checkpoint."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Files of named tensors, opened without running any of their code: .safetensors and what torch.save wrote,
-whole or in shards. What a file is follows from its content, whatever its name.
+"""Opens files of named tensors without running their code: .safetensors and what torch.save wrote, whole or
+sharded. The content determines the kind, not the file name.
 
 Tensors are mapped into memory and read when they are used; those of optimizer states never are. What training
 wraps around a network is taken off: dictionaries around its tensors, and names of wrappers in their keys.

@@ -1,4 +1,4 @@
-"""Which tensors of a file are the network: their common prefix, their averages, and what nobody needs.
+"""Selects the tensors of a file that form the network: common prefix, averages, and ignored keys.
 
 Averages of the weights (EMA) are kept beside them, in the original under keys like
 `model_ema.diffusion_modelinput_blocks00weight`, elsewhere as a second network whose prefix has "ema" in it.

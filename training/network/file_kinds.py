@@ -1,4 +1,4 @@
-"""What a file is that somebody takes for a checkpoint, from its first bytes, whatever its name."""
+"""Recognises files that are mistaken for checkpoints, by their first bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The network after IMPRINT (Song et al., 2024): a reference's tokens, and a UNet that sees the scene.
+"""Defines the network after IMPRINT (Song et al., 2024): a reference's tokens, and a UNet that sees the
+scene.
 
 The authors have published neither code nor weights. What the paper does not say is taken from its relatives:
 the content adapter from ObjectStitch's public reimplementation (bcmi/ObjectStitch-Image-Composition), whose

@@ -1,4 +1,4 @@
-"""LoRA files, merged into a checkpoint: W + scale * alpha / rank * B A.
+"""Merges LoRA files into a checkpoint: W + scale * alpha / rank * B A.
 
 Known are the keys of diffusers, of its versions before PEFT, of PEFT's adapters and of kohya's scripts:
 

@@ -1,4 +1,4 @@
-"""Low-rank updates of frozen layers, to be trained in their place: W x + B A x.
+"""Trains low-rank updates of frozen layers: W x + B A x.
 
 A has normal random numbers and B is zero, so training starts at the network as it is. Source: Hu et al., 2021
 (LoRA), section 4.1, with alpha = rank. `training.network.lora` merges what is written here.

@@ -1,4 +1,4 @@
-"""AnyDoor in PyTorch, on the well-kept modules of diffusers and transformers, in any size.
+"""Builds AnyDoor in PyTorch from modules of diffusers and transformers, in any size.
 
 One class for training and for export. What differs from the parts it is made of, and why, is in three
 places: `DetailControlNet` never looks at the latent, `IDEncoder` places its position embeddings as the

@@ -1,4 +1,4 @@
-"""The official checkpoints' tensor names, and how they map to the modules of diffusers and transformers.
+"""Maps the tensor names of official checkpoints to the modules of diffusers and transformers.
 
 A table of renamings, applied to our names. Two things are more than a new name: DINOv2 and OpenCLIP keep
 query, key and value in one tensor, and DINOv2 the SwiGLU's two inputs in another; and the VAE's attention

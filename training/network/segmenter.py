@@ -1,4 +1,4 @@
-"""A small U-Net that says where the main object of a picture is.
+"""Defines a small U-Net that segments the main object of a picture.
 
 Source: U-Net (Ronneberger et al., 2015), with sums in place of concatenations; residual blocks with group
 normalisation.

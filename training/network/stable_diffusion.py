@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x in PyTorch: its sizes, how to read them off the weights, and its parts.
+"""Defines Stable Diffusion 1.x and 2.x in PyTorch: its sizes, read from the weights, and its parts.
 
     1.x   CLIP ViT-L reads the prompt; 8 attention heads per level; projections that are 1 x 1 convolutions
     2.x   OpenCLIP ViT-H does, up to its penultimate layer; 64 channels per head; linear projections

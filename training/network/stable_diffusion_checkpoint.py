@@ -1,4 +1,4 @@
-"""Stable Diffusion checkpoints, read and written: folders of diffusers, single files in the original layout.
+"""Reads and writes Stable Diffusion checkpoints: folders of diffusers, single files in the original layout.
 
 The tensors of a checkpoint have the names of the modules of diffusers and transformers, whatever the layout.
 Reading costs nothing until a tensor is used.

@@ -1,4 +1,5 @@
-"""The tokenizer's files in a checkpoint's folder; `runtime.systems.tokenizer` reads prompts with them.
+"""Reads the tokenizer's files in a checkpoint's folder; `runtime.systems.tokenizer` encodes prompts with
+them.
 
 Either merges.txt and vocab.json, or tokenizer.json, which transformers writes since version 5; and
 tokenizer_config.json. Source: transformers, `CLIPTokenizer`.

@@ -1,4 +1,4 @@
-"""Files that torch.save wrote, opened without running any of their code.
+"""Opens files that torch.save wrote, without running their code.
 
 Such a file is a zip archive: a pickle of nested containers, and beside it the bytes of every tensor. Of what
 the pickle names, only tensors are made. Dictionaries, and any other class or function, become a `Container`,

@@ -1,1 +1,1 @@
-"""What only the small example models need."""
+"""Contains what only the small example models need."""

@@ -1,4 +1,4 @@
-"""Where to look: while a small model learns, its cross-attention is shown which ID token belongs to a cell.
+"""Guides the cross-attention of a small model in training to the ID tokens that belong to a cell.
 
 What a network needs to reproduce an object is in its ID tokens, and where in the box a cell lies determines
 which of them it needs. The published model inherits attention that was trained on billions of pictures. A

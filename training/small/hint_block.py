@@ -1,4 +1,4 @@
-"""The hint block of a small model's ControlNet, trained alone. (The published model's learns with the rest.)
+"""Trains the hint block of a small model's ControlNet alone. (The published model trains it with the rest.)
 
 The block works at full resolution and costs as much as the rest of the network together, so a small model
 learns it first: a convolution must tell the latents of a picture from what it makes of the hint. Afterwards

@@ -1,4 +1,4 @@
-"""Initial weights of a small ControlNet, which starts from nothing; the published one starts as a copy."""
+"""Initialises a small ControlNet from scratch; the published one starts as a copy of the UNet."""
 
 from __future__ import annotations
 

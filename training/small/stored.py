@@ -1,5 +1,5 @@
-"""Samples that were encoded once, so that training does not wait for it: of IMPRINT's second stage, or with
-captions. AnyDoor's pairs are written here, too, and read by `training.data.encoded`.
+"""Stores encoded samples, so that training need not encode them: of IMPRINT's second stage, or with captions.
+AnyDoor's pairs are written here, too, and read by `training.data.encoded`.
 
 A folder of arrays that are mapped, not read: float16 `moments.npy`, and of IMPRINT float16 `scene.npy`,
 `features.npy` and, for the attention guide, `places.npy`, bool `counts.npy` and `dropped.npy`; of captions

@@ -1,4 +1,4 @@
-"""The tokenizer of a small text-conditioned model: byte pairs of captions, and rare words beside them.
+"""Builds the tokenizer of a small text-conditioned model: byte pairs of captions, and rare words.
 
 Merges are learned as CLIP's were, the most frequent pairs first (Sennrich et al., 2016). No caption has one
 of the rare words, so each can become the name of a subject. The same words always give the same merges,

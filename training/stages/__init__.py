@@ -1,1 +1,1 @@
-"""What a training run does, stage by stage: one module per system, and what they share."""
+"""Defines the stages of a training run: one module per system, and what they share."""

@@ -1,4 +1,4 @@
-"""AnyDoor's stages."""
+"""Defines AnyDoor's stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages that small models of every system have: what the published ones take from SD 2.1 and DINOv2."""
+"""Defines stages that small models of every system have, in place of SD 2.1's and DINOv2's weights."""
 
 from __future__ import annotations
 

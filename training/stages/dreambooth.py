@@ -1,4 +1,4 @@
-"""DreamBooth's stages."""
+"""Defines DreamBooth's stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""IMPRINT's stages."""
+"""Defines IMPRINT's stages."""
 
 from __future__ import annotations
 

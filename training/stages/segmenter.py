@@ -1,4 +1,4 @@
-"""Stages of a small segmenter."""
+"""Defines the stages of a small segmenter."""
 
 from __future__ import annotations
 

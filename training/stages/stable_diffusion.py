@@ -1,4 +1,5 @@
-"""Stages of a small Stable Diffusion model, whose autoencoder is that of another small model."""
+"""Defines the stages of a small Stable Diffusion model, which takes its autoencoder from another small
+model."""
 
 from __future__ import annotations
 

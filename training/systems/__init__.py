@@ -1,1 +1,1 @@
-"""Training stages and losses of each system."""
+"""Implements training stages and losses of each system."""

@@ -1,4 +1,4 @@
-"""Stage 3, and the only one of the published model: denoising with a reference and a hint (equation 3)."""
+"""Trains stage 3, the only one of the published model: denoising with a reference and a hint (equation 3)."""
 
 from __future__ import annotations
 

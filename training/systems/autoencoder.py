@@ -1,4 +1,4 @@
-"""Stage 1 of a small model: its autoencoder. (The published model takes SD 2.1's as it is.)"""
+"""Trains stage 1 of a small model: its autoencoder. (The published model takes SD 2.1's as it is.)"""
 
 from __future__ import annotations
 

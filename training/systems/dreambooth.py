@@ -1,4 +1,4 @@
-"""DreamBooth: a subject from a few pictures, by fine-tuning that keeps what the model knows of its class.
+"""Trains DreamBooth: fine-tunes a model on a few pictures of a subject, with prior preservation of its class.
 
 All layers of the UNet, and the text encoder, learn to draw the subject for "a IDENTIFIER CLASS"; beside each
 picture of it stands one of its class, which the model drew for "a CLASS" before it was tuned. Source:

@@ -1,4 +1,4 @@
-"""Stage 2 of a small model: its ID encoder. (The published model takes DINOv2 as it is.)
+"""Trains stage 2 of a small model: its ID encoder. (The published model takes DINOv2 as it is.)
 
 Two things are asked of it, as of DINOv2: that two views of one object look alike to it and views of different
 objects do not, and that each patch token describes its patch.

@@ -1,4 +1,4 @@
-"""The two stages after IMPRINT: what views show of an object (3.1), and putting an object into a scene (3.2).
+"""Trains the two stages after IMPRINT: views of an object (3.1), and putting an object into a scene (3.2).
 
 Both are denoising with a reference inside a mask. Stage 1 draws the whole of a picture without a scene, so
 that one network serves both. Only its encoder goes on to stage 2, whose backbone does not learn.

@@ -1,4 +1,4 @@
-"""A small segmenter: a U-Net learns where the main object is, from the exact masks of rendered pictures."""
+"""Trains a small segmenter: a U-Net that finds the main object, on the exact masks of rendered pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion: a text encoder and a UNet learn to draw what captions say; pictures for prompts.
+"""Trains Stable Diffusion: text encoder and UNet learn from captions; draws pictures for prompts.
 
 The published models need no training here; `training/recipes/stable-diffusion-small.toml` trains a small one.
 Source: Rombach et al., 2022.

@@ -1,4 +1,4 @@
-"""ONNX Runtime: ONNX graphs on the CPU, or on an NVIDIA card."""
+"""Runs ONNX graphs with ONNX Runtime, on the CPU or an NVIDIA card."""
 
 from engines.registry import Backend
 

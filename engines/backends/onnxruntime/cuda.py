@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider: ONNX graphs on an NVIDIA card. `engines.card.engine` runs them.
+"""Loads ONNX graphs into ONNX Runtime's CUDA provider, on an NVIDIA card. `engines.card.engine` runs them.
 
 The provider works in our stream, on our addresses, and does not wait for what it put there. Two things it
 does itself, and this is what is known of them (source: onnxruntime/core/providers/cuda and core/framework):

@@ -1,4 +1,5 @@
-"""ONNX Runtime: runs a bundle's graphs on the CPU. On an NVIDIA card, `cuda` loads them for `engines.card`.
+"""Runs a bundle's graphs with ONNX Runtime on the CPU. On an NVIDIA card, `cuda` loads them for
+`engines.card`.
 
 Inputs and outputs are values bound to the call, so what one graph leaves the next one takes without a copy.
 """

@@ -1,4 +1,4 @@
-"""OpenVINO: ONNX graphs on the CPU."""
+"""Runs ONNX graphs with OpenVINO on the CPU."""
 
 from engines.registry import Backend
 

@@ -1,4 +1,4 @@
-"""OpenVINO: runs a bundle's ONNX graphs on the CPU.
+"""Runs a bundle's ONNX graphs with OpenVINO on the CPU.
 
 Each graph is compiled once, with its variable dimensions left open: a call of another batch costs no new
 compilation. What compiling found out is kept for the next start, without the weights and with its hash: a few

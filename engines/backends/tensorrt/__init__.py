@@ -1,4 +1,4 @@
-"""TensorRT for RTX and TensorRT: plans on an NVIDIA card. Both have the same API."""
+"""Runs plans of TensorRT for RTX and TensorRT on an NVIDIA card. Both have the same API."""
 
 from engines.registry import Backend
 

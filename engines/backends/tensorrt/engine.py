@@ -1,4 +1,5 @@
-"""TensorRT and TensorRT for RTX: a bundle's plans on an NVIDIA card. `engines.card.engine` runs them."""
+"""Loads a bundle's plans with TensorRT or TensorRT for RTX, on an NVIDIA card. `engines.card.engine` runs
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT in both variants: finds the library, and refuses a plan that cannot run here.
+"""Loads TensorRT in both variants, and refuses plans that cannot run on this machine.
 
 TensorRT for RTX (`tensorrt_rtx`) and TensorRT (`tensorrt`) have the same API. What differs is in `VARIANTS`
 and in the few branches on what the library offers.

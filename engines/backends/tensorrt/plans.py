@@ -1,4 +1,4 @@
-"""Plans: opening one, checking that it is the graph that the manifest describes, and running it.
+"""Opens plans, checks that they match the manifest, and runs them.
 
 What an input or output is called in the plan (`TensorSpec.stored_name`) is known here and nowhere above.
 """

@@ -1,1 +1,1 @@
-"""The commands that edit a scene, a file per command."""
+"""Implements the commands that edit a scene, one file per command."""

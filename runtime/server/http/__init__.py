@@ -1,1 +1,1 @@
-"""The HTTP door, beside gRPC's: the same queue, batch, limits, tokens, metrics and drain."""
+"""Serves over HTTP, with the queue, batch, limits, tokens, metrics and shutdown of the gRPC server."""

@@ -1,4 +1,4 @@
-"""Which path leads where."""
+"""Routes paths to handlers."""
 
 from __future__ import annotations
 

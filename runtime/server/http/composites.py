@@ -1,4 +1,4 @@
-"""POST /v1/composite, /v1/draw, /v1/edit and /v1/segment: all that the wire has, as JSON or as a form.
+"""Handles POST /v1/composite, /v1/draw, /v1/edit and /v1/segment: the whole contract, as JSON or as a form.
 
 What a model is is at /v1/model.
 

@@ -1,4 +1,4 @@
-"""A request over HTTP as a call: what `runtime.server.gate` needs of it, on ASGI's three arguments."""
+"""Adapts an ASGI request to the interface of a call that `runtime.server.gate` expects."""
 
 from __future__ import annotations
 

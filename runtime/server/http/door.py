@@ -1,4 +1,4 @@
-"""Where HTTP comes in: uvicorn in the server's own event loop, with a time limit for heads of requests."""
+"""Listens for HTTP: uvicorn in the server's event loop, with a time limit for request headers."""
 
 from __future__ import annotations
 

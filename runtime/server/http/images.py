@@ -1,4 +1,4 @@
-"""Image edits and generations in the form of OpenAI's API, so that clients of it work with another base URL.
+"""Handles image edits and generations in the form of OpenAI's API, for clients with another base URL.
 
 Source: OpenAI's API reference, "Images" and "Image streaming". Their clients send ours by `extra_body`: the
 fields of a placement and of a sampling, `reference_image`, and `seed`.

@@ -1,4 +1,4 @@
-"""Requests that are answered with an id at once, and fetched later: POST /v1/jobs and what follows.
+"""Handles jobs, which are answered with an id at once and fetched later: POST /v1/jobs and related paths.
 
 Results are kept for an hour, in the memory for requests or in a folder. Where there is no room, the oldest go
 of whoever has most. A job belongs to who asked for it; to others it does not exist.

@@ -1,4 +1,4 @@
-"""The description of all paths, as OpenAPI 3.1, made of the wire's own: GET /openapi.json."""
+"""Generates the OpenAPI 3.1 description of all paths from the gRPC contract: GET /openapi.json."""
 
 from __future__ import annotations
 

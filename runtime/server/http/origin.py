@@ -1,4 +1,4 @@
-"""Which web pages may call a server that asks for no token: its own, and those that are named.
+"""Checks which web pages may call a server without tokens: its own, and those of `cors`.
 
 Browsers let any page send a form to this machine, with its own address in `Origin` (Fetch standard, section
 3.2), and any page whose name is then changed to mean this machine read the answers too (DNS rebinding): what

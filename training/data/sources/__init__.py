@@ -1,4 +1,5 @@
-"""The data sets of AnyDoor and IMPRINT, each in its published folders, behind one small interface."""
+"""Reads the data sets of AnyDoor and IMPRINT in their published folder structure, behind one small
+interface."""
 
 from training.data.sources.base import Source, SourceError
 from training.data.sources.images import (

@@ -1,4 +1,4 @@
-"""What every data set has in common: it gives two pictures of one object."""
+"""Defines the interface of a data set: two pictures of one object."""
 
 from __future__ import annotations
 

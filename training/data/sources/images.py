@@ -1,4 +1,4 @@
-"""Single images (MSRA-10K, DUT, HFlickr, LVIS, SAM), views (MVImgNet), try-on (VITON-HD, FashionTryOn).
+"""Reads single images (MSRA-10K, DUT, HFlickr, LVIS, SAM), views (MVImgNet), try-on (VITON-HD, FashionTryOn).
 
 A single image is its own reference: only the augmentation in `make_pair` makes the two differ.
 """

@@ -1,4 +1,4 @@
-"""Further data sets of IMPRINT: stills, portraits (PPR10K), rendered views (Objaverse)."""
+"""Reads further data sets of IMPRINT: stills, portraits (PPR10K), rendered views (Objaverse)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos: two frames of one instance (YouTube-VOS, MOSE, VIPSeg, YouTube-VIS, UVO, BURST)."""
+"""Reads videos: two frames of one instance (YouTube-VOS, MOSE, VIPSeg, YouTube-VIS, UVO, BURST)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A renderer: painted solids in rooms, several views of each, with exact masks.
+"""Renders painted solids in rooms, several views of each, with exact masks.
 
 It stands in for the video and multi-view sets of the paper's table 1, and draws the pictures in examples/.
 Everything follows from a seed: the same number gives the same object, scene and picture.

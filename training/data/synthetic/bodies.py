@@ -1,4 +1,4 @@
-"""Objects in their places: what rays hit, by sphere tracing, and how it looks there."""
+"""Traces objects in their places: what rays hit, by sphere tracing, and how it looks there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The catalogue of things: each function draws one shape of its kind from a random generator."""
+"""Draws shapes from a random generator, with one function per kind of thing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The things that are drawn: each has a number, and the number says all about it."""
+"""Defines objects by their number, which determines everything about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Colours and wrap pictures: what is printed on an object.
+"""Draws colours and textures of objects.
 
 A wrap picture is float32 (3, H, W), linear light 0..1; its width goes once around the object, row 0 is its
 top.

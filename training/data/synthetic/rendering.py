@@ -1,4 +1,4 @@
-"""From objects and scenes to pictures, many at once, on any device.
+"""Renders objects and scenes to pictures, many at once, on any device.
 
 Bodies of one structure are drawn together, whatever picture they are in.
 """

@@ -1,4 +1,4 @@
-"""What is behind the objects: a floor and a wall, with the objects' shadows on the floor."""
+"""Draws the background of objects: a floor and a wall, with shadows on the floor."""
 
 from __future__ import annotations
 

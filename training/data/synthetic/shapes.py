@@ -1,4 +1,4 @@
-"""Solid shapes as signed distance functions, one or many at once.
+"""Defines solids as signed distance functions, one or many at once.
 
 A shape is a handful of parts; a part is a solid, a way of wrapping a picture around it, and which of the
 object's colours it takes. Every shape stands on the plane y = 0 around the y axis and is about as large as a

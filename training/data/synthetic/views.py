@@ -1,4 +1,4 @@
-"""Several views of one object: the renderer's answer to a video or a multi-view set."""
+"""Renders several views of one object, in place of a video or a multi-view set."""
 
 from __future__ import annotations
 
