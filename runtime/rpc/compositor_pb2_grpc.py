@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CompositorServiceStub:
-    """Composites objects into scenes, and draws pictures.
+    """Composites objects into scenes, and draws pictures from prompts.
     """
 
     def __init__(self, channel):
@@ -78,61 +78,61 @@ class CompositorServiceStub:
 
 
 class CompositorServiceServicer:
-    """Composites objects into scenes, and draws pictures.
+    """Composites objects into scenes, and draws pictures from prompts.
     """
 
     def Composite(self, request, context):
-        """The scene with the objects in it.
+        """Draws objects into a scene.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CompositeStream(self, request, context):
-        """The same, with events on the way: positions in the queue, then steps and previews, then one result. The
-        result is always the last message.
+        """Like `Composite`, with events: positions in the queue, then steps and previews, then one result. The result is
+        always the last message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Draw(self, request, context):
-        """A picture from words alone, by a model that takes prompts.
+        """Draws a picture from a prompt, with a model that takes prompts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DrawStream(self, request, context):
-        """The same, with events on the way, like `CompositeStream`.
+        """Like `Draw`, with the events of `CompositeStream`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Edit(self, request, context):
-        """A scene in which an object is removed, moved, reshaped or swapped, or a garment is tried on.
+        """Removes, moves, reshapes or swaps an object of a scene, or tries on a garment.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EditStream(self, request, context):
-        """The same, with events on the way, like `CompositeStream`.
+        """Like `Edit`, with the events of `CompositeStream`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Segment(self, request, context):
-        """Where an object is in a picture.
+        """Finds an object in a picture.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """What a model of this server is, its defaults, and what the server accepts.
+        """Describes a model of the server, its defaults, and the server's limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -190,7 +190,7 @@ def add_CompositorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CompositorService:
-    """Composites objects into scenes, and draws pictures.
+    """Composites objects into scenes, and draws pictures from prompts.
     """
 
     @staticmethod
