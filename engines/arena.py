@@ -32,7 +32,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where buffers lie."""
+    """Positions of buffers."""
 
     offsets: Mapping[str, int]
     """Name -> first byte."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from engines.files import write_bytes
 
 UNUSED_DAYS = 90
-"""What was compiled for a bundle that nobody opened for so long is thrown away."""
+"""Entries of bundles that were not opened for so long are removed."""
 
 
 def cache_folder() -> Path | None:

@@ -85,7 +85,7 @@ def load_cuda_python() -> Any:
 
 @dataclass(frozen=True)
 class Card:
-    """What the driver says about a card."""
+    """The driver's description of a card."""
 
     name: str
     architecture: str

@@ -22,7 +22,7 @@ _PER_STEP = (
 )
 
 _DETAIL_MAP = "detail_"
-"""What the names of detail maps begin with."""
+"""Prefix of the names of detail maps."""
 
 _MAPS_AT_ONCE = 8
 _SCORES_AT_ONCE = 3
@@ -57,7 +57,7 @@ _FIELDS = record(
         ),
     }
 )
-"""What the upgrade takes from a version 1 manifest."""
+"""The fields of a version 1 manifest that the upgrade reads."""
 
 
 def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,17 +15,17 @@ HOST_PROGRAM = 300_000_000
 """Bytes for what is not a graph: the interpreter, the libraries, pictures."""
 
 SHARE_OF_FREE_HOST_MEMORY = 0.9
-"""What is used of the host's free memory without a budget."""
+"""Share of the host's free memory that is used without a budget."""
 
 
 @dataclass(frozen=True)
 class HostMemoryPlan:
-    """Which graphs are loaded together in the host's memory. All sizes are in bytes."""
+    """A plan of the graphs that are loaded together in the host's memory. All sizes are in bytes."""
 
     graphs: Mapping[str, GraphMemory]
     groups: Groups
     cache: int
-    """What is left for tensors that are kept, however much that is."""
+    """Memory left for cached tensors."""
     budget: int
 
     @property

@@ -44,7 +44,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """How prompts become the numbers that a text encoder reads."""
+    """The tokenizer of prompts."""
 
     merges: FileRecord
     """The byte pairs that are merged, in order: merges.txt."""
@@ -88,12 +88,12 @@ class Manifest:
     """The contents of manifest.json."""
 
     system: str
-    """Which compositing system it is, as `runtime.systems` names them."""
+    """Name of the compositing system, as in `runtime.systems`."""
     backend: str
     """Kind of the graphs: onnxruntime for ONNX files, or the TensorRT that built the plans."""
     backend_version: str
     target: str
-    """What it was built for: any, cuda, or the GPU architectures of plans, like sm86,sm89."""
+    """Target of the build: any, cuda, or the GPU architectures of plans, like sm86,sm89."""
     precision: str
     """fp32 or fp16, of weights and activations."""
     max_batch: int
@@ -323,7 +323,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def _check_sampling(manifest: Manifest) -> None:
-    """Likewise of the graphs that make pictures."""
+    """Checks the graphs that make pictures."""
     step = manifest.step
     banks = [name for bank in step.banks for name in (*bank.tensors, bank.index)]
     for name in (*banks, *step.per_step, *step.feedback, *step.feedback.values()):

@@ -36,7 +36,7 @@ LIBRARY_MARGIN = 1.25
 leaves gaps, and lends workspace to convolutions. Chosen with room to spare, not measured on a card."""
 
 SHARE_OF_FREE_DEVICE_MEMORY = 0.9
-"""What is used of a card's free memory without a budget."""
+"""Share of a card's free memory that is used without a budget."""
 
 UNLIMITED = 1 << 62
 
@@ -46,7 +46,7 @@ MOST_STEPS = 64
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """What one graph takes."""
+    """The memory of one graph."""
 
     weights: int
     """Bytes, as long as it is loaded."""
@@ -91,7 +91,7 @@ def groupings(specs: Mapping[str, GraphSpec]) -> list[Groups]:
 
 @dataclass(frozen=True)
 class DeviceMemoryPlan:
-    """What lives where on a card. All sizes are in bytes."""
+    """A plan of a card's memory. All sizes are in bytes."""
 
     graphs: Mapping[str, GraphMemory]
     groups: Groups
@@ -99,13 +99,13 @@ class DeviceMemoryPlan:
     """The part of the arena whose use never changes: scratch memory, the places of the inputs and outputs of
     captured graphs, and tables of the inputs that change at every step."""
     context: int
-    """What the backend's library takes before it loads anything, where that is known."""
+    """Memory of the backend's library before it loads anything, if known."""
     library: int
     """Scratch memory that the backend's library allocates for all graphs; 0 if it lies in the arena."""
     pool: int
     """The part of the arena where tensors come and go, without those that are kept for re-rolls."""
     cache: int
-    """What is left for tensors that are kept."""
+    """Memory left for cached tensors."""
     budget: int
 
     @property

@@ -24,7 +24,7 @@ def _option(default: Any, help: str, **flag: Any) -> Any:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Where and how the graphs of a bundle run."""
+    """Options for running the graphs of a bundle."""
 
     backend: str = _option(
         AUTO, "library that runs the graphs; auto: the fastest installed one", choices=BACKENDS

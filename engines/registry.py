@@ -18,7 +18,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend says of itself before anything of it is loaded."""
+    """A backend's description, available before it is loaded."""
 
     name: str
     title: str

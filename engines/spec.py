@@ -57,7 +57,7 @@ class TensorSpec:
     shape: tuple[Dimension, ...]
     """Sizes; a string names a variable dimension."""
     file_name: str = ""
-    """What the graph's file calls it, if that is another name."""
+    """Its name in the graph's file, if different."""
 
     @property
     def stored_name(self) -> str:
@@ -93,7 +93,7 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     banks: tuple[BankSpec, ...] = ()
-    """Of a step graph."""
+    """The banks of a step graph."""
     per_step: tuple[str, ...] = ()
     """Inputs of a step graph that change at every step: a few numbers per sample or row."""
     feedback: Mapping[str, str] = field(default_factory=dict)

@@ -30,14 +30,14 @@ RECORD = "verified.json"
 
 @dataclass(frozen=True)
 class FileState:
-    """What a file is, and the hash that it should have."""
+    """The identity of a file, and its expected hash."""
 
     path: str
     """Absolute, without symbolic links."""
     bytes: int
     modified_ns: int
     changed_ns: int
-    """Of the inode. Programs that copy can set the time before to that of the original, but not this one."""
+    """Change time of the inode. Copying programs can set the modification time, but not this one."""
     inode: int
     sha256: str
 

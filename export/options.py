@@ -39,7 +39,7 @@ class BuildOptions:
     """Parameters for the manifest's `defaults`, beside those of the checkpoint."""
 
     deterministic: bool = False
-    """Of graphs for `CUDA`: the same input gives the same bits."""
+    """For graphs of the target `CUDA`: the same input gives the same bits."""
 
     reuse: Path | None = None
     """A bundle whose graphs are copied, those that are made from the same."""
@@ -93,7 +93,7 @@ class SourceOptions:
     ema: bool | None = None
     """Whether to take the averages of weights, of those that have one."""
     variant: str | None = None
-    """Of the weights in a folder, like fp16."""
+    """Variant of a folder's weights, like fp16."""
     prediction: str | None = None
     """What the UNet predicts: epsilon or v."""
     tokenizer: Path | None = None

@@ -23,7 +23,7 @@ _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transf
 """Those whose version may change an exported graph."""
 
 _SETTINGS = ("producer", "system", "architecture", "precision", "target", "max_batch", "dimensions")
-"""Of the manifest, those that may."""
+"""Fields of the manifest that determine a graph."""
 
 
 def made_from(module: nn.Module, spec: GraphSpec, manifest: Manifest, stored: torch.dtype) -> str:

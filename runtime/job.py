@@ -46,7 +46,7 @@ class Job:
     images: list[ImageJob] = field(default_factory=list)
     """One per seed."""
     warnings: list[str] = field(default_factory=list)
-    """What the caller should know about how the pictures were read."""
+    """Anything unexpected about how the pictures were read."""
 
     @property
     def placements(self) -> list[Prepared]:
@@ -81,7 +81,7 @@ class ImageJob:
 
     job: Job
     index: int
-    """Which of the job's pictures this is."""
+    """Index of the picture in the job."""
     seed: int
     image: NDArray[np.uint8]
     """(H, W, 3) in sRGB."""
@@ -90,7 +90,7 @@ class ImageJob:
     drawn: int = 0
     """Passes that are done, and so the index of the next one."""
     regions: list[Box] = field(default_factory=list)
-    """What the objects placed so far may have changed."""
+    """The regions that the objects placed so far may have changed."""
 
     @property
     def done(self) -> bool:

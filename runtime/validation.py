@@ -44,7 +44,7 @@ class Limits:
     images: int = MAX_IMAGES
     placements: int = MAX_PLACEMENTS
     pixels: int = MAX_PIXELS
-    """Of each picture and mask, checked before it is decoded."""
+    """Most pixels of each picture and mask, checked before decoding."""
 
 
 LARGEST = Limits()

@@ -72,7 +72,7 @@ class CommonRecipe:
     """A checkpoint whose autoencoder and image encoder are taken as they are, for small models that do not
     train their own."""
     checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in the checkpoint that is written."""
+    """Dtype of the weights in the written checkpoint."""
     architecture: Architecture = field(default_factory=Architecture)
     data: DataSettings = field(default_factory=DataSettings)
     pairs: CommonRules = field(default_factory=CommonRules)
@@ -157,7 +157,7 @@ class DreamBoothRecipe:
     subject: SubjectSettings
     system: Literal["dreambooth"] = "dreambooth"
     checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in the checkpoints that are written."""
+    """Dtype of the weights in the written checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,13 @@ class StableDiffusionRecipe:
     """A checkpoint whose UNet training starts from, like a small IMPRINT's; what it sees of a scene is left
     out."""
     checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in the checkpoint that is written."""
+    """Dtype of the weights in the written checkpoint."""
     architecture: StableDiffusionArchitecture = field(default_factory=StableDiffusionArchitecture)
     data: DataSettings = field(default_factory=DataSettings)
     resolution: int = 64
     """Side of the pictures, in pixels."""
     guidance_scale: float = 3.0
-    """Of the sheets of samples."""
+    """Guidance scale of the sheets of samples."""
     previews: tuple[str, ...] = ("a mug",)
     """Their prompts."""
 

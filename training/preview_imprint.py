@@ -32,7 +32,7 @@ STEPS = 20
 """Steps of a sample where neither the caller nor the recipe says how many."""
 
 GUIDANCE_SCALE = 3.0
-"""That of ObjectStitch's paper, where neither the caller nor the recipe says another."""
+"""The default, from ObjectStitch's paper."""
 
 
 class HeldOutObjects(Source):

@@ -30,7 +30,7 @@ class ServiceTimes:
 
 @dataclass(frozen=True)
 class Load:
-    """Who asks, and how often."""
+    """The load of a fleet."""
 
     per_server: float
     """Pictures per second for each server."""
@@ -81,7 +81,7 @@ class _Server:
 
 @dataclass(frozen=True)
 class FleetResult:
-    """How a fleet did."""
+    """The results of a fleet."""
 
     servers: int
     affinity: bool

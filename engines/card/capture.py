@@ -26,11 +26,11 @@ MOST_CALLS = 16
 
 @dataclass(frozen=True)
 class CallSignature:
-    """What calls have in common that one CUDA graph can stand for."""
+    """The signature that calls share if one CUDA graph can replay them."""
 
     graph: str
     shapes: tuple[Shape, ...]
-    """Of the inputs, in one step."""
+    """Shapes of the inputs in one step."""
     steps: int = 1
     feedback: tuple[tuple[str, str], ...] = ()
     """Inputs that have the values of an output of the step before, and of which."""
@@ -43,7 +43,7 @@ class CallSignature:
 
 @dataclass(eq=False)
 class Call:
-    """How calls of one signature are made."""
+    """A call of one signature, captured or not."""
 
     context: Context
     runs: int = 0

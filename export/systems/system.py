@@ -46,10 +46,10 @@ class ExportSource(Protocol):
 
     @property
     def description(self) -> str:
-        """What the checkpoint is, in one sentence."""
+        """Describes the checkpoint in one sentence."""
 
     dtype: torch.dtype
-    """Of the stored weights."""
+    """Dtype of the stored weights."""
     defaults: Mapping[str, Any]
     """Parameters that the model was trained for."""
     architecture: Mapping[str, Any]
@@ -59,7 +59,7 @@ class ExportSource(Protocol):
 
     @property
     def tokenizer(self) -> TokenizerFiles | None:
-        """What it reads prompts with; None if it takes none."""
+        """Tokenizer of its prompts; None if it takes none."""
 
     def record(self) -> dict[str, Any]:
         """Returns the record of the checkpoint for the manifest: see `checkpoint_record`."""

@@ -9,7 +9,8 @@ from PIL import Image
 from runtime.errors import InputError
 
 MAX_SCANS = 64
-"""Of a JPEG. Each goes over all pixels; encoders write about ten (libjpeg's standard script has 10)."""
+"""Most scans of a JPEG. Each visits all pixels; encoders write about ten (libjpeg's standard script has
+10)."""
 SMALL_TILE = 1 << 20
 """Pixels of a tile that are decoded whatever the size of the picture."""
 

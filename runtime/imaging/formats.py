@@ -56,7 +56,7 @@ def name_of_format(content: bytes) -> str:
 
 
 def refusal_of_format(content: bytes) -> str:
-    """Why bytes that no reader could make sense of are refused, as the end of a sentence."""
+    """Explains why bytes that no reader recognises are refused, as the end of a sentence."""
     name, readable = name_of_format(content), ", ".join(READABLE_FORMATS)
     if not content:
         return "is empty"

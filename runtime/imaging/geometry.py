@@ -17,7 +17,7 @@ _MUCH_LARGER = 3
 
 @dataclass(frozen=True)
 class Ratios:
-    """How much room is left around things, each 1 to 100.
+    """Margins and enlargements, each 1 to 100.
 
     The original draws them at random, in steps of 0.1. run_inference.py: reference 1.2, box 1.1,
     crop 1.5..2.9. run_gradio_demo.py and training: reference 1.1..1.4, box 1.1, crop 1.3..2.9.
@@ -36,7 +36,7 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the picture that the networks see lies in the scene."""
+    """The position in the scene of the picture that the networks see."""
 
     crop: Box  # the zoom-in crop, in scene coordinates
     box: Box  # the expanded target box, in scene coordinates; inside the crop, unless that is a tile
@@ -49,7 +49,7 @@ class Geometry:
 
     @property
     def padding(self) -> Padding:
-        """What gives the crop the aspect ratio of the networks' picture."""
+        """The padding that gives the crop the aspect ratio of the networks' picture."""
         return aspect_padding(*self.crop_size, self.aspect)
 
     @property

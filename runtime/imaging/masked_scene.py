@@ -19,7 +19,7 @@ from runtime.imaging.paste_back import FEATHER
 from runtime.imaging.resize import resize_linear
 
 _GREY = 128
-"""Of the padding, before it becomes exactly 0."""
+"""Grey level of the padding, before it becomes exactly 0."""
 
 _SEAM = np.exp(-0.5 * np.arange(-3, 4, dtype=np.float32) ** 2)
 """Weights of a Gaussian whose sigma is one cell of the latent."""

@@ -29,7 +29,7 @@ class MaskedPicture:
     """The picture that a mask belongs to."""
 
     name: str
-    """What to call it in an error."""
+    """Its name in errors."""
     shape: tuple[int, ...]
     """(H, W, ...), upright."""
     orientation: int = UPRIGHT

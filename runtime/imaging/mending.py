@@ -12,7 +12,7 @@ from collections.abc import Iterator
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_START = b"\xff\xd8"
 MAX_PROFILE_BYTES = 4 * 1024 * 1024
-"""Of a colour profile; those of displays take kilobytes, those of presses one or two megabytes."""
+"""Largest colour profile; displays' take kilobytes, presses' one or two megabytes."""
 
 _TEXT = (b"tEXt", b"zTXt", b"iTXt")
 _JPEG_END = b"\xff\xd9"

@@ -13,7 +13,7 @@ from runtime.imaging.paste_back import TARGET_BOX, WHOLE_CROP, PasteRule
 
 @dataclass(frozen=True)
 class Mode:
-    """How an object is placed."""
+    """A mode of placing an object."""
 
     shape_control: bool
     """The mask channel is the target mask itself, not the filled box."""
@@ -21,7 +21,7 @@ class Mode:
     """The mask channel is resized linearly and is 1 in the padding, instead of nearest and -1 in the
     padding."""
     paste: PasteRule
-    """What of the networks' picture goes back into the scene."""
+    """The part of the networks' picture that is pasted into the scene."""
 
 
 MODES: Mapping[str, Mode] = MappingProxyType(

@@ -17,7 +17,7 @@ from runtime.imaging.resize import resize_linear
 _BAND_ROWS = 256
 
 HARD, SOFT = EDGES = ("hard", "soft")
-"""How a pasted rectangle ends: as the original's, or faded into the scene."""
+"""The edges of a pasted rectangle: as in the original, or blended into the scene."""
 
 FEATHER = 8 / 512
 """Share of the networks' picture over which a soft edge fades. A VAE does not return what it was given, so a
@@ -26,7 +26,7 @@ hard one would show."""
 
 @dataclass(frozen=True)
 class PasteRule:
-    """What of the networks' picture goes back into the scene."""
+    """The part of the networks' picture that is pasted into the scene."""
 
     margin: int
     """Pixels at the crop's border that are never pasted."""

@@ -14,10 +14,10 @@ MAX_EXIF_BYTES = 65_527
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says of a picture beside its pixels; each None where it says nothing."""
+    """Metadata of a picture's file; None where it has none."""
 
     icc_profile: bytes | None = None
-    """Of its colours; sRGB if None."""
+    """Colour profile; sRGB if None."""
     exif: bytes | None = None
     """Without orientation and thumbnail, beginning with "Exif"."""
     dpi: tuple[float, float] | None = None
@@ -25,12 +25,12 @@ class Metadata:
 
     @property
     def nbytes(self) -> int:
-        """Of profile and EXIF."""
+        """Size of profile and EXIF."""
         return len(self.icc_profile or b"") + len(self.exif or b"")
 
     @property
     def info(self) -> dict[str, Any]:
-        """What Pillow takes, as arguments of `save` or in an image's `info`."""
+        """The metadata as Pillow takes it, in `save` or in an image's `info`."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -49,7 +49,7 @@ class Picture:
     """(H, W, 3) in its own colours, those of `metadata.icc_profile`; `rgb` itself where they are sRGB."""
     metadata: Metadata
     kind: str
-    """What its colours are if not RGB, like "CMYK"; empty if they are."""
+    """Its colour model if not RGB, like "CMYK"; empty for RGB."""
     orientation: int
     """EXIF orientation that was undone, 1 if none."""
 

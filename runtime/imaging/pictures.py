@@ -46,7 +46,7 @@ _TIFF_TAGS = (
     *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software),
     *(ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright),
 )
-"""What a TIFF's own tags say of the picture, not of the file."""
+"""Tags of a TIFF that describe the picture, not the file."""
 
 
 def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Picture:

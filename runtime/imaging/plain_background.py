@@ -14,7 +14,7 @@ _PLAIN = 8.0
 _LIKE = 24
 """Levels by which the background may differ from the border's median, in each channel."""
 _SMALLEST = 0.01
-"""Of the largest piece's pixels; smaller pieces are shades of the background."""
+"""Least size of a piece relative to the largest; smaller pieces are shades of the background."""
 
 
 def cut_from_plain(rgb: NDArray[np.uint8]) -> NDArray[np.bool_] | None:

@@ -28,7 +28,7 @@ from runtime.imaging.specks import without_specks
 
 _BACKGROUND = 255
 _FEW_PIXELS = 128
-"""Of the longer side of an object; the ID encoder takes 224."""
+"""Least length of an object's longer side without a warning; the ID encoder takes 224."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ from runtime.errors import warn
 from runtime.imaging.boxes import Box
 
 _SHARE = 0.001
-"""Of the pixels of the largest piece; a smaller piece may be a speck."""
+"""A piece smaller than this part of the largest may be a speck."""
 _DISTANCE = 0.5
-"""Of the longer side of the largest piece; a piece farther from it may be a speck."""
+"""A piece farther from the largest than this part of its longer side may be a speck."""
 _MOST_RUNS = 300_000
 """Runs of pixels in a row; a mask of more is noise, and is taken as it is."""
 

@@ -16,7 +16,7 @@ from runtime.imaging.geometry import Geometry
 from runtime.imaging.paste_back import blend, fading_ends, place_share
 
 OVERLAP = 0.25
-"""Of neighbouring tiles, in sides of one, at the least."""
+"""Least overlap of neighbouring tiles, relative to their side."""
 
 MOST = 4
 """Tiles along an axis. Of larger places the tiles are enlarged, too, though less than the whole."""

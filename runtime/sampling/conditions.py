@@ -52,7 +52,7 @@ class FixedConditions:
 
 
 class Conditions(Protocol):
-    """What the samples of one placement have in common."""
+    """The conditions that the samples of one placement share."""
 
     def banks(self, step: int) -> Mapping[str, BankRows]:
         """Bank -> its rows at a step, counted from 0. The tensors stay as they are when they are the same."""

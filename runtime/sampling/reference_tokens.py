@@ -32,9 +32,9 @@ class ReferenceTokens:
         self._engine = engine
         self._graph = spec.name
         self.side = spec.tensor("reference").resolve(sizes)[-1]
-        """Of the picture that the encoder takes, in pixels."""
+        """Side of the encoder's input, in pixels."""
         self.shape = spec.tensor("tokens").resolve(sizes)
-        """Of the tokens of a picture, (1, T, D)."""
+        """Shape of a picture's tokens, (1, T, D)."""
         self.views = step.tensor("tokens").resolve(sizes)[1] // self.shape[1]
         """N, how many pictures of an object the step graph takes."""
         self.kept = Remembered[bytes, NDArray[np.float32]](_KEPT)

@@ -15,7 +15,7 @@ from runtime.sampling.conditions import OWNER
 
 
 class Kept(Protocol):
-    """What can be kept."""
+    """A value that can be cached."""
 
     @property
     def nbytes(self) -> int:

@@ -95,11 +95,11 @@ class Sample:
     schedule: Schedule
     sampling: SamplingParameters
     latent: LatentRow
-    """Where its latent is; noise before the first step."""
+    """Position of its latent; noise before the first step."""
     generator: np.random.Generator | None = None
     """For the noise of steps with eta > 0: its own, so that its batch-mates do not matter."""
     epsilon: LatentRow | None = None
-    """What the step before predicted, if the next one needs it."""
+    """The epsilon of the step before, if the next one needs it."""
     step: int = 0
     """Steps done."""
     error: Exception | None = None
@@ -168,7 +168,7 @@ class StepCall:
     began: float
     """`time.perf_counter()` when the engine was called; a CPU's engine had computed all banks by then."""
     samples: int
-    """How many shared it."""
+    """Number of samples that shared it."""
     guided: bool
     """Whether one of them had guidance."""
     has_banks: bool
@@ -193,7 +193,7 @@ class RunningBatch:
         self.samples_per_call = samples_per_call
         self.samples: list[Sample] = []
         self.last_call: StepCall
-        """Of the step graph; there is none before the first step."""
+        """The last call of the step graph; none before the first step."""
         self._engine = engine
         self._spec = spec
         self._shape: tuple[int, ...] = spec.tensor(LATENT).resolve({"samples": 1})[1:]

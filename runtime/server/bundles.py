@@ -17,14 +17,14 @@ from runtime.segmentation import Segmenter
 from runtime.server.settings import Settings
 
 _SHARE_FOR_CACHES = 8
-"""Of the budget: what at least is kept for later pictures where not all models fit at once."""
+"""If the models do not all fit, one part in this many of the budget is reserved for caches."""
 
 Stamp = tuple[int, ...]
-"""What tells a file from the one that it replaced."""
+"""Identifies a file, to detect that it was replaced."""
 
 
 class Bundles:
-    """Where the bundles are, and how they are opened."""
+    """The bundles of a server, and how they are opened."""
 
     def __init__(self, settings: Settings, options: EngineOptions, segmenter: Segmenter) -> None:
         """Reads all manifests.
@@ -49,7 +49,7 @@ class Bundles:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those of the models; the first is the default."""
+        """The names of the models; the first is the default."""
         return tuple(self._paths)
 
     def created(self, name: str) -> int:

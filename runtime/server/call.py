@@ -40,7 +40,7 @@ _BYTES_PER_SECOND = 1 << 20
 
 
 class Context(Protocol):
-    """What a call needs of the door that it came in by. `grpc.aio.ServicerContext` has it."""
+    """The interface of a call's transport. `grpc.aio.ServicerContext` implements it."""
 
     def peer(self) -> str:
         """Returns the other end, like "ipv4:10.0.0.1:4711"."""
@@ -73,7 +73,7 @@ class TransferError(DeadlineError):
 
 @dataclass(eq=False)
 class Call:
-    """What a method gets beside its message."""
+    """The context of a method, besides its message."""
 
     context: Context
     method: str

@@ -25,7 +25,7 @@ def most_connections(settings: Settings) -> int:
 
 
 def host_of(peer: str) -> str:
-    """Who is at the other end of a connection, as far as the address says.
+    """Returns the host at the other end of a connection, from its address.
 
     Args:
         peer: as gRPC writes it, like "ipv4:10.0.0.1:4711" or "ipv6:%5B2001:db8::1%5D:4711".

@@ -28,7 +28,7 @@ from runtime.imaging.picture import Metadata, Picture
 from runtime.imaging.pictures import load_picture
 
 COMMAND_BYTES = 64
-"""Of "start MEMORY", which comes with a socket, and of "end PROCESS"; filled up with spaces."""
+"""Size of the commands "start MEMORY", which comes with a socket, and "end PROCESS"; padded with spaces."""
 
 _NICE = 10
 """Pictures that are dear to decode do not take the processor from the networks; others take milliseconds."""

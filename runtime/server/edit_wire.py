@@ -37,7 +37,7 @@ from runtime.server.wire import (
 from runtime.server.wire_values import FORMATS, file_of, number_of
 
 Asked = Message | pb.EditRequest
-"""What asks for pictures, made from nothing or of a scene."""
+"""Requests for pictures."""
 
 
 def asked_from_message(message: Asked) -> tuple[Request | Edit, str]:

@@ -24,18 +24,18 @@ Follow = Callable[..., AsyncGenerator[Event, None]]
 """`ServedModel` has it."""
 
 Phase = tuple[Batcher, Request]
-"""Who draws, and what."""
+"""The batcher that draws, and its request."""
 
 
 @dataclass
 class _Course:
-    """How far an edit is."""
+    """The progress of an edit."""
 
     all_steps: int = 0
     before: int = 0
     """Steps of the phases that are over."""
     done: list[Finished] = field(default_factory=list)
-    """How they ended."""
+    """Their results."""
 
 
 class Editing:

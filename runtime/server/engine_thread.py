@@ -46,7 +46,7 @@ class _Step:
     call: StepCall
     """Its last call of the step graph."""
     samples: int
-    """How many take it."""
+    """Number of samples that take it."""
     of_tickets: Mapping[Ticket, int]
     """Request -> its samples that take it."""
     latent: DeviceTensor

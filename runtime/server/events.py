@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 _SHOWN_NAMES = 20
-"""Of models, in an error."""
+"""Most names of models in an error."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a picture looks like so far."""
+    """A preview of a picture."""
 
     image_index: int
     image: bytes
@@ -85,7 +85,7 @@ Event = Queued | StepDone | Preview | Finished | Failed
 
 
 class BusyError(AnyDoorError):
-    """Nothing more is accepted now, of this caller or of any."""
+    """The server accepts nothing more at the moment, of this client or of any."""
 
     def __init__(self, what: str, retry_seconds: float = 1.0) -> None:
         super().__init__(f"{what}; try again in {retry_seconds:.1f} s")

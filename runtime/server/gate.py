@@ -57,16 +57,16 @@ CHANNEL_OPTIONS = (
 )
 
 _MOST_CALLS = 256
-"""Of a client at a time."""
+"""Most simultaneous calls of a client."""
 _MOST_MESSAGES = 4
-"""Of a connection, on their way at a time; others wait."""
+"""Most messages that a connection sends at a time; others wait."""
 _PROBE_SECONDS = 5.0
 _LARGEST_PROBE = 4096
 _REFLECTION_SECONDS = 60.0
 _FRUITLESS = 200, 20.0
 """Calls of a connection that end without a message: at once, and per second. Above that it is flooding."""
 _REFUSALS = 100, 5.0
-"""Of a client, likewise. Those above that come late: who tries one thing after the other waits."""
+"""Most refusals of a client, and their rate per second. Further refusals are delayed."""
 _LATE_SECONDS = 0.5
 _FAULTS_OF_CALLERS = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -91,7 +91,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Lately:
-    """How often something was done lately."""
+    """Counts recent events."""
 
     times: float = 0.0
     since: float = field(default_factory=time.monotonic)
@@ -106,7 +106,7 @@ class _Lately:
 
 @dataclass
 class _Connection:
-    """What is remembered of a client's connection."""
+    """The state of a client's connection."""
 
     messages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MOST_MESSAGES))
     fruitless: _Lately = field(default_factory=_Lately)
@@ -141,7 +141,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """Called by gRPC for every call."""
+        """Intercepts every call of gRPC."""
         handler = await continuation(details)
         answer = partial(self._answer, details.method, handler)
         if handler is not None and handler.request_streaming:

@@ -25,13 +25,14 @@ PROBE_BYTES = 8
 _ARENA_MAX = -8
 """M_ARENA_MAX in malloc.h of glibc."""
 _PREPARED_BYTES_PER_PIXEL = 24
-"""Of what the networks draw: the collage in float32, its mask, and the picture."""
+"""Bytes per drawn pixel: the collage in float32, its mask, and the picture."""
 _SCRATCH_BYTES_PER_PIXEL = 24
 """A worker thread's, when it prepares, pastes and encodes."""
 
 
 class Ledger:
-    """What all callers take, under a limit; nobody may take more than half of what the others leave."""
+    """Accounts for the memory of all clients, under a limit; each gets at most half of what the others
+    leave."""
 
     def __init__(self, capacity: float = math.inf) -> None:
         """Starts empty.
@@ -80,7 +81,7 @@ class Ledger:
 
 
 class Account:
-    """What one call takes."""
+    """The memory of one call."""
 
     def __init__(self, ledger: Ledger, client: str) -> None:
         self._ledger = ledger

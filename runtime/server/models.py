@@ -38,14 +38,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Place:
-    """What is known of a model, whether it is loaded or not."""
+    """A model of the server, loaded or not."""
 
     name: str
     current: ServedModel | None = None
     """Takes the requests."""
     loading: asyncio.Task[None] | None = None
     stamp: Stamp | None = None
-    """Of the bundle that was loaded last."""
+    """Stamp of the bundle that was loaded last."""
     info: pb.GetModelInfoResponse | None = None
     failed: float = -math.inf
     """`time.monotonic()` when it could not be loaded."""
@@ -54,7 +54,7 @@ class _Place:
 
     @property
     def status(self) -> str:
-        """What callers are told."""
+        """The error for clients."""
         if self.current:
             loaded = self.current.batcher.loaded
             return LOADING if not loaded.done() else FAILED if loaded.exception() else LOADED
@@ -67,7 +67,7 @@ class _Place:
 
 
 class Models:
-    """Which models are loaded, and who uses them."""
+    """The loaded models, and their users."""
 
     def __init__(
         self, bundles: Bundles, serve: Callable[[str, Compositor], ServedModel], health: Health
@@ -89,7 +89,7 @@ class Models:
         self._taken: dict[ServedModel | str, int] = {}
         """Bytes of each model that is there, and of the one of each name that is being opened."""
         self._room = asyncio.Lock()
-        """Whoever needs room comes in turn."""
+        """Serialises requests for room."""
         self._changed = asyncio.Event()
         """Set, and replaced, when something is loaded, leaves, or is no longer used."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,7 +98,7 @@ class Models:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those of all models; the first is the default."""
+        """The names of all models; the first is the default."""
         return tuple(self._places)
 
     @property
@@ -188,7 +188,7 @@ class Models:
             self._tell()
 
     def use_any(self, call: Call) -> AbstractAsyncContextManager[ServedModel]:
-        """As `use`, for work that is alike for all models: the one that was used last of those loaded."""
+        """Uses the most recently used loaded model, for work that is the same for all models; see `use`."""
         loaded = [place for place in self._places.values() if place.current]
         return self.use(max(loaded, key=lambda place: place.used).name if loaded else "", call)
 

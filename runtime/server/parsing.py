@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError, Message
 from runtime.errors import InputError
 
 MAX_FIELDS = 1000
-"""Of a message and all in it. The largest request that a server accepts at its defaults has about 80."""
+"""Most fields of a message, nested ones included. The largest request at a server's defaults has about 80."""
 
 _VARINT, _FIXED_64, _BYTES, _GROUP, _END_OF_GROUP, _FIXED_32 = range(6)
 _SIZES = {_FIXED_64: 8, _FIXED_32: 4, _GROUP: 0, _END_OF_GROUP: 0}

@@ -192,10 +192,10 @@ class SharedQueue:
         self.seconds_per_step = 0.0
         """Time of a step of one sample in a full batch; 0 if not known."""
         self.fastest = FastestCalls()
-        """How fast the step graph was at best."""
+        """The fastest calls of the step graph so far."""
 
     def missed(self, ticket: Ticket) -> DeadlineError | None:
-        """Why a request cannot meet its deadline any more; None if it may, or has none.
+        """Returns why a request can no longer meet its deadline; None if it can, or has none.
 
         Whoever is in the batch stays until the deadline is over: how far a card is with a step is not known.
         The caller holds the lock.

@@ -27,7 +27,7 @@ from runtime.server.serve import Server, open_models
 from runtime.server.settings import settings_from
 
 _MOST_CALLS = 64
-"""Of a replica at a time; its queue refuses before that."""
+"""Most simultaneous calls of a replica; its queue refuses earlier."""
 
 
 class RayContext:
@@ -44,22 +44,22 @@ class RayContext:
         self._message = [asked.message]
         self._put = put
         self.ended = Ended()
-        """How it ends, as far as that is known."""
+        """The final status, if known."""
 
     def peer(self) -> str:
         """Returns the other end of the proxy's connection."""
         return self._asked.peer
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
-        """As the client sent it."""
+        """Returns the metadata that the client sent."""
         return self._asked.metadata
 
     def auth_context(self) -> Mapping[str, Sequence[bytes]]:
-        """Nothing: certificates are the proxy's."""
+        """Returns nothing: the proxy handles certificates."""
         return {}
 
     def time_remaining(self) -> float | None:
-        """None: the proxy cancels a call whose deadline is over."""
+        """Returns None: the proxy cancels calls after their deadline."""
         return None
 
     async def read(self) -> bytes:

@@ -47,13 +47,13 @@ class AskedHttp:
     """A call by HTTP, likewise."""
 
     scope: Mapping[str, Any]
-    """Of ASGI, as far as it can be sent."""
+    """The part of the ASGI scope that can be sent."""
     body: bytes
 
 
 @dataclass
 class Ended:
-    """How a call ended."""
+    """The final status of a call."""
 
     code: grpc.StatusCode = grpc.StatusCode.OK
     details: str = ""

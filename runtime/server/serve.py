@@ -79,7 +79,7 @@ class Server:
             raise InputError(f"max_batch is {settings.max_batch}; the bundle has {compositor.max_batch}")
         self.metrics = Metrics()
         self.addresses: list[str] = []
-        """Where it listens, with the ports that were chosen for port 0."""
+        """The addresses that it listens on, with the ports chosen for port 0."""
         self.access = Access(settings)
         self._settings = settings
         self._page = None

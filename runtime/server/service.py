@@ -52,7 +52,7 @@ class CompositorService:
         return grpc.method_handlers_generic_handler(NAME, self.methods)
 
     async def _finish(self, kind: type[Asked], content: bytes, call: Call) -> bytes:
-        """Composite, Draw and Edit."""
+        """Handles Composite, Draw and Edit."""
         # messages of up to 32 MiB are copied, and pictures are joined, beside the event loop
         message: Asked = await asyncio.to_thread(parse, kind, content)
         del content

@@ -176,7 +176,7 @@ class Settings:
 
     @property
     def limits(self) -> Limits:
-        """What a request may ask for."""
+        """The limits of a request."""
         return Limits(self.max_steps, self.max_images, self.max_placements, self.max_pixels)
 
     @property

@@ -29,11 +29,11 @@ class Ticket:
     deadline: float | None = None
     """`time.monotonic()` after which the result is of no use."""
     file_format: str = "PNG"
-    """Of the finished pictures: PNG, JPEG or WEBP."""
+    """File format of the finished pictures: PNG, JPEG or WEBP."""
     preview_every: int = 0
     """Steps between previews; 0 for none."""
     account: Account = field(default_factory=lambda: Ledger().open(""))
-    """What the request takes of the memory for requests."""
+    """The request's share of the memory for requests."""
 
     open: bool = False
     """Whether it is accepted and not over."""
@@ -42,11 +42,11 @@ class Ticket:
     work: Work | None = None
     """Its steps; set when it is submitted."""
     tasks: deque[Callable[[], None]] = field(default_factory=deque)
-    """What the workers are to do for it, in this order; their arguments are kept nowhere else."""
+    """The tasks of the workers, in this order; only this list holds their arguments."""
     at_work: int = 0
     """Tasks of it that the workers are at."""
     decoder: Decoder | None = None
-    """What decodes its pictures at the moment."""
+    """The current decoder of its pictures."""
     job: Job | None = None
     """Set when the request is decoded and checked."""
     waiting: deque[ImageJob] = field(default_factory=deque)
@@ -54,7 +54,7 @@ class Ticket:
     running: int = 0
     """Pictures in the batch."""
     starts: int = 0
-    """How often a picture of it joined the batch."""
+    """Number of times that one of its pictures joined the batch."""
     position: int | None = None
     """Requests that start before it, as last announced."""
     steps_done: int = 0

@@ -39,7 +39,7 @@ from runtime.server.wire_values import (
 
 
 Message = pb.CompositeRequest | pb.DrawRequest
-"""What asks for pictures."""
+"""Requests for pictures."""
 
 
 def request_from_message(message: Message) -> tuple[Request, str]:
@@ -71,7 +71,7 @@ def file_format_of(number: int) -> str:
 
 
 def _content(message: Message) -> dict[str, Any]:
-    """Scene and placements."""
+    """Reads scene and placements."""
     if isinstance(message, pb.DrawRequest):
         size = {name: getattr(message, name) for name in ("width", "height") if message.HasField(name)}
         return {

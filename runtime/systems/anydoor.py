@@ -97,7 +97,7 @@ class AnyDoorTile(Prepared):
 
     place: AnyDoorPlacement
     geometry: Geometry
-    """Of the tile; its box is that of the whole place."""
+    """Geometry of the tile; its box is that of the whole place."""
     details: NDArray[np.uint8]
     """(S, S, 3) RGB, the reference's high-frequency map, as large as the tile shows it."""
     hint: Hint | None = None
@@ -121,7 +121,7 @@ class AnyDoorConditions:
 
 
 class Preprocessing:
-    """What happens to a placement before and after the networks; needs no engine."""
+    """Prepares placements for the networks and finishes their pictures; needs no engine."""
 
     def __init__(self, resolution: int, reference_size: int) -> None:
         """Keeps the sizes.
@@ -320,7 +320,7 @@ class AnyDoor(Preprocessing):
         self._window = model.control_window
         self.refines = manifest.encoder is not None
         self._tile_maps = DetailMapCache(0)
-        """Of tiles, which another seed does not need again: what they show is drawn anew."""
+        """Detail maps of tiles, which are not reused for another seed."""
         self.cache = DetailMapCache(model.cache_bytes)
         """Detail maps that are kept for re-rolls."""
 

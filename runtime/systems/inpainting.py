@@ -39,12 +39,12 @@ TOKENS, SCENE = "tokens", "scene"
 """Banks of the step graph."""
 
 What = TypeVar("What")
-"""What says what is drawn, prepared."""
+"""The prepared condition."""
 
 
 @dataclass(frozen=True, eq=False)
 class InpaintingPlacement(Prepared, Generic[What]):
-    """What is drawn, and its place in the scene."""
+    """The condition, and its place in the scene."""
 
     what: What
     scene: MaskedScene

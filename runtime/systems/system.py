@@ -58,7 +58,7 @@ class Prepared:
     region: Box
     """The only part of the scene that it may change."""
     tiles: Sequence[Prepared] = ()
-    """What is drawn after it, for the same place: parts of it, larger."""
+    """The tiles of its place, which are drawn after it."""
     start: NDArray[np.float32] | None = None
     """(3, H, W) RGB -1..1: the networks' picture so far, of what is drawn again; None starts from noise."""
 
@@ -67,7 +67,7 @@ class System(Protocol):
     """One compositing system with its model. `prepare`, `renew` and `finish` may run in any thread."""
 
     abilities: Abilities
-    """What a request may ask for; `runtime.validation.check_usable` refuses all else."""
+    """What the models support; `runtime.validation.check_usable` refuses everything else."""
     defaults: Mapping[str, Any]
     """Parameter -> value, for what neither the request nor the manifest says; see `runtime.parameters`."""
 

@@ -64,7 +64,7 @@ _TEXTURES, _GROUND = 24, 0.5
 """Pictures of each texture, and the share of one that is seen."""
 
 _VIEWS = 4
-"""Of an object, one after the other."""
+"""Views of an object, one after the other."""
 
 _SMALLEST = 0.7
 """Side of an object's square, as a share of the picture's, at least."""

@@ -22,10 +22,10 @@ from runtime.imaging.pictures import load_picture
 from training.data.pairs import Picture
 
 LEAST_PICTURES = 2
-"""Of a subject: from a single one, nothing tells the subject from its background."""
+"""Least pictures of a subject: a single one does not separate the subject from its background."""
 
 LARGEST_RATIO = 2.0
-"""Of a picture's longer side to its shorter one; the loop sees the square in its middle."""
+"""Largest ratio of a picture's sides; training sees the square in its middle."""
 
 _SMALLEST_PLACE = 0.3
 """Sides of a random place in a picture, as a share of the picture's, at least."""

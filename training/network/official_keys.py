@@ -27,11 +27,11 @@ PREFIXES = {
 """Part of `AnyDoor` -> prefix of its official keys."""
 
 CLIP_PREFIX = "cond_stage_model.transformer.text_model."
-"""Of the text encoder of Stable Diffusion 1.x, CLIP's, under the names of transformers."""
+"""Prefix of the text encoder of Stable Diffusion 1.x, CLIP's, with the names of transformers."""
 CLIP_VISION_PREFIX = "cond_stage_model.transformer.vision_model."
-"""Of an image encoder that is CLIP's, as ObjectStitch has one, under the names of transformers."""
+"""Prefix of CLIP's image encoder, as in ObjectStitch, with the names of transformers."""
 OPENCLIP_PREFIX = "cond_stage_model.model."
-"""Of the text encoder of Stable Diffusion 2.x, OpenCLIP's; AnyDoor's DINOv2 has the same prefix."""
+"""Prefix of the text encoder of Stable Diffusion 2.x, OpenCLIP's; AnyDoor's DINOv2 has the same."""
 
 SCHEDULE_KEYS = (
     "betas",

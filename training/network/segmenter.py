@@ -22,9 +22,9 @@ class SegmenterArchitecture:
     """Sizes of the network."""
 
     side: int = 128
-    """Of its pictures, in pixels."""
+    """Side of its pictures, in pixels."""
     channels: tuple[int, ...] = (16, 32, 64, 96, 96)
-    """Of each level; each has half the width and height of the one before."""
+    """Channels of each level; each level halves width and height."""
     norm_groups: int = 8
 
 

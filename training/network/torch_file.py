@@ -28,7 +28,7 @@ MOST_PICKLE_BYTES = 8 << 20
 makes is counted before it is made; tensors are mapped."""
 
 MOST_OPERATIONS = 2_000_000
-"""Of a pickle: what each of them makes can take a hundred times the memory of its bytes."""
+"""Most operations of a pickle: the result of each can take a hundred times the memory of its bytes."""
 
 _STORAGES = {
     "DoubleStorage": torch.float64,

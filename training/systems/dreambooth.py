@@ -64,11 +64,11 @@ class SubjectSettings(LoopSettings):
     text_encoder: bool = True
     """Whether the text encoder learns as well."""
     rank: int = 0
-    """Of low-rank updates of the attentions' projections, which learn alone; 0: all layers learn."""
+    """Rank of low-rank updates of the attentions' projections; 0 trains all layers instead."""
     resolution: int = 512
     """Side of the pictures, in pixels."""
     guidance_scale: float = GUIDANCE_SCALE
-    """Of the pictures that are drawn: those of the class, and previews."""
+    """Guidance scale of drawn pictures: those of the class, and previews."""
     previews: int = 4
     """Pictures of each prompt in a sheet of samples; 0 draws no sheets."""
     checkpointing: bool = True

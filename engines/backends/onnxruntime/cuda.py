@@ -54,10 +54,10 @@ MOST_CAPTURED = 16
 """Sets of shapes of a graph that are captured; the provider keeps each until the graph is unloaded."""
 
 NOT_CAPTURED = -1
-"""As `gpu_graph_id`: run as if captures were not enabled."""
+"""The `gpu_graph_id` that runs a graph without capture."""
 
 MAPPED_FILES = Path("/proc/self/maps")
-"""Where Linux lists the libraries that are loaded."""
+"""The file in which Linux lists the loaded libraries."""
 
 _FATAL = 4
 """Severity of what the library logs."""
@@ -286,7 +286,7 @@ class BoundCall:
             raise running_refusal(self._loaded.spec.name, error) from error
 
     def capturable(self, stream: int) -> bool:
-        """Never: the provider launches its own captured graph, which no other may contain."""
+        """Returns False: the provider launches its own captured graph, which no other may contain."""
         return False
 
 
@@ -302,7 +302,7 @@ def open_card_engine(library: Any, bundle: Bundle, options: EngineOptions) -> Ca
 
 
 def loading_refusal(graph: str, capture: bool, error: Exception) -> BackendError | BundleError:
-    """Why a graph was not loaded.
+    """Returns the error for a graph that was not loaded.
 
     Args:
         graph: which one.
@@ -323,7 +323,7 @@ def loading_refusal(graph: str, capture: bool, error: Exception) -> BackendError
 
 
 def running_refusal(graph: str, error: Exception) -> BackendError:
-    """Why a graph did not run."""
+    """Returns the error for a graph that did not run."""
     if _is_about_memory(error):
         return OutOfDeviceMemoryError(
             f"the card has no room to run the graph '{graph}' ({_reason(error)}): ask for fewer pictures at "

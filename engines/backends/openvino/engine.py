@@ -54,10 +54,10 @@ _RESIDENT_COPIES = 2.0
 pages that nobody takes back are part of that."""
 
 _LOAD_FACTOR = 0.4
-"""What loading takes beside that, as a multiple of the file; measured on the largest graph."""
+"""Additional memory of loading, as a multiple of the file; measured on the largest graph."""
 
 _PROCESSOR = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
-"""What tells processors apart for which graphs are compiled differently."""
+"""Distinguishes processors for which graphs are compiled differently."""
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 

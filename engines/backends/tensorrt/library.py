@@ -27,7 +27,7 @@ _TITLES = {backend.name: backend.title for backend in BACKENDS}
 
 @dataclass(frozen=True)
 class Variant:
-    """What sets one TensorRT apart from the other."""
+    """A variant of TensorRT."""
 
     title: str
     install: str
@@ -72,7 +72,7 @@ _DIAGNOSTICS = {
     "--max-batch 1",
     "CUDA_ERROR": "the NVIDIA driver does not work: check it with 'anydoor doctor'",
 }
-"""What the library says of a plan's header -> what it means, and what to do."""
+"""Maps the library's diagnostics of a plan's header to their meaning and remedy."""
 
 
 class Library:

@@ -29,7 +29,7 @@ from runtime.server.models import Models
 
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "AVIF": "image/avif"}
 _COPIES = 4
-"""Of a body that is parsed: itself, its text, the files in it, and the message."""
+"""Copies of a body while it is parsed: itself, its text, the files in it, and the message."""
 
 
 class Composites:

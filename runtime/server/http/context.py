@@ -34,7 +34,7 @@ _ERRORS: Mapping[grpc.StatusCode, tuple[HTTPStatus, str]] = {
 """Status of a call -> that of HTTP, and the type of error in the shape of OpenAI's API."""
 
 _RETRY_SECONDS = 1
-"""Where nothing says when to try again."""
+"""Seconds until a retry if nothing else is known."""
 
 
 class HttpContext:
@@ -98,11 +98,11 @@ class HttpContext:
         return list(self._headers)
 
     def auth_context(self) -> Mapping[str, Sequence[bytes]]:
-        """Nothing: who sends a certificate is let in, and known by its host."""
+        """Returns nothing: clients with a certificate are admitted, and identified by their host."""
         return {}
 
     def time_remaining(self) -> float | None:
-        """None: who no longer waits closes the connection, and that ends the call."""
+        """Returns None: a client that stops waiting closes the connection, which ends the call."""
         return None
 
     async def read(self) -> bytes:

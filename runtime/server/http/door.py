@@ -20,7 +20,7 @@ _HEAD_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 60
 _LARGEST_HEAD = 32 << 10
 _MOST_SMALL_PIECES = 500
-"""Of a body."""
+"""Most small pieces of a body."""
 _SMALL_PIECE = 512
 """Bytes of a piece; one with half as many counts half."""
 _LAST_ANSWERS_SECONDS = 1

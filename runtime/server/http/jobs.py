@@ -45,7 +45,7 @@ from runtime.server.memory import Account
 KEPT_SECONDS = 3600.0
 _MOST_JOBS = 10_000
 _COPIES = 4
-"""Of a result that is fetched: itself, its text, the file in it, and the transport's."""
+"""Copies of a result while it is fetched: itself, its text, the file in it, and the transport's."""
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 ENDED = (SUCCEEDED, FAILED, CANCELLED)
@@ -69,9 +69,9 @@ class Job:
     result: bytes | None = None
     """JSON as POST /v1/composite answers it; None also where it is in a file."""
     nbytes: int = 0
-    """Of the result, as long as there is one."""
+    """Size of the result, while there is one."""
     account: Account | None = None
-    """What the result takes of the memory for requests."""
+    """The result's share of the memory for requests."""
     file: Path | None = None
     ended: float | None = None
     task: asyncio.Task[None] | None = None
@@ -119,7 +119,7 @@ class JobContext:
         self.error: dict[str, Any] | None = None
 
     def peer(self) -> str:
-        """Who asked for it."""
+        """Returns the address of the client."""
         return self._peer
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:

@@ -35,7 +35,7 @@ _SHORTER: dict[str, list[dict[str, Any]]] = {
     "Remove": [{"type": "boolean"}],
     "View": [_FILE],
 }
-"""What may stand for a message."""
+"""The short forms of messages."""
 _ON_THE_WAY = {
     "preview_every": {
         "type": "integer",
