@@ -121,12 +121,7 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
         help="place of the object, in pixels of the scene; x1 and y1 are exclusive",
     )
     group.add_argument(
-        "--mask",
-        dest="places",
-        action="append",
-        type=Path,
-        metavar="FILE",
-        help="place of the object, as a mask of the scene's size",
+        "--mask", dest="places", action="append", type=Path, metavar="FILE", help="mask of the place"
     )
     group.add_argument(
         "--mode",
