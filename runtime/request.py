@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import InputError
+from runtime.errors import InputError, in_field
 from runtime.imaging.sources import PictureLike
 
 AUTOMATIC = "auto"
@@ -22,6 +22,15 @@ AUTOMATIC = "auto"
 
 REFINE_TIMESTEP = 200
 """For `Placement.refine` where nobody says another."""
+
+
+class _Numbers:
+    """Has numbers of NumPy's become Python's, whose arithmetic does not overflow."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +45,7 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class Placement:
+class Placement(_Numbers):
     """What is drawn, and its place in the scene. Models take either a reference or a prompt."""
 
     reference: PictureLike | None = None
@@ -98,7 +107,7 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(_Numbers):
     """How pictures are sampled."""
 
     quality: str | None = None
@@ -124,7 +133,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Blank:
+class Blank(_Numbers):
     """No scene: a picture is drawn from nothing. A placement without a place then takes all of it."""
 
     width: int | None = None
@@ -134,7 +143,7 @@ class Blank:
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class Request(_Numbers):
     """Everything that makes a picture."""
 
     scene: PictureLike | Blank
@@ -163,8 +172,16 @@ class Request:
         initial_noise: NDArray[np.float32] | None = None,
     ) -> Request:
         """A request from loose arguments: one placement or several, and None for what is left to the
-        defaults."""
+        defaults.
+
+        Raises:
+            InputError: something that is no placement stands for one.
+        """
         listed = [placements] if isinstance(placements, Placement) else list(placements)
+        for index, each in enumerate(listed):
+            if not isinstance(each, Placement):
+                with in_field(f"placements[{index}]"):
+                    raise InputError(f"a Placement is expected, not {type(each).__name__}")
         count = 1 if num_images is None else num_images
         return cls(scene, listed, seed, sampling or Sampling(), count, initial_noise)
 
@@ -245,7 +262,7 @@ class Fill:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(_Numbers):
     """What is done to an object of a scene."""
 
     scene: PictureLike

@@ -23,6 +23,8 @@ BATCHING = ("continuous", "static")
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")
 """NAME=DIR; a directory whose own name has such a beginning is written with a / before it."""
 
+_ADDRESS = re.compile(r"unix(-abstract)?:.+|.+:(?P<port>\d{1,9})")
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -203,6 +205,11 @@ class Settings:
             raise InputError("bundle must name at least one directory")
         if not self.listen:
             raise InputError("listen must name at least one address")
+        for address in self.listen:
+            found = _ADDRESS.fullmatch(address)
+            # of a larger port gRPC takes the lower 16 bits
+            if not found or int(found["port"] or 0) >= 1 << 16:
+                raise InputError(f"listen must be host:port or unix:/path, not '{address}'")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise InputError("tls_certificate and tls_key are only of use together")
         if self.require_signature != bool(self.trusted_key):

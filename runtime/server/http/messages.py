@@ -79,12 +79,14 @@ def _fill(message: Any, fields: Any) -> None:
     fields = _named(descriptor.name, fields)
     if not isinstance(fields, Mapping):
         raise InputError("an object with fields is expected")
+    known = {field.name: field for field in descriptor.fields}
     for name, value in fields.items():
-        if name not in descriptor.fields_by_name:
+        # descriptor.fields_by_name raises SystemError for half of a surrogate pair
+        if name not in known:
             raise InputError(f"there is no field '{str(name)[:100]}': see /openapi.json")
         if value is None:
             continue
-        _set(message, descriptor.fields_by_name[name], value)
+        _set(message, known[name], value)
     for oneof in descriptor.oneofs:
         given = [field.name for field in oneof.fields if fields.get(field.name) is not None]
         if len(given) > 1:
@@ -149,12 +151,7 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
     if field.type == FieldDescriptor.TYPE_BYTES:
         return file_of(value)
     if field.type == FieldDescriptor.TYPE_STRING:
-        if not isinstance(value, str):
-            raise InputError("text is expected")
-        with_surrogates = any("\ud800" <= character <= "\udfff" for character in value)
-        if with_surrogates:
-            raise InputError("the text has half of a surrogate pair, which stands for nothing: leave it out")
-        return value
+        return text_of(value)
     if field.enum_type is not None:
         return _number_of(field.enum_type, value)
     if field.type == FieldDescriptor.TYPE_BOOL:
@@ -179,6 +176,30 @@ def file_of(value: Any) -> bytes:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError("a file, or one in base64, is expected, and it cannot be read as base64") from error
+
+
+def text_of(value: Any) -> str:
+    """Text that can be sent.
+
+    Raises:
+        InputError: it is none, or has half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise InputError("text is expected")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError("the text has half of a surrogate pair, which stands for nothing: leave it out")
+    return value
+
+
+def stream_of(fields: Fields) -> bool:
+    """Takes `stream` out of the fields of a body: whether to answer with events.
+
+    Raises:
+        InputError: it is neither true nor false.
+    """
+    with in_field("stream"):
+        given = fields.pop("stream", None)
+        return given is not None and truth_of(given)
 
 
 def truth_of(value: Any) -> bool:
