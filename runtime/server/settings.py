@@ -205,11 +205,6 @@ class Settings:
             raise InputError("bundle must name at least one directory")
         if not self.listen:
             raise InputError("listen must name at least one address")
-        for address in self.listen:
-            found = _ADDRESS.fullmatch(address)
-            # of a larger port gRPC takes the lower 16 bits
-            if not found or int(found["port"] or 0) >= 1 << 16:
-                raise InputError(f"listen must be host:port or unix:/path, not '{address}'")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise InputError("tls_certificate and tls_key are only of use together")
         if self.require_signature != bool(self.trusted_key):
@@ -235,7 +230,12 @@ class Settings:
             raise InputError(f"job_folder: there is no folder '{self.job_folder}'")
 
     def _check_addresses(self) -> None:
-        """Refuses to be open to strangers by mistake."""
+        """Refuses what is none, and to be open to strangers by mistake."""
+        for address in self.listen:
+            found = _ADDRESS.fullmatch(address)
+            # of a larger port gRPC takes the lower 16 bits
+            if not found or int(found["port"] or 0) >= 1 << 16:
+                raise InputError(f"listen must be host:port or unix:/path, not '{address}'")
         if self.insecure:
             return
         guarded = self.tls_certificate and (self.tokens or self.tls_client_ca)

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from runtime.cli import main
-from runtime.client import AsyncClient, Client, ServerError, Tls
+from runtime.client import AsyncClient, Client, ServerError
 from runtime.errors import InputError
 from runtime.imaging.pictures import load_picture
 from runtime.request import Placement, Request, Sampling

@@ -1,4 +1,4 @@
-"""Requests of Python callers: NumPy's numbers are numbers, and what is no placement, view or click is named."""
+"""Requests of Python callers: NumPy's numbers are numbers; what is no placement, view or click is named."""
 
 from __future__ import annotations
 

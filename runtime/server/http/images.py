@@ -26,7 +26,16 @@ from runtime.server.events import Event, Finished, Preview
 from runtime.server.http.body import Fields
 from runtime.server.http.composites import Composites, send_json
 from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
-from runtime.server.http.messages import PLACEMENT, SAMPLING, file_of, message_of, stream_of, text_of
+from runtime.server.http.messages import (
+    PLACEMENT,
+    SAMPLING,
+    choice_of,
+    file_of,
+    message_of,
+    stream_of,
+    text_of,
+    whole_of,
+)
 from runtime.server.wire import request_from_message
 
 QUALITIES: Mapping[str, str | None] = {
@@ -83,13 +92,10 @@ class Images:
         with in_field("model"):
             given = fields.pop("model", None)
             name = self._models.find("" if given is None else text_of(given))
-        described = {
-            "output_format": str(fields.get("output_format") or "png"),
-            "quality": str(fields.get("quality") or "auto"),
-            "size": str(fields.get("size") or "auto"),
-            "background": "opaque",
-        }
         request, file_format = await asyncio.to_thread(translate, fields)
+        defaults = {"output_format": "png", "quality": "auto", "size": "auto"}
+        described = {name: fields.get(name) or default for name, default in defaults.items()}
+        described["background"] = "opaque"
         fields.clear()
         context = cast(HttpContext, call.context)
         async with self._models.use(name, call) as model:
@@ -180,12 +186,9 @@ class Images:
         if "n" in fields:
             fields = _joined(fields, {"num_images": fields.pop("n")})
         with in_field("quality"):
-            quality = fields.pop("quality", "auto")
-            if not isinstance(quality, str) or quality not in QUALITIES:
-                raise InputError(f"there is no '{str(quality)[:100]}': choose one of {', '.join(QUALITIES)}")
+            quality = choice_of(fields.pop("quality", "auto"), QUALITIES)
         with in_field("output_format"):
-            if fields.get("output_format", "png") not in FORMATS:
-                raise InputError(f"choose one of {', '.join(FORMATS)}")
+            choice_of(fields.get("output_format", "png"), FORMATS)
         sampling = {name: fields.pop(name) for name in list(fields) if name in SAMPLING}
         if QUALITIES[quality] is not None:
             sampling["quality"] = QUALITIES[quality]
@@ -210,11 +213,7 @@ def _preview_every(request: Request, partial: int, defaults: Mapping[str, Any]) 
 
 
 def _partial_images(value: Any) -> int:
-    if value in (None, ""):
-        return 0
-    if str(value) not in map(str, range(MOST_PARTIAL_IMAGES + 1)):
-        raise InputError(f"a whole number from 0 to {MOST_PARTIAL_IMAGES} is expected")
-    return int(value)
+    return 0 if value in (None, "") else whole_of(value, 0, MOST_PARTIAL_IMAGES)
 
 
 def _size(value: Any) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
@@ -51,7 +51,7 @@ def message_of(fields: Fields, kind: type[_Message]) -> tuple[_Message, int]:
     """
     fields = dict(fields)
     with in_field("preview_every"):
-        every = _whole(fields.pop("preview_every", 0), 0, 2**32 - 1)
+        every = whole_of(fields.pop("preview_every", 0), 0, 2**32 - 1)
     if kind is pb.CompositeRequest and "placements" not in fields:
         fields["placements"] = [_taken(fields, PLACEMENT)]
     return _filled(kind(), fields), every
@@ -157,7 +157,7 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
     if field.type == FieldDescriptor.TYPE_BOOL:
         return truth_of(value)
     if field.type in _WHOLE:
-        return _whole(value, *_WHOLE[field.type])
+        return whole_of(value, *_WHOLE[field.type])
     return _number(value)
 
 
@@ -214,20 +214,12 @@ def truth_of(value: Any) -> bool:
     return text == "true"
 
 
-def enum_names(enum: EnumDescriptor) -> list[str]:
-    """The names of an enum's values in a body, but for the unspecified one."""
-    prefix = enum.values[0].name.removesuffix("UNSPECIFIED")
-    return [value.name.removeprefix(prefix).lower() for value in enum.values[1:]]
+def whole_of(value: Any, least: int, most: int) -> int:
+    """A whole number, also of a form.
 
-
-def _number_of(enum: EnumDescriptor, value: Any) -> int:
-    names = enum_names(enum)
-    if not isinstance(value, str) or value.lower() not in names:
-        raise InputError(f"there is no '{str(value)[:100]}': choose one of {', '.join(names)}")
-    return int(enum.values[1 + names.index(value.lower())].number)
-
-
-def _whole(value: Any, least: int, most: int) -> int:
+    Raises:
+        InputError: it is none, or out of range.
+    """
     try:
         found = int(value) if isinstance(value, str) else value
     except ValueError:
@@ -237,6 +229,31 @@ def _whole(value: Any, least: int, most: int) -> int:
     if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= most:
         raise InputError(f"a whole number from {least} to {most} is expected")
     return found
+
+
+def choice_of(value: Any, names: Collection[str]) -> str:
+    """One of some names.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if isinstance(value, str) and value in names:
+        return value
+    # what is no text may be too deep to be shown
+    given = f"'{value[:100]}'" if isinstance(value, str) else "such value"
+    raise InputError(f"there is no {given}: choose one of {', '.join(names)}")
+
+
+def enum_names(enum: EnumDescriptor) -> list[str]:
+    """The names of an enum's values in a body, but for the unspecified one."""
+    prefix = enum.values[0].name.removesuffix("UNSPECIFIED")
+    return [value.name.removeprefix(prefix).lower() for value in enum.values[1:]]
+
+
+def _number_of(enum: EnumDescriptor, value: Any) -> int:
+    names = enum_names(enum)
+    name = choice_of(value.lower() if isinstance(value, str) else value, names)
+    return int(enum.values[1 + names.index(name)].number)
 
 
 def _number(value: Any) -> float:

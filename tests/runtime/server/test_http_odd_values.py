@@ -1,4 +1,4 @@
-"""Values of another kind than a field's, in every field of every POST: each is refused, and the field named."""
+"""Values of another kind than a field's, in every field of every POST: refused, and the field is named."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from runtime.errors import InputError
+from runtime.rpc import compositor_pb2 as pb
+from runtime.server.http.messages import message_of
 from tests.runtime.server.test_http import fields, http_address, in_base64
 from tests.support.http import post, request
 from tests.support.serving import BOX, OBJECT, SCENE, ServerThread
@@ -82,6 +85,16 @@ def test_a_value_of_another_kind_is_refused(
             answer = post(address, f"/v1/{path}", body)
             assert answer.status == (404 if (name, value) == ("model", "\0") else 400), (name, value)
             assert NAMED_OTHERWISE.get(last, last) in answer.error["param"], (name, value)
+
+
+@pytest.mark.parametrize("name", ["scene", "mode", "box", "seed", "output_format", "model"])
+def test_a_value_that_is_too_deep_to_be_shown(name: str) -> None:
+    deep: Any = []
+    for _ in range(10_000):
+        deep = [deep]
+    with pytest.raises(InputError) as caught:
+        message_of(fields(**{name: deep}), pb.CompositeRequest)
+    assert name in caught.value.field
 
 
 @pytest.mark.parametrize(
