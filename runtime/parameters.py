@@ -78,7 +78,7 @@ def sampling_parameters(sampling: Sampling, defaults: Mapping[str, Any]) -> Samp
     preset: Mapping[str, Any] = {}
     if sampling.quality is not None:
         with in_field("quality"):
-            if sampling.quality not in QUALITIES:
+            if sampling.quality not in tuple(QUALITIES):  # also what has no hash
                 raise InputError(
                     f"there is no quality '{sampling.quality}': choose one of {', '.join(QUALITIES)}"
                 )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import InputError
+from runtime.errors import InputError, in_field
 from runtime.imaging.sources import PictureLike
 
 AUTOMATIC = "auto"
@@ -22,6 +22,15 @@ AUTOMATIC = "auto"
 
 REFINE_TIMESTEP = 200
 """The default timestep of `Placement.refine` and --refine."""
+
+
+class _Numbers:
+    """Has numbers of NumPy's become Python's, whose arithmetic does not overflow."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +45,7 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class Placement:
+class Placement(_Numbers):
     """What to draw, and its place in the scene. A model takes either a reference or a prompt."""
 
     reference: PictureLike | None = None
@@ -97,7 +106,7 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(_Numbers):
     """How pictures are sampled."""
 
     quality: str | None = None
@@ -123,7 +132,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Blank:
+class Blank(_Numbers):
     """Stands for a missing scene. A placement without a place then takes the whole picture."""
 
     width: int | None = None
@@ -133,7 +142,7 @@ class Blank:
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class Request(_Numbers):
     """A request for pictures."""
 
     scene: PictureLike | Blank
@@ -161,8 +170,16 @@ class Request:
         num_images: int | None = None,
         initial_noise: NDArray[np.float32] | None = None,
     ) -> Request:
-        """Builds a request from arguments: one placement or several, and None for defaults."""
+        """Builds a request from arguments: one placement or several, and None for defaults.
+
+        Raises:
+            InputError: a placement is of another type.
+        """
         listed = [placements] if isinstance(placements, Placement) else list(placements)
+        for index, each in enumerate(listed):
+            if not isinstance(each, Placement):
+                with in_field(f"placements[{index}]"):
+                    raise InputError(f"a Placement is expected, not {type(each).__name__}")
         count = 1 if num_images is None else num_images
         return cls(scene, listed, seed, sampling or Sampling(), count, initial_noise)
 
@@ -243,7 +260,7 @@ class Fill:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(_Numbers):
     """A request for an edit of an object in a scene."""
 
     scene: PictureLike

@@ -6,7 +6,6 @@ Pictures, masks and boxes are checked where they are read: `runtime.imaging.deco
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from runtime.parameters import (
     SamplingParameters,
     sampling_parameters,
 )
-from runtime.request import Blank, Placement, Request, Sampling, check_prompt
+from runtime.request import Blank, Placement, Request, Sampling, View, check_prompt
 
 MAX_IMAGES = 64
 MAX_PLACEMENTS = 16
@@ -160,6 +159,8 @@ def _check_views(placement: Placement, abilities: Abilities) -> None:
     """Refuses views of an object that are too many, or of none; and what says twice where the object is."""
     views, most = placement.views or (), max(abilities.views, 1)
     with in_field("views"):
+        if not all(isinstance(view, View) for view in views):
+            raise InputError("a list of View is expected, each with a picture of the object")
         if views and placement.reference is None:
             raise InputError("views need a reference: give the first of them as the reference")
         if len(views) >= most:
@@ -255,11 +256,16 @@ def check_initial_noise(noise: NDArray[np.float32], shape: tuple[int, ...]) -> N
     Raises:
         InputError: it has another shape, or values that are not finite.
     """
-    if noise.shape != shape:
-        raise InputError(f"initial_noise must have the shape {shape}, not {noise.shape}")
-    if not np.isfinite(noise).all():
+    try:
+        with np.errstate(over="ignore"):  # what is too large is not finite
+            latents = np.array(noise, np.float32)
+    except (ValueError, TypeError) as error:
+        raise InputError("initial_noise must be an array of numbers") from error
+    if latents.shape != shape:
+        raise InputError(f"initial_noise must have the shape {shape}, not {latents.shape}")
+    if not np.isfinite(latents).all():
         raise InputError("initial_noise has values that are not finite numbers")
-    return noise.astype(np.float32)
+    return latents
 
 
 def _check_integer(name: str, value: int, low: int, high: int) -> None:
@@ -271,5 +277,5 @@ def _check_integer(name: str, value: int, low: int, high: int) -> None:
 def _check_number(name: str, value: float, low: float, high: float) -> None:
     valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     with in_field(name):
-        if not valid or not math.isfinite(value) or not low <= value <= high:
+        if not valid or not low <= value <= high:  # nor is NaN
             raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")

@@ -16,6 +16,7 @@ from runtime.errors import collecting_warnings
 from runtime.imaging.decoding import FIRST_SWAPPED
 from runtime.imaging.pictures import check_size, contact_sheet, format_of, sheet_size
 from runtime.result import Composite
+from runtime.validation import check_seeds
 
 
 def check_output(output: Path, scene: Path | bytes | None, num_images: int, grid: bool) -> None:
@@ -29,9 +30,10 @@ def check_output(output: Path, scene: Path | bytes | None, num_images: int, grid
         grid: whether they are written as one contact sheet.
 
     Raises:
-        InputError: the name has no known ending, its format cannot hold a picture of the size, or it cannot
-            be written there.
+        InputError: there are too many, or none; the name has no known ending, its format cannot hold a
+            picture of the size, or it cannot be written there.
     """
+    check_seeds(0, num_images)
     if output == STREAM:
         check_standard_output(1 if grid else num_images)
         return
@@ -39,7 +41,7 @@ def check_output(output: Path, scene: Path | bytes | None, num_images: int, grid
     for path in [output] if grid else output_paths(output, num_images):
         check_place(path)
     size = _size_of(scene) if scene else None
-    if size and num_images > 0:
+    if size:
         check_size(sheet_size(size, num_images) if grid else size, output)
 
 

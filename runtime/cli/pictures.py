@@ -207,7 +207,8 @@ def check_flags(options: argparse.Namespace, of_machine: Sequence[str] = _MACHIN
 def _read_noise(path: Path) -> NDArray[np.float32]:
     try:
         noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:
+        # on a damaged header NumPy raises almost any class there is
         raise InputError(f"cannot read the initial noise '{path}': a .npy file is expected") from error
     if not isinstance(noise, np.ndarray) or noise.dtype.kind != "f":
         raise InputError(f"the initial noise '{path}' must be one array of floating-point numbers")

@@ -82,6 +82,9 @@ def follow(events: Iterable[Any], progress: Progress) -> list[Composite]:
 
 def _read_token(path: Path) -> str:
     try:
-        return path.read_text("ascii").strip()
+        token = path.read_text("ascii").strip()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read a token from '{path}'") from error
+    if not token:
+        raise InputError(f"there is no token in '{path}'")
+    return token

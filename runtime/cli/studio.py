@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import threading
 import time
 import urllib.request
@@ -56,5 +57,7 @@ def _answers(url: str) -> bool:
     try:
         with opener.open(url, timeout=5):
             return True
+    except http.client.HTTPException:
+        return False  # no address, which the server refuses in a sentence
     except OSError as error:
         return "CERTIFICATE" in str(error)  # it is there, under a name that this machine does not trust

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ ClientEvent = Queued | StepDone | Preview | list[Composite]
 StepCallback = Callable[[int, int], object]
 """Called after every step with the steps done and the total, counted over all pictures and placements."""
 
+_LONGEST_TIMEOUT = 10**9
+"""Seconds. Of much longer ones gRPC makes a deadline that has passed."""
 _SERVICE = pb.DESCRIPTOR.services_by_name["CompositorService"].full_name
 _RETRIES = {
     "methodConfig": [
@@ -84,7 +87,7 @@ class Tls:
         """Returns the credentials of a channel.
 
         Raises:
-            InputError: a file cannot be read.
+            InputError: a file cannot be read, or is not what it should be.
         """
         try:
             ca, key, certificate = (
@@ -92,7 +95,24 @@ class Tls:
             )
         except OSError as error:
             raise InputError(f"cannot read '{error.filename}': {error.strerror}") from error
+        self._check()
         return grpc.ssl_channel_credentials(ca, key, certificate)
+
+    def _check(self) -> None:
+        """Refuses files that gRPC would find fault with at every attempt to connect, and tell nobody."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if self.ca:
+                context.load_verify_locations(self.ca)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise InputError(f"'{self.ca}' has no certificate in PEM") from error
+        try:
+            if self.certificate:
+                context.load_cert_chain(self.certificate, self.key, password=lambda: "")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"'{self.certificate}' and '{self.key}' are not a certificate and its key, both as PEM"
+            ) from error
 
 
 One = TypeVar("One")
@@ -125,8 +145,13 @@ class Connection(Generic[One, Several]):
             timeout: seconds that a call may take, retries included; the `timeout` of a call overrides it.
 
         Raises:
-            InputError: a file of `tls` cannot be read.
+            InputError: a name, the token or a file of `tls` cannot be used.
         """
+        for what, text in (("address", address), ("model", model)):
+            if not text.isprintable():  # gRPC takes UTF-8, which the bytes of a command line need not be
+                raise InputError(f"the server's {what} {text!r} has characters that are none")
+        if token and not (token.isascii() and token.isprintable()):
+            raise InputError("the token is not one line of ASCII, which is all that a header holds")
         self.address = address
         self.model = model
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -270,6 +295,8 @@ class Connection(Generic[One, Several]):
     def _call(self, method: str, message: Any, timeout: float | None) -> Any:
         """Begins a call of a method."""
         timeout = self._timeout if timeout is None else timeout
+        if timeout is not None and not 0 < timeout <= _LONGEST_TIMEOUT:  # nor is NaN
+            raise InputError(f"timeout must be more than 0 and at most {_LONGEST_TIMEOUT} s, not {timeout}")
         return getattr(self._stub, method)(message, metadata=self._metadata, timeout=timeout)
 
     @contextmanager

@@ -43,7 +43,7 @@ def check_edit(edit: Edit, compositor: Compositor, filler: Compositor | None, li
     Raises:
         InputError: a field is invalid; the message names it.
     """
-    check_seeds(edit.seed or 0, edit.num_images, limits)
+    check_seeds(0 if edit.seed is None else edit.seed, edit.num_images, limits)
     with in_field("where"):
         compositor.segmenter.check(edit.where)
     if isinstance(edit.action, SwapPlaces):

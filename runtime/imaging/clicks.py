@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from runtime.errors import InputError
 from runtime.imaging.target import is_integer
 
 MAX_CLICKS = 30
+_LISTS = Sequence, np.ndarray
 
 
 class Click(NamedTuple):
@@ -27,8 +30,8 @@ def check_clicks(clicks: Sequence[Sequence[int]]) -> list[Click]:
         InputError: one is none, there are too many, or none is on the object.
     """
     checked = []
-    for click in clicks:
-        whole = len(click) in (2, 3) and all(map(is_integer, click[:2]))
+    for click in clicks if isinstance(clicks, _LISTS) else [clicks]:
+        whole = isinstance(click, _LISTS) and len(click) in (2, 3) and all(map(is_integer, click[:2]))
         if not whole or not all(isinstance(inside, bool) for inside in click[2:]):
             raise InputError(f"a click must be (x, y) or (x, y, on_object) in whole pixels, not {click!r}")
         checked.append(Click(int(click[0]), int(click[1]), *map(bool, click[2:])))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import InputError, warn
+from runtime.errors import InputError, in_field, warn
 from runtime.imaging.boxes import Box, Padding, aspect_padding, box_extent, expand, mask_extent, to_aspect
 
 _LARGEST_RATIO = 100
@@ -31,7 +31,8 @@ class Ratios:
         for name, ratio in vars(self).items():
             valid = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
             if not valid or not 1 <= ratio <= _LARGEST_RATIO:
-                raise InputError(f"the {name} ratio is {ratio}; expected 1 to {_LARGEST_RATIO}")
+                with in_field(name):
+                    raise InputError(f"the {name} ratio is {ratio}; expected 1 to {_LARGEST_RATIO}")
 
 
 @dataclass(frozen=True)

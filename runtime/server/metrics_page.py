@@ -35,7 +35,7 @@ class MetricsPage:
             InputError: the address is invalid or taken.
         """
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal():
             raise InputError(f"metrics must be host:port, not '{address}'")
         self._registry = registry
         self._access = access

@@ -23,6 +23,8 @@ BATCHING = ("continuous", "static")
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")
 """NAME=DIR; a directory whose own name has such a beginning is written with a / before it."""
 
+_ADDRESS = re.compile(r"unix(-abstract)?:.+|.+:(?P<port>\d{1,9})")
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -233,7 +235,12 @@ class Settings:
             raise InputError(f"job_folder: there is no folder '{self.job_folder}'")
 
     def _check_addresses(self) -> None:
-        """Refuses addresses that others can reach without TLS and authentication."""
+        """Refuses invalid addresses, and those that others can reach without TLS and authentication."""
+        for address in self.listen:
+            found = _ADDRESS.fullmatch(address)
+            # of a larger port gRPC takes the lower 16 bits
+            if not found or int(found["port"] or 0) >= 1 << 16:
+                raise InputError(f"listen must be host:port or unix:/path, not '{address}'")
         if self.insecure:
             return
         guarded = self.tls_certificate and (self.tokens or self.tls_client_ca)

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from runtime.cli import main
-from runtime.client import AsyncClient, Client, ServerError, Tls
+from runtime.client import AsyncClient, Client, ServerError
 from runtime.errors import InputError
 from runtime.imaging.pictures import load_picture
 from runtime.request import Placement, Request, Sampling
@@ -231,11 +231,6 @@ def test_failure_inside_tells_the_request_id(server: ServerThread, client: Clien
         server.engine.fails = lambda graph, inputs: False
 
 
-def test_tls_file_that_is_not_there() -> None:
-    with pytest.raises(InputError, match=r"cannot read 'none\.pem'"):
-        Client(NOBODY, tls=Tls(ca=Path("none.pem")))
-
-
 # --- retries ----------------------------------------------------------------------------------------------
 
 
@@ -369,6 +364,7 @@ def test_command_line_makes_the_same_file_with_and_without_a_server(
         (["--listen=nowhere.invalid:1", "--insecure"], "cannot listen at"),
         (["--listen=127.0.0.1:{taken}"], "cannot listen at"),
         (["--metrics=nonsense"], "metrics must be host:port"),
+        (["--metrics=localhost:²"], "metrics must be host:port"),
         (["--tokens=none"], "cannot read 'none'"),
         (["--tls-certificate=none", "--tls-key=none"], "cannot read 'none'"),
     ],

@@ -44,12 +44,23 @@ def _json(content: bytes) -> Fields:
     if sum(map(content.count, (b",", b"{", b"["))) > 2 * MAX_FIELDS:
         raise InputError(f"the body has more than {2 * MAX_FIELDS:,} values, the most that are read")
     try:
-        found = json.loads(content)
+        found = json.loads(content, object_pairs_hook=_object)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError("the body is not JSON") from error
     if not isinstance(found, dict):
         raise InputError("the body must be a JSON object")
     return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Fields:
+    fields: Fields = {}
+    for name, value in pairs:
+        if name in fields:
+            raise InputError(f"the body has the field '{name[:100]}' twice in one object")
+        fields[name] = value
+    return fields
 
 
 def _form(content: bytes, content_type: str) -> Fields:

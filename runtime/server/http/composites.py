@@ -24,7 +24,7 @@ from runtime.server.events import Event, Finished, LoadingError, Preview, Queued
 from runtime.server.health import Health
 from runtime.server.http.body import Fields, read_fields
 from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
-from runtime.server.http.messages import message_of, plain, segment_message, truth_of
+from runtime.server.http.messages import message_of, plain, segment_message, stream_of
 from runtime.server.models import Models
 
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "AVIF": "image/avif"}
@@ -50,6 +50,8 @@ class Composites:
             raise LoadingError()
         call.account.set(_COPIES * len(content))
         context = cast(HttpContext, call.context)
+        if (coding := context.header("content-encoding")) not in ("", "identity"):
+            raise InputError(f"a body that is encoded ({coding[:100]}) is not read: send it as it is")
         return await asyncio.to_thread(read_fields, content, context.header("content-type"))
 
     async def composite(self, content: bytes, call: Call) -> None:
@@ -93,8 +95,7 @@ class Composites:
 
     async def _answer(self, fields: Fields, kind: type[Asked], call: Call) -> None:
         context = cast(HttpContext, call.context)
-        with in_field("stream"):
-            is_stream = truth_of(fields.pop("stream", None) or False) or context.wants(EVENTS)
+        is_stream = stream_of(fields) or context.wants(EVENTS)
         message, every = await asyncio.to_thread(message_of, fields, kind)
         fields.clear()
         name, (request, file_format) = message.model, asked_from_message(message)

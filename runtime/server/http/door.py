@@ -98,7 +98,7 @@ class Door:
             InputError: the address is invalid or taken.
         """
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal():
             raise InputError(f"http must be host:port, not '{address}'")
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET

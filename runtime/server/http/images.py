@@ -26,7 +26,16 @@ from runtime.server.events import Event, Finished, Preview
 from runtime.server.http.body import Fields
 from runtime.server.http.composites import Composites, send_json
 from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
-from runtime.server.http.messages import PLACEMENT, SAMPLING, file_of, message_of, truth_of
+from runtime.server.http.messages import (
+    PLACEMENT,
+    SAMPLING,
+    choice_of,
+    file_of,
+    message_of,
+    stream_of,
+    text_of,
+    whole_of,
+)
 from runtime.server.wire import request_from_message
 
 QUALITIES: Mapping[str, str | None] = {
@@ -77,18 +86,16 @@ class Images:
         await self._answer("image_generation", self._generation_fields, fields, call)
 
     async def _answer(self, kind: str, translate: Any, fields: Fields, call: Call) -> None:
-        with in_field("stream"):
-            is_stream = truth_of(fields.pop("stream", None) or False)
+        is_stream = stream_of(fields)
         with in_field("partial_images"):
             partial = _partial_images(fields.pop("partial_images", None))
-        name = self._models.find(str(fields.pop("model", None) or ""))
-        described = {
-            "output_format": str(fields.get("output_format") or "png"),
-            "quality": str(fields.get("quality") or "auto"),
-            "size": str(fields.get("size") or "auto"),
-            "background": "opaque",
-        }
+        with in_field("model"):
+            given = fields.pop("model", None)
+            name = self._models.find("" if given is None else text_of(given))
         request, file_format = await asyncio.to_thread(translate, fields)
+        defaults = {"output_format": "png", "quality": "auto", "size": "auto"}
+        described = {name: fields.get(name) or default for name, default in defaults.items()}
+        described["background"] = "opaque"
         fields.clear()
         context = cast(HttpContext, call.context)
         async with self._models.use(name, call) as model:
@@ -136,16 +143,15 @@ class Images:
         with in_field("size"):
             size = _size(fields.pop("size", None))
         mask = fields.pop("mask", None)
-        prompt = fields.pop("prompt", None)
+        if fields.get("prompt") == "":  # which their clients always send
+            del fields["prompt"]
         placement = {name: fields.pop(name) for name in list(fields) if name in PLACEMENT}
-        if prompt:
-            placement["prompt"] = prompt
         if len(images) > 1:
-            placement["reference"] = images[1:]
+            placement = _joined(placement, {"reference": images[1:]})
         if "reference_image" in fields:
-            placement["reference"] = fields.pop("reference_image")
-        given = {**fields, "scene": images[0], "placements": [placement]}
-        message, _ = message_of(given, pb.CompositeRequest)
+            placement = _joined(placement, {"reference": fields.pop("reference_image")})
+        fields = _joined(fields, {"scene": images[0], "placements": [placement]})
+        message, _ = message_of(fields, pb.CompositeRequest)
         request, file_format = request_from_message(message)
         place = request.placements[0]
         if mask is not None:
@@ -164,7 +170,7 @@ class Images:
         with in_field("size"):
             size = _size(fields.pop("size", None))
         if size is not None:
-            fields |= {"width": size[0], "height": size[1]}
+            fields = _joined(fields, {"width": size[0], "height": size[1]})
         message, _ = message_of(fields, pb.DrawRequest)
         return request_from_message(message)
 
@@ -178,20 +184,23 @@ class Images:
         for name in (*_WITHOUT_EFFECT, "response_format"):
             fields.pop(name, None)
         if "n" in fields:
-            fields["num_images"] = fields.pop("n")
+            fields = _joined(fields, {"num_images": fields.pop("n")})
         with in_field("quality"):
-            quality = fields.pop("quality", "auto")
-            if not isinstance(quality, str) or quality not in QUALITIES:
-                raise InputError(f"there is no '{str(quality)[:100]}': choose one of {', '.join(QUALITIES)}")
+            quality = choice_of(fields.pop("quality", "auto"), QUALITIES)
         with in_field("output_format"):
-            if fields.get("output_format", "png") not in FORMATS:
-                raise InputError(f"choose one of {', '.join(FORMATS)}")
+            choice_of(fields.get("output_format", "png"), FORMATS)
         sampling = {name: fields.pop(name) for name in list(fields) if name in SAMPLING}
         if QUALITIES[quality] is not None:
             sampling["quality"] = QUALITIES[quality]
-        if sampling:
-            fields["sampling"] = sampling
-        return fields
+        return _joined(fields, {"sampling": sampling}) if sampling else fields
+
+
+def _joined(fields: Fields, ours: Fields) -> Fields:
+    """Fields, and those that others of OpenAI's stand for, which must not be there twice."""
+    for name in fields.keys() & ours.keys():
+        with in_field(name):
+            raise InputError("another field of the request says this, too: leave one of them out")
+    return fields | ours
 
 
 def _preview_every(request: Request, partial: int, defaults: Mapping[str, Any]) -> int:
@@ -204,11 +213,7 @@ def _preview_every(request: Request, partial: int, defaults: Mapping[str, Any]) 
 
 
 def _partial_images(value: Any) -> int:
-    if value in (None, ""):
-        return 0
-    if str(value) not in map(str, range(MOST_PARTIAL_IMAGES + 1)):
-        raise InputError(f"a whole number from 0 to {MOST_PARTIAL_IMAGES} is expected")
-    return int(value)
+    return 0 if value in (None, "") else whole_of(value, 0, MOST_PARTIAL_IMAGES)
 
 
 def _size(value: Any) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
@@ -51,7 +51,7 @@ def message_of(fields: Fields, kind: type[_Message]) -> tuple[_Message, int]:
     """
     fields = dict(fields)
     with in_field("preview_every"):
-        every = _whole(fields.pop("preview_every", 0), 0, 2**32 - 1)
+        every = whole_of(fields.pop("preview_every", 0), 0, 2**32 - 1)
     if kind is pb.CompositeRequest and "placements" not in fields:
         fields["placements"] = [_taken(fields, PLACEMENT)]
     return _filled(kind(), fields), every
@@ -79,12 +79,14 @@ def _fill(message: Any, fields: Any) -> None:
     fields = _named(descriptor.name, fields)
     if not isinstance(fields, Mapping):
         raise InputError("an object with fields is expected")
+    known = {field.name: field for field in descriptor.fields}
     for name, value in fields.items():
-        if name not in descriptor.fields_by_name:
+        # descriptor.fields_by_name raises SystemError for half of a surrogate pair
+        if name not in known:
             raise InputError(f"there is no field '{str(name)[:100]}': see /openapi.json")
         if value is None:
             continue
-        _set(message, descriptor.fields_by_name[name], value)
+        _set(message, known[name], value)
     for oneof in descriptor.oneofs:
         given = [field.name for field in oneof.fields if fields.get(field.name) is not None]
         if len(given) > 1:
@@ -149,18 +151,13 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
     if field.type == FieldDescriptor.TYPE_BYTES:
         return file_of(value)
     if field.type == FieldDescriptor.TYPE_STRING:
-        if not isinstance(value, str):
-            raise InputError("text is expected")
-        with_surrogates = any("\ud800" <= character <= "\udfff" for character in value)
-        if with_surrogates:
-            raise InputError("the text has half of a surrogate pair, which is not a character: remove it")
-        return value
+        return text_of(value)
     if field.enum_type is not None:
         return _number_of(field.enum_type, value)
     if field.type == FieldDescriptor.TYPE_BOOL:
         return truth_of(value)
     if field.type in _WHOLE:
-        return _whole(value, *_WHOLE[field.type])
+        return whole_of(value, *_WHOLE[field.type])
     return _number(value)
 
 
@@ -181,6 +178,30 @@ def file_of(value: Any) -> bytes:
         raise InputError("a file, or one in base64, is expected; this is not base64") from error
 
 
+def text_of(value: Any) -> str:
+    """Returns a text.
+
+    Raises:
+        InputError: it is not text, or has half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise InputError("text is expected")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError("the text has half of a surrogate pair, which is not a character: remove it")
+    return value
+
+
+def stream_of(fields: Fields) -> bool:
+    """Removes `stream` from the fields of a body, and returns whether to answer with events.
+
+    Raises:
+        InputError: it is neither true nor false.
+    """
+    with in_field("stream"):
+        given = fields.pop("stream", None)
+        return given is not None and truth_of(given)
+
+
 def truth_of(value: Any) -> bool:
     """True or false, also of a form.
 
@@ -193,20 +214,12 @@ def truth_of(value: Any) -> bool:
     return text == "true"
 
 
-def enum_names(enum: EnumDescriptor) -> list[str]:
-    """Returns the names of an enum's values in a body, but for the unspecified one."""
-    prefix = enum.values[0].name.removesuffix("UNSPECIFIED")
-    return [value.name.removeprefix(prefix).lower() for value in enum.values[1:]]
+def whole_of(value: Any, least: int, most: int) -> int:
+    """Returns a whole number, which a form gives as text.
 
-
-def _number_of(enum: EnumDescriptor, value: Any) -> int:
-    names = enum_names(enum)
-    if not isinstance(value, str) or value.lower() not in names:
-        raise InputError(f"there is no '{str(value)[:100]}': choose one of {', '.join(names)}")
-    return int(enum.values[1 + names.index(value.lower())].number)
-
-
-def _whole(value: Any, least: int, most: int) -> int:
+    Raises:
+        InputError: it is not a whole number, or is out of range.
+    """
     try:
         found = int(value) if isinstance(value, str) else value
     except ValueError:
@@ -216,6 +229,31 @@ def _whole(value: Any, least: int, most: int) -> int:
     if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= most:
         raise InputError(f"a whole number from {least} to {most} is expected")
     return found
+
+
+def choice_of(value: Any, names: Collection[str]) -> str:
+    """Returns a value that is one of `names`.
+
+    Raises:
+        InputError: it is not one of them.
+    """
+    if isinstance(value, str) and value in names:
+        return value
+    # other values may be nested too deep to print
+    given = f"'{value[:100]}'" if isinstance(value, str) else "such value"
+    raise InputError(f"there is no {given}: choose one of {', '.join(names)}")
+
+
+def enum_names(enum: EnumDescriptor) -> list[str]:
+    """Returns the names of an enum's values in a body, except the unspecified one."""
+    prefix = enum.values[0].name.removesuffix("UNSPECIFIED")
+    return [value.name.removeprefix(prefix).lower() for value in enum.values[1:]]
+
+
+def _number_of(enum: EnumDescriptor, value: Any) -> int:
+    names = enum_names(enum)
+    name = choice_of(value.lower() if isinstance(value, str) else value, names)
+    return int(enum.values[1 + names.index(name)].number)
 
 
 def _number(value: Any) -> float:

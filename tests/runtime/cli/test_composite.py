@@ -247,6 +247,7 @@ def test_machine_options_that_do_not_fit(
         (["--output", "out.txt"], "its name must end in .png, .jpg, .jpeg, .webp"),
         (["--output", "/dev/null/out.png"], "'/dev/null' is not a folder"),
         (["--threads", "0"], "threads must be at least 1, not 0"),
+        (["--num-images", "1000000000"], "num_images must be a whole number from 1 to 64, not 1000000000"),
     ],
 )
 def test_what_can_be_refused_is_refused_before_anything_is_opened(
@@ -257,6 +258,21 @@ def test_what_can_be_refused_is_refused_before_anything_is_opened(
     bundle = [] if "--server" in more else ["--bundle", str(folder / "none")]
     assert main([*command, *bundle, *more]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"PK\3\4", b"\x93NUMPY\1\0\6\0{((((\n"], ids=["archive", "header"])
+def test_noise_that_is_damaged(tmp_path: Path, capsys: Capture, content: bytes) -> None:
+    (tmp_path / "noise.npy").write_bytes(content)
+    command = ["composite", "--reference", "a.png", "--scene", "s.png", "--box", "1,2,3,4", "-o", "out.png"]
+    assert main([*command, "--initial-noise", str(tmp_path / "noise.npy")]) == 2
+    assert "cannot read the initial noise" in capsys.readouterr().err
+
+
+def test_a_token_file_without_a_token(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "token").write_text("\n")
+    command = ["composite", "--reference", "a.png", "--scene", "s.png", "--box", "1,2,3,4", "-o", "out.png"]
+    assert main([*command, "--server", "a:1", "--token-file", str(tmp_path / "token")]) == 2
+    assert "there is no token in" in capsys.readouterr().err
 
 
 def test_a_certificate_needs_its_key(capsys: Capture) -> None:

@@ -15,6 +15,15 @@ from tests.support.serving import PATIENCE
 ROOT = Path(__file__).parents[3]
 
 
+def test_an_address_that_is_none_is_refused_in_a_sentence(tiny_bundle: Path) -> None:
+    flags = ["--bundle", str(tiny_bundle), "--listen", "127.0.0.1:0", "--http", "127.0.0.1:x"]
+    command = [sys.executable, "-m", "runtime", "studio", *flags]
+    studio = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert studio.returncode == 2
+    assert "http must be host:port, not '127.0.0.1:x'" in studio.stderr
+    assert "Traceback" not in studio.stderr
+
+
 def test_the_page_is_announced_when_it_is_there(tiny_bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -28,7 +28,9 @@ def test_settings_that_cannot_work(given: dict[str, Any], text: str) -> None:
         settings_from(given, None, "bundle")
 
 
-@pytest.mark.parametrize("address", ["8000", "localhost:", "localhost:99999", "localhost:http"])
+@pytest.mark.parametrize(
+    "address", ["8000", "localhost:", "localhost:99999", "localhost:http", "localhost:²"]
+)
 def test_addresses_that_cannot_be_bound(tiny_bundle: Path, address: str) -> None:
     with pytest.raises(InputError, match=r"HTTP at|http must be host:port"):
         ServerThread(tiny_bundle, http=address).__enter__()

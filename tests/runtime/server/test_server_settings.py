@@ -70,6 +70,10 @@ def test_the_engines_options_stand_beside_the_others(tmp_path: Path) -> None:
         ("tls_key = 'key.pem'", "must be given together"),
         ("tls_client_ca = 'ca.pem'", "needs tls_certificate"),
         ("listen = []", "at least one address"),
+        ("listen = ['localhost']", "listen must be host:port or unix:/path, not 'localhost'"),
+        ("listen = ['localhost:99999999']", "not 'localhost:99999999'"),
+        ("listen = ['localhost:-1']", "not 'localhost:-1'"),
+        ("listen = ['unix:']", "not 'unix:'"),
         ("queue 5", "is not TOML"),
     ],
 )

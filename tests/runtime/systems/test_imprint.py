@@ -199,7 +199,7 @@ def test_references_and_scenes_are_encoded_once(compositor: Compositor) -> None:
             "mask_level",
             "level blob makes a mask coarser, and a box is",
         ),
-        (replace(PLACEMENT, crop_ratio=0.5), "ratios", "the crop ratio is 0.5; expected 1 to 100"),
+        (replace(PLACEMENT, crop_ratio=0.5), "ratios.crop", "the crop ratio is 0.5; expected 1 to 100"),
         (replace(PLACEMENT, mode="box"), "mode", "there is no mode 'box'"),
         (replace(PLACEMENT, box=None), "target", "needs either a box or a mask"),
     ],

@@ -205,7 +205,7 @@ def test_prompts_and_scenes_are_encoded_once(compositor: Compositor) -> None:
         ),
         (replace(CUP, negative_prompt="cat " * 76), "negative_prompt", "longer than the 75 tokens"),
         (replace(CUP, reference_ratio=1.2), "ratios.reference", "Stable Diffusion has no reference_ratio"),
-        (replace(CUP, crop_ratio=0.5), "ratios", "the crop ratio is 0.5; expected 1 to 100"),
+        (replace(CUP, crop_ratio=0.5), "ratios.crop", "the crop ratio is 0.5; expected 1 to 100"),
         (replace(CUP, mode="box"), "mode", "there is no mode 'box'"),
         (replace(CUP, box=None), "target", "needs either a box or a mask"),
     ],
