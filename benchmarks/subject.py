@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from benchmarks.support.embeddings import load_clip, load_clip_text, load_dino
 from benchmarks.support.identity import Gallery
@@ -42,8 +42,14 @@ from training.data.subject import read_pictures
 Scores = dict[tuple[str, str], list[dict[str, float]]]
 """Variant and checkpoint -> the scores of its subjects."""
 
+Strips = dict[tuple[str, str], list[Picture]]
+"""Variant and checkpoint -> a strip of pictures of each subject."""
+
 SHOWN = 6
 """Pictures of a kind in the contact sheet."""
+
+_GAP, _HEADING = 8, 16
+"""Between the subjects of the contact sheet, and above them, in pixels."""
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -87,6 +93,19 @@ def strip(drawn: Drawn) -> Picture:
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
+def contact_sheet(strips: Strips) -> Picture:
+    """Lay out a row per checkpoint, under its name, with the strips of its subjects side by side."""
+    rows = []
+    for names, own in strips.items():
+        height, width = own[0].shape[:2]
+        row = Image.new("RGB", (len(own) * (width + _GAP) - _GAP, height + _HEADING), "white")
+        ImageDraw.Draw(row).text((2, 2), ", ".join(names), fill="black")
+        for column, picture in enumerate(own):
+            row.paste(Image.fromarray(picture), (column * (width + _GAP), _HEADING))
+        rows.append(np.asarray(row))
+    return np.concatenate(rows)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Format the rows."""
     names = list(rows[0]["mean"])
@@ -99,7 +118,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Picture]]:
+def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Strips]:
     """Train what is to be trained, and score every checkpoint; return rows and the parts of the sheet.
 
     Raises:
@@ -114,14 +133,14 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Pic
         runs += find_runs(recipe, options.runs, objects[: options.subjects], options.ablations, options.wrong)
     judges = open_judges(options, objects, runs[0].recipe.subject.resolution)
     scores: Scores = defaultdict(list)
-    strips = []
+    strips: Strips = defaultdict(list)
     for run in runs:
         if options.train:
             run.train()
         for name, path in run.checkpoints(options.every).items():
             drawn = draw(run, path, prompts, options.count, options.steps, options.batch)
             scores[run.variant, name].append(judges.score(drawn, run.number))
-            strips.append(strip(drawn))
+            strips[run.variant, name].append(strip(drawn))
     return [
         {"variant": variant, "checkpoint": name, "mean": summarise(own), "subjects": own}
         for (variant, name), own in scores.items()
@@ -172,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {name: getattr(options, name) for name in names}
         write_results(results, {"machine": describe(), "settings": settings, "rows": rows})
         with replacing(sheet) as partial:
-            Image.fromarray(np.concatenate(strips)).save(partial, "PNG")
+            Image.fromarray(contact_sheet(strips)).save(partial, "PNG")
     except (AnyDoorError, OSError) as error:
         print(f"subject.py: {error}", file=sys.stderr)
         return 2

@@ -53,7 +53,7 @@ def test_a_row_per_checkpoint_and_a_sheet(tmp_path: Path, capsys: Capture) -> No
     assert rows[0]["mean"].keys() == {"identity", "PRES by identity", "DIV by identity"}
     assert rows[0]["mean"] != rows[1]["mean"]
     # three rows, of which the longest has three pictures, for each of two checkpoints
-    assert Image.open(output / "subject.png").size == (6 * 32, 2 * 3 * 32)
+    assert Image.open(output / "subject.png").size == (6 * 32, 2 * (3 * 32 + 16))
 
 
 def test_ablations_of_subjects_that_take_the_place_of_the_recipes(tmp_path: Path) -> None:
