@@ -201,7 +201,7 @@ def test_partial_images_are_streamed(client: openai.OpenAI) -> None:
         ({"reference_image": "AAAA"}, "reference", "another field of the request says this, too"),
         ({"reference": "AAAA"}, "reference", "another field of the request says this, too"),
         ({"scene": "AAAA"}, "scene", "another field of the request says this, too"),
-        ({"placements": []}, "placements", "another field of the request says this, too"),
+        ({"placements": ["x"]}, "placements", "another field of the request says this, too"),
         ({"n": 1, "num_images": 2}, "num_images", "another field of the request says this, too"),
         ({"size": "512x512"}, "scene", "the scene is 80 x 64 pixels, and the result has its size"),
         ({"size": "big"}, "size", "a size like 1024x1024 is expected"),

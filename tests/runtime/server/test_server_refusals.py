@@ -150,11 +150,13 @@ def test_every_field_of_a_request_has_a_malformed_example() -> None:
     for descriptor, prefix in [
         (pb.CompositeRequest.DESCRIPTOR, ""),
         (pb.Placement.DESCRIPTOR, "placements[0]."),
+        (pb.Ratios.DESCRIPTOR, "placements[0].ratios."),
         (pb.Sampling.DESCRIPTOR, "sampling."),
     ]:
         fields |= {prefix + field.name for field in descriptor.fields}
-    # the one has fields of its own, another is refused in another way, the others have no value that is wrong
-    without = {"sampling", "model", "placements[0].keep_specks", "placements[0].automatic_mask"}
+    # two have fields of their own, another is refused in another way, the others have no value that is wrong
+    without = {"sampling", "placements[0].ratios", "model"}
+    without |= {"placements[0].keep_specks", "placements[0].automatic_mask"}
     assert fields - without <= MALFORMED.keys()
 
 
