@@ -162,7 +162,7 @@ def test_nothing_is_found(folder: Path, here: list[str], capsys: Capture) -> Non
     [
         (Where(clicks=[(200, 20)]), Remove(), "INVALID_ARGUMENT", "where: the click 200,20 lies outside"),
         (Where(mask=np.zeros_like(CUP)), Remove(), "INVALID_ARGUMENT", "where.mask: the mask is empty"),
-        (Where(mask=np.ones_like(CUP)), Remove(), "INVALID_ARGUMENT", "where: the hole would be the whole"),
+        (Where(mask=np.ones_like(CUP)), Remove(), "INVALID_ARGUMENT", "where: the hole covers the whole"),
         (
             Where(clicks=[(20, 20)]),
             SwapPlaces(Where(clicks=[(22, 24)])),
