@@ -192,7 +192,7 @@ class _Found:
 def _check_different(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> None:
     smaller = min(np.count_nonzero(one), np.count_nonzero(other))
     if np.count_nonzero(one & other) > _SAME_OBJECT * smaller:
-        raise InputError("both clicks select the same object: click on another one")
+        raise InputError("both selections are the same object: select another one")
 
 
 def _instead(own: Box, place: Box) -> Box:

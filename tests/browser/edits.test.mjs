@@ -169,7 +169,7 @@ test("an object is cut out automatically, and what is refused is said", async ()
   await click(page, [22, 22]);
   await page.locator("#steps").fill("1");
   await page.locator("#start").click();
-  await page.getByText("both clicks select the same object").waitFor();
+  await page.getByText("both selections are the same object").waitFor();
 });
 
 test("a model is chosen", async () => {

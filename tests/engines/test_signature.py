@@ -83,7 +83,7 @@ def test_a_bundle_without_a_signature_is_refused(tiny_bundle: Path, keys: Path, 
     assert main([*command, "--trusted-key", str(keys / "public.pem")]) == 2
     assert "is not signed" in capfd.readouterr().err
     assert main(command) == 2
-    assert "require_signature and trusted_key are must be given together" in capfd.readouterr().err
+    assert "require_signature and trusted_key must be given together" in capfd.readouterr().err
 
 
 def test_the_key_of_somebody_else_is_refused(signed: Path, keys: Path) -> None:

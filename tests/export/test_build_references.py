@@ -64,7 +64,7 @@ def test_two_references_for_one_place_need_such_a_bundle(
     ]
     command = ["composite", *references, "--scene", str(pictures / "scene.png"), "--box", "10,8,60,50"]
     assert main([*command, "--bundle", str(tiny_bundle), "-o", str(pictures / "out.png")]) == 2
-    assert "2 pictures of an object are given, and this bundle takes 1: build one with --references 2" in (
+    assert "2 pictures of an object are given, but this bundle takes 1: build one with --references 2" in (
         capsys.readouterr().err
     )
 
@@ -73,7 +73,7 @@ def test_two_references_for_one_place_need_such_a_bundle(
     ("options", "refusal"),
     [
         (["--references", "0"], "--references must be at least 1, not 0"),
-        (["--references", "2"], "--references does not go with Stable Diffusion, which takes"),
+        (["--references", "2"], "--references is not for Stable Diffusion, which takes"),
     ],
 )
 def test_refusals(

@@ -98,12 +98,10 @@ def test_a_size_that_is_none(text: str) -> None:
 def test_options_of_the_other_system(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     line = refused(capsys, tiny_checkpoint, "--lora", "a.safetensors", "--output", tmp_path / "bundle")
     assert line.endswith(
-        "--lora does not go with AnyDoor, which takes --unet-head-width, --dino-heads, --ema, --references"
+        "--lora is not for AnyDoor, which takes --unet-head-width, --dino-heads, --ema, --references"
     )
     line = refused(capsys, folder(tmp_path / "sd"), "--dino-heads", 3, "--output", tmp_path / "bundle")
-    assert (
-        "--dino-heads does not go with Stable Diffusion, which takes --ema, --variant, --prediction" in line
-    )
+    assert "--dino-heads is not for Stable Diffusion, which takes --ema, --variant, --prediction" in line
     assert not (tmp_path / "bundle").exists()
 
 

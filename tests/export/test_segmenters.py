@@ -168,8 +168,8 @@ def test_what_is_no_known_network_is_refused(
     ("options", "refusal"),
     [
         (["u2net.onnx", "--resolution", "512"], "--resolution goes with a checkpoint"),
-        (["model.ckpt", "decoder.onnx"], "'decoder.onnx' goes with a network that cuts out objects"),
-        (["model.ckpt", "--normalise", "half"], "--normalise goes with a network that cuts out objects"),
+        (["model.ckpt", "decoder.onnx"], "'decoder.onnx' is for segmentation networks"),
+        (["model.ckpt", "--normalise", "half"], "--normalise is for segmentation networks"),
     ],
 )
 def test_flags_of_others_are_refused(

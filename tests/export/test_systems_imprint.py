@@ -85,7 +85,7 @@ def test_a_network_without_weights_takes_no_memory() -> None:
 @pytest.mark.parametrize("write", [imprint_file, object_stitch_file])
 def test_what_does_not_go_with_it_is_refused(write: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "checkpoint")
-    with pytest.raises(AnyDoorError, match=r"--prediction does not go with IMPRINT, which takes --unet-head"):
+    with pytest.raises(AnyDoorError, match=r"--prediction is not for IMPRINT, which takes --unet-head"):
         open_source(path, SourceOptions(prediction="v"))
     with pytest.raises(AnyDoorError, match="must be a multiple of 16 for this network, not 100"):
         open_source(path).check_size((100, 100))

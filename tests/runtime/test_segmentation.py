@@ -109,9 +109,9 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_bundles_of_the_wrong_kind(segmenter_bundles: tuple[Path, Path], example_bundle: Path) -> None:
-    with pytest.raises(BundleError, match="is no segmenter"):
+    with pytest.raises(BundleError, match="is not a segmenter"):
         Segmenter.load(example_bundle, options=CPU)
-    with pytest.raises(BundleError, match="both find the main object: give one of them"):
+    with pytest.raises(BundleError, match="both find the main object: give only one of them"):
         Segmenter.load(segmenter_bundles[0], segmenter_bundles[0], options=CPU)
     with pytest.raises(BundleError, match="is a segmenter: give it with --segmenter"):
         Compositor.load(segmenter_bundles[0], CPU)

@@ -107,7 +107,7 @@ def test_a_server_may_allow_less() -> None:
     with pytest.raises(InputError, match="num_images must be a whole number from 1 to 2, not 3"):
         check_seeds(0, 3, limits)
     check_placement_count(1, limits)
-    with pytest.raises(InputError, match="2 placements are given; at most 1 are done"):
+    with pytest.raises(InputError, match="2 placements are given; at most 1 are allowed"):
         check_placement_count(2, limits)
 
 

@@ -132,7 +132,7 @@ def test_changes_take_the_place_of_what_a_recipe_says() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("compositing.swap", "'compositing.swap' changes nothing in the recipe: write SECTION.KEY=VALUE"),
+        ("compositing.swap", "'compositing.swap' is not a change of the recipe: write SECTION.KEY=VALUE"),
         ("system=imprint", "strings in quotes"),
         ("compositing.swop=1", "did you mean 'swap'"),
         ("compositing=true", r"compositing is true, expected a section \[compositing\]"),

@@ -166,7 +166,7 @@ BAD_INPUT = {
     ),
     "format that cannot hold the picture": (
         lambda f: {"scene": wide(f, 16_384), "output": str(f / "out.webp")},
-        "WEBP holds sides of 16,383 at most: write a .png",
+        "WEBP allows sides of at most 16,383: write a .png",
     ),
     "no such mask level": (lambda f: {"mask_level": "4"}, "no mask level 4: choose one of 0 (exact), 1"),
     "a mask level where none is used": (lambda f: {"mask_level": "blob"}, "AnyDoor has no mask_level"),
@@ -235,15 +235,15 @@ def test_machine_options_that_do_not_fit(
             "2 --reference and 1 --reference-mask are given: give one per reference, or none",
         ),
         (["--timeout", "3"], "--timeout needs --server"),
-        (["--tls"], "--tls is for a server"),
-        (["--token-file", "token"], "--token-file is for a server"),
+        (["--tls"], "--tls needs --server"),
+        (["--token-file", "token"], "--token-file needs --server"),
         (
             ["--server", "a:1", "--backend", "openvino"],
-            "--backend is for this machine and has no effect with",
+            "--backend has no effect with",
         ),
-        (["--server", "a:1", "--memory-budget", "6G"], "--memory-budget is for this machine"),
-        (["--server", "a:1", "--control-window", "2"], "--control-window is for this machine"),
-        (["--server", "a:1", "--initial-noise", "noise.npy"], "--initial-noise is for this machine"),
+        (["--server", "a:1", "--memory-budget", "6G"], "--memory-budget has no effect with --server"),
+        (["--server", "a:1", "--control-window", "2"], "--control-window has no effect with --server"),
+        (["--server", "a:1", "--initial-noise", "noise.npy"], "--initial-noise has no effect with --server"),
         (["--output", "out.txt"], "its name must end in .png, .jpg, .jpeg, .webp"),
         (["--output", "/dev/null/out.png"], "'/dev/null' is not a folder"),
         (["--threads", "0"], "threads must be at least 1, not 0"),
@@ -278,7 +278,7 @@ def test_a_token_file_without_a_token(tmp_path: Path, capsys: Capture) -> None:
 def test_a_certificate_needs_its_key(capsys: Capture) -> None:
     command = ["composite", "--reference", "a.png", "--scene", "s.png", "--box", "1,2,3,4", "-o", "out.png"]
     assert main([*command, "--server", "a:1", "--tls-certificate", "a.pem"]) == 2
-    assert "--tls-certificate and --tls-key are must be given together" in capsys.readouterr().err
+    assert "--tls-certificate and --tls-key must be given together" in capsys.readouterr().err
 
 
 def test_what_is_left_open_comes_from_the_bundle(

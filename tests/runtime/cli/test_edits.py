@@ -119,14 +119,17 @@ REFUSALS = [
     ("move --click 20,20 --to 9,9,9,20", "has no area"),
     ("reshape --click 20,20 --to vase.png", "they must have the same size"),
     ("reshape --click 20,20 --to none.png", "No such file or directory"),
-    ("swap --click 20,20 --other-click 22,24", "both clicks select the same object"),
+    ("swap --click 20,20 --other-click 22,24", "both selections are the same object"),
     ("swap --click 20,20", "give one other object: with --reference, or in the scene"),
     (
         "swap --click 20,20 --other-click 70,30 --reference vase.png",
         "give one other object: with --reference",
     ),
     ("try-on --click 20,20 --reference shelf.png", "the reference has no transparency"),
-    ("try-on --click 20,20 --object-box 1,2,9,9 --reference vase.png", "give one of them"),
+    (
+        "try-on --click 20,20 --object-box 1,2,9,9 --reference vase.png",
+        "give only one of box, mask and clicks",
+    ),
 ]
 
 
@@ -162,12 +165,12 @@ def test_nothing_is_found(folder: Path, here: list[str], capsys: Capture) -> Non
     [
         (Where(clicks=[(200, 20)]), Remove(), "INVALID_ARGUMENT", "where: the click 200,20 lies outside"),
         (Where(mask=np.zeros_like(CUP)), Remove(), "INVALID_ARGUMENT", "where.mask: the mask is empty"),
-        (Where(mask=np.ones_like(CUP)), Remove(), "INVALID_ARGUMENT", "where: the hole would be the whole"),
+        (Where(mask=np.ones_like(CUP)), Remove(), "INVALID_ARGUMENT", "where: the hole covers the whole"),
         (
             Where(clicks=[(20, 20)]),
             SwapPlaces(Where(clicks=[(22, 24)])),
             "INVALID_ARGUMENT",
-            "other: both clicks select the same object",
+            "other: both selections are the same object",
         ),
         (Where(clicks=[(20, 20)]), Move((200, 4, 240, 40)), "INVALID_ARGUMENT", "to: the box"),
     ],

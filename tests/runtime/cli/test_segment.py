@@ -48,7 +48,7 @@ def test_a_plain_background_needs_no_segmenter(tmp_path: Path) -> None:
             ["--click", "20,20", "--box", "1,2,3,4"],
             "--click and --box cannot be used together: give one of them",
         ),
-        (["--server", "gpu:1", "--segmenter", "sam"], "--segmenter is for this machine"),
+        (["--server", "gpu:1", "--segmenter", "sam"], "--segmenter has no effect with --server"),
         (["--segmenter", "nowhere"], "there is no bundle at 'nowhere'"),
     ],
 )

@@ -134,7 +134,7 @@ def test_the_object_is_found(editor: Editor) -> None:
         (lambda: edit(Remove(), np.ones((120, 160), bool)), "where", "nothing is left to fill it from"),
         (lambda: edit(Remove(), np.ones((12, 16), bool)), "where.mask", "they must have the same size"),
         (lambda: edit(Remove(), CUP & VASE), "where.mask", "the mask is empty"),
-        (lambda: edit(SwapPlaces(Where(mask=CUP))), "swap.other", "both clicks select the same object"),
+        (lambda: edit(SwapPlaces(Where(mask=CUP))), "swap.other", "both selections are the same object"),
         (lambda: edit(Reshape(np.ones((9, 9), bool))), "reshape.to", "they must have the same size"),
         (lambda: edit(Swap(Placement(OBJECT, box=(0, 0, 9, 9)))), "swap.placement", "leave out box and mask"),
         (
@@ -145,7 +145,11 @@ def test_the_object_is_found(editor: Editor) -> None:
         (lambda: edit(Remove(), sampling=SHORT), "sampling", "nothing is drawn when an object is removed"),
         (lambda: edit(Remove(), num_images=0), "num_images", "num_images must be"),
         (lambda: Edit(SCENE, Where(clicks=[(500, 3)]), Remove()), "where", "the click 500,3 lies outside"),
-        (lambda: Edit(SCENE, Where(clicks=[(3, 3)], mask=CUP), Remove()), "where", "give one of them"),
+        (
+            lambda: Edit(SCENE, Where(clicks=[(3, 3)], mask=CUP), Remove()),
+            "where",
+            "give only one of box, mask and clicks",
+        ),
     ],
 )
 def test_refusals(editor: Editor, asked: Callable[[], Edit], field: str, reason: str) -> None:
@@ -159,7 +163,7 @@ def test_two_objects_on_one_click_are_refused(editor: Editor) -> None:
     scene = np.zeros((120, 160, 3), np.uint8)
     scene[CUP] = 255
     asked = Edit(scene, Where(clicks=[(35, 45)]), SwapPlaces(Where(clicks=[(40, 50)])), sampling=SHORT)
-    with pytest.raises(InputError, match="both clicks select the same object"):
+    with pytest.raises(InputError, match="both selections are the same object"):
         editor.run(asked)
 
 

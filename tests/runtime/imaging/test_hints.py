@@ -27,4 +27,4 @@ def test_a_crop_that_is_enlarged_much(side: int, hints: int) -> None:
     with collecting_warnings() as told:
         warn_of_enlargement(geometry, (512, 512))
     assert len(told) == hints
-    assert all("and the model draws 512 x 512: enlarged 3.3 times" in text for text in told)
+    assert all("but the model draws 512 x 512: enlarged 3.3 times" in text for text in told)

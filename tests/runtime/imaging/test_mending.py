@@ -64,7 +64,7 @@ def test_jpeg_without_its_end_is_read_with_a_warning(kind: str, missing: int) ->
     # a decoder may need no end: then there is nothing to warn of
     read, told = warned(JPEGS[kind][:-missing])
     np.testing.assert_array_equal(read, whole)
-    assert not told or "the scene lacks the end of its file; all of the picture is there" in told[0]
+    assert not told or "the scene is truncated, but all of the picture is there" in told[0]
 
 
 def test_the_warning_comes() -> None:

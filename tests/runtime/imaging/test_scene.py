@@ -68,7 +68,7 @@ def test_networks_see_a_transparent_scene_on_white() -> None:
     np.testing.assert_array_equal(seen[20:], SCENE[20:])
 
 
-@pytest.mark.filterwarnings("ignore:the scene is transparent")
+@pytest.mark.filterwarnings("ignore:the scene is partly transparent")
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
 def test_transparency_is_kept_and_what_is_drawn_is_opaque(file_format: str) -> None:
     seen, scene = load_scene(encoded(transparent()))

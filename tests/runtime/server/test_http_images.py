@@ -127,7 +127,7 @@ def test_several_pictures_of_the_object_are_views(client: openai.OpenAI, server:
     """This bundle takes one picture of an object, and counts those that it is given."""
     both = [base64.b64encode(OBJECT).decode()] * 2
     images = [file(each) for each in (SCENE, OBJECT, OBJECT)]
-    refused = r"placements\[0\].views: 2 pictures of an object are given, and this bundle takes 1"
+    refused = r"placements\[0\].views: 2 pictures of an object are given, but this bundle takes 1"
     for image, more in ((file(SCENE), {"reference_image": both}), (images, {})):
         with pytest.raises(openai.BadRequestError, match=refused):
             client.images.edit(image=image, prompt="", extra_body={"box": list(BOX), **more})  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ def test_imprint_fills_the_holes_of_what_it_places(imprint: ServerThread) -> Non
 def test_steps_and_previews_of_both_phases(server: ServerThread) -> None:
     with server.client() as client:
         events = list(client.stream_edit(edit(Move(TO), steps=3, fill_steps=3), preview_every=2))
-        with pytest.raises(InputError, match="4 previews of each picture; at most 3 are made") as caught:
+        with pytest.raises(InputError, match="4 previews per picture; at most 3 are made") as caught:
             list(client.stream_edit(edit(Move(TO), 3, 8), preview_every=2))
     assert caught.value.field.endswith("preview_every")
     assert [event for event in events if isinstance(event, StepDone)] == [StepDone(i, 6) for i in range(1, 7)]

@@ -173,7 +173,7 @@ def test_previews_of_a_scene_that_no_preview_can_show(stub: Any) -> None:
     error = refusal(stub.CompositeStream, pb.CompositeStreamRequest(request=request, preview_every=1))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert trailing(error)["field"] == "request.preview_every"
-    assert "JPEG holds sides of 65,500 at most" in error.details()
+    assert "JPEG allows sides of at most 65,500" in error.details()
 
 
 def test_message_that_cannot_be_parsed(server: ServerThread) -> None:

@@ -189,7 +189,7 @@ def test_previews_are_counted_over_all_placements(tiny_bundle: Path) -> None:
         request.placements.extend(list(request.placements) * 3)
         streamed = pb.CompositeStreamRequest(request=request, preview_every=2)
         error = refusal(stub.CompositeStream, streamed)
-        assert error.details().startswith("request.preview_every: 16 previews of each picture; at most 4")
+        assert error.details().startswith("request.preview_every: 16 previews per picture; at most 4")
 
 
 def test_alive_is_not_ready(tiny_bundle: Path) -> None:

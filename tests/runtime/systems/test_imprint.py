@@ -197,7 +197,7 @@ def test_references_and_scenes_are_encoded_once(compositor: Compositor) -> None:
         (
             replace(PLACEMENT, mask_level="blob"),
             "mask_level",
-            "level blob makes a mask coarser, and a box is",
+            "level blob is for masks, but a box is",
         ),
         (replace(PLACEMENT, crop_ratio=0.5), "ratios.crop", "the crop ratio is 0.5; expected 1 to 100"),
         (replace(PLACEMENT, mode="box"), "mode", "there is no mode 'box'"),

@@ -164,7 +164,7 @@ def test_masks_of_views_are_found_as_the_reference_s(compositors: dict[int, Comp
         (
             {"views": [View(SIDE)] * VIEWS},
             "views",
-            "4 pictures of an object are given, and this bundle takes 3",
+            "4 pictures of an object are given, but this bundle takes 3",
         ),
         ({"views": [View(SIDE[..., :3])]}, "views[0].mask", "the reference has no transparency"),
         ({"views": [View(b"no picture")]}, "views[0].picture", "is not a picture"),
