@@ -3,8 +3,8 @@
     anydoor build examples/stable-diffusion-small --resolution 64 --output build/engines/words
     python examples/words.py build/engines/words docs/words.png
 
-A row per prompt, from the same seeds. Below them an object that is drawn from words, cut out by its plain
-background and put into the example's scene by AnyDoor's example model.
+A row per prompt, from the same seeds. Below them an object that is drawn from words, cut out by the
+example's segmenter and put into the example's scene by AnyDoor's example model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from runtime import Compositor, Placement, Sampling
+from runtime.segmentation import Segmenter
 
 EXAMPLES = Path(__file__).parent
 PROMPTS = (
@@ -26,7 +27,7 @@ PROMPTS = (
     "a purple mushroom on wood",
     "a mug on a chessboard",
 )
-COMPOSITED, SEED = "an orange flower on white", 3
+COMPOSITED, SEED = "a blue bottle on white", 1
 SEEDS, SIDE, GAP, TEXT = 8, 96, 4, 210
 SAMPLING = Sampling(steps=30, guidance_scale=3.0)
 
@@ -40,7 +41,7 @@ def main() -> None:
 
     model = Compositor.load(options.bundle)
     rows = [row(prompt, seeds(model, prompt)) for prompt in PROMPTS]
-    rows.append(row(f"{COMPOSITED}, composited", [*composited(model)]))
+    rows.append(row("cut out, composited", [*composited(model)]))
     sheet = Image.new("RGB", (rows[0].width, sum(each.height + GAP for each in rows) - GAP), "white")
     top = 0
     for each in rows:
@@ -60,9 +61,10 @@ def composited(model: Compositor) -> tuple[Image.Image, Image.Image]:
     drawn = model.draw(COMPOSITED, seed=SEED, sampling=SAMPLING)
     box = tuple(map(int, (EXAMPLES / "scene_box.txt").read_text("utf-8").split(",")))
     placement = Placement(drawn, reference_mask="auto", box=box)
-    scene = Compositor.load(EXAMPLES / "anydoor-small").composite(
-        EXAMPLES / "scene.png", placement, seed=7, sampling=Sampling(steps=30)
+    anydoor = Compositor.load(
+        EXAMPLES / "anydoor-small", segmenter=Segmenter.load(EXAMPLES / "segmenter-small")
     )
+    scene = anydoor.composite(EXAMPLES / "scene.png", placement, seed=7, sampling=Sampling(steps=30))
     return drawn.resize((scene.height, scene.height), Image.Resampling.BICUBIC), scene
 
 
