@@ -96,20 +96,21 @@ class Server:
         self.gate = Gate(self.access, self.ledger, settings, self.metrics)
         self._grpc = self._new_grpc_server(settings)
         self._bind()
-        self._filler = (
-            Batcher(filler, **common_settings(settings), max_batch=1, workers=1) if filler else None
-        )
         bundles = bundles or Bundles(settings, settings.engine, compositor.segmenter)
         self.health = Health((NAME,), bundles.names)
         self.models = Models(bundles, self._serve_model, self.health)
-        self.models.add(bundles.names[0], compositor)
-        self._show_metrics()
         self.service = CompositorService(self.models)
         self._grpc.add_generic_rpc_handlers((self.service.handler(), self.health.handler()))
         if settings.http:
             self._open_http()
         self.http_address = self._door.address if self._door else None
         reflection.enable_server_reflection((NAME, SERVICE, reflection.SERVICE_NAME), self._grpc)
+        # engines load from here on, and a library that loads a graph cannot be stopped: refusals come before
+        self._filler = (
+            Batcher(filler, **common_settings(settings), max_batch=1, workers=1) if filler else None
+        )
+        self.models.add(bundles.names[0], compositor)
+        self._show_metrics()
 
     def _serve_model(self, name: str, compositor: Compositor) -> ServedModel:
         self.metrics.loads.labels(name).inc()
