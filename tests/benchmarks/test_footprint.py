@@ -52,6 +52,7 @@ def test_every_call_of_a_graph_is_measured(tiny_bundle: Path, tmp_path: Path, ca
     assert all(name in printed for name in runs)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_drawn_where_the_bundle_takes_prompts(tmp_path: Path) -> None:
     results = tmp_path / "footprint.json"
     bundle = tiny_stable_diffusion_bundle(9)

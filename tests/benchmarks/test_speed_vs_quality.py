@@ -87,6 +87,7 @@ def test_a_preset_has_to_keep_all_its_limits(own: Trial, kept: bool) -> None:
     assert sentence.endswith("ok" if kept else "OUT")
 
 
+@pytest.mark.slow
 def test_the_command_on_the_smallest_network(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

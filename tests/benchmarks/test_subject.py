@@ -56,6 +56,7 @@ def test_a_row_per_checkpoint_and_a_sheet(tmp_path: Path, capsys: Capture) -> No
     assert Image.open(output / "subject.png").size == (6 * 32, 2 * (3 * 32 + 16))
 
 
+@pytest.mark.slow
 def test_ablations_of_subjects_that_take_the_place_of_the_recipes(tmp_path: Path) -> None:
     path = recipe(tmp_path, steps=1)
     for name in ("0-cat", "1-cat", "2-mat"):

@@ -118,6 +118,7 @@ def test_two_builds_do_not_step_on_each_other(tiny_checkpoint: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     """A limit on the size of files stops the writing in the middle, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -90,7 +90,7 @@ def _fill(message: Any, fields: Any) -> None:
     for oneof in descriptor.oneofs:
         given = [field.name for field in oneof.fields if fields.get(field.name) is not None]
         if len(given) > 1:
-            raise InputError(f"give either {' or '.join(given)}, and not both")
+            raise InputError(f"give either {' or '.join(given)}, not both")
 
 
 def _named(kind: str, given: Any) -> Any:
