@@ -73,7 +73,7 @@ class Abilities:
     parameters: Collection[str]
     """Parameters that have an effect, of sampling and of placements."""
     qualities: Collection[str]
-    """Presets that were measured on them."""
+    """Presets that are offered: they were measured on these models, and kept their limits."""
     fills: bool = False
     """Whether they also draw without a condition, continuing the scene."""
     views: int = 0
@@ -98,7 +98,7 @@ def check_usable(request: Request, abilities: Abilities) -> None:
         with in_field("quality"):
             if quality is not None and quality not in abilities.qualities:
                 raise InputError(
-                    f"the quality '{quality}' was not measured on {title}, so it is not available: choose "
+                    f"the quality '{quality}' is not offered for {title}: choose "
                     f"{' or '.join(abilities.qualities)}, or set steps and sampler"
                 )
         _check_parameters(request.sampling, SAMPLING_PARAMETERS, abilities)

@@ -95,7 +95,7 @@ def test_prompts_are_composited(bundle: Path, server: ServerThread, scene: Path,
     ("more", "sentence"),
     [
         (["--size", "96x64"], "draws pictures of 64 x 64 pixels and not of 96 x 64"),
-        (["--quality", "fast"], "the quality 'fast' was not measured on Stable Diffusion"),
+        (["--quality", "fast"], "the quality 'fast' is not offered for Stable Diffusion"),
         (["--control-scale", "1"], "Stable Diffusion has no control_scale"),
         (["--prompt", "cat " * 76], "longer than the 75 tokens"),
         (["--prompt", "\ud83d"], "U+D83D, half of a surrogate pair"),

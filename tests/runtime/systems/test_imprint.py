@@ -217,7 +217,11 @@ def test_placements_that_it_cannot_use(
     [
         (Sampling(control_scale=1.0), "control_scale", "IMPRINT has no control_scale: leave it out"),
         (Sampling(map_steps=5), "map_steps", "IMPRINT has no map_steps: leave it out"),
-        (Sampling("fast"), "quality", "the quality 'fast' was not measured on IMPRINT"),
+        (
+            Sampling("fast"),
+            "quality",
+            "the quality 'fast' is not offered for IMPRINT: choose exact or balanced",
+        ),
     ],
 )
 def test_sampling_that_it_cannot_use(

@@ -223,7 +223,7 @@ def test_placements_that_it_cannot_use(
     [
         (Sampling(control_scale=1.0), "control_scale", "Stable Diffusion has no control_scale: leave it out"),
         (Sampling(map_steps=5), "map_steps", "Stable Diffusion has no map_steps: leave it out"),
-        (Sampling("fast"), "quality", "the quality 'fast' was not measured on Stable Diffusion"),
+        (Sampling("fast"), "quality", "the quality 'fast' is not offered for Stable Diffusion"),
         (Sampling("balanced"), "quality", "choose exact, or set steps and sampler"),
         (Sampling("superb"), "quality", "there is no quality 'superb'"),
     ],
