@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,14 @@ from training.data.view_store import ViewStore
 from training.loop import join_processes
 from training.network.checkpoint import network_of, read_checkpoint, read_start
 from training.network.checkpoint_file import CheckpointError
-from training.network.modules import AnyDoor, ReferenceNetwork
+from training.network.imprint import with_scene
+from training.network.modules import AnyDoor, DiffusionNetwork, ReferenceNetwork
 from training.small.initial_weights import open_control
 from training.systems.anydoor import DiffusionTask
 from training.systems.autoencoder import normalise_latents
+
+_FIRST = "conv_in.weight"
+"""The UNet's first convolution."""
 
 CALIBRATION_VIEWS = 64
 """Views on which the spread of the latents is measured."""
@@ -104,17 +110,50 @@ def network_in(path: str) -> ReferenceNetwork:
     return network
 
 
+@contextmanager
+def same_sizes(what: str, path: str, instead: str) -> Iterator[None]:
+    """Refuses weights that do not fit into the network of a recipe.
+
+    Args:
+        what: the weights are of, like "the UNet".
+        path: of their checkpoint.
+        instead: what else to give, like "another unet".
+
+    Raises:
+        CheckpointError: the block has found other sizes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{what} of '{path}' has other sizes than the recipe's: change [architecture] or give {instead}"
+        ) from error
+
+
 def _load_encoders(model: ReferenceNetwork, path: str) -> None:
     source = network_in(path)
-    backbone = model.id_encoder.backbone
-    for part, taken in ((model.vae, source.vae), (backbone, source.id_encoder.backbone)):
-        try:
-            part.load_state_dict(taken.state_dict())
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the autoencoder or the image encoder of '{path}' has other sizes than the recipe's: change "
-                "[architecture] or give other encoders"
-            ) from error
+    with same_sizes("the autoencoder or the image encoder", path, "other encoders"):
+        model.vae.load_state_dict(source.vae.state_dict())
+        model.id_encoder.backbone.load_state_dict(source.id_encoder.backbone.state_dict())
+
+
+def load_unet(model: DiffusionNetwork, path: str) -> ReferenceNetwork:
+    """Puts the UNet of a checkpoint into a network, and returns the checkpoint's network.
+
+    Channels that see a scene are left out where the network has none, and added where it alone has them;
+    they change nothing at first.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or its UNet has other sizes.
+    """
+    source = network_in(path)
+    weights, channels = source.unet.state_dict(), source.architecture.latent_channels
+    sees_scene = model.unet.config.in_channels > channels
+    first = weights[_FIRST]
+    weights[_FIRST] = with_scene(first, channels) if sees_scene else first[:, :channels]
+    with same_sizes("the UNet", path, "another unet"):
+        model.unet.load_state_dict(weights)
+    return source
 
 
 def trained_model(recipe: Recipe, folder: Path) -> AnyDoor:

@@ -7,18 +7,15 @@ from pathlib import Path
 import torch
 
 from training import seeds
-from training.assemble import load_small_parts, network_in, stage_weights
+from training.assemble import load_small_parts, load_unet, same_sizes, stage_weights
 from training.config import ImprintRecipe
 from training.data.composites import CompositeMaker, Composites, ViewMaker, token_grid
 from training.data.rendered import RenderedScenes, RenderedViews
 from training.data.sources import SOURCES, Source
 from training.data.view_samples import ViewSamples
 from training.network.checkpoint import read_start
-from training.network.checkpoint_file import CheckpointError
-from training.network.imprint import Imprint, with_scene
+from training.network.imprint import Imprint
 from training.systems.imprint import ENCODER, CompositingSettings, ViewsSettings, load_parts
-
-_FIRST = "conv_in.weight"
 
 
 def start_model(recipe: ImprintRecipe, folder: Path) -> Imprint:
@@ -40,18 +37,9 @@ def start_model(recipe: ImprintRecipe, folder: Path) -> Imprint:
 
 
 def _load_unet(model: Imprint, path: str) -> None:
-    source = network_in(path)
-    unet = source.unet.state_dict()
-    unet[_FIRST] = with_scene(unet[_FIRST], source.architecture.latent_channels)
-    adapter = model.id_encoder.projector
-    try:
-        model.unet.load_state_dict(unet)
+    source, adapter = load_unet(model, path), model.id_encoder.projector
+    with same_sizes("the UNet", path, "another unet"):
         adapter.load_state_dict(adapter.state_dict() | source.id_encoder.projector.state_dict())
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"the UNet of '{path}' has other sizes than the recipe's: change [architecture] or give another "
-            "unet"
-        ) from error
     if not source.id_encoder.projector.layers:
         adapter.skip_blocks()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training import seeds
-from training.assemble import network_in, stage_weights
+from training.assemble import load_unet, stage_weights
 from training.config import StableDiffusionRecipe
 from training.data.captions import CaptionedViews, words_of_captions
 from training.data.encoded import settled_rows
@@ -30,8 +30,6 @@ from training.workers import worker_count
 
 PREVIEWS = 8
 """Pictures of each prompt in a sheet."""
-
-_FIRST = "conv_in.weight"
 
 ROWS = "rows.txt"
 """Beside a stage's weights: how many of the encoded samples it learns from."""
@@ -67,21 +65,8 @@ def start_network(recipe: StableDiffusionRecipe) -> tuple[StableDiffusion, Token
     network = StableDiffusion(architecture, {part: build(architecture) for part, build in BUILDERS.items()})
     network.vae.load_state_dict(read_autoencoder(recipe.start, architecture))
     if recipe.unet:
-        _load_unet(network, recipe.unet)
+        load_unet(network, recipe.unet)
     return network.eval(), files
-
-
-def _load_unet(network: StableDiffusion, path: str) -> None:
-    weights = network_in(path).unet.state_dict()
-    # of an inpainting model, the first channels are the picture's latent
-    weights[_FIRST] = weights[_FIRST][:, : network.unet.config.in_channels]
-    try:
-        network.unet.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"the UNet of '{path}' has other sizes than the recipe's: change [architecture] or give another "
-            "unet"
-        ) from error
 
 
 def caption_samples(recipe: StableDiffusionRecipe) -> CaptionedViews:
