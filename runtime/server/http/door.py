@@ -1,13 +1,14 @@
-"""Listens for HTTP: uvicorn in the server's event loop, with a time limit for request headers."""
+"""Listens for HTTP: uvicorn in the server's event loop, with a time limit for request headers, and answers
+that reach clients that are still sending."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -24,6 +25,8 @@ _MOST_SMALL_PIECES = 500
 _SMALL_PIECE = 512
 """Bytes of a piece; one with half as many counts half."""
 _LAST_ANSWERS_SECONDS = 1
+_LINGER_SECONDS = 5.0
+"""Most seconds that the rest of a body is read after its request was answered."""
 
 
 class _Connection(h11.Connection):
@@ -42,6 +45,38 @@ class _Connection(h11.Connection):
         return event
 
 
+class _LingeringTransport:
+    """A transport that is closed after its client has sent everything.
+
+    A connection that is closed with unread bytes is reset, and a client that is still sending loses the
+    answer (RFC 9112, section 9.6).
+    """
+
+    def __init__(self, transport: asyncio.Transport, is_sending: Callable[[], bool]) -> None:
+        """Keeps the transport; `is_sending` tells whether the client has more of a request to send."""
+        self._transport = transport
+        self._is_sending = is_sending
+        self.lingers = False
+        """Whether all is answered, and what comes is of no interest."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Sends no more, and closes when the client does, after `_LINGER_SECONDS`, or when called again."""
+        if self.is_closing() or not self._is_sending():
+            self._transport.close()
+            return
+        self.lingers = True
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._transport.resume_reading()
+        asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._transport.close)
+
+
 class _Protocol(H11Protocol):
     """Closes a connection that does not finish the head of a request."""
 
@@ -53,12 +88,19 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._lingering = _LingeringTransport(transport, self._is_receiving)
+        self.transport = cast(asyncio.Transport, self._lingering)
         if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
             transport.abort()
             return
         self._timer = self.loop.call_later(_HEAD_SECONDS, transport.close)
 
+    def _is_receiving(self) -> bool:
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
     def data_received(self, data: bytes) -> None:
+        if self._lingering.lingers:
+            return
         waits = self.cycle is None or self.cycle.response_complete
         before = self.cycle
         super().data_received(data)

@@ -60,6 +60,11 @@ def connect(address: str) -> socket.socket:
     return connection
 
 
+def send_for_ever(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(b" " * 4096)
+
+
 def calls(server: ServerThread) -> int:
     """How many are open."""
     return sum(server.server.gate._of_client.values())
@@ -78,6 +83,28 @@ def test_a_body_of_many_small_chunks_is_refused(tiny_bundle: Path, tokens: str) 
             answer = connection.recv(10_000)
         assert b"401" not in answer
         assert answer.startswith(b"HTTP/1.1 400")
+
+
+def test_who_sends_too_much_reads_why(address: str) -> None:
+    """All of it can be sent, though it was refused before its end: a reset would take the answer along."""
+    body = b" " * (8 << 20)
+    head = "POST /v1/composite HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n"
+    with closing(connect(address)) as connection:
+        connection.sendall(head.format(1 << 40).encode() + body)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 413
+        assert "bytes" in json.loads(answer.read())["error"]["message"]
+
+
+def test_who_goes_on_sending_is_cut_off(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.server.http.door._LINGER_SECONDS", 0.2)
+    with closing(connect(address)) as connection:
+        connection.sendall(
+            b"POST /v1/composite HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999\r\n\r\n"
+        )
+        with pytest.raises(ConnectionError):
+            send_for_ever(connection)
 
 
 def test_silent_connections_above_the_limit_are_closed(
