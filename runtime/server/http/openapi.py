@@ -22,11 +22,11 @@ def _numbers(count: int) -> dict[str, Any]:
 
 
 _FILE = {"type": "string", "description": "A file: base64, also as a data URL; in a form, the file itself."}
+_SENT_FILE = {"type": "string", "contentEncoding": "base64", "description": "In base64."}
+"""A file in an answer."""
 _FILES = {"oneOf": [_FILE, {"type": "array", "items": _FILE, "minItems": 1}]}
-_MESSAGES = (
-    *(pb.CompositeRequest, pb.DrawRequest, pb.EditRequest, pb.CompositeResponse),
-    *(pb.SegmentRequest, pb.SegmentResponse, pb.GetModelInfoResponse),
-)
+_REQUESTS = (pb.CompositeRequest, pb.DrawRequest, pb.EditRequest, pb.SegmentRequest)
+_ANSWERS = (pb.CompositeResponse, pb.SegmentResponse, pb.GetModelInfoResponse)
 _SHORTER: dict[str, list[dict[str, Any]]] = {
     "Box": [_numbers(4), {"type": "string", "pattern": r"^-?\d+(,-?\d+){3}$"}],
     "Point": [_numbers(2), {"type": "string", "pattern": r"^!?-?\d+,-?\d+$"}],
@@ -66,8 +66,9 @@ def document(has_jobs: bool) -> dict[str, Any]:
         has_jobs: whether the server has jobs.
     """
     schemas: dict[str, Any] = {"Error": _error()}
-    for message in _MESSAGES:
-        _add(schemas, message.DESCRIPTOR)  # type: ignore[arg-type]
+    for messages, file in ((_REQUESTS, _FILE), (_ANSWERS, _SENT_FILE)):
+        for message in messages:
+            _add(schemas, message.DESCRIPTOR, file)  # type: ignore[arg-type]
     for name, shorter in _SHORTER.items():
         schemas[name] = {"oneOf": [schemas[name], *shorter]}
     schemas["Placement"]["properties"]["reference"] = _FILES
@@ -166,13 +167,13 @@ def _content(schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": "Done.", "content": {"application/json": {"schema": schema}}}
 
 
-def _add(schemas: dict[str, Any], message: Descriptor) -> None:
+def _add(schemas: dict[str, Any], message: Descriptor, file: dict[str, Any]) -> None:
     if message.name in schemas:
         return
     properties: dict[str, Any] = {}
     schemas[message.name] = {"type": "object", "properties": properties}
     for field in message.fields:
-        kind = _schema(schemas, field)
+        kind = _schema(schemas, field, file)
         properties[field.name] = {"type": "array", "items": kind} if _is_list(field) else kind
 
 
@@ -180,17 +181,17 @@ def _is_list(field: FieldDescriptor) -> bool:
     return field.is_repeated and not (field.message_type and field.message_type.GetOptions().map_entry)
 
 
-def _schema(schemas: dict[str, Any], field: FieldDescriptor) -> dict[str, Any]:
+def _schema(schemas: dict[str, Any], field: FieldDescriptor, file: dict[str, Any]) -> dict[str, Any]:
     kinds = FieldDescriptor
     if field.message_type is not None:
         if field.message_type.GetOptions().map_entry:
             return {"type": "object", "additionalProperties": {"type": "number"}}
-        _add(schemas, field.message_type)
+        _add(schemas, field.message_type, file)
         return _reference(field.message_type.name)
     if field.enum_type is not None:
         return {"type": "string", "enum": enum_names(field.enum_type)}
     if field.type == kinds.TYPE_BYTES:
-        return dict(_FILE)
+        return dict(file)
     if field.type == kinds.TYPE_STRING:
         return {"type": "string"}
     if field.type == kinds.TYPE_BOOL:
