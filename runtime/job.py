@@ -98,6 +98,11 @@ class ImageJob:
         return self.drawn == len(self.job.passes)
 
     @property
+    def is_refining(self) -> bool:
+        """Whether the next placement is a tile of one that was drawn before."""
+        return self.prepared.start is not None
+
+    @property
     def next_pass(self) -> Pass:
         """How the next placement is sampled."""
         return self.job.passes[self.drawn][1]
@@ -125,7 +130,7 @@ class ImageJob:
         job = self.job
         with job.watch.measure("paste"):
             self.image = job.system.finish(picture, self.image, self.prepared)
-        if self.prepared.start is None:
+        if not self.is_refining:
             self.regions.append(self.prepared.region)
         self.drawn += 1
         if not self.done:

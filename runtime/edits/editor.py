@@ -55,14 +55,29 @@ def check_edit(edit: Edit, compositor: Compositor, filler: Compositor | None, li
             if given.box is not None or given.mask is not None:
                 raise InputError("the object stays in its place: leave out box and mask")
     if not isinstance(edit.action, Remove):
-        request = Request(edit.scene, [Placement(edit.scene)], edit.seed, edit.sampling, edit.num_images)
-        compositor.steps_of(request, limits)
+        _check_placing(edit, compositor, limits)
     elif edit.sampling != Sampling():
         with in_field("sampling"):
             raise InputError(
                 "nothing is drawn when an object is removed: set the parameters of filling instead"
             )
     check_fill(edit, filler, limits)
+
+
+def _check_placing(edit: Edit, compositor: Compositor, limits: Limits) -> None:
+    action, abilities = edit.action, compositor.system.abilities
+    if isinstance(action, Swap | TryOn):
+        placement = action.placement
+    elif abilities.condition == "reference":
+        placement = Placement(edit.scene)
+    else:
+        with in_field("action"):
+            raise InputError(
+                f"{abilities.title} draws from prompts, and cannot place an object of the scene: use a model "
+                "that takes references, like AnyDoor"
+            )
+    request = Request(edit.scene, [placement], edit.seed, edit.sampling, edit.num_images)
+    compositor.steps_of(request, limits)
 
 
 class Editor:
@@ -123,9 +138,9 @@ class Editor:
         Raises:
             InputError: the edit is invalid; the message says what to change.
         """
-        check_edit(edit, self.compositor, self.filler, LARGEST)
         watch = Stopwatch()
         with collecting_warnings() as warnings, in_edit(placed_field(edit.action)):
+            check_edit(edit, self.compositor, self.filler, LARGEST)
             plan = plan_edit(edit, self.compositor.segmenter, LARGEST, watch)
             return self._run(plan, watch, warnings, on_step)
 
@@ -135,7 +150,8 @@ class Editor:
         edit = plan.edit
         filler = self.filler if plan.has_hole else None
         fill_steps = sum(filler.steps_of(fill_request(plan, filler))) if filler else 0
-        place_steps = sum(self.compositor.steps_of(plan.place_request(plan.scene))) if plan.placements else 0
+        # what cannot be placed is refused before a hole is filled
+        place_steps = steps_to_place(plan, self.compositor, LARGEST, watch) if filler else 0
 
         def following(before: int, after: int) -> StepCallback | None:
             return (lambda done, of: on_step(before + done, before + of + after)) if on_step else None
@@ -155,6 +171,17 @@ class Editor:
             results = [removed(plan, scenes[i % len(scenes)], plan.seed + i) for i in range(edit.num_images)]
         name = filler_name(filler) if plan.has_hole else ""
         return [finished(result, plan, name, watch, warnings) for result in results]
+
+
+def steps_to_place(plan: Plan, compositor: Compositor, limits: Limits, watch: Stopwatch) -> int:
+    """Counts the steps of all that is placed, tiles of refined places included, by preparing it.
+
+    Raises:
+        InputError: something cannot be placed.
+    """
+    if not plan.placements:
+        return 0
+    return compositor.accept(plan.place_request(plan.scene), limits, watch).total_steps
 
 
 def removed(plan: Plan, scene: Picture, seed: int) -> Composite:

@@ -23,7 +23,7 @@ from runtime.imaging.scene import load_scene
 from runtime.imaging.target import check_box
 from runtime.request import Action, Edit, Move, Placement, Remove, Request, Reshape, Swap, SwapPlaces, TryOn
 from runtime.result import Stopwatch
-from runtime.segmentation import Segmenter
+from runtime.segmentation import Segmenter, cut_out
 from runtime.validation import MAX_SEED, Limits
 
 _TRY_ON_CROP_RATIO = 1.3
@@ -129,6 +129,10 @@ def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch
         with watch.measure("read"), in_field("reshape.to"):
             of = MaskedPicture("the scene", seen.shape, scene.orientation)
             plan = found.reshaped(load_mask(edit.action.to, "the new outline", limits.pixels, of))
+    elif isinstance(edit.action, Swap | TryOn):
+        with in_field(placed_field(edit.action)):
+            given = cut_out(edit.action.placement, segmenter, limits.pixels, watch)
+        plan = found.placed(replace(edit.action, placement=given))
     else:
         plan = found.placed(edit.action)
     with in_field("where"):

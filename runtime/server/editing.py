@@ -32,6 +32,7 @@ class _Course:
     """The progress of an edit."""
 
     all_steps: int = 0
+    """Of all phases; 0 where only one of them has steps."""
     before: int = 0
     """Steps of the phases that are over."""
     done: list[Finished] = field(default_factory=list)
@@ -97,12 +98,11 @@ class Editing:
         phases = self._phases(plan)
         if preview_every:
             self._check_previews(preview_every, phases)
-        with in_edit(placed):  # what a hole is filled with was checked before the edit was planned
-            course.all_steps = sum(
-                sum(batcher.compositor.steps_of(request, batcher.limits)) for batcher, request in phases
-            )
         if self._filler and plan.has_hole:
-            accept = partial(self._filler.submit, phases[0][1])
+            filling = phases[0][1]
+            steps = self._filler.compositor.steps_of(filling, self._filler.limits)
+            course.all_steps = sum(steps) + _planned(course.done[-1]).place_steps
+            accept = partial(self._filler.submit, filling)
             yield "fill", self._follow(call, self._filler, accept, preview_every=preview_every)
             accept = partial(self._batcher.fill, plan, course.done[-1].images)
             yield placed, self._follow(call, self._batcher, accept, file_format)
@@ -121,9 +121,7 @@ class Editing:
                     course.done.append(event)
                 elif isinstance(event, StepDone):
                     steps = event.total
-                    # tiles of a place are counted once it is prepared
-                    in_all = max(course.all_steps, course.before + steps)
-                    yield StepDone(course.before + event.done, in_all)
+                    yield StepDone(course.before + event.done, course.all_steps or steps)
                 else:
                     yield event
         course.before += steps

@@ -168,10 +168,10 @@ class EngineThread:
         """Takes a step with every picture in the batch; hands on previews and what is drawn."""
         for sample, ticket in self._tickets.items():
             every = ticket.preview_every
-            # the picture itself comes after the last step
-            sample.wants_clean_latent = (
-                every > 0 and (sample.step + 1) % every == 0 and not sample.is_last_step
-            )
+            is_due = every > 0 and (sample.step + 1) % every == 0
+            # the picture itself comes after the last step; tiles would make more previews than are allowed
+            is_shown = not sample.is_last_step and not self._drawing.running[sample].is_refining
+            sample.wants_clean_latent = is_due and is_shown
         began = time.perf_counter()
         samples = self._drawing.step()
         self._follow(samples, began)

@@ -70,6 +70,8 @@ class Planned(Finished):
     """The end of a phase of an edit: what is to be filled and placed."""
 
     plan: Plan | None = None
+    place_steps: int = 0
+    """Steps of all that is placed, if a network fills holes before."""
     scenes: Sequence[Picture] = ()
     """The scene with its holes filled, once for each way that they are, where something is to be placed."""
 

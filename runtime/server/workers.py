@@ -13,6 +13,7 @@ from functools import partial
 
 from runtime.compositor import Compositor
 from runtime.drawing import Picture as Drawn
+from runtime.edits.editor import steps_to_place
 from runtime.edits.plan import Plan, plan_edit
 from runtime.errors import collecting_warnings, in_field
 from runtime.imaging.picture import Picture
@@ -146,7 +147,7 @@ class Workers:
         assert decoder is not None
         with collecting_warnings() as warnings, watch.measure("read"):
             request = decoder.decode(request, ticket.account.add, lambda: ticket.open)
-        owner = "" if self._share_caches else ticket.client
+        owner = self._owner(ticket)
         OWNER.set(owner)
         job = self._compositor.accept(request, self._limits, watch)
         job.warnings = list(dict.fromkeys(warnings + job.warnings))
@@ -161,6 +162,9 @@ class Workers:
         ticket.account.set(self._bytes(job, masks))
         ticket.job = job
         self._queue.put(ticket, job.images)
+
+    def _owner(self, ticket: Ticket) -> str:
+        return "" if self._share_caches else ticket.client
 
     def segment(self, ticket: Ticket, picture: PictureLike, where: Where) -> None:
         """Finds an object in a picture; its mask ends the request."""
@@ -185,6 +189,9 @@ class Workers:
             with watch.measure("read"):
                 edit = _decoded(edit, decoder.reader(ticket.account.add, lambda: ticket.open))
             plan = plan_edit(edit, self._compositor.segmenter, self._limits, watch)
+        fills = plan.has_hole and not guesses
+        OWNER.set(self._owner(ticket))
+        steps = steps_to_place(plan, self._compositor, self._limits, watch) if fills else 0
         height, width = plan.seen.shape[:2]
         with in_field("output_format"):
             check_format((width, height), ticket.file_format)
@@ -200,10 +207,10 @@ class Workers:
                 metadata=plan.scene.metadata.nbytes,
             )
         )
-        if guesses or not plan.has_hole:
-            self.run(ticket, self.fill, plan, (), watch, warnings)
+        if fills:
+            self._queue.end(ticket, Planned([], watch.seconds, warnings, plan=plan, place_steps=steps))
         else:
-            self._queue.end(ticket, Planned([], watch.seconds, warnings, plan=plan))
+            self.run(ticket, self.fill, plan, (), watch, warnings)
 
     def fill(
         self,

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli.flags import engine_options, given, parse_box, parse_click
 from runtime.cli.output import check_output, write_output
 from runtime.cli.pictures import add_picture_flags, check_flags, common_arguments, load_compositor
+from runtime.cli.placements import (
+    add_object_flags,
+    add_parameter_flags,
+    check_objects,
+    joined,
+    parameters,
+    placements_of,
+)
 from runtime.cli.progress import Progress
 from runtime.cli.remote import connect, follow
 from runtime.cli.standard_streams import read_standard_input
 from runtime.errors import InputError
-from runtime.request import AUTOMATIC, Action, Edit, Fill, Placement, Sampling, Where
+from runtime.request import Action, Edit, Fill, Placement, Sampling, Where
 
 if TYPE_CHECKING:
     from runtime.edits import Editor
+
+_PICTURES = ("scene", "object_mask", "other_mask", "objects", "reference_mask", "to")
+"""Flags with a picture or a list of them; not every command has all."""
 
 
 def add_scene_flags(parser: argparse.ArgumentParser, title: str = "the object") -> None:
@@ -41,24 +53,17 @@ def add_where_flags(group: argparse._ArgumentGroup, name: str, click: str) -> No
     group.add_argument(f"--{name}-mask", type=Path, metavar="FILE", help="its mask, of the scene's size")
 
 
-def add_reference_flags(parser: argparse.ArgumentParser, what: str, required: bool) -> None:
-    """Adds the flags of another object, which has its own picture."""
+def add_reference_flags(parser: argparse.ArgumentParser, what: str, mode: str) -> None:
+    """Adds the flags of another object, which has its own picture, and of how it is placed.
+
+    Args:
+        parser: gets the flags.
+        what: title of the group.
+        mode: the default of --mode, for the help.
+    """
     group = parser.add_argument_group(what)
-    group.add_argument("--reference", type=Path, required=required, metavar="FILE", help="picture of it")
-    group.add_argument(
-        "--reference-mask",
-        type=Path,
-        metavar="FILE",
-        help="its mask in that picture; auto: found by a segmenter (default: its transparency)",
-    )
-    group.add_argument(
-        "--reference-click",
-        dest="reference_clicks",
-        action="append",
-        type=parse_click,
-        metavar="X,Y",
-        help="a pixel of it in that picture; !X,Y: one that is not on it; may be repeated",
-    )
+    add_object_flags(group, "several are views of one object")
+    add_parameter_flags(group, mode)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,18 +89,25 @@ def where(options: argparse.Namespace, name: str = "object") -> Where:
 
 
 def referenced(options: argparse.Namespace) -> Placement:
-    """Returns the other object from the flags, without a place."""
-    mask = options.reference_mask
-    return Placement(
-        options.reference,
-        AUTOMATIC if mask == Path(AUTOMATIC) else mask,
-        reference_clicks=options.reference_clicks,
-        mode=getattr(options, "mode", None),
-    )
+    """Returns the other object from the flags, without a place.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    objects, masks = options.objects or [], options.reference_mask or []
+    clicks = options.reference_clicks or {}
+    kind = check_objects(objects, masks, clicks)
+    if kind == "--prompt" and len(objects) > 1:
+        raise InputError(f"{len(objects)} --prompt are given: give one")
+    return joined(placements_of(objects, masks, clicks, parameters(options)))
 
 
-def run_edit(options: argparse.Namespace, action: Action) -> int:
+def run_edit(options: argparse.Namespace, action: Callable[[argparse.Namespace], Action]) -> int:
     """Edits, writes the pictures and prints their names.
+
+    Args:
+        options: parsed flags.
+        action: returns what to do, from the flags with their pictures read.
 
     Raises:
         AnyDoorError: a flag, a picture, a bundle or the server cannot be used.
@@ -103,14 +115,14 @@ def run_edit(options: argparse.Namespace, action: Action) -> int:
     if options.server and options.filler:
         raise InputError("--filler has no effect with --server")
     check_flags(options)
+    _read_standard_input(options)
     check_output(options.output, options.scene, options.num_images, options.grid)
-    ((scene,),) = read_standard_input([options.scene])
     common = common_arguments(options)
     if common.pop("initial_noise") is not None:
         raise InputError("--initial-noise is for composite and draw")
     sampling = {name.removeprefix("fill_"): value for name, value in given(options, ["fill_steps"]).items()}
     fill = Fill(options.fill_prompt or "", Sampling(**sampling))
-    edit = Edit(scene, where(options), action, fill, **common)
+    edit = Edit(options.scene, where(options), action(options), fill, **common)
     with Progress(options.quiet) as progress:
         if options.server:
             with connect(options) as client:
@@ -124,6 +136,14 @@ def run_edit(options: argparse.Namespace, action: Action) -> int:
     if results[0].filler:
         print(f"anydoor: filled by: {results[0].filler}", file=sys.stderr)
     return 0
+
+
+def _read_standard_input(options: argparse.Namespace) -> None:
+    """Puts the bytes of standard input in place of the picture that is `-`."""
+    pictures = {name: getattr(options, name) for name in _PICTURES if getattr(options, name, None)}
+    lists = [value if isinstance(value, list) else [value] for value in pictures.values()]
+    for (name, value), read in zip(pictures.items(), read_standard_input(*lists)):
+        setattr(options, name, read if isinstance(value, list) else read[0])
 
 
 def _load(options: argparse.Namespace) -> Editor:

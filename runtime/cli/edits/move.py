@@ -28,4 +28,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Moves the object; see `run_edit`."""
-    return run_edit(options, Move(options.to))
+    return run_edit(options, lambda read: Move(read.to))

@@ -25,4 +25,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Removes the object; see `run_edit`."""
-    return run_edit(options, Remove())
+    return run_edit(options, lambda _: Remove())

@@ -27,4 +27,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Reshapes the object; see `run_edit`."""
-    return run_edit(options, Reshape(options.to))
+    return run_edit(options, lambda read: Reshape(read.to))

@@ -25,10 +25,10 @@ anydoor try-on --scene person.jpg --click 210,300 --reference shirt.jpg --refere
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     add_scene_flags(parser, "the clothes to replace: a coarse outline is enough")
-    add_reference_flags(parser, "the garment", required=True)
+    add_reference_flags(parser, "the garment", "shape")
     add_common_flags(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Tries the garment on; see `run_edit`."""
-    return run_edit(options, TryOn(referenced(options)))
+    return run_edit(options, lambda read: TryOn(referenced(read)))
