@@ -188,7 +188,9 @@ def placements_of(
         clicks: on references.
         common: `parameters` of all of them.
     """
-    found = [AUTOMATIC if mask == Path(AUTOMATIC) else mask for mask in masks or [None] * len(objects)]
+    found: list[Path | bytes | str | None] = [None] * len(objects)
+    if masks:
+        found = [AUTOMATIC if mask == Path(AUTOMATIC) else mask for mask in masks]
     return [
         Placement(
             **{"prompt" if isinstance(what, str) else "reference": what},  # type: ignore[arg-type]
@@ -202,5 +204,9 @@ def placements_of(
 
 def joined(placements: Sequence[Placement]) -> Placement:
     """Returns one placement for several pictures of one object: those after the first are its views."""
-    views = [View(each.reference, each.reference_mask, each.reference_clicks) for each in placements[1:]]
+    views = [
+        View(each.reference, each.reference_mask, each.reference_clicks)
+        for each in placements[1:]
+        if each.reference is not None
+    ]
     return replace(placements[0], views=views or None)

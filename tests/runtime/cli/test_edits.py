@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -71,6 +73,7 @@ LINES = {
     "reshape": "reshape --object-mask cup.png --to tall.png --steps 1 --seed 3",
     "swap": "swap --object-box 8,8,40,40 --reference vase.png --steps 1 --seed 3",
     "swap-shape": "swap --click 20,20 --reference vase.png --mode shape --steps 1 --seed 3",
+    "swap-finely": "swap --click 20,20 --reference vase.png --steps 2 --refine 900 --edge hard --seed 3",
     "swap-places": "swap --click 20,20 --other-click 70,30 --steps 1 --seed 3",
     "try-on": "try-on --object-mask cup.png --reference shelf.png --reference-click 70,30 --steps 1 --seed 3",
 }
@@ -126,6 +129,12 @@ REFUSALS = [
         "give one other object: with --reference",
     ),
     ("try-on --click 20,20 --reference shelf.png", "the reference has no transparency"),
+    ("swap --click 20,20 --other-click 70,30 --mode shape", "--mode is for an object with a --reference"),
+    ("try-on --click 20,20", "nothing to place: give a --reference or a --prompt"),
+    ("try-on --click 20,20 --reference-click 3,3 --reference vase.png", "needs a --reference before it"),
+    ("swap --click 20,20 --reference vase.png --reference shelf.png", "2 pictures of an object are given"),
+    ("swap --click 20,20 --prompt vase", "takes no prompt"),
+    ("swap --click 20,20 --reference vase.png --refine 1000", "refine must be a timestep from 1 to 999"),
     (
         "try-on --click 20,20 --object-box 1,2,9,9 --reference vase.png",
         "give only one of box, mask and clicks",
@@ -146,6 +155,23 @@ def test_refusals(folder: Path, here: list[str], line: str, sentence: str, capsy
     assert "Traceback" not in error
     assert len([text for text in error.splitlines() if text.startswith("anydoor: ") or "error:" in text]) == 1
     assert not (folder / "out.png").exists()
+
+
+def test_any_picture_of_an_edit_may_come_from_standard_input(
+    folder: Path, here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    line = "swap --scene {} --object-mask {} --reference {} --steps 1 --seed 3 --quiet -o out.png"
+    files = ("shelf.png", "cup.png", "vase.png")
+    drawn = set()
+    for index, name in enumerate(files):
+        stdin = SimpleNamespace(buffer=io.BytesIO((folder / name).read_bytes()))
+        monkeypatch.setattr("sys.stdin", stdin)
+        given = [*files[:index], "-", *files[index + 1 :]]
+        assert main([*command(folder, line.format(*given)), *here]) == 0
+        drawn.add((folder / "out.png").read_bytes())
+    assert len(drawn) == 1
+    assert main([*command(folder, line.format("-", "-", "vase.png")), *here]) == 2
+    assert "standard input holds one picture, but several are -" in capsys.readouterr().err
 
 
 def test_nothing_is_found(folder: Path, here: list[str], capsys: Capture) -> None:

@@ -132,6 +132,48 @@ def test_an_edit_that_is_left_leaves_nothing_behind(editors: dict[str, Editor], 
     np.testing.assert_array_equal(editors["stable_diffusion"].run(asked)[0].image, before.image)
 
 
+def test_tiles_of_a_refined_place_are_counted_from_the_first_step_on(editors: dict[str, Editor]) -> None:
+    swap = Swap(Placement(object_array(), refine=600, mode="shape", crop_ratio=3.0))
+    large = np.zeros((150, 160), bool)
+    large[20:130, 20:130] = True
+    scene = scene_array(width=160, height=150)
+    asked = Edit(scene, Where(mask=large), swap, Fill(sampling=Sampling(steps=2)), 3, Sampling(steps=4))
+    steps: list[tuple[int, int]] = []
+    editors["stable_diffusion"].run(asked, lambda *step: steps.append(step))
+    assert len(steps) > 2 + 4
+    assert steps == [(step, len(steps)) for step in range(1, len(steps) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("action", "field", "reason"),
+    [
+        (Swap(Placement(SCENE)), "swap.placement.reference_mask", "has no transparency"),
+        (Swap(Placement(object_array(), refine=-3)), "swap.placement.refine", "must be a timestep"),
+        (TryOn(Placement(object_array(), prompt="a")), "try_on.prompt", "takes no prompt"),
+        (Swap(Placement()), "swap.placement.reference", "give a reference"),
+    ],
+    ids=["no mask", "no timestep", "prompt", "nothing"],
+)
+def test_what_cannot_be_placed_is_refused_before_the_hole_is_filled(
+    editors: dict[str, Editor], action: Action, field: str, reason: str
+) -> None:
+    steps: list[tuple[int, int]] = []
+    with pytest.raises(InputError, match=reason) as caught:
+        editors["stable_diffusion"].run(edit(action, "stable_diffusion"), lambda *step: steps.append(step))
+    assert caught.value.field == field
+    assert not steps
+
+
+def test_a_model_of_prompts_draws_instead_of_an_object_but_moves_none(editors: dict[str, Editor]) -> None:
+    painter = editors["stable_diffusion"].filler
+    assert painter is not None
+    swapped = Editor(painter).run(edit(Swap(Placement(prompt="a cat", mode="shape")), "stable_diffusion"))[0]
+    assert (swapped.image != SCENE).any(axis=2)[CUP].mean() > 0.9
+    with pytest.raises(InputError, match="draws from prompts, and cannot place an object") as caught:
+        Editor(painter).run(edit(Move((50, 20, 90, 50)), "stable_diffusion"))
+    assert caught.value.field == "action"
+
+
 @pytest.mark.parametrize(
     ("fill", "field", "reason"),
     [

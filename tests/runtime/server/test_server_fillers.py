@@ -14,7 +14,19 @@ from PIL import Image
 from engines.options import EngineOptions
 from runtime.edits import Editor
 from runtime.errors import InputError
-from runtime.request import Action, Edit, Fill, Move, Placement, Remove, Sampling, SwapPlaces, TryOn, Where
+from runtime.request import (
+    Action,
+    Edit,
+    Fill,
+    Move,
+    Placement,
+    Remove,
+    Sampling,
+    Swap,
+    SwapPlaces,
+    TryOn,
+    Where,
+)
 from runtime.segmentation import bundle_bytes
 from runtime.server.events import Preview, Queued, StepDone
 from runtime.server.serve import open_models
@@ -92,6 +104,30 @@ def test_steps_and_previews_of_both_phases(server: ServerThread) -> None:
     shown = next(event for event in events if isinstance(event, Preview))
     assert np.asarray(Image.open(io.BytesIO(shown.image))).shape == SCENE.shape
     assert {"read", "sample", "decode", "paste", "encode"} <= events[-1][0].seconds.keys()
+
+
+def test_tiles_are_counted_from_the_first_step_on_and_take_no_previews(server: ServerThread) -> None:
+    """A place of 110 pixels, of which the networks draw 64: four tiles, each with the late steps."""
+    scene = scene_array(width=160, height=150)
+    large = np.zeros((150, 160), bool)
+    large[20:130, 20:130] = True
+    swap = Swap(Placement(OBJECT, refine=900, mode="shape"))
+    asked = replace(edit(swap, steps=4, fill_steps=3), scene=scene, where=Where(mask=large))
+    with server.client() as client:
+        events = list(client.stream_edit(asked, preview_every=2))
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert len(steps) > 3 + 4 + 4
+    assert steps == [StepDone(step, len(steps)) for step in range(1, len(steps) + 1)]
+    # one of each first pass, as many as the limit was checked with
+    assert sum(isinstance(event, Preview) for event in events) == 2
+
+
+def test_what_cannot_be_placed_is_refused_before_the_hole_is_filled(server: ServerThread) -> None:
+    before = len(server.filler_engine.steps)
+    with server.client() as client, pytest.raises(InputError, match="has no transparency") as caught:
+        client.edit(edit(Swap(Placement(SCENE))))
+    assert caught.value.field == "request.swap.placement.reference_mask"
+    assert len(server.filler_engine.steps) == before
 
 
 def test_a_prompt_that_is_too_long_is_that_of_the_filler(server: ServerThread) -> None:
