@@ -107,7 +107,7 @@ def test_steps_and_previews_of_both_phases(server: ServerThread) -> None:
 
 
 def test_tiles_are_counted_from_the_first_step_on_and_take_no_previews(server: ServerThread) -> None:
-    """A place of 110 pixels, of which the networks draw 64: four tiles, each with the late steps."""
+    """The place has 110 pixels and more, and the networks draw 64: tiles, each with all four steps."""
     scene = scene_array(width=160, height=150)
     large = np.zeros((150, 160), bool)
     large[20:130, 20:130] = True
