@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py
     python benchmarks/fidelity.py --bundle examples/anydoor-small --bundle build/engines/imprint-small
     python benchmarks/fidelity.py --scene-size 480 --refine 0 --refine 400 --count 30
-  python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
+    python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 
 By default on the synthetic set, whose true pictures are known (support/truth_set.py): SSIM and PSNR in the
 object's box, gradient similarity in its mask (support/similarity.py), masked patch similarity to the

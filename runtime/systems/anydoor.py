@@ -178,8 +178,11 @@ class Preprocessing:
         return replace(place, tiles=tiles)
 
     def _check_refine(self, timestep: int | None) -> int:
+        """Returns the timestep, 0 for one pass."""
+        if timestep is None:
+            return 0
         with in_field("refine"):
-            if not is_integer(timestep) or not 0 <= int(timestep or 0) <= LAST_TIMESTEP:
+            if not is_integer(timestep) or not 0 <= timestep <= LAST_TIMESTEP:
                 raise InputError(
                     f"refine must be a timestep from 1 to {LAST_TIMESTEP}, or 0 for none, not {timestep!r}"
                 )
@@ -188,7 +191,7 @@ class Preprocessing:
                     "this bundle was built without the graph that encodes pictures, which refine needs: "
                     "build it again"
                 )
-        return int(timestep or 0)
+        return timestep
 
     def _tiles(
         self,
@@ -297,7 +300,7 @@ class Preprocessing:
 class AnyDoor(Preprocessing):
     """The system with a model; see `runtime.systems.system.System`."""
 
-    defaults = DEFAULTS
+    defaults: Mapping[str, Any] = DEFAULTS
 
     def __init__(self, model: Model) -> None:
         """Looks up what the model has.
@@ -319,6 +322,8 @@ class AnyDoor(Preprocessing):
         self._unconditional_tokens = self._tokens.repeated(no_reference)
         self._window = model.control_window
         self.refines = manifest.encoder is not None
+        if not self.refines:
+            self.defaults = {name: value for name, value in self.defaults.items() if name != "refine"}
         self._tile_maps = DetailMapCache(0)
         """Detail maps of tiles, which are not reused for another seed."""
         self.cache = DetailMapCache(model.cache_bytes)

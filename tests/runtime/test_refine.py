@@ -26,6 +26,7 @@ from runtime.parameters import sampling_parameters
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.sampling.passes import first_pass, second_pass
+from runtime.server.wire import defaults_message
 from runtime.systems.anydoor import DEFAULTS, AnyDoorPlacement, AnyDoorTile
 from tests.support.anydoor import DENOISE, ENCODE
 from tests.support.observers import RunCounter
@@ -196,5 +197,6 @@ def test_a_bundle_without_an_encoder(tiny_bundle: Path) -> None:
     older = Bundle(bundle.path, replace(bundle.manifest, graphs=graphs))
     compositor = Compositor(older, open_engine(older, CPU))
     assert drawn(compositor, LARGE).shape == SCENE.shape
+    assert not defaults_message(compositor.defaults).HasField("refine")
     with pytest.raises(InputError, match="built without the graph that encodes pictures"):
         drawn(compositor, replace(LARGE, refine=400))
