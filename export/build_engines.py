@@ -187,7 +187,7 @@ def summary(manifest: Manifest) -> str:
     lines = [
         f"system: {manifest.system}, {manifest.precision}, {manifest.size_text}, batch up to "
         f"{manifest.max_batch}",
-        f"defaults: {defaults or 'those of the system'}",
+        *([] if manifest.is_segmenter else [f"defaults: {defaults or 'those of the system'}"]),
         f"{'graph':<12} {'MB':>8} {'scratch MB':>11} {'build s':>8} {f'error against {against}':>22}",
     ]
     for name, graph in manifest.graphs.items():

@@ -6,7 +6,7 @@ import { copyFileSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
-import { BUNDLE, click, drag, drop, faults, finished, launch, OBJECT, open, pixels, PYTHON, ROOT, serve, SHOTS } from "./studio.mjs";
+import { BUNDLE, click, drag, drop, faults, finished, launch, OBJECT, open, pixels, PYTHON, ROOT, SCENE, serve, SHOTS } from "./studio.mjs";
 
 const GREEN = (r, g, b) => g > r + 20 && g > b + 20;
 const folder = mkdtempSync(join(tmpdir(), "studio-"));
@@ -18,6 +18,7 @@ let server;
 before(async () => {
   run(PYTHON, ["-m", "tests.support.segmenters", folder], ROOT);
   copyFileSync(OBJECT, join(folder, "object.png"));
+  copyFileSync(SCENE, join(folder, "scene.png"));
   browser = await launch();
   const models = ["--bundle", `cup=${BUNDLE}`, "--bundle", `bear=${BUNDLE}`];
   server = await serve(...models, "--segmenter", join(folder, "u2net"), "--segmenter", join(folder, "sam"));
@@ -170,6 +171,27 @@ test("an object is cut out automatically, and what is refused is said", async ()
   await page.locator("#steps").fill("1");
   await page.locator("#start").click();
   await page.getByText("both selections are the same object").waitFor();
+});
+
+test("a large place is refined, with the keyboard", async () => {
+  const { page, problems } = await at("composite");
+  const refine = page.getByLabel("Refine large places");
+  await drop(page, "#canvas-box", SCENE);
+  await drop(page, ".thumb", OBJECT);
+  await drag(page, [150, 30], [265, 239]);
+  await start(page, "5");
+  const once = await pixels(page);
+  await refine.focus();
+  await page.keyboard.press("Space");
+  await start(page, "5");
+  assert.notEqual(await pixels(page), once);
+  const parameters = await sameAsCopied(page);
+  assert.equal(parameters.refine, 200);
+  await page.locator("#task").selectOption("move");
+  assert.equal(await refine.isVisible(), false);
+  await page.locator("#task").selectOption("swap");
+  assert.equal(await refine.isVisible(), true);
+  assert.deepEqual(problems, []);
 });
 
 test("a model is chosen", async () => {

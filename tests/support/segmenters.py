@@ -67,6 +67,7 @@ def salient(
     names: tuple[str, str] = ("input", "output"),
     others: int = 0,
     sigmoid: bool = True,
+    half: bool = False,
 ) -> Path:
     """A network whose mask is what is brighter than 0.5 before it was normalised, and smooth around that.
 
@@ -77,17 +78,23 @@ def salient(
         names: of its input and its first output.
         others: outputs beside the first.
         sigmoid: whether the mask is from 0 to 1, not logits.
+        half: whether weights are in float16, and the network computes in it.
     """
     network = Network()
-    mean, deviation = (np.reshape(values, (1, 3, 1, 1)) for values in normalise)
-    value = network.add("Mul", names[0], network.constant(deviation))
-    value = network.add("Add", value, network.constant(mean))
+    dtype = np.float16 if half else np.float32
+    mean, deviation, middle, slope = (
+        network.constant(np.reshape(values, (1, -1, 1, 1)), dtype) for values in (*normalise, 0.5, 20.0)
+    )
+    value = network.add("Cast", names[0], to_type=TensorProto.FLOAT16 if half else FLOAT)
+    value = network.add("Add", network.add("Mul", value, deviation), mean)
     value = network.add("ReduceMean", value, axes=[1], keepdims=1)
-    value = network.add("Mul", network.add("Sub", value, network.constant(0.5)), network.constant(20.0))
-    network.add("Sigmoid" if sigmoid else "Identity", value, to=names[1])
+    value = network.add("Mul", network.add("Sub", value, middle), slope)
+    mask = network.add("Sigmoid" if sigmoid else "Identity", value)
+    network.add("Cast", mask, to=names[1], to_type=FLOAT)
     outputs = [(names[1], (1, 1, size, size))]
     for index in range(others):
-        outputs.append((network.add("Neg", value, to=f"d{index}"), (1, 1, size, size)))
+        other = network.add("Cast", network.add("Neg", value), to=f"d{index}", to_type=FLOAT)
+        outputs.append((other, (1, 1, size, size)))
     return network.save(path, [(names[0], (1, 3, size, size))], outputs)
 
 

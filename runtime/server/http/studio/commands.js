@@ -32,6 +32,7 @@ export function commandLine(request, origin) {
   else words.push(...whereFlags(request.marks[0], "click", "object-"), ...actionFlags(request));
   if (request.fill) words.push(`--fill-prompt ${quoted(request.fill)}`);
   if (request.mode) words.push(`--mode ${request.mode}`);
+  if (request.refine !== null) words.push(`--refine ${request.refine}`);
   if (request.quality) words.push(`--quality ${request.quality}`);
   if (request.steps) words.push(`--steps ${request.steps}`);
   words.push(`--seed ${request.seed}`, "-o out.png");
@@ -52,21 +53,23 @@ function whereOf(said) {
   return said.box ? `box=(${said.box.join(", ")})` : `mask=${text(said.mask)}`;
 }
 
-function placement(each, mode, place) {
+function placement(each, { mode, refine }, place) {
   const given = each.prompt ? [`prompt=${text(each.prompt)}`] : [text(each.name)];
   if (each.automatic) given.push('reference_mask="auto"');
   if (each.clicks) given.push(`reference_clicks=${clicksOf(each.clicks)}`);
   if (place) given.push(whereOf(place));
   if (mode) given.push(`mode=${text(mode)}`);
+  if (refine !== null) given.push(`refine=${refine}`);
   return `Placement(${given.join(", ")})`;
 }
 
-function action({ task, marks, objects, mode }) {
+function action(request) {
+  const { task, marks, objects } = request;
   if (task === "remove") return "Remove()";
   if (task === "move") return `Move((${marks[1].box.join(", ")}))`;
   if (task === "reshape") return `Reshape(${text(marks[1].mask)})`;
   if (task === "exchange") return `SwapPlaces(Where(${whereOf(marks[1])}))`;
-  return `${task === "swap" ? "Swap" : "TryOn"}(${placement(objects[0], mode)})`;
+  return `${task === "swap" ? "Swap" : "TryOn"}(${placement(objects[0], request)})`;
 }
 
 export function python(request, origin) {
@@ -84,7 +87,7 @@ function compositing(request, client, others) {
     "from runtime.client import Client",
     "",
     "placements = [",
-    ...request.objects.map((each) => `    ${placement(each, request.mode, placeOf(each))},`),
+    ...request.objects.map((each) => `    ${placement(each, request, placeOf(each))},`),
     "]",
     `with ${client} as client:`,
     `    image = client.composite(${text(request.scene)}, placements, ${others.join(", ")})`,

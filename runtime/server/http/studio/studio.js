@@ -11,6 +11,7 @@ import { Stage } from "./stage.js";
 import { TARGET, TASKS } from "./tasks.js";
 
 const find = (id) => document.getElementById(id);
+const REFINE_FROM = 200; // the timestep of --refine without a number
 const QUALITIES = { exact: "exact", balanced: "balanced, twice as fast", fast: "fast, four times as fast" };
 
 let about = null; // what the server says of its model
@@ -76,6 +77,7 @@ function arrange() {
   find("sources").hidden = !reference;
   find("add").hidden = Boolean(marks);
   find("modes").hidden = !mode;
+  find("refining").hidden = !reference || about?.defaults.refine === undefined;
   find("filling").hidden = !about?.filler || !marks || task() === "try-on";
   for (const label of document.querySelectorAll(".sampled")) label.hidden = task() === "remove";
   find("start").textContent = verb;
@@ -152,12 +154,20 @@ function requested() {
     })),
     ...(isComposite ? {} : { marks }),
     mode: value("mode"),
+    refine: refined(),
     quality: value("quality"),
     steps: find("steps").closest("label").hidden ? null : number("steps"),
     fill: value("fill"),
     model: about.models?.length > 1 ? about.model : null,
     seed: number("seed") ?? Math.floor(Math.random() * 2 ** 31),
   };
+}
+
+// The timestep that is asked for; null for the model's own.
+function refined() {
+  const own = about.defaults.refine;
+  if (find("refining").hidden || find("refine").checked === Boolean(own)) return null;
+  return find("refine").checked ? REFINE_FROM : 0;
 }
 
 function targetOf(index) {
@@ -263,6 +273,7 @@ async function connect(name = "") {
       ...about.qualities.map((quality) => new Option(QUALITIES[quality] ?? quality, quality)),
     );
     find("steps").max = about.limits.steps;
+    find("refine").checked = Boolean(about.defaults.refine);
     find("models").replaceChildren(...about.models.map((each) => new Option(each, each, false, each === about.model)));
     find("models").hidden = about.models.length < 2;
     say("");
