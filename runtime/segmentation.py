@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,10 @@ class Segmenter:
         if where.clicks is not None:
             with in_field("clicks"):
                 check_clicks(where.clicks)
-        if where.mask is None and not (where.clicks is None and where.box is None):
-            self.require_clicks()
+                self.require_clicks()
+        if where.box is not None:
+            with in_field("box"):
+                self.require_clicks()
 
     def find(
         self, picture: Picture, where: Where, max_pixels: int = MAX_PIXELS, name: str = "the picture"
@@ -140,7 +143,9 @@ class Segmenter:
             with in_field("mask"):
                 of = MaskedPicture(name, picture.rgb.shape, picture.orientation)
                 return load_mask(where.mask, "the mask", max_pixels, of)
-        return self.mask(picture, where.clicks, where.box, max_pixels, name)
+        selected = "clicks" if where.clicks is not None else "box" if where.box is not None else ""
+        with in_field(selected) if selected else nullcontext():
+            return self.mask(picture, where.clicks, where.box, max_pixels, name)
 
     def mask(
         self,

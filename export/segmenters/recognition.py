@@ -215,7 +215,8 @@ def _recognise_salient(path: Path, model: onnx.ModelProto, normalise: str | None
     size = shape[2] if shape[2] == shape[3] else 0
     several = len(model.graph.output) > 1
     if normalise:
-        return Wrap(SALIENT, "main object", size or 512, NORMALISATIONS[normalise])
+        usual = next(family.size for family in FAMILIES if family.normalisation == normalise)
+        return Wrap(SALIENT, "main object", size or usual, NORMALISATIONS[normalise])
     for family in FAMILIES:
         if (
             (size or 512) == family.size

@@ -143,6 +143,17 @@ def test_what_sizes_do_not_say_is_asked_for(tmp_path: Path, capsys: pytest.Captu
     )
 
 
+@pytest.mark.parametrize(
+    ("normalise", "side"), [("u2net", 320), ("signed", 512), ("half", 1024), ("imagenet", 1024)]
+)
+def test_a_variable_size_becomes_that_of_the_networks_with_the_normalisation(
+    normalise: str, side: int, tmp_path: Path
+) -> None:
+    network = salient(tmp_path / "any.onnx", HALF, "height")
+    (wrap,) = SegmenterSource.open([network], normalise).wraps
+    assert wrap.size == side
+
+
 def no_picture(folder: Path) -> list[Path]:
     network = Network()
     network.add("Neg", "tokens", to="more")

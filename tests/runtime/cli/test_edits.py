@@ -189,7 +189,12 @@ def test_nothing_is_found(folder: Path, here: list[str], capsys: Capture) -> Non
 @pytest.mark.parametrize(
     ("where", "action", "status", "sentence"),
     [
-        (Where(clicks=[(200, 20)]), Remove(), "INVALID_ARGUMENT", "where: the click 200,20 lies outside"),
+        (
+            Where(clicks=[(200, 20)]),
+            Remove(),
+            "INVALID_ARGUMENT",
+            "where.clicks: the click 200,20 lies outside",
+        ),
         (Where(mask=np.zeros_like(CUP)), Remove(), "INVALID_ARGUMENT", "where.mask: the mask is empty"),
         (Where(mask=np.ones_like(CUP)), Remove(), "INVALID_ARGUMENT", "where: the hole covers the whole"),
         (

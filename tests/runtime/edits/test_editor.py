@@ -144,7 +144,11 @@ def test_the_object_is_found(editor: Editor) -> None:
         ),
         (lambda: edit(Remove(), sampling=SHORT), "sampling", "nothing is drawn when an object is removed"),
         (lambda: edit(Remove(), num_images=0), "num_images", "num_images must be"),
-        (lambda: Edit(SCENE, Where(clicks=[(500, 3)]), Remove()), "where", "the click 500,3 lies outside"),
+        (
+            lambda: Edit(SCENE, Where(clicks=[(500, 3)]), Remove()),
+            "where.clicks",
+            "the click 500,3 lies outside",
+        ),
         (
             lambda: Edit(SCENE, Where(clicks=[(3, 3)], mask=CUP), Remove()),
             "where",

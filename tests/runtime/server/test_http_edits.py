@@ -178,7 +178,7 @@ def test_a_mask_in_json(address: str) -> None:
     [
         ("edit", {"move": {"to": [200, 0, 240, 40]}}, "move.to", "outside"),
         ("edit", {"reshape": {"to": OBJECT_64}}, "reshape.to", "they must have the same size"),
-        ("edit", {"swap": {"other": {"box": [1, 2, 1, 4]}}}, "swap.other", "no area"),
+        ("edit", {"swap": {"other": {"box": [1, 2, 1, 4]}}}, "swap.other.box", "no area"),
         ("edit", {"swap": {"placement": {"reference": "AAAA"}}}, "swap.placement.reference", "not a picture"),
         ("edit", {"try_on": {"reference": OBJECT_64, "prompt": "a hat"}}, "try_on.prompt", "takes no prompt"),
         ("edit", {"try_on": {"reference": OBJECT_64, "box": [1, 2, 3, 4]}}, "try_on", "leave out box"),
@@ -190,7 +190,12 @@ def test_a_mask_in_json(address: str) -> None:
         ("edit", {"remove": {}, "stream": "perhaps"}, "stream", "true or false"),
         ("segment", {}, "picture", "the picture is empty"),
         ("segment", {"picture": in_base64(b"GIF89a")}, "picture", "the picture is"),
-        ("segment", {"picture": in_base64(SHELF), "clicks": "500,2"}, "where", "lies outside the picture"),
+        (
+            "segment",
+            {"picture": in_base64(SHELF), "clicks": "500,2"},
+            "where.clicks",
+            "lies outside the picture",
+        ),
         ("segment", {"picture": in_base64(SHELF), "clicks": "20"}, "where.clicks.points[0]", "2 numbers"),
         ("segment", {"picture": in_base64(SHELF), "clicks": []}, "where.clicks", "no click is on the object"),
         (

@@ -157,7 +157,7 @@ def test_the_object_is_found(server: ServerThread) -> None:
     ("asked", "field"),
     [
         (edit(Move((200, 0, 240, 40))), "move.to"),
-        (edit(Move(TO), where=Where(clicks=[(500, 3)])), "where"),
+        (edit(Move(TO), where=Where(clicks=[(500, 3)])), "where.clicks"),
         (edit(Move(TO), where=Where(mask=np.ones((9, 9), bool))), "where.mask"),
         (edit(Reshape(np.ones((9, 9), bool))), "reshape.to"),
         (edit(SwapPlaces(Where(mask=CUP))), "swap.other"),

@@ -91,7 +91,7 @@ def test_what_is_missing_is_named(bare_server: ServerThread) -> None:
         ),
         (
             pb.SegmentRequest(picture=SHELF, where=pb.Where(clicks=pb.Clicks(points=[pb.Point(x=500, y=2)]))),
-            "where",
+            "where.clicks",
             "the click 500,2 lies outside the picture",
         ),
         (
