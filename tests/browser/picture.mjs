@@ -5,7 +5,7 @@ import { drag, finished, launch, open, prepare, ROOT, serve } from "./studio.mjs
 
 const browser = await launch();
 const server = await serve();
-const { page } = await open(server.url, { viewport: { width: 1000, height: 700 } });
+const { page } = await open(server.url, { viewport: { width: 1000, height: 740 } });
 await prepare(page, "50");
 await drag(page, [165, 75], [245, 215]);
 await page.locator("#seed").fill("7");
