@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ Picture = NDArray[np.uint8]
 EXAMPLES = """examples:
   python benchmarks/fidelity.py
   python benchmarks/fidelity.py --bundle examples/anydoor-small --bundle build/engines/imprint-small
+  python benchmarks/fidelity.py --strength 1 --strength 0.65 --strength 0.5
   python benchmarks/fidelity.py --bundle build/engines/anydoor --steps 20 --guidance-scale 5 --count 30
   python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 """
@@ -84,9 +86,10 @@ class Composer:
         request = Request(scene, [placement], self.seed + number, self.sampling)
         return self.compositor.run(request)[0].image
 
-    def truth_pair(self, pair: TruthPair, number: int, refine: int | None = None) -> Picture:
-        """Return the scene of a pair with its object."""
-        return self.draw(pair.guessed, replace(pair.placement(self.mode), refine=refine), number)
+    def truth_pair(self, pair: TruthPair, number: int, **parameters: float | None) -> Picture:
+        """Return the scene of a pair with its object; `parameters` are those of the placement."""
+        placement: Placement = replace(pair.placement(self.mode), **parameters)  # type: ignore[arg-type]
+        return self.draw(pair.guessed, placement, number)
 
     def protocol_pair(self, each: ProtocolObject, scene: Picture, box: Box, number: int) -> Picture:
         """Return a scene with an object of the paper's protocol."""
@@ -159,11 +162,13 @@ def measure(
     if not options.protocol:
         patches = load_dinov2(options.dinov2) if options.dinov2 else own_dinov2(EXAMPLE_CHECKPOINT)
         models = {
-            name if not refine else f"{name}, refined from {refine}": partial(
-                composer.truth_pair, refine=refine
+            name
+            + (f", refined from {refine}" if refine else "")
+            + (f", strength {strength:g}" if strength not in (None, 1) else ""): partial(
+                composer.truth_pair, refine=refine, strength=strength
             )
             for name, composer in composers.items()
-            for refine in options.refine or [None]
+            for refine, strength in product(options.refine or [None], options.strength or [None])
         }
         return fidelity_truth.measure(models, options.count, patches, options.among, options.scene_size)
     # the packages of the embedding networks are not needed otherwise
@@ -215,6 +220,14 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="R",
         help="zoom-in crop around the box; the example model learned 1.2 to 1.6 (default: the model's)",
+    )
+    result.add_argument(
+        "--strength",
+        type=float,
+        action="append",
+        metavar="S",
+        help="share of noise to start from, below 1 from the pasted object; repeated, one row each "
+        "(default: the model's)",
     )
     result.add_argument(
         "--scene-size",

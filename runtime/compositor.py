@@ -32,7 +32,7 @@ from runtime.parameters import (
 )
 from runtime.request import Blank, Placement, Request, Sampling
 from runtime.result import Composite, Stopwatch
-from runtime.sampling.passes import Pass, first_pass, second_pass
+from runtime.sampling.passes import Pass, first_pass, partial_pass, second_pass
 from runtime.sampling.running_batch import guided_steps
 from runtime.segmentation import Segmenter, check_segmenter, cut_out
 from runtime.systems import open_system
@@ -312,12 +312,11 @@ class Compositor:
         with collecting_warnings() as warnings:
             with watch.measure("read"), in_field("scene"):
                 seen, scene = self._load_scene(request, limits)
-            first = first_pass(self._alphas_cumprod, sampling)
-            passes: list[tuple[Prepared, Pass]] = []
+            first, passes = first_pass(self._alphas_cumprod, sampling), list[tuple[Prepared, Pass]]()
             for index, placement in enumerate(request.placements):
                 with in_placement(request, index):
-                    mask = placement.mask
-                    mask = None if mask is None else upright_mask(mask, scene, limits.pixels)
+                    given = placement.mask
+                    mask = None if given is None else upright_mask(given, scene, limits.pixels)
                     turned = cut_out(replace(placement, mask=mask), self.segmenter, limits.pixels, watch)
                     passes += self._prepare(request, turned, seen, limits, watch, first)
         job = Job(
@@ -346,23 +345,27 @@ class Compositor:
         given = {name: getattr(placement, name) for name in PLACEMENT_PARAMETERS}
         parameters = placement_parameters(given, self.defaults)
         prepared = self.system.prepare(scene, placement, parameters, limits, watch)
+        of_place = partial_pass(self._alphas_cumprod, first, parameters.strength)
         if not prepared.tiles:
-            return [(prepared, first)]
+            return [(prepared, of_place)]
         second = second_pass(self._alphas_cumprod, first, parameters.refine or 0)
-        return [(prepared, first), *((tile, second) for tile in prepared.tiles)]
+        return [(prepared, of_place), *((tile, second) for tile in prepared.tiles)]
 
     def steps_of(self, request: Request, limits: Limits = LARGEST) -> tuple[int, int]:
-        """Counts the steps of a request with guidance and those without, over all pictures and placements.
+        """Counts a request's steps with guidance and those without; of refined places without their tiles.
 
-        Decodes nothing and uses no engine. Tiles of refined places are not counted.
+        Decodes nothing and uses no engine.
 
         Raises:
             InputError: a number is out of range.
         """
         sampling = self._check_numbers(request, limits)
-        guided = guided_steps(sampling, first_pass(self._alphas_cumprod, sampling).schedule)
-        runs = request.num_images * len(request.placements)
-        return runs * guided.count(True), runs * guided.count(False)
+        full, guided = first_pass(self._alphas_cumprod, sampling), []
+        for index, each in enumerate(request.placements):
+            with in_placement(request, index):
+                strength = self.defaults.get("strength") if each.strength is None else each.strength
+                guided += guided_steps(sampling, partial_pass(self._alphas_cumprod, full, strength).schedule)
+        return request.num_images * guided.count(True), request.num_images * guided.count(False)
 
     def _check_numbers(self, request: Request, limits: Limits) -> SamplingParameters:
         """Checks what can be checked before anything is decoded."""

@@ -100,7 +100,7 @@ class ImageJob:
     @property
     def is_refining(self) -> bool:
         """Whether the next placement is a tile of one that was drawn before."""
-        return self.prepared.start is not None
+        return self.prepared.is_tile
 
     @property
     def next_pass(self) -> Pass:

@@ -48,6 +48,8 @@ class PlacementParameters:
     """None if the system always uses a soft edge."""
     refine: int | None
     """0 for one pass; None if the system has no second one."""
+    strength: float | None
+    """None if the system always starts from noise."""
 
     @property
     def ratios(self) -> Ratios:

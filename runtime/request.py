@@ -85,6 +85,10 @@ class Placement(_Numbers):
     """Draws a place that is larger than the networks' picture a second time, in tiles, for more detail: the
     timestep of the noise that the second pass starts from, 1 (almost none) to 999; 0 turns it off. See
     `runtime.imaging.tiles`; `REFINE_TIMESTEP` is a usual value."""
+    strength: float | None = None
+    """Share of the noise that sampling starts from, above 0, at most 1. 1 starts from noise alone; less
+    starts from the object pasted into its place (`runtime.imaging.pasted_object`), keeps more of its markings
+    and its pose, and takes fewer steps."""
     reference_clicks: Sequence[Sequence[int]] | None = None
     """Clicks that select the object in the reference, instead of a mask: (x, y) on it, or (x, y, False) for a
     point that is not on it, in pixels of the upright picture; see `runtime.segmentation`."""

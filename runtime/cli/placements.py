@@ -17,7 +17,7 @@ from runtime.imaging.paste_back import EDGES
 from runtime.request import AUTOMATIC, REFINE_TIMESTEP, Placement, View
 
 _PARAMETERS = (
-    *("mode", "mask_level", "edge", "refine", "keep_specks", "negative_prompt"),
+    *("mode", "mask_level", "edge", "refine", "strength", "keep_specks", "negative_prompt"),
     *("reference_ratio", "box_ratio", "crop_ratio"),
 )
 
@@ -113,6 +113,13 @@ def add_parameter_flags(group: argparse._ArgumentGroup, mode: str = "the model's
         help="draw a place that is larger than the model's picture a second time, in tiles, for more detail, "
         f"from noise of this timestep, 1 to 999 (without a number: {REFINE_TIMESTEP}); 0: off "
         "(default: the model's)",
+    )
+    group.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="share of noise to start from, above 0 to 1: below 1 the object is pasted into its place first, "
+        "and keeps more of its markings and its pose (default: the model's)",
     )
     group.add_argument(
         "--keep-specks",

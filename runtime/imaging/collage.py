@@ -99,7 +99,7 @@ def collage(
         picture[box_in_box(covered, crop).slices] = resize_linear(
             hf_map, (box.width, box.height), window=part
         )
-    rgb = _to_network(picture, geometry.padding, resolution)
+    rgb = to_network(picture, geometry.padding, resolution)
     channel = _mask_channel(mask, geometry.padding, mode, resolution)
     return np.concatenate([rgb, channel[None]])
 
@@ -107,10 +107,11 @@ def collage(
 def crop_scene(scene: NDArray[np.uint8], geometry: Geometry, resolution: int = 512) -> NDArray[np.float32]:
     """Returns the zoomed-in scene without the collage, as the VAE encoder takes it: (3, R, R) float32,
     -1..1."""
-    return _to_network(scene[geometry.crop.slices], geometry.padding, resolution)
+    return to_network(scene[geometry.crop.slices], geometry.padding, resolution)
 
 
-def _to_network(picture: NDArray[np.uint8], padding: Padding, resolution: int) -> NDArray[np.float32]:
+def to_network(picture: NDArray[np.uint8], padding: Padding, resolution: int) -> NDArray[np.float32]:
+    """Returns a crop of the scene, (H, W, 3), as the networks take it: (3, R, R) float32, -1..1."""
     resized = resize_linear(picture, (resolution, resolution), padding).transpose(2, 0, 1)
     values = np.ascontiguousarray(resized, np.float32)
     values /= 127.5

@@ -101,7 +101,7 @@ class CompositeRequest(_message.Message):
     def __init__(self, scene: _Optional[bytes] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., output_format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "mask_level", "reference_clicks", "automatic_mask", "prompt", "negative_prompt", "keep_specks", "views", "edge", "refine")
+    __slots__ = ("reference", "reference_mask", "box", "mask", "mode", "ratios", "mask_level", "reference_clicks", "automatic_mask", "prompt", "negative_prompt", "keep_specks", "views", "edge", "refine", "strength")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_MASK_FIELD_NUMBER: _ClassVar[int]
     BOX_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +117,7 @@ class Placement(_message.Message):
     VIEWS_FIELD_NUMBER: _ClassVar[int]
     EDGE_FIELD_NUMBER: _ClassVar[int]
     REFINE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
     reference: bytes
     reference_mask: bytes
     box: Box
@@ -132,7 +133,8 @@ class Placement(_message.Message):
     views: _containers.RepeatedCompositeFieldContainer[View]
     edge: Edge
     refine: int
-    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ..., reference_clicks: _Optional[_Iterable[_Union[Point, _Mapping]]] = ..., automatic_mask: _Optional[bool] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., keep_specks: _Optional[bool] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ..., edge: _Optional[_Union[Edge, str]] = ..., refine: _Optional[int] = ...) -> None: ...
+    strength: float
+    def __init__(self, reference: _Optional[bytes] = ..., reference_mask: _Optional[bytes] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[bytes] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ..., reference_clicks: _Optional[_Iterable[_Union[Point, _Mapping]]] = ..., automatic_mask: _Optional[bool] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., keep_specks: _Optional[bool] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ..., edge: _Optional[_Union[Edge, str]] = ..., refine: _Optional[int] = ..., strength: _Optional[float] = ...) -> None: ...
 
 class View(_message.Message):
     __slots__ = ("picture", "mask", "clicks", "automatic_mask")
@@ -479,20 +481,22 @@ class GetModelInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., resolution: _Optional[int] = ..., max_batch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., system: _Optional[str] = ..., defaults: _Optional[_Union[ModelDefaults, _Mapping]] = ..., condition: _Optional[_Union[Condition, str]] = ..., picture_width: _Optional[int] = ..., picture_height: _Optional[int] = ..., scene_channels: _Optional[int] = ..., qualities: _Optional[_Iterable[_Union[Quality, str]]] = ..., fills: _Optional[bool] = ..., automatic_masks: _Optional[bool] = ..., clicks: _Optional[bool] = ..., filler: _Optional[str] = ..., model: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., views: _Optional[int] = ...) -> None: ...
 
 class ModelDefaults(_message.Message):
-    __slots__ = ("sampling", "mode", "ratios", "mask_level", "edge", "refine")
+    __slots__ = ("sampling", "mode", "ratios", "mask_level", "edge", "refine", "strength")
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     RATIOS_FIELD_NUMBER: _ClassVar[int]
     MASK_LEVEL_FIELD_NUMBER: _ClassVar[int]
     EDGE_FIELD_NUMBER: _ClassVar[int]
     REFINE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
     sampling: Sampling
     mode: PlacementMode
     ratios: Ratios
     mask_level: MaskLevel
     edge: Edge
     refine: int
-    def __init__(self, sampling: _Optional[_Union[Sampling, _Mapping]] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ..., edge: _Optional[_Union[Edge, str]] = ..., refine: _Optional[int] = ...) -> None: ...
+    strength: float
+    def __init__(self, sampling: _Optional[_Union[Sampling, _Mapping]] = ..., mode: _Optional[_Union[PlacementMode, str]] = ..., ratios: _Optional[_Union[Ratios, _Mapping]] = ..., mask_level: _Optional[_Union[MaskLevel, str]] = ..., edge: _Optional[_Union[Edge, str]] = ..., refine: _Optional[int] = ..., strength: _Optional[float] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("message_bytes", "pixels", "steps", "images", "placements", "previews")

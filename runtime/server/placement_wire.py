@@ -36,6 +36,7 @@ def placement_from_message(message: pb.Placement) -> Placement:
         mask_level=name_of(message.mask_level, LEVELS, "mask_level", "mask level"),
         edge=name_of(message.edge, EDGES, "edge", "edge"),
         refine=message.refine if message.HasField("refine") else None,
+        strength=message.strength if message.HasField("strength") else None,
         keep_specks=message.keep_specks,
         **ratios,
     )
@@ -89,6 +90,7 @@ def placement_message(placement: Placement) -> pb.Placement:
         mask_level=level_of(placement.mask_level),
         edge=number_of(placement.edge, EDGES, "edge", "edge"),
         refine=placement.refine,
+        strength=placement.strength,
         ratios=pb.Ratios(
             reference=placement.reference_ratio, box=placement.box_ratio, crop=placement.crop_ratio
         ),

@@ -182,6 +182,7 @@ def defaults_message(defaults: Mapping[str, Any]) -> pb.ModelDefaults:
         mask_level=level_of(defaults.get("mask_level")),
         edge=number_of(defaults.get("edge"), EDGES, "edge", "edge"),
         refine=defaults.get("refine"),
+        strength=defaults.get("strength"),
         ratios=pb.Ratios(
             **{name: defaults.get(f"{name}_ratio") for name in pb.Ratios.DESCRIPTOR.fields_by_name}
         ),

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BundleError
-from runtime.diffusion.ddim import LAST_TIMESTEP, Schedule
+from runtime.diffusion.ddim import Schedule
 from runtime.diffusion.presets import QUALITIES
 from runtime.errors import InputError, in_field
 from runtime.imaging.boxes import Box, bounding_box, box_in_box
-from runtime.imaging.collage import Hint, collage, crop_scene, hint_at, shape_mask
+from runtime.imaging.collage import Hint, collage, crop_scene, hint_at, shape_mask, to_network
 from runtime.imaging.geometry import Geometry, Ratios, warn_of_enlargement, zoom_in
 from runtime.imaging.masked_scene import feathered_box
 from runtime.imaging.modes import MODES, Mode, check_mode
@@ -31,14 +31,16 @@ from runtime.imaging.paste_back import (
     paste_feathered,
     pasted_region,
 )
+from runtime.imaging.pasted_object import cut_out, paste_object, place_of
 from runtime.imaging.reference import PreparedReference, prepare_reference, square_side
-from runtime.imaging.target import is_integer, load_target
+from runtime.imaging.target import load_target
 from runtime.imaging.tiles import paste_tile, tiles_of
 from runtime.parameters import PlacementParameters, SamplingParameters
 from runtime.request import Placement
 from runtime.result import Stopwatch
 from runtime.sampling.conditions import BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, shared_timesteps
+from runtime.sampling.passes import check_refine, check_strength
 from runtime.sampling.reference_tokens import ReferenceTokens
 from runtime.sampling.remembered import Remembered, digest
 from runtime.sampling.running_batch import guided_steps
@@ -64,6 +66,7 @@ DEFAULTS: Mapping[str, Any] = {
     "mode": "crop",
     "edge": HARD,
     "refine": 0,
+    "strength": 1.0,
     "reference_ratio": 1.2,
     "box_ratio": 1.1,
     "crop_ratio": 2.0,
@@ -89,6 +92,8 @@ class AnyDoorPlacement(Prepared):
     """Tells the hint from all others."""
     fade: NDArray[np.float32] | None
     """(R, R), share of the networks' picture that is pasted; None for a hard edge."""
+    pixels: NDArray[np.uint8] | None = None
+    """(h, w, 4), the object itself (`cut_out`); None at full strength."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +137,8 @@ class Preprocessing:
         """
         self._resolution = resolution
         self._reference_size = reference_size
-        self.refines = True
-        """Whether there is what draws places again."""
+        self.encodes = True
+        """Whether there is what encodes pictures, to start from one instead of noise."""
         self._references = Remembered[bytes, PreparedReference](_KEPT_PLACEMENTS)
         self._hints = Remembered[bytes, Hint](_KEPT_PLACEMENTS)
 
@@ -152,7 +157,9 @@ class Preprocessing:
         """
         check_mode(parameters.mode)
         soft = check_edge(parameters.edge) == SOFT
-        refine = self._check_refine(parameters.refine)
+        refine, strength = check_refine(parameters.refine), check_strength(parameters.strength)
+        self._check_encodes("refine", refine > 0)
+        self._check_encodes("strength", strength < 1)
         mode, ratios = MODES[parameters.mode], parameters.ratios
         with watch.measure("read"):
             assert placement.reference is not None
@@ -168,30 +175,39 @@ class Preprocessing:
                 if fade is None
                 else feathered_region(hint.geometry, fade)
             )
-            place = AnyDoorPlacement(reference, views, target, mode, ratios, hint, key, fade, region=region)
+            pixels = cut_out(*read[0], self._resolution) if strength < 1 else None
+            start = self._start(scene, hint.geometry, target, pixels)
+            place = AnyDoorPlacement(
+                *(reference, views, target, mode, ratios, hint, key, fade, pixels), region=region, start=start
+            )
             tiles = self._tiles(place, *read[0], (scene.shape[1], scene.shape[0])) if refine else ()
         sharper = "a smaller place is sharper"
-        if self.refines and not tiles:
+        if self.encodes and not tiles:
             sharper += ", and so is one that is refined"
         drawn_last = tiles[-1].geometry if tiles else hint.geometry
         warn_of_enlargement(drawn_last, (self._resolution, self._resolution), sharper)
         return replace(place, tiles=tiles)
 
-    def _check_refine(self, timestep: int | None) -> int:
-        """Returns the timestep, 0 for one pass."""
-        if timestep is None:
-            return 0
-        with in_field("refine"):
-            if not is_integer(timestep) or not 0 <= timestep <= LAST_TIMESTEP:
+    def _check_encodes(self, name: str, is_needed: bool) -> None:
+        if is_needed and not self.encodes:
+            with in_field(name):
                 raise InputError(
-                    f"refine must be a timestep from 1 to {LAST_TIMESTEP}, or 0 for none, not {timestep!r}"
-                )
-            if timestep and not self.refines:
-                raise InputError(
-                    "this bundle was built without the graph that encodes pictures, which refine needs: "
+                    f"this bundle was built without the graph that encodes pictures, which {name} needs: "
                     "build it again"
                 )
-        return timestep
+
+    def _start(
+        self,
+        scene: NDArray[np.uint8],
+        geometry: Geometry,
+        target: Box | NDArray[np.bool_],
+        pixels: NDArray[np.uint8] | None,
+    ) -> NDArray[np.float32] | None:
+        """Returns what sampling starts from: the object in its place, if it is given."""
+        if pixels is None:
+            return None
+        pasted = paste_object(scene, geometry, place_of(target), pixels)
+        return to_network(pasted, geometry.padding, self._resolution)
 
     def _tiles(
         self,
@@ -218,7 +234,9 @@ class Preprocessing:
         side = max(min(shown, square_side(mask, ratio)), self._reference_size)
         details = prepare_reference(picture, mask, ratio, side).high_frequency_map
         return tuple(
-            AnyDoorTile(place, Geometry(box, whole.box), details, region=place.region.intersection(box))
+            AnyDoorTile(
+                place, Geometry(box, whole.box), details, region=place.region.intersection(box), is_tile=True
+            )
             for box in boxes
         )
 
@@ -242,7 +260,8 @@ class Preprocessing:
                 hint = Hint(self._tile_hint(p, scene), p.geometry)
                 return replace(p, hint=hint, start=crop_scene(scene, p.geometry, self._resolution))
             hint, key = self._hint(scene, p.target, p.reference, p.ratios, p.mode)
-        return replace(p, hint=hint, hint_key=key)
+            start = self._start(scene, hint.geometry, p.target, p.pixels)
+        return replace(p, hint=hint, hint_key=key, start=start)
 
     def _tile_hint(self, tile: AnyDoorTile, scene: NDArray[np.uint8]) -> NDArray[np.float32]:
         place, box = tile.place, tile.geometry.crop
@@ -321,9 +340,11 @@ class AnyDoor(Preprocessing):
         no_reference = model.constant("unconditional_tokens", self._tokens.shape)
         self._unconditional_tokens = self._tokens.repeated(no_reference)
         self._window = model.control_window
-        self.refines = manifest.encoder is not None
-        if not self.refines:
-            self.defaults = {name: value for name, value in self.defaults.items() if name != "refine"}
+        self.encodes = manifest.encoder is not None
+        if not self.encodes:
+            self.defaults = {
+                name: v for name, v in self.defaults.items() if name not in ("refine", "strength")
+            }
         self._tile_maps = DetailMapCache(0)
         """Detail maps of tiles, which are not reused for another seed."""
         self.cache = DetailMapCache(model.cache_bytes)

@@ -60,7 +60,9 @@ class Prepared:
     tiles: Sequence[Prepared] = ()
     """The tiles of its place, which are drawn after it."""
     start: NDArray[np.float32] | None = None
-    """(3, H, W) RGB -1..1: the networks' picture so far, of what is drawn again; None starts from noise."""
+    """(3, H, W) RGB -1..1: the networks' picture that sampling starts from; None starts from noise."""
+    is_tile: bool = False
+    """Whether it is a part of a placement that was drawn before."""
 
 
 class System(Protocol):

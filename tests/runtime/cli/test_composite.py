@@ -311,6 +311,12 @@ def test_without_a_terminal_progress_is_a_few_lines(folder: Path, tiny_bundle: P
     assert all("\r" not in line for line in lines)
 
 
+def test_less_strength_starts_from_the_object(composite: Callable[..., int], folder: Path) -> None:
+    for name, more in (("full", ()), ("half", ("--strength", "0.5"))):
+        assert composite(*more, steps="4", output=str(folder / f"{name}.png")) == 0
+    assert (read(folder / "full.png") != read(folder / "half.png")).any()
+
+
 def test_a_large_place_is_refined(composite: Callable[..., int], folder: Path) -> None:
     large = "5,5,115,85"
     for name, more in (("once", ()), ("again", ("--refine",)), ("noisier", ("--refine", "600"))):

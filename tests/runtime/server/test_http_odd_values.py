@@ -20,7 +20,7 @@ ODD = ([["a"]], {"a": [1]}, True, 1.5, 10**30, float("inf"), "\ud800", "\0")
 
 PLACEMENT = (
     *("reference", "reference_mask", "box", "mode", "mask_level", "reference_clicks", "automatic_mask"),
-    *("prompt", "negative_prompt", "keep_specks", "views", "edge", "refine"),
+    *("prompt", "negative_prompt", "keep_specks", "views", "edge", "refine", "strength"),
     *("ratios", "ratios.reference", "ratios.box", "ratios.crop"),
 )
 SAMPLING = (

@@ -101,8 +101,8 @@ def test_request_survives_the_wire() -> None:
                 crop_ratio=2.5,
             ),
             Placement(OBJECT, OBJECT, mask=SCENE, mode="shape", crop_ratio=1.5, mask_level="blob"),
-            Placement(OBJECT, None, (3, 4, 50, 60), edge="soft", refine=0),
-            Placement(OBJECT, None, (3, 4, 50, 60), refine=300),
+            Placement(OBJECT, None, (3, 4, 50, 60), edge="soft", refine=0, strength=1.0),
+            Placement(OBJECT, None, (3, 4, 50, 60), refine=300, strength=0.4),
         ],
         seed=2**62,
         sampling=Sampling("fast", 17, 0.0, 0.1, 0.3, "ddim", (0, 800), 5),
@@ -169,7 +169,11 @@ def test_defaults_of_a_model_are_its_open_request(tiny_bundle: Path) -> None:
     }
     message = defaults_message(compositor.defaults)
     placement = pb.Placement(
-        mode=message.mode, edge=message.edge, refine=message.refine, ratios=message.ratios
+        mode=message.mode,
+        edge=message.edge,
+        refine=message.refine,
+        strength=message.strength,
+        ratios=message.ratios,
     )
     back, _ = request_from_message(pb.CompositeRequest(sampling=message.sampling, placements=[placement]))
     for read in (back.sampling, back.placements[0]):

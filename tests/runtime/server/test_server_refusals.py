@@ -97,6 +97,7 @@ MALFORMED = {
     "placements[0].mode": [message(placements=[placement(mode=99)])],
     "placements[0].edge": [message(placements=[placement(edge=99)])],
     "placements[0].refine": [message(placements=[placement(refine=1000)])],
+    "placements[0].strength": [message(placements=[placement(strength=of)]) for of in (0, 1.5)],
     "placements[0].mask_level": [
         message(placements=[placement(mask_level=99)]),
         message(placements=[placement(mask_level=pb.MASK_LEVEL_EXACT)]),
