@@ -120,23 +120,38 @@ def _gathered(things: Sequence[_Thing], device: torch.device) -> _Thing:
 
 
 def _groups(placed: Sequence[Sequence[Placed]], device: torch.device) -> list[Group]:
-    """Collects what is drawn together: bodies of one structure, first those that stand in front."""
-    kinds: dict[tuple[int, Hashable], list[tuple[ObjectSpec, Pose, int, int]]] = {}
+    """Collects what is drawn together: bodies of one structure, in all pictures."""
+    kinds: dict[Hashable, list[tuple[ObjectSpec, Pose, int, int]]] = {}
+    number = 0
+    for picture, things in enumerate(placed):
+        for spec, pose in things:
+            kinds.setdefault(spec.kind, []).append((spec, pose, picture, number))
+            number += 1
+    return [_group(members, device) for members in kinds.values()]
+
+
+def _from_front(placed: Sequence[Sequence[Placed]]) -> list[tuple[list[int], list[int]]]:
+    """Numbers of the objects that stand in front of their picture, and of the pictures; then of the next ones.
+
+    Of objects at one depth the last one stands in front.
+    """
+    ranks: list[tuple[list[int], list[int]]] = []
     first = 0
     for picture, things in enumerate(placed):
         far_first = sorted(range(len(things)), key=lambda index: things[index][1].z)
         for rank, index in enumerate(reversed(far_first)):
-            spec, pose = things[index]
-            kinds.setdefault((rank, spec.kind), []).append((spec, pose, picture, first + index))
+            if rank == len(ranks):
+                ranks.append(([], []))
+            ranks[rank][0].append(first + index)
+            ranks[rank][1].append(picture)
         first += len(things)
-    in_order = sorted(kinds.items(), key=lambda item: item[0][0])
-    return [_group(members, device) for _, members in in_order]
+    return ranks
 
 
 def _group(members: Sequence[tuple[ObjectSpec, Pose, int, int]], device: torch.device) -> Group:
-    specs, poses, pictures, masks = zip(*members, strict=True)
-    numbers = (torch.tensor(each, device=device) for each in (pictures, masks))
-    return Group(place(specs, poses, device), *numbers)
+    specs, poses, pictures, numbers = zip(*members, strict=True)
+    where = (torch.tensor(each, device=device) for each in (pictures, numbers))
+    return Group(place(specs, poses, device), *where)
 
 
 def place(specs: Sequence[ObjectSpec], poses: Sequence[Pose], device: torch.device = CPU) -> Body:
@@ -153,18 +168,21 @@ def _draw(
     """Draws the light (3, F, H, W), and the share of each pixel that each object covers, (N, H, W)."""
     batch, groups = _gathered(scenes, device), _groups(placed, device)
     width, height = size
-    light = torch.zeros(3, len(scenes), height, width, device=device)
-    masks = torch.zeros(sum(map(len, placed)), height, width, device=device)
-    # the share of each pixel that nothing covers yet
-    free = torch.ones(len(scenes), height, width, device=device)
+    objects = torch.empty(4, sum(map(len, placed)), height, width, device=device)
     for group in groups:
         seen = take(batch.camera, group.pictures), take(batch.light, group.pictures)
-        drawn, behind = draw_bodies(group.bodies, *seen, size), free[group.pictures]
-        light[:, group.pictures] += drawn[:3] * behind
-        masks[group.masks] = drawn[3] * behind
-        free[group.pictures] = behind * (1 - drawn[3])
+        objects[:, group.numbers] = draw_bodies(group.bodies, *seen, size)
+    light = torch.zeros(3, len(scenes), height, width, device=device)
+    # the share of each pixel that nothing covers yet
+    free = torch.ones(len(scenes), height, width, device=device)
+    for numbers, pictures in _from_front(placed):
+        which = torch.tensor(pictures, device=device)
+        drawn, behind = objects[:, numbers], free[which]
+        light[:, which] += drawn[:3] * behind
+        free[which] = behind * (1 - drawn[3])
+        objects[3, numbers] = drawn[3] * behind
     room = draw_rooms(batch, groups, size, free.flatten() > 0)
-    return light.addcmul_(room.view_as(light), free), masks
+    return light.addcmul_(room.view_as(light), free), objects[3]
 
 
 def draw_bodies(bodies: Body, cameras: Camera, lights: Light, size: Size) -> Tensor:
