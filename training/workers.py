@@ -1,9 +1,10 @@
-"""Determines the number of processes that prepare data."""
+"""Determines how many processes prepare data, and where they draw."""
 
 from __future__ import annotations
 
 import os
 
+import torch
 from accelerate import PartialState
 
 
@@ -20,3 +21,9 @@ def worker_count(asked: int) -> int:
     if asked == 0 and PartialState().device.type != "cpu":
         return max(cores - 2, 0)
     return asked
+
+
+def drawing_device() -> torch.device:
+    """Gives where the renderer draws: on the card, or on the processor where there is none that runs CUDA."""
+    device: torch.device = PartialState().device
+    return device if device.type == "cuda" else torch.device("cpu")

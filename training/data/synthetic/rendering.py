@@ -131,7 +131,7 @@ def _groups(placed: Sequence[Sequence[Placed]], device: torch.device) -> list[Gr
 
 
 def _from_front(placed: Sequence[Sequence[Placed]]) -> list[tuple[list[int], list[int]]]:
-    """Numbers of the objects that stand in front of their picture, and of the pictures; then of the next ones.
+    """Ranks objects by how near they are: numbers of those in front and of their pictures, then the next.
 
     Of objects at one depth the last one stands in front.
     """

@@ -88,14 +88,14 @@ def reference_views(keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.de
 
 def scene_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
     """Draws view `number` of object `seed`, in a room of its own."""
-    return _view(scene_views([(seed, number)], size))
+    return as_views(scene_views([(seed, number)], size))[0]
 
 
 def reference_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
     """Draws view `number` of object `seed` alone on black, as in a product picture."""
-    return _view(reference_views([(seed, number)], size))
+    return as_views(reference_views([(seed, number)], size))[0]
 
 
-def _view(drawn: Tensor) -> View:
-    picture = drawn[0].numpy()
-    return View(picture[..., :3], picture[..., 3])
+def as_views(drawn: Tensor) -> list[View]:
+    """Gives views (N, S, S, 4), wherever they were drawn, one by one."""
+    return [View(picture[..., :3], picture[..., 3]) for picture in drawn.cpu().numpy()]
