@@ -25,7 +25,7 @@ from training.small.fresh_samples import CHUNK, FreshSamples
 from training.small.initial_weights import open_control
 from training.systems.anydoor import Denoising, DiffusionTask
 from training.systems.autoencoder import normalise_latents
-from training.workers import drawing_device, worker_count
+from training.workers import drawer_count, drawing_device
 
 _FIRST = "conv_in.weight"
 """The UNet's first convolution."""
@@ -230,6 +230,6 @@ def fresh_samples(recipe: Recipe, model: AnyDoor, rules: Denoising, chunk: int =
         hint_features=not rules.hint_block,
         places=rules.attention_guide > 0,
         repeats=data.repeats,
-        workers=worker_count(data.workers),
+        workers=drawer_count(data.workers),
         chunk=chunk,
     )

@@ -28,7 +28,7 @@ from runtime.errors import InputError
 from training.clock import TimeLimit, program_start
 from training.config import AnyRecipe, CommonRecipe, read_recipe
 from training.data.view_store import draw_views
-from training.workers import drawing_device, worker_count
+from training.workers import drawer_count, drawing_device
 
 PACKED_BYTES = 15 << 20
 """Most bytes of a file that is packed; larger ones are cut."""
@@ -97,7 +97,7 @@ def share_objects(runs: Sequence[Run], folder: Path) -> None:
     if not recipes:
         return
     objects = folder / "objects"
-    workers = max(worker_count(recipe.data.workers) for recipe in recipes.values())
+    workers = max(drawer_count(recipe.data.workers) for recipe in recipes.values())
     draw_views(objects, counts[0], max(workers, 1), drawing_device())
     for name, recipe in recipes.items():
         own = folder / name / recipe.objects

@@ -7,6 +7,9 @@ import os
 import torch
 from accelerate import PartialState
 
+CARD_DRAWERS = 8
+"""Most processes that draw on one card; see `training.data.synthetic.rendering.SHARE`."""
+
 
 def worker_count(asked: int) -> int:
     """Counts the processes that prepare data beside this one.
@@ -21,6 +24,12 @@ def worker_count(asked: int) -> int:
     if asked == 0 and PartialState().device.type != "cpu":
         return max(cores - 2, 0)
     return asked
+
+
+def drawer_count(asked: int) -> int:
+    """Counts the processes that draw objects; see `worker_count`."""
+    count = worker_count(asked)
+    return count if drawing_device().type == "cpu" else min(count, CARD_DRAWERS)
 
 
 def drawing_device() -> torch.device:

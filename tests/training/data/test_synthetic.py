@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.rendering import count_operators
 from training.data.synthetic import (
+    ObjectSpec,
     Pose,
     bodies,
     make_light,
@@ -19,11 +21,10 @@ from training.data.synthetic import (
     render_all,
     render_background,
     render_cutout,
-    rendering,
 )
 from training.data.synthetic.__main__ import draw_sheet, main
 from training.data.synthetic.catalogue import CATALOGUE
-from training.data.synthetic.rendering import place
+from training.data.synthetic.rendering import place, render_pictures
 from training.data.synthetic.shapes import (
     Solid,
     box,
@@ -133,15 +134,41 @@ def test_an_object_beside_the_picture_is_not_seen() -> None:
     assert np.array_equal(picture, render_background(scene, SIZE))
 
 
-def test_many_pictures_at_once_are_those_of_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_pictures_at_once_are_those_of_one_after_the_other() -> None:
     """Objects of several kinds, two of them in one picture, two views of one."""
     keys = [(seed, number) for seed in (2, 7, 12, 22, 30) for number in range(2)]
-    draw = [lambda: scene_views(keys, 40), lambda: reference_views(keys, 40)]
-    alone = [each().int() for each in draw]
-    monkeypatch.setattr(rendering, "slices", lambda count, device: [slice(0, count)])
-    together = [each().int() for each in draw]
-    for one, other in zip(alone, together, strict=True):
-        assert ((one - other).abs() > 1).float().mean() < 1e-4
+    for draw in (scene_views, reference_views):
+        alone, together = (draw(keys, 40, at_once=at_once).int() for at_once in (1, 10))
+        assert ((alone - together).abs() > 1).float().mean() < 1e-4
+
+
+def two_balls() -> list[tuple[ObjectSpec, Pose]]:
+    """Objects of one kind, the second one beside the first and before it."""
+    balls = [spec for spec in map(make_object, range(100)) if spec.shape.name == "ball"]
+    return list(zip(balls[:2], (Pose(-0.3, -0.4), Pose(0.5, 0.2)), strict=True))
+
+
+def test_objects_of_one_kind_may_share_a_picture() -> None:
+    """They are traced together; each hides what is behind it, and both take light from the floor."""
+    scene = make_scene(1)
+    picture, masks = render_all(scene, two_balls(), SIZE)
+    pictures = [render(scene, spec, pose, SIZE) for spec, pose in two_balls()]
+    for (alone, whole), mask in zip(pictures, masks, strict=True):
+        assert (np.abs(picture.astype(int) - alone)[mask == 255] <= 1).all()
+        assert (mask <= whole).all()
+    assert np.array_equal(masks[1], pictures[1][1])
+    floor = (masks[0] == 0) & (masks[1] == 0)
+    assert (picture <= np.minimum(pictures[0][0], pictures[1][0]))[floor].all()
+
+
+def test_a_second_object_of_a_kind_takes_hardly_more_operators() -> None:
+    """A card launches a kernel for each, so that it must not matter in how many pictures a kind is."""
+    balls = two_balls()
+    one = count_operators(lambda: render_all(make_scene(1), balls[:1], SIZE))
+    two = count_operators(lambda: render_all(make_scene(1), balls, SIZE))
+    four = count_operators(lambda: render_pictures([make_scene(1)] * 2, [balls] * 2, SIZE, at_once=2))
+    assert one < two < 1.5 * one
+    assert four < 1.05 * two
 
 
 def test_everything_is_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +176,7 @@ def test_everything_is_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     monkeypatch.setattr(bodies, "SORTED", (1, 2))
     keys, meta = [(seed, 0) for seed in (2, 12, 22)], torch.device("meta")
-    for views in (scene_views(keys, 24, meta), reference_views(keys, 24, meta)):
+    for views in (draw(keys, 24, meta, at_once=3) for draw in (scene_views, reference_views)):
         assert views.device == meta
         assert views.shape == (3, 24, 24, 4)
 

@@ -33,13 +33,20 @@ SAMPLES = 2
 CELL = 4
 """Pixels along each axis that share one coarse ray."""
 
-AT_ONCE = 1024
-"""Pictures that a card draws together. A processor draws each alone: what it works on stays in its caches."""
+PICTURE_BYTES = 18 << 20
+"""Memory that a picture of 160 x 160 pixels takes while it is drawn with others; measured."""
+
+SHARE = 1 / 16
+"""Of a card's memory, for one process that draws: several do, beside others that train."""
 
 
 @torch.inference_mode()
 def render_pictures(
-    scenes: Sequence[Scene], placed: Sequence[Sequence[Placed]], size: Size, device: torch.device = CPU
+    scenes: Sequence[Scene],
+    placed: Sequence[Sequence[Placed]],
+    size: Size,
+    device: torch.device = CPU,
+    at_once: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Draws pictures of scenes with objects in them.
 
@@ -48,13 +55,14 @@ def render_pictures(
         placed: of each scene, its objects and where they stand; any number.
         size: of the pictures, in pixels.
         device: where they are drawn.
+        at_once: how many are drawn together; 0 for as many as suit the device.
 
     Returns:
         Pictures (F, H, W, 3), and for each its objects' shares of each pixel, (K, H, W), 0..255; all uint8.
     """
     pictures: list[Tensor] = []
     masks: list[Tensor] = []
-    for some in slices(len(scenes), device):
+    for some in slices(len(scenes), at_once or suitable(device)):
         drawn, shares = _draw(scenes[some], placed[some], size, device)
         pictures.append(developed(drawn))
         objects = [len(things) for things in placed[some]]
@@ -70,6 +78,7 @@ def render_cutouts(
     lights: Sequence[Light],
     size: int,
     device: torch.device = CPU,
+    at_once: int = 0,
 ) -> Tensor:
     """Draws objects, each alone in a square: uint8 RGBA (N, S, S, 4), colours not multiplied with alpha.
 
@@ -80,9 +89,10 @@ def render_cutouts(
         lights: on each.
         size: of the pictures, in pixels.
         device: where they are drawn.
+        at_once: how many are drawn together; 0 for as many as suit the device.
     """
     pictures = []
-    for some in slices(len(specs), device):
+    for some in slices(len(specs), at_once or suitable(device)):
         cameras = [
             camera(6.0, elevation, float(spec.shape.height) / 2, float(spec.shape.radius) / 5.8)
             for spec, elevation in zip(specs[some], elevations[some], strict=True)
@@ -104,10 +114,21 @@ def developed(light: Tensor) -> Tensor:
     return (light.clamp(0, 1).sqrt_() * 255 + 0.5).to(torch.uint8).movedim(0, -1).contiguous()
 
 
-def slices(count: int, device: torch.device) -> Iterator[slice]:
+def slices(count: int, at_once: int) -> Iterator[slice]:
     """Divides pictures into those that are drawn together."""
-    at_once = 1 if device.type == "cpu" else AT_ONCE
     return (slice(start, start + at_once) for start in range(0, count, at_once))
+
+
+def suitable(device: torch.device) -> int:
+    """Counts the pictures that suit a device when they are drawn together.
+
+    On a card as many as fit: it launches as many kernels for few as for many. On a processor each is drawn
+    alone: what it works on stays in its caches.
+    """
+    if device.type != "cuda":
+        return 1
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(int(SHARE * memory / PICTURE_BYTES), 1)
 
 
 def _gathered(things: Sequence[_Thing], device: torch.device) -> _Thing:

@@ -59,31 +59,38 @@ def _stage(seed: int, number: int) -> tuple[Scene, tuple[ObjectSpec, Pose], list
     return scene, (make_object(seed), pose), others
 
 
-def scene_views(keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU) -> Tensor:
+def scene_views(
+    keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU, at_once: int = 0
+) -> Tensor:
     """Draws views in scenes, each in a room of its own.
 
     Args:
         keys: objects and numbers of views, N.
         size: pixels per side.
         device: where they are drawn.
+        at_once: how many are drawn together; 0 for as many as suit the device.
 
     Returns:
         RGB and the object's share of each pixel, (N, size, size, 4) uint8.
     """
     stages = [_stage(seed, number) for seed, number in keys]
     placed = [[own, *others] for _, own, others in stages]
-    pictures, masks = render_pictures([scene for scene, _, _ in stages], placed, (size, size), device)
+    pictures, masks = render_pictures(
+        [scene for scene, _, _ in stages], placed, (size, size), device, at_once
+    )
     return torch.cat([pictures, torch.stack([each[0] for each in masks])[..., None]], -1)
 
 
-def reference_views(keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU) -> Tensor:
+def reference_views(
+    keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU, at_once: int = 0
+) -> Tensor:
     """Draws views of objects alone on black, as in product pictures; see `scene_views`."""
     poses = []
     for seed, number in keys:
         rng = np.random.default_rng([seed, 5, number])
         poses.append((make_object(seed), _yaw(seed, rng), rng.uniform(0.1, 0.5), make_light(rng)))
     specs, yaws, elevations, lights = zip(*poses, strict=True)
-    return render_cutouts(specs, yaws, elevations, lights, size, device)
+    return render_cutouts(specs, yaws, elevations, lights, size, device, at_once)
 
 
 def scene_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
