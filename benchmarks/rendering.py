@@ -19,19 +19,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.support.machine import describe
 from runtime.progress_bar import ProgressBar
 from training.data.synthetic.objects import make_object
+from training.data.synthetic.rendering import Frame
 from training.data.synthetic.scenes import make_scene
-from training.data.synthetic.views import reference_views, scene_views
+from training.data.synthetic.views import draw_frames, reference_frame, scene_frame
 
 FREE = ("detach", "empty", "lift_fresh", "new_empty")
 """Operators that compute nothing, beside those that give a view of a tensor."""
 
-DRAWN: Mapping[str, Callable[..., Tensor]] = {"in rooms": scene_views, "alone": reference_views}
+FRAMES: Mapping[str, Sequence[Callable[[int, int], Frame]]] = {
+    "in rooms": (scene_frame,),
+    "alone": (reference_frame,),
+    "in rooms and alone": (scene_frame, reference_frame),
+}
+"""What is drawn of each object."""
 
 
 class _Counter(TorchDispatchMode):
@@ -72,12 +77,17 @@ def measure(views: int, at_once: int, device: torch.device) -> Iterator[str]:
         for seed in ProgressBar(range(views), f"making {name}", leave=False):
             make(seed)
         yield f"parameters of {name}: {1000 * (time.perf_counter() - began) / views:.1f} ms"
-    for name, draw in DRAWN.items():
-        known, others = ([(seed, 0) for seed in range(first, first + views)] for first in (0, views))
+    for name, kinds in FRAMES.items():
+
+        def draw(first: int, kinds: Sequence[Callable[[int, int], Frame]] = kinds) -> None:
+            seeds = range(first, first + views // len(kinds))
+            frames = [frame(seed, 0) for frame in kinds for seed in seeds]
+            draw_frames(frames, device=device, at_once=at_once)
+
         with ProgressBar(total=2, desc=f"drawing views {name}", leave=False) as bar:
-            operators = count_operators(partial(draw, known, device=device, at_once=at_once))
+            operators = count_operators(partial(draw, 0))
             bar.update()
-            seconds = seconds_of(partial(draw, others, device=device, at_once=at_once), device)
+            seconds = seconds_of(partial(draw, views), device)
             bar.update()
         yield f"views {name}: {views / seconds:.1f} a second, {operators} operators for {views}"
 
@@ -93,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, default=0, help="drawn together; default: as suits the device")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.views < 1 or options.at_once < 0:
-        parser.error("--views is at least 1, and --at-once at least 0")
+    if options.views < 2 or options.views % 2 or options.at_once < 0:
+        parser.error("--views is an even number, at least 2, and --at-once at least 0")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no card on this machine; leave --device out")
     for line in measure(options.views, options.at_once, torch.device(options.device)):

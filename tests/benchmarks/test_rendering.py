@@ -17,8 +17,14 @@ def test_operators_that_compute_are_counted() -> None:
 def test_every_kind_of_view_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--views", "2", "--at-once", "2"]) == 0
     printed = capsys.readouterr()
-    names = [line.partition(":")[0] for line in printed.out.splitlines()[:4]]
-    assert names == ["parameters of an object", "parameters of a room", "views in rooms", "views alone"]
+    names = [line.partition(":")[0] for line in printed.out.splitlines()[:5]]
+    assert names == [
+        "parameters of an object",
+        "parameters of a room",
+        "views in rooms",
+        "views alone",
+        "views in rooms and alone",
+    ]
     assert "drawing views alone" in printed.err
 
 
@@ -28,4 +34,4 @@ def test_a_card_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str])
         main(["--device", "cuda"])
     assert "PyTorch sees no card on this machine" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main(["--views", "0"])
+        main(["--views", "3"])

@@ -15,7 +15,7 @@ from training import seeds
 from training.data.encoded import pack_hint
 from training.data.pairs import Kind, Pair, PairRules, UnfitPairError, make_pair
 from training.data.synthetic.rendering import CPU
-from training.data.synthetic.views import as_views, reference_views, scene_views
+from training.data.synthetic.views import as_views, draw_frames, reference_frame, scene_frame
 from training.data.view_store import REFERENCES, SCENES, ViewStore, as_shot
 
 OBJECTS, VIEWS = 400_000, 100
@@ -94,12 +94,12 @@ class DrawnPairs(Dataset[dict[str, Any]]):
             (int(rng.integers(OBJECTS)), rng.integers(VIEWS, size=2).tolist(), rng.random() < self.single)
             for rng in sources
         ]
-        targets = [(seed, of_scene) for seed, (of_scene, _), _ in chosen]
-        references = [(seed, alone) for seed, (_, alone), is_single in chosen if not is_single]
-        shots = [as_shot(view) for view in as_views(scene_views(targets, device=self.device))]
-        others = iter(as_views(reference_views(references, device=self.device)) if references else ())
-        for rng, (_, _, is_single), target in zip(sources, chosen, shots, strict=True):
-            reference = target if is_single else as_shot(next(others))
+        frames = [scene_frame(seed, view) for seed, (view, _), _ in chosen]
+        frames += [reference_frame(seed, view) for seed, (_, view), is_single in chosen if not is_single]
+        shots = [as_shot(view) for view in as_views(draw_frames(frames, device=self.device))]
+        targets, alone = shots[: len(chosen)], iter(shots[len(chosen) :])
+        for rng, (_, _, is_single), target in zip(sources, chosen, targets, strict=True):
+            reference = target if is_single else next(alone)
             try:
                 yield make_pair(reference, target, "image" if is_single else "multi-view", self.rules, rng)
             except UnfitPairError:

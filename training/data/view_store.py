@@ -33,7 +33,7 @@ from runtime.progress_bar import ProgressBar
 from training.data.device import MAPPED, resident
 from training.data.pairs import Shot
 from training.data.synthetic.rendering import CPU
-from training.data.synthetic.views import VIEW_SIZE, View, reference_views, scene_views
+from training.data.synthetic.views import VIEW_SIZE, View, draw_frames, reference_frame, scene_frame
 
 SCENES, REFERENCES = 3, 2
 """Views per object: in scenes, and alone."""
@@ -94,11 +94,10 @@ def as_shot(view: View) -> Shot:
 
 def draw_objects(seeds: range, device: torch.device = CPU) -> list[tuple[Views, Views]]:
     """Draws all views of some objects: of each (V, S, S, 4) in scenes and (R, S, S, 4) alone."""
-    drawn = (
-        draw([(seed, number) for seed in seeds for number in range(count)], device=device)
-        for draw, count in ((scene_views, SCENES), (reference_views, REFERENCES))
-    )
-    scenes, references = (views.cpu().numpy().reshape(len(seeds), -1, *views.shape[1:]) for views in drawn)
+    frames = [scene_frame(seed, number) for seed in seeds for number in range(SCENES)]
+    frames += [reference_frame(seed, number) for seed in seeds for number in range(REFERENCES)]
+    drawn = np.split(draw_frames(frames, device=device).cpu().numpy(), [len(seeds) * SCENES])
+    scenes, references = (views.reshape(len(seeds), -1, *views.shape[1:]) for views in drawn)
     return list(zip(scenes, references, strict=True))
 
 

@@ -24,7 +24,7 @@ from training.data.synthetic import (
 )
 from training.data.synthetic.__main__ import draw_sheet, main
 from training.data.synthetic.catalogue import CATALOGUE
-from training.data.synthetic.rendering import place, render_pictures
+from training.data.synthetic.rendering import frame_of, place, render_frames
 from training.data.synthetic.shapes import (
     Solid,
     box,
@@ -36,9 +36,16 @@ from training.data.synthetic.shapes import (
     sphere,
     torus,
 )
-from training.data.synthetic.views import reference_view, reference_views, scene_view, scene_views
+from training.data.synthetic.views import (
+    draw_frames,
+    reference_frame,
+    reference_view,
+    scene_frame,
+    scene_view,
+)
 
 SIZE = (64, 48)
+FRAMES = (scene_frame, reference_frame)
 
 
 def test_the_same_number_gives_the_same_picture() -> None:
@@ -57,8 +64,8 @@ def test_the_pictures_are_those_of_the_truth_set(view: int) -> None:
     the object, whether it hits: 93 of the 3,072,000 pixels of 120 views differ by more than a level.
     """
     recorded = np.load(Path(__file__).parents[2] / "data" / "views.npz")
-    keys = [(int(seed), 0) for seed in recorded["seeds"]]
-    drawn = (reference_views if view else scene_views)(keys).numpy()
+    frame = FRAMES[view]
+    drawn = draw_frames([frame(int(seed), 0) for seed in recorded["seeds"]]).numpy()
     for picture, (left, top), crop in zip(
         drawn, recorded["places"][:, view], recorded["crops"][:, view], strict=True
     ):
@@ -135,11 +142,11 @@ def test_an_object_beside_the_picture_is_not_seen() -> None:
 
 
 def test_many_pictures_at_once_are_those_of_one_after_the_other() -> None:
-    """Objects of several kinds, two of them in one picture, two views of one."""
+    """In rooms and alone, of objects of several kinds, two of them in one picture, two views of one."""
     keys = [(seed, number) for seed in (2, 7, 12, 22, 30) for number in range(2)]
-    for draw in (scene_views, reference_views):
-        alone, together = (draw(keys, 40, at_once=at_once).int() for at_once in (1, 10))
-        assert ((alone - together).abs() > 1).float().mean() < 1e-4
+    frames = [frame(*key) for key in keys for frame in FRAMES]
+    alone, together = (draw_frames(frames, 40, at_once=at_once).int() for at_once in (1, 20))
+    assert ((alone - together).abs() > 1).float().mean() < 1e-4
 
 
 def two_balls() -> list[tuple[ObjectSpec, Pose]]:
@@ -166,7 +173,7 @@ def test_a_second_object_of_a_kind_takes_hardly_more_operators() -> None:
     balls = two_balls()
     one = count_operators(lambda: render_all(make_scene(1), balls[:1], SIZE))
     two = count_operators(lambda: render_all(make_scene(1), balls, SIZE))
-    four = count_operators(lambda: render_pictures([make_scene(1)] * 2, [balls] * 2, SIZE, at_once=2))
+    four = count_operators(lambda: render_frames([frame_of(make_scene(1), balls)] * 2, SIZE, at_once=2))
     assert one < two < 1.5 * one
     assert four < 1.05 * two
 
@@ -175,10 +182,10 @@ def test_everything_is_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     """The meta device holds shapes alone, and refuses to compute with a tensor of another device."""
     monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     monkeypatch.setattr(bodies, "SORTED", (1, 2))
-    keys, meta = [(seed, 0) for seed in (2, 12, 22)], torch.device("meta")
-    for views in (draw(keys, 24, meta, at_once=3) for draw in (scene_views, reference_views)):
-        assert views.device == meta
-        assert views.shape == (3, 24, 24, 4)
+    frames, meta = [frame(seed, 0) for seed in (2, 12, 22) for frame in FRAMES], torch.device("meta")
+    views = draw_frames(frames, 24, meta, at_once=6)
+    assert views.device == meta
+    assert views.shape == (6, 24, 24, 4)
 
 
 @pytest.mark.parametrize("kind", range(len(CATALOGUE)))
