@@ -7,7 +7,7 @@ import os
 import torch
 from accelerate import PartialState
 
-CARD_DRAWERS = 8
+CARD_DRAWERS = 12
 """Most processes that draw on one card; see `training.data.synthetic.rendering.SHARE`."""
 
 

@@ -7,7 +7,7 @@ many rows are written, so that drawing can be interrupted, resumed, and read whi
 examples:
     python -m training.data.view_store build/views --objects 100
     python -m training.data.view_store build/views --objects 5000 --workers 8
-    python -m training.data.view_store build/views --objects 5000 --workers 8 --device cuda
+    python -m training.data.view_store build/views --objects 5000 --workers 12 --device cuda
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device 
     done = folder / DONE
     start = int(done.read_text()) if done.exists() else 0
     on_card = device.type != "cpu"
-    at_once = 64 if on_card else 4
+    at_once = 48 if on_card else 4
     seeds = [range(first, min(first + at_once, count)) for first in range(start, count, at_once)]
     # what was forked can use no card, and hangs where PyTorch had threads; one each: they share the cores
     method = get_context("spawn")

@@ -28,7 +28,7 @@ from training.small.stored import stacked
 CHUNK = 512
 """Pairs that are encoded, and kept in the device's memory, at a time."""
 
-BATCH, CARD_BATCH = 16, 256
+BATCH, CARD_BATCH = 16, 128
 """Pairs of a chunk that are drawn together. A card launches as many kernels for few as for many."""
 
 

@@ -37,7 +37,7 @@ CELL = 4
 PICTURE_BYTES = 18 << 20
 """Memory that a picture of 160 x 160 pixels takes while it is drawn with others; measured."""
 
-SHARE = 1 / 12
+SHARE = 1 / 16
 """Of a card's memory, for one process that draws: several do, beside others that train."""
 
 
