@@ -166,16 +166,16 @@ def _draw(frames: Sequence[Frame], size: Size, device: torch.device) -> tuple[Te
     things = torch.empty(4, sum(map(len, placed)), height, width, device=device)
     for group in groups:
         seen = take(cameras, group.pictures), take(lights, group.pictures)
-        things[:, group.numbers] = draw_bodies(group.bodies, *seen, size)
+        things.index_copy_(1, group.numbers, draw_bodies(group.bodies, *seen, size))
     light = torch.zeros(3, len(frames), height, width, device=device)
     # the share of each pixel that nothing covers yet
     free = torch.ones(len(frames), height, width, device=device)
-    for numbers, pictures in _from_front(placed):
-        which = torch.tensor(pictures, device=device)
-        drawn, behind = things[:, numbers], free[which]
-        light[:, which] += drawn[:3] * behind
-        free[which] = behind * (1 - drawn[3])
-        things[3, numbers] = drawn[3] * behind
+    for ranked, pictures in _from_front(placed):
+        numbers, which = torch.tensor(ranked, device=device), torch.tensor(pictures, device=device)
+        drawn, behind = things.index_select(1, numbers), free.index_select(0, which)
+        light.index_add_(1, which, drawn[:3] * behind)
+        free.index_copy_(0, which, behind * (1 - drawn[3]))
+        things[3].index_copy_(0, numbers, drawn[3] * behind)
     _put_into_rooms(frames, groups, light, free)
     return light, things[3]
 
@@ -191,9 +191,9 @@ def _put_into_rooms(frames: Sequence[Frame], groups: Sequence[Group], light: Ten
         numbers = torch.full((len(frames),), -1, device=light.device)
         numbers[inside] = torch.arange(len(rooms), device=light.device)
         around = [_in_rooms(group, numbers) for group in groups]
-        scenes, seen = _gathered(list(rooms.values()), light.device), free[inside]
+        scenes, seen = _gathered(list(rooms.values()), light.device), free.index_select(0, inside)
         drawn = draw_rooms(scenes, around, (free.shape[2], free.shape[1]), seen.flatten() > 0)
-        light[:, inside] += drawn.view(3, *seen.shape) * seen
+        light.index_add_(1, inside, drawn.view(3, *seen.shape).mul_(seen))
     if len(rooms) < len(frames):
         alone = torch.tensor(
             [number for number in range(len(frames)) if number not in rooms], device=light.device
