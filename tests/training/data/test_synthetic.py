@@ -188,6 +188,15 @@ def test_everything_is_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     assert views.shape == (6, 24, 24, 4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_a_card_draws_the_same_pictures() -> None:
+    """Except where the last bit of a distance decides what a ray hits; twice the same, bit for bit."""
+    frames = [frame(seed, 0) for seed in range(40) for frame in FRAMES]
+    here, there, again = (draw_frames(frames, device=torch.device(name)) for name in ("cpu", "cuda", "cuda"))
+    assert ((here.int() - there.cpu().int()).abs() > 1).float().mean() < 1e-3
+    assert torch.equal(there, again)
+
+
 @pytest.mark.parametrize("kind", range(len(CATALOGUE)))
 def test_every_shape_stays_in_its_sphere_and_on_the_floor(kind: int) -> None:
     rng = np.random.default_rng(kind)

@@ -108,3 +108,14 @@ def test_a_training_that_goes_on_sees_what_it_would_have_seen(model: AnyDoor) ->
 def test_other_processes_draw_the_same_pairs(model: AnyDoor) -> None:
     alone, together = (fresh(model, workers=workers).batch(range(9), CPU) for workers in (0, 2))
     assert all(torch.equal(values, together[name]) for name, values in alone.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_other_processes_draw_on_a_card() -> None:
+    torch.manual_seed(0)
+    card, model = torch.device("cuda"), AnyDoor(TINY).eval()
+    pairs = DrawnPairs(NOISE.rules, device=card)
+    batches = [FreshSamples(model, pairs, 0, workers=2, chunk=CHUNK).batch(range(9), card) for _ in range(2)]
+    for name, values in batches[0].items():
+        assert values.device.type == "cuda"
+        assert torch.equal(values, batches[1][name])
