@@ -119,11 +119,14 @@ class FreshSamples:
     def _load(self, first: int, at_once: int) -> Iterator[dict[str, NDArray[np.generic]]]:
         """Draws pairs from a number on, without an end."""
         sampler = ShardedSampler(first, at_once, process=0, processes=1)
+        # while a chunk is learned from, all of the next one can be drawn
+        ahead = max(-(-self._size // (at_once * max(self._workers, 1))), 2)
         loader = DataLoader(
             self._pairs,
             at_once,
             sampler=sampler,
             num_workers=self._workers,
+            prefetch_factor=ahead if self._workers else None,
             collate_fn=stacked,
             # what was forked can use no card, and hangs where PyTorch had threads
             multiprocessing_context="spawn" if self._workers else None,
