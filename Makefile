@@ -45,8 +45,8 @@ browser: $(VENV)/.dev
 gpu:
 	$(PYTHON) benchmarks/card.py $(ARGS)
 
-# small models learn on a card. Every core draws objects: threads of NumPy's products would be in each other's
-# way. PYTHON is one that has PyTorch for it, diffusers and accelerate
+# small models learn on a card. Several processes draw objects: threads of NumPy's products would be in each
+# other's way. PYTHON is one that has PyTorch for it, diffusers and accelerate
 train-card:
 	OPENBLAS_NUM_THREADS=1 $(PYTHON) -m training.train_card --minutes $(MINUTES) $(RECIPES)
 

@@ -14,16 +14,18 @@ from training.config import CommonRecipe, Recipe
 from training.data.encoded import EncodedPairs
 from training.data.mixture import Mixture
 from training.data.sources import SOURCES
-from training.data.view_pairs import ViewPairs
+from training.data.view_pairs import DrawnPairs, ViewPairs
 from training.data.view_store import ViewStore
 from training.loop import join_processes
 from training.network.checkpoint import network_of, read_checkpoint, read_start
 from training.network.checkpoint_file import CheckpointError
 from training.network.imprint import with_scene
 from training.network.modules import AnyDoor, DiffusionNetwork, ReferenceNetwork
+from training.small.fresh_samples import CHUNK, FreshSamples
 from training.small.initial_weights import open_control
-from training.systems.anydoor import DiffusionTask
+from training.systems.anydoor import Denoising, DiffusionTask
 from training.systems.autoencoder import normalise_latents
+from training.workers import drawer_count, drawing_device
 
 _FIRST = "conv_in.weight"
 """The UNet's first convolution."""
@@ -201,4 +203,33 @@ def encoded_pairs(recipe: Recipe, folder: Path, rows: int = 0) -> EncodedPairs:
         hint_features=not rules.hint_block,
         places=rules.attention_guide > 0,
         rows=rows,
+    )
+
+
+def drawn_pairs(recipe: Recipe) -> DrawnPairs:
+    """Gives the pairs of a recipe that has them drawn while it trains."""
+    return DrawnPairs(recipe.pairs, single=recipe.data.single, device=drawing_device())
+
+
+def fresh_samples(recipe: Recipe, model: AnyDoor, rules: Denoising, chunk: int = CHUNK) -> FreshSamples:
+    """Gives what a stage learns from where pairs are drawn while it trains.
+
+    Args:
+        recipe: how pairs are drawn.
+        model: encodes them.
+        rules: how the stage takes them, as in `encoded_pairs`.
+        chunk: see `FreshSamples`.
+    """
+    data = recipe.data
+    return FreshSamples(
+        model,
+        drawn_pairs(recipe),
+        seeds.TRAINING_PAIRS,
+        rules.drop,
+        data.kind,
+        hint_features=not rules.hint_block,
+        places=rules.attention_guide > 0,
+        repeats=data.repeats,
+        workers=drawer_count(data.workers),
+        chunk=chunk,
     )

@@ -32,7 +32,10 @@ class DataSettings:
 
     objects: int = 4000
     pairs: int = 8000
-    """Pairs that are encoded once, before training. IMPRINT's are made anew for every step if it is 0."""
+    """Pairs that are encoded once, before training. If it is 0, they are made anew while training: AnyDoor's
+    of views that are drawn for them, IMPRINT's of the stored ones."""
+    repeats: int = 1
+    """How often AnyDoor learns from a pair that is drawn for it."""
     kind: Kind = "multi-view"
     """What two views of an object count as for AnyDoor's timestep rule."""
     single: float = 0.0
@@ -229,6 +232,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
             raise InputError(f"'{path}': no data set is called '{source.name}'; known: {', '.join(SOURCES)}")
     if isinstance(recipe, ImprintRecipe):
         _check_imprint(path, recipe)
+    elif recipe.data.pairs < 0 or recipe.data.repeats < 1:
+        raise InputError(f"'{path}': [data] pairs is at least 0, and repeats at least 1")
     elif recipe.sources and recipe.denoising.attention_guide:
         raise InputError(f"'{path}': [denoising] attention_guide is for rendered pairs, not for [[sources]]")
     return recipe

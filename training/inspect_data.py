@@ -8,7 +8,8 @@ examples:
 One column per pair: the reference, the collage of the hint, its mask (white: fill this, grey: scene, black:
 padding), and the picture that should come out. Then samples per second of the loop on one batch, of the pairs
 that it reads, and of pairs that are made anew. Those of data sets are made while it trains. Rendered ones are
-made of stored views and encoded once, before it trains; rendering and encoding are not counted.
+made of stored views and encoded once, before it trains; rendering and encoding are not counted. Where the
+recipe has no number of pairs, they are drawn while it trains; encoding is not counted.
 
 For IMPRINT the columns show the reference, what is known of the scene, the mask, and the picture; first those
 of the stage `views`, then those of `compositing`. For a small Stable Diffusion they are pictures, whose
@@ -31,7 +32,7 @@ import torch
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
-from training.assemble import encoded_pairs, mixture, view_pairs
+from training.assemble import drawn_pairs, encoded_pairs, fresh_samples, mixture, view_pairs
 from training.assemble_imprint import composite_samples, view_samples
 from training.config import (
     DreamBoothRecipe,
@@ -46,8 +47,8 @@ from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, rows_don
 from training.data.mixture import Mixture
 from training.data.pairs import Pair
 from training.data.subject import read_pictures
-from training.data.view_pairs import ViewPairs, pair_of_views
-from training.loop import NumberedDataset, ShardedSampler, Task, load_batches
+from training.data.view_pairs import DrawnPairs, ViewPairs, pair_of_views
+from training.loop import AnyDataset, NumberedDataset, ShardedSampler, Task, batches_on, load_batches
 from training.loop_settings import LoopSettings
 from training.network.imprint import Imprint
 from training.network.modules import AnyDoor
@@ -59,21 +60,29 @@ from training.systems.anydoor import DiffusionTask
 from training.systems.imprint import ImprintTask, StageSettings
 from training.workers import worker_count
 
+RenderedPairs = ViewPairs | DrawnPairs
 
-def fresh_pairs(recipe: Recipe, folder: Path) -> Mixture | ViewPairs:
-    """Opens the recipe's pairs before they are encoded: of its data sets, or of the views in `folder`/views.
+
+def fresh_pairs(recipe: Recipe, folder: Path) -> Mixture | RenderedPairs:
+    """Opens the recipe's pairs before they are encoded.
+
+    They are of its data sets, of the views in `folder`/views, or of views that are drawn for them.
 
     Raises:
         SourceError: a folder is not that of its data set.
         StoreError: no views are drawn yet.
     """
-    return mixture(recipe) if recipe.sources else view_pairs(recipe, folder)
+    if recipe.sources:
+        return mixture(recipe)
+    return view_pairs(recipe, folder) if recipe.data.pairs else drawn_pairs(recipe)
 
 
-def first_pair(pairs: Mixture | ViewPairs, recipe: Recipe, number: int) -> Pair:
+def first_pair(pairs: Mixture | RenderedPairs, recipe: Recipe, number: int) -> Pair:
     """Makes pair `number` as it is before it becomes a sample."""
     if isinstance(pairs, Mixture):
         return pairs.draw(np.random.default_rng(number))
+    if isinstance(pairs, DrawnPairs):
+        return pairs.draw([number])[0]
     data = recipe.data
     return pair_of_views(pairs.store, number, pairs.seed, recipe.pairs, data.kind, data.single)
 
@@ -114,7 +123,8 @@ def feed_rate(dataset: NumberedDataset, settings: LoopSettings, seconds: float, 
 def consume_rate(task: Task, settings: LoopSettings, seconds: float) -> float:
     """Measures samples per second that the loop could take, if they took no time: steps on a single batch."""
     sampler = ShardedSampler(0, settings.batch, process=0, processes=1)
-    batch = next(iter(load_batches(task.dataset(), replace(settings, workers=0), sampler)))
+    cpu = torch.device("cpu")
+    batch = next(batches_on(cpu, task.dataset(), replace(settings, workers=0), sampler))
     optimizer = torch.optim.AdamW([p for p in task.module.parameters() if p.requires_grad])
 
     def step() -> None:
@@ -126,7 +136,7 @@ def consume_rate(task: Task, settings: LoopSettings, seconds: float) -> float:
 
 
 def compare_rates(
-    recipe: Recipe, pairs: Mixture | ViewPairs, folder: Path, settings: LoopSettings, seconds: float
+    recipe: Recipe, pairs: Mixture | RenderedPairs, folder: Path, settings: LoopSettings, seconds: float
 ) -> str:
     """Measures how the diffusion stage's data keep up with it, one speed per line.
 
@@ -134,15 +144,21 @@ def compare_rates(
         InputError: rendered pairs are not encoded yet.
     """
     feeds: list[tuple[str, NumberedDataset, int]]
+    # fresh weights are as fast as any
+    model = AnyDoor(recipe.architecture)
+    learned: AnyDataset = pairs
     if isinstance(pairs, Mixture):
         feeds = [("making pairs while training", pairs, settings.workers)]
+    elif isinstance(pairs, DrawnPairs):
+        feeds = [("drawing pairs while training", pairs, worker_count(recipe.data.workers))]
+        learned = fresh_samples(recipe, model.eval(), recipe.denoising, chunk=settings.batch)
     else:
+        learned = pairs_to_read(recipe, folder)
         feeds = [
             ("making pairs of stored views, once before", pairs, worker_count(recipe.data.workers)),
-            ("reading encoded pairs while training", pairs_to_read(recipe, folder), settings.workers),
+            ("reading encoded pairs while training", learned, settings.workers),
         ]
-    # fresh weights are as fast as any
-    task = DiffusionTask(AnyDoor(recipe.architecture), feeds[-1][1], recipe.denoising)
+    task = DiffusionTask(model, learned, recipe.denoising)
     taken = consume_rate(task, settings, seconds)
     lines = [f"the loop: {taken:.1f} samples per second with {torch.get_num_threads()} thread(s)"]
     for what, dataset, workers in feeds:

@@ -44,6 +44,7 @@ PATIENCE = timedelta(days=7)
 """How long processes wait for the one that draws or encodes; PyTorch alone would give up in half an hour."""
 
 
+@runtime_checkable
 class NumberedDataset(Protocol):
     """An endless dataset: item n is a function of n alone, drawn by a generator that is seeded with n."""
 
@@ -53,10 +54,14 @@ class NumberedDataset(Protocol):
 
 @runtime_checkable
 class DeviceDataset(Protocol):
-    """An endless dataset that makes whole batches where they are used: item n is a function of n alone."""
+    """An endless dataset that makes whole batches where they are used: a batch follows from its numbers."""
 
     def batch(self, numbers: range, device: torch.device) -> dict[str, Tensor]:
         """Gives the samples of these numbers, stacked; all tensors are on the device."""
+
+
+AnyDataset = NumberedDataset | DeviceDataset
+"""A dataset that is both makes batches on a card, and single samples on a processor."""
 
 
 class Task(Protocol):
@@ -70,7 +75,7 @@ class Task(Protocol):
     def network(self) -> nn.Module:
         """Holds all that the loss computes with, the weights among it: what has to be on the device."""
 
-    def dataset(self) -> NumberedDataset:
+    def dataset(self) -> AnyDataset:
         """Gives the samples to train on."""
 
     def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -218,14 +223,13 @@ class _Stepper:
         self._optimizer = accelerator.prepare(self.state.optimizer)
         self.samples = settings.batch * settings.accumulate * accelerator.num_processes
         """Samples of a step, of all processes."""
-        self._batches = self._load(
-            ShardedSampler(
-                saved.get("step", 0) * self.samples,
-                settings.batch,
-                accelerator.process_index,
-                accelerator.num_processes,
-            )
+        sampler = ShardedSampler(
+            saved.get("step", 0) * self.samples,
+            settings.batch,
+            accelerator.process_index,
+            accelerator.num_processes,
         )
+        self._batches = batches_on(accelerator.device, task.dataset(), settings, sampler)
         self._learn_from = (
             CapturedStep(self._learn, self.state.optimizer.zero_grad)
             if self._can_be_captured
@@ -243,14 +247,6 @@ class _Stepper:
         if self.state.ema is not None:
             self.state.ema.update(step)
         return losses
-
-    def _load(self, sampler: ShardedSampler) -> Iterator[Batch]:
-        """Batches on the device, made there if the dataset can."""
-        device, dataset = self._accelerator.device, self._task.dataset()
-        if isinstance(dataset, DeviceDataset) and device.type != "cpu":
-            yield from (dataset.batch(numbers, device) for numbers in sampler.batches())
-        for batch in load_batches(dataset, self._settings, sampler):
-            yield {name: value.to(device) for name, value in batch.items()}
 
     def _learn(self, batch: Batch) -> dict[str, Tensor]:
         """Learns from a batch; waits for nothing, and copies nothing from the host."""
@@ -284,6 +280,18 @@ def _compiled(module: nn.Module) -> nn.Module:
         raise InputError("compile needs a C++ compiler: install g++, or leave it out of the recipe")
     module.compile()
     return module
+
+
+def batches_on(
+    device: torch.device, dataset: AnyDataset, settings: LoopSettings, sampler: ShardedSampler
+) -> Iterator[Batch]:
+    """Makes a process's batches on a device: there, if the dataset can and it is a card, or if it must."""
+    makes_samples = isinstance(dataset, NumberedDataset)
+    if isinstance(dataset, DeviceDataset) and (device.type != "cpu" or not makes_samples):
+        yield from (dataset.batch(numbers, device) for numbers in sampler.batches())
+    elif isinstance(dataset, NumberedDataset):
+        for batch in load_batches(dataset, settings, sampler):
+            yield {name: value.to(device) for name, value in batch.items()}
 
 
 def load_batches(

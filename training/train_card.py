@@ -9,6 +9,7 @@ examples:
     make train-card MINUTES=7
     python -m training.train_card --minutes 7 training/recipes/imprint-small.toml
     python -m training.train_card --minutes 3 training/recipes/anydoor-128.toml:autoencoder,identity
+    python -m training.train_card --minutes 7 training/recipes/anydoor-128.toml --set data.pairs=0
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from runtime.errors import InputError
 from training.clock import TimeLimit, program_start
 from training.config import AnyRecipe, CommonRecipe, read_recipe
 from training.data.view_store import draw_views
-from training.workers import worker_count
+from training.workers import drawer_count, drawing_device
 
 PACKED_BYTES = 15 << 20
 """Most bytes of a file that is packed; larger ones are cut."""
@@ -49,16 +50,19 @@ class Run:
     path: Path
     stages: tuple[str, ...]
     recipe: AnyRecipe
+    changes: tuple[str, ...] = ()
+    """Of the recipe, see `read_recipe`."""
 
     @classmethod
-    def of(cls, given: str) -> Run:
-        """Reads RECIPE or RECIPE:STAGE,STAGE.
+    def of(cls, given: str, changes: Sequence[str] = ()) -> Run:
+        """Reads RECIPE or RECIPE:STAGE,STAGE, with changes of the recipe.
 
         Raises:
             InputError: it cannot be read.
         """
         path, _, stages = given.partition(":")
-        return cls(Path(path), tuple(filter(None, stages.split(","))), read_recipe(Path(path)))
+        recipe = read_recipe(Path(path), changes)
+        return cls(Path(path), tuple(filter(None, stages.split(","))), recipe, tuple(changes))
 
     @property
     def drawn(self) -> CommonRecipe | None:
@@ -76,6 +80,8 @@ class Run:
         command = [sys.executable, "-m", "training.train", str(self.path), "--folder", str(folder)]
         for stage in self.stages:
             command += ["--stage", stage]
+        for change in self.changes:
+            command += ["--set", change]
         with (folder / "train.log").open("wb") as log:
             return subprocess.Popen(
                 [*command, "--minutes", f"{minutes:.3f}"], stdout=log, stderr=subprocess.STDOUT
@@ -97,8 +103,8 @@ def share_objects(runs: Sequence[Run], folder: Path) -> None:
     if not recipes:
         return
     objects = folder / "objects"
-    workers = max(worker_count(recipe.data.workers) for recipe in recipes.values())
-    draw_views(objects, counts[0], max(workers, 1))
+    workers = max(drawer_count(recipe.data.workers) for recipe in recipes.values())
+    draw_views(objects, counts[0], max(workers, 1), drawing_device())
     for name, recipe in recipes.items():
         own = folder / name / recipe.objects
         if not own.exists():
@@ -167,6 +173,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE[:STAGE,...]", help="default of stages: all")
     parser.add_argument("--minutes", type=float, required=True, help="for everything, from now")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="another value than the recipes', as TOML",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/card"), help="default: %(default)s")
     parser.add_argument(
         "--output", type=Path, default=Path("build/train-card"), help="of the packed files; %(default)s"
@@ -179,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(
                 f"--minutes is {options.minutes:g}; writing and packing alone take {SECONDS_TO_PACK} s"
             )
-        runs = [Run.of(each) for each in options.recipes]
+        runs = [Run.of(each, options.set) for each in options.recipes]
         options.output.mkdir(parents=True, exist_ok=True)
         share_objects(runs, options.folder)
         processes = {run.name: run.start(options.folder / run.name, limit.left / 60) for run in runs}

@@ -1,10 +1,14 @@
-"""Determines the number of processes that prepare data."""
+"""Determines how many processes prepare data, and where they draw."""
 
 from __future__ import annotations
 
 import os
 
+import torch
 from accelerate import PartialState
+
+CARD_DRAWERS = 12
+"""Most processes that draw on one card; see `training.data.synthetic.rendering.SHARE`."""
 
 
 def worker_count(asked: int) -> int:
@@ -20,3 +24,15 @@ def worker_count(asked: int) -> int:
     if asked == 0 and PartialState().device.type != "cpu":
         return max(cores - 2, 0)
     return asked
+
+
+def drawer_count(asked: int) -> int:
+    """Counts the processes that draw objects; see `worker_count`."""
+    count = worker_count(asked)
+    return count if drawing_device().type == "cpu" else min(count, CARD_DRAWERS)
+
+
+def drawing_device() -> torch.device:
+    """Gives where the renderer draws: on the card, or on the processor where there is none that runs CUDA."""
+    device: torch.device = PartialState().device
+    return device if device.type == "cuda" else torch.device("cpu")

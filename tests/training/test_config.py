@@ -67,6 +67,7 @@ def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
             '[architecture]\nprediction = "V"\n',
             r'prediction of \[architecture\] is "V", expected "eps.* or "v"',
         ),
+        ("[data]\nrepeats = 0\n", r"\[data\] pairs is at least 0, and repeats at least 1"),
         ('[data]\nkind = "vidoe"\n', r'kind of \[data\] is "vidoe", expected "video" or'),
         ('[pairs]\ntimesteps = "papre"\n', r'timesteps of \[pairs\] is "papre", expected "uniform" or'),
         ('[hint_block]\nsteps = 1\nprecision = "bf-16"\n', r'is "bf-16", expected "no" or "auto" or "bf16"'),

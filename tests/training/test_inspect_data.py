@@ -140,6 +140,17 @@ def test_pairs_of_data_sets_are_timed_as_they_are_made(
     assert "encoded" not in printed
 
 
+def test_pairs_that_are_drawn_while_it_trains_are_timed(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "drawn.toml").write_text((run / "tiny.toml").read_text() + "\n[data]\npairs = 0\n")
+    arguments = [str(tmp_path / "drawn.toml"), str(tmp_path / "sheet.png"), "--folder", str(tmp_path)]
+    assert main([*arguments, "--count", "2", "--seconds", "0.01"]) == 0
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 32, 4 * 32)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[1:]] == ["the loop", "drawing pairs while training"]
+
+
 def test_views_that_are_there_already_are_not_drawn_for_another_number(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

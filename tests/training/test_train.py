@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.launch import finish, start_two
 from tests.support.tiny import TINY
+from training.assemble import fresh_samples
 from training.clock import TimeLimit
 from training.config import read_recipe
 from training.data.encoded import EncodedPairs
@@ -108,6 +110,24 @@ def test_a_run_that_is_given_again_goes_on(run: Path, copy: Path) -> None:
     train(longer, copy, "--stage", "diffusion")
     whole = torch.load(copy / "diffusion" / "last.pt", weights_only=True)["module"]
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_pairs_are_drawn_while_it_trains(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is encoded ahead; a run that is stopped and resumed ends like one that is not."""
+    monkeypatch.setattr("training.stages.anydoor.fresh_samples", partial(fresh_samples, chunk=2))
+    for part in ("pairs", "hint_block", "diffusion"):
+        shutil.rmtree(copy / part)
+    data = {"pairs": 0, "repeats": 2}
+    train(write_recipe(copy / "short.toml", data=data), copy)
+    longer = write_recipe(copy / "longer.toml", data=data, diffusion={"steps": 3})
+    train(longer, copy)
+    resumed = torch.load(copy / "diffusion" / "last.pt", weights_only=True)["module"]
+    shutil.rmtree(copy / "diffusion")
+    train(longer, copy, "--stage", "diffusion")
+    whole = torch.load(copy / "diffusion" / "last.pt", weights_only=True)["module"]
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert not (copy / "pairs").exists()
+    assert read_checkpoint(copy / "model.safetensors").system == "anydoor"
 
 
 @pytest.mark.nightly

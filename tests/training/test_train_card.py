@@ -13,7 +13,7 @@ from tests.training import test_train, test_train_imprint
 from tests.training.test_train import refusal
 from training import train_card
 from training.network.checkpoint import read_checkpoint
-from training.train_card import PACKED_BYTES, main, pack
+from training.train_card import PACKED_BYTES, Run, main, pack
 
 
 @pytest.mark.slow
@@ -40,6 +40,17 @@ def test_recipes_share_their_objects_and_what_they_learn_is_packed(
     }
     assert read_checkpoint(packed / "whole-model.safetensors").system == "imprint"
     assert torch.load(packed / "part-autoencoder-mean.pt", weights_only=True)
+
+
+def test_changes_of_a_recipe_go_on_to_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(train_card.subprocess, "Popen", lambda command, **_: commands.append(command))
+    run = Run.of(f"{test_train.write_recipe(tmp_path / 'part.toml')}:diffusion", ["data.pairs=0"])
+    assert run.recipe.data.pairs == 0  # type: ignore[union-attr]
+    run.start(tmp_path, 1.0)
+    (command,) = commands
+    assert command[command.index("--stage") + 1] == "diffusion"
+    assert command[command.index("--set") + 1] == "data.pairs=0"
 
 
 def test_large_files_are_cut(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from engines.errors import AnyDoorError
 from engines.files import write_text
 from training.data.device import MAPPED, generator, resident
 from training.data.matching_places import matching_places
-from training.data.pairs import Kind, PairRules, sample_timestep, sample_timesteps
+from training.data.pairs import Kind, PairRules, TimestepRule, sample_timestep, sample_timesteps
 
 PACKED_INSIDE = 255
 """What the mask channel of a packed hint is where the object goes."""
@@ -156,27 +156,11 @@ class EncodedPairs:
 
         Names, shapes and dtypes are those of samples in a batch, and so are the distributions.
         """
-        arrays, rng, count = self._on(device), generator(self._seed, numbers, device), len(numbers)
-
-        def normal() -> Tensor:
-            return torch.randn(mean.shape, generator=rng, device=device)
-
-        rows = torch.randint(self._rows, (count,), generator=rng, device=device)
-        dropped = torch.rand(count, generator=rng, device=device) < self._drop
-        mean, spread = arrays["moments"][rows].float().unbind(1)
-        features = torch.where(dropped.view(-1, 1, 1), arrays["black"], arrays["features"][rows])
-        hint = arrays["hint"][rows]
-        sample = {
-            "latents": mean + spread * normal(),
-            "noise": normal(),
-            "timestep": sample_timesteps(arrays["single"][rows], self._kind, self._rules.timesteps, rng),
-            "features": features.float(),
-            "hint": unpack_hints(hint) if self._hint_features is None else hint.float(),
-        }
-        if self._with_places:
-            unknown = dropped.view(-1, 1, 1, 1)
-            sample["places"] = arrays["places"][rows].masked_fill(unknown, math.nan)
-        return sample
+        arrays, rng = dict(self._on(device)), generator(self._seed, numbers, device)
+        black = arrays.pop("black")
+        rows = torch.randint(self._rows, (len(numbers),), generator=rng, device=device)
+        pairs = {name: array[rows] for name, array in arrays.items()}
+        return draw_samples(pairs, black, self._drop, self._kind, self._rules.timesteps, rng)
 
     def _on(self, device: torch.device) -> Mapping[str, Tensor]:
         """Returns the rows to draw from, in a device's memory."""
@@ -193,6 +177,44 @@ class EncodedPairs:
             self._loaded[device] = {name: resident(a[: self._rows], device) for name, a in arrays.items()}
             self._loaded[device] |= {"black": resident(self._black, device)}
         return self._loaded[device]
+
+
+def draw_samples(
+    pairs: Mapping[str, Tensor],
+    black: Tensor,
+    drop: float,
+    kind: Kind,
+    timesteps: TimestepRule,
+    rng: torch.Generator,
+) -> dict[str, Tensor]:
+    """Draws a sample of each encoded pair, in a device's memory.
+
+    Args:
+        pairs: moments (N, 2, C, h, w), features (N, T, D), single (N,) bool, and hint: (N, 4, R, R) uint8 or
+            what the hint block makes of it, float16. Perhaps `matching_places`.
+        black: (T, D), the features of a black reference.
+        drop: probability of a black reference, whose places are unknown.
+        kind: what pairs of two pictures count as.
+        timesteps: how they are drawn.
+        rng: source of randomness on the device.
+    """
+    count, device, hint = len(pairs["single"]), black.device, pairs["hint"]
+    dropped = torch.rand(count, generator=rng, device=device) < drop
+    mean, spread = pairs["moments"].float().unbind(1)
+
+    def normal() -> Tensor:
+        return torch.randn(mean.shape, generator=rng, device=device)
+
+    sample = {
+        "latents": mean + spread * normal(),
+        "noise": normal(),
+        "timestep": sample_timesteps(pairs["single"], kind, timesteps, rng),
+        "features": torch.where(dropped.view(-1, 1, 1), black, pairs["features"]).float(),
+        "hint": unpack_hints(hint) if hint.dtype == torch.uint8 else hint.float(),
+    }
+    if "places" in pairs:
+        sample["places"] = pairs["places"].masked_fill(dropped.view(-1, 1, 1, 1), math.nan)
+    return sample
 
 
 def _mapped(path: Path) -> NDArray[Any]:

@@ -7,7 +7,7 @@ many rows are written, so that drawing can be interrupted, resumed, and read whi
 examples:
     python -m training.data.view_store build/views --objects 100
     python -m training.data.view_store build/views --objects 5000 --workers 8
-    python -m training.data.view_store build/views --objects 5000 --workers 8 --device cuda
+    python -m training.data.view_store build/views --objects 5000 --workers 12 --device cuda
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from runtime.progress_bar import ProgressBar
 from training.data.device import MAPPED, resident
 from training.data.pairs import Shot
 from training.data.synthetic.rendering import CPU
-from training.data.synthetic.views import VIEW_SIZE, View, reference_views, scene_views
+from training.data.synthetic.views import VIEW_SIZE, View, draw_frames, reference_frame, scene_frame
 
 SCENES, REFERENCES = 3, 2
 """Views per object: in scenes, and alone."""
@@ -94,11 +94,10 @@ def as_shot(view: View) -> Shot:
 
 def draw_objects(seeds: range, device: torch.device = CPU) -> list[tuple[Views, Views]]:
     """Draws all views of some objects: of each (V, S, S, 4) in scenes and (R, S, S, 4) alone."""
-    drawn = (
-        draw([(seed, number) for seed in seeds for number in range(count)], device=device)
-        for draw, count in ((scene_views, SCENES), (reference_views, REFERENCES))
-    )
-    scenes, references = (views.cpu().numpy().reshape(len(seeds), -1, *views.shape[1:]) for views in drawn)
+    frames = [scene_frame(seed, number) for seed in seeds for number in range(SCENES)]
+    frames += [reference_frame(seed, number) for seed in seeds for number in range(REFERENCES)]
+    drawn = np.split(draw_frames(frames, device=device).cpu().numpy(), [len(seeds) * SCENES])
+    scenes, references = (views.reshape(len(seeds), -1, *views.shape[1:]) for views in drawn)
     return list(zip(scenes, references, strict=True))
 
 
@@ -129,7 +128,7 @@ def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device 
     done = folder / DONE
     start = int(done.read_text()) if done.exists() else 0
     on_card = device.type != "cpu"
-    at_once = 64 if on_card else 4
+    at_once = 48 if on_card else 4
     seeds = [range(first, min(first + at_once, count)) for first in range(start, count, at_once)]
     # what was forked can use no card, and hangs where PyTorch had threads; one each: they share the cores
     method = get_context("spawn")

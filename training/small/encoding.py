@@ -46,19 +46,31 @@ def encode_pairs(
         return
     device = join_processes().device
     model.to(device)
-    black = model.id_encoder.features(torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE, device=device))
-    np.save(folder / "black.npy", black[0].cpu().numpy().astype(np.float16))
+    np.save(folder / "black.npy", black_features(model, device).cpu().numpy())
 
     def encode(made: Batch) -> dict[str, Tensor]:
-        posterior = model.encode(made["picture"])
-        return {
-            "hints": made["hint"],
-            "features": model.id_encoder.features(made["reference"] / 255),
-            "moments": torch.stack([posterior.mean, posterior.std], dim=1) * LATENT_SCALE,
-            "single": made["single"],
-        }
+        return encode_batch(model, made)
 
     store_samples(pairs, encode, folder, count, batch, workers, kept=PAIRS)
+
+
+@torch.no_grad()
+def encode_batch(model: AnyDoor, made: Batch) -> dict[str, Tensor]:
+    """Encodes a batch of `ViewPairs` on the model's device; `PAIRS` are the results."""
+    posterior = model.encode(made["picture"])
+    return {
+        "hints": made["hint"],
+        "features": model.id_encoder.features(made["reference"] / 255),
+        "moments": torch.stack([posterior.mean, posterior.std], dim=1) * LATENT_SCALE,
+        "single": made["single"],
+    }
+
+
+@torch.no_grad()
+def black_features(model: AnyDoor, device: torch.device) -> Tensor:
+    """Computes the features (T, D), float16, of a black reference."""
+    black = torch.zeros(1, 3, REFERENCE_SIZE, REFERENCE_SIZE, device=device)
+    return model.id_encoder.features(black)[0].half()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from training.loop import Batch, NumberedDataset
+from training.loop import AnyDataset, Batch
 from training.network.architecture import HINT_BLOCK_CHANNELS
 from training.network.modules import DetailControlNet
 
@@ -37,11 +37,11 @@ class HintBlockModule(nn.Module):
 class HintBlockTask:
     """Mean squared error of the latents."""
 
-    def __init__(self, control: DetailControlNet, pairs: NumberedDataset) -> None:
+    def __init__(self, control: DetailControlNet, pairs: AnyDataset) -> None:
         self.module = self.network = HintBlockModule(control)
         self._data = pairs
 
-    def dataset(self) -> NumberedDataset:
+    def dataset(self) -> AnyDataset:
         """Gives pairs whose latents are encoded."""
         return self._data
 

@@ -9,17 +9,25 @@ from pathlib import Path
 import torch
 
 from training import seeds
-from training.assemble import encoded_pairs, frozen_parts, mixture, stage_weights, trained_model, view_pairs
+from training.assemble import (
+    encoded_pairs,
+    fresh_samples,
+    frozen_parts,
+    mixture,
+    stage_weights,
+    trained_model,
+    view_pairs,
+)
 from training.config import Recipe
 from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, settled_rows
-from training.loop import on_main_process, train
+from training.loop import AnyDataset, on_main_process, train
 from training.network.checkpoint import write_model
 from training.network.modules import AnyDoor
 from training.preview import Preview
 from training.small.encoding import check_encoders, encode_hints, encode_pairs
 from training.small.hint_block import HintBlockTask
 from training.stages.common import draw_objects, train_autoencoder, train_decoder, train_identity
-from training.systems.anydoor import DiffusionTask
+from training.systems.anydoor import Denoising, DiffusionTask
 from training.workers import worker_count
 
 ROWS = "rows.txt"
@@ -28,8 +36,8 @@ ROWS = "rows.txt"
 
 @on_main_process
 def encode(recipe: Recipe, folder: Path) -> None:
-    """Makes the pairs of stage 3, once."""
-    if not recipe.sources:
+    """Makes the pairs of stage 3, once, for a recipe that says how many."""
+    if not recipe.sources and recipe.data.pairs:
         model, pairs = frozen_parts(recipe, folder), view_pairs(recipe, folder)
         workers = worker_count(recipe.data.workers)
         encode_pairs(model, pairs, folder / "pairs", recipe.data.pairs, workers=workers)
@@ -39,9 +47,16 @@ def train_hint_block(recipe: Recipe, folder: Path) -> None:
     """Trains the hint block alone, for a recipe whose `diffusion` does not train it."""
     if recipe.hint_block:
         model, stage = frozen_parts(recipe, folder), folder / "hint_block"
-        settle_pairs(recipe, folder, model, stage)
-        pairs = EncodedPairs(folder / "pairs", seeds.TRAINING_PAIRS, recipe.pairs, rows=_rows(stage))
-        train(HintBlockTask(model.control, pairs), recipe.hint_block, stage)
+        train(
+            HintBlockTask(model.control, _whole_hints(recipe, folder, model, stage)), recipe.hint_block, stage
+        )
+
+
+def _whole_hints(recipe: Recipe, folder: Path, model: AnyDoor, stage: Path) -> AnyDataset:
+    if not recipe.data.pairs:
+        return fresh_samples(recipe, model, Denoising())
+    settle_pairs(recipe, folder, model, stage)
+    return EncodedPairs(folder / "pairs", seeds.TRAINING_PAIRS, recipe.pairs, rows=_rows(stage))
 
 
 def train_diffusion(recipe: Recipe, folder: Path) -> None:
@@ -50,11 +65,17 @@ def train_diffusion(recipe: Recipe, folder: Path) -> None:
         model, stage = frozen_parts(recipe, folder), folder / "diffusion"
         if (folder / "hint_block" / "mean.pt").exists():
             HintBlockTask.load(model.control, stage_weights(folder / "hint_block"))
-        if not recipe.sources:
-            settle_pairs(recipe, folder, model, stage, hints=not recipe.denoising.hint_block)
-        pairs = mixture(recipe) if recipe.sources else encoded_pairs(recipe, folder, _rows(stage))
-        task = DiffusionTask(model, pairs, recipe.denoising)
+        task = DiffusionTask(model, _pairs(recipe, folder, model, stage), recipe.denoising)
         train(task, recipe.diffusion, stage, Preview(recipe, model))
+
+
+def _pairs(recipe: Recipe, folder: Path, model: AnyDoor, stage: Path) -> AnyDataset:
+    if recipe.sources:
+        return mixture(recipe)
+    if not recipe.data.pairs:
+        return fresh_samples(recipe, model, recipe.denoising)
+    settle_pairs(recipe, folder, model, stage, hints=not recipe.denoising.hint_block)
+    return encoded_pairs(recipe, folder, _rows(stage))
 
 
 @on_main_process

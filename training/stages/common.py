@@ -10,14 +10,15 @@ from training.data.view_store import ViewStore, draw_views
 from training.loop import on_main_process, train
 from training.systems.autoencoder import AutoencoderTask, decoder_task
 from training.systems.identity import IdentityTask
-from training.workers import worker_count
+from training.workers import drawer_count, drawing_device
 
 
 @on_main_process
 def draw_objects(recipe: CommonRecipe, folder: Path) -> None:
     """Draws the objects of the recipe."""
     if not recipe.sources:
-        draw_views(folder / recipe.objects, recipe.data.objects, max(worker_count(recipe.data.workers), 1))
+        workers = max(drawer_count(recipe.data.workers), 1)
+        draw_views(folder / recipe.objects, recipe.data.objects, workers, drawing_device())
 
 
 def train_autoencoder(recipe: CommonRecipe, folder: Path) -> None:

@@ -14,7 +14,7 @@ from training.data.view_store import ViewStore, draw_views
 from training.loop import on_main_process, train
 from training.network.segmenter import Segmenter
 from training.systems.segmenter import SegmenterTask
-from training.workers import worker_count
+from training.workers import drawer_count, drawing_device
 
 ONNX = "segmenter-small.onnx"
 """What `write_network` writes: see docs/edits.md for the command that makes a bundle of it."""
@@ -23,7 +23,8 @@ ONNX = "segmenter-small.onnx"
 @on_main_process
 def draw_objects(recipe: SegmenterRecipe, folder: Path) -> None:
     """Draws the objects of the recipe."""
-    draw_views(folder / "views", recipe.data.objects, max(worker_count(recipe.data.workers), 1))
+    workers = max(drawer_count(recipe.data.workers), 1)
+    draw_views(folder / "views", recipe.data.objects, workers, drawing_device())
 
 
 def segmentation_samples(recipe: SegmenterRecipe, folder: Path) -> CutOuts:

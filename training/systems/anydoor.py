@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from training.loop import Batch, NumberedDataset
+from training.loop import AnyDataset, Batch
 from training.network.architecture import LATENT_SCALE
 from training.network.modules import AnyDoor, DiffusionNetwork
 from training.small.attention_guide import AttentionGuide
@@ -97,14 +97,14 @@ class DiffusionTask:
     As in the released code, whose logvar is 0 and which has no variational term.
     """
 
-    def __init__(self, model: AnyDoor, pairs: NumberedDataset, rules: Denoising) -> None:
+    def __init__(self, model: AnyDoor, pairs: AnyDataset, rules: Denoising) -> None:
         rules.apply(model)
         self.module = Denoiser(model, guided=rules.attention_guide > 0)
         self._guide_weight = rules.attention_guide
         self.network = model
         self._data = pairs
 
-    def dataset(self) -> NumberedDataset:
+    def dataset(self) -> AnyDataset:
         """Gives pairs, encoded or not."""
         return self._data
 

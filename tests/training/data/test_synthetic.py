@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.rendering import count_operators
 from training.data.synthetic import (
+    ObjectSpec,
     Pose,
     bodies,
     make_light,
@@ -19,11 +21,10 @@ from training.data.synthetic import (
     render_all,
     render_background,
     render_cutout,
-    rendering,
 )
 from training.data.synthetic.__main__ import draw_sheet, main
 from training.data.synthetic.catalogue import CATALOGUE
-from training.data.synthetic.rendering import place
+from training.data.synthetic.rendering import frame_of, place, render_frames
 from training.data.synthetic.shapes import (
     Solid,
     box,
@@ -35,9 +36,16 @@ from training.data.synthetic.shapes import (
     sphere,
     torus,
 )
-from training.data.synthetic.views import reference_view, reference_views, scene_view, scene_views
+from training.data.synthetic.views import (
+    draw_frames,
+    reference_frame,
+    reference_view,
+    scene_frame,
+    scene_view,
+)
 
 SIZE = (64, 48)
+FRAMES = (scene_frame, reference_frame)
 
 
 def test_the_same_number_gives_the_same_picture() -> None:
@@ -56,8 +64,8 @@ def test_the_pictures_are_those_of_the_truth_set(view: int) -> None:
     the object, whether it hits: 93 of the 3,072,000 pixels of 120 views differ by more than a level.
     """
     recorded = np.load(Path(__file__).parents[2] / "data" / "views.npz")
-    keys = [(int(seed), 0) for seed in recorded["seeds"]]
-    drawn = (reference_views if view else scene_views)(keys).numpy()
+    frame = FRAMES[view]
+    drawn = draw_frames([frame(int(seed), 0) for seed in recorded["seeds"]]).numpy()
     for picture, (left, top), crop in zip(
         drawn, recorded["places"][:, view], recorded["crops"][:, view], strict=True
     ):
@@ -133,25 +141,60 @@ def test_an_object_beside_the_picture_is_not_seen() -> None:
     assert np.array_equal(picture, render_background(scene, SIZE))
 
 
-def test_many_pictures_at_once_are_those_of_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Objects of several kinds, two of them in one picture, two views of one."""
+def test_many_pictures_at_once_are_those_of_one_after_the_other() -> None:
+    """In rooms and alone, of objects of several kinds, two of them in one picture, two views of one."""
     keys = [(seed, number) for seed in (2, 7, 12, 22, 30) for number in range(2)]
-    draw = [lambda: scene_views(keys, 40), lambda: reference_views(keys, 40)]
-    alone = [each().int() for each in draw]
-    monkeypatch.setattr(rendering, "slices", lambda count, device: [slice(0, count)])
-    together = [each().int() for each in draw]
-    for one, other in zip(alone, together, strict=True):
-        assert ((one - other).abs() > 1).float().mean() < 1e-4
+    frames = [frame(*key) for key in keys for frame in FRAMES]
+    alone, together = (draw_frames(frames, 40, at_once=at_once).int() for at_once in (1, 20))
+    assert ((alone - together).abs() > 1).float().mean() < 1e-4
+
+
+def two_balls() -> list[tuple[ObjectSpec, Pose]]:
+    """Objects of one kind, the second one beside the first and before it."""
+    balls = [spec for spec in map(make_object, range(100)) if spec.shape.name == "ball"]
+    return list(zip(balls[:2], (Pose(-0.3, -0.4), Pose(0.5, 0.2)), strict=True))
+
+
+def test_objects_of_one_kind_may_share_a_picture() -> None:
+    """They are traced together; each hides what is behind it, and both take light from the floor."""
+    scene = make_scene(1)
+    picture, masks = render_all(scene, two_balls(), SIZE)
+    pictures = [render(scene, spec, pose, SIZE) for spec, pose in two_balls()]
+    for (alone, whole), mask in zip(pictures, masks, strict=True):
+        assert (np.abs(picture.astype(int) - alone)[mask == 255] <= 1).all()
+        assert (mask <= whole).all()
+    assert np.array_equal(masks[1], pictures[1][1])
+    floor = (masks[0] == 0) & (masks[1] == 0)
+    assert (picture <= np.minimum(pictures[0][0], pictures[1][0]))[floor].all()
+
+
+def test_a_second_object_of_a_kind_takes_hardly_more_operators() -> None:
+    """A card launches a kernel for each, so that it must not matter in how many pictures a kind is."""
+    balls = two_balls()
+    one = count_operators(lambda: render_all(make_scene(1), balls[:1], SIZE))
+    two = count_operators(lambda: render_all(make_scene(1), balls, SIZE))
+    four = count_operators(lambda: render_frames([frame_of(make_scene(1), balls)] * 2, SIZE, at_once=2))
+    assert one < two < 1.5 * one
+    assert four < 1.05 * two
 
 
 def test_everything_is_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device holds shapes alone, and refuses to compute with a tensor of another device."""
     monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     monkeypatch.setattr(bodies, "SORTED", (1, 2))
-    keys, meta = [(seed, 0) for seed in (2, 12, 22)], torch.device("meta")
-    for views in (scene_views(keys, 24, meta), reference_views(keys, 24, meta)):
-        assert views.device == meta
-        assert views.shape == (3, 24, 24, 4)
+    frames, meta = [frame(seed, 0) for seed in (2, 12, 22) for frame in FRAMES], torch.device("meta")
+    views = draw_frames(frames, 24, meta, at_once=6)
+    assert views.device == meta
+    assert views.shape == (6, 24, 24, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_a_card_draws_the_same_pictures() -> None:
+    """Except where the last bit of a distance decides what a ray hits; twice the same, bit for bit."""
+    frames = [frame(seed, 0) for seed in range(40) for frame in FRAMES]
+    here, there, again = (draw_frames(frames, device=torch.device(name)) for name in ("cpu", "cuda", "cuda"))
+    assert ((here.int() - there.cpu().int()).abs() > 1).float().mean() < 1e-3
+    assert torch.equal(there, again)
 
 
 @pytest.mark.parametrize("kind", range(len(CATALOGUE)))

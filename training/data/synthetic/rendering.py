@@ -6,7 +6,8 @@ Bodies of one structure are drawn together, whatever picture they are in.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -33,70 +34,59 @@ SAMPLES = 2
 CELL = 4
 """Pixels along each axis that share one coarse ray."""
 
-AT_ONCE = 1024
-"""Pictures that a card draws together. A processor draws each alone: what it works on stays in its caches."""
+PICTURE_BYTES = 18 << 20
+"""Memory that a picture of 160 x 160 pixels takes while it is drawn with others; measured."""
+
+SHARE = 1 / 16
+"""Of a card's memory, for one process that draws: several do, beside others that train."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a picture shows."""
+
+    camera: Camera
+    light: Light
+    things: Sequence[Placed]
+    scene: Scene | None = None  # the room around them; without one they are cut out
+
+
+def frame_of(scene: Scene, things: Sequence[Placed]) -> Frame:
+    """Makes the frame of a scene with things in it, from its own camera."""
+    return Frame(scene.camera, scene.light, things, scene)
+
+
+def cutout_frame(spec: ObjectSpec, yaw: float, elevation: float, light: Light) -> Frame:
+    """Makes the frame of an object alone, which it fills; angles in radians, looked down at from above."""
+    looking = camera(6.0, elevation, float(spec.shape.height) / 2, float(spec.shape.radius) / 5.8)
+    return Frame(looking, light, [(spec, Pose(yaw=yaw))])
 
 
 @torch.inference_mode()
-def render_pictures(
-    scenes: Sequence[Scene], placed: Sequence[Sequence[Placed]], size: Size, device: torch.device = CPU
+def render_frames(
+    frames: Sequence[Frame], size: Size, device: torch.device = CPU, at_once: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
-    """Draws pictures of scenes with objects in them.
+    """Draws pictures.
 
     Args:
-        scenes: F of them.
-        placed: of each scene, its objects and where they stand; any number.
+        frames: F of them, with and without rooms.
         size: of the pictures, in pixels.
         device: where they are drawn.
+        at_once: how many are drawn together; 0 for as many as suit the device.
 
     Returns:
-        Pictures (F, H, W, 3), and for each its objects' shares of each pixel, (K, H, W), 0..255; all uint8.
+        Pictures (F, H, W, 3), and for each its things' shares of each pixel, (K, H, W), 0..255; all uint8.
+        Colours of a picture without a room are not multiplied with the shares.
     """
     pictures: list[Tensor] = []
     masks: list[Tensor] = []
-    for some in slices(len(scenes), device):
-        drawn, shares = _draw(scenes[some], placed[some], size, device)
+    at_once = at_once or suitable(device)
+    for start in range(0, len(frames), at_once):
+        some = frames[start : start + at_once]
+        drawn, shares = _draw(some, size, device)
         pictures.append(developed(drawn))
-        objects = [len(things) for things in placed[some]]
-        masks += (shares * 255 + 0.5).to(torch.uint8).split_with_sizes(objects)
+        masks += (shares * 255 + 0.5).to(torch.uint8).split_with_sizes([len(frame.things) for frame in some])
     return torch.cat(pictures), masks
-
-
-@torch.inference_mode()
-def render_cutouts(
-    specs: Sequence[ObjectSpec],
-    yaws: Sequence[float],
-    elevations: Sequence[float],
-    lights: Sequence[Light],
-    size: int,
-    device: torch.device = CPU,
-) -> Tensor:
-    """Draws objects, each alone in a square: uint8 RGBA (N, S, S, 4), colours not multiplied with alpha.
-
-    Args:
-        specs: the objects.
-        yaws: radians by which each is turned.
-        elevations: radians from which each is looked down at.
-        lights: on each.
-        size: of the pictures, in pixels.
-        device: where they are drawn.
-    """
-    pictures = []
-    for some in slices(len(specs), device):
-        cameras = [
-            camera(6.0, elevation, float(spec.shape.height) / 2, float(spec.shape.radius) / 5.8)
-            for spec, elevation in zip(specs[some], elevations[some], strict=True)
-        ]
-        placed = [[(spec, Pose(yaw=yaw))] for spec, yaw in zip(specs[some], yaws[some], strict=True)]
-        looking, lit = moved(stack(cameras), device), moved(stack(lights[some]), device)
-        drawn = torch.empty(4, len(placed), size, size, device=device)
-        for group in _groups(placed, device):
-            seen = take(looking, group.pictures), take(lit, group.pictures)
-            drawn[:, group.pictures] = draw_bodies(group.bodies, *seen, (size, size))
-        straight = developed(drawn[:3] / drawn[3].clamp(min=1e-3))
-        alpha = (drawn[3] * 255 + 0.5).to(torch.uint8)
-        pictures.append(torch.cat([straight, alpha[..., None]], -1))
-    return torch.cat(pictures)
 
 
 def developed(light: Tensor) -> Tensor:
@@ -104,10 +94,16 @@ def developed(light: Tensor) -> Tensor:
     return (light.clamp(0, 1).sqrt_() * 255 + 0.5).to(torch.uint8).movedim(0, -1).contiguous()
 
 
-def slices(count: int, device: torch.device) -> Iterator[slice]:
-    """Divides pictures into those that are drawn together."""
-    at_once = 1 if device.type == "cpu" else AT_ONCE
-    return (slice(start, start + at_once) for start in range(0, count, at_once))
+def suitable(device: torch.device) -> int:
+    """Counts the pictures that suit a device when they are drawn together.
+
+    On a card as many as fit: it launches as many kernels for few as for many. On a processor each is drawn
+    alone: what it works on stays in its caches.
+    """
+    if device.type != "cuda":
+        return 1
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(int(SHARE * memory / PICTURE_BYTES), 1)
 
 
 def _gathered(things: Sequence[_Thing], device: torch.device) -> _Thing:
@@ -120,23 +116,38 @@ def _gathered(things: Sequence[_Thing], device: torch.device) -> _Thing:
 
 
 def _groups(placed: Sequence[Sequence[Placed]], device: torch.device) -> list[Group]:
-    """Collects what is drawn together: bodies of one structure, first those that stand in front."""
-    kinds: dict[tuple[int, Hashable], list[tuple[ObjectSpec, Pose, int, int]]] = {}
+    """Collects what is drawn together: bodies of one structure, in all pictures."""
+    kinds: dict[Hashable, list[tuple[ObjectSpec, Pose, int, int]]] = {}
+    number = 0
+    for picture, things in enumerate(placed):
+        for spec, pose in things:
+            kinds.setdefault(spec.kind, []).append((spec, pose, picture, number))
+            number += 1
+    return [_group(members, device) for members in kinds.values()]
+
+
+def _from_front(placed: Sequence[Sequence[Placed]]) -> list[tuple[list[int], list[int]]]:
+    """Ranks objects by how near they are: numbers of those in front and of their pictures, then the next.
+
+    Of objects at one depth the last one stands in front.
+    """
+    ranks: list[tuple[list[int], list[int]]] = []
     first = 0
     for picture, things in enumerate(placed):
         far_first = sorted(range(len(things)), key=lambda index: things[index][1].z)
         for rank, index in enumerate(reversed(far_first)):
-            spec, pose = things[index]
-            kinds.setdefault((rank, spec.kind), []).append((spec, pose, picture, first + index))
+            if rank == len(ranks):
+                ranks.append(([], []))
+            ranks[rank][0].append(first + index)
+            ranks[rank][1].append(picture)
         first += len(things)
-    in_order = sorted(kinds.items(), key=lambda item: item[0][0])
-    return [_group(members, device) for _, members in in_order]
+    return ranks
 
 
 def _group(members: Sequence[tuple[ObjectSpec, Pose, int, int]], device: torch.device) -> Group:
-    specs, poses, pictures, masks = zip(*members, strict=True)
-    numbers = (torch.tensor(each, device=device) for each in (pictures, masks))
-    return Group(place(specs, poses, device), *numbers)
+    specs, poses, pictures, numbers = zip(*members, strict=True)
+    where = (torch.tensor(each, device=device) for each in (pictures, numbers))
+    return Group(place(specs, poses, device), *where)
 
 
 def place(specs: Sequence[ObjectSpec], poses: Sequence[Pose], device: torch.device = CPU) -> Body:
@@ -147,24 +158,54 @@ def place(specs: Sequence[ObjectSpec], poses: Sequence[Pose], device: torch.devi
     return Body(shape, paint, rows[:3], *rows[3:])
 
 
-def _draw(
-    scenes: Sequence[Scene], placed: Sequence[Sequence[Placed]], size: Size, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Draws the light (3, F, H, W), and the share of each pixel that each object covers, (N, H, W)."""
-    batch, groups = _gathered(scenes, device), _groups(placed, device)
-    width, height = size
-    light = torch.zeros(3, len(scenes), height, width, device=device)
-    masks = torch.zeros(sum(map(len, placed)), height, width, device=device)
-    # the share of each pixel that nothing covers yet
-    free = torch.ones(len(scenes), height, width, device=device)
+def _draw(frames: Sequence[Frame], size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Draws the light (3, F, H, W), and the share of each pixel that each thing covers, (N, H, W)."""
+    (width, height), placed = size, [frame.things for frame in frames]
+    cameras, lights = _gathered([(frame.camera, frame.light) for frame in frames], device)
+    groups = _groups(placed, device)
+    things = torch.empty(4, sum(map(len, placed)), height, width, device=device)
     for group in groups:
-        seen = take(batch.camera, group.pictures), take(batch.light, group.pictures)
-        drawn, behind = draw_bodies(group.bodies, *seen, size), free[group.pictures]
-        light[:, group.pictures] += drawn[:3] * behind
-        masks[group.masks] = drawn[3] * behind
-        free[group.pictures] = behind * (1 - drawn[3])
-    room = draw_rooms(batch, groups, size, free.flatten() > 0)
-    return light.addcmul_(room.view_as(light), free), masks
+        seen = take(cameras, group.pictures), take(lights, group.pictures)
+        things.index_copy_(1, group.numbers, draw_bodies(group.bodies, *seen, size))
+    light = torch.zeros(3, len(frames), height, width, device=device)
+    # the share of each pixel that nothing covers yet
+    free = torch.ones(len(frames), height, width, device=device)
+    for ranked, pictures in _from_front(placed):
+        numbers, which = torch.tensor(ranked, device=device), torch.tensor(pictures, device=device)
+        drawn, behind = things.index_select(1, numbers), free.index_select(0, which)
+        light.index_add_(1, which, drawn[:3] * behind)
+        free.index_copy_(0, which, behind * (1 - drawn[3]))
+        things[3].index_copy_(0, numbers, drawn[3] * behind)
+    _put_into_rooms(frames, groups, light, free)
+    return light, things[3]
+
+
+def _put_into_rooms(frames: Sequence[Frame], groups: Sequence[Group], light: Tensor, free: Tensor) -> None:
+    """Adds the light of rooms to pictures (3, F, H, W), where they are free (F, H, W) to be seen.
+
+    Where there is none, what is cut out gets its own colours instead, as if it had no soft edge.
+    """
+    rooms = {number: frame.scene for number, frame in enumerate(frames) if frame.scene}
+    if rooms:
+        inside = torch.tensor(list(rooms), device=light.device)
+        numbers = torch.full((len(frames),), -1, device=light.device)
+        numbers[inside] = torch.arange(len(rooms), device=light.device)
+        around = [_in_rooms(group, numbers) for group in groups]
+        scenes, seen = _gathered(list(rooms.values()), light.device), free.index_select(0, inside)
+        drawn = draw_rooms(scenes, around, (free.shape[2], free.shape[1]), seen.flatten() > 0)
+        light.index_add_(1, inside, drawn.view(3, *seen.shape).mul_(seen))
+    if len(rooms) < len(frames):
+        alone = torch.tensor(
+            [number for number in range(len(frames)) if number not in rooms], device=light.device
+        )
+        light[:, alone] /= (1 - free[alone]).clamp(min=1e-3)
+
+
+def _in_rooms(group: Group, rooms: Tensor) -> Group:
+    """Gives those of a group that are in rooms: (F,), the number of each picture's, or -1."""
+    numbers = rooms[group.pictures]
+    some = chosen(numbers >= 0)
+    return Group(take(group.bodies, some), numbers[some], group.numbers[some])
 
 
 def draw_bodies(bodies: Body, cameras: Camera, lights: Light, size: Size) -> Tensor:
@@ -214,7 +255,7 @@ def _sample_places(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def render_all(scene: Scene, placed: Sequence[Placed], size: Size) -> tuple[Picture, list[Picture]]:
     """Draws a picture (H, W, 3) of a scene with objects, and for each its share of each pixel, (H, W)."""
-    pictures, masks = render_pictures([scene], [placed], size)
+    pictures, masks = render_frames([frame_of(scene, placed)], size)
     return pictures[0].numpy(), list(masks[0].numpy())
 
 
@@ -230,5 +271,6 @@ def render_background(scene: Scene, size: Size) -> Picture:
 
 
 def render_cutout(spec: ObjectSpec, yaw: float, elevation: float, light: Light, size: int) -> Picture:
-    """Draws one object as `render_cutouts` does, (size, size, 4)."""
-    return render_cutouts([spec], [yaw], [elevation], [light], size)[0].numpy()
+    """Draws one object alone in a square, (size, size, 4) RGBA; see `cutout_frame`."""
+    pictures, masks = render_frames([cutout_frame(spec, yaw, elevation, light)], (size, size))
+    return np.dstack([pictures[0].numpy(), masks[0][0].numpy()])

@@ -15,11 +15,11 @@ from training.data.synthetic.scenes import Light, Scene
 
 @dataclass(frozen=True)
 class Group:
-    """Bodies of one structure, each in a picture of its own."""
+    """Bodies of one structure; of several pictures, and perhaps some in the same."""
 
     bodies: Body
     pictures: Tensor  # (B,), numbers of the pictures
-    masks: Tensor  # (B,), numbers of the bodies among all
+    numbers: Tensor  # (B,), of the bodies among all
 
 
 def draw_rooms(scenes: Scene, groups: Sequence[Group], size: tuple[int, int], seen: Tensor) -> Tensor:
@@ -77,7 +77,9 @@ def shadows(groups: Sequence[Group], light: Light, ground: Tensor) -> Tensor:
         x, z = points.flatten(1).index_select(1, places)
         spots = torch.stack([x, torch.zeros_like(x), z])
         left = _shares(take(bodies, which), take(light, which_picture).direction, spots)
-        shares[:, which_picture, places % ground.shape[2]] *= left
+        places = (which_picture * ground.shape[2] + places % ground.shape[2]).expand(2, -1)
+        # where bodies of one picture have their shadows in the same place, each takes its share
+        shares.view(2, -1).scatter_reduce_(1, places, left, "prod")
     return shares
 
 

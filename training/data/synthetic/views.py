@@ -13,11 +13,10 @@ from torch import Tensor
 
 from training.data.synthetic.bodies import Pose
 from training.data.synthetic.objects import ObjectSpec, make_object
-from training.data.synthetic.rendering import CPU, render_cutouts, render_pictures
-from training.data.synthetic.scenes import Scene, make_light, make_scene
+from training.data.synthetic.rendering import CPU, Frame, cutout_frame, frame_of, render_frames
+from training.data.synthetic.scenes import make_light, make_scene
 
 Picture = NDArray[np.uint8]
-Key = tuple[int, int]  # the number of an object, and of a view of it
 
 HELD_OUT = 1_000_000
 """Seeds from here on are never trained on; example pictures and the evaluation set are drawn with them."""
@@ -50,52 +49,49 @@ def _bystander(seed: int, rng: Generator) -> tuple[ObjectSpec, Pose]:
     return make_object(seed + _OTHER_OBJECTS), pose
 
 
-def _stage(seed: int, number: int) -> tuple[Scene, tuple[ObjectSpec, Pose], list[tuple[ObjectSpec, Pose]]]:
-    """Returns the room, the object in its place, and what else stands around."""
+def scene_frame(seed: int, number: int) -> Frame:
+    """Makes the frame of view `number` of object `seed`, its first thing, in a room of its own."""
     rng = np.random.default_rng([seed, 4, number])
     scene = make_scene(int(rng.integers(2**31)))
     pose = Pose(rng.uniform(-0.5, 0.5), rng.uniform(-0.4, 0.4), _yaw(seed, rng), rng.uniform(0.95, 1.65))
     others = [_bystander(seed + number, rng)] if rng.random() < 0.25 else []
-    return scene, (make_object(seed), pose), others
+    return frame_of(scene, [(make_object(seed), pose), *others])
 
 
-def scene_views(keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU) -> Tensor:
-    """Draws views in scenes, each in a room of its own.
+def reference_frame(seed: int, number: int) -> Frame:
+    """Makes the frame of view `number` of object `seed` alone, as in a product picture."""
+    rng = np.random.default_rng([seed, 5, number])
+    return cutout_frame(make_object(seed), _yaw(seed, rng), rng.uniform(0.1, 0.5), make_light(rng))
+
+
+def draw_frames(
+    frames: Sequence[Frame], size: int = VIEW_SIZE, device: torch.device = CPU, at_once: int = 0
+) -> Tensor:
+    """Draws the views of frames.
 
     Args:
-        keys: objects and numbers of views, N.
+        frames: N of them.
         size: pixels per side.
         device: where they are drawn.
+        at_once: how many are drawn together; 0 for as many as suit the device.
 
     Returns:
-        RGB and the object's share of each pixel, (N, size, size, 4) uint8.
+        RGB and the share of each pixel of the frame's first thing, (N, size, size, 4) uint8.
     """
-    stages = [_stage(seed, number) for seed, number in keys]
-    placed = [[own, *others] for _, own, others in stages]
-    pictures, masks = render_pictures([scene for scene, _, _ in stages], placed, (size, size), device)
+    pictures, masks = render_frames(frames, (size, size), device, at_once)
     return torch.cat([pictures, torch.stack([each[0] for each in masks])[..., None]], -1)
 
 
-def reference_views(keys: Sequence[Key], size: int = VIEW_SIZE, device: torch.device = CPU) -> Tensor:
-    """Draws views of objects alone on black, as in product pictures; see `scene_views`."""
-    poses = []
-    for seed, number in keys:
-        rng = np.random.default_rng([seed, 5, number])
-        poses.append((make_object(seed), _yaw(seed, rng), rng.uniform(0.1, 0.5), make_light(rng)))
-    specs, yaws, elevations, lights = zip(*poses, strict=True)
-    return render_cutouts(specs, yaws, elevations, lights, size, device)
-
-
 def scene_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
-    """Draws view `number` of object `seed`, in a room of its own."""
-    return _view(scene_views([(seed, number)], size))
+    """Draws a view in a room; see `scene_frame`."""
+    return as_views(draw_frames([scene_frame(seed, number)], size))[0]
 
 
 def reference_view(seed: int, number: int, size: int = VIEW_SIZE) -> View:
-    """Draws view `number` of object `seed` alone on black, as in a product picture."""
-    return _view(reference_views([(seed, number)], size))
+    """Draws a view alone on black; see `reference_frame`."""
+    return as_views(draw_frames([reference_frame(seed, number)], size))[0]
 
 
-def _view(drawn: Tensor) -> View:
-    picture = drawn[0].numpy()
-    return View(picture[..., :3], picture[..., 3])
+def as_views(drawn: Tensor) -> list[View]:
+    """Gives views (N, S, S, 4), wherever they were drawn, one by one."""
+    return [View(picture[..., :3], picture[..., 3]) for picture in drawn.cpu().numpy()]
