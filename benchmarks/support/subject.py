@@ -5,8 +5,9 @@ ones (DINO, CLIP-I) and to their prompts (CLIP-T); likeness of pictures of the *
 subject (PRES, lower is better: a higher one means that the class has become the subject); difference between
 pictures of one prompt (DIV, higher is better).
 
-Without the networks that these are defined by, the descriptor of `benchmarks.support.identity` takes their
-place, for rendered objects alone: it knows colours and edges. Its scores have names of their own.
+Without the networks that these are defined by, others take their place, and the scores have names of their
+own: the descriptor of `benchmarks.support.identity`, which compares colours and edges and was made for
+rendered objects; for DIV also the autoencoder of the model, see `benchmarks.support.feature_distance`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.support.embeddings import Embeddings, pairwise_score
+from benchmarks.support.feature_distance import AutoencoderDistance
 from benchmarks.support.identity import Gallery, Identity, identity_of
 from benchmarks.support.lpips import Lpips
 from training.data.pairs import Picture
@@ -85,6 +87,7 @@ class Judges:
     clip: Embed | None = None
     clip_text: EmbedText | None = None
     lpips: Lpips | None = None
+    autoencoder: AutoencoderDistance | None = None
     gallery: Gallery | None = None
     """Objects that the subject is recognised among."""
 
@@ -112,6 +115,10 @@ class Judges:
             "identity": likeness(describe_middles),
             "PRES by identity": drawn.preservation(describe_middles),
         }
+        if several and self.autoencoder:
+            found["DIV by autoencoder"] = statistics.fmean(
+                map(self.autoencoder.diversity, drawn.subject.values())
+            )
         if several:
             found["DIV by identity"] = statistics.fmean(map(difference, drawn.subject.values()))
         if self.gallery:
