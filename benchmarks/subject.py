@@ -30,11 +30,10 @@ from PIL import Image, ImageDraw
 
 from benchmarks.support.embeddings import load_clip, load_clip_text, load_dino
 from benchmarks.support.feature_distance import AutoencoderDistance
-from benchmarks.support.identity import Gallery
 from benchmarks.support.lpips import load_lpips
 from benchmarks.support.machine import describe
 from benchmarks.support.results import require_writable, write_results
-from benchmarks.support.subject import Drawn, Judges, middle_identity
+from benchmarks.support.subject import Drawn, Judges, object_gallery
 from benchmarks.support.subject_runs import (
     ABLATIONS,
     SUBJECT,
@@ -49,7 +48,6 @@ from engines.errors import AnyDoorError
 from engines.files import replacing
 from runtime.errors import InputError
 from training.data.pairs import Picture
-from training.data.subject import read_pictures
 
 Scores = dict[tuple[str, str], list[dict[str, float]]]
 """Variant and checkpoint -> the scores of its subjects."""
@@ -84,12 +82,7 @@ def read_prompts(path: Path | None) -> list[str]:
 def open_judges(options: argparse.Namespace, objects: Sequence[Path], run: Run) -> Judges:
     """Open the networks whose weights were given, the autoencoder of a run's start, and the objects to
     recognise a subject among."""
-    gallery = None
-    if objects:
-        resolution = run.recipe.subject.resolution
-        pictures = {n: read_pictures(folder, resolution) for n, folder in enumerate(objects)}
-        views = {n: [middle_identity(picture) for picture in own] for n, own in pictures.items()}
-        gallery = Gallery(views, len(views))
+    gallery = object_gallery(objects, run.recipe.subject.resolution) if objects else None
     return Judges(
         options.dino and load_dino(options.dino),
         options.clip and load_clip(options.clip),

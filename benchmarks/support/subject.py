@@ -15,6 +15,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from benchmarks.support.feature_distance import AutoencoderDistance
 from benchmarks.support.identity import Gallery, Identity, identity_of
 from benchmarks.support.lpips import Lpips
 from training.data.pairs import Picture
+from training.data.subject import read_pictures
 
 Embed = Callable[[Sequence[Picture]], Embeddings]
 EmbedText = Callable[[Sequence[str]], Embeddings]
@@ -135,6 +137,17 @@ def difference(pictures: Sequence[Picture]) -> float:
     vectors = describe_middles(pictures)
     upper = np.triu_indices(len(vectors), 1)
     return float(1 - (vectors @ vectors.T)[upper].mean())
+
+
+def object_gallery(folders: Sequence[Path], resolution: int) -> Gallery:
+    """Reads folders of pictures: object n of the gallery is folder n, recognised among all.
+
+    Raises:
+        AnyDoorError: a picture cannot be used.
+    """
+    pictures = {n: read_pictures(folder, resolution) for n, folder in enumerate(folders)}
+    views = {n: [middle_identity(picture) for picture in own] for n, own in pictures.items()}
+    return Gallery(views, len(views))
 
 
 def recognised(gallery: Gallery, pictures: Sequence[Picture], number: int) -> float:
