@@ -165,7 +165,8 @@ class StableDiffusionRecipe:
     """A training run of a small Stable Diffusion model, on rendered objects with captions."""
 
     start: str
-    """A checkpoint in the original layout, whose autoencoder is taken."""
+    """A checkpoint in the original layout, whose autoencoder is taken; or a Stable Diffusion model as a folder
+    in diffusers' layout, all of which is taken."""
     diffusion: LoopSettings
     system: Literal["stable_diffusion"] = "stable_diffusion"
     unet: str = ""
@@ -181,6 +182,11 @@ class StableDiffusionRecipe:
     """Guidance scale of the sheets of samples."""
     previews: tuple[str, ...] = ("a mug",)
     """Their prompts."""
+
+    @property
+    def has_whole_start(self) -> bool:
+        """Whether all parts go on from the start."""
+        return Path(self.start).is_dir()
 
 
 @dataclass(frozen=True)
