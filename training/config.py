@@ -165,8 +165,8 @@ class StableDiffusionRecipe:
     """A training run of a small Stable Diffusion model, on rendered objects with captions."""
 
     start: str
-    """A checkpoint in the original layout, whose autoencoder is taken; or a Stable Diffusion model as a folder
-    in diffusers' layout, all of which is taken."""
+    """A checkpoint in the original layout, whose autoencoder is taken; or a Stable Diffusion model, a folder in
+    diffusers' layout, all of which is taken."""
     diffusion: LoopSettings
     system: Literal["stable_diffusion"] = "stable_diffusion"
     unet: str = ""

@@ -105,7 +105,9 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Picture]
     """
     folders = sorted(path for path in options.objects.iterdir() if path.is_dir())
     if not 0 <= options.number < len(folders) or len(folders) < 2:
-        raise InputError(f"'{options.objects}' has {len(folders)} folders of pictures, too few for number {options.number}")
+        raise InputError(
+            f"'{options.objects}' has {len(folders)} folders of pictures, too few for number {options.number}"
+        )
     noun = folders[options.number].name.rpartition("-")[2]
     gallery = object_gallery(folders, options.side)
     sampling = Sampling(steps=options.steps, guidance_scale=options.guidance_scale)
@@ -159,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("--count is at least 1")
         require_writable(options.output)
         rows, pictures = measure(options)
-        settings = {name: getattr(options, name) for name in ("steps", "guidance_scale", "crop_ratio", "count")}
+        settings = {
+            name: getattr(options, name) for name in ("steps", "guidance_scale", "crop_ratio", "count")
+        }
         settings["box"] = list(options.box)
         write_results(options.output, {"machine": describe(), "settings": settings, "rows": rows})
         with replacing(sheet) as partial:

@@ -28,7 +28,8 @@ Features = Sequence[Tensor]
 
 def normalise(layer: Tensor) -> Tensor:
     """Scale a layer (N, C, h, w) to the norm 1 at every position."""
-    return layer / (layer.norm(dim=1, keepdim=True) + 1e-10)
+    norm: Tensor = layer.norm(dim=1, keepdim=True)
+    return layer / (norm + 1e-10)
 
 
 def mean_distance(pictures: Sequence[Features], weights: Sequence[Tensor]) -> float:

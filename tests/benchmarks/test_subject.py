@@ -111,7 +111,7 @@ def test_a_row_is_the_mean_over_its_subjects() -> None:
 
 def test_an_ablation_is_compared_subject_by_subject() -> None:
     with_prior, without = [{"DIV": 0.5}, {"DIV": 0.9}], [{"DIV": 0.4}, {"DIV": 0.6}]
-    # differences of -0.1 and -0.3: their standard deviation is 0.2 / sqrt(2), and two subjects halve its square
+    # differences of -0.1 and -0.3: a standard deviation of 0.2 / sqrt(2), over sqrt(2)
     expected = {"DIV": {"mean": pytest.approx(-0.2), "standard_error": pytest.approx(0.1)}}
     assert compare(without, with_prior) == expected
 
@@ -192,7 +192,9 @@ def test_the_autoencoder_compares_directions_of_features_at_the_same_place() -> 
     found = AutoencoderDistance(autoencoder).diversity(pictures)
     pairs = [(0, 1), (0, 2), (1, 2)]
     distances = [
-        2 - 2 * torch.cosine_similarity(level[a], level[b]).mean().item() for level in levels for a, b in pairs
+        2 - 2 * torch.cosine_similarity(level[a], level[b]).mean().item()
+        for level in levels
+        for a, b in pairs
     ]
     assert found == pytest.approx(np.mean(distances), rel=1e-4)
     assert AutoencoderDistance(autoencoder).diversity([pictures[0]] * 3) == 0

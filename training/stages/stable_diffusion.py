@@ -89,8 +89,8 @@ def load_whole_start(network: StableDiffusion, path: str) -> None:
 def start_network(recipe: StableDiffusionRecipe) -> tuple[StableDiffusion, TokenizerFiles]:
     """Builds a network as training finds it, and its tokenizer.
 
-    It is the whole start; or it has the start's autoencoder, a fresh text encoder, and a fresh UNet or that of
-    the recipe's `unet`.
+    It is the whole start; or it has the start's autoencoder, a fresh text encoder, and a fresh UNet or that
+    of the recipe's `unet`.
 
     Raises:
         CheckpointError: the recipe's start or UNet cannot be used.
