@@ -165,8 +165,8 @@ class StableDiffusionRecipe:
     """A training run of a small Stable Diffusion model, on rendered objects with captions."""
 
     start: str
-    """A checkpoint in the original layout, whose autoencoder is taken; or a folder with a whole Stable Diffusion
-    model in diffusers' layout."""
+    """A checkpoint in the original layout, whose autoencoder is taken; or a folder with a whole Stable
+    Diffusion model in diffusers' layout."""
     diffusion: LoopSettings
     system: Literal["stable_diffusion"] = "stable_diffusion"
     unet: str = ""
