@@ -3,6 +3,7 @@
     python benchmarks/subject.py cup.toml dog.toml --dino dino-vits16 --clip clip-vit-b32 --lpips lpips
     python benchmarks/subject.py cup.toml --train --ablations no-prior --every --prompts prompts.txt
     python benchmarks/subject.py RECIPE --train --objects build/subjects --subjects 5 --count 100
+    python benchmarks/subject.py RECIPE --train --set subject.steps=600 --runs runs/longer
 
 A row per checkpoint: DINO, CLIP-I and CLIP-T of pictures of the subject, PRES (lower is better) and DIV
 (higher is better); see support/subject.py. Each needs weights in a folder of yours; nothing is downloaded.
@@ -139,7 +140,14 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Strips]:
         raise InputError(f"'{options.objects}' has {len(objects)} folders of pictures; give two or more")
     runs: list[Run] = []
     for recipe in options.recipes:
-        runs += find_runs(recipe, options.runs, objects[: options.subjects], options.ablations, options.wrong)
+        runs += find_runs(
+            recipe,
+            options.runs,
+            objects[: options.subjects],
+            options.ablations,
+            options.wrong,
+            options.changes,
+        )
     judges = open_judges(options, objects, runs[0])
     scores: Scores = defaultdict(list)
     strips: Strips = defaultdict(list)
@@ -171,6 +179,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--runs", default=Path("runs"), **folder, help="of the runs (default: %(default)s)")
     result.add_argument("--train", action="store_true", help="train first, or go on")
     result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="NAME=VALUE",
+        help="a recipe's setting, like subject.steps=600; give --runs, too",
+    )
+    result.add_argument(
         "--ablations", nargs="+", choices=ABLATIONS, default=[], help="trained or measured, too: the paper's"
     )
     result.add_argument("--wrong", default="house", metavar="NOUN", help="wrong class noun (default: house)")
@@ -201,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("--count, --steps, --batch and --subjects are at least 1")
         require_writable(results)
         rows, strips = measure(options)
-        names = ("count", "steps", "subjects", "ablations")
+        names = ("count", "steps", "subjects", "ablations", "changes")
         settings = {name: getattr(options, name) for name in names}
         write_results(results, {"machine": describe(), "settings": settings, "rows": rows})
         with replacing(sheet) as partial:

@@ -70,7 +70,12 @@ class Run:
 
 
 def find_runs(
-    recipe_path: Path, runs: Path, subjects: Sequence[Path], ablations: Sequence[str], wrong: str
+    recipe_path: Path,
+    runs: Path,
+    subjects: Sequence[Path],
+    ablations: Sequence[str],
+    wrong: str,
+    changes: Sequence[str] = (),
 ) -> Iterator[Run]:
     """Gives the runs of a recipe, and those of its ablations.
 
@@ -81,14 +86,15 @@ def find_runs(
             is that.
         ablations: of `ABLATIONS`.
         wrong: the class noun of the ablation with a wrong one.
+        changes: of the recipe, see `read_recipe`.
 
     Raises:
         InputError: the recipe is not one of DreamBooth, or a folder's name has no class.
     """
-    recipe = read_recipe(recipe_path)
+    recipe = read_recipe(recipe_path, changes)
     if not isinstance(recipe, DreamBoothRecipe):
         raise InputError(f"'{recipe_path}' trains {recipe.system}; give recipes of dreambooth")
-    changes: Mapping[str, Mapping[str, Any]] = {
+    ablated: Mapping[str, Mapping[str, Any]] = {
         "": {},
         "no-prior": {"prior_weight": 0.0},
         "wrong-noun": {"class_noun": wrong},
@@ -97,7 +103,7 @@ def find_runs(
     for change in ("", *ablations):
         for number, folder in enumerate(subjects or [None]):
             variant = "-".join(filter(None, (recipe_path.stem, change)))
-            subject = replace(recipe.subject, **{**_subject_in(folder), **changes[change]})
+            subject = replace(recipe.subject, **{**_subject_in(folder), **ablated[change]})
             place = runs / (f"{variant}-{folder.name}" if folder else variant)
             yield Run(variant, replace(recipe, subject=subject), place, number, change)
 

@@ -80,6 +80,15 @@ def test_ablations_of_subjects_that_take_the_place_of_the_recipes(tmp_path: Path
     assert len(list((tmp_path / "runs" / "cat-wrong-noun-0-cat" / "prior").iterdir())) == 2
 
 
+def test_settings_of_the_recipe_are_changed(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    how = ["--count", "1", "--steps", "1", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    assert main([str(path), "--train", "--every", "--set", "subject.steps=1", *how]) == 0
+    results = json.loads((tmp_path / "subject.json").read_text())
+    assert [row["checkpoint"] for row in results["rows"]] == ["step-00001"]
+    assert results["settings"]["changes"] == ["subject.steps=1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
