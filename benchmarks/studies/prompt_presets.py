@@ -190,10 +190,11 @@ def compare(options: argparse.Namespace, prompts: Sequence[str]) -> dict[str, An
             "at least"
         )
     found: dict[str, list[Compared]] = defaultdict(list)
-    checkpoints, gallery = [], None
+    checkpoints, gallery, backend = [], None, ""
     for number, path in enumerate(options.bundles):
         compositor = Compositor.load(path, engine_options(options))
         checkpoints.append(dict(compositor.bundle.manifest.checkpoint))
+        backend = compositor.engine.backend
         side = min(compositor.bundle.manifest.picture_size)
         own, truth = prompts, None
         if folders:
@@ -205,6 +206,7 @@ def compare(options: argparse.Namespace, prompts: Sequence[str]) -> dict[str, An
     settings = {"prompts": prompts, "seeds": options.seeds, "guidance_scale": options.guidance_scale}
     return {
         "machine": describe(),
+        "backend": backend,
         "checkpoints": checkpoints,
         "settings": settings,
         "limits": {name: asdict(limit) for name, limit in LIMITS.items()},
