@@ -219,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows, strips = measure(options)
         names = ("count", "steps", "subjects", "ablations", "changes")
         settings = {name: getattr(options, name) for name in names}
+        settings["prompts"] = read_prompts(options.prompts)
         write_results(results, {"machine": describe(), "settings": settings, "rows": rows})
         with replacing(sheet) as partial:
             Image.fromarray(contact_sheet(strips)).save(partial, "PNG")
