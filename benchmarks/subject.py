@@ -3,15 +3,18 @@
     python benchmarks/subject.py cup.toml dog.toml --dino dino-vits16 --clip clip-vit-b32 --lpips lpips
     python benchmarks/subject.py cup.toml --train --ablations no-prior --every --prompts prompts.txt
     python benchmarks/subject.py RECIPE --train --objects build/subjects --subjects 5 --count 100
+    python benchmarks/subject.py RECIPE --train --set subject.steps=600 --runs runs/longer
 
 A row per checkpoint: DINO, CLIP-I and CLIP-T of pictures of the subject, PRES (lower is better) and DIV
 (higher is better); see support/subject.py. Each needs weights in a folder of yours; nothing is downloaded.
-Beside them, or without any, a descriptor of colours and edges scores that was made for rendered objects.
+Beside them, or without any, a descriptor of colours and edges scores that was made for rendered objects,
+and DIV is also measured by the model's own autoencoder (support/feature_distance.py).
 
 Recipes are those of dreambooth. What was trained is read from runs/NAME; --train trains first, or goes on.
 --ablations adds the paper's: without the prior, with a --wrong class noun, with none. With --objects, folders
 of pictures called NAME-CLASS take the place of the recipe's subject; a row is the mean over them, and each is
-recognised among all objects. Prints a table; writes subject.json and a contact sheet, subject.png.
+recognised among all objects. Under an ablation stands its difference to the recipe as it is, with the
+standard error over the subjects. Prints a table; writes subject.json and a contact sheet, subject.png.
 """
 
 from __future__ import annotations
@@ -27,17 +30,25 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.support.embeddings import load_clip, load_clip_text, load_dino
-from benchmarks.support.identity import Gallery
+from benchmarks.support.feature_distance import AutoencoderDistance
 from benchmarks.support.lpips import load_lpips
 from benchmarks.support.machine import describe
 from benchmarks.support.results import require_writable, write_results
-from benchmarks.support.subject import Drawn, Judges, middle_identity
-from benchmarks.support.subject_runs import ABLATIONS, SUBJECT, Run, draw, find_runs, summarise
+from benchmarks.support.subject import Drawn, Judges, object_gallery
+from benchmarks.support.subject_runs import (
+    ABLATIONS,
+    SUBJECT,
+    Run,
+    compare,
+    draw,
+    find_runs,
+    open_autoencoder,
+    summarise,
+)
 from engines.errors import AnyDoorError
 from engines.files import replacing
 from runtime.errors import InputError
 from training.data.pairs import Picture
-from training.data.subject import read_pictures
 
 Scores = dict[tuple[str, str], list[dict[str, float]]]
 """Variant and checkpoint -> the scores of its subjects."""
@@ -69,18 +80,16 @@ def read_prompts(path: Path | None) -> list[str]:
     return lines
 
 
-def open_judges(options: argparse.Namespace, objects: Sequence[Path], resolution: int) -> Judges:
-    """Open the networks whose weights were given, and the objects to recognise a subject among."""
-    gallery = None
-    if objects:
-        pictures = {n: read_pictures(folder, resolution) for n, folder in enumerate(objects)}
-        views = {n: [middle_identity(picture) for picture in own] for n, own in pictures.items()}
-        gallery = Gallery(views, len(views))
+def open_judges(options: argparse.Namespace, objects: Sequence[Path], run: Run) -> Judges:
+    """Open the networks whose weights were given, the autoencoder of a run's start, and the objects to
+    recognise a subject among."""
+    gallery = object_gallery(objects, run.recipe.subject.resolution) if objects else None
     return Judges(
         options.dino and load_dino(options.dino),
         options.clip and load_clip(options.clip),
         options.clip and load_clip_text(options.clip),
         options.lpips and load_lpips(options.lpips),
+        AutoencoderDistance(open_autoencoder(run)),
         gallery,
     )
 
@@ -109,12 +118,13 @@ def contact_sheet(strips: Strips) -> Picture:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Format the rows."""
     names = list(rows[0]["mean"])
-    lines = [f"{'training run':<36} {'checkpoint':<10} " + " ".join(f"{name:>16}" for name in names)]
-    lines += [
-        f"{row['variant']:<36} {row['checkpoint']:<10} "
-        + " ".join(f"{row['mean'][name]:>16.3f}" for name in names)
-        for row in rows
-    ]
+    lines = [f"{'training run':<36} {'checkpoint':<10} " + " ".join(f"{name:>18}" for name in names)]
+    for row in rows:
+        values = (f"{row['mean'][name]:>18.3f}" for name in names)
+        lines.append(f"{row['variant']:<36} {row['checkpoint']:<10} " + " ".join(values))
+        if found := row.get("difference"):
+            values = (f"{found[name]['mean']:+.3f} ± {found[name]['standard_error']:.3f}" for name in names)
+            lines.append(f"{'  difference':<47} " + " ".join(f"{value:>18}" for value in values))
     return "\n".join(lines)
 
 
@@ -130,10 +140,18 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Strips]:
         raise InputError(f"'{options.objects}' has {len(objects)} folders of pictures; give two or more")
     runs: list[Run] = []
     for recipe in options.recipes:
-        runs += find_runs(recipe, options.runs, objects[: options.subjects], options.ablations, options.wrong)
-    judges = open_judges(options, objects, runs[0].recipe.subject.resolution)
+        runs += find_runs(
+            recipe,
+            options.runs,
+            objects[: options.subjects],
+            options.ablations,
+            options.wrong,
+            options.changes,
+        )
+    judges = open_judges(options, objects, runs[0])
     scores: Scores = defaultdict(list)
     strips: Strips = defaultdict(list)
+    plain = {run.variant: run.plain_variant for run in runs}
     for run in runs:
         if options.train:
             run.train()
@@ -141,10 +159,14 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Strips]:
             drawn = draw(run, path, prompts, options.count, options.steps, options.batch)
             scores[run.variant, name].append(judges.score(drawn, run.number))
             strips[run.variant, name].append(strip(drawn))
-    return [
-        {"variant": variant, "checkpoint": name, "mean": summarise(own), "subjects": own}
-        for (variant, name), own in scores.items()
-    ], strips
+    rows: list[dict[str, Any]] = []
+    for (variant, name), own in scores.items():
+        row = {"variant": variant, "checkpoint": name, "mean": summarise(own), "subjects": own}
+        other = scores.get((plain[variant], name), [])
+        if plain[variant] != variant and len(own) == len(other) > 1:
+            row["difference"] = compare(own, other)
+        rows.append(row)
+    return rows, strips
 
 
 def parser() -> argparse.ArgumentParser:
@@ -156,6 +178,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE", help="of dreambooth")
     result.add_argument("--runs", default=Path("runs"), **folder, help="of the runs (default: %(default)s)")
     result.add_argument("--train", action="store_true", help="train first, or go on")
+    result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="NAME=VALUE",
+        help="a recipe's setting, like subject.steps=600; give --runs, too",
+    )
     result.add_argument(
         "--ablations", nargs="+", choices=ABLATIONS, default=[], help="trained or measured, too: the paper's"
     )
@@ -187,8 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("--count, --steps, --batch and --subjects are at least 1")
         require_writable(results)
         rows, strips = measure(options)
-        names = ("count", "steps", "subjects", "ablations")
+        names = ("count", "steps", "subjects", "ablations", "changes")
         settings = {name: getattr(options, name) for name in names}
+        settings["prompts"] = read_prompts(options.prompts)
         write_results(results, {"machine": describe(), "settings": settings, "rows": rows})
         with replacing(sheet) as partial:
             Image.fromarray(contact_sheet(strips)).save(partial, "PNG")

@@ -149,13 +149,18 @@ def load_unet(model: DiffusionNetwork, path: str) -> ReferenceNetwork:
         CheckpointError: the checkpoint cannot be used, or its UNet has other sizes.
     """
     source = network_in(path)
-    weights, channels = source.unet.state_dict(), source.architecture.latent_channels
-    sees_scene = model.unet.config.in_channels > channels
-    first = weights[_FIRST]
-    weights[_FIRST] = with_scene(first, channels) if sees_scene else first[:, :channels]
+    weights = source.unet.state_dict()
+    fit_scene(weights, model, source.architecture.latent_channels)
     with same_sizes("the UNet", path, "another unet"):
         model.unet.load_state_dict(weights)
     return source
+
+
+def fit_scene(weights: dict[str, torch.Tensor], model: DiffusionNetwork, latent_channels: int) -> None:
+    """Adds the channels of a scene to the weights of a UNet, or leaves them out, as a network has them."""
+    sees_scene = model.unet.config.in_channels > latent_channels
+    first = weights[_FIRST]
+    weights[_FIRST] = with_scene(first, latent_channels) if sees_scene else first[:, :latent_channels]
 
 
 def trained_model(recipe: Recipe, folder: Path) -> AnyDoor:

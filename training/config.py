@@ -168,7 +168,8 @@ class StableDiffusionRecipe:
     """A training run of a small Stable Diffusion model, on rendered objects with captions."""
 
     start: str
-    """A checkpoint in the original layout, whose autoencoder is taken."""
+    """A checkpoint in the original layout, whose autoencoder is taken; or a folder with a whole Stable
+    Diffusion model in diffusers' layout."""
     diffusion: LoopSettings
     system: Literal["stable_diffusion"] = "stable_diffusion"
     unet: str = ""
@@ -184,6 +185,11 @@ class StableDiffusionRecipe:
     """Guidance scale of the sheets of samples."""
     previews: tuple[str, ...] = ("a mug",)
     """Their prompts."""
+
+    @property
+    def has_whole_start(self) -> bool:
+        """Whether all parts go on from the start."""
+        return Path(self.start).is_dir()
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _check_start(recipe: AnyRecipe) -> None:
     if isinstance(recipe, DreamBoothRecipe):
         _check_subject(recipe)
     elif isinstance(recipe, StableDiffusionRecipe):
-        stable_diffusion.read_autoencoder(recipe.start, recipe.architecture)
+        stable_diffusion.start_network(recipe)
     elif isinstance(recipe, CommonRecipe) and recipe.start:
         read_start(recipe.start, recipe.architecture)
 

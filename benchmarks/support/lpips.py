@@ -7,7 +7,6 @@ linear weights in weights/v0.1/alex.pth. Those of AlexNet are torchvision's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.support.feature_distance import Features, mean_distance, normalise
 from engines.errors import AnyDoorError
 
 Picture = NDArray[np.uint8]
@@ -39,7 +39,7 @@ class Lpips:
         self._weights, self._linear = weights, linear
 
     @torch.no_grad()
-    def features(self, picture: Picture, side: int) -> list[Tensor]:
+    def features(self, picture: Picture, side: int) -> Features:
         """Computes the five layers of a picture, scaled to `side` pixels; each pixel has the norm 1."""
         image = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
         values = torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
@@ -49,18 +49,12 @@ class Lpips:
             if number in _POOLED:
                 hidden = F.max_pool2d(hidden, 3, 2)
             hidden = F.relu(F.conv2d(hidden, *self._weights[number], stride, padding))
-            found.append(hidden / (hidden.norm(dim=1, keepdim=True) + 1e-10))
+            found.append(normalise(hidden))
         return found
 
     def diversity(self, pictures: Sequence[Picture], side: int = 256) -> float:
         """Computes the mean distance over all pairs of pictures (H, W, 3) uint8; at least two."""
-        features = [self.features(picture, side) for picture in pictures]
-        distances = [self._distance(*pair) for pair in combinations(features, 2)]
-        return sum(distances) / len(distances)
-
-    def _distance(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-        layers = zip(first, second, self._linear, strict=True)
-        return float(sum(F.conv2d((a - b).square(), weight).mean() for a, b, weight in layers))
+        return mean_distance([self.features(picture, side) for picture in pictures], self._linear)
 
 
 def load_lpips(folder: Path) -> Lpips:

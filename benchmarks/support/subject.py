@@ -5,8 +5,9 @@ ones (DINO, CLIP-I) and to their prompts (CLIP-T); likeness of pictures of the *
 subject (PRES, lower is better: a higher one means that the class has become the subject); difference between
 pictures of one prompt (DIV, higher is better).
 
-Without the networks that these are defined by, the descriptor of `benchmarks.support.identity` takes their
-place, for rendered objects alone: it knows colours and edges. Its scores have names of their own.
+Without the networks that these are defined by, others take their place, and the scores have names of their
+own: the descriptor of `benchmarks.support.identity`, which compares colours and edges and was made for
+rendered objects; for DIV also the autoencoder of the model, see `benchmarks.support.feature_distance`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.support.embeddings import Embeddings, pairwise_score
+from benchmarks.support.feature_distance import AutoencoderDistance
 from benchmarks.support.identity import Gallery, Identity, identity_of
 from benchmarks.support.lpips import Lpips
 from training.data.pairs import Picture
+from training.data.subject import read_pictures
 
 Embed = Callable[[Sequence[Picture]], Embeddings]
 EmbedText = Callable[[Sequence[str]], Embeddings]
@@ -85,6 +89,7 @@ class Judges:
     clip: Embed | None = None
     clip_text: EmbedText | None = None
     lpips: Lpips | None = None
+    autoencoder: AutoencoderDistance | None = None
     gallery: Gallery | None = None
     """Objects that the subject is recognised among."""
 
@@ -112,6 +117,10 @@ class Judges:
             "identity": likeness(describe_middles),
             "PRES by identity": drawn.preservation(describe_middles),
         }
+        if several and self.autoencoder:
+            found["DIV by autoencoder"] = statistics.fmean(
+                map(self.autoencoder.diversity, drawn.subject.values())
+            )
         if several:
             found["DIV by identity"] = statistics.fmean(map(difference, drawn.subject.values()))
         if self.gallery:
@@ -128,6 +137,17 @@ def difference(pictures: Sequence[Picture]) -> float:
     vectors = describe_middles(pictures)
     upper = np.triu_indices(len(vectors), 1)
     return float(1 - (vectors @ vectors.T)[upper].mean())
+
+
+def object_gallery(folders: Sequence[Path], resolution: int) -> Gallery:
+    """Reads folders of pictures: object n of the gallery is folder n, recognised among all.
+
+    Raises:
+        AnyDoorError: a picture cannot be used.
+    """
+    pictures = {n: read_pictures(folder, resolution) for n, folder in enumerate(folders)}
+    views = {n: [middle_identity(picture) for picture in own] for n, own in pictures.items()}
+    return Gallery(views, len(views))
 
 
 def recognised(gallery: Gallery, pictures: Sequence[Picture], number: int) -> float:

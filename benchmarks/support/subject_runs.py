@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
 
 from benchmarks.support.subject import Drawn
 from runtime.errors import InputError
@@ -32,6 +36,13 @@ class Run:
     folder: Path
     number: int = 0
     """Of the subject among the objects."""
+    ablation: str = ""
+    """Of `ABLATIONS`; empty for the recipe as it is."""
+
+    @property
+    def plain_variant(self) -> str:
+        """What the recipe without an ablation is called."""
+        return self.variant.removesuffix(f"-{self.ablation}")
 
     def train(self) -> None:
         """Trains it, or goes on where it stopped."""
@@ -59,7 +70,12 @@ class Run:
 
 
 def find_runs(
-    recipe_path: Path, runs: Path, subjects: Sequence[Path], ablations: Sequence[str], wrong: str
+    recipe_path: Path,
+    runs: Path,
+    subjects: Sequence[Path],
+    ablations: Sequence[str],
+    wrong: str,
+    changes: Sequence[str] = (),
 ) -> Iterator[Run]:
     """Gives the runs of a recipe, and those of its ablations.
 
@@ -70,14 +86,15 @@ def find_runs(
             is that.
         ablations: of `ABLATIONS`.
         wrong: the class noun of the ablation with a wrong one.
+        changes: of the recipe, see `read_recipe`.
 
     Raises:
         InputError: the recipe is not one of DreamBooth, or a folder's name has no class.
     """
-    recipe = read_recipe(recipe_path)
+    recipe = read_recipe(recipe_path, changes)
     if not isinstance(recipe, DreamBoothRecipe):
         raise InputError(f"'{recipe_path}' trains {recipe.system}; give recipes of dreambooth")
-    changes: Mapping[str, Mapping[str, Any]] = {
+    ablated: Mapping[str, Mapping[str, Any]] = {
         "": {},
         "no-prior": {"prior_weight": 0.0},
         "wrong-noun": {"class_noun": wrong},
@@ -86,9 +103,9 @@ def find_runs(
     for change in ("", *ablations):
         for number, folder in enumerate(subjects or [None]):
             variant = "-".join(filter(None, (recipe_path.stem, change)))
-            subject = replace(recipe.subject, **{**_subject_in(folder), **changes[change]})
+            subject = replace(recipe.subject, **{**_subject_in(folder), **ablated[change]})
             place = runs / (f"{variant}-{folder.name}" if folder else variant)
-            yield Run(variant, replace(recipe, subject=subject), place, number)
+            yield Run(variant, replace(recipe, subject=subject), place, number, change)
 
 
 def _subject_in(folder: Path | None) -> dict[str, str]:
@@ -123,6 +140,36 @@ def draw(run: Run, path: Path, prompts: Sequence[str], count: int, steps: int, b
     )
 
 
-def summarise(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def open_autoencoder(run: Run) -> AutoencoderKL:
+    """Opens the autoencoder of a run's start, which training leaves as it is."""
+    autoencoder = read_stable_diffusion(run.recipe.start).load_part("vae", torch.float32)
+    assert isinstance(autoencoder, AutoencoderKL)
+    return autoencoder
+
+
+Scores = Sequence[Mapping[str, float]]
+"""Of several subjects, in their order: name of the score -> value."""
+
+
+def summarise(scores: Scores) -> dict[str, float]:
     """Means of the scores of several subjects."""
-    return {name: sum(each[name] for each in scores) / len(scores) for name in scores[0]}
+    return {name: statistics.fmean(each[name] for each in scores) for name in scores[0]}
+
+
+def compare(scores: Scores, others: Scores) -> dict[str, dict[str, float]]:
+    """Compares the scores of the same subjects, at least two.
+
+    Returns:
+        Name of the score -> `mean` and `standard_error` of the differences to `others`.
+    """
+    differences = {
+        name: [each[name] - other[name] for each, other in zip(scores, others, strict=True)]
+        for name in scores[0]
+    }
+    return {
+        name: {
+            "mean": statistics.fmean(values),
+            "standard_error": statistics.stdev(values) / len(values) ** 0.5,
+        }
+        for name, values in differences.items()
+    }

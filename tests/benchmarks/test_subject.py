@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
 from benchmarks.subject import main
 from benchmarks.support.embeddings import Embeddings
+from benchmarks.support.feature_distance import AutoencoderDistance
 from benchmarks.support.lpips import load_lpips
 from benchmarks.support.subject import Drawn, Judges
-from benchmarks.support.subject_runs import ABLATIONS, summarise
+from benchmarks.support.subject_runs import ABLATIONS, compare, summarise
 from tests.training.systems.test_dreambooth import save_pictures
 from tests.training.test_train_dreambooth import recipe
 from training.data.pairs import Picture
@@ -50,7 +52,12 @@ def test_a_row_per_checkpoint_and_a_sheet(tmp_path: Path, capsys: Capture) -> No
         ("cat", "step-00001"),
         ("cat", "step-00002"),
     ]
-    assert rows[0]["mean"].keys() == {"identity", "PRES by identity", "DIV by identity"}
+    assert rows[0]["mean"].keys() == {
+        "identity",
+        "PRES by identity",
+        "DIV by autoencoder",
+        "DIV by identity",
+    }
     assert rows[0]["mean"] != rows[1]["mean"]
     # three rows, of which the longest has three pictures, for each of two checkpoints
     assert Image.open(output / "subject.png").size == (6 * 32, 2 * (3 * 32 + 16))
@@ -71,6 +78,15 @@ def test_ablations_of_subjects_that_take_the_place_of_the_recipes(tmp_path: Path
     assert {"recognised", "class recognised"} < rows[0]["mean"].keys()
     assert not list((tmp_path / "runs").glob("cat-no-prior-*/prior"))
     assert len(list((tmp_path / "runs" / "cat-wrong-noun-0-cat" / "prior").iterdir())) == 2
+
+
+def test_settings_of_the_recipe_are_changed(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    how = ["--count", "1", "--steps", "1", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    assert main([str(path), "--train", "--every", "--set", "subject.steps=1", *how]) == 0
+    results = json.loads((tmp_path / "subject.json").read_text())
+    assert [row["checkpoint"] for row in results["rows"]] == ["step-00001"]
+    assert results["settings"]["changes"] == ["subject.steps=1"]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +116,13 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(
 
 def test_a_row_is_the_mean_over_its_subjects() -> None:
     assert summarise([{"DINO": 0.5, "PRES": 0.0}, {"DINO": 0.7, "PRES": 1.0}]) == {"DINO": 0.6, "PRES": 0.5}
+
+
+def test_an_ablation_is_compared_subject_by_subject() -> None:
+    with_prior, without = [{"DIV": 0.5}, {"DIV": 0.9}], [{"DIV": 0.4}, {"DIV": 0.6}]
+    # differences of -0.1 and -0.3: a standard deviation of 0.2 / sqrt(2), over sqrt(2)
+    expected = {"DIV": {"mean": pytest.approx(-0.2), "standard_error": pytest.approx(0.1)}}
+    assert compare(without, with_prior) == expected
 
 
 def test_scores_are_the_papers() -> None:
@@ -160,3 +183,27 @@ def test_lpips_is_the_published_formula(tmp_path: Path) -> None:
             expected += float((weight * (first - second) ** 2).sum(1).mean())
     assert load_lpips(tmp_path).diversity(pictures, side=64) == pytest.approx(expected, rel=1e-5)
     assert load_lpips(tmp_path).diversity([pictures[0]] * 3, side=64) == 0
+
+
+def test_the_autoencoder_compares_directions_of_features_at_the_same_place() -> None:
+    """Against the mean over pairs, levels and positions of 2 (1 - cosine), written out."""
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    pictures = [stripes(8), stripes(3), plain(90)[0]]
+    levels: list[list[torch.Tensor]] = [[], []]
+    for number, block in enumerate(autoencoder.encoder.down_blocks):
+        block.register_forward_hook(lambda _, __, output, number=number: levels[number].append(output))
+    found = AutoencoderDistance(autoencoder).diversity(pictures)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    distances = [
+        2 - 2 * torch.cosine_similarity(level[a], level[b]).mean().item()
+        for level in levels
+        for a, b in pairs
+    ]
+    assert found == pytest.approx(np.mean(distances), rel=1e-4)
+    assert AutoencoderDistance(autoencoder).diversity([pictures[0]] * 3) == 0

@@ -20,11 +20,12 @@ from training.systems.stable_diffusion import PromptTask, draw_pictures
 from training.train import main
 
 RECIPE = Path("training/recipes/stable-diffusion-small.toml")
+INPAINTING = Path("training/recipes/stable-diffusion-inpainting-small.toml")
 
 
-def short(folder: Path, **changes: str) -> Path:
-    """The recipe of the small model, a few steps long."""
-    text = RECIPE.read_text("utf-8")
+def short(folder: Path, recipe: Path = RECIPE, **changes: str) -> Path:
+    """A recipe of a small model, a few steps long."""
+    text = recipe.read_text("utf-8")
     settings = {"objects": "2", "pairs": "6", "steps": "2", "batch": "2", "save_every": "1"}
     settings |= {"warmup": "1", "ema": "0.1", **changes}
     lines = []
@@ -119,3 +120,47 @@ def test_another_autoencoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     path = short(tmp_path, vae_channels="[16, 32, 64, 64]")
     assert main([str(path), "--folder", str(tmp_path / "run")]) == 2
     assert "has another autoencoder than the recipe" in capsys.readouterr().err
+
+
+def test_a_model_that_inpaints_starts_from_one_that_reads_words(tmp_path: Path) -> None:
+    """Its new channels change nothing: whatever the scene is, it predicts what its start predicts."""
+    recipe = read_recipe(INPAINTING)
+    assert isinstance(recipe, StableDiffusionRecipe)
+    network, files = start_network(recipe)
+    start = read_stable_diffusion(recipe.start)
+    assert files == start.tokenizer
+    before = StableDiffusion(
+        start.architecture,
+        {part: start.load_part(part, torch.float32) for part in ("unet", "vae", "text_encoder")},
+    )
+    ids = torch.tensor([files.open().encode("a red mug on white")])
+    latent, scene, timestep = torch.randn(1, 12, 8, 8), torch.randn(1, 13, 8, 8), torch.tensor([500])
+    with torch.no_grad():
+        found = network.predict_noise(latent, timestep, network.encode_prompt(ids), scene)
+        expected = before.predict_noise(latent, timestep, before.encode_prompt(ids))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_scene_is_stored_and_seen_by_the_loss(tmp_path: Path) -> None:
+    path, run = short(tmp_path, INPAINTING), tmp_path / "run"
+    assert main([str(path), "--folder", str(run)]) == 0
+    samples = StoredSamples(run / "samples", seed=0, rows=6)
+    assert samples[0]["scene"].shape == (13, 8, 8)
+    written = read_stable_diffusion(run / "model")
+    assert written.architecture.scene_channels == 13
+    network = StableDiffusion(
+        written.architecture,
+        {part: written.load_part(part, torch.float32) for part in ("unet", "vae", "text_encoder")},
+    )
+    task = PromptTask(network, samples)
+    batch = {name: torch.as_tensor(value)[None] for name, value in samples[0].items()}
+    other = batch | {"scene": torch.randn_like(batch["scene"])}
+    with torch.no_grad():
+        # two steps have taught it to look at the scene
+        assert task.loss(task.module, batch)["loss"] != task.loss(task.module, other)["loss"]
+
+
+def test_a_start_of_other_sizes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = short(tmp_path, INPAINTING, unet_channels="[64, 96, 128]")
+    assert main([str(path), "--folder", str(tmp_path / "run")]) == 2
+    assert "has other sizes than the recipe's: change [architecture]" in capsys.readouterr().err

@@ -26,7 +26,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
+from runtime.imaging.boxes import Box
 from training.data.pairs import Picture
+from training.data.subject import random_place, without_place
 from training.data.synthetic.catalogue import CATALOGUE
 from training.data.synthetic.objects import ObjectSpec, make_object
 from training.data.synthetic.paint import MARKS, Colour
@@ -68,6 +70,9 @@ _VIEWS = 4
 
 _SMALLEST = 0.7
 """Side of an object's square, as a share of the picture's, at least."""
+
+ANY_PLACE = 0.5
+"""Share of the places to draw that do not depend on where the object is."""
 
 DROPPED, SAID = 0.1, 0.5
 """Share of captions that are empty, and of the others that name the place."""
@@ -130,33 +135,74 @@ def ground(place: str, side: int, rng: Generator) -> Picture:
 def captioned_view(seed: int, number: int, place: str, side: int) -> Picture:
     """Draws view `number` of object `seed` before a ground, (side, side, 3)."""
     rng = np.random.default_rng([seed, 6, number])
+    box = _object_box(rng, side)
+    view = reference_view(seed, number, box.width)
+    picture = Image.fromarray(ground(place, side, rng))
+    picture.paste(Image.fromarray(view.image), (box.x0, box.y0), Image.fromarray(view.mask))
+    return np.asarray(picture)
+
+
+def _object_box(rng: Generator, side: int) -> Box:
+    """Draws the square that an object has in its picture."""
     size = int(rng.integers(round(_SMALLEST * side), side + 1))
     left, top = rng.integers(side - size + 1, size=2).tolist()
-    view = reference_view(seed, number, size)
-    picture = Image.fromarray(ground(place, side, rng))
-    picture.paste(Image.fromarray(view.image), (left, top), Image.fromarray(view.mask))
-    return np.asarray(picture)
+    return Box(left, top, left + size, top + size)
+
+
+def place_to_draw(seed: int, number: int, side: int, rng: Generator) -> NDArray[np.bool_]:
+    """Draws a place in `captioned_view`: as often all of the object as any place.
+
+    Returns:
+        (side, side), True where an inpainting model draws.
+    """
+    if rng.random() < ANY_PLACE:
+        return random_place(rng, side)
+    place = np.zeros((side, side), np.bool_)
+    place[_object_box(np.random.default_rng([seed, 6, number]), side).slices] = True
+    return place
 
 
 class CaptionedViews:
     """The endless dataset of objects 0..N-1 with captions; after every picture its mirror image."""
 
-    def __init__(self, objects: int, side: int, encode: Callable[[str], list[int]], seed: int) -> None:
-        """Takes the number of objects, the pictures' side, and what encodes a caption."""
+    def __init__(
+        self, objects: int, side: int, encode: Callable[[str], list[int]], seed: int, inpaints: bool = False
+    ) -> None:
+        """Takes what is drawn.
+
+        Args:
+            objects: their number.
+            side: of the pictures.
+            encode: encodes a caption.
+            seed: of places and captions.
+            inpaints: whether the model also sees the pictures without the place that it draws.
+        """
         self._objects, self._side, self._encode, self._seed = objects, side, encode, seed
+        self._inpaints = inpaints
 
     def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
-        """Gives `picture` (3, R, R) float32, -1..1, and `ids` (77,) int64."""
+        """Gives `picture` (3, R, R) float32, -1..1, and `ids` (77,) int64; for a model that inpaints also
+        `mask` and `surroundings`, see `without_place`."""
         picture, caption = self.draw(number)
         values = picture.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
-        return {"picture": values, "ids": np.array(self._encode(caption), np.int64)}
+        sample = {"picture": values, "ids": np.array(self._encode(caption), np.int64)}
+        if self._inpaints:
+            row, view, mirrored = self._find(number)
+            rng = np.random.default_rng([self._seed, number, 2])
+            place = place_to_draw(row, view, self._side, rng)
+            sample |= without_place(picture, place[:, ::-1] if mirrored else place)
+        return sample
+
+    def _find(self, number: int) -> tuple[int, int, bool]:
+        """Returns object and view of a number, and whether it is mirrored."""
+        index, mirrored = divmod(number, 2)
+        return index // _VIEWS % self._objects, index % _VIEWS, bool(mirrored)
 
     def draw(self, number: int) -> tuple[Picture, str]:
         """Gives picture (R, R, 3) and caption."""
-        index, mirrored = divmod(number, 2)
-        row, view = index // _VIEWS % self._objects, index % _VIEWS
+        row, view, mirrored = self._find(number)
         # the place is the same for both, the caption is not
-        place = PLACES[int(np.random.default_rng([self._seed, index, 1]).integers(len(PLACES)))]
+        place = PLACES[int(np.random.default_rng([self._seed, number // 2, 1]).integers(len(PLACES)))]
         picture = _drawn(row, view, place, self._side)
         rng = np.random.default_rng([self._seed, number])
         said = place if rng.random() < SAID else ""

@@ -103,6 +103,16 @@ def random_place(rng: np.random.Generator, resolution: int) -> NDArray[np.bool_]
     return place
 
 
+def without_place(picture: Picture, place: NDArray[np.bool_]) -> dict[str, NDArray[np.float32]]:
+    """Returns what an inpainting model sees of a picture (R, R, 3) whose place (R, R) it draws.
+
+    Returns:
+        `mask` (1, R, R), 1 where it draws, and `surroundings` (3, R, R), -1..1, grey there.
+    """
+    outside = (picture.astype(np.float32) / 127.5 - 1) * ~place[..., None]
+    return {"mask": place[None].astype(np.float32), "surroundings": outside.transpose(2, 0, 1)}
+
+
 class SubjectSamples:
     """The endless dataset of a subject, with as many pictures of its class beside it.
 
@@ -150,8 +160,5 @@ class SubjectSamples:
         }
         if self._pictures is not None:
             picture = self._pictures[kind][row]
-            place = random_place(rng, len(picture))
-            outside = (picture.astype(np.float32) / 127.5 - 1) * ~place[..., None]
-            sample["mask"] = place[None].astype(np.float32)
-            sample["surroundings"] = outside.transpose(2, 0, 1)
+            sample |= without_place(picture, random_place(rng, len(picture)))
         return sample

@@ -1,5 +1,5 @@
 """Defines the stages of a small Stable Diffusion model, which takes its autoencoder from another small
-model."""
+model, or goes on from a whole one, like an inpainting model from one that only reads words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training import seeds
-from training.assemble import load_unet, stage_weights
+from training.assemble import fit_scene, load_unet, same_sizes, stage_weights
 from training.config import StableDiffusionRecipe
 from training.data.captions import CaptionedViews, words_of_captions
 from training.data.encoded import settled_rows
@@ -20,7 +20,11 @@ from training.network.checkpoint_file import CheckpointError
 from training.network.checkpoint_keys import read_network
 from training.network.official_keys import expected_shapes, from_official
 from training.network.stable_diffusion import BUILDERS, StableDiffusion, StableDiffusionArchitecture
-from training.network.stable_diffusion_checkpoint import StableDiffusionCheckpoint, write_folder
+from training.network.stable_diffusion_checkpoint import (
+    StableDiffusionCheckpoint,
+    read_stable_diffusion,
+    write_folder,
+)
 from training.network.tokenizer_files import TokenizerFiles
 from training.small.encoding import check_encoders
 from training.small.stored import StoredSamples, store_samples
@@ -53,17 +57,52 @@ def read_autoencoder(path: str, architecture: StableDiffusionArchitecture) -> di
     }
 
 
-def start_network(recipe: StableDiffusionRecipe) -> tuple[StableDiffusion, TokenizerFiles]:
-    """Builds a network whose text encoder is fresh, and its UNet, too, or the recipe's; and its tokenizer.
+def open_tokenizer(recipe: StableDiffusionRecipe) -> TokenizerFiles:
+    """Opens the tokenizer of a whole start, or makes one of the captions' words.
 
     Raises:
-        CheckpointError: the recipe's autoencoder or UNet cannot be used.
+        CheckpointError: the start cannot be used, or has no tokenizer.
     """
-    files = learn_vocabulary(words_of_captions())
+    if not recipe.has_whole_start:
+        return learn_vocabulary(words_of_captions())
+    files = read_stable_diffusion(recipe.start).tokenizer
+    if files is None:
+        raise CheckpointError(f"'{recipe.start}' has no tokenizer: start from a folder that has one")
+    return files
+
+
+def load_whole_start(network: StableDiffusion, path: str) -> None:
+    """Puts a Stable Diffusion model into a network; channels that see a scene are added where it has none.
+
+    Raises:
+        CheckpointError: it cannot be used, or has other sizes.
+    """
+    checkpoint = read_stable_diffusion(path)
+    with same_sizes("a part", path, "another start"):
+        for part in BUILDERS:
+            weights = {name: weight.float() for name, weight in checkpoint.parts[part].items()}
+            if part == "unet":
+                fit_scene(weights, network, checkpoint.architecture.latent_channels)
+            getattr(network, part).load_state_dict(weights)
+
+
+def start_network(recipe: StableDiffusionRecipe) -> tuple[StableDiffusion, TokenizerFiles]:
+    """Builds a network as training finds it, and its tokenizer.
+
+    It is the whole start; or it has the start's autoencoder, a fresh text encoder, and a fresh UNet or that
+    of the recipe's `unet`.
+
+    Raises:
+        CheckpointError: the recipe's start or UNet cannot be used.
+    """
+    files = open_tokenizer(recipe)
     architecture = replace(recipe.architecture, text_vocabulary=len(files.vocabulary))
     torch.manual_seed(0)
     network = StableDiffusion(architecture, {part: build(architecture) for part, build in BUILDERS.items()})
-    network.vae.load_state_dict(read_autoencoder(recipe.start, architecture))
+    if recipe.has_whole_start:
+        load_whole_start(network, recipe.start)
+    else:
+        network.vae.load_state_dict(read_autoencoder(recipe.start, architecture))
     if recipe.unet:
         load_unet(network, recipe.unet)
     return network.eval(), files
@@ -71,8 +110,8 @@ def start_network(recipe: StableDiffusionRecipe) -> tuple[StableDiffusion, Token
 
 def caption_samples(recipe: StableDiffusionRecipe) -> CaptionedViews:
     """Opens the pictures with captions that a recipe learns from."""
-    tokenizer = learn_vocabulary(words_of_captions()).open()
-    return CaptionedViews(recipe.data.objects, recipe.resolution, tokenizer.encode, seeds.CAPTIONED_VIEWS)
+    encode, inpaints = open_tokenizer(recipe).open().encode, recipe.architecture.scene_channels > 0
+    return CaptionedViews(recipe.data.objects, recipe.resolution, encode, seeds.CAPTIONED_VIEWS, inpaints)
 
 
 @on_main_process

@@ -37,6 +37,7 @@ from training.systems.stable_diffusion import (
     Learner,
     PromptPreview,
     draw_pictures,
+    encode_scene,
 )
 
 
@@ -157,15 +158,12 @@ class SubjectTask:
         loss = torch.stack([share * each for share, each in zip(self._shares, by_kind)]).sum()
         return {"loss": loss, **shown}
 
-    @torch.no_grad()
     def _scene(self, batch: Batch) -> list[Tensor]:
-        """Returns the scene that an inpainting model sees: mask and latents without the place, (N, 1 + C, h,
-        w)."""
+        """Returns the scene that an inpainting model sees, (N, 1 + C, h, w)."""
         if "mask" not in batch:
             return []
-        latents = self.network.vae.encode(batch["surroundings"].flatten(0, 1)).latent_dist.mean * LATENT_SCALE
-        mask = nn.functional.interpolate(batch["mask"].flatten(0, 1), latents.shape[-2:])
-        return [torch.cat([mask, latents], 1)]
+        mask, surroundings = (batch[name].flatten(0, 1) for name in ("mask", "surroundings"))
+        return [encode_scene(self.network, mask, surroundings)]
 
 
 # --- what it learns from ----------------------------------------------------------------------------------

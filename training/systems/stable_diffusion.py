@@ -54,10 +54,14 @@ class PromptTask:
 
     @torch.no_grad()
     def encoded(self, batch: Batch) -> dict[str, Tensor]:
-        """Encodes pictures (N, 3, R, R): mean and spread of their scaled latents, (N, 2, C, h, w)."""
+        """Encodes pictures (N, 3, R, R): mean and spread of their scaled latents, (N, 2, C, h, w); and the
+        scene that an inpainting model sees, if there is one."""
         posterior = self.network.to(batch["picture"].device).encode(batch["picture"])
         moments = torch.stack([posterior.mean, posterior.std], 1) * LATENT_SCALE
-        return {"moments": moments, "ids": batch["ids"]}
+        encoded = {"moments": moments, "ids": batch["ids"]}
+        if "mask" in batch:
+            encoded["scene"] = encode_scene(self.network, batch["mask"], batch["surroundings"])
+        return encoded
 
     def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Computes the loss of a batch of `StoredSamples`."""
@@ -65,10 +69,27 @@ class PromptTask:
         mean, spread = batch["moments"].unbind(1)
         latents = mean + spread * batch["posterior_noise"]
         noisy = noisy_latents(latents, noise, timestep, self.network.alphas_cumprod)
-        estimate = module(noisy, timestep, batch["ids"], [])
+        scene = [batch["scene"]] if "scene" in batch else []
+        estimate = module(noisy, timestep, batch["ids"], scene)
         error = (estimate.float() - noise).square().mean((1, 2, 3))
         weighted = error_weights(self.network, timestep) * error
         return {"loss": weighted.mean(), "noise": error.detach().mean()}
+
+
+@torch.no_grad()
+def encode_scene(network: StableDiffusion, mask: Tensor, surroundings: Tensor) -> Tensor:
+    """Computes the scene that an inpainting model sees.
+
+    Args:
+        network: its autoencoder encodes.
+        mask: (N, 1, R, R), 1 where it draws.
+        surroundings: pictures (N, 3, R, R), -1..1, grey there.
+
+    Returns:
+        (N, 1 + C, h, w), mask and latents; see `StableDiffusion.predict_noise`.
+    """
+    latents = network.vae.encode(surroundings).latent_dist.mean * LATENT_SCALE
+    return torch.cat([nn.functional.interpolate(mask, latents.shape[-2:]), latents], 1)
 
 
 # --- pictures for prompts ---------------------------------------------------------------------------------

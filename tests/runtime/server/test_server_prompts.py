@@ -107,7 +107,7 @@ def test_what_the_model_is(stub: Any) -> None:
     info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=PATIENCE)
     assert (info.system, info.condition) == ("stable_diffusion", pb.CONDITION_TEXT)
     assert (info.picture_width, info.picture_height, info.resolution, info.scene_channels) == (64, 64, 64, 5)
-    assert list(info.qualities) == [pb.QUALITY_EXACT]
+    assert list(info.qualities) == [pb.QUALITY_EXACT, pb.QUALITY_BALANCED]
     defaults = info.defaults
     assert (defaults.sampling.steps, defaults.sampling.guidance_scale) == (50, 7.5)
     assert not defaults.sampling.HasField("control_scale")

@@ -224,7 +224,7 @@ def test_placements_that_it_cannot_use(
         (Sampling(control_scale=1.0), "control_scale", "Stable Diffusion has no control_scale: leave it out"),
         (Sampling(map_steps=5), "map_steps", "Stable Diffusion has no map_steps: leave it out"),
         (Sampling("fast"), "quality", "the quality 'fast' is not offered for Stable Diffusion"),
-        (Sampling("balanced"), "quality", "choose exact, or set steps and sampler"),
+        (Sampling("fast"), "quality", "choose exact or balanced, or set steps and sampler"),
         (Sampling("superb"), "quality", "there is no quality 'superb'"),
     ],
 )
@@ -234,6 +234,10 @@ def test_sampling_that_it_cannot_use(four: Compositor, sampling: Sampling, field
         with pytest.raises(InputError, match=sentence) as caught:
             four.steps_of(request)
         assert caught.value.field == f"sampling.{field}"
+
+
+def test_the_preset_that_was_measured_is_offered(four: Compositor) -> None:
+    assert four.steps_of(Request.drawing("a cat", sampling=Sampling("balanced"))) == (20, 0)
 
 
 def test_what_it_was_not_measured_with_can_still_be_set(four: Compositor) -> None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from training.data.captions import (
+    ANY_PLACE,
     PLACES,
     CaptionedViews,
     captioned_view,
@@ -16,6 +17,7 @@ from training.data.captions import (
     describe,
     ground,
     main,
+    place_to_draw,
     words_of_captions,
 )
 from training.data.synthetic.objects import make_object
@@ -87,6 +89,26 @@ def test_a_number_is_a_picture_and_the_next_one_its_mirror_image() -> None:
     noun = make_object(1).shape.name
     said = [views[number] and captions[-1] for number in range(8, 16)]
     assert all(noun in caption for caption in said if caption)
+
+
+def test_an_inpainting_model_sees_the_picture_without_a_place() -> None:
+    views = CaptionedViews(2, 32, lambda caption: [0] * 77, seed=0, inpaints=True)
+    samples = [views[number] for number in range(8)]
+    for sample in samples:
+        outside = sample["mask"] == 0
+        assert sample["mask"].shape == (1, 32, 32)
+        np.testing.assert_array_equal(sample["surroundings"], np.where(outside, sample["picture"], 0))
+    # a mirror image has a place of its own, unless that is where its object is
+    assert len({sample["mask"].tobytes() for sample in samples}) > 4
+
+
+def test_half_of_the_places_hold_all_of_the_object() -> None:
+    rng = np.random.default_rng(0)
+    on_black = captioned_view(5, 0, "on black", 48)
+    places = [place_to_draw(5, 0, 48, rng) for _ in range(60)]
+    whole = sum(not on_black[~place].any() for place in places)
+    # the whole picture is one of the three kinds of any place
+    assert 60 * ANY_PLACE < whole < 60
 
 
 def test_subjects_are_folders_of_held_out_objects(tmp_path: Path) -> None:
