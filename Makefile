@@ -26,7 +26,7 @@ demo: $(VENV)/.lean
 	@mkdir -p $(dir $(DEMO_PICTURE))
 	@$(BIN)/anydoor composite --bundle $(DEMO_BUNDLE) \
 		--reference examples/object.png --scene examples/scene.png --box "$$(cat examples/scene_box.txt)" \
-		--backend onnxruntime --steps 12 --seed 7 --output $(DEMO_PICTURE)
+		--backend onnxruntime --steps 12 --strength 0.5 --seed 7 --output $(DEMO_PICTURE)
 
 test: $(VENV)/.dev check
 	$(PYTEST)

@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=EXAMPLES / "anydoor-small", metavar="DIR")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--strength", type=float, default=0.5)
     options = parser.parse_args()
 
     x0, y0, x1, y1 = (int(v) for v in (EXAMPLES / "scene_box.txt").read_text("utf-8").split(","))
@@ -39,7 +40,7 @@ def main() -> None:
     compositor = Compositor.load(options.bundle)
     composite = compositor.composite(
         scene,
-        Placement(reference, box=(x0, y0, x1, y1)),
+        Placement(reference, box=(x0, y0, x1, y1), strength=options.strength),
         seed=options.seed,
         sampling=Sampling(steps=options.steps),
     )

@@ -173,6 +173,24 @@ test("an object is cut out automatically, and what is refused is said", async ()
   await page.getByText("both selections are the same object").waitFor();
 });
 
+test("less strength keeps more of the object", async () => {
+  const { page, problems } = await at("composite");
+  const strength = page.getByLabel("Strength");
+  await drop(page, "#canvas-box", SCENE);
+  await drop(page, ".thumb", OBJECT);
+  await drag(page, [150, 30], [265, 239]);
+  await start(page, "4");
+  const full = await pixels(page);
+  await strength.fill("0.5");
+  await start(page, "4");
+  assert.notEqual(await pixels(page), full);
+  const parameters = await sameAsCopied(page);
+  assert.equal(parameters.strength, 0.5);
+  await page.locator("#task").selectOption("move");
+  assert.equal(await strength.isVisible(), false);
+  assert.deepEqual(problems, []);
+});
+
 test("a large place is refined, with the keyboard", async () => {
   const { page, problems } = await at("composite");
   const refine = page.getByLabel("Refine large places");

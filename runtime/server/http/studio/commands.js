@@ -32,6 +32,7 @@ export function commandLine(request, origin) {
   else words.push(...whereFlags(request.marks[0], "click", "object-"), ...actionFlags(request));
   if (request.fill) words.push(`--fill-prompt ${quoted(request.fill)}`);
   if (request.mode) words.push(`--mode ${request.mode}`);
+  if (request.strength !== null) words.push(`--strength ${request.strength}`);
   if (request.refine !== null) words.push(`--refine ${request.refine}`);
   if (request.quality) words.push(`--quality ${request.quality}`);
   if (request.steps) words.push(`--steps ${request.steps}`);
@@ -53,12 +54,13 @@ function whereOf(said) {
   return said.box ? `box=(${said.box.join(", ")})` : `mask=${text(said.mask)}`;
 }
 
-function placement(each, { mode, refine }, place) {
+function placement(each, { mode, strength, refine }, place) {
   const given = each.prompt ? [`prompt=${text(each.prompt)}`] : [text(each.name)];
   if (each.automatic) given.push('reference_mask="auto"');
   if (each.clicks) given.push(`reference_clicks=${clicksOf(each.clicks)}`);
   if (place) given.push(whereOf(place));
   if (mode) given.push(`mode=${text(mode)}`);
+  if (strength !== null) given.push(`strength=${strength}`);
   if (refine !== null) given.push(`refine=${refine}`);
   return `Placement(${given.join(", ")})`;
 }

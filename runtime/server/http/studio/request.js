@@ -24,6 +24,7 @@ export async function formOf(request, files, marks, size) {
     for (const click of each.clicks ?? []) form.append(`${path}.reference_clicks`, click);
     if (each.automatic) form.append(`${path}.automatic_mask`, "true");
     if (request.mode) form.append(`${path}.mode`, request.mode);
+    if (request.strength !== null) form.append(`${path}.strength`, request.strength);
     if (request.refine !== null) form.append(`${path}.refine`, request.refine);
   };
   form.append("scene", files.scene);

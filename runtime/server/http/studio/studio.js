@@ -77,6 +77,7 @@ function arrange() {
   find("sources").hidden = !reference;
   find("add").hidden = Boolean(marks);
   find("modes").hidden = !mode;
+  find("starting").hidden = !reference || about?.defaults.strength === undefined;
   find("refining").hidden = !reference || about?.defaults.refine === undefined;
   find("filling").hidden = !about?.filler || !marks || task() === "try-on";
   for (const label of document.querySelectorAll(".sampled")) label.hidden = task() === "remove";
@@ -154,6 +155,7 @@ function requested() {
     })),
     ...(isComposite ? {} : { marks }),
     mode: value("mode"),
+    strength: find("starting").hidden ? null : number("strength"),
     refine: refined(),
     quality: value("quality"),
     steps: find("steps").closest("label").hidden ? null : number("steps"),
