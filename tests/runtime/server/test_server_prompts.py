@@ -39,7 +39,7 @@ def stub(server: ServerThread) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def alone() -> Compositor:
-    return Compositor.load(tiny_stable_diffusion_bundle(9), EngineOptions("onnxruntime", "cpu"))
+    return Compositor.load(tiny_stable_diffusion_bundle(9), EngineOptions(device="cpu", threads=1))
 
 
 def drawing(**fields: Any) -> pb.DrawRequest:
