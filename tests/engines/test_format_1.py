@@ -125,8 +125,8 @@ def test_inputs_have_their_present_names_and_are_stored_under_the_old_ones(old_b
 def test_it_has_no_defaults(old_bundle: Path) -> None:
     compositor = Compositor.load(old_bundle, EngineOptions(device="cpu"))
     assert compositor.bundle.manifest.defaults == {}
-    # nor the graph that refine needs
-    assert compositor.defaults == {name: value for name, value in DEFAULTS.items() if name != "refine"}
+    without_encoder = DEFAULTS.keys() - {"refine", "strength"}
+    assert compositor.defaults == {name: DEFAULTS[name] for name in without_encoder}
 
 
 def test_memory_is_planned_with_the_estimate_of_version_1(old_bundle: Path) -> None:

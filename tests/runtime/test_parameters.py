@@ -180,7 +180,7 @@ def test_a_default_of_the_manifest_that_is_out_of_range_is_refused(
         Compositor.load(bundle, CPU)
 
 
-@pytest.mark.parametrize("name", ["strength", "seed", "quality"])
+@pytest.mark.parametrize("name", ["freedom", "seed", "quality"])
 def test_a_default_for_something_that_is_no_parameter(
     with_defaults: Callable[[Mapping[str, Any]], Path], name: str
 ) -> None:

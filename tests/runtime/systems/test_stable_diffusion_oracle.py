@@ -14,7 +14,7 @@ from PIL import Image
 from runtime import Compositor, EngineOptions, Placement, Request, Sampling
 from runtime.imaging.paste_back import paste_feathered
 from tests.support.pictures import Pixels, picture
-from tests.support.serving import ServerThread, drawn_together
+from tests.support.serving import ServerThread, drawn_together, held_compositor
 from tests.support.stable_diffusion import pipeline, tiny_stable_diffusion_bundle
 
 SIDE, STEPS = 64, 10
@@ -168,7 +168,7 @@ def test_a_picture_of_the_server_is_the_one_alone_whoever_shares_its_batch(serve
     ]
     results = drawn_together(server, requests)
     assert max(len(timesteps) for timesteps in server.engine.steps) == 4
-    alone = Compositor.load(server.compositor.bundle.path, CPU)
+    alone, _ = held_compositor(server.compositor.bundle.path)
     for request, (found,) in zip(requests, results, strict=True):
         (expected,) = alone.run(request)
         assert (found.seed, found.regions) == (expected.seed, expected.regions)
