@@ -36,6 +36,7 @@ anydoor composite --reference shelf.jpg --reference-click 210,95 --segmenter bui
     --scene desk.jpg --box 80,60,300,260 -o out.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --quality fast -o out.png
 anydoor composite --reference cup.png --scene wall.jpg --box 600,200,3000,2600 --refine -o out.png
+anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --strength 0.5 -o out.png
 anydoor composite --prompt "a sks cup" --scene desk.jpg --box 80,60,300,260 --bundle build/sks -o out.png
 anydoor composite --reference cup.png --scene desk.jpg --box 80,60,300,260 --server gpu:50051 -o out.png
 anydoor composite --prompt "a sks cup" --scene desk.jpg --box 80,60,300,260 --server gpu:50051 --model sks \\
