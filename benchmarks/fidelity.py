@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,9 @@ EXAMPLES = """examples:
   python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 """
 
-
 EXAMPLE_CHECKPOINT = Path("examples/anydoor-small.safetensors")
+_HEADING_LETTERS = 18
+"""Most letters in a line above a column."""
 
 
 class Composer:
@@ -103,13 +105,16 @@ def labelled_sheet(columns: Mapping[str, Sequence[Picture]], rows: int, gap: int
     height, width = next(iter(columns.values()))[0].shape[:2]
     shown = min(rows, *(len(pictures) for pictures in columns.values()))
     font = ImageFont.load_default(size=max(10, width // 11))
-    top = round(font.getbbox("Ag")[3]) + gap
+    headings = {column: "\n".join(wrap(column, _HEADING_LETTERS)) for column in columns}
+    lines = max(heading.count("\n") for heading in headings.values()) + 1
+    top = lines * round(font.getbbox("Ag")[3] + 4) + gap
     size = len(columns) * (width + gap) - gap, top + shown * (height + gap) - gap
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for column, (heading, pictures) in enumerate(columns.items()):
         left = column * (width + gap)
-        pen.text((left + width // 2, 0), heading, fill="black", font=font, anchor="ma")
+        at = left + width // 2, 0
+        pen.multiline_text(at, headings[heading], fill="black", font=font, anchor="ma", align="center")
         for row, picture in enumerate(pictures[:shown]):
             sheet.paste(Image.fromarray(picture), (left, top + row * (height + gap)))
     return np.asarray(sheet)

@@ -91,6 +91,13 @@ def test_the_table_and_the_sheet_show_all_of_it(perfect) -> None:  # type: ignor
     assert np.array_equal(sheet[-160:, -160:], perfect.pairs[0].truth)
 
 
+def test_long_headings_of_a_sheet_take_more_lines() -> None:
+    short = labelled_sheet({"AnyDoor": [flat(9)], "truth": [flat(9)]}, rows=1)
+    long = labelled_sheet({"AnyDoor, refined from 200": [flat(9)], "truth": [flat(9)]}, rows=1)
+    assert long.shape[1] == short.shape[1]
+    assert long.shape[0] > short.shape[0]
+
+
 @pytest.mark.slow
 def test_the_command_measures_bundles_side_by_side(
     tiny_bundle: Path, tmp_path: Path, capsys: Capture
