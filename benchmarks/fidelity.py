@@ -156,6 +156,11 @@ def load_composers(options: argparse.Namespace) -> dict[str, Composer]:
     return composers
 
 
+def _row(name: str, refine: int | None, strength: float | None) -> str:
+    refined = f", refined from {refine}" if refine else ""
+    return name + refined + (f", strength {strength:g}" if strength not in (None, 1) else "")
+
+
 def measure(
     options: argparse.Namespace, composers: Mapping[str, Composer]
 ) -> fidelity_truth.TruthReport | fidelity_protocol.ProtocolReport:
@@ -166,14 +171,11 @@ def measure(
     """
     if not options.protocol:
         patches = load_dinov2(options.dinov2) if options.dinov2 else own_dinov2(EXAMPLE_CHECKPOINT)
+        settings = list(product(options.refine or [None], options.strength or [None]))
         models = {
-            name
-            + (f", refined from {refine}" if refine else "")
-            + (f", strength {strength:g}" if strength not in (None, 1) else ""): partial(
-                composer.truth_pair, refine=refine, strength=strength
-            )
+            _row(name, refine, strength): partial(composer.truth_pair, refine=refine, strength=strength)
             for name, composer in composers.items()
-            for refine, strength in product(options.refine or [None], options.strength or [None])
+            for refine, strength in settings
         }
         return fidelity_truth.measure(models, options.count, patches, options.among, options.scene_size)
     # the packages of the embedding networks are not needed otherwise

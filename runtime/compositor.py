@@ -315,8 +315,8 @@ class Compositor:
             first, passes = first_pass(self._alphas_cumprod, sampling), list[tuple[Prepared, Pass]]()
             for index, placement in enumerate(request.placements):
                 with in_placement(request, index):
-                    given = placement.mask
-                    mask = None if given is None else upright_mask(given, scene, limits.pixels)
+                    mask = placement.mask
+                    mask = None if mask is None else upright_mask(mask, scene, limits.pixels)
                     turned = cut_out(replace(placement, mask=mask), self.segmenter, limits.pixels, watch)
                     passes += self._prepare(request, turned, seen, limits, watch, first)
         job = Job(

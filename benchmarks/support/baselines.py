@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.imaging.boxes import Box
+from runtime.imaging.boxes import Box, smallest_box
 
 Picture = NDArray[np.uint8]
 
@@ -15,9 +15,7 @@ _INSIDE = 128
 
 def exact_box(mask: Picture) -> Box:
     """Return the smallest box around an object; mask: (H, W), 0..255, not empty."""
-    inside = mask > _INSIDE
-    columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
-    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    return smallest_box(mask > _INSIDE)
 
 
 def empty_box(scene: Picture, box: Box) -> Picture:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.imaging.boxes import Box, Padding, box_in_box
+from runtime.imaging.boxes import Box, Padding, box_in_box, smallest_box
 from runtime.imaging.geometry import Geometry, Ratios, zoom_in
 from runtime.imaging.mask_levels import MaskLevel, coarsen_mask
 from runtime.imaging.paste_back import FEATHER
@@ -79,7 +79,7 @@ def mask_scene(
     """
     size = (scene.shape[1], scene.shape[0])
     geometry = zoom_in(target, size, ratios, aspect=picture_size[::-1])
-    place = target.clip(size) if isinstance(target, Box) else _bounds(target)
+    place = target.clip(size) if isinstance(target, Box) else smallest_box(target)
     geometry = replace(geometry, crop=geometry.crop.union(place))
     crop = geometry.crop
     if isinstance(target, Box):
@@ -156,12 +156,6 @@ def _in_crop(box: Box, crop: Box) -> NDArray[np.bool_]:
     inside = np.zeros((crop.height, crop.width), np.bool_)
     inside[box_in_box(box, crop).slices] = True
     return inside
-
-
-def _bounds(mask: NDArray[np.bool_]) -> Box:
-    """Returns the smallest box around a mask that is not empty."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
 def _shrink(

@@ -14,7 +14,7 @@ from runtime.imaging.geometry import Geometry
 from runtime.imaging.resize import resize_linear
 
 
-def cut_out(picture: NDArray[np.uint8], mask: NDArray[np.bool_], side: int) -> NDArray[np.uint8]:
+def object_pixels(picture: NDArray[np.uint8], mask: NDArray[np.bool_], side: int) -> NDArray[np.uint8]:
     """Cuts an object out, and makes it smaller if it is larger than a side.
 
     Args:
@@ -52,7 +52,7 @@ def paste_object(
         scene: (H, W, 3) RGB.
         geometry: of the zoom-in crop.
         place: of the object in the scene; it may cross the border.
-        pixels: the object, as `cut_out` returns it.
+        pixels: the object, as `object_pixels` returns it.
 
     Returns:
         The crop with the object, (crop height, crop width, 3).

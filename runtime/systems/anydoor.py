@@ -31,7 +31,7 @@ from runtime.imaging.paste_back import (
     paste_feathered,
     pasted_region,
 )
-from runtime.imaging.pasted_object import cut_out, paste_object, place_of
+from runtime.imaging.pasted_object import object_pixels, paste_object, place_of
 from runtime.imaging.reference import PreparedReference, prepare_reference, square_side
 from runtime.imaging.target import load_target
 from runtime.imaging.tiles import paste_tile, tiles_of
@@ -93,7 +93,7 @@ class AnyDoorPlacement(Prepared):
     fade: NDArray[np.float32] | None
     """(R, R), share of the networks' picture that is pasted; None for a hard edge."""
     pixels: NDArray[np.uint8] | None = None
-    """(h, w, 4), the object itself (`cut_out`); None at full strength."""
+    """(h, w, 4), the object itself (`object_pixels`); None at full strength."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +175,7 @@ class Preprocessing:
                 if fade is None
                 else feathered_region(hint.geometry, fade)
             )
-            pixels = cut_out(*read[0], self._resolution) if strength < 1 else None
+            pixels = object_pixels(*read[0], self._resolution) if strength < 1 else None
             start = self._start(scene, hint.geometry, target, pixels)
             place = AnyDoorPlacement(
                 *(reference, views, target, mode, ratios, hint, key, fade, pixels), region=region, start=start

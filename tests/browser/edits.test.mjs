@@ -173,13 +173,18 @@ test("an object is cut out automatically, and what is refused is said", async ()
   await page.getByText("both selections are the same object").waitFor();
 });
 
-test("less strength keeps more of the object", async () => {
-  const { page, problems } = await at("composite");
-  const strength = page.getByLabel("Strength");
+// Composites the object into a large place.
+async function compositeLarge(page, steps) {
   await drop(page, "#canvas-box", SCENE);
   await drop(page, ".thumb", OBJECT);
   await drag(page, [150, 30], [265, 239]);
-  await start(page, "4");
+  await start(page, steps);
+}
+
+test("less strength keeps more of the object", async () => {
+  const { page, problems } = await at("composite");
+  const strength = page.getByLabel("Strength");
+  await compositeLarge(page, "4");
   const full = await pixels(page);
   await strength.fill("0.5");
   await start(page, "4");
@@ -194,10 +199,7 @@ test("less strength keeps more of the object", async () => {
 test("a large place is refined, with the keyboard", async () => {
   const { page, problems } = await at("composite");
   const refine = page.getByLabel("Refine large places");
-  await drop(page, "#canvas-box", SCENE);
-  await drop(page, ".thumb", OBJECT);
-  await drag(page, [150, 30], [265, 239]);
-  await start(page, "5");
+  await compositeLarge(page, "5");
   const once = await pixels(page);
   await refine.focus();
   await page.keyboard.press("Space");

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.options import EngineOptions
 from runtime import Compositor, InputError, Placement, Request, Sampling
@@ -28,7 +27,7 @@ from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.sampling.passes import first_pass, second_pass
 from runtime.server.wire import defaults_message
 from runtime.systems.anydoor import DEFAULTS, AnyDoorPlacement, AnyDoorTile
-from tests.support.anydoor import DENOISE, ENCODE
+from tests.support.anydoor import DENOISE, ENCODE, without_encoder
 from tests.support.observers import RunCounter
 from tests.support.pictures import cutout, picture
 from tests.support.serving import PATIENCE, ServerThread, held_compositor, png
@@ -192,9 +191,7 @@ def test_what_is_no_timestep(compositor: Compositor, refine: object) -> None:
 
 
 def test_a_bundle_without_an_encoder(tiny_bundle: Path) -> None:
-    bundle = Bundle.open(tiny_bundle)
-    graphs = {name: record for name, record in bundle.manifest.graphs.items() if name != ENCODE}
-    older = Bundle(bundle.path, replace(bundle.manifest, graphs=graphs))
+    older = without_encoder(tiny_bundle)
     compositor = Compositor(older, open_engine(older, CPU))
     assert drawn(compositor, LARGE).shape == SCENE.shape
     assert not defaults_message(compositor.defaults).HasField("refine")

@@ -10,19 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.bundle import Bundle
 from engines.engine import open_engine
 from engines.options import EngineOptions
 from runtime import Compositor, InputError, Placement, Request, Sampling
 from runtime.client import Client
 from runtime.imaging.boxes import Box
 from runtime.imaging.geometry import Ratios, zoom_in
-from runtime.imaging.pasted_object import cut_out, paste_object, place_of
+from runtime.imaging.pasted_object import object_pixels, paste_object, place_of
 from runtime.parameters import sampling_parameters
 from runtime.sampling.passes import first_pass, partial_pass
 from runtime.server.wire import defaults_message
 from runtime.systems.anydoor import DEFAULTS
-from tests.support.anydoor import DENOISE, ENCODE
+from tests.support.anydoor import DENOISE, without_encoder
 from tests.support.observers import RunCounter
 from tests.support.pictures import cutout, picture
 from tests.support.serving import ServerThread, held_compositor
@@ -68,7 +67,7 @@ def test_an_object_fits_its_place_and_stands_on_the_lower_edge(
     if place.intersection(Box(0, 0, 160, 120)).is_empty:
         return
     geometry = zoom_in(place, (160, 120), Ratios())
-    pixels = cut_out(*red(*size), 64)
+    pixels = object_pixels(*red(*size), 64)
     crop = paste_object(grey, geometry, place, pixels)
     whole = grey.copy()
     whole[geometry.crop.slices] = crop
@@ -86,7 +85,7 @@ def test_an_object_fits_its_place_and_stands_on_the_lower_edge(
 
 
 def test_a_large_object_is_made_smaller_with_its_own_colours() -> None:
-    pixels = cut_out(*red(300, 200), 96)
+    pixels = object_pixels(*red(300, 200), 96)
     assert pixels.shape == (96, 64, 4)
     np.testing.assert_array_equal(pixels[10:-10, 10:-10], np.broadcast_to([255, 0, 0, 255], (76, 44, 4)))
 
@@ -174,9 +173,7 @@ def test_what_is_no_strength(compositor: Compositor, strength: object) -> None:
 
 
 def test_a_bundle_without_an_encoder(tiny_bundle: Path) -> None:
-    bundle = Bundle.open(tiny_bundle)
-    graphs = {name: record for name, record in bundle.manifest.graphs.items() if name != ENCODE}
-    older = Bundle(bundle.path, replace(bundle.manifest, graphs=graphs))
+    older = without_encoder(tiny_bundle)
     compositor = Compositor(older, open_engine(older, CPU))
     assert drawn(compositor, replace(PLACEMENT, strength=1.0)).shape == SCENE.shape
     assert not defaults_message(compositor.defaults).HasField("strength")
