@@ -349,7 +349,11 @@ class Models:
         def drain(served: ServedModel) -> bool:
             return served.batcher.drain(end - time.monotonic())
 
-        clean = all(await asyncio.gather(*(asyncio.to_thread(drain, served) for served in self.alive)))
+        clean, drained = True, list[ServedModel]()
+        # a model that is being loaded may begin to serve meanwhile
+        while waiting := [served for served in self.alive if served not in drained]:
+            clean &= all(await asyncio.gather(*(asyncio.to_thread(drain, served) for served in waiting)))
+            drained += waiting
         for task in self._tasks:
             task.cancel()
         return clean
