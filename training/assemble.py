@@ -21,11 +21,11 @@ from training.network.checkpoint import network_of, read_checkpoint, read_start
 from training.network.checkpoint_file import CheckpointError
 from training.network.imprint import with_scene
 from training.network.modules import AnyDoor, DiffusionNetwork, ReferenceNetwork
-from training.small.fresh_samples import CHUNK, FreshSamples
+from training.small.fresh_samples import AnewPairs, FreshSamples
 from training.small.initial_weights import open_control
 from training.systems.anydoor import Denoising, DiffusionTask
 from training.systems.autoencoder import normalise_latents
-from training.workers import drawer_count, drawing_device
+from training.workers import drawer_count, drawing_device, worker_count
 
 _FIRST = "conv_in.weight"
 """The UNet's first convolution."""
@@ -137,6 +137,12 @@ def _load_encoders(model: ReferenceNetwork, path: str) -> None:
     with same_sizes("the autoencoder or the image encoder", path, "other encoders"):
         model.vae.load_state_dict(source.vae.state_dict())
         model.id_encoder.backbone.load_state_dict(source.id_encoder.backbone.state_dict())
+    if isinstance(source, AnyDoor) and isinstance(model, AnyDoor):
+        # the same for UNets of all sizes, but for the convolution behind it
+        block = model.control.controlnet_cond_embedding
+        seen = source.control.controlnet_cond_embedding
+        block.conv_in.load_state_dict(seen.conv_in.state_dict())
+        block.blocks.load_state_dict(seen.blocks.state_dict())
 
 
 def load_unet(model: DiffusionNetwork, path: str) -> ReferenceNetwork:
@@ -211,16 +217,25 @@ def encoded_pairs(recipe: Recipe, folder: Path, rows: int = 0) -> EncodedPairs:
     )
 
 
-def drawn_pairs(recipe: Recipe) -> DrawnPairs:
-    """Gives the pairs of a recipe that has them drawn while it trains."""
+def anew_pairs(recipe: Recipe, folder: Path) -> AnewPairs:
+    """Gives the pairs of a recipe that has them made while it trains.
+
+    Raises:
+        StoreError: they are made of stored views, and nothing is drawn yet.
+    """
+    if recipe.data.stored_views:
+        return view_pairs(recipe, folder)
     return DrawnPairs(recipe.pairs, single=recipe.data.single, device=drawing_device())
 
 
-def fresh_samples(recipe: Recipe, model: AnyDoor, rules: Denoising, chunk: int = CHUNK) -> FreshSamples:
-    """Gives what a stage learns from where pairs are drawn while it trains.
+def fresh_samples(
+    recipe: Recipe, folder: Path, model: AnyDoor, rules: Denoising, chunk: int = 0
+) -> FreshSamples:
+    """Gives what a stage learns from where pairs are made while it trains.
 
     Args:
-        recipe: how pairs are drawn.
+        recipe: how pairs are made.
+        folder: of the run.
         model: encodes them.
         rules: how the stage takes them, as in `encoded_pairs`.
         chunk: see `FreshSamples`.
@@ -228,13 +243,13 @@ def fresh_samples(recipe: Recipe, model: AnyDoor, rules: Denoising, chunk: int =
     data = recipe.data
     return FreshSamples(
         model,
-        drawn_pairs(recipe),
+        anew_pairs(recipe, folder),
         seeds.TRAINING_PAIRS,
         rules.drop,
         data.kind,
         hint_features=not rules.hint_block,
         places=rules.attention_guide > 0,
         repeats=data.repeats,
-        workers=drawer_count(data.workers),
+        workers=(worker_count if data.stored_views else drawer_count)(data.workers),
         chunk=chunk,
     )

@@ -33,9 +33,11 @@ class DataSettings:
     objects: int = 4000
     pairs: int = 8000
     """Pairs that are encoded once, before training. If it is 0, they are made anew while training: AnyDoor's
-    of views that are drawn for them, IMPRINT's of the stored ones."""
+    of views that are drawn for them, unless `stored_views`, IMPRINT's of the stored ones."""
+    stored_views: bool = False
+    """Whether AnyDoor's pairs that are made anew are made of the stored views."""
     repeats: int = 1
-    """How often AnyDoor learns from a pair that is drawn for it."""
+    """How often AnyDoor learns from a pair that is made anew."""
     kind: Kind = "multi-view"
     """What two views of an object count as for AnyDoor's timestep rule."""
     single: float = 0.0
@@ -73,7 +75,7 @@ class CommonRecipe:
     taken from there."""
     encoders: str = ""
     """A checkpoint whose autoencoder and image encoder are taken as they are, for small models that do not
-    train their own."""
+    train their own. AnyDoor's hint block starts from it, too."""
     checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights in the written checkpoint."""
     architecture: Architecture = field(default_factory=Architecture)
@@ -92,6 +94,11 @@ class CommonRecipe:
     def objects(self) -> str:
         """The folder of a run where its rendered objects are."""
         return "objects"
+
+    @property
+    def has_encoders(self) -> bool:
+        """Whether autoencoder and image encoder come from a checkpoint: their stages train nothing then."""
+        return bool(self.start or self.encoders)
 
     def default_number(self, name: str, otherwise: float) -> float:
         """Gives a number of [defaults].

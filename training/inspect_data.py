@@ -32,7 +32,7 @@ import torch
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
-from training.assemble import drawn_pairs, encoded_pairs, fresh_samples, mixture, view_pairs
+from training.assemble import anew_pairs, encoded_pairs, fresh_samples, mixture, view_pairs
 from training.assemble_imprint import composite_samples, view_samples
 from training.config import (
     DreamBoothRecipe,
@@ -74,7 +74,7 @@ def fresh_pairs(recipe: Recipe, folder: Path) -> Mixture | RenderedPairs:
     """
     if recipe.sources:
         return mixture(recipe)
-    return view_pairs(recipe, folder) if recipe.data.pairs else drawn_pairs(recipe)
+    return view_pairs(recipe, folder) if recipe.data.pairs else anew_pairs(recipe, folder)
 
 
 def first_pair(pairs: Mixture | RenderedPairs, recipe: Recipe, number: int) -> Pair:
@@ -149,9 +149,10 @@ def compare_rates(
     learned: AnyDataset = pairs
     if isinstance(pairs, Mixture):
         feeds = [("making pairs while training", pairs, settings.workers)]
-    elif isinstance(pairs, DrawnPairs):
-        feeds = [("drawing pairs while training", pairs, worker_count(recipe.data.workers))]
-        learned = fresh_samples(recipe, model.eval(), recipe.denoising, chunk=settings.batch)
+    elif not recipe.data.pairs:
+        made = "made of stored views" if recipe.data.stored_views else "drawn"
+        feeds = [(f"pairs {made} while training", pairs, worker_count(recipe.data.workers))]
+        learned = fresh_samples(recipe, folder, model.eval(), recipe.denoising, chunk=settings.batch)
     else:
         learned = pairs_to_read(recipe, folder)
         feeds = [

@@ -89,7 +89,7 @@ def describe(recipe: AnyRecipe, stages: Sequence[str], folder: Path) -> str:
 
 def loops_of(recipe: AnyRecipe, stages: Sequence[str]) -> dict[str, LoopSettings]:
     """Finds the stages among some that train, with their settings."""
-    taken = SMALL_PARTS if isinstance(recipe, CommonRecipe) and recipe.start else ()
+    taken = SMALL_PARTS if isinstance(recipe, CommonRecipe) and recipe.has_encoders else ()
     sections = {stage: getattr(recipe, stage, None) for stage in stages if stage not in taken}
     return {stage: loop for stage, loop in sections.items() if isinstance(loop, LoopSettings)}
 

@@ -148,7 +148,7 @@ def test_pairs_that_are_drawn_while_it_trains_are_timed(
     assert main([*arguments, "--count", "2", "--seconds", "0.01"]) == 0
     assert Image.open(tmp_path / "sheet.png").size == (2 * 32, 4 * 32)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines[1:]] == ["the loop", "drawing pairs while training"]
+    assert [line.partition(":")[0] for line in lines[1:]] == ["the loop", "pairs drawn while training"]
 
 
 def test_views_that_are_there_already_are_not_drawn_for_another_number(

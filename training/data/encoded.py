@@ -43,6 +43,17 @@ def pack_hint(hint: NDArray[np.float32]) -> NDArray[np.uint8]:
     return packed
 
 
+def pack_picture(picture: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Packs a picture (3, R, R), -1..1, into bytes, exactly."""
+    packed: NDArray[np.uint8] = np.rint((picture + 1) * 127.5).astype(np.uint8)
+    return packed
+
+
+def unpack_pictures(packed: Tensor) -> Tensor:
+    """Unpacks pictures (N, 3, R, R) uint8 where they lie."""
+    return packed.float() / 127.5 - 1
+
+
 def unpack_hint(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Unpacks what `pack_hint` packed."""
     hint: NDArray[np.float32] = packed.astype(np.float32) / np.float32(127.5) - 1

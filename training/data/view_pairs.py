@@ -12,7 +12,7 @@ from numpy.random import Generator
 from torch.utils.data import Dataset
 
 from training import seeds
-from training.data.encoded import pack_hint
+from training.data.encoded import pack_hint, pack_picture
 from training.data.pairs import Kind, Pair, PairRules, UnfitPairError, make_pair
 from training.data.synthetic.rendering import CPU
 from training.data.synthetic.views import as_views, draw_frames, reference_frame, scene_frame
@@ -53,8 +53,7 @@ class ViewPairs(Dataset[dict[str, Any]]):
     single: float = 0.0
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Gives packed hint, picture (3, R, R) float32, -1..1, reference (3, 224, 224) uint8, and whether
-        both are one picture."""
+        """Gives packed hint and picture, reference (3, 224, 224) uint8, and whether both are one picture."""
         return to_encode(pair_of_views(self.store, number, self.seed, self.rules, single=self.single))
 
 
@@ -110,7 +109,7 @@ def to_encode(pair: Pair) -> dict[str, Any]:
     """Gives of a pair what is encoded, see `ViewPairs`."""
     return {
         "hint": pack_hint(pair.hint),
-        "picture": pair.picture,
+        "picture": pack_picture(pair.picture),
         "reference": np.ascontiguousarray(pair.reference.transpose(2, 0, 1)),
         "single": pair.kind == "image",
     }

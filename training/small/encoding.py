@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from engines.files import write_text
 from runtime.progress_bar import ProgressBar
 from training.data.device import MAPPED, resident
-from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedError, rows_done, unpack_hints
+from training.data.encoded import (
+    HINTS_DONE,
+    PAIRS_DONE,
+    EncodedError,
+    rows_done,
+    unpack_hints,
+    unpack_pictures,
+)
 from training.data.view_pairs import ViewPairs
 from training.loop import Batch, join_processes
 from training.network.architecture import HINT_BLOCK_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
@@ -57,7 +64,7 @@ def encode_pairs(
 @torch.no_grad()
 def encode_batch(model: AnyDoor, made: Batch) -> dict[str, Tensor]:
     """Encodes a batch of `ViewPairs` on the model's device; `PAIRS` are the results."""
-    posterior = model.encode(made["picture"])
+    posterior = model.encode(unpack_pictures(made["picture"]))
     return {
         "hints": made["hint"],
         "features": model.id_encoder.features(made["reference"] / 255),

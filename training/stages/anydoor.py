@@ -54,7 +54,7 @@ def train_hint_block(recipe: Recipe, folder: Path) -> None:
 
 def _whole_hints(recipe: Recipe, folder: Path, model: AnyDoor, stage: Path) -> AnyDataset:
     if not recipe.data.pairs:
-        return fresh_samples(recipe, model, Denoising())
+        return fresh_samples(recipe, folder, model, Denoising())
     settle_pairs(recipe, folder, model, stage)
     return EncodedPairs(folder / "pairs", seeds.TRAINING_PAIRS, recipe.pairs, rows=_rows(stage))
 
@@ -73,7 +73,7 @@ def _pairs(recipe: Recipe, folder: Path, model: AnyDoor, stage: Path) -> AnyData
     if recipe.sources:
         return mixture(recipe)
     if not recipe.data.pairs:
-        return fresh_samples(recipe, model, recipe.denoising)
+        return fresh_samples(recipe, folder, model, recipe.denoising)
     settle_pairs(recipe, folder, model, stage, hints=not recipe.denoising.hint_block)
     return encoded_pairs(recipe, folder, _rows(stage))
 

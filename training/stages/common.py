@@ -23,7 +23,7 @@ def draw_objects(recipe: CommonRecipe, folder: Path) -> None:
 
 def train_autoencoder(recipe: CommonRecipe, folder: Path) -> None:
     """Trains stage 1."""
-    if recipe.autoencoder and not recipe.start:
+    if recipe.autoencoder and not recipe.has_encoders:
         store = ViewStore(folder / recipe.objects)
         task = AutoencoderTask(recipe.architecture, store, recipe.autoencoder.side)
         train(task, recipe.autoencoder, folder / "autoencoder")
@@ -31,7 +31,7 @@ def train_autoencoder(recipe: CommonRecipe, folder: Path) -> None:
 
 def train_decoder(recipe: CommonRecipe, folder: Path) -> None:
     """Continues stage 1 with the decoder alone, at any time after `encode`, because no latent changes."""
-    if recipe.decoder and not recipe.start:
+    if recipe.decoder and not recipe.has_encoders:
         weights = stage_weights(folder / "autoencoder")
         store = ViewStore(folder / recipe.objects)
         task = decoder_task(recipe.architecture, store, recipe.decoder.side, weights)
@@ -40,6 +40,6 @@ def train_decoder(recipe: CommonRecipe, folder: Path) -> None:
 
 def train_identity(recipe: CommonRecipe, folder: Path) -> None:
     """Trains stage 2."""
-    if recipe.identity and not recipe.start:
+    if recipe.identity and not recipe.has_encoders:
         task = IdentityTask(recipe.architecture, ViewStore(folder / recipe.objects), recipe.pairs)
         train(task, recipe.identity, folder / "identity")
