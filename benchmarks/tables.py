@@ -271,6 +271,17 @@ def fidelity() -> str:
     return table(read_results("fidelity-small")["rows"], columns)
 
 
+def latent_errors(name: str) -> str:
+    """Tabulates how far off the latents are that networks expect, by region."""
+    columns = {
+        "latent": lambda row: row["row"].replace("examples/", ""),
+        "object": lambda row: number(row["object"], 3),
+        "background in the box": lambda row: number(row["background in the box"], 3),
+        "outside": lambda row: number(row["outside"], 3),
+    }
+    return table(read_results(name)["rows"], columns)
+
+
 def load() -> str:
     """Tabulates a server under load: pictures in time and latency, by rate of arrivals and batching."""
     columns = {
@@ -313,6 +324,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "map-timesteps": lambda: quality("map timesteps"),
     "feature-reuse": feature_reuse,
     "fidelity": fidelity,
+    "latent-errors": lambda: latent_errors("latent-errors-small"),
+    "latent-errors-trained": lambda: latent_errors("latent-errors-small-trained"),
     "load": load,
 }
 """Name in a marker -> what writes the table."""

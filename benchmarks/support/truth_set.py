@@ -75,14 +75,14 @@ class TruthPair:
         return Placement(self.reference.image, self.reference.mask > _INSIDE, box=box, mode=mode)
 
 
-def truth_pairs(count: int, size: int = VIEW_SIZE) -> Iterator[TruthPair]:
+def truth_pairs(count: int, size: int = VIEW_SIZE, first: int = HELD_OUT) -> Iterator[TruthPair]:
     """Yield the first `count` held-out objects whose masks pass the filters of training pairs.
 
     A box may take 0.88 of the side of its scene, a tenth more than in training. `size` is the side of scenes
-    and references, in pixels.
+    and references, in pixels; `first` the number of the first object.
     """
     found = 0
-    for seed in numbers(HELD_OUT):
+    for seed in numbers(first):
         if found == count:
             return
         pair = TruthPair(seed, reference_view(seed, 0, size), scene_view(seed, 0, size))

@@ -1,0 +1,76 @@
+"""How far off the example model's expectations are, by region; and what the command refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.studies.latent_errors import REGIONS, TIMESTEPS, Errors, LinearFunction, main, prepare
+from benchmarks.support.truth_set import truth_pairs
+from training.assemble import network_in
+from training.data.synthetic.views import HELD_OUT
+from training.network.modules import AnyDoor
+
+EXAMPLE = Path("examples/anydoor-small.safetensors")
+
+
+def test_errors_are_means_over_the_cells_of_a_region() -> None:
+    errors = Errors()
+    cells = {name: torch.zeros(2, 2, dtype=torch.bool) for name in REGIONS}
+    cells["object"][0] = True
+    for off in (1.0, 3.0):
+        errors.add("row", torch.full((4, 2, 2), off), torch.zeros(4, 2, 2), cells)
+    assert errors.means("row") == {"object": 5.0, "background in the box": None, "outside": None}
+
+
+def test_the_linear_function_is_found() -> None:
+    torch.manual_seed(0)
+    inputs, weights = torch.randn(5000, 6) * 3 + 1, torch.randn(6, 2)
+    function = LinearFunction(inputs, inputs @ weights + 2)
+    others = torch.randn(7, 6)
+    assert torch.allclose(function(others), others @ weights + 2, atol=0.1)
+
+
+def test_the_regions_of_a_pair_are_the_whole_picture() -> None:
+    model = network_in(str(EXAMPLE)).eval()
+    assert isinstance(model, AnyDoor)
+    with torch.no_grad():
+        prepared = prepare(model, next(truth_pairs(1)), 96)
+    regions = torch.stack(list(prepared.regions.values()))
+    assert torch.equal(regions.sum(0), torch.ones(12, 12, dtype=torch.int64))
+    assert all(region.any() for region in regions)
+    # what is pasted changes the box
+    pasted = prepared.baselines["copy-paste, background guessed"]
+    off = (pasted - prepared.truth).square().mean(0)
+    assert off[prepared.regions["outside"]].mean() < off[prepared.regions["object"]].mean() / 10
+
+
+def test_less_noise_leaves_less_to_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "errors.json"
+    assert main(["--count", "2", "--fit", "3", "--output", str(output)]) == 0
+    results = json.loads(output.read_text())
+    assert results["settings"] == {"count": 2, "first": HELD_OUT, "fit": 3}
+    rows = {row.pop("row"): row for row in results["rows"]}
+    errors = [rows[f"{EXAMPLE}, t = {timestep}"]["object"] for timestep in TIMESTEPS]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < rows["nothing: zeros"]["object"]
+    assert rows["linear function"]["outside"] is None
+    assert f"{errors[0]:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--count", "0"], "--count is at least 1"),
+        (["--checkpoint", "missing.safetensors"], "missing.safetensors"),
+        (["--checkpoint", "examples/imprint-small.safetensors.index.json"], "is not an AnyDoor checkpoint"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    assert main([*arguments, "--output", str(tmp_path / "errors.json")]) == 2
+    assert reason in capsys.readouterr().err
