@@ -12,6 +12,7 @@ from runtime.request import (
     Edit,
     Fill,
     Move,
+    Rearrangement,
     Remove,
     Request,
     Reshape,
@@ -34,7 +35,7 @@ from runtime.server.wire import (
     sampling_from_message,
     sampling_message,
 )
-from runtime.server.wire_values import FORMATS, file_of, number_of
+from runtime.server.wire_values import FORMATS, file_of, number_of, unsigned_of
 
 Asked = Message | pb.EditRequest
 """Requests for pictures."""
@@ -119,8 +120,8 @@ def message_from_edit(edit: Edit, file_format: str = "PNG") -> pb.EditRequest:
             where=where,
             fill=fill,
             sampling=sampling_message(edit.sampling),
-            seed=edit.seed,
-            num_images=edit.num_images,
+            seed=unsigned_of(edit.seed, "seed", bits=64),
+            num_images=unsigned_of(edit.num_images, "num_images"),
             output_format=number_of(file_format, FORMATS, "output_format", "image format"),
             **_action_fields(edit.action),
         )
@@ -136,15 +137,20 @@ def _action_fields(action: Action) -> Mapping[str, Any]:
     if isinstance(action, Move):
         with in_field("move.to"):
             to = pb.Box(**whole_box(action.to)._asdict())
-        return {"move": pb.Move(to=to, refine=action.refine, strength=action.strength)}
+        return {"move": pb.Move(to=to, **_passes("move", action))}
     if isinstance(action, Reshape):
         with in_field("reshape.to"):
             outline = file_of(action.to, "the new outline")
-        return {"reshape": pb.Reshape(to=outline, refine=action.refine, strength=action.strength)}
+        return {"reshape": pb.Reshape(to=outline, **_passes("reshape", action))}
     if isinstance(action, SwapPlaces):
         with in_field("swap.other"):
             other = message_from_where(action.other)
-        return {"swap": pb.Swap(other=other, refine=action.refine, strength=action.strength)}
+        return {"swap": pb.Swap(other=other, **_passes("swap", action))}
     with in_field("try_on" if isinstance(action, TryOn) else "swap.placement"):
         placement = placement_message(action.placement)
     return {"try_on": placement} if isinstance(action, TryOn) else {"swap": pb.Swap(placement=placement)}
+
+
+def _passes(name: str, action: Rearrangement) -> dict[str, Any]:
+    with in_field(name):
+        return {"refine": unsigned_of(action.refine, "refine"), "strength": action.strength}
