@@ -213,19 +213,27 @@ class Remove:
 
 
 @dataclass(frozen=True)
-class Move:
+class Move(_Numbers):
     """Moves the object to another place."""
 
     to: Sequence[float]
     """x0, y0, x1, y1, like the box of a placement."""
+    refine: int | None = None
+    """See `Placement`."""
+    strength: float | None = None
+    """See `Placement`."""
 
 
 @dataclass(frozen=True, eq=False)
-class Reshape:
+class Reshape(_Numbers):
     """Redraws the object in another outline."""
 
     to: PictureLike
     """A mask of the scene's size."""
+    refine: int | None = None
+    """See `Placement`."""
+    strength: float | None = None
+    """See `Placement`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,10 +245,14 @@ class Swap:
 
 
 @dataclass(frozen=True, eq=False)
-class SwapPlaces:
+class SwapPlaces(_Numbers):
     """Exchanges two objects of the scene; each keeps its proportions and gets the other's height."""
 
     other: Where
+    refine: int | None = None
+    """See `Placement`."""
+    strength: float | None = None
+    """See `Placement`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +264,8 @@ class TryOn:
 
 
 Action = Remove | Move | Reshape | Swap | SwapPlaces | TryOn
+Rearrangement = Move | Reshape | SwapPlaces
+"""What places objects of the scene itself."""
 
 
 @dataclass(frozen=True)

@@ -221,8 +221,8 @@ class Segmenter:
         """
         if CLICK not in self._networks:
             raise MissingModelError(
-                "no segmenter for clicks is loaded: give a mask, or the bundle of one, like SAM, with "
-                f"{_OPTION} BUNDLE"
+                "no segmenter for clicks and boxes is loaded: give a mask, or the bundle of one, like SAM, "
+                f"with {_OPTION} BUNDLE"
             )
         return self._networks[CLICK]
 

@@ -16,8 +16,9 @@ from runtime.imaging.modes import MODES
 from runtime.imaging.paste_back import EDGES
 from runtime.request import AUTOMATIC, REFINE_TIMESTEP, Placement, View
 
+_PASSES = ("refine", "strength")
 _PARAMETERS = (
-    *("mode", "mask_level", "edge", "refine", "strength", "keep_specks", "negative_prompt"),
+    *("mode", "mask_level", "edge", *_PASSES, "keep_specks", "negative_prompt"),
     *("reference_ratio", "box_ratio", "crop_ratio"),
 )
 
@@ -104,6 +105,24 @@ def add_parameter_flags(group: argparse._ArgumentGroup, mode: str = "the model's
         help="edge of the pasted picture: hard, as in the original, or soft, blended into the scene "
         "(default: the model's)",
     )
+    add_pass_flags(group)
+    group.add_argument(
+        "--keep-specks",
+        action="store_true",
+        help="keep stray pixels of masks, far from the rest, as the original does",
+    )
+    for name, what in (
+        ("--reference-ratio", "white margin around the object"),
+        ("--box-ratio", "box around the place"),
+        ("--crop-ratio", "zoom-in crop around the box"),
+    ):
+        group.add_argument(
+            name, type=float, metavar="R", help=f"{what}, a factor from 1 (default: the model's)"
+        )
+
+
+def add_pass_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of what sampling starts from, and of a second pass; `passes` returns them."""
     group.add_argument(
         "--refine",
         type=int,
@@ -121,19 +140,6 @@ def add_parameter_flags(group: argparse._ArgumentGroup, mode: str = "the model's
         help="share of noise to start from, above 0 to 1: below 1 the object is pasted into its place first, "
         "and keeps more of its markings and its pose (default: the model's)",
     )
-    group.add_argument(
-        "--keep-specks",
-        action="store_true",
-        help="keep stray pixels of masks, far from the rest, as the original does",
-    )
-    for name, what in (
-        ("--reference-ratio", "white margin around the object"),
-        ("--box-ratio", "box around the place"),
-        ("--crop-ratio", "zoom-in crop around the box"),
-    ):
-        group.add_argument(
-            name, type=float, metavar="R", help=f"{what}, a factor from 1 (default: the model's)"
-        )
 
 
 def parse_mask_level(text: str) -> MaskLevel:
@@ -174,9 +180,15 @@ def parameters(options: argparse.Namespace) -> dict[str, Any]:
     return given(options, _PARAMETERS)
 
 
+def passes(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the parameters that flags of `add_pass_flags` set."""
+    return given(options, _PASSES)
+
+
 def placement_flags(options: argparse.Namespace) -> list[str]:
-    """Returns the flags that are given of how an object is cut out and placed."""
-    found = given(options, ("reference_mask", *_PARAMETERS))
+    """Returns the flags that are given of how an object with its own picture is cut out and placed."""
+    names = ("reference_mask", *(name for name in _PARAMETERS if name not in _PASSES))
+    found = given(options, names)
     flags = [flag_of(name) for name, value in found.items() if value is not False]
     return [*flags, "--reference-click"] if options.reference_clicks else flags
 

@@ -19,6 +19,7 @@ from runtime.request import (
     Action,
     Edit,
     Placement,
+    Rearrangement,
     Remove,
     Request,
     Sampling,
@@ -68,8 +69,8 @@ def _check_placing(edit: Edit, compositor: Compositor, limits: Limits) -> None:
     action, abilities = edit.action, compositor.system.abilities
     if isinstance(action, Swap | TryOn):
         placement = action.placement
-    elif abilities.condition == "reference":
-        placement = Placement(edit.scene)
+    elif isinstance(action, Rearrangement) and abilities.condition == "reference":
+        placement = Placement(edit.scene, refine=action.refine, strength=action.strength)
     else:
         with in_field("action"):
             raise InputError(

@@ -21,7 +21,19 @@ from runtime.imaging.masks import MaskedPicture, load_mask
 from runtime.imaging.picture import Picture
 from runtime.imaging.scene import load_scene
 from runtime.imaging.target import check_box
-from runtime.request import Action, Edit, Move, Placement, Remove, Request, Reshape, Swap, SwapPlaces, TryOn
+from runtime.request import (
+    Action,
+    Edit,
+    Move,
+    Placement,
+    Rearrangement,
+    Remove,
+    Request,
+    Reshape,
+    Swap,
+    SwapPlaces,
+    TryOn,
+)
 from runtime.result import Stopwatch
 from runtime.segmentation import Segmenter, cut_out
 from runtime.validation import MAX_SEED, Limits
@@ -84,10 +96,9 @@ class Plan:
 
 
 def placed_field(action: Action) -> str:
-    """Returns the wire name of the edit's field that has the placement."""
-    if isinstance(action, Swap):
-        return "swap.placement"
-    return "try_on" if isinstance(action, TryOn) else "where"
+    """Returns the wire name of the edit's field that says what is placed, and how."""
+    names = {Move: "move", Reshape: "reshape", Swap: "swap.placement", SwapPlaces: "swap", TryOn: "try_on"}
+    return names.get(type(action), "where")
 
 
 @contextmanager
@@ -101,6 +112,9 @@ def in_edit(placed: str) -> Iterator[None]:
         yield
     except InputError as error:
         error.field = re.sub(r"^placements\[\d+\]", placed, error.field)
+        # an object of the scene itself, whose reference is the scene
+        error.field = re.sub(r"^(move|reshape|swap)\.reference(_mask)?$", "where", error.field)
+        error.field = re.sub(r"^(move|reshape)\.(box|mask)$", r"\1.to", error.field)
         raise
 
 
@@ -153,7 +167,15 @@ class _Found:
     @property
     def own(self) -> Placement:
         """Returns the object itself, without a place."""
-        return Placement(self.scene, reference_mask=self.mask, mode="keep_background")
+        action = self.edit.action
+        assert isinstance(action, Rearrangement)
+        return Placement(
+            self.scene,
+            reference_mask=self.mask,
+            mode="keep_background",
+            refine=action.refine,
+            strength=action.strength,
+        )
 
     def swapped(self, other: NDArray[np.bool_]) -> Plan:
         """Returns the plan of `SwapPlaces`."""

@@ -91,8 +91,8 @@ def check_area(inside: NDArray[np.bool_], name: str, rule: str, least: int = SMA
     """
     pixels = int(np.count_nonzero(inside))
     if pixels < least:
-        what = "is empty" if pixels == 0 else f"has only {pixels} pixels set"
-        raise InputError(f"{name} {what}; at least {least} pixels must be: {rule}")
+        what = "is empty" if pixels == 0 else f"has only {pixels} pixel{'s' * (pixels > 1)} inside"
+        raise InputError(f"{name} {what}; at least {least} must be inside: {rule}")
 
 
 def _turned_like(decoded: Decoded, of: MaskedPicture, name: str) -> Decoded:

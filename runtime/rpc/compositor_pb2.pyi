@@ -281,24 +281,36 @@ class Remove(_message.Message):
     def __init__(self) -> None: ...
 
 class Move(_message.Message):
-    __slots__ = ("to",)
+    __slots__ = ("to", "refine", "strength")
     TO_FIELD_NUMBER: _ClassVar[int]
+    REFINE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
     to: Box
-    def __init__(self, to: _Optional[_Union[Box, _Mapping]] = ...) -> None: ...
+    refine: int
+    strength: float
+    def __init__(self, to: _Optional[_Union[Box, _Mapping]] = ..., refine: _Optional[int] = ..., strength: _Optional[float] = ...) -> None: ...
 
 class Reshape(_message.Message):
-    __slots__ = ("to",)
+    __slots__ = ("to", "refine", "strength")
     TO_FIELD_NUMBER: _ClassVar[int]
+    REFINE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
     to: bytes
-    def __init__(self, to: _Optional[bytes] = ...) -> None: ...
+    refine: int
+    strength: float
+    def __init__(self, to: _Optional[bytes] = ..., refine: _Optional[int] = ..., strength: _Optional[float] = ...) -> None: ...
 
 class Swap(_message.Message):
-    __slots__ = ("placement", "other")
+    __slots__ = ("placement", "other", "refine", "strength")
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     OTHER_FIELD_NUMBER: _ClassVar[int]
+    REFINE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
     placement: Placement
     other: Where
-    def __init__(self, placement: _Optional[_Union[Placement, _Mapping]] = ..., other: _Optional[_Union[Where, _Mapping]] = ...) -> None: ...
+    refine: int
+    strength: float
+    def __init__(self, placement: _Optional[_Union[Placement, _Mapping]] = ..., other: _Optional[_Union[Where, _Mapping]] = ..., refine: _Optional[int] = ..., strength: _Optional[float] = ...) -> None: ...
 
 class Fill(_message.Message):
     __slots__ = ("prompt", "sampling")

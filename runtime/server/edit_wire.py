@@ -12,6 +12,7 @@ from runtime.request import (
     Edit,
     Fill,
     Move,
+    Rearrangement,
     Remove,
     Request,
     Reshape,
@@ -34,7 +35,7 @@ from runtime.server.wire import (
     sampling_from_message,
     sampling_message,
 )
-from runtime.server.wire_values import FORMATS, file_of, number_of
+from runtime.server.wire_values import FORMATS, file_of, number_of, unsigned_of
 
 Asked = Message | pb.EditRequest
 """Requests for pictures."""
@@ -77,20 +78,28 @@ def _action(message: pb.EditRequest) -> Action:
         return Remove()
     if kind == "move":
         to = message.move.to
-        return Move((to.x0, to.y0, to.x1, to.y1))
+        return Move((to.x0, to.y0, to.x1, to.y1), **_passes_of(message.move))
     if kind == "reshape":
-        return Reshape(message.reshape.to)
+        return Reshape(message.reshape.to, **_passes_of(message.reshape))
     if kind == "try_on":
         with in_field("try_on"):
             return TryOn(placement_from_message(message.try_on))
-    what = message.swap.WhichOneof("what")
+    what, passes = message.swap.WhichOneof("what"), _passes_of(message.swap)
     if what == "placement":
+        for name in passes:
+            with in_field(f"swap.{name}"):
+                raise InputError(f"another object has a {name} of its own: set placement.{name}")
         with in_field("swap.placement"):
             return Swap(placement_from_message(message.swap.placement))
     if what == "other":
-        return SwapPlaces(where_from_message(message.swap.other))
+        return SwapPlaces(where_from_message(message.swap.other), **passes)
     with in_field("action" if kind is None else "swap"):
         raise InputError("no edit is given: set one of the fields")
+
+
+def _passes_of(message: pb.Move | pb.Reshape | pb.Swap) -> dict[str, Any]:
+    """Returns how an object of the scene is drawn, as far as the message says it."""
+    return {name: getattr(message, name) for name in ("refine", "strength") if message.HasField(name)}
 
 
 def message_from_edit(edit: Edit, file_format: str = "PNG") -> pb.EditRequest:
@@ -111,8 +120,8 @@ def message_from_edit(edit: Edit, file_format: str = "PNG") -> pb.EditRequest:
             where=where,
             fill=fill,
             sampling=sampling_message(edit.sampling),
-            seed=edit.seed,
-            num_images=edit.num_images,
+            seed=unsigned_of(edit.seed, "seed", bits=64),
+            num_images=unsigned_of(edit.num_images, "num_images"),
             output_format=number_of(file_format, FORMATS, "output_format", "image format"),
             **_action_fields(edit.action),
         )
@@ -127,13 +136,21 @@ def _action_fields(action: Action) -> Mapping[str, Any]:
         return {"remove": pb.Remove()}
     if isinstance(action, Move):
         with in_field("move.to"):
-            return {"move": pb.Move(to=pb.Box(**whole_box(action.to)._asdict()))}
+            to = pb.Box(**whole_box(action.to)._asdict())
+        return {"move": pb.Move(to=to, **_passes("move", action))}
     if isinstance(action, Reshape):
         with in_field("reshape.to"):
-            return {"reshape": pb.Reshape(to=file_of(action.to, "the new outline"))}
+            outline = file_of(action.to, "the new outline")
+        return {"reshape": pb.Reshape(to=outline, **_passes("reshape", action))}
     if isinstance(action, SwapPlaces):
         with in_field("swap.other"):
-            return {"swap": pb.Swap(other=message_from_where(action.other))}
+            other = message_from_where(action.other)
+        return {"swap": pb.Swap(other=other, **_passes("swap", action))}
     with in_field("try_on" if isinstance(action, TryOn) else "swap.placement"):
         placement = placement_message(action.placement)
     return {"try_on": placement} if isinstance(action, TryOn) else {"swap": pb.Swap(placement=placement)}
+
+
+def _passes(name: str, action: Rearrangement) -> dict[str, Any]:
+    with in_field(name):
+        return {"refine": unsigned_of(action.refine, "refine"), "strength": action.strength}

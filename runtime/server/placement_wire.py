@@ -11,7 +11,16 @@ from runtime.imaging.sources import PictureLike
 from runtime.imaging.target import whole_box
 from runtime.request import AUTOMATIC, Placement, View, Where, check_prompt, is_automatic
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.wire_values import EDGES, LEVELS, MODES, file_of, level_of, name_of, number_of
+from runtime.server.wire_values import (
+    EDGES,
+    LEVELS,
+    MODES,
+    file_of,
+    level_of,
+    name_of,
+    number_of,
+    unsigned_of,
+)
 
 
 def placement_from_message(message: pb.Placement) -> Placement:
@@ -89,7 +98,7 @@ def placement_message(placement: Placement) -> pb.Placement:
         mode=number_of(placement.mode, MODES, "mode", "mode"),
         mask_level=level_of(placement.mask_level),
         edge=number_of(placement.edge, EDGES, "edge", "edge"),
-        refine=placement.refine,
+        refine=unsigned_of(placement.refine, "refine"),
         strength=placement.strength,
         ratios=pb.Ratios(
             reference=placement.reference_ratio, box=placement.box_ratio, crop=placement.crop_ratio

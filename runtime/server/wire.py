@@ -33,6 +33,7 @@ from runtime.server.wire_values import (
     level_of,
     name_of,
     number_of,
+    unsigned_of,
 )
 
 # ---- requests
@@ -108,8 +109,8 @@ def message_from_request(request: Request, file_format: str = "PNG") -> Message:
     try:
         common = {
             "sampling": sampling_message(request.sampling),
-            "seed": request.seed,
-            "num_images": request.num_images,
+            "seed": unsigned_of(request.seed, "seed", bits=64),
+            "num_images": unsigned_of(request.num_images, "num_images"),
             "output_format": number_of(file_format, FORMATS, "output_format", "image format"),
         }
         if isinstance(request.scene, Blank):
@@ -143,14 +144,14 @@ def sampling_message(sampling: Sampling) -> pb.Sampling:
         interval = pb.TimestepInterval(first=first, last=last)
     with in_field("sampling"):
         return pb.Sampling(
-            steps=sampling.steps,
+            steps=unsigned_of(sampling.steps, "steps"),
             guidance_scale=sampling.guidance_scale,
             control_scale=sampling.control_scale,
             eta=sampling.eta,
             quality=number_of(sampling.quality, QUALITIES, "quality", "quality"),
             sampler=number_of(sampling.sampler, SAMPLERS, "sampler", "sampler"),
             guidance_interval=interval,
-            map_steps=sampling.map_steps,
+            map_steps=unsigned_of(sampling.map_steps, "map_steps"),
         )
 
 

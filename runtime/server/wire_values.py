@@ -11,6 +11,7 @@ from PIL import Image
 from runtime.errors import InputError, in_field
 from runtime.imaging.mask_levels import check_mask_level
 from runtime.imaging.sources import PictureLike, read_source
+from runtime.imaging.target import is_integer
 from runtime.rpc import compositor_pb2 as pb
 
 
@@ -55,6 +56,17 @@ def number_of(name: str | None, numbers: Mapping[str, int], field: str, what: st
         if name not in numbers:
             raise InputError(f"there is no {what} '{name}': choose one of {', '.join(numbers)}")
     return numbers[name]
+
+
+def unsigned_of(number: int | None, field: str, bits: int = 32) -> int | None:
+    """Returns a whole number that a field of so many bits can hold; None, which leaves the field unset."""
+    if number is not None and not (is_integer(number) and 0 <= number < 2**bits):
+        with in_field(field):
+            raise InputError(
+                f"{field} is {number!r}, which cannot be sent: a whole number from 0 to {2**bits - 1} is "
+                "expected"
+            )
+    return number
 
 
 def level_of(level: str | int | None) -> Any:

@@ -43,10 +43,11 @@ def _decoded(edit: Edit, read: PictureReader) -> Edit:
     with in_field("where"):
         where = read.where(edit.where, scene)
     if isinstance(action, Reshape):
-        action = Reshape(read.mask("reshape.to", action.to, "the new outline", scene, "the scene"))
+        to = read.mask("reshape.to", action.to, "the new outline", scene, "the scene")
+        action = replace(action, to=to)
     elif isinstance(action, SwapPlaces):
         with in_field("swap.other"):
-            action = SwapPlaces(read.where(action.other, scene))
+            action = replace(action, other=read.where(action.other, scene))
     elif isinstance(action, Swap | TryOn):
         with in_field("swap.placement" if isinstance(action, Swap) else "try_on"):
             action = replace(action, placement=read.placement(action.placement, scene))

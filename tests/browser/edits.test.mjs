@@ -110,8 +110,10 @@ test("an object is moved with the keyboard alone", async () => {
   await page.getByRole("button", { name: "Its new place" }).press("Enter");
   await page.keyboard.press("ArrowRight");
   await page.keyboard.press("Shift+ArrowDown");
-  await start(page, "1");
+  await page.getByLabel("Strength").fill("0.5");
+  await start(page, "4");
   const parameters = await sameAsCopied(page);
+  assert.equal(parameters.strength, 0.5);
   assert.deepEqual(parameters.marks, [{ clicks: ["28,24"] }, { box: [35, 17, 63, 32] }]);
   assert.deepEqual(problems, []);
 });
@@ -191,7 +193,7 @@ test("less strength keeps more of the object", async () => {
   assert.notEqual(await pixels(page), full);
   const parameters = await sameAsCopied(page);
   assert.equal(parameters.strength, 0.5);
-  await page.locator("#task").selectOption("move");
+  await page.locator("#task").selectOption("remove");
   assert.equal(await strength.isVisible(), false);
   assert.deepEqual(problems, []);
 });
@@ -207,7 +209,7 @@ test("a large place is refined, with the keyboard", async () => {
   assert.notEqual(await pixels(page), once);
   const parameters = await sameAsCopied(page);
   assert.equal(parameters.refine, 200);
-  await page.locator("#task").selectOption("move");
+  await page.locator("#task").selectOption("remove");
   assert.equal(await refine.isVisible(), false);
   await page.locator("#task").selectOption("swap");
   assert.equal(await refine.isVisible(), true);

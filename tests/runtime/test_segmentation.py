@@ -102,7 +102,9 @@ def test_what_is_missing_is_named() -> None:
         MissingModelError, match=r"not plain.*give a mask, transparency, or --segmenter BUNDLE"
     ):
         Segmenter().mask(SCENE)
-    with pytest.raises(MissingModelError, match=r"no segmenter for clicks is loaded.*--segmenter BUNDLE"):
+    with pytest.raises(
+        MissingModelError, match=r"no segmenter for clicks and boxes is loaded.*--segmenter BUNDLE"
+    ):
         Segmenter().mask(SCENE, [(3, 3)])
     with pytest.raises(InputError, match="no object was found in the picture"):
         Segmenter().mask(np.full((40, 40, 3), 128, np.uint8))

@@ -6,6 +6,7 @@ import argparse
 
 from runtime.cli.edits.common import add_common_flags, add_scene_flags, run_edit
 from runtime.cli.flags import parse_box
+from runtime.cli.placements import add_pass_flags, passes
 from runtime.request import Move
 
 NAME = "move"
@@ -14,6 +15,7 @@ EXAMPLES = """
 anydoor move --scene desk.jpg --click 120,80 --to 300,60,420,260 --segmenter build/engines/sam -o out.png
 anydoor move --scene desk.jpg --object-mask cup.png --to 300,60,420,260 -o out.png
 anydoor move --scene desk.jpg --click 120,80 --to 300,60,420,260 --server gpu:50051 -o out.png
+anydoor move --scene desk.jpg --object-mask cup.png --to 300,60,420,260 --strength 0.5 -o out.png
 """
 
 
@@ -23,9 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", type=parse_box, required=True, metavar="X0,Y0,X1,Y1", help="the new place, in pixels"
     )
+    add_pass_flags(parser.add_argument_group("how it is drawn again"))
     add_common_flags(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Moves the object; see `run_edit`."""
-    return run_edit(options, lambda read: Move(read.to))
+    return run_edit(options, lambda read: Move(read.to, **passes(read)))

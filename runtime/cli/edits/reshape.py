@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from runtime.cli.edits.common import add_common_flags, add_scene_flags, run_edit
+from runtime.cli.placements import add_pass_flags, passes
 from runtime.request import Reshape
 
 NAME = "reshape"
@@ -22,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", type=Path, required=True, metavar="FILE", help="mask of the new outline, of the scene's size"
     )
+    add_pass_flags(parser.add_argument_group("how it is drawn again"))
     add_common_flags(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Reshapes the object; see `run_edit`."""
-    return run_edit(options, lambda read: Reshape(read.to))
+    return run_edit(options, lambda read: Reshape(read.to, **passes(read)))

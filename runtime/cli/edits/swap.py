@@ -13,7 +13,7 @@ from runtime.cli.edits.common import (
     run_edit,
     where,
 )
-from runtime.cli.placements import placement_flags
+from runtime.cli.placements import passes, placement_flags
 from runtime.errors import InputError
 from runtime.request import Action, Swap, SwapPlaces
 
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _exchange(options: argparse.Namespace) -> Action:
-    return SwapPlaces(where(options, "other"))
+    return SwapPlaces(where(options, "other"), **passes(options))
 
 
 def _replace(options: argparse.Namespace) -> Action:

@@ -70,6 +70,9 @@ def command(folder: Path, line: str) -> list[str]:
 LINES = {
     "remove": "remove --click 20,20 --seed 3",
     "move": "move --click 20,20 --to 50,4,90,40 --steps 1 --seed 3",
+    "move-with-strength": "move --click 20,20 --to 50,4,90,40 --steps 4 --strength 0.5 --seed 3",
+    "reshape-finely": "reshape --object-mask cup.png --to tall.png --steps 2 --refine 900 --seed 3",
+    "swap-places-with-strength": "swap --click 20,20 --other-click 70,30 --steps 2 --strength 0.5 --seed 3",
     "reshape": "reshape --object-mask cup.png --to tall.png --steps 1 --seed 3",
     "swap": "swap --object-box 8,8,40,40 --reference vase.png --steps 1 --seed 3",
     "swap-shape": "swap --click 20,20 --reference vase.png --mode shape --steps 1 --seed 3",
@@ -122,6 +125,8 @@ REFUSALS = [
     ("move --click 20,20 --to 9,9,9,20", "has no area"),
     ("reshape --click 20,20 --to vase.png", "they must have the same size"),
     ("reshape --click 20,20 --to none.png", "No such file or directory"),
+    ("move --click 20,20 --to 50,4,90,40 --strength 0", "strength must be a number above 0, at most 1"),
+    ("reshape --click 20,20 --to tall.png --refine 1000", "refine must be a timestep from 1 to 999"),
     ("swap --click 20,20 --other-click 22,24", "both selections are the same object"),
     ("swap --click 20,20", "give one other object: with --reference, or in the scene"),
     (

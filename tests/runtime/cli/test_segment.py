@@ -43,7 +43,10 @@ def test_a_plain_background_needs_no_segmenter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "refusal"),
     [
-        (["--click", "20,20"], "no segmenter for clicks is loaded: give a mask, or the bundle of one"),
+        (
+            ["--click", "20,20"],
+            "no segmenter for clicks and boxes is loaded: give a mask, or the bundle of one",
+        ),
         (
             ["--click", "20,20", "--box", "1,2,3,4"],
             "--click and --box cannot be used together: give one of them",

@@ -96,6 +96,34 @@ def test_an_object_that_is_moved_is_that_of_the_scene(editor: Editor) -> None:
     np.testing.assert_array_equal(moved, np.asarray(by_hand))
 
 
+@pytest.mark.parametrize(
+    ("action", "objects"),
+    [
+        (lambda strength: Move((90, 60, 140, 110), strength=strength), 1),
+        (lambda strength: Reshape(TALL, strength=strength), 1),
+        (lambda strength: SwapPlaces(Where(mask=VASE), strength=strength), 2),
+    ],
+    ids=["move", "reshape", "swap-places"],
+)
+def test_with_less_strength_fewer_steps_are_taken(
+    editor: Editor, action: Callable[[float | np.float32], Action], objects: int
+) -> None:
+    steps: list[int] = []
+    asked = edit(action(np.float32(0.25)), sampling=Sampling(steps=4))
+    editor.run(asked, lambda done, _: steps.append(done))
+    assert steps == list(range(1, objects + 1))  # one of four for each
+
+
+def test_an_object_that_is_moved_is_refined(editor: Editor) -> None:
+    scene = np.asarray(Image.fromarray(SCENE).resize((480, 360)))
+    cup = np.kron(CUP, np.ones((3, 3), bool))
+    steps: list[int] = []
+    for refine in (0, 900):
+        asked = Edit(scene, Where(mask=cup), Move((150, 60, 450, 340), refine), seed=3, sampling=SHORT)
+        editor.run(asked, lambda _, total: steps.append(total))
+    assert steps[-1] > steps[0] == 1
+
+
 def test_objects_that_change_places_keep_their_proportions(editor: Editor) -> None:
     regions = editor.run(edit(SwapPlaces(Where(mask=VASE))))[0].regions
     cup, vase = regions[2], regions[3]
@@ -131,6 +159,10 @@ def test_the_object_is_found(editor: Editor) -> None:
     [
         (lambda: edit(Move((200, 0, 240, 40))), "move.to", "lies outside the scene of 160 x 120 pixels"),
         (lambda: edit(Move((9, 9, 9, 20))), "move.to", "has no area"),
+        (lambda: edit(Move((9, 9, 49, 49), strength=0)), "move.strength", "a number above 0"),
+        (lambda: edit(Move((9, 9, 49, 49), refine=1000)), "move.refine", "a timestep from 1 to 999"),
+        (lambda: edit(Reshape(TALL, strength=2)), "reshape.strength", "a number above 0"),
+        (lambda: edit(SwapPlaces(Where(mask=VASE), refine=-1)), "swap.refine", "a timestep from 1 to 999"),
         (lambda: edit(Remove(), np.ones((120, 160), bool)), "where", "nothing is left to fill it from"),
         (lambda: edit(Remove(), np.ones((12, 16), bool)), "where.mask", "they must have the same size"),
         (lambda: edit(Remove(), CUP & VASE), "where.mask", "the mask is empty"),

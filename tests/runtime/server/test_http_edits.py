@@ -83,12 +83,13 @@ OBJECT_64 = in_base64(OBJECT)
     [
         (Remove(), {"remove": {}}),
         (Move(TO), {"move": {"to": list(TO)}}),
+        (Move(TO, refine=0, strength=1), {"move": {"to": list(TO), "refine": 0, "strength": 1.0}}),
         (Reshape(TALL), {"reshape": {"to": in_base64(TALL)}}),
         (Swap(Placement(OBJECT)), {"swap": {"placement": {"reference": OBJECT_64}}}),
         (SwapPlaces(Where(mask=VASE)), {"swap": {"other": {"mask": in_base64(VASE)}}}),
         (TryOn(Placement(OBJECT)), {"try_on": {"reference": OBJECT_64}}),
     ],
-    ids=["remove", "move", "reshape", "swap", "swap-places", "try-on"],
+    ids=["remove", "move", "move-with-strength", "reshape", "swap", "swap-places", "try-on"],
 )
 def test_the_picture_is_that_of_the_editor(
     server: ServerThread, address: str, action: Action, more: dict[str, Any]
@@ -179,6 +180,14 @@ def test_a_mask_in_json(address: str) -> None:
         ("edit", {"move": {"to": [200, 0, 240, 40]}}, "move.to", "outside"),
         ("edit", {"reshape": {"to": OBJECT_64}}, "reshape.to", "they must have the same size"),
         ("edit", {"swap": {"other": {"box": [1, 2, 1, 4]}}}, "swap.other.box", "no area"),
+        ("edit", {"move": {"to": list(TO), "strength": 2}}, "move.strength", "a number above 0"),
+        ("edit", {"reshape": {"to": in_base64(TALL), "refine": 1000}}, "reshape.refine", "from 1 to 999"),
+        (
+            "edit",
+            {"swap": {"placement": {"reference": OBJECT_64}, "strength": 0.5}},
+            "swap.strength",
+            "set placement.strength",
+        ),
         ("edit", {"swap": {"placement": {"reference": "AAAA"}}}, "swap.placement.reference", "not a picture"),
         ("edit", {"try_on": {"reference": OBJECT_64, "prompt": "a hat"}}, "try_on.prompt", "takes no prompt"),
         ("edit", {"try_on": {"reference": OBJECT_64, "box": [1, 2, 3, 4]}}, "try_on", "leave out box"),

@@ -19,10 +19,11 @@ from runtime.imaging.masks import load_mask
 from runtime.imaging.modes import MODES
 from runtime.imaging.paste_back import EDGES
 from runtime.imaging.pictures import WRITABLE_FORMATS, load_picture
-from runtime.request import Blank, Placement, Request, Sampling
+from runtime.request import Blank, Edit, Move, Placement, Remove, Request, Sampling, Where
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc import generate
 from runtime.server import wire_values
+from runtime.server.edit_wire import message_from_edit
 from runtime.server.wire import defaults_message, message_from_request, request_from_message
 from tests.support.serving import BOX, OBJECT, SCENE, held_compositor
 
@@ -219,3 +220,23 @@ def test_pictures_in_memory_become_files(tmp_path: Path) -> None:
 def test_requests_that_cannot_be_sent(request_: Request, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         message_from_request(request_)
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (Request(SCENE, [], seed=-1), "seed"),
+        (Request(SCENE, [], num_images=-1), "num_images"),
+        (Request(SCENE, [], sampling=Sampling(steps=-1)), "sampling.steps"),
+        (Request(SCENE, [], sampling=Sampling(map_steps=2**32)), "sampling.map_steps"),
+        (Request(SCENE, [Placement(OBJECT, box=BOX, refine=-7)]), "placements[0].refine"),
+        (Edit(SCENE, Where(), Move(BOX, refine=-7)), "move.refine"),
+        (Edit(SCENE, Where(), Remove(), seed=-1), "seed"),
+    ],
+    ids=["seed", "num_images", "steps", "map_steps", "refine", "move.refine", "seed-of-an-edit"],
+)
+def test_a_number_that_cannot_be_sent_is_named(request_: Request | Edit, field: str) -> None:
+    send = message_from_edit if isinstance(request_, Edit) else message_from_request
+    with pytest.raises(InputError, match="cannot be sent: a whole number from 0 to") as caught:
+        send(request_)  # type: ignore[operator]
+    assert caught.value.field == field

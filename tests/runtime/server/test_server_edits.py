@@ -49,7 +49,7 @@ def server(example_bundle: Path, segmenter_bundles: tuple[Path, Path]) -> Iterat
         yield running
 
 
-def edit(action: Action, steps: int = 1, **others: object) -> Edit:
+def edit(action: Action, steps: int = 2, **others: object) -> Edit:
     sampling = Sampling() if isinstance(action, Remove) else Sampling(steps=steps)
     given = {"where": Where(mask=CUP), "seed": 3, "sampling": sampling, **others}
     return Edit(SCENE, action=action, **given)  # type: ignore[arg-type]
@@ -60,12 +60,18 @@ def edit(action: Action, steps: int = 1, **others: object) -> Edit:
     [
         Remove(),
         Move(TO),
+        Move(TO, strength=0.5),
         Reshape(TALL),
+        Reshape(TALL, strength=0.5),
         Swap(Placement(OBJECT)),
         SwapPlaces(Where(mask=VASE)),
+        SwapPlaces(Where(mask=VASE), strength=0.5),
         TryOn(Placement(OBJECT)),
     ],
-    ids=["remove", "move", "reshape", "swap", "swap-places", "try-on"],
+    ids=[
+        *("remove", "move", "move-with-strength", "reshape", "reshape-with-strength"),
+        *("swap", "swap-places", "swap-places-with-strength", "try-on"),
+    ],
 )
 def test_the_picture_is_that_of_the_editor(server: ServerThread, action: Action) -> None:
     with server.client() as client:
@@ -161,6 +167,10 @@ def test_the_object_is_found(server: ServerThread) -> None:
         (edit(Move(TO), where=Where(mask=np.ones((9, 9), bool))), "where.mask"),
         (edit(Reshape(np.ones((9, 9), bool))), "reshape.to"),
         (edit(SwapPlaces(Where(mask=CUP))), "swap.other"),
+        (edit(Move(TO, strength=2)), "move.strength"),
+        (edit(Move(TO, refine=1000)), "move.refine"),
+        (edit(Reshape(TALL, refine=1000)), "reshape.refine"),
+        (edit(SwapPlaces(Where(mask=VASE), strength=0)), "swap.strength"),
         (edit(Swap(Placement(SCENE))), "swap.placement.reference_mask"),
         (edit(Move(TO), num_images=100), "num_images"),
     ],

@@ -173,7 +173,11 @@ def test_masks_of_views_are_found_as_the_reference_s(compositors: dict[int, Comp
             "views[0].clicks",
             "either a mask or clicks",
         ),
-        ({"views": [View(SIDE, clicks=[(3, 3)])]}, "views[0].clicks", "no segmenter for clicks is loaded"),
+        (
+            {"views": [View(SIDE, clicks=[(3, 3)])]},
+            "views[0].clicks",
+            "no segmenter for clicks and boxes is loaded",
+        ),
         ({"views": [View(SIDE)], "reference": None}, "", "give"),
     ],
 )

@@ -54,23 +54,26 @@ function whereOf(said) {
   return said.box ? `box=(${said.box.join(", ")})` : `mask=${text(said.mask)}`;
 }
 
-function placement(each, { mode, strength, refine }, place) {
+function passes({ strength, refine }) {
+  return [...(strength === null ? [] : [`strength=${strength}`]), ...(refine === null ? [] : [`refine=${refine}`])];
+}
+
+function placement(each, request, place) {
   const given = each.prompt ? [`prompt=${text(each.prompt)}`] : [text(each.name)];
   if (each.automatic) given.push('reference_mask="auto"');
   if (each.clicks) given.push(`reference_clicks=${clicksOf(each.clicks)}`);
   if (place) given.push(whereOf(place));
-  if (mode) given.push(`mode=${text(mode)}`);
-  if (strength !== null) given.push(`strength=${strength}`);
-  if (refine !== null) given.push(`refine=${refine}`);
-  return `Placement(${given.join(", ")})`;
+  if (request.mode) given.push(`mode=${text(request.mode)}`);
+  return `Placement(${[...given, ...passes(request)].join(", ")})`;
 }
 
 function action(request) {
   const { task, marks, objects } = request;
   if (task === "remove") return "Remove()";
-  if (task === "move") return `Move((${marks[1].box.join(", ")}))`;
-  if (task === "reshape") return `Reshape(${text(marks[1].mask)})`;
-  if (task === "exchange") return `SwapPlaces(Where(${whereOf(marks[1])}))`;
+  const given = (to) => [to, ...passes(request)].join(", ");
+  if (task === "move") return `Move(${given(`(${marks[1].box.join(", ")})`)})`;
+  if (task === "reshape") return `Reshape(${given(text(marks[1].mask))})`;
+  if (task === "exchange") return `SwapPlaces(${given(`Where(${whereOf(marks[1])})`)})`;
   return `${task === "swap" ? "Swap" : "TryOn"}(${placement(objects[0], request)})`;
 }
 

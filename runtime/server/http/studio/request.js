@@ -1,6 +1,7 @@
 // What is asked of the server: as plain values, which stay with the picture, and as a form.
 
 import { clickText, maskOf } from "./marks.js";
+import { TASKS } from "./tasks.js";
 
 // How a mark is said: its clicks, its box, or the name of a file with its mask.
 export function described(mark, name, canFind) {
@@ -18,14 +19,17 @@ export async function formOf(request, files, marks, size) {
     if (said.box) form.append(`${path}box`, said.box.join(","));
     if (said.mask) form.append(`${path}mask`, await maskOf(mark, size), said.mask);
   };
+  const passes = (path) => {
+    if (request.strength !== null) form.append(`${path}.strength`, request.strength);
+    if (request.refine !== null) form.append(`${path}.refine`, request.refine);
+  };
   const object = (path, each, file) => {
     if (each.prompt) form.append(`${path}.prompt`, each.prompt);
     else form.append(`${path}.reference`, file);
     for (const click of each.clicks ?? []) form.append(`${path}.reference_clicks`, click);
     if (each.automatic) form.append(`${path}.automatic_mask`, "true");
     if (request.mode) form.append(`${path}.mode`, request.mode);
-    if (request.strength !== null) form.append(`${path}.strength`, request.strength);
-    if (request.refine !== null) form.append(`${path}.refine`, request.refine);
+    passes(path);
   };
   form.append("scene", files.scene);
   if (request.task === "composite") {
@@ -40,6 +44,7 @@ export async function formOf(request, files, marks, size) {
     if (request.task === "move") form.append("move.to", request.marks[1].box.join(","));
     if (request.task === "reshape") form.append("reshape.to", await maskOf(marks[1], size), request.marks[1].mask);
     if (request.task === "exchange") await where("swap.other.", request.marks[1], marks[1]);
+    if (TASKS[request.task].redraws) passes(request.task === "exchange" ? "swap" : request.task);
     if (request.task === "swap") object("swap.placement", request.objects[0], files.objects[0]);
     if (request.task === "try-on") object("try_on", request.objects[0], files.objects[0]);
   }

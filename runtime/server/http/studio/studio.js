@@ -72,13 +72,13 @@ function refresh() {
 
 // Shows what a task needs and a model takes.
 function arrange() {
-  const { marks, reference, mode, start: verb } = TASKS[task()];
+  const { marks, reference, redraws, mode, start: verb } = TASKS[task()];
   find("marks").replaceChildren(...(marks ?? []).map((mark, index) => markButton(mark, index)));
   find("sources").hidden = !reference;
   find("add").hidden = Boolean(marks);
   find("modes").hidden = !mode;
-  find("starting").hidden = !reference || about?.defaults.strength === undefined;
-  find("refining").hidden = !reference || about?.defaults.refine === undefined;
+  find("starting").hidden = !(reference || redraws) || about?.defaults.strength === undefined;
+  find("refining").hidden = !(reference || redraws) || about?.defaults.refine === undefined;
   find("filling").hidden = !about?.filler || !marks || task() === "try-on";
   for (const label of document.querySelectorAll(".sampled")) label.hidden = task() === "remove";
   find("start").textContent = verb;

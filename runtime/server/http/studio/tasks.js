@@ -1,4 +1,5 @@
-// What can be done to a scene: which marks a task needs on it, and whether it needs an object from elsewhere.
+// What can be done to a scene: which marks a task needs on it, whether it needs an object from elsewhere, and whether
+// it draws one of the scene's own.
 // A mark that is a box is sent as one where `byBox` says so; if it says nothing, where the server finds objects in boxes.
 
 const FIND = ["click", "not", "box", "paint", "erase"];
@@ -12,9 +13,9 @@ export const TARGET = { name: "mask", label: "Place", tools: ["box", "paint", "e
 export const TASKS = {
   composite: { label: "Place objects", start: "Composite", marks: null, reference: true, mode: true },
   remove: { label: "Remove an object", start: "Remove", marks: [OBJECT] },
-  move: { label: "Move an object", start: "Move", marks: [OBJECT, PLACE] },
-  reshape: { label: "Give an object another outline", start: "Reshape", marks: [OBJECT, OUTLINE] },
+  move: { label: "Move an object", start: "Move", marks: [OBJECT, PLACE], redraws: true },
+  reshape: { label: "Give an object another outline", start: "Reshape", marks: [OBJECT, OUTLINE], redraws: true },
   swap: { label: "Swap an object for another", start: "Swap", marks: [OBJECT], reference: true, mode: true },
-  exchange: { label: "Let two objects change places", start: "Swap", marks: [OBJECT, OTHER] },
+  exchange: { label: "Let two objects change places", start: "Swap", marks: [OBJECT, OTHER], redraws: true },
   "try-on": { label: "Try a garment on", start: "Try on", marks: [{ ...OBJECT, label: "What it covers" }], reference: true },
 };
