@@ -3,7 +3,7 @@
 # make slow   the tests that take longest
 # make browser  the studio in Chromium
 # make gpu    what only an NVIDIA card can show; ARGS=--help says how
-# make train-card MINUTES=7   small models learn on a card; results in build/train-card
+# make train-card MINUTES=7   a small model learns on a card; results in build/train-card
 # make lock   docker/*.lock: the hash of everything that the images install
 # make sbom   build/sbom/*.json: the same as CycloneDX bills of materials
 # make dev    .venv with every extra that installs here, for working on the project
@@ -11,7 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MINUTES ?= 7
-RECIPES ?= $(addprefix training/recipes/,imprint-small.toml stable-diffusion-small.toml anydoor-128.toml:autoencoder)
+RECIPES ?= training/recipes/anydoor-128.toml
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -45,8 +45,8 @@ browser: $(VENV)/.dev
 gpu:
 	$(PYTHON) benchmarks/card.py $(ARGS)
 
-# small models learn on a card. Several processes draw objects: threads of NumPy's products would be in each
-# other's way. PYTHON is one that has PyTorch for it, diffusers and accelerate
+# a small model learns on a card; RECIPES are others, side by side. Several processes draw objects: threads of
+# NumPy's products would be in each other's way. PYTHON is one that has PyTorch for it, diffusers and accelerate
 train-card:
 	OPENBLAS_NUM_THREADS=1 $(PYTHON) -m training.train_card --minutes $(MINUTES) $(RECIPES)
 

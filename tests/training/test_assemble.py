@@ -42,6 +42,23 @@ def test_encoders_come_from_another_checkpoint(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], value) for name, value in taken.state_dict().items()), part
 
 
+def test_a_wider_unet_starts_with_the_encoders_and_the_hint_block_of_another_checkpoint(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(1)
+    model, path = AnyDoor(TINY), tmp_path / "model.safetensors"
+    write_model(path, model, torch.float32)
+    wider = replace(TINY, unet_channels=tuple(2 * width for width in TINY.unet_channels))
+    started = frozen_parts(Recipe(architecture=wider, encoders=str(path)), tmp_path)
+    block = "control.controlnet_cond_embedding"
+    for part in ("vae", "id_encoder.dino", f"{block}.conv_in", f"{block}.blocks"):
+        found = started.get_submodule(part).state_dict()
+        taken = model.get_submodule(part).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in taken.items()), part
+    widths = [part.get_submodule(block).conv_out.out_channels for part in (started, model)]
+    assert widths[0] == 2 * widths[1]
+
+
 def test_encoders_of_other_sizes_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     write_model(path, AnyDoor(replace(TINY, dino_depth=2)), torch.float32)

@@ -112,12 +112,13 @@ def test_a_run_that_is_given_again_goes_on(run: Path, copy: Path) -> None:
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
-def test_pairs_are_drawn_while_it_trains(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stored", [False, True], ids=["drawn", "of stored views"])
+def test_pairs_are_made_while_it_trains(copy: Path, monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
     """Nothing is encoded ahead; a run that is stopped and resumed ends like one that is not."""
     monkeypatch.setattr("training.stages.anydoor.fresh_samples", partial(fresh_samples, chunk=2))
     for part in ("pairs", "hint_block", "diffusion"):
         shutil.rmtree(copy / part)
-    data = {"pairs": 0, "repeats": 2}
+    data = {"pairs": 0, "repeats": 2, "stored_views": stored}
     train(write_recipe(copy / "short.toml", data=data), copy)
     longer = write_recipe(copy / "longer.toml", data=data, diffusion={"steps": 3})
     train(longer, copy)
