@@ -108,6 +108,8 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
             "'.[export]', or give a bundle of ONNX graphs"
         ) from error
     print(f"checkpoint: {source.description}", flush=True)
+    if options.resolution is None and source.size is not None:
+        build = replace(build, resolution=source.size)
     output = options.output or Path("build/engines") / checkpoint_name(options.source)
     return output, build_bundle(source, output, build, Progress(quiet=options.quiet))
 

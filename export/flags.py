@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolution",
         type=parse_resolution,
         metavar="PX",
-        help="side of the picture, or its width and height, like 768x512 (default: 512)",
+        help="side of the picture, or its width and height, like 768x512 (default: the one that the "
+        "checkpoint says it was trained on, else 512)",
     )
     parser.add_argument(
         "--default",

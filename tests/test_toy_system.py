@@ -118,6 +118,7 @@ class ToySource:
 
     system, description, dtype, tokenizer = "toy", "a toy", torch.float32, None
     defaults: Mapping[str, Any] = {"steps": 3, "guidance_scale": 1.5}
+    size = None
     architecture: Mapping[str, Any] = {"latent_channels": CHANNELS}
     dimensions: Mapping[str, int] = {SAMPLES: 1, ROWS: 2, COLOURS: 2}
 

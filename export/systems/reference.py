@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engines.spec import SAMPLES, GraphSpec
 from export.precision import keep_float32_layers
 from export.systems.diffusion import f32, without_masks
-from export.systems.system import Draw, checkpoint_record
+from export.systems.system import Draw, Size, checkpoint_record
 from runtime.diffusion.noise_schedule import alphas_cumprod
 from training.network.architecture import REFERENCE_SIZE, Architecture
 from training.network.checkpoint import Checkpoint, network_of
@@ -46,6 +46,8 @@ class ReferenceSource:
         self.path = checkpoint.path
         self.dtype = checkpoint.dtype
         self.defaults = checkpoint.defaults
+        side = checkpoint.resolution
+        self.size: Size | None = None if side is None else (side, side)
         self.architecture: Mapping[str, Any] = asdict(checkpoint.architecture)
         self._checkpoint = checkpoint
         self._references = references

@@ -102,6 +102,7 @@ class StableDiffusionSource:
             )
         self.path = checkpoint.path
         self.dtype = checkpoint.dtype
+        self.size: Size | None = checkpoint.size
         self.tokenizer = checkpoint.tokenizer
         self.architecture: Mapping[str, Any] = asdict(a)
         self._checkpoint = checkpoint

@@ -52,6 +52,8 @@ class ExportSource(Protocol):
     """Dtype of the stored weights."""
     defaults: Mapping[str, Any]
     """Parameters that the model was trained for."""
+    size: Size | None
+    """Size of the pictures that it was trained on, if the checkpoint says so."""
     architecture: Mapping[str, Any]
     """Sizes of the network, for information."""
     dimensions: Mapping[str, int]

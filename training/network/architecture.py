@@ -155,10 +155,21 @@ class Architecture(DiffusionArchitecture):
 
 _METADATA_PREFIX = "anydoor."
 
+RESOLUTION = "resolution"
+"""Setting of a model that is none of its network: side of the pictures that it was trained on, in pixels."""
 
-def settings_to_metadata(architecture: DiffusionArchitecture) -> dict[str, str]:
-    """Gives the metadata of a checkpoint: "anydoor.FIELD" -> value, for fields that are `not_inferable`."""
+
+def settings_to_metadata(
+    architecture: DiffusionArchitecture, resolution: int | None = None
+) -> dict[str, str]:
+    """Gives the metadata of a checkpoint: "anydoor.FIELD" -> value, for fields that are `not_inferable`.
+
+    Args:
+        architecture: sizes of the network.
+        resolution: side of the pictures that the model was trained on, in pixels, if that is known.
+    """
     settings = {name: getattr(architecture, name) for name in architecture.not_inferable}
+    settings[RESOLUTION] = resolution
     return {_METADATA_PREFIX + name: str(value) for name, value in settings.items() if value is not None}
 
 

@@ -21,6 +21,7 @@ from engines.files import replacing
 from training.network import checkpoint_file
 from training.network.architecture import (
     PREDICTED,
+    RESOLUTION,
     Architecture,
     ArchitectureError,
     DiffusionArchitecture,
@@ -68,6 +69,8 @@ class Checkpoint:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What a request should use where it gives no value, as the checkpoint's metadata says: parameter (like
     guidance_scale, crop_ratio or mode) -> value."""
+    resolution: int | None = None
+    """Side of the pictures that it was trained on, in pixels, if its metadata says so."""
     remarks: str = ""
     """What is left out of them, for `describe`."""
 
@@ -214,6 +217,7 @@ def _read(
             settings = settings_from_metadata(file.metadata) or _configuration_beside(file.paths[0], path)
             known = {name: otherwise[name] for name in otherwise if name in Architecture.not_inferable}
             architecture = infer_architecture(file.shapes, **{**known, **settings, **given})
+        resolution = settings_from_metadata(file.metadata, [RESOLUTION]).get(RESOLUTION)
         with torch.device("meta"):
             expected = network_of(architecture).official_shapes()
     except (ArchitectureError, KeyError, ValueError) as error:
@@ -225,7 +229,7 @@ def _read(
     if problem:
         raise CheckpointError(f"'{path}' is not an {name} checkpoint: {problem}")
     defaults, remarks = _defaults(path, file.metadata), network.remarks(unneeded)
-    return Checkpoint(path, architecture, file.tensors, defaults, remarks)
+    return Checkpoint(path, architecture, file.tensors, defaults, resolution, remarks)
 
 
 def _as_imprint(
@@ -282,6 +286,7 @@ def write_checkpoint(
     tensors: Mapping[str, Tensor],
     architecture: DiffusionArchitecture,
     defaults: Mapping[str, Any] | None = None,
+    resolution: int | None = None,
 ) -> None:
     """Writes a .safetensors checkpoint as a whole or not at all.
 
@@ -290,8 +295,9 @@ def write_checkpoint(
         tensors: official key -> tensor; dtypes and values are kept bit for bit.
         architecture: what its shapes do not determine is kept as metadata.
         defaults: see `Checkpoint.defaults`; kept as metadata.
+        resolution: see `Checkpoint.resolution`; kept as metadata.
     """
-    metadata = {"format": "pt"} | settings_to_metadata(architecture)
+    metadata = {"format": "pt"} | settings_to_metadata(architecture, resolution)
     if defaults:
         metadata[DEFAULTS_KEY] = json.dumps(dict(defaults))
     write_tensors(path, tensors, metadata)
@@ -311,6 +317,7 @@ def write_model(
     model: ReferenceNetwork,
     dtype: torch.dtype = torch.float32,
     defaults: Mapping[str, Any] | None = None,
+    resolution: int | None = None,
 ) -> None:
     """Writes a network as an official checkpoint, complete, because the original refuses one that is not.
 
@@ -320,9 +327,10 @@ def write_model(
         dtype: what its weights are rounded to. The noise schedule stays float32: in half precision its
             first steps would be the same.
         defaults: see `Checkpoint.defaults`.
+        resolution: see `Checkpoint.resolution`.
     """
     weights = {key: tensor.to(dtype) for key, tensor in model.official_state_dict().items()}
-    write_checkpoint(path, schedule_buffers() | weights, model.architecture, defaults)
+    write_checkpoint(path, schedule_buffers() | weights, model.architecture, defaults, resolution)
 
 
 # --- what is wrong with a file ----------------------------------------------------------------------------

@@ -113,6 +113,23 @@ def read_architecture(folder: Path) -> StableDiffusionArchitecture:
     return architecture
 
 
+def read_size(folder: Path, latent_factor: int) -> tuple[int, int] | None:
+    """Reads the (height, width) of the pictures, in pixels, that a pipeline of diffusers draws unless it is
+    told otherwise; None if the folder does not say it.
+
+    Raises:
+        CheckpointError: the configuration of the UNet is missing or damaged.
+        ArchitectureError: what it says is no size.
+    """
+    stored = read_object(folder / "unet" / "config.json").get("sample_size")
+    if stored is None:
+        return None
+    sides = stored if isinstance(stored, list) else [stored, stored]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ArchitectureError(f"its unet has sample_size = {stored!r}, which is not the size of a latent")
+    return sides[0] * latent_factor, sides[1] * latent_factor
+
+
 def _unet_heads(unet: Mapping[str, Any]) -> dict[str, int]:
     """Returns one number of heads for all levels, or one width. diffusers calls their number
     attention_head_dim."""

@@ -23,6 +23,7 @@ from runtime.systems.tokenizer import END
 from training.network import diffusers_folder
 from training.network.architecture import (
     PREDICTED,
+    RESOLUTION,
     ArchitectureError,
     Shapes,
     settings_from_metadata,
@@ -64,6 +65,8 @@ class StableDiffusionCheckpoint:
     """unet, vae and text_encoder -> name in the state_dict of its module -> tensor, as stored."""
     tokenizer: TokenizerFiles | None = None
     """Single files have none."""
+    size: tuple[int, int] | None = None
+    """(height, width) of the pictures that it was trained on, in pixels, if it says so."""
     prediction_is_assumed: bool = False
     """Whether nothing says what the UNet predicts."""
     files: Sequence[Path] = ()
@@ -184,7 +187,8 @@ def _read_folder(folder: Path, variant: str | None) -> StableDiffusionCheckpoint
         *sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file()),
         *(path for file in files.values() for path in file.paths),
     ]
-    return StableDiffusionCheckpoint(folder, architecture, tensors, tokenizer, files=paths)
+    size = diffusers_folder.read_size(folder, architecture.latent_factor)
+    return StableDiffusionCheckpoint(folder, architecture, tensors, tokenizer, size, files=paths)
 
 
 def check_tokenizer(tokenizer: TokenizerFiles, architecture: StableDiffusionArchitecture, name: str) -> None:
@@ -204,6 +208,7 @@ def _read_file(path: Path, prediction: str | None, ema: bool) -> StableDiffusion
     network = read_network(path, ema=ema)
     file = network.file
     settings = settings_from_metadata(file.metadata, StableDiffusionArchitecture.not_inferable)
+    side = settings_from_metadata(file.metadata, [RESOLUTION]).get(RESOLUTION)
     assumed = "prediction" not in settings and prediction is None
     if prediction is not None:
         settings.setdefault("prediction", prediction)
@@ -227,8 +232,9 @@ def _read_file(path: Path, prediction: str | None, ema: bool) -> StableDiffusion
         for part, layout in layouts.items()
     }
     remarks = network.remarks(unneeded)
+    size = None if side is None else (side, side)
     return StableDiffusionCheckpoint(
-        path, architecture, parts, None, assumed, files=file.paths, remarks=remarks
+        path, architecture, parts, None, size, assumed, files=file.paths, remarks=remarks
     )
 
 
@@ -284,7 +290,9 @@ def write_single_file(path: str | Path, checkpoint: StableDiffusionCheckpoint) -
     tensors = schedule_buffers()
     for part, layout in _layouts(checkpoint.architecture).items():
         tensors |= to_official(layout, checkpoint.parts[part], checkpoint.architecture)
-    write_checkpoint(path, tensors, checkpoint.architecture)
+    height, width = checkpoint.size or (None, None)
+    resolution = height if height == width else None
+    write_checkpoint(path, tensors, checkpoint.architecture, resolution=resolution)
 
 
 def write_folder(path: str | Path, checkpoint: StableDiffusionCheckpoint) -> None:
@@ -293,6 +301,8 @@ def write_folder(path: str | Path, checkpoint: StableDiffusionCheckpoint) -> Non
     with replacing(path) as folder:
         for part in BUILDERS:
             module: Any = checkpoint.load_part(part)
+            if part == "unet" and checkpoint.size is not None:
+                module.register_to_config(sample_size=_latent_size(checkpoint.size, a.latent_factor))
             module.save_pretrained(folder / part)
         diffusers_folder.write_scheduler(folder, a)
         if checkpoint.tokenizer is not None:
@@ -310,3 +320,9 @@ def write_folder(path: str | Path, checkpoint: StableDiffusionCheckpoint) -> Non
             "requires_safety_checker": False,
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2), "utf-8")
+
+
+def _latent_size(size: tuple[int, int], factor: int) -> int | list[int]:
+    """Returns a size as diffusers notes it: of the latent, its side where it is square."""
+    height, width = (side // factor for side in size)
+    return height if height == width else [height, width]

@@ -113,7 +113,8 @@ def _rows(stage: Path) -> int:
 def write_checkpoint(recipe: Recipe, folder: Path) -> None:
     """Puts the parts together: `folder`/model.safetensors."""
     dtype: torch.dtype = getattr(torch, recipe.checkpoint_dtype)
-    write_model(folder / "model.safetensors", trained_model(recipe, folder), dtype, recipe.defaults)
+    model, resolution = trained_model(recipe, folder), recipe.pairs.resolution
+    write_model(folder / "model.safetensors", model, dtype, recipe.defaults, resolution)
 
 
 STAGES: Mapping[str, Callable[[Recipe, Path], None]] = {

@@ -113,7 +113,8 @@ def write_subject(folder: Path, recipe: DreamBoothRecipe, weights: Mapping[str, 
             for name, weight in weights.items()
             if name.startswith(prefix)
         }
-    write_single_file(folder / "model.safetensors", replace(checkpoint, parts=parts))
+    size = (recipe.subject.resolution, recipe.subject.resolution)
+    write_single_file(folder / "model.safetensors", replace(checkpoint, parts=parts, size=size))
 
 
 STAGES: Mapping[str, Callable[[DreamBoothRecipe, Path], None]] = {

@@ -78,7 +78,8 @@ def settle(model: Imprint, samples: Path, stage: Path) -> None:
 def write_checkpoint(recipe: ImprintRecipe, folder: Path) -> None:
     """Puts the parts together: `folder`/model.safetensors."""
     dtype: torch.dtype = getattr(torch, recipe.checkpoint_dtype)
-    write_model(folder / "model.safetensors", trained_imprint(recipe, folder), dtype, recipe.defaults)
+    model, resolution = trained_imprint(recipe, folder), recipe.pairs.resolution
+    write_model(folder / "model.safetensors", model, dtype, recipe.defaults, resolution)
 
 
 STAGES: Mapping[str, Callable[[ImprintRecipe, Path], None]] = {

@@ -159,7 +159,8 @@ def write_checkpoint(recipe: StableDiffusionRecipe, folder: Path) -> None:
         for part in BUILDERS
     }
     architecture = replace(recipe.architecture, text_vocabulary=len(files.vocabulary))
-    write_folder(folder / "model", StableDiffusionCheckpoint(folder, architecture, parts, files))
+    size = (recipe.resolution, recipe.resolution)
+    write_folder(folder / "model", StableDiffusionCheckpoint(folder, architecture, parts, files, size=size))
 
 
 STAGES: Mapping[str, Callable[[StableDiffusionRecipe, Path], None]] = {
