@@ -1,6 +1,6 @@
 """Draws the picture of the small model that reads words in docs/systems.md.
 
-    anydoor build examples/stable-diffusion-small --resolution 64 --output build/engines/words
+    anydoor build examples/stable-diffusion-small --output build/engines/words
     python examples/words.py build/engines/words docs/words.png
 
 A row per prompt, from the same seeds. Below them an object that is drawn from words, cut out by the

@@ -3,7 +3,7 @@
     python -m training.train training/recipes/stable-diffusion-inpainting-small.toml --minutes 20
     python -m training.train training/recipes/dreambooth-small.toml --folder runs/placed-mug \\
         --start runs/stable-diffusion-inpainting-small/model
-    anydoor build runs/placed-mug/model.safetensors --resolution 64 --output build/engines/placed-mug \\
+    anydoor build runs/placed-mug/model.safetensors --output build/engines/placed-mug \\
         --tokenizer examples/stable-diffusion-small/tokenizer
     python benchmarks/studies/placed_subject.py build/engines/placed-mug --objects build/subjects
 

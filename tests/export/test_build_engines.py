@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -17,8 +18,13 @@ from safetensors.torch import load_file
 
 from benchmarks.seeded import TINY
 from engines.bundle import Bundle, sha256
+from engines.errors import AnyDoorError
 from engines.files import only_writer
 from export.build_engines import main
+from export.options import BuildOptions
+from export.progress import Progress
+from export.systems import open_source
+from export.systems.system import ExportSource
 from export.verification import TOLERANCE
 from training.network.checkpoint import write_checkpoint
 
@@ -42,6 +48,28 @@ def test_manifest_holds_source_hash_and_measured_errors(tiny_bundle: Path, tiny_
         # an error of exactly zero would mean that nothing was compared; pictures in 256 levels may agree
         assert all(0 < error < TOLERANCE["fp32"] for name, error in record.error.items() if name != "image")
         assert record.build_seconds > 0
+
+
+@pytest.mark.parametrize(("flags", "side"), [([], 96), (["--resolution", "64"], 64)])
+def test_a_bundle_has_the_resolution_of_its_checkpoint(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], side: int
+) -> None:
+    """Unless a flag says otherwise. What is built is seen before it is built, which takes long."""
+    path, sizes = tmp_path / "tiny.safetensors", []
+    write_checkpoint(path, load_file(tiny_checkpoint), TINY, resolution=96)
+
+    def look(source: ExportSource, output: Path, options: BuildOptions, progress: Progress) -> NoReturn:
+        sizes.append(options.size)
+        raise AnyDoorError("seen")
+
+    monkeypatch.setattr("export.build_engines.build_bundle", look)
+    assert main([str(path), *flags]) == 2
+    assert sizes == [(side, side)]
+
+
+@pytest.mark.parametrize("example", ["anydoor-small.safetensors", "imprint-small.safetensors.index.json"])
+def test_the_examples_say_their_resolution(example: str) -> None:
+    assert open_source(ROOT / "examples" / example).size == (96, 96)
 
 
 def test_bundle_tells_nothing_of_the_machine_that_built_it(tiny_bundle: Path) -> None:

@@ -165,6 +165,22 @@ def test_defaults_travel_as_metadata(tiny_checkpoint: Path, tmp_path: Path) -> N
     assert read_checkpoint(path).architecture == TINY
 
 
+def test_the_resolution_travels_as_metadata(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert read_checkpoint(tiny_checkpoint).resolution is None
+    path = tmp_path / "tiny.safetensors"
+    write_checkpoint(path, weights(tiny_checkpoint), TINY, resolution=96)
+    assert read_checkpoint(path).resolution == 96
+    assert read_checkpoint(path).architecture == TINY
+
+
+@pytest.mark.parametrize("text", ["0", "-96", "96x64", ""])
+def test_a_resolution_that_is_no_number_is_refused(tiny_checkpoint: Path, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tiny.safetensors"
+    save_file(weights(tiny_checkpoint), path, settings_to_metadata(TINY) | {"anydoor.resolution": text})
+    with pytest.raises(CheckpointError, match=f"resolution is '{text}', which is not a number above 0"):
+        read_checkpoint(path)
+
+
 def test_a_checkpoint_is_readable_like_any_other_file(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     write_checkpoint(tmp_path / "a.safetensors", {"a": torch.zeros(2)}, TINY)

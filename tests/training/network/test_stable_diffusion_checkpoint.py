@@ -239,6 +239,24 @@ def test_single_file_to_folder_and_back(tmp_path: Path, version: Version) -> Non
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_the_size_of_the_pictures_is_that_of_the_latent_in_a_folder(tmp_path: Path) -> None:
+    checkpoint = read_stable_diffusion(folder(tmp_path / "source"))
+    assert checkpoint.size == (128, 128)  # the pipeline's sample_size of 64, times 2
+    write_folder(tmp_path / "small", replace(checkpoint, size=(32, 32)))
+    assert '"sample_size": 16' in (tmp_path / "small/unet/config.json").read_text()
+    write_single_file(tmp_path / "small.safetensors", read_stable_diffusion(tmp_path / "small"))
+    assert read_stable_diffusion(tmp_path / "small.safetensors").size == (32, 32)
+    write_folder(tmp_path / "wide", replace(checkpoint, size=(32, 48)))
+    assert read_stable_diffusion(tmp_path / "wide").size == (32, 48)
+
+
+@pytest.mark.parametrize("stored", [0, "64", 64.5, True, [64], [64, 0]])
+def test_a_sample_size_that_is_none_is_refused(tmp_path: Path, stored: object) -> None:
+    change_json(folder(tmp_path) / "unet/config.json", lambda unet: unet.update(sample_size=stored))
+    with pytest.raises(CheckpointError, match="is not the size of a latent"):
+        read_stable_diffusion(tmp_path)
+
+
 def test_single_file_in_half_precision_stays_bit_for_bit(tmp_path: Path) -> None:
     path = single_file(tmp_path / "file.safetensors", "2.x")
     halved = {k: t.half() if t.is_floating_point() else t for k, t in load_file(path).items()}
