@@ -152,7 +152,8 @@ def parse_default(text: str) -> tuple[str, Any]:
     """Parses `NAME=VALUE` into a parameter and its value, which is JSON, or else a string.
 
     Raises:
-        argparse.ArgumentTypeError: the text is malformed, or there is no such parameter.
+        argparse.ArgumentTypeError: the text is malformed, there is no such parameter, or its number is not
+            finite.
     """
     name, separator, value = text.partition("=")
     if not separator:
@@ -162,9 +163,12 @@ def parse_default(text: str) -> tuple[str, Any]:
         hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(_PARAMETERS)}"
         raise argparse.ArgumentTypeError(f"there is no parameter '{name}': {hint}")
     try:
-        return name, json.loads(value)
+        parsed = json.loads(value)
     except ValueError:
         return name, value
+    if isinstance(parsed, float) and not math.isfinite(parsed):
+        raise argparse.ArgumentTypeError(f"{name} is {value}: expected a finite number")
+    return name, parsed
 
 
 def parse_resolution(text: str) -> int | tuple[int, int]:

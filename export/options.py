@@ -117,13 +117,15 @@ class SourceOptions:
                 raise AnyDoorError(f"{flag(name)} is not for {system}, which takes {flags}")
 
     def __post_init__(self) -> None:
-        """Refuses a number of references that no bundle has.
+        """Refuses numbers that no network has.
 
         Raises:
             AnyDoorError: names the option.
         """
-        if self.references is not None and self.references < 1:
-            raise AnyDoorError(f"--references must be at least 1, not {self.references}")
+        for name in ("unet_head_width", "dino_heads", "references"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise AnyDoorError(f"{flag(name)} must be at least 1, not {value}")
 
 
 NOTHING_GIVEN = SourceOptions()

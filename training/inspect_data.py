@@ -196,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"--count is {options.count}; expected at least 1")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}; expected at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

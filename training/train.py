@@ -184,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         parser.error(f"--minutes is {options.minutes:g}; expected more than 0")
     limit = TimeLimit(60 * options.minutes, program_start()) if options.minutes else None
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}; expected at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

@@ -42,10 +42,12 @@ def test_defaults_are_json_or_plain_strings(text: str, name: str, value: Any) ->
     [
         ("guidance_scale", "'guidance_scale' is not NAME=VALUE, like guidance_scale=2"),
         ("guidance=2", "there is no parameter 'guidance': did you mean 'guidance_scale'?"),
+        ("guidance_scale=NaN", "guidance_scale is NaN: expected a finite number"),
+        ("guidance_scale=1e999", "guidance_scale is 1e999: expected a finite number"),
         ("zzz=2", "there is no parameter 'zzz': choose one of steps, guidance_scale"),
     ],
 )
-def test_defaults_that_no_parameter_has(text: str, sentence: str) -> None:
+def test_defaults_that_no_parameter_can_have(text: str, sentence: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError) as refusal:
         parse_default(text)
     assert str(refusal.value).startswith(sentence)

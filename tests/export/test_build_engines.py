@@ -102,6 +102,8 @@ def test_wrong_key_set(tmp_path: Path, capsys: Capture) -> None:
         ("--resolution", 100, "--resolution must be a multiple of 16"),
         ("--resolution", 0, "--resolution must be a multiple of 16"),
         ("--max-batch", 0, "--max-batch must be at least 1"),
+        ("--unet-head-width", 0, "--unet-head-width must be at least 1, not 0"),
+        ("--dino-heads", -2, "--dino-heads must be at least 1, not -2"),
     ],
 )
 def test_options_that_cannot_be_built(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.launch import finish, start_two
 from tests.support.tiny import TINY
+from training import inspect_data
 from training.assemble import fresh_samples
 from training.clock import TimeLimit
 from training.config import read_recipe
@@ -209,6 +210,14 @@ def test_minutes_that_cannot_be_shared_are_refused(
     assert "minutes is -1; expected a share of --minutes, at least 0" in refusal(capsys, negative)
     given = write_recipe(tmp_path / "given.toml", identity={"limit": 3})
     assert "[identity] has no 'limit'" in refusal(capsys, given)
+
+
+def test_threads_that_there_cannot_be_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (main, inspect_data.main):
+        for threads in ("0", "-1"):
+            with pytest.raises(SystemExit, match="2"):
+                command(["none.toml", f"--threads={threads}"])
+            assert f"--threads is {threads}; expected at least 1" in capsys.readouterr().err
 
 
 def test_a_stage_without_pairs_says_what_makes_them(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
