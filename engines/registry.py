@@ -2,7 +2,7 @@
 
 To add a backend, add a folder there. Its `__init__.py` has a tuple `BACKENDS` of `Backend`, which says what
 it runs and imports no library; its `engine.py` has the functions of `engines.engine.BackendModule`. Its
-library goes into an extra of pyproject.toml.
+library goes into an extra of pyproject.toml, if pip installs it everywhere.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Backend:
     """The `Manifest.backend` of the bundles that it executes."""
     package: str
     """Python package of its library."""
-    extra: str
-    """The extra of this package that installs it."""
+    install: str
+    """The command that installs its library."""
     devices: tuple[str, ...]
     """cpu, cuda, or both."""
     precisions: tuple[str, ...] = ("fp32",)

@@ -88,7 +88,7 @@ def _print_packages() -> None:
     for package in _REQUIRED:
         print(f"  {package:<16} {_version(package):<12} required")
     for backend in backends().values():
-        what = f"runs bundles on {' and '.join(backend.devices)}: pip install '.[{backend.extra}]'"
+        what = f"runs bundles on {' and '.join(backend.devices)}: {backend.install}"
         print(f"  {backend.package:<16} {backend_versions(backend):<12} {what}")
     for package, purpose in _OPTIONAL.items():
         print(f"  {package:<16} {_version(package):<12} {purpose}")

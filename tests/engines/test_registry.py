@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -33,7 +34,12 @@ def test_a_backend_says_what_it_is(name: str) -> None:
     backend = backends()[name]
     assert backend.name == name
     assert backend.title
-    assert f"\n{backend.extra} = [" in (ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r"'\.\[(\w+)\]'", backend.install)
+    project = (ROOT / "pyproject.toml").read_text()
+    for extra in extras:
+        installed = project.split(f"\n{extra} = [")[1].split("]")[0]
+        assert backend.package in installed
+    assert extras or f"pip install {backend.package}" in backend.install
     assert set(backend.devices) <= {"cpu", "cuda"}
     assert "fp32" in backend.precisions
 
@@ -75,7 +81,7 @@ BACKENDS = (
         title="Abacus",
         runs="onnxruntime",
         package="onnxruntime",
-        extra="cpu",
+        install="pip install abacus",
         devices=("cpu",),
         rank=-1,
         module="engines.backends.abacus.engine",

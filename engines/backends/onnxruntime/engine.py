@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engines.backends.onnxruntime import BACKENDS
 from engines.bundle import Bundle
 from engines.engine import (
     Array,
@@ -36,7 +37,7 @@ from engines.spec import TensorSpec
 if TYPE_CHECKING:
     import onnxruntime
 
-INSTALL = "install it with: pip install '.[cpu]' (or '.[cuda]' for an NVIDIA card)"
+INSTALL = f"install it with: {BACKENDS[0].install}"
 
 NAME = ONNX
 

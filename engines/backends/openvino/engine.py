@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engines.backends.openvino import BACKENDS
 from engines.bundle import Bundle
 from engines.cache_folder import cache_folder, keep, kept
 from engines.engine import (
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 NAME = "openvino"
 
-INSTALL = "install it with: pip install '.[openvino]'"
+INSTALL = f"install it with: {BACKENDS[0].install}"
 
 _CONVERTERS = "openvino.tools"
 """The package's model converters: of no use to a runtime, and half of the time that importing it takes."""

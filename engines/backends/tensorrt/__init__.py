@@ -8,10 +8,17 @@ BACKENDS = tuple(
         title=title,
         runs=name,
         package=name,
-        extra="tensorrt",
+        install=install,
         devices=("cuda",),
         rank=2,
         module="engines.backends.tensorrt.engine",
     )
-    for name, title in (("tensorrt_rtx", "TensorRT for RTX"), ("tensorrt", "TensorRT"))
+    for name, title, install in (
+        ("tensorrt_rtx", "TensorRT for RTX", "pip install '.[tensorrt]'"),
+        (
+            "tensorrt",
+            "TensorRT",
+            "pip install tensorrt cuda-python (on a Jetson: sudo apt install python3-libnvinfer)",
+        ),
+    )
 )

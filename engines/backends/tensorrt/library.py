@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     # what both have; tests/bindings.py holds the uses against two versions of TensorRT
     import tensorrt
 
-_TITLES = {backend.name: backend.title for backend in BACKENDS}
+_BACKENDS = {backend.name: backend for backend in BACKENDS}
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Variant:
 
 VARIANTS: Mapping[str, Variant] = {
     "tensorrt_rtx": Variant(
-        title=_TITLES["tensorrt_rtx"],
-        install="pip install '.[tensorrt]'",
+        title=_BACKENDS["tensorrt_rtx"].title,
+        install=_BACKENDS["tensorrt_rtx"].install,
         # its support matrix (docs.nvidia.com/deeplearning/tensorrt-rtx, "Supported Compute Capabilities");
         # sm80 can be built and is not in it
         targets=("sm75", "sm86", "sm89", "sm120", "sm121"),
@@ -50,8 +50,8 @@ VARIANTS: Mapping[str, Variant] = {
         builder_flags=("REQUIRE_USER_ALLOCATION",),
     ),
     "tensorrt": Variant(
-        title=_TITLES["tensorrt"],
-        install="pip install tensorrt (on a Jetson: sudo apt install python3-libnvinfer)",
+        title=_BACKENDS["tensorrt"].title,
+        install=_BACKENDS["tensorrt"].install,
         times_kernels=True,
     ),
 }
