@@ -1,6 +1,6 @@
 """Is a DreamBooth subject recognised where a server has put it into a scene by its prompt?
 
-    python -m training.train training/recipes/stable-diffusion-inpainting-small.toml --minutes 20
+    python -m training.train training/recipes/stable-diffusion-inpainting-small.toml --minutes 15
     python -m training.train training/recipes/dreambooth-small.toml --folder runs/placed-mug \\
         --start runs/stable-diffusion-inpainting-small/model
     anydoor build runs/placed-mug/model.safetensors --output build/engines/placed-mug \\

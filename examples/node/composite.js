@@ -1,7 +1,7 @@
 // Puts an object into a scene on a running server, with progress.
 //
 //   npm install
-//   node composite.js localhost:50051 ../object.png ../scene.png 80,60,300,260 out.png
+//   node composite.js localhost:50051 ../object.png ../scene.png 150,30,265,239 out.png
 
 const fs = require("node:fs");
 const path = require("node:path");
@@ -24,7 +24,7 @@ const { CompositorService } = grpc.loadPackageDefinition(definition).anydoor.v1;
 // ANYDOOR_CA is the PEM file of the authority that signed the server's certificate, ANYDOOR_TOKEN a bearer token
 const { ANYDOOR_CA, ANYDOOR_TOKEN } = process.env;
 const credentials = ANYDOOR_CA
-  ? grpc.credentials.createSsl(fs.readFileSync(ANYDOOR_CA))
+  ? grpc.credentials.createSsl(read(ANYDOOR_CA))
   : grpc.credentials.createInsecure();
 const metadata = new grpc.Metadata();
 if (ANYDOOR_TOKEN) metadata.set("authorization", `Bearer ${ANYDOOR_TOKEN}`);
@@ -32,10 +32,19 @@ const client = new CompositorService(address, credentials, {
   "grpc.max_receive_message_length": -1,
 });
 
+function read(file) {
+  try {
+    return fs.readFileSync(file);
+  } catch (error) {
+    console.error(`cannot read ${file}: ${error.code}`);
+    process.exit(2);
+  }
+}
+
 const [x0, y0, x1, y1] = box.split(",").map(Number);
 const request = {
-  scene: fs.readFileSync(scene),
-  placements: [{ reference: fs.readFileSync(reference), box: { x0, y0, x1, y1 } }],
+  scene: read(scene),
+  placements: [{ reference: read(reference), box: { x0, y0, x1, y1 } }],
   sampling: { steps: 20 }, // what is not set is as the model's defaults say
   seed: 7,
 };

@@ -79,7 +79,7 @@ DROPPED, SAID = 0.1, 0.5
 
 
 def colour_name(colour: Colour) -> str:
-    """Returns names an 8-bit sRGB colour in one word."""
+    """Names an 8-bit sRGB colour in one word."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))
     if saturation < 0.22:
         return "white" if value > 0.75 else "grey" if value > 0.25 else "black"
