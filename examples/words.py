@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime import Compositor, Placement, Sampling
+from runtime import AnyDoorError, Compositor, Placement, Sampling
 from runtime.segmentation import Segmenter
 
 EXAMPLES = Path(__file__).parent
@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("output", type=Path, metavar="FILE.png")
     options = parser.parse_args()
 
-    model = Compositor.load(options.bundle)
+    try:
+        model = Compositor.load(options.bundle)
+    except AnyDoorError as error:
+        parser.error(str(error))
     rows = [row(prompt, seeds(model, prompt)) for prompt in PROMPTS]
     rows.append(row("cut out, composited", [*composited(model)]))
     sheet = Image.new("RGB", (rows[0].width, sum(each.height + GAP for each in rows) - GAP), "white")

@@ -1,12 +1,14 @@
 """The documentation: its links, paths and commands exist, its tables are up to date, its pages are short."""
 
 import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from benchmarks import tables
+from runtime.cli import all_commands, parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [page.relative_to(ROOT) for page in (*tables.pages(), *(ROOT / "benchmarks").glob("*.md"))]
@@ -48,6 +50,15 @@ def test_commands_exist(page: Path) -> None:
         assert module == "venv" or find_spec(module), module
     for target in re.findall(r"(?:^ {4}|`)make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@every_page
+def test_command_lines_are_accepted(page: Path) -> None:
+    """Each `anydoor` in a block of code, with its flags, up to a redirection or a comment."""
+    text = (ROOT / page).read_text("utf-8").replace("\\\n", " ")
+    accepting = parser(all_commands())
+    for line in re.findall(r"^ {4,}anydoor (.+)$", text, re.MULTILINE):
+        assert accepting.parse_args(shlex.split(re.split(r" [|<>&#]", line)[0])), line
 
 
 @every_page

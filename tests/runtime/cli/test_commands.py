@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from runtime.cli import BUILT_IN, GROUP, main
+from runtime.cli import BUILT_IN, GROUP, load_command, main, parser
 
 ROOT = Path(__file__).parents[3]
 Capture = pytest.CaptureFixture[str]
@@ -36,6 +37,15 @@ def test_help_of_every_command_has_examples(name: str, capsys: Capture) -> None:
     printed = capsys.readouterr().out
     assert f"usage: anydoor {name}" in printed
     assert f"examples:\n  anydoor {name}" in printed
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_examples_of_the_help_are_accepted(name: str) -> None:
+    commands = [load_command(each) for each in BUILT_IN]
+    for line in load_command(name).EXAMPLES.replace("\\\n", " ").strip().splitlines():
+        program, *arguments = shlex.split(line.split(" < ")[0])
+        if program == "anydoor":
+            assert parser(commands).parse_args(arguments), line
 
 
 def test_help_lists_every_command(capsys: Capture) -> None:
