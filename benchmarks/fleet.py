@@ -46,27 +46,43 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--servers", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="N")
+    result.add_argument(
+        "--servers",
+        type=int,
+        nargs="+",
+        default=[1, 10, 100, 1000],
+        metavar="N",
+        help="default: 1 10 100 1000",
+    )
     result.add_argument(
         "--loads",
         type=float,
         nargs="+",
         default=[0.8, 1.2, 1.6],
         metavar="X",
-        help="pictures/s for each",
+        help="pictures/s for each (default: 0.8 1.2 1.6)",
     )
-    result.add_argument("--rerolls", type=float, default=3.0, metavar="X", help="mean number per placement")
-    result.add_argument("--pause", type=float, default=15.0, metavar="S", help="mean time before a re-roll")
-    result.add_argument("--picture", type=float, default=0.87, metavar="S", help="of a new placement, alone")
-    result.add_argument("--reroll", type=float, default=0.47, metavar="S", help="whose maps are kept, alone")
-    result.add_argument("--steps", type=int, default=50, metavar="N", help="of a picture")
+    result.add_argument(
+        "--rerolls", type=float, default=3.0, metavar="X", help="mean number per placement (default: 3)"
+    )
+    result.add_argument(
+        "--pause", type=float, default=15.0, metavar="S", help="mean time before a re-roll (default: 15)"
+    )
+    result.add_argument(
+        "--picture", type=float, default=0.87, metavar="S", help="of a new placement, alone (default: 0.87)"
+    )
+    result.add_argument(
+        "--reroll", type=float, default=0.47, metavar="S", help="whose maps are kept, alone (default: 0.47)"
+    )
+    result.add_argument("--steps", type=int, default=50, metavar="N", help="of a picture (default: 50)")
     result.add_argument(
         "--step-ms",
         type=float,
         nargs="+",
         default=[8.00, 12.14, 16.75, 21.36],
         metavar="MS",
-        help="of a call for 1, 2, ... samples, as many as a batch has (that for 3 is interpolated)",
+        help="of a call for 1, 2, ... samples, as many as a batch has (default: 8 12.14 16.75 21.36; "
+        "that for 3 is interpolated)",
     )
     result.add_argument(
         "--kept",
@@ -74,10 +90,12 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[3, 30],
         metavar="N",
-        help="placements whose maps a server keeps",
+        help="placements whose maps a server keeps (default: 3 30)",
     )
-    result.add_argument("--seconds", type=float, default=300.0, metavar="S", help="of each row, after 120")
-    result.add_argument("--seed", type=int, default=1, metavar="S")
+    result.add_argument(
+        "--seconds", type=float, default=300.0, metavar="S", help="of each row, after 120 (default: 300)"
+    )
+    result.add_argument("--seed", type=int, default=1, metavar="S", help="of arrivals (default: 1)")
     result.add_argument("--output", type=Path, metavar="FILE", help="results, .json")
     return result
 

@@ -200,6 +200,11 @@ def failures(report: Report) -> list[str]:
     return sentences
 
 
+def _default(name: str) -> str:
+    of_sizes = ", ".join(f"{getattr(plan, name)} with --size {size}" for size, plan in WORKLOADS.items())
+    return f" (default: {of_sizes}, else {getattr(Workload(), name)})"
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     result = argparse.ArgumentParser(
@@ -240,9 +245,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="CKPT",
         help="what it was built from, for PyTorch: a file, or of Stable Diffusion a folder of diffusers",
     )
-    result.add_argument("--steps", type=int, metavar="N", help="steps per picture that are really taken")
-    result.add_argument("--rounds", type=int, metavar="N", help="turns of every contender")
-    result.add_argument("--pictures", type=int, metavar="N", help="warm pictures per turn")
+    result.add_argument(
+        "--steps", type=int, metavar="N", help=f"steps per picture that are really taken{_default('steps')}"
+    )
+    result.add_argument(
+        "--rounds", type=int, metavar="N", help=f"turns of every contender{_default('rounds')}"
+    )
+    result.add_argument(
+        "--pictures", type=int, metavar="N", help=f"warm pictures per turn{_default('pictures')}"
+    )
     result.add_argument("--guidance-scale", type=float, default=5.0, metavar="G", help="default: 5")
     result.add_argument("--threads", type=int, default=cores(), metavar="N", help="default: all cores")
     result.add_argument(

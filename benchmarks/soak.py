@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_bundle_option(result)
-    result.add_argument("--minutes", type=float, default=10, metavar="M")
+    result.add_argument("--minutes", type=float, default=10, metavar="M", help="default: 10")
     result.add_argument("--log", type=Path, metavar="FILE", help="where the server's log lines go")
     result.add_argument("--output", type=Path, metavar="FILE", help="results, as JSON")
     result.add_argument("--cache-bytes", type=int, default=1 << 26, metavar="N", help="of the server")
