@@ -1,7 +1,7 @@
 """Proposes identifiers for a subject: words that a text encoder has a token for and has hardly ever read.
 
 A subject is learned as "a IDENTIFIER CLASS". A word that the model knows brings its meaning along, and one
-that falls to pieces brings those of the pieces; a rare token brings next to nothing. The merges of CLIP's
+that is split into several tokens brings theirs; a rare token brings next to nothing. The merges of CLIP's
 tokenizer are in the order of how frequent they were in what it was trained on, so rare tokens come late.
 Source: DreamBooth (Ruiz et al., 2023), section 3.2, which takes T5's tokens; the order of the merges is that
 of byte-pair encoding.
@@ -115,8 +115,8 @@ def warnings_for(tokenizer: Tokenizer, identifier: str) -> list[str]:
         if len(ids) > 1:
             pieces = ", ".join(f"'{tokenizer.decode([token])}'" for token in ids)
             found.append(
-                f"the identifier '{word}' falls to {len(ids)} pieces, {pieces}: the model knows what they "
-                "mean, and the subject has to be learned against that"
+                f"the identifier '{word}' is split into {len(ids)} tokens, {pieces}: the model knows what "
+                "they mean, and the subject has to be learned against that"
             )
         elif rarity(tokenizer, ids[0]) < RARE:
             share = max(1, round(100 * rarity(tokenizer, ids[0])))
@@ -138,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=10, help="identifiers to propose; default: 10")
     parser.add_argument("--tokens", type=int, default=1, help="rare words in each, 1 to 3; default: 1")
     parser.add_argument("--seed", type=int, default=0, help="of the draw; default: 0")
-    parser.add_argument("--check", metavar="IDENTIFIER", help="say what speaks against this one instead")
+    parser.add_argument(
+        "--check", metavar="IDENTIFIER", help="check this one instead: whether the model knows or splits it"
+    )
     options = parser.parse_args(arguments)
     if options.count < 1 or not 1 <= options.tokens <= 3:
         parser.error("--count must be at least 1, and --tokens 1, 2 or 3")

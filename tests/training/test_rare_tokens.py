@@ -52,7 +52,7 @@ def test_a_draw_depends_on_its_seed_alone(tokenizer: Tokenizer) -> None:
         ("waj", []),
         ("qx waj", []),
         ("cup", ["the identifier 'cup' is among the most frequent 18 % of the vocabulary"]),
-        ("zzz", ["the identifier 'zzz' falls to 3 pieces, 'z', 'z', 'z'"]),
+        ("zzz", ["the identifier 'zzz' is split into 3 tokens, 'z', 'z', 'z'"]),
         ("waj cup", ["the identifier 'cup' is among the most frequent 18 %"]),
     ],
 )
