@@ -33,6 +33,9 @@ from runtime.request import Request, Sampling
 if TYPE_CHECKING:
     from runtime.compositor import Compositor
 
+SAMPLING = "sampling (defaults: those of --quality, else the model's)"
+"""Heading of the flags of sampling."""
+
 _SAMPLING = (
     *("quality", "steps", "guidance_scale", "control_scale", "eta", "sampler"),
     *("guidance_interval", "map_steps"),
@@ -41,9 +44,9 @@ _MACHINE = ("bundle", "segmenter", *field_names(EngineOptions), "control_window"
 """Flags that only have an effect without --server."""
 
 
-def add_picture_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of sampling, output, machine and server."""
-    _add_sampling_flags(parser)
+def add_picture_flags(parser: argparse.ArgumentParser, sampling: str = SAMPLING) -> None:
+    """Adds the flags of sampling, output, machine and server; `sampling` is the heading of the first."""
+    _add_sampling_flags(parser.add_argument_group(sampling))
     out = parser.add_argument_group("output")
     out.add_argument(
         "-o",
@@ -76,8 +79,7 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     add_server_flags(parser.add_argument_group("server (instead of this machine)"))
 
 
-def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling (defaults: those of --quality, else the model's)")
+def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--seed", type=int, metavar="S", help="the same seed gives the same picture (default: random)"
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from runtime.cli.flags import engine_options, given, parse_box, parse_click
 from runtime.cli.output import check_output, write_output
-from runtime.cli.pictures import add_picture_flags, check_flags, common_arguments, load_compositor
+from runtime.cli.pictures import SAMPLING, add_picture_flags, check_flags, common_arguments, load_compositor
 from runtime.cli.placements import (
     add_object_flags,
     add_parameter_flags,
@@ -66,8 +66,8 @@ def add_reference_flags(parser: argparse.ArgumentParser, what: str, mode: str) -
     add_parameter_flags(group, mode)
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of filling, sampling, output, machine and server."""
+def add_common_flags(parser: argparse.ArgumentParser, sampling: str = SAMPLING) -> None:
+    """Adds the flags of filling, sampling under a heading, output, machine and server."""
     group = parser.add_argument_group("what fills the hole that the object leaves")
     group.add_argument(
         "--filler",
@@ -80,7 +80,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--fill-prompt", metavar="TEXT", help="what to draw in the hole, for a filler that takes prompts"
     )
     group.add_argument("--fill-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
-    add_picture_flags(parser)
+    add_picture_flags(parser, sampling)
 
 
 def where(options: argparse.Namespace, name: str = "object") -> Where:

@@ -20,7 +20,7 @@ anydoor remove --scene desk.jpg --object-mask cup.png --filler build/engines/512
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     add_scene_flags(parser)
-    add_common_flags(parser)
+    add_common_flags(parser, "sampling (--seed alone: the others are refused, as no object is drawn)")
 
 
 def run(options: argparse.Namespace) -> int:
