@@ -116,7 +116,7 @@ def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
         "--initial-noise",
         type=Path,
         metavar="FILE.npy",
-        help="latents (N, C, h, w) to start from, to reproduce another implementation",
+        help="latents (N, C, h, w) to start from, to reproduce another implementation; not for edits",
     )
 
 
