@@ -14,6 +14,10 @@ from pathlib import Path
 _LONGEST_NAME = 40
 """Characters of a name that the names beside it begin with: of its 255 bytes, each may take 4."""
 
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+"""What is taken from the rights of new files. Asked for once: asking sets it, also for other threads."""
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Arguments of Linux's renameat2: <fcntl.h>, <linux/fs.h>."""
 
@@ -23,8 +27,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path`; what is written there takes its place when the block ends without an
     error.
 
-    Works for a file and for a folder. After an error `path` is as it was before. Where it is a symbolic link,
-    what the link leads to is replaced. The folder that holds it is made if it does not exist.
+    Works for a file and for a folder, whose files get the rights of any new file. After an error `path` is as
+    it was before. Where it is a symbolic link, what the link leads to is replaced. The folder that holds it
+    is made if it does not exist.
 
     Args:
         path: the file or folder to write.
@@ -37,6 +42,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     partial = partial_path(path)
     try:
         yield partial
+        for each in partial.rglob("*") if partial.is_dir() else [partial]:
+            if each.is_file() and not each.is_symlink():
+                # as any file: ONNX and safetensors would let its owner alone read it
+                each.chmod(0o666 & ~_UMASK)
         if partial.is_dir():
             _replace_folder(partial, path)
         else:

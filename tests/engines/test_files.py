@@ -54,6 +54,18 @@ def test_after_an_error_everything_is_as_before(tmp_path: Path, as_folder: bool)
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+def test_files_have_the_rights_of_any_new_file(tmp_path: Path, as_folder: bool) -> None:
+    """Libraries make some that their owner alone may read."""
+    (tmp_path / "new").touch()
+    with replacing(tmp_path / "written") as partial:
+        file = partial / "weights" / "data" if as_folder else partial
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+    written = tmp_path / "written" / "weights" / "data" if as_folder else tmp_path / "written"
+    assert written.stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_a_name_may_have_all_of_its_255_bytes(tmp_path: Path) -> None:
     for name in ("n" * 251 + ".txt", "\u30ab" * 85):
         write_text(tmp_path / name, "written")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -305,11 +304,8 @@ def write_checkpoint(
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a .safetensors file as a whole or not at all."""
-    umask = os.umask(0)
-    os.umask(umask)
     with replacing(path) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, dict(metadata))
-        partial.chmod(0o666 & ~umask)  # as any file: safetensors would let its owner alone read it
 
 
 def write_model(
