@@ -87,6 +87,9 @@ def sampling_parameters(sampling: Sampling, defaults: Mapping[str, Any]) -> Samp
             # detail maps are AnyDoor's alone
             preset = {name: v for name, v in QUALITIES[sampling.quality].items() if name in defaults}
     given = {name: getattr(sampling, name) for name in SAMPLING_PARAMETERS}
+    if sampling.steps is not None or "steps" in preset:
+        # a number of steps takes the place of the timesteps that a manifest names
+        defaults = {name: value for name, value in defaults.items() if name != "timesteps"}
     return SamplingParameters(**_filled(given, {**defaults, **preset}))
 
 

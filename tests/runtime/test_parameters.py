@@ -58,6 +58,9 @@ def test_a_sampling_parameter_comes_from_the_first_that_sets_it(
         labelled("system", SAMPLING_PARAMETERS),
     ]
     found = sampling_parameters(Sampling(quality, **layers[0]), {**layers[3], **layers[2]})
+    if any("steps" in layer for layer in layers[:2]):
+        # they take the place of the timesteps that a manifest names
+        layers = [layers[0], {"timesteps": None}, *layers[1:]]
     for name in SAMPLING_PARAMETERS:
         assert getattr(found, name) == next(layer[name] for layer in layers if name in layer)
 
@@ -75,6 +78,13 @@ def test_a_placement_parameter_comes_from_the_first_that_sets_it(
     found = placement_parameters(given, {**layers[2], **layers[1]})
     for name in PLACEMENT_PARAMETERS:
         assert getattr(found, name) == next(layer[name] for layer in layers if name in layer)
+
+
+def test_a_number_of_steps_takes_the_place_of_the_timesteps_of_a_manifest() -> None:
+    defaults = {**DEFAULTS, "timesteps": (1, 500, 999)}
+    assert sampling_parameters(Sampling(), defaults).timesteps == (1, 500, 999)
+    assert sampling_parameters(Sampling(steps=8), defaults).timesteps is None
+    assert sampling_parameters(Sampling(quality="fast"), defaults).timesteps is None
 
 
 def test_a_value_that_is_false_is_a_value() -> None:
