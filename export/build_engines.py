@@ -64,7 +64,13 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         AnyDoorError: it cannot be built; says why.
     """
-    output, manifest = build(options)
+    try:
+        output, manifest = build(options)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        file = f" '{error.filename}'" if error.filename else ""
+        raise AnyDoorError(f"cannot read or write{file}: {error.strerror or error}") from error
     print(summary(manifest))
     print(f"bundle: {output}")
     return 0

@@ -112,7 +112,10 @@ class _Reader:
             if field.name not in values and field.default is field.default_factory is MISSING:
                 key = field.metadata.get("key", field.name)
                 raise self._error(f"{place} lacks '{key}', which has no default")
-        return kind(**values)
+        try:
+            return kind(**values)
+        except InputError as error:
+            raise self._error(f"{place}: {error}") from error
 
     def values(self, kind: type | tuple[type, ...], place: str, table: Mapping[str, Any]) -> dict[str, Any]:
         """Checks a table against the fields of a dataclass, or of several."""

@@ -25,6 +25,7 @@ from training.small.fresh_samples import AnewPairs, FreshSamples
 from training.small.initial_weights import open_control
 from training.systems.anydoor import Denoising, DiffusionTask
 from training.systems.autoencoder import normalise_latents
+from training.train_state import fitting, read_tensors
 from training.workers import drawer_count, drawing_device, worker_count
 
 _FIRST = "conv_in.weight"
@@ -34,17 +35,20 @@ CALIBRATION_VIEWS = 64
 """Views on which the spread of the latents is measured."""
 
 
-def stage_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Reads the weights that a stage has trained.
+@contextmanager
+def stage_weights(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields the weights that a stage has trained, for a block that puts them into a network.
 
     Raises:
         FileNotFoundError: it has not been run.
+        InputError: their file is damaged, or the block finds that they are of another recipe.
     """
     path = folder / "mean.pt"
     if not path.exists():
         raise FileNotFoundError(f"there is no '{path}': run the stage '{folder.name}' first")
-    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return weights
+    weights: dict[str, torch.Tensor] = read_tensors(path)
+    with fitting(path):
+        yield weights
 
 
 def frozen_parts(recipe: Recipe, folder: Path) -> AnyDoor:
@@ -86,12 +90,14 @@ def load_small_parts(model: ReferenceNetwork, recipe: CommonRecipe, folder: Path
         _load_encoders(model, recipe.encoders)
         return
     improved = (folder / "decoder" / "mean.pt").exists()
-    model.vae.load_state_dict(stage_weights(folder / ("decoder" if improved else "autoencoder")))
-    identity = stage_weights(folder / "identity")
-    encoder = {n.removeprefix("encoder."): w for n, w in identity.items() if n.startswith("encoder.")}
-    # a content adapter has layers that the one linear layer of that stage has not, and starts afresh
-    own = model.id_encoder.state_dict()
-    model.id_encoder.load_state_dict(own | {name: encoder[name] for name in encoder if name in own})
+    with stage_weights(folder / ("decoder" if improved else "autoencoder")) as weights:
+        model.vae.load_state_dict(weights)
+    with stage_weights(folder / "identity") as identity:
+        trained = {n.removeprefix("encoder."): w for n, w in identity.items() if n.startswith("encoder.")}
+        known = model.id_encoder.state_dict()
+        # a content adapter has layers that the one linear layer of that stage has not, and starts afresh
+        fresh = model.id_encoder.projector.state_dict(prefix="projector.")
+        model.id_encoder.load_state_dict(fresh | {name: w for name, w in trained.items() if name in known})
     store = ViewStore(folder / recipe.objects)
     pictures = np.stack([store.scene(row, 0).image for row in range(min(CALIBRATION_VIEWS, len(store)))])
     device = join_processes().device
@@ -176,7 +182,8 @@ def trained_model(recipe: Recipe, folder: Path) -> AnyDoor:
         CheckpointError, FileNotFoundError: see `frozen_parts`.
     """
     model = frozen_parts(recipe, folder)
-    DiffusionTask.load(model, stage_weights(folder / "diffusion"))
+    with stage_weights(folder / "diffusion") as weights:
+        DiffusionTask.load(model, weights)
     return model
 
 

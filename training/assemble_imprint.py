@@ -49,14 +49,16 @@ def encoder_model(recipe: ImprintRecipe, folder: Path) -> Imprint:
     model = start_model(recipe, folder)
     if recipe.views:
         keep = recipe.compositing is not None and recipe.compositing.keep_unet
-        load_parts(model, stage_weights(folder / "views"), (*ENCODER, "unet") if keep else ENCODER)
+        with stage_weights(folder / "views") as weights:
+            load_parts(model, weights, (*ENCODER, "unet") if keep else ENCODER)
     return model
 
 
 def trained_imprint(recipe: ImprintRecipe, folder: Path) -> Imprint:
     """Builds the network after stage 2."""
     model = encoder_model(recipe, folder)
-    load_parts(model, stage_weights(folder / "compositing"), (*ENCODER, "unet"))
+    with stage_weights(folder / "compositing") as weights:
+        load_parts(model, weights, (*ENCODER, "unet"))
     return model
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from runtime.errors import InputError
+from runtime.systems import anydoor, imprint
 from runtime.toml_file import read_settings, read_toml
+from runtime.validation import check_defaults
 from training.data.augment import Augmentation
 from training.data.cut_outs import CutOutRules
-from training.data.pairs import CommonRules, Kind, PairRules
+from training.data.pairs import CommonRules, Kind, PairRules, check_share
 from training.data.sources import SOURCES
 from training.loop_settings import LoopSettings
 from training.network.architecture import Architecture, ArchitectureError
@@ -45,6 +47,17 @@ class DataSettings:
     workers: int = 0
     """Processes that draw objects, and that make pairs while others are encoded; 0 makes them in turn, see
     `worker_count`."""
+
+    def __post_init__(self) -> None:
+        """Refuses numbers of nothing.
+
+        Raises:
+            InputError: names the setting.
+        """
+        for name, least in (("objects", 1), ("pairs", 0), ("repeats", 1)):
+            if (count := getattr(self, name)) < least:
+                raise InputError(f"{name} is {count}; expected at least {least}")
+        check_share("single", self.single)
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ class CommonRecipe:
     """What is learned from; if empty, rendered and encoded pairs."""
     defaults: Mapping[str, Default] = field(default_factory=dict)
     """What a request should use where it gives no value: parameter, like guidance_scale or mode -> value.
-    Written into the checkpoint and used for the sheets of samples. The runtime checks it."""
+    Written into the checkpoint and used for the sheets of samples."""
 
     @property
     def objects(self) -> str:
@@ -223,6 +236,13 @@ RECIPES: Mapping[str, type[AnyRecipe]] = {
 """System -> what its recipes say."""
 
 
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"anydoor": anydoor.DEFAULTS, "imprint": imprint.DEFAULTS}
+"""System -> what the runtime takes where [defaults] has nothing."""
+
+_MAY_BE_NONE = ("scene_channels", "adapter_layers")
+"""Sizes of a network that may be 0."""
+
+
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
     """Reads a recipe; missing settings have their defaults, and the system is AnyDoor.
 
@@ -238,18 +258,38 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
         recipe = read_settings(path, RECIPES[system], "the recipe", changes)
     except ArchitectureError as error:
         raise InputError(f"'{path}': [architecture]: {error}") from error
+    if not isinstance(recipe, DreamBoothRecipe):
+        _check_architecture(path, recipe.architecture)
     if isinstance(recipe, DreamBoothRecipe | StableDiffusionRecipe | SegmenterRecipe):
         return recipe
+    try:
+        check_defaults({**_DEFAULTS[recipe.system], **recipe.defaults})
+    except InputError as error:
+        raise InputError(f"'{path}': [defaults]: {error}") from error
     for source in recipe.sources:
         if source.name not in SOURCES:
             raise InputError(f"'{path}': no data set is called '{source.name}'; known: {', '.join(SOURCES)}")
     if isinstance(recipe, ImprintRecipe):
         _check_imprint(path, recipe)
-    elif recipe.data.pairs < 0 or recipe.data.repeats < 1:
-        raise InputError(f"'{path}': [data] pairs is at least 0, and repeats at least 1")
     elif recipe.sources and recipe.denoising.attention_guide:
         raise InputError(f"'{path}': [denoising] attention_guide is for rendered pairs, not for [[sources]]")
     return recipe
+
+
+def _check_architecture(path: Path, architecture: object) -> None:
+    """Refuses widths and depths that no network has."""
+    values = vars(architecture)
+    for name, value in values.items():
+        least = 0 if name in _MAY_BE_NONE else 1
+        for count in value if isinstance(value, tuple) else (value,):
+            if type(count) is int and count < least:
+                raise InputError(f"'{path}': [architecture]: {name} is {count}; expected at least {least}")
+    for part in ("unet", "vae"):
+        groups = values.get(f"{part}_norm_groups", 1)
+        if any(width % groups for width in values.get(f"{part}_channels", ())):
+            raise InputError(
+                f"'{path}': [architecture]: {part}_channels must be multiples of {part}_norm_groups, {groups}"
+            )
 
 
 def _check_imprint(path: Path, recipe: ImprintRecipe) -> None:

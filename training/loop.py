@@ -30,7 +30,7 @@ from training.curves import Curves
 from training.loop_settings import LoopSettings, Precision
 from training.precision import allow_tf32, has_bf16
 from training.sharding import shard_module
-from training.train_state import TrainState, read_state, saved_weights
+from training.train_state import TrainState, fitting, read_state, saved_weights
 from training.workers import worker_count
 
 _Arguments = ParamSpec("_Arguments")
@@ -160,12 +160,14 @@ def train(
 
     Raises:
         LaunchError: the weights are to be sharded over several processes, and there is one.
+        InputError: last.pt is damaged, or of another recipe.
     """
     accelerator = join_processes(settings.precision, settings.accumulate)
     allow_tf32(settings.precision == "auto")
-    saved, main = read_state(folder / "last.pt"), accelerator.is_main_process
+    last_state, main = folder / "last.pt", accelerator.is_main_process
+    saved = read_state(last_state)
     start, clock = saved.get("step", 0), Clock(settings.limit, saved.get("seconds", 0.0))
-    step_over = _Stepper(task, settings, accelerator, saved)
+    step_over = _Stepper(task, settings, accelerator, saved, last_state)
     state, curves = step_over.state, Curves(folder, start, step_over.samples, write=main)
     steps = range(start, start if _agreed(settings, bool(saved) and clock.is_over) else settings.steps)
     for step in (progress := ProgressBar(steps, initial=start, total=settings.steps, disable=not main)):
@@ -202,12 +204,22 @@ class _Stepper:
     """Takes the steps of the optimizer, each over as many batches as are accumulated."""
 
     def __init__(
-        self, task: Task, settings: LoopSettings, accelerator: Accelerator, saved: Mapping[str, Any]
+        self,
+        task: Task,
+        settings: LoopSettings,
+        accelerator: Accelerator,
+        saved: Mapping[str, Any],
+        where: Path,
     ) -> None:
-        """Puts everything on the accelerator's device; goes on from what was `saved`, if anything."""
+        """Puts everything on the accelerator's device; goes on from what was `saved`, if anything, and where.
+
+        Raises:
+            InputError: what was saved is of another recipe.
+        """
         self._task, self._settings, self._accelerator = task, settings, accelerator
         if saved:
-            task.module.load_state_dict(saved_weights(saved, accelerator.device))
+            with fitting(where):
+                task.module.load_state_dict(saved_weights(saved, accelerator.device))
         task.network.to(accelerator.device)
         # Accelerate has FSDP on graphics cards only; PyTorch's own is the same everywhere
         self._module = (
@@ -219,7 +231,8 @@ class _Stepper:
             self._module = _compiled(self._module)
         self.state = TrainState(task.module, settings, accelerator.scaler)
         if saved:
-            self.state.load(saved)
+            with fitting(where):
+                self.state.load(saved)
         self._optimizer = accelerator.prepare(self.state.optimizer)
         self.samples = settings.batch * settings.accumulate * accelerator.num_processes
         """Samples of a step, of all processes."""

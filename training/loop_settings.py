@@ -59,8 +59,21 @@ class LoopSettings:
     """Processes that prepare data; 0 prepares it in the loop."""
 
     def __post_init__(self) -> None:
-        if self.minutes < 0:
+        if not 0 <= self.minutes < math.inf:
             raise InputError(f"minutes is {self.minutes:g}; expected a share of --minutes, at least 0")
+        for name in ("steps", "batch", "accumulate", "save_every", "draw_every", "log_every"):
+            if (count := getattr(self, name)) < 1:
+                raise InputError(f"{name} is {count}; expected at least 1")
+        for name in ("warmup", "weight_decay", "final_rate"):
+            if not 0 <= (number := getattr(self, name)) < math.inf:
+                raise InputError(f"{name} is {number:g}; expected at least 0")
+        for rate in (self.learning_rate, *self.rates.values()):
+            if not 0 <= rate < math.inf:
+                raise InputError(f"a learning rate is {rate:g}; expected at least 0")
+        if not self.clip > 0:
+            raise InputError(f"clip is {self.clip:g}; expected more than 0")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema is {self.ema:g}; expected a decay from 0 to below 1")
         if not 0 < self.swap <= 1 or (self.swap < 1 and len(self.rates) != 2):
             raise InputError(
                 f"swap is {self.swap:g} with {len(self.rates)} rates; expected a share of the steps, above 0 "

@@ -138,8 +138,8 @@ def _started(recipe: AnyRecipe, start: str) -> AnyRecipe:
     return replace(recipe, start=start)
 
 
-def _choose(recipe: AnyRecipe, wanted: Sequence[str] | None, limit: TimeLimit | None) -> list[str]:
-    """Returns the stages to run.
+def chosen_stages(recipe: AnyRecipe, wanted: Sequence[str] | None, limit: TimeLimit | None) -> list[str]:
+    """Returns the stages to run: those that are wanted, or all.
 
     Raises:
         InputError: the system has no such stage, or there is a limit and none of them has a share of it.
@@ -155,7 +155,7 @@ def _choose(recipe: AnyRecipe, wanted: Sequence[str] | None, limit: TimeLimit | 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 if something that it was given cannot be used."""
+    """Runs the command; returns 0, 2 if what it was given cannot be used, or 130 if it is stopped."""
     parser = argparse.ArgumentParser(
         prog="python -m training.train",
         description=__doc__,
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.start:
             recipe = _started(recipe, str(options.start))
         _check_start(recipe)
-        chosen = _choose(recipe, options.stage, limit)
+        chosen = chosen_stages(recipe, options.stage, limit)
         folder = options.folder or Path("runs") / options.recipe.stem
         print(describe(recipe, chosen, folder))
         for index, stage in enumerate(chosen):
@@ -202,6 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AnyDoorError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train: interrupted; the same command goes on from what was saved last", file=sys.stderr)
+        return 130
     part_processes()
     return 0
 

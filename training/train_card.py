@@ -15,7 +15,9 @@ examples:
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +31,7 @@ from runtime.errors import InputError
 from training.clock import TimeLimit, program_start
 from training.config import AnyRecipe, CommonRecipe, read_recipe
 from training.data.view_store import draw_views
+from training.train import chosen_stages
 from training.workers import drawer_count, drawing_device
 
 PACKED_BYTES = 15 << 20
@@ -54,15 +57,17 @@ class Run:
     """Of the recipe, see `read_recipe`."""
 
     @classmethod
-    def of(cls, given: str, changes: Sequence[str] = ()) -> Run:
-        """Reads RECIPE or RECIPE:STAGE,STAGE, with changes of the recipe.
+    def of(cls, given: str, changes: Sequence[str] = (), limit: TimeLimit | None = None) -> Run:
+        """Reads RECIPE or RECIPE:STAGE,STAGE, with changes of the recipe, to be trained in a time.
 
         Raises:
-            InputError: it cannot be read.
+            InputError: it cannot be read, has no such stage, or none that has a share of the time.
         """
-        path, _, stages = given.partition(":")
+        path, _, names = given.partition(":")
+        stages = tuple(filter(None, names.split(",")))
         recipe = read_recipe(Path(path), changes)
-        return cls(Path(path), tuple(filter(None, stages.split(","))), recipe, tuple(changes))
+        chosen_stages(recipe, stages, limit)
+        return cls(Path(path), stages, recipe, tuple(changes))
 
     @property
     def drawn(self) -> CommonRecipe | None:
@@ -112,14 +117,24 @@ def share_objects(runs: Sequence[Run], folder: Path) -> None:
 
 
 def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path) -> list[str]:
-    """Waits until all have ended; says now and then how far they are. Returns those that failed."""
+    """Waits until all have ended; says now and then how far they are. Returns those that failed.
+
+    Where it is interrupted, it stops them first.
+    """
     told = 0.0
-    while any(process.poll() is None for process in processes.values()):
-        time.sleep(0.2)
-        if time.monotonic() - told > 20:
-            told = time.monotonic()
-            for name in processes:
-                print(f"train_card: {name}: {_last_line(folder / name / 'train.log')}", file=sys.stderr)
+    try:
+        while any(process.poll() is None for process in processes.values()):
+            time.sleep(0.2)
+            if time.monotonic() - told > 20:
+                told = time.monotonic()
+                for name in processes:
+                    print(f"train_card: {name}: {_last_line(folder / name / 'train.log')}", file=sys.stderr)
+    except KeyboardInterrupt:
+        for process in processes.values():
+            process.send_signal(signal.SIGINT)
+        for process in processes.values():
+            process.wait()
+        raise
     return [name for name, process in processes.items() if process.returncode]
 
 
@@ -165,7 +180,11 @@ def check_libraries() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 1 if a run failed (the others are packed), or 2 if none can be started."""
+    """Runs the command.
+
+    Returns:
+        0, 1 if a run failed (the others are packed), 2 if none can be started, or 130 if it is stopped.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m training.train_card",
         description=__doc__,
@@ -188,11 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit = TimeLimit(60 * options.minutes - SECONDS_TO_PACK, program_start())
     try:
         check_libraries()
-        if not limit.seconds > 0:
+        if not 0 < limit.seconds < math.inf:
             raise InputError(
                 f"--minutes is {options.minutes:g}; writing and packing alone take {SECONDS_TO_PACK} s"
             )
-        runs = [Run.of(each, options.set) for each in options.recipes]
+        runs = [Run.of(each, options.set, limit) for each in options.recipes]
+        if len({run.name for run in runs}) < len(runs):
+            raise InputError("two recipes have one name, and so one folder: give their stages together")
         options.output.mkdir(parents=True, exist_ok=True)
         share_objects(runs, options.folder)
         processes = {run.name: run.start(options.folder / run.name, limit.left / 60) for run in runs}
@@ -201,6 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AnyDoorError, OSError) as error:
         print(f"train_card: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_card: interrupted; the same command goes on from what was saved last", file=sys.stderr)
+        return 130
     for file in packed:
         print(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")
     for name in failed:

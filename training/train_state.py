@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,67 @@ def save_atomically(state: Any, path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Reads what `TrainState.save` wrote to go on from; empty if there is nothing."""
-    if not path.exists():
-        return {}
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+    """Reads what `TrainState.save` wrote to go on from; empty if there is nothing.
+
+    Raises:
+        InputError, OSError: see `read_tensors`.
+    """
+    return read_tensors(path) if path.exists() else {}
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Reads a table of tensors that `save_atomically` wrote.
+
+    Raises:
+        InputError: it is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the unpickler stumbles in many ways
+        raise InputError(_damaged(path)) from error
+    if not isinstance(content, dict):
+        raise InputError(_damaged(path))
+    return content
+
+
+def _damaged(path: Path) -> str:
+    return f"'{path}' is damaged: delete '{path.parent}' to run the stage '{path.parent.name}' anew"
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Refuses what a file holds if the block cannot put it where the recipe has its place.
+
+    Raises:
+        InputError: names the file.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"'{path}' does not fit what the recipe describes: give another --folder, or delete "
+            f"'{path.parent}' to run the stage '{path.parent.name}' anew"
+        ) from error
 
 
 def parts_to_train(module: nn.Module, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
     """Groups the weights that learn: one group per part with a rate of its own, "" for all others.
 
     Raises:
-        InputError: a rate is for a part that does not exist, or does not learn.
+        InputError: nothing learns, or a rate is for a part that does not exist, or does not learn.
     """
     groups: dict[str, list[nn.Parameter]] = {}
     for name, weight in module.named_parameters():
         if weight.requires_grad:
             part = name.partition(".")[0]
             groups.setdefault(part if part in rates else "", []).append(weight)
+    if not groups:
+        raise InputError("the recipe has no part of the network learn: switch one on, or leave the stage out")
     for part in rates:
         if part not in groups:
             learning = {name.partition(".")[0] for name, p in module.named_parameters() if p.requires_grad}

@@ -141,6 +141,25 @@ def test_runs_as_a_script() -> None:
     assert result.stderr == ("build_engines.py: give a checkpoint or a bundle to build from, or --skeleton\n")
 
 
+def test_folders_that_cannot_be_read_are_told(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner of all files can read them, and may run the tests: reading fails by other means."""
+    too_long = tmp_path / ("a" * 300)
+    sentence = f"build_engines.py: cannot read or write '{too_long}': {os.strerror(errno.ENAMETOOLONG)}"
+    assert refused(capsys, too_long) == sentence
+    assert refused(capsys, tiny_checkpoint, "--output", too_long) == sentence
+
+    def forbidden(folder: Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    sentence = f"build_engines.py: cannot read or write '{tmp_path}/closed': {os.strerror(errno.EACCES)}"
+    assert refused(capsys, tmp_path / "closed") == sentence
+    assert refused(capsys, tiny_checkpoint, "--output", tmp_path / "closed") == sentence
+
+
 def test_two_builds_do_not_step_on_each_other(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     with only_writer(tmp_path / "bundle"):
         line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle", "--resolution", 64)

@@ -92,6 +92,7 @@ def test_all_stages_make_a_checkpoint_that_can_be_built(run: Path) -> None:
     assert checkpoint.architecture.prediction == "v"
     assert checkpoint.dtype == torch.float16
     assert checkpoint.defaults == DEFAULTS
+    assert checkpoint.resolution == 32
     written = load_file(run / "model.safetensors")
     for name, buffer in schedule_buffers().items():  # the original is strict about them
         assert torch.equal(written[name], buffer)

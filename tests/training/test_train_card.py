@@ -79,7 +79,9 @@ def test_what_cannot_be_trained_is_told_before_anything_is_drawn(
 ) -> None:
     monkeypatch.setattr(train_card, "draw_views", lambda *_: pytest.fail("objects were drawn"))
     one, other = (
-        test_train_imprint.write_recipe(tmp_path / f"{number}.toml", data={"objects": number})
+        test_train_imprint.write_recipe(
+            tmp_path / f"{number}.toml", data={"objects": number}, autoencoder={"minutes": 1.0}
+        )
         for number in (2, 3)
     )
 

@@ -81,7 +81,7 @@ def test_a_subject_as_low_rank_updates(tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"class": None}, "[subject] lacks 'class', which has no default"),
-        ({"class": '" "'}, "[subject] class is empty"),
+        ({"class": '" "'}, "[subject]: class is empty"),
         ({"identifier": None}, "[subject] lacks 'identifier'"),
         ({"class_noun": '"cat"'}, "[subject] has no 'class_noun'"),
         ({"rank": -1}, "rank and prior_weight are at least 0"),

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from engines.errors import AnyDoorError
 from engines.files import write_text
-from training.data.device import MAPPED, generator, resident
+from training.data.arrays import mapped_array, read_count
+from training.data.device import generator, resident
 from training.data.matching_places import matching_places
 from training.data.pairs import Kind, PairRules, TimestepRule, sample_timestep, sample_timesteps
 
@@ -70,7 +71,7 @@ def unpack_hints(packed: Tensor) -> Tensor:
 
 def rows_done(folder: Path, name: str = PAIRS_DONE) -> int:
     """Counts the rows of a folder that are written."""
-    return int((folder / name).read_text()) if (folder / name).exists() else 0
+    return read_count(folder / name)
 
 
 def settled_rows(path: Path, folder: Path, name: str = PAIRS_DONE) -> int:
@@ -87,7 +88,7 @@ def settled_rows(path: Path, folder: Path, name: str = PAIRS_DONE) -> int:
         EncodedError: there are none, or fewer than there were.
     """
     done = rows_done(folder, name)
-    rows = int(path.read_text()) if path.exists() else done
+    rows = read_count(path) if path.exists() else done
     if not 0 < rows <= done:
         wanted = f"{rows}, as when this training began" if rows else "some to learn from"
         raise EncodedError(
@@ -127,12 +128,12 @@ class EncodedPairs:
         self._seed, self._rules, self._drop, self._kind = seed, rules, drop, kind
         self._with_places = places
         self._rows = rows or rows_done(folder, HINTS_DONE if hint_features else PAIRS_DONE)
-        self._hints = _mapped(folder / "hints.npy")
-        self._hint_features = _mapped(folder / "hint_features.npy") if hint_features else None
-        self._features = _mapped(folder / "features.npy")
-        self._moments = _mapped(folder / "moments.npy")
-        self._single = _mapped(folder / "single.npy")
-        self._black = _mapped(folder / "black.npy")
+        self._hints = mapped_array(folder / "hints.npy")
+        self._hint_features = mapped_array(folder / "hint_features.npy") if hint_features else None
+        self._features = mapped_array(folder / "features.npy")
+        self._moments = mapped_array(folder / "moments.npy")
+        self._single = mapped_array(folder / "single.npy")
+        self._black = mapped_array(folder / "black.npy")
         self._loaded: dict[torch.device, dict[str, Tensor]] = {}
 
     def __getitem__(self, number: int) -> dict[str, Any]:
@@ -226,8 +227,3 @@ def draw_samples(
     if "places" in pairs:
         sample["places"] = pairs["places"].masked_fill(dropped.view(-1, 1, 1, 1), math.nan)
     return sample
-
-
-def _mapped(path: Path) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(path, mmap_mode=MAPPED)
-    return array

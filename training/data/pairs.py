@@ -6,6 +6,7 @@ All geometry goes through the runtime's pre-processing, so that training and ser
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
+from runtime.errors import InputError
 from runtime.imaging.boxes import Box, box_in_box, expand, mask_extent
 from runtime.imaging.collage import collage, crop_scene
 from runtime.imaging.geometry import Geometry, Ratios, zoom_in
@@ -72,6 +74,23 @@ class CommonRules:
     box_ratio: float = 1.1
     crop_ratios: tuple[float, float] = (1.3, 2.9)
 
+    def __post_init__(self) -> None:
+        """Refuses numbers that no pair can have.
+
+        Raises:
+            InputError: names the setting.
+        """
+        if self.resolution < 1:
+            raise InputError(f"resolution is {self.resolution}; expected at least 1")
+        for name in ("reference_ratios", "crop_ratios"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high < math.inf:
+                raise InputError(
+                    f"{name} is [{low:g}, {high:g}]; expected two numbers from 1, the lower first"
+                )
+        for name in ("flip", "mirror", "brighten"):
+            check_share(name, getattr(self, name))
+
     def ratios(self, rng: Generator) -> Ratios:
         """Draws the ratios of a pair, as the original does in steps of 0.1."""
         return Ratios(tenths(self.reference_ratios, rng), self.box_ratio, tenths(self.crop_ratios, rng))
@@ -85,6 +104,10 @@ class PairRules(CommonRules):
     """Probability that the mask channel is the filled box, not a simulated rough shape."""
     timesteps: TimestepRule = "code"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("box_masks", self.box_masks)
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -95,6 +118,16 @@ class Pair:
     picture: NDArray[np.float32]  # (3, R, R), -1..1, what the model is to draw
     timestep: int  # 0..999
     kind: Kind
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuses a probability, or a share, that is none.
+
+    Raises:
+        InputError: names it.
+    """
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} is {value:g}; expected 0 to 1")
 
 
 class UnfitPairError(ValueError):

@@ -13,6 +13,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +31,8 @@ from engines.errors import AnyDoorError
 from engines.files import write_text
 from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
-from training.data.device import MAPPED, resident
+from training.data.arrays import make_array, mapped_array, read_count, writable_array
+from training.data.device import resident
 from training.data.pairs import Shot
 from training.data.synthetic.rendering import CPU
 from training.data.synthetic.views import VIEW_SIZE, View, draw_frames, reference_frame, scene_frame
@@ -52,6 +54,7 @@ class ViewStore:
 
     Raises:
         StoreError: nothing is drawn yet.
+        ArrayError: a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,9 +63,14 @@ class ViewStore:
                 f"no views in {folder}: draw some with python -m training.data.view_store {folder}"
             )
         self.folder = folder
-        self.scenes: NDArray[np.uint8] = np.load(folder / "scenes.npy", mmap_mode=MAPPED)
-        self.references: NDArray[np.uint8] = np.load(folder / "references.npy", mmap_mode=MAPPED)
-        self.count = int((folder / DONE).read_text())
+        self.scenes: NDArray[np.uint8] = mapped_array(folder / "scenes.npy")
+        self.references: NDArray[np.uint8] = mapped_array(folder / "references.npy")
+        self.count = read_count(folder / DONE)
+        rows = min(len(self.scenes), len(self.references))
+        if not 0 < self.count <= rows:
+            raise StoreError(
+                f"'{folder / DONE}' says {self.count} objects, expected 1 to {rows}: delete '{folder}'"
+            )
         self._loaded: dict[tuple[str, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
@@ -101,6 +109,12 @@ def draw_objects(seeds: range, device: torch.device = CPU) -> list[tuple[Views, 
     return list(zip(scenes, references, strict=True))
 
 
+def _start_drawer() -> None:
+    """Prepares a process that draws: one thread, since they share the cores; its parent takes Ctrl-C."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device = CPU) -> None:
     """Draws the views of the objects 0..count-1, or those that an earlier call left undone.
 
@@ -112,27 +126,25 @@ def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device 
 
     Raises:
         StoreError: the folder was made for another number of objects.
+        ArrayError: a file is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arrays = []
     for name, views in (("scenes", SCENES), ("references", REFERENCES)):
         path, shape = folder / f"{name}.npy", (count, views, VIEW_SIZE, VIEW_SIZE, 4)
-        if path.exists():
-            arrays.append(np.lib.format.open_memmap(path, mode="r+"))
-        else:
-            arrays.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape))
+        arrays.append(writable_array(path) if path.exists() else make_array(path, np.uint8, shape))
         if arrays[-1].shape != shape:
             raise StoreError(
                 f"{path} has the shape {arrays[-1].shape}, expected {shape}: give another folder"
             )
     done = folder / DONE
-    start = int(done.read_text()) if done.exists() else 0
+    start = read_count(done)
     on_card = device.type != "cpu"
     at_once = 48 if on_card else 4
     seeds = [range(first, min(first + at_once, count)) for first in range(start, count, at_once)]
-    # what was forked can use no card, and hangs where PyTorch had threads; one each: they share the cores
+    # what was forked can use no card, and hangs where PyTorch had threads
     method = get_context("spawn")
-    with ProcessPoolExecutor(workers, method, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, method, _start_drawer) as pool:
         drawn = chain.from_iterable(pool.map(draw_objects, seeds, repeat(device)))
         for row, (scenes, references) in enumerate(
             ProgressBar(drawn, total=count - start, unit="object"), start
@@ -142,7 +154,7 @@ def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 if the folder cannot be used."""
+    """Runs the command; returns 0, 2 if the folder cannot be used, or 130 if it is stopped."""
     parser = argparse.ArgumentParser(
         prog="python -m training.data.view_store",
         description=__doc__,
@@ -159,9 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: PyTorch sees no card on this machine; leave --device out")
     try:
         draw_views(options.folder, options.objects, options.workers, torch.device(options.device))
-    except (OSError, StoreError) as error:
+    except (OSError, AnyDoorError) as error:
         print(f"view_store: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("view_store: interrupted; the same command draws the objects that are left", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from engines.files import write_text
 from runtime.progress_bar import ProgressBar
-from training.data.device import MAPPED, resident
+from training.data.arrays import mapped_array
+from training.data.device import resident
 from training.data.encoded import (
     HINTS_DONE,
     PAIRS_DONE,
@@ -92,7 +93,7 @@ def encode_hints(model: AnyDoor, folder: Path, batch: int = 64) -> None:
     done, count = rows_done(folder, HINTS_DONE), rows_done(folder)
     if done >= count:
         return
-    hints = np.load(folder / "hints.npy", mmap_mode=MAPPED)
+    hints = mapped_array(folder / "hints.npy")
     device, side = join_processes().device, hints.shape[-1] // model.architecture.latent_factor
     model.control.to(device)
     shape = (len(hints), HINT_BLOCK_CHANNELS[-1], side, side)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,7 +22,8 @@ from torch.utils.data import DataLoader
 from engines.files import write_text
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
 from runtime.progress_bar import ProgressBar
-from training.data.device import MAPPED, generator, resident
+from training.data.arrays import make_array, mapped_array, writable_array
+from training.data.device import generator, resident
 from training.data.encoded import PAIRS_DONE, EncodedError, rows_done
 from training.loop import Batch, NumberedDataset, join_processes
 
@@ -101,10 +101,11 @@ def open_rows(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> ND
 
     Raises:
         EncodedError: it has another shape.
+        ArrayError: it is damaged.
     """
     if not path.exists():
-        return open_memmap(path, "w+", dtype, shape)
-    array: NDArray[Any] = open_memmap(path, "r+")
+        return make_array(path, dtype, shape)
+    array = writable_array(path)
     if array.shape != shape:
         raise EncodedError(f"'{path}' has the shape {array.shape}, expected {shape}: give another --folder")
     return array
@@ -117,9 +118,7 @@ class StoredSamples:
         """Opens the arrays; draws from the first `rows` (see `settled_rows`)."""
         self._seed, self._rows = seed, rows
         self._arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode=MAPPED)
-            for name in STORED
-            if (folder / f"{name}.npy").exists()
+            name: mapped_array(folder / f"{name}.npy") for name in STORED if (folder / f"{name}.npy").exists()
         }
         self._loaded: dict[torch.device, dict[str, Tensor]] = {}
 

@@ -19,6 +19,7 @@ from training.assemble import (
     view_pairs,
 )
 from training.config import Recipe
+from training.data.arrays import read_count
 from training.data.encoded import HINTS_DONE, PAIRS_DONE, EncodedPairs, settled_rows
 from training.loop import AnyDataset, on_main_process, train
 from training.network.checkpoint import write_model
@@ -64,7 +65,8 @@ def train_diffusion(recipe: Recipe, folder: Path) -> None:
     if recipe.diffusion:
         model, stage = frozen_parts(recipe, folder), folder / "diffusion"
         if (folder / "hint_block" / "mean.pt").exists():
-            HintBlockTask.load(model.control, stage_weights(folder / "hint_block"))
+            with stage_weights(folder / "hint_block") as weights:
+                HintBlockTask.load(model.control, weights)
         task = DiffusionTask(model, _pairs(recipe, folder, model, stage), recipe.denoising)
         train(task, recipe.diffusion, stage, Preview(recipe, model))
 
@@ -106,7 +108,7 @@ def settle_pairs(recipe: Recipe, folder: Path, model: AnyDoor, stage: Path, hint
 
 
 def _rows(stage: Path) -> int:
-    return int((stage / ROWS).read_text())
+    return read_count(stage / ROWS)
 
 
 @on_main_process

@@ -32,9 +32,9 @@ def train_autoencoder(recipe: CommonRecipe, folder: Path) -> None:
 def train_decoder(recipe: CommonRecipe, folder: Path) -> None:
     """Continues stage 1 with the decoder alone, at any time after `encode`, because no latent changes."""
     if recipe.decoder and not recipe.has_encoders:
-        weights = stage_weights(folder / "autoencoder")
         store = ViewStore(folder / recipe.objects)
-        task = decoder_task(recipe.architecture, store, recipe.decoder.side, weights)
+        with stage_weights(folder / "autoencoder") as weights:
+            task = decoder_task(recipe.architecture, store, recipe.decoder.side, weights)
         train(task, recipe.decoder, folder / "decoder")
 
 

@@ -84,7 +84,8 @@ def train_subject(recipe: DreamBoothRecipe, folder: Path) -> None:
 @on_main_process
 def write_checkpoint(recipe: DreamBoothRecipe, folder: Path) -> None:
     """Writes the last weights."""
-    write_subject(folder, recipe, stage_weights(folder / "subject"))
+    with stage_weights(folder / "subject") as weights:
+        write_subject(folder, recipe, weights)
 
 
 def write_subject(folder: Path, recipe: DreamBoothRecipe, weights: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from training.assemble_imprint import (
     view_samples,
 )
 from training.config import ImprintRecipe
+from training.data.arrays import read_count
 from training.data.encoded import settled_rows
 from training.loop import NumberedDataset, on_main_process, train
 from training.network.checkpoint import write_model
@@ -57,7 +58,7 @@ def train_compositing(recipe: ImprintRecipe, folder: Path) -> None:
         samples: NumberedDataset = composite_samples(recipe, folder)
         if recipe.is_stored:
             settle(model, folder / "samples", stage)
-            rows = int((stage / ROWS).read_text())
+            rows = read_count(stage / ROWS)
             samples = StoredSamples(folder / "samples", seeds.TRAINING_PAIRS, rows)
         preview = ImprintPreview(recipe, model)
         train(ImprintTask(model, samples, recipe.compositing), recipe.compositing, stage, preview)

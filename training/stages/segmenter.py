@@ -48,7 +48,8 @@ def write_network(recipe: SegmenterRecipe, folder: Path) -> None:
     from export.onnx_graph import export_onnx
 
     network = Segmenter(recipe.architecture)
-    network.load_state_dict(stage_weights(folder / "segmentation"))
+    with stage_weights(folder / "segmentation") as weights:
+        network.load_state_dict(weights)
     side = recipe.architecture.side
     spec = GraphSpec(
         "segmenter",

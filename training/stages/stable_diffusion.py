@@ -13,6 +13,7 @@ from torch import Tensor
 from training import seeds
 from training.assemble import fit_scene, load_unet, same_sizes, stage_weights
 from training.config import StableDiffusionRecipe
+from training.data.arrays import read_count
 from training.data.captions import CaptionedViews, words_of_captions
 from training.data.encoded import settled_rows
 from training.loop import on_main_process, train
@@ -130,7 +131,7 @@ def train_diffusion(recipe: StableDiffusionRecipe, folder: Path) -> None:
     network, files = start_network(recipe)
     stage = folder / "diffusion"
     settle(network, folder / "samples", stage)
-    rows = int((stage / ROWS).read_text())
+    rows = read_count(stage / ROWS)
     samples = StoredSamples(folder / "samples", seeds.TRAINING_PAIRS, rows)
     how = (recipe.previews, PREVIEWS, recipe.resolution, recipe.guidance_scale)
     preview = PromptPreview(network, files.open(), *how) if recipe.previews else None
@@ -152,7 +153,8 @@ def settle(network: StableDiffusion, samples: Path, stage: Path) -> None:
 def write_checkpoint(recipe: StableDiffusionRecipe, folder: Path) -> None:
     """Writes `folder`/model, in the layout of diffusers."""
     network, files = start_network(recipe)
-    Learner(network).load_state_dict(stage_weights(folder / "diffusion"))
+    with stage_weights(folder / "diffusion") as weights:
+        Learner(network).load_state_dict(weights)
     dtype: torch.dtype = getattr(torch, recipe.checkpoint_dtype)
     parts = {
         part: {name: weight.to(dtype) for name, weight in getattr(network, part).state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from runtime.errors import InputError
+from training.data.pairs import check_share
 from training.loop import AnyDataset, Batch
 from training.network.architecture import LATENT_SCALE
 from training.network.modules import AnyDoor, DiffusionNetwork
@@ -32,6 +35,16 @@ class Denoising:
     """Weight of a second loss, for small models and encoded pairs: see `training.small.attention_guide`."""
     checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that no training can have.
+
+        Raises:
+            InputError: names the setting.
+        """
+        check_share("drop", self.drop)
+        if not 0 <= self.attention_guide < math.inf:
+            raise InputError(f"attention_guide is {self.attention_guide:g}; expected at least 0")
 
     def apply(self, model: AnyDoor) -> None:
         """Sets `requires_grad` of every weight; the autoencoder and DINOv2 never learn here."""

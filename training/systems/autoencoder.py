@@ -13,9 +13,11 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from runtime.errors import InputError
 from runtime.imaging.resize import resize_linear
 from training import seeds
 from training.data.device import crop_squares, flipped, generator
+from training.data.synthetic.views import VIEW_SIZE
 from training.data.view_store import SCENES, ViewStore
 from training.loop import Batch
 from training.loop_settings import LoopSettings
@@ -42,9 +44,14 @@ class AutoencoderSettings(LoopSettings):
     side: int = 48
     """Pixels per side."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.side <= VIEW_SIZE:
+            raise InputError(f"side is {self.side}; expected 1 to the {VIEW_SIZE} pixels of a rendered view")
+
 
 @dataclass(frozen=True)
-class DecoderSettings(LoopSettings):
+class DecoderSettings(AutoencoderSettings):
     """How long, how fast and from how large pictures the decoder goes on."""
 
     side: int = 64

@@ -80,10 +80,10 @@ class SubjectSettings(LoopSettings):
         for name in ("class_noun", "identifier"):
             if not getattr(self, name).strip():
                 key = name.removesuffix("_noun")
-                raise InputError(f"[subject] {key} is empty: the subject is called 'a IDENTIFIER CLASS'")
+                raise InputError(f"{key} is empty: the subject is called 'a IDENTIFIER CLASS'")
         if self.rank < 0 or self.prior_weight < 0 or self.class_images < LEAST_PICTURES:
             raise InputError(
-                f"[subject] rank and prior_weight are at least 0, and class_images at least {LEAST_PICTURES}"
+                f"rank and prior_weight are at least 0, and class_images at least {LEAST_PICTURES}"
             )
 
     @property
