@@ -13,3 +13,5 @@ VIEW_SAMPLES = 5
 SUBJECT_PICTURES = 6
 CAPTIONED_VIEWS = 7
 CUT_OUTS = 8
+FRESH_WEIGHTS = 0
+"""Weights that a stage starts from where nothing is given: a recipe gives the same network every time."""

@@ -44,6 +44,7 @@ import torch
 
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
+from training import seeds
 from training.clock import TimeLimit, program_start
 from training.config import (
     AnyRecipe,
@@ -198,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(describe(recipe, chosen, folder))
         for index, stage in enumerate(chosen):
             limited = with_limit(recipe, chosen[index:], limit) if limit else recipe
+            torch.manual_seed(seeds.FRESH_WEIGHTS)
             STAGES[recipe.system][stage](limited, folder)
     except (AnyDoorError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)

@@ -100,6 +100,16 @@ def test_all_stages_make_a_checkpoint_that_can_be_built(run: Path) -> None:
     assert torch.equal(written["cond_stage_model.projector.weight"], trained.half())
 
 
+@pytest.mark.parametrize("stage", ["autoencoder", "identity"])
+def test_a_recipe_gives_the_same_network_every_time(run: Path, copy: Path, stage: str) -> None:
+    """Also where a stage starts from fresh weights, whatever was drawn before."""
+    shutil.rmtree(copy / stage)
+    torch.manual_seed(12345)
+    train(run / "tiny.toml", copy, "--stage", stage)
+    found, expected = (torch.load(folder / stage / "mean.pt", weights_only=True) for folder in (copy, run))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_a_run_that_is_given_again_goes_on(run: Path, copy: Path) -> None:
     """Two steps and two more are four, and the other stages are left as they are."""
     longer = write_recipe(copy / "longer.toml", diffusion={"steps": 4})
