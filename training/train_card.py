@@ -8,7 +8,7 @@ that stage. Without a card it trains on the processor, which rehearses the run.
 examples:
     make train-card MINUTES=7
     python -m training.train_card --minutes 7 training/recipes/imprint-small.toml
-    python -m training.train_card --minutes 3 training/recipes/anydoor-small.toml:views,autoencoder,identity
+    python -m training.train_card --minutes 3 training/recipes/imprint-small.toml:views
     python -m training.train_card --minutes 7 training/recipes/anydoor-128.toml --set data.objects=3000
 """
 
