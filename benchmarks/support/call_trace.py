@@ -52,6 +52,7 @@ class Project:
         self._functions: dict[int, tuple[CodeType, Function | None]] = {}
         """id of a code object -> the object, which must live as long as its id is used, and its function."""
         self._definitions: dict[Path, list[tuple[int, int, str]]] = {}
+        self._parsing = threading.RLock()
 
     def function_of(self, code: CodeType) -> Function | None:
         """Return the function that a code object belongs to; None if it is not one of the project's."""
@@ -84,9 +85,11 @@ class Project:
 
     def _definitions_of(self, path: Path) -> list[tuple[int, int, str]]:
         """First line, last line and qualified name of every function in a file."""
-        if path not in self._definitions:
-            self._definitions[path] = list(_definitions(ast.parse(path.read_bytes()), ""))
-        return self._definitions[path]
+        # several threads are traced, and ast.parse in two at once fails in Python 3.11 (SystemError)
+        with self._parsing:
+            if path not in self._definitions:
+                self._definitions[path] = list(_definitions(ast.parse(path.read_bytes()), ""))
+            return self._definitions[path]
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[int, int, str]]:
