@@ -55,6 +55,8 @@ REGIONS = ("object", "background in the box", "outside")
 
 _RATIOS = Ratios(reference=1.2, box=1.1, crop=1.3)
 _INSIDE = 128
+_FITTED = 900_000
+"""First object of the linear function: neither held out nor one of a training."""
 _RIDGE = 30.0
 """Weight of the squared coefficients of the linear function, whose inputs have variance 1."""
 
@@ -198,9 +200,7 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     first = next(iter(models.values()))
     fitted = None
     if options.fit:
-        others = ProgressBar(
-            truth_pairs(options.fit, first=options.first - FIT_BEFORE), "fitting", total=options.fit
-        )
+        others = ProgressBar(truth_pairs(options.fit, first=_FITTED), "fitting", total=options.fit)
         fitted = fit(first, iter(others), options.resolution)
     errors, names = Errors(), dict[str, None]()
 
@@ -231,10 +231,6 @@ def _network(path: Path) -> AnyDoor:
     if not isinstance(network, AnyDoor):
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint")
     return network.eval()
-
-
-FIT_BEFORE = 100_000
-"""How far before the first measured object the objects of the linear function begin."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

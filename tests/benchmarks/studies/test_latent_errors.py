@@ -61,6 +61,12 @@ def test_less_noise_leaves_less_to_guess(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{errors[0]:.3f}" in capsys.readouterr().out
 
 
+def test_objects_of_a_training_can_be_measured(tmp_path: Path) -> None:
+    assert (
+        main(["--first", "0", "--count", "1", "--fit", "1", "--output", str(tmp_path / "errors.json")]) == 0
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
