@@ -18,11 +18,20 @@ from training.network.checkpoint import write_model
 from training.network.checkpoint_file import CheckpointError
 from training.network.modules import AnyDoor
 
+Saved = tuple[AnyDoor, Path]
+"""A network, and the checkpoint that has its weights."""
 
-def test_a_checkpoint_starts_the_next_run(tmp_path: Path) -> None:
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
     torch.manual_seed(1)
     model, path = AnyDoor(TINY), tmp_path / "model.safetensors"
     write_model(path, model, torch.float32)
+    return model, path
+
+
+def test_a_checkpoint_starts_the_next_run(tmp_path: Path, saved: Saved) -> None:
+    model, path = saved
     started = frozen_parts(replace(Recipe(architecture=TINY), start=str(path)), tmp_path)
     for name, value in model.state_dict().items():
         assert torch.equal(started.state_dict()[name], value), name
@@ -31,10 +40,8 @@ def test_a_checkpoint_starts_the_next_run(tmp_path: Path) -> None:
     assert inferred == TINY
 
 
-def test_encoders_come_from_another_checkpoint(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    model, path = AnyDoor(TINY), tmp_path / "model.safetensors"
-    write_model(path, model, torch.float32)
+def test_encoders_come_from_another_checkpoint(tmp_path: Path, saved: Saved) -> None:
+    model, path = saved
     recipe = ImprintRecipe(architecture=TINY_IMPRINT, encoders=str(path))
     started = start_model(recipe, tmp_path)
     for part, taken in (("vae", model.vae), ("id_encoder.backbone", model.id_encoder.backbone)):
@@ -43,11 +50,9 @@ def test_encoders_come_from_another_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_wider_unet_starts_with_the_encoders_and_the_hint_block_of_another_checkpoint(
-    tmp_path: Path,
+    tmp_path: Path, saved: Saved
 ) -> None:
-    torch.manual_seed(1)
-    model, path = AnyDoor(TINY), tmp_path / "model.safetensors"
-    write_model(path, model, torch.float32)
+    model, path = saved
     wider = replace(TINY, unet_channels=tuple(2 * width for width in TINY.unet_channels))
     started = frozen_parts(Recipe(architecture=wider, encoders=str(path)), tmp_path)
     block = "control.controlnet_cond_embedding"
@@ -68,11 +73,9 @@ def test_encoders_of_other_sizes_are_refused(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_unet_of_anydoor_ignores_the_scene_at_first_and_the_adapter_is_its_projector(
-    tmp_path: Path,
+    tmp_path: Path, saved: Saved
 ) -> None:
-    torch.manual_seed(1)
-    model, path = AnyDoor(TINY), tmp_path / "model.safetensors"
-    write_model(path, model, torch.float32)
+    model, path = saved
     recipe = ImprintRecipe(architecture=TINY_IMPRINT, encoders=str(path), unet=str(path))
     started = start_model(recipe, tmp_path)
     latent, timestep, tokens = (
