@@ -25,10 +25,9 @@ from engines.onnx_file import external_data
 from engines.options import EngineOptions
 from runtime import Compositor
 from tests.support.anydoor import DENOISE, GRAPHS, ID_ENCODER
+from tests.support.format_1 import OLD_BUNDLE
 
 Content = dict[str, Any]
-
-OLD_MANIFEST = Path(__file__).parents[1] / "data" / "manifest-1.json"
 
 
 @pytest.fixture
@@ -122,7 +121,7 @@ def test_a_value_that_cannot_be_there(bundle: Path, sentence: str) -> None:
 
 @pytest.mark.parametrize("resolution", ["96", -5, 10**9])
 def test_a_value_that_cannot_be_in_a_manifest_of_version_1(tmp_path: Path, resolution: Any) -> None:
-    shutil.copyfile(OLD_MANIFEST, tmp_path / MANIFEST)
+    shutil.copyfile(OLD_BUNDLE / MANIFEST, tmp_path / MANIFEST)
     edit_manifest(tmp_path, lambda content: content["model"].update(resolution=resolution))
     assert "model.resolution must be a whole number" in refused(tmp_path)
 

@@ -35,6 +35,7 @@ from export.plans import (
 from export.progress import Progress
 from tests.support.anydoor import CONTROL, GRAPHS, ID_ENCODER
 from tests.support.cards import no_card
+from tests.support.format_1 import OLD_BUNDLE
 from tests.support.simulated_card import SimulatedDevice
 
 RTX = "tensorrt_rtx"
@@ -160,8 +161,8 @@ def test_a_plan_keeps_the_names_of_the_file_that_it_is_built_from(half: Bundle, 
 
 
 def test_plans_can_be_built_from_graphs_whose_inputs_had_other_names(library: Library) -> None:
-    """The example bundle's graphs were exported with `noise`, `guidance` and `strength`."""
-    bundle = Bundle.open(ROOT / "examples" / "anydoor-small")
+    """Those of format 1 were exported with `noise`, `guidance` and `strength`."""
+    bundle = Bundle.open(OLD_BUNDLE)
     stored = {of.name: of.stored_name for of in bundle.manifest.step.inputs if of.stored_name != of.name}
     assert stored == {"carry": "noise", "guidance_scale": "guidance", "control_scale": "strength"}
     for graph, spec in bundle.manifest.specs.items():

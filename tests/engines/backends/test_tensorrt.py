@@ -32,10 +32,10 @@ from engines.options import EngineOptions
 from engines.spec import TensorSpec
 from tests.support.anydoor import DECODE, DENOISE
 from tests.support.cards import no_card, put_in_a_card
+from tests.support.format_1 import OLD_BUNDLE
 from tests.support.simulated_card import SimulatedDevice
 
 RTX = "tensorrt_rtx"
-EXAMPLE = Path(__file__).parents[3] / "examples" / "anydoor-small"
 
 
 without_card = pytest.mark.skipif(not no_card(), reason="there is a card")
@@ -193,16 +193,10 @@ def test_what_the_library_logs_when_memory_is_short(plans: Bundle, library: Libr
 
 def test_plans_of_format_version_1_are_found_by_the_names_that_they_have(tmp_path: Path) -> None:
     """They were built with inputs that are called otherwise today: noise, guidance and strength."""
-    content = json.loads((EXAMPLE / MANIFEST).read_text())
-    content |= {
-        "format_version": 1,
-        "model": {"latent_size": 12, "resolution": 96, "token_count": 257},
-    }
+    content = json.loads((OLD_BUNDLE / MANIFEST).read_text())
     record = content["graphs"][DENOISE]
     for graph in content["graphs"].values():
         graph |= {"backend": RTX, "backend_version": "1.2", "target": "sm89", "scratch_bytes": 5_000_000}
-        for tensor in graph["inputs"]:
-            tensor["name"] = tensor.pop("file_name", tensor["name"])
     (tmp_path / MANIFEST).write_text(json.dumps(content))
     manifest = read_manifest(tmp_path / MANIFEST)
     assert (manifest.backend, manifest.backend_version, manifest.target) == (RTX, "1.2", "sm89")
