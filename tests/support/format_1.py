@@ -1,7 +1,7 @@
 """A bundle of format 1, `tests/data/bundle-1`, and one of the same checkpoint in the present format.
 
-The builder that wrote format 1 made it for 64 px, of a checkpoint that is not kept: it follows from the network
-and the seed below.
+The first was made by the builder of format 1. Its checkpoint is not kept: it follows from the network and the
+seed below.
 """
 
 from __future__ import annotations

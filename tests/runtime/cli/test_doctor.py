@@ -16,7 +16,6 @@ from engines.verified import FileState
 from runtime.cli import main
 from runtime.cli.doctor import backend_versions
 
-ROOT = Path(__file__).parents[3]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -30,11 +29,13 @@ def test_it_finds_a_sound_bundle(tiny_bundle: Path, capsys: Capture) -> None:
     assert "runs on cpu with onnxruntime" in printed
 
 
-def test_it_prints_the_defaults_of_a_bundle(capsys: Capture) -> None:
-    assert main(["doctor", str(ROOT / "examples" / "anydoor-small")]) == 0
-    printed = capsys.readouterr().out
-    assert "guidance_scale 2" in printed
-    assert "mode keep_background" in printed
+def test_it_prints_the_defaults_of_a_bundle(tmp_path: Path, tiny_bundle: Path, capsys: Capture) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    content = json.loads((bundle / "manifest.json").read_text())
+    content["defaults"] = {"guidance_scale": 2.5, "mode": "keep_background"}
+    (bundle / "manifest.json").write_text(json.dumps(content))
+    assert main(["doctor", str(bundle)]) == 0
+    assert "defaults: guidance_scale 2.5, mode keep_background" in capsys.readouterr().out
 
 
 def test_it_prints_the_memory_plan_of_a_budget(tiny_bundle: Path, capsys: Capture) -> None:
