@@ -6,6 +6,8 @@ merges.txt          the tokenizer, of a bundle that takes prompts
 NAME.onnx           the graphs, with their weights beside them; or NAME.plan
 NAME.onnx.data
 ...
+checkpoint.rest     optional, not in the manifest: what the graphs lack of the checkpoint
+                    (`export.restore_checkpoint`)
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from engines.verified import FileState
 
 CONSTANTS = "constants.npz"
 MERGES = "merges.txt"
+REST = "checkpoint.rest"
+RESTORE_COMMAND = "python -m export.restore_checkpoint"
 
 SCHEDULE = "alphas_cumprod"
 _TIMESTEPS = 1000
@@ -229,6 +233,14 @@ def sha256(*paths: Path, progress: Progress | None = None) -> str:
                 if progress:
                     progress(len(block))
     return digest.hexdigest()
+
+
+def how_to_restore(checkpoint: Path) -> str:
+    """Returns the end of a sentence that says that a checkpoint is missing: the command that restores it from
+    the bundle beside it, the folder X of X.safetensors; empty if there is none."""
+    if checkpoint.suffix != ".safetensors" or not (checkpoint.with_suffix("") / REST).is_file():
+        return ""
+    return f": restore it with '{RESTORE_COMMAND} {checkpoint.with_suffix('')}'"
 
 
 def file_record(bundle: Path, name: str) -> FileRecord:
