@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.support import fidelity_protocol, fidelity_truth
 from benchmarks.support.bundle_option import EXAMPLE_BUNDLE
+from benchmarks.support.example import CHECKPOINT, example_checkpoint
 from benchmarks.support.machine import describe
 from benchmarks.support.patch_similarity import load_dinov2, own_dinov2
 from benchmarks.support.protocol import ProtocolObject, read_protocol
@@ -55,7 +56,6 @@ EXAMPLES = """examples:
   python benchmarks/fidelity.py --protocol testset --dino dino-vits16 --clip clip-vit-base-patch32
 """
 
-EXAMPLE_CHECKPOINT = Path("examples/anydoor-small.safetensors")
 _HEADING_LETTERS = 18
 """Most letters in a line above a column."""
 
@@ -170,7 +170,7 @@ def measure(
         AnyDoorError: a folder or a setting cannot be used.
     """
     if not options.protocol:
-        patches = load_dinov2(options.dinov2) if options.dinov2 else own_dinov2(EXAMPLE_CHECKPOINT)
+        patches = load_dinov2(options.dinov2) if options.dinov2 else own_dinov2(example_checkpoint())
         settings = list(product(options.refine or [None], options.strength or [None]))
         models = {
             _row(name, refine, strength): partial(composer.truth_pair, refine=refine, strength=strength)
@@ -270,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="weights of DINOv2 (transformers) for the patch similarity (default: the small one of "
-        f"{EXAMPLE_CHECKPOINT})",
+        f"{CHECKPOINT})",
     )
     result.add_argument("--dino", type=Path, metavar="DIR", help="weights of DINO ViT-S/16 (transformers)")
     result.add_argument("--clip", type=Path, metavar="DIR", help="weights of CLIP ViT-B/32 (transformers)")

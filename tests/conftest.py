@@ -161,6 +161,14 @@ def example_bundle() -> Path:
 
 
 @pytest.fixture(scope="session")
+def example_checkpoint() -> Path:
+    """The checkpoint that it was built from, restored from it if need be; do not write into it."""
+    from benchmarks.support import example
+
+    return example.example_checkpoint()
+
+
+@pytest.fixture(scope="session")
 def segmenter_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Bundles of tests.support.segmenters: one finds what is bright, the other what is clicked on."""
     from tests.support.segmenters import built

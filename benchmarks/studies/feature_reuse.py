@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.support.example import CHECKPOINT, example_checkpoint
 from benchmarks.support.machine import describe
 from benchmarks.support.results import require_writable, write_results
 from benchmarks.support.sampling_step import guided_step
@@ -243,9 +244,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--checkpoint",
         type=Path,
-        default=Path("examples/anydoor-small.safetensors"),
         metavar="FILE",
-        help="default: the example",
+        help=f"default: {CHECKPOINT}",
     )
     result.add_argument("--resolution", type=int, default=96, metavar="PX", help="default: 96")
     result.add_argument("--count", type=int, default=8, metavar="N", help="pairs (default: 8)")
@@ -268,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.count < 1:
             raise InputError(f"--count must be at least 1, not {options.count}")
         require_writable(options.output)
-        checkpoint = read_checkpoint(options.checkpoint)
+        path = options.checkpoint or example_checkpoint()
+        checkpoint = read_checkpoint(path)
         AnyDoorSource(checkpoint).check_size((options.resolution, options.resolution))
         model = AnyDoor(checkpoint.architecture, ("unet", "control", "id_encoder")).eval()
         model.load_official_state_dict(checkpoint.tensors)
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = {
             "command": " ".join(["python benchmarks/studies/feature_reuse.py", *given]),
             "machine": describe(),
-            "checkpoint": {"file": options.checkpoint.name, "sha256": sha256(options.checkpoint)},
+            "checkpoint": {"file": path.name, "sha256": sha256(path)},
             "resolution": options.resolution,
             "guidance_scale": options.guidance_scale,
             "count": options.count,

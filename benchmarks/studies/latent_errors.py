@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.support.baselines import copy_paste
+from benchmarks.support.example import CHECKPOINT, example_checkpoint
 from benchmarks.support.machine import describe
 from benchmarks.support.results import RESULTS, require_writable, write_results
 from benchmarks.support.truth_set import TruthPair, truth_pairs
@@ -238,9 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="latent_errors.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = [Path("examples/anydoor-small.safetensors")]
     parser.add_argument(
-        "--checkpoint", type=Path, action="append", metavar="FILE", help=f"repeatable; default: {default[0]}"
+        "--checkpoint", type=Path, action="append", metavar="FILE", help=f"repeatable; default: {CHECKPOINT}"
     )
     parser.add_argument("--count", type=int, default=100, help="objects that are measured; default: 100")
     parser.add_argument(
@@ -256,11 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resolution", type=int, default=96, help="of the networks; default: 96")
     parser.add_argument("--output", type=Path, default=RESULTS / "latent-errors-small.json")
     options = parser.parse_args(arguments)
-    options.checkpoint = options.checkpoint or default
     try:
         if options.count < 1 or options.fit < 0 or options.first < 0:
             raise InputError("--count is at least 1, --fit and --first at least 0")
         require_writable(options.output)
+        options.checkpoint = options.checkpoint or [example_checkpoint()]
         rows = study(options)
     except (AnyDoorError, OSError) as error:
         print(f"latent_errors.py: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The pictures of `examples/`: an object, a scene and a place in it."""
+"""The contents of `examples/`: the model's checkpoint, an object, a scene and a place in it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.support.bundle_option import EXAMPLE_BUNDLE
+from engines.bundle import REST, sha256
+from engines.manifest import MANIFEST, read_manifest
 from runtime.request import Placement
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCENE = EXAMPLES / "scene.png"
 OBJECT = EXAMPLES / "object.png"
+CHECKPOINT = EXAMPLE_BUNDLE.with_suffix(".safetensors")
+
+
+def example_checkpoint() -> Path:
+    """Return the example model's checkpoint; where it is missing or of another version of the bundle, it is
+    restored from that.
+
+    Raises:
+        AnyDoorError: it cannot be restored.
+    """
+    if (EXAMPLE_BUNDLE / REST).is_file():
+        wanted = read_manifest(EXAMPLE_BUNDLE / MANIFEST).checkpoint["sha256"]
+        if not CHECKPOINT.is_file() or sha256(CHECKPOINT) != wanted:
+            from export.restore_checkpoint import restore
+
+            restore(EXAMPLE_BUNDLE, CHECKPOINT)
+    return CHECKPOINT
 
 
 def scene_box() -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from benchmarks.fidelity import EXAMPLE_CHECKPOINT, labelled_sheet, main
+from benchmarks.fidelity import labelled_sheet, main
 from benchmarks.support.baselines import copy_paste
 from benchmarks.support.embeddings import load_clip, load_dino, pairwise_score
 from benchmarks.support.fidelity_truth import EMPTY, GUESS, PASTE, PASTE_ON_GUESS, TRUTH, WRONG, measure
@@ -57,8 +57,8 @@ def test_the_background_is_guessed_from_what_surrounds_the_box() -> None:
 
 
 @pytest.fixture(scope="module")
-def patches() -> PatchSimilarity:
-    return own_dinov2(EXAMPLE_CHECKPOINT)
+def patches(example_checkpoint: Path) -> PatchSimilarity:
+    return own_dinov2(example_checkpoint)
 
 
 @pytest.fixture(scope="module")

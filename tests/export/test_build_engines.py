@@ -68,8 +68,8 @@ def test_a_bundle_has_the_resolution_of_its_checkpoint(
 
 
 @pytest.mark.parametrize("example", ["anydoor-small.safetensors", "imprint-small.safetensors.index.json"])
-def test_the_examples_say_their_resolution(example: str) -> None:
-    assert open_source(ROOT / "examples" / example).size == (96, 96)
+def test_the_examples_say_their_resolution(example_checkpoint: Path, example: str) -> None:
+    assert open_source(example_checkpoint.with_name(example)).size == (96, 96)
 
 
 def test_bundle_tells_nothing_of_the_machine_that_built_it(tiny_bundle: Path) -> None:

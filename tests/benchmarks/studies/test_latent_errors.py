@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from benchmarks.studies.latent_errors import REGIONS, TIMESTEPS, Errors, LinearFunction, main, prepare
+from benchmarks.support.example import CHECKPOINT
 from benchmarks.support.truth_set import truth_pairs
 from training.assemble import network_in
 from training.data.synthetic.views import HELD_OUT
 from training.network.modules import AnyDoor
-
-EXAMPLE = Path("examples/anydoor-small.safetensors")
 
 
 def test_errors_are_means_over_the_cells_of_a_region() -> None:
@@ -34,8 +33,8 @@ def test_the_linear_function_is_found() -> None:
     assert torch.allclose(function(others), others @ weights + 2, atol=0.1)
 
 
-def test_the_regions_of_a_pair_are_the_whole_picture() -> None:
-    model = network_in(str(EXAMPLE)).eval()
+def test_the_regions_of_a_pair_are_the_whole_picture(example_checkpoint: Path) -> None:
+    model = network_in(str(example_checkpoint)).eval()
     assert isinstance(model, AnyDoor)
     with torch.no_grad():
         prepared = prepare(model, next(truth_pairs(1)), 96)
@@ -54,7 +53,7 @@ def test_less_noise_leaves_less_to_guess(tmp_path: Path, capsys: pytest.CaptureF
     results = json.loads(output.read_text())
     assert results["settings"] == {"count": 2, "first": HELD_OUT, "fit": 3}
     rows = {row.pop("row"): row for row in results["rows"]}
-    errors = [rows[f"{EXAMPLE}, t = {timestep}"]["object"] for timestep in TIMESTEPS]
+    errors = [rows[f"{CHECKPOINT}, t = {timestep}"]["object"] for timestep in TIMESTEPS]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] < rows["nothing: zeros"]["object"]
     assert rows["linear function"]["outside"] is None
