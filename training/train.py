@@ -50,6 +50,7 @@ from training.config import (
     AnyRecipe,
     CommonRecipe,
     DreamBoothRecipe,
+    ImprintRecipe,
     SegmenterRecipe,
     StableDiffusionRecipe,
     read_recipe,
@@ -57,6 +58,7 @@ from training.config import (
 from training.loop import part_processes
 from training.loop_settings import LoopSettings
 from training.network.checkpoint import read_start
+from training.network.checkpoint_file import find_file
 from training.rare_tokens import warnings_for
 from training.stages import anydoor, dreambooth, imprint, segmenter, stable_diffusion
 
@@ -128,8 +130,12 @@ def _check_start(recipe: AnyRecipe) -> None:
         _check_subject(recipe)
     elif isinstance(recipe, StableDiffusionRecipe):
         stable_diffusion.start_network(recipe)
-    elif isinstance(recipe, CommonRecipe) and recipe.start:
-        read_start(recipe.start, recipe.architecture)
+    elif isinstance(recipe, CommonRecipe):
+        if recipe.start:
+            read_start(recipe.start, recipe.architecture)
+        others = (recipe.encoders, recipe.unet if isinstance(recipe, ImprintRecipe) else "")
+        for missing in (path for path in others if path and not Path(path).exists()):
+            find_file(Path(missing))
 
 
 def _started(recipe: AnyRecipe, start: str) -> AnyRecipe:

@@ -177,6 +177,8 @@ def test_what_cannot_be_used_is_told_in_a_sentence(
     recipe = write_recipe(tmp_path / "tiny.toml")
     assert "cannot read the recipe" in refusal(capsys, tmp_path / "none.toml")
     assert "there is no checkpoint" in refusal(capsys, recipe, "--start", tmp_path / "none.safetensors")
+    lost = write_recipe(tmp_path / "lost.toml", 'encoders = "lost.safetensors"')
+    assert "there is no checkpoint at 'lost.safetensors'" in refusal(capsys, lost)
     stage = ["--folder", tmp_path, "--stage", "diffusion"]
     assert "there is no" in refusal(capsys, recipe, *stage)
     assert "there is no" in refusal(capsys, recipe, tmp_path / "a.png", "--folder", tmp_path, command=preview)
