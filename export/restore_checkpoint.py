@@ -318,7 +318,7 @@ def _progress(total: int, what: str, quiet: bool) -> Iterator[Progress]:
 
 
 def _bar(header: Header, what: str, quiet: bool) -> Any:
-    return _progress(header.data_bytes, what, quiet)
+    return _progress(len(header.encoded()) + header.data_bytes, what, quiet)
 
 
 # --- the command ------------------------------------------------------------------------------------------
