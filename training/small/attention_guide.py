@@ -2,11 +2,12 @@
 
 What a network needs to reproduce an object is in its ID tokens, and where in the box a cell lies determines
 which of them it needs. The published model inherits attention that was trained on billions of pictures. A
-model that starts from nothing learns this late: after 160,000 samples the first heads of the example model
+model that starts from nothing learns this late: after 160,000 samples the first heads of an example model
 were still spread over all tokens (cross-entropy 5.47 of 5.55 nats), and it drew an object's colours without
-its shape. Here one head of each cross-attention is trained to look where the cell's content is in the
-reference, if the object were seen from the same side. The other heads and the exported graphs do not depend
-on it.
+its shape. Here the first heads of each cross-attention are trained to look where the cell's content is in the
+reference, if the object were seen from the same side: one head at the middle of the cell, or four at the
+middles of its quarters, because a head carries one place at a time and a cell is wider than a token. The
+other heads and the exported graphs do not depend on it.
 """
 
 from __future__ import annotations
@@ -19,53 +20,98 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from runtime.errors import InputError
+
+GUIDED_HEADS = (1, 4)
+"""How many heads of a layer can be guided."""
+
 SPREAD = 1.2
-"""Standard deviation, in tokens, of where a head should look: views differ, and the places are rounded."""
+"""Standard deviation, in tokens, of where one head should look: views differ, and the places are rounded."""
+
+QUARTER_SPREAD = 0.33
+"""The same of four heads, in cells."""
+
+SMALLEST_SPREAD = 0.4
+"""The least of theirs, in tokens: a head cannot look between two tokens more sharply."""
+
+_QUARTERS = ((-0.25, -0.25), (-0.25, 0.25), (0.25, -0.25), (0.25, 0.25))
+"""Where in a cell, from its middle, in cells."""
+
+
+def cross_attention(parts: Iterable[nn.Module]) -> dict[str, Attention]:
+    """Returns the layers of some parts, by their names there, that look at the tokens, except the middle's."""
+    return {
+        f"{index}.{name}": layer
+        for index, part in enumerate(parts)
+        for name, layer in part.named_modules()
+        if isinstance(layer, Attention) and layer.is_cross_attention and "mid_block" not in name
+    }
 
 
 class AttentionGuide:
-    """Measures how far off the first head of each cross-attention looks, except the middle's."""
+    """Measures how far off the first heads of each cross-attention look, except the middle's."""
 
-    def __init__(self, parts: Iterable[nn.Module]) -> None:
-        """Changes how the parts compute their cross-attention, not the result."""
-        self._seen: list[Tensor] = []
-        for part in parts:
-            for name, layer in part.named_modules():
-                if isinstance(layer, Attention) and layer.is_cross_attention and "mid_block" not in name:
-                    layer.set_processor(_RecordedAttention(self._seen))
+    def __init__(self, parts: Iterable[nn.Module], heads: int = 1) -> None:
+        """Changes how the parts compute their cross-attention, not the result.
+
+        Args:
+            parts: of the network.
+            heads: how many are guided; see `GUIDED_HEADS`.
+
+        Raises:
+            InputError: a layer has fewer.
+        """
+        self._heads, self._seen = heads, list[Tensor]()
+        for name, layer in cross_attention(parts).items():
+            if layer.heads < heads:
+                raise InputError(f"{heads} heads are to be guided, and '{name}' has {layer.heads}")
+            layer.set_processor(_RecordedAttention(self._seen, heads))
 
     def clear(self) -> None:
         """Forgets the last forward pass; to be called before each."""
         self._seen.clear()
 
     def loss(self, places: Tensor) -> Tensor:
-        """Computes the cross-entropy, in nats, between where a head looks and where it should.
+        """Computes the cross-entropy, in nats, between where heads look and where they should.
 
         places: (N, h, w, 2), see `matching_places`; levels of the network with fewer cells take means of it.
             The loss is the mean over the cells whose place is known.
         """
         total = places.new_zeros(())
         for looks in self._seen:
-            queries, tokens = looks.shape[1], looks.shape[2] - 1  # but for the class token
-            coarser = places.shape[1] // round(queries**0.5)
-            wanted = F.avg_pool2d(places.permute(0, 3, 1, 2), coarser).flatten(2).transpose(1, 2)
-            known = wanted.isfinite().all(2)
+            tokens = round((looks.shape[3] - 1) ** 0.5)  # per side, but for the class token
+            coarser = places.shape[1] // round(looks.shape[2] ** 0.5)
+            wanted = F.avg_pool2d(places.permute(0, 3, 1, 2), coarser)
+            targets, spread = self._targets(wanted)
+            known = targets.isfinite().all(3)
             # all cells are computed, because picking out those that count waits for a card
-            place = wanted.masked_fill(~known[..., None], 0)
-            grid = torch.arange(round(tokens**0.5), device=places.device) + 0.5
+            place = targets.masked_fill(~known[..., None], 0)
+            grid = torch.arange(tokens, device=places.device) + 0.5
             down, across = ((grid - place[..., axis, None]).square() for axis in (0, 1))
-            distance = (down[..., :, None] + across[..., None, :]).flatten(2)
-            should = (-distance / (2 * SPREAD**2)).softmax(2)
-            off = -(should * looks[..., 1:]).sum(2)
+            distance = (down[..., :, None] + across[..., None, :]).flatten(3)
+            should = (-distance / (2 * spread**2)).softmax(3)
+            off = -(should * looks[..., 1:]).sum(3)
             total = total + (off * known).sum() / known.sum().clamp(min=1)
         return total / max(len(self._seen), 1)
+
+    def _targets(self, wanted: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Returns where each head should look, (N, heads, cells, 2), and how sharply, in tokens."""
+        middles = wanted.flatten(2).transpose(1, 2)[:, None]
+        if self._heads == 1:
+            return middles, SPREAD
+        # tokens that a cell is wide: the same everywhere in a picture
+        width = (
+            (wanted[:, 0, 1:] - wanted[:, 0, :-1]).flatten(1).nanmean(1).nan_to_num(1)[:, None, None, None]
+        )
+        shift = wanted.new_tensor(_QUARTERS)[None, :, None]
+        return middles + shift * width, (QUARTER_SPREAD * width).clamp(min=SMALLEST_SPREAD)
 
 
 class _RecordedAttention:
     """Attention written out, because the fused one does not give its probabilities."""
 
-    def __init__(self, seen: list[Tensor]) -> None:
-        self._seen = seen
+    def __init__(self, seen: list[Tensor], heads: int) -> None:
+        self._seen, self._heads = seen, heads
 
     def __call__(
         self, layer: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
@@ -79,7 +125,7 @@ class _RecordedAttention:
             )
         )
         looks = (query @ key.transpose(-1, -2) * layer.scale).log_softmax(-1)
-        self._seen.append(looks[:, 0])
+        self._seen.append(looks[:, : self._heads])
         found = (looks.exp() @ value).transpose(1, 2).flatten(2)
         projection, dropout = layer.to_out
         result: Tensor = dropout(projection(found))

@@ -10,6 +10,7 @@ import torch
 
 from training import seeds
 from training.assemble import (
+    anew_pairs,
     encoded_pairs,
     fresh_samples,
     frozen_parts,
@@ -25,11 +26,16 @@ from training.loop import AnyDataset, on_main_process, train
 from training.network.checkpoint import write_model
 from training.network.modules import AnyDoor
 from training.preview import Preview
+from training.small.attention_guide import cross_attention
 from training.small.encoding import check_encoders, encode_hints, encode_pairs
 from training.small.hint_block import HintBlockTask
+from training.small.place_keys import start_with_places
 from training.stages.common import draw_objects, train_autoencoder, train_decoder, train_identity
-from training.systems.anydoor import Denoising, DiffusionTask
+from training.systems.anydoor import Denoising, DiffusionTask, guided_parts
 from training.workers import worker_count
+
+PLACE_REFERENCES = 256
+"""References that `start_with_places` learns from."""
 
 ROWS = "rows.txt"
 """Beside a stage's weights: how many of the encoded pairs it learns from."""
@@ -67,8 +73,20 @@ def train_diffusion(recipe: Recipe, folder: Path) -> None:
         if (folder / "hint_block" / "mean.pt").exists():
             with stage_weights(folder / "hint_block") as weights:
                 HintBlockTask.load(model.control, weights)
+        if recipe.denoising.place_keys and not recipe.start:
+            _start_attention(recipe, folder, model)
         task = DiffusionTask(model, _pairs(recipe, folder, model, stage), recipe.denoising)
         train(task, recipe.diffusion, stage, Preview(recipe, model))
+
+
+@torch.no_grad()
+def _start_attention(recipe: Recipe, folder: Path, model: AnyDoor) -> None:
+    """Lets guided heads start with keys that tell the places of the tokens."""
+    pairs = view_pairs(recipe, folder) if recipe.data.pairs else anew_pairs(recipe, folder)
+    shown = (torch.from_numpy(pairs[number]["reference"]) for number in range(PLACE_REFERENCES))
+    tokens = [model.encode_reference(reference[None] / 255)[:, 1:] for reference in shown]
+    layers = cross_attention(guided_parts(model)).values()
+    start_with_places(layers, torch.cat(tokens), recipe.denoising.guided_heads)
 
 
 def _pairs(recipe: Recipe, folder: Path, model: AnyDoor, stage: Path) -> AnyDataset:

@@ -15,7 +15,7 @@ from training.data.pairs import check_share
 from training.loop import AnyDataset, Batch
 from training.network.architecture import LATENT_SCALE
 from training.network.modules import AnyDoor, DiffusionNetwork
-from training.small.attention_guide import AttentionGuide
+from training.small.attention_guide import GUIDED_HEADS, AttentionGuide
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Denoising:
     training (`encode_hints`): it works at full resolution and costs as much as the rest together."""
     attention_guide: float = 0.0
     """Weight of a second loss, for small models and encoded pairs: see `training.small.attention_guide`."""
+    guided_heads: int = 1
+    """Heads of each cross-attention that it guides: 1 or 4."""
+    place_keys: bool = False
+    """Whether these heads start with keys that tell the places of the ID tokens: see
+    `training.small.place_keys`."""
     checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
 
@@ -45,6 +50,10 @@ class Denoising:
         check_share("drop", self.drop)
         if not 0 <= self.attention_guide < math.inf:
             raise InputError(f"attention_guide is {self.attention_guide:g}; expected at least 0")
+        if self.guided_heads not in GUIDED_HEADS:
+            raise InputError(f"guided_heads is {self.guided_heads}; expected 1 or 4")
+        if self.place_keys and not self.attention_guide:
+            raise InputError("place_keys needs an attention_guide above 0, whose heads start with them")
 
     def apply(self, model: AnyDoor) -> None:
         """Sets `requires_grad` of every weight; the autoencoder and DINOv2 never learn here."""
@@ -64,15 +73,21 @@ class Denoising:
         model.id_encoder.projector.requires_grad_(self.projector)
 
 
+def guided_parts(model: AnyDoor) -> tuple[nn.Module, ...]:
+    """Returns the parts whose attention is guided: those that see the hint, and so where the box is."""
+    return model.unet.up_blocks, model.control
+
+
 class Denoiser(nn.Module):
     """The parts that learn, as one module with one forward pass (which DDP needs)."""
 
-    def __init__(self, model: AnyDoor, guided: bool = False) -> None:
+    def __init__(self, model: AnyDoor, guided: int = 0) -> None:
+        """Takes the parts of a network; `guided` heads of each cross-attention are guided."""
         super().__init__()
         self.unet, self.control, self.projector = model.unet, model.control, model.id_encoder.projector
         # a plain reference, so that the network is not a second owner of these weights
         self._call = model.forward
-        self._guide = AttentionGuide((self.unet, self.control)) if guided else None
+        self._guide = AttentionGuide(guided_parts(model), guided) if guided else None
 
     def forward(
         self, latent: Tensor, timestep: Tensor, features: Tensor, hint: Tensor, places: Tensor | None = None
@@ -112,7 +127,7 @@ class DiffusionTask:
 
     def __init__(self, model: AnyDoor, pairs: AnyDataset, rules: Denoising) -> None:
         rules.apply(model)
-        self.module = Denoiser(model, guided=rules.attention_guide > 0)
+        self.module = Denoiser(model, rules.guided_heads if rules.attention_guide else 0)
         self._guide_weight = rules.attention_guide
         self.network = model
         self._data = pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +11,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from runtime.errors import InputError
 from tests.support.shapes import box_mask
 from tests.support.tiny import TINY, RandomPairs
 from training.data.matching_places import matching_places
 from training.loop import train
 from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
-from training.small.attention_guide import SPREAD, AttentionGuide
-from training.systems.anydoor import Denoiser, Denoising, DiffusionTask
+from training.small.attention_guide import QUARTER_SPREAD, SPREAD, AttentionGuide, cross_attention
+from training.systems.anydoor import Denoiser, Denoising, DiffusionTask, guided_parts
 
 
 @torch.no_grad()
@@ -32,25 +34,29 @@ def test_a_guided_network_computes_the_same() -> None:
     )
     estimate, nothing = Denoiser(model)(*batch)
     places = torch.full((2, 4, 4, 2), float("nan"))
-    unguided, no_place = Denoiser(model, guided=True)(*batch, places)
+    unguided, no_place = Denoiser(model, guided=1)(*batch, places)
     torch.testing.assert_close(unguided, estimate, rtol=1e-4, atol=1e-5)
     assert float(nothing) == float(no_place) == 0
     places[0, :2, 2:] = torch.tensor([3.0, 9.0])  # one cell of the level that attends
-    _, off = Denoiser(model, guided=True)(*batch, places)
+    _, off = Denoiser(model, guided=1)(*batch, places)
     # fresh attention looks everywhere
     assert float(off) == pytest.approx(np.log(257), rel=0.15)
 
 
+def off_target(look: Tensor, place: Tensor, spread: float) -> Tensor:
+    """The cross-entropy of where a head looks (257,) with a round blob of tokens."""
+    grid = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij"), 2) + 0.5
+    distance = (grid - place).square().sum(2).flatten()
+    return -((-distance / (2 * spread**2)).softmax(0) * look[1:]).sum()
+
+
 def picked_out(looks: Tensor, places: Tensor) -> Tensor:
     """The loss as it is defined: the mean over the cells whose place is known, which are picked out."""
-    total = 0 * looks.sum()
-    wanted = F.avg_pool2d(places.permute(0, 3, 1, 2), places.shape[1] // round(looks.shape[1] ** 0.5))
+    wanted = F.avg_pool2d(places.permute(0, 3, 1, 2), places.shape[1] // round(looks.shape[2] ** 0.5))
     wanted = wanted.flatten(2).transpose(1, 2)
     known = wanted.isfinite().all(2)
-    for place, look in zip(wanted[known], looks[known], strict=True):
-        grid = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij"), 2) + 0.5
-        distance = (grid - place).square().sum(2).flatten()
-        total = total - ((-distance / (2 * SPREAD**2)).softmax(0) * look[1:]).sum()
+    found = zip(wanted[known], looks[:, 0][known], strict=True)
+    total = sum((off_target(look, place, SPREAD) for place, look in found), 0 * looks.sum())
     return total / max(int(known.sum()), 1)
 
 
@@ -59,12 +65,55 @@ def test_the_loss_is_the_mean_over_the_cells_whose_place_is_known(share: float) 
     generator = torch.Generator().manual_seed(int(10 * share))
     guide, places = AttentionGuide([]), 16 * torch.rand(2, 8, 8, 2, generator=generator)
     places[torch.rand(2, 8, 8, generator=generator) < share] = float("nan")
-    looks = [torch.randn(2, cells, 257, generator=generator).log_softmax(2) for cells in (64, 16)]
+    looks = [torch.randn(2, 1, cells, 257, generator=generator).log_softmax(3) for cells in (64, 16)]
     for look in looks:
         guide._seen.append(look.requires_grad_())
     loss, expected = guide.loss(places), sum(picked_out(look, places) for look in looks) / 2
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, looks), torch.autograd.grad(expected, looks))
+
+
+def test_four_heads_look_at_the_quarters_of_a_cell() -> None:
+    guide, places = AttentionGuide([], heads=4), torch.full((1, 4, 4, 2), float("nan"))
+    # cells are two tokens wide, and the object starts at the second
+    places[0, 1:, 1:] = 2 * torch.cartesian_prod(torch.arange(3), torch.arange(3)).view(3, 3, 2) + 3.0
+    looks = torch.randn(1, 4, 16, 257, generator=torch.Generator().manual_seed(0)).log_softmax(3)
+    guide._seen.append(looks)
+    quarters = [(-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)]
+    expected = [
+        off_target(looks[0, head, cell], place + torch.tensor(quarter), 2 * QUARTER_SPREAD)
+        for head, quarter in enumerate(quarters)
+        for cell, place in enumerate(places[0].flatten(0, 1))
+        if place.isfinite().all()
+    ]
+    torch.testing.assert_close(guide.loss(places), torch.stack(expected).mean())
+
+
+def test_a_layer_with_too_few_heads_is_refused() -> None:
+    model = AnyDoor(TINY)
+    with pytest.raises(InputError, match="4 heads are to be guided, and '.*' has 2"):
+        Denoiser(model, guided=4)
+
+
+def test_what_does_not_see_the_hint_is_not_guided() -> None:
+    names = cross_attention(guided_parts(AnyDoor(TINY)))
+    assert names
+    assert not any("mid_block" in name for name in names)
+    assert {name.split(".")[0] for name in names} == {"0", "1"}
+    unet = AnyDoor(TINY).unet
+    assert len(cross_attention([unet])) > len(cross_attention([unet.up_blocks]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention_guide": 0.1, "guided_heads": 3}, "guided_heads is 3; expected 1 or 4"),
+        ({"place_keys": True}, "place_keys needs an attention_guide above 0"),
+    ],
+)
+def test_settings_that_no_guide_has_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Denoising(**settings)
 
 
 class PlacedPairs(RandomPairs):
