@@ -39,7 +39,7 @@ _QUARTERS = ((-0.25, -0.25), (-0.25, 0.25), (0.25, -0.25), (0.25, 0.25))
 
 
 def cross_attention(parts: Iterable[nn.Module]) -> dict[str, Attention]:
-    """Returns the layers of some parts, by their names there, that look at the tokens, except the middle's."""
+    """Returns the layers of some parts that look at the tokens, by name, except the middle's."""
     return {
         f"{index}.{name}": layer
         for index, part in enumerate(parts)

@@ -91,7 +91,7 @@ def test_four_heads_look_at_the_quarters_of_a_cell() -> None:
 
 def test_a_layer_with_too_few_heads_is_refused() -> None:
     model = AnyDoor(TINY)
-    with pytest.raises(InputError, match="4 heads are to be guided, and '.*' has 2"):
+    with pytest.raises(InputError, match=r"4 heads are to be guided, and '.*' has 2"):
         Denoiser(model, guided=4)
 
 

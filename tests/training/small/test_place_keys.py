@@ -1,4 +1,4 @@
-"""Starting attention with keys that tell places: a query with a place's code finds the token at that place."""
+"""Keys that tell places: a query with the code of a place finds the token there."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_query_with_the_code_of_a_place_looks_there() -> None:
         looks = (place_codes(16) @ keys.T * KEY_GAIN / math.sqrt(width)).softmax(1)
         rows, columns = torch.cartesian_prod(torch.arange(16), torch.arange(16)).float().T
         off = (looks @ rows - rows).square() + (looks @ columns - columns).square()
-        assert float(off.mean().sqrt()) < 1
+        assert off.mean().sqrt().item() < 1
 
 
 def test_other_heads_keep_their_keys() -> None:
