@@ -108,6 +108,7 @@ def join_processes(precision: Precision = "no", accumulate: int = 1) -> Accelera
     """
     AcceleratorState._reset_state()  # Accelerate has one precision per program; the connections stay
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # or the processes of a launch do not find each other there
         mixed_precision="no" if precision == "auto" else precision,
         gradient_accumulation_steps=accumulate,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],

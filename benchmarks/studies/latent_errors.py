@@ -2,13 +2,15 @@
 
     python benchmarks/studies/latent_errors.py
     python benchmarks/studies/latent_errors.py --first 0 --output build/trained-objects.json
+    python benchmarks/studies/latent_errors.py --same --output build/same-picture.json
     python benchmarks/studies/latent_errors.py --checkpoint FILE --checkpoint OTHER
 
 At a timestep t, a network that predicts the noise also tells what it takes for the clean latent (DDIM, Song
 et al., 2021, equation 9). The study measures the mean squared error of that estimate against the latent of
 the true picture, in units of the latents (variance about 1), apart for the cells of the object, of the
 background that is hidden in the box, and of the scene outside of it. At t = 999 there is nothing but noise,
-so the estimate is what the network makes of reference and scene alone.
+so the estimate is what the network makes of reference and scene alone. With `--same` the reference is cut out
+of the true picture: then nothing is left to guess, and what remains is what the network fails to carry over.
 
 It is compared with two pictures that need no network, copy-paste and the guessed background, and with a
 linear function: least squares from the reference's nine DINOv2 tokens around the matching place, and from
@@ -23,7 +25,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,14 +196,20 @@ def fit(model: AnyDoor, pairs: Iterator[TruthPair], resolution: int) -> LinearFu
     return LinearFunction(torch.cat(inputs), torch.cat(latents))
 
 
+def chosen_pairs(options: argparse.Namespace, first: int, count: int) -> Iterator[TruthPair]:
+    """Yields pairs, with the reference that the options ask for."""
+    for pair in truth_pairs(count, first=first):
+        yield replace(pair, reference=pair.target) if options.same else pair
+
+
 @torch.no_grad()
 def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures all rows."""
-    models = {str(path): _network(path) for path in options.checkpoint}
+    models = {str(path): load_network(path) for path in options.checkpoint}
     first = next(iter(models.values()))
     fitted = None
     if options.fit:
-        others = ProgressBar(truth_pairs(options.fit, first=_FITTED), "fitting", total=options.fit)
+        others = ProgressBar(chosen_pairs(options, _FITTED, options.fit), "fitting", total=options.fit)
         fitted = fit(first, iter(others), options.resolution)
     errors, names = Errors(), dict[str, None]()
 
@@ -209,7 +217,9 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
         names[row] = None
         errors.add(row, found, prepared.truth, regions)
 
-    pairs = ProgressBar(truth_pairs(options.count, first=options.first), "estimating", total=options.count)
+    pairs = ProgressBar(
+        chosen_pairs(options, options.first, options.count), "estimating", total=options.count
+    )
     for seed, pair in enumerate(pairs):
         prepared = prepare(first, pair, options.resolution)
         add("nothing: zeros", torch.zeros_like(prepared.truth), prepared, prepared.regions)
@@ -227,7 +237,12 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"row": row, **errors.means(row)} for row in names]
 
 
-def _network(path: Path) -> AnyDoor:
+def load_network(path: Path) -> AnyDoor:
+    """Builds the network of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be used, or is of another system.
+    """
     network = network_in(str(path))
     if not isinstance(network, AnyDoor):
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint")
@@ -253,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--fit", type=int, default=500, help="objects of the linear function; 0 leaves it out; default: 500"
     )
+    parser.add_argument("--same", action="store_true", help="take the true picture as the reference")
     parser.add_argument("--resolution", type=int, default=96, help="of the networks; default: 96")
     parser.add_argument("--output", type=Path, default=RESULTS / "latent-errors-small.json")
     options = parser.parse_args(arguments)
@@ -265,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AnyDoorError, OSError) as error:
         print(f"latent_errors.py: {error}", file=sys.stderr)
         return 2
-    settings = {"count": options.count, "first": options.first, "fit": options.fit}
+    settings = {"count": options.count, "first": options.first, "fit": options.fit, "same": options.same}
     write_results(options.output, {"machine": describe(), "settings": settings, "rows": rows})
     for row in rows:
         print(f"{row['row']:<60}", *(f"{row[region] or float('nan'):.3f}" for region in REGIONS))

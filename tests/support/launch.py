@@ -37,9 +37,9 @@ def start(work: Callable[..., Any], *arguments: Any, **environment: str) -> Base
     """Calls a function that can be imported, in a process of its own."""
     # what the first process is forked from has to find this module, too
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    process = _CONTEXT.Process(
-        target=_run, args=({"ACCELERATE_USE_CPU": "true", **environment}, work, arguments)
-    )
+    # two processes on one card would be something else
+    processor = {"ACCELERATE_USE_CPU": "true"} if torch.cuda.is_available() else {}
+    process = _CONTEXT.Process(target=_run, args=({**processor, **environment}, work, arguments))
     process.start()
     return process
 

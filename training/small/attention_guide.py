@@ -34,9 +34,6 @@ QUARTER_SPREAD = 0.33
 SMALLEST_SPREAD = 0.4
 """The least of theirs, in tokens: a head cannot look between two tokens more sharply."""
 
-_QUARTERS = ((-0.25, -0.25), (-0.25, 0.25), (0.25, -0.25), (0.25, 0.25))
-"""Where in a cell, from its middle, in cells."""
-
 
 def cross_attention(parts: Iterable[nn.Module]) -> dict[str, Attention]:
     """Returns the layers of some parts that look at the tokens, by name, except the middle's."""
@@ -103,8 +100,9 @@ class AttentionGuide:
         width = (
             (wanted[:, 0, 1:] - wanted[:, 0, :-1]).flatten(1).nanmean(1).nan_to_num(1)[:, None, None, None]
         )
-        shift = wanted.new_tensor(_QUARTERS)[None, :, None]
-        return middles + shift * width, (QUARTER_SPREAD * width).clamp(min=SMALLEST_SPREAD)
+        # of quarters from the middle of their cell, in cells; made where it is used, as a captured step must
+        quarters = torch.cartesian_prod(*2 * [torch.arange(2, device=wanted.device) / 2 - 0.25])
+        return middles + quarters[:, None] * width, (QUARTER_SPREAD * width).clamp(min=SMALLEST_SPREAD)
 
 
 class _RecordedAttention:

@@ -46,7 +46,8 @@ def place_reader(tokens: Tensor) -> Tensor:
     codes = place_codes(side).double().repeat(len(tokens), 1)
     inputs, codes = inputs - inputs.mean(0), codes - codes.mean(0)
     ridge = _RIDGE * len(tokens) * torch.eye(inputs.shape[1], dtype=inputs.dtype)
-    return torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ codes).T.float()
+    reader: Tensor = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ codes)
+    return reader.T.float()
 
 
 @torch.no_grad()

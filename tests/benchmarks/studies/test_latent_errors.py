@@ -51,7 +51,7 @@ def test_less_noise_leaves_less_to_guess(tmp_path: Path, capsys: pytest.CaptureF
     output = tmp_path / "errors.json"
     assert main(["--count", "2", "--fit", "3", "--output", str(output)]) == 0
     results = json.loads(output.read_text())
-    assert results["settings"] == {"count": 2, "first": HELD_OUT, "fit": 3}
+    assert results["settings"] == {"count": 2, "first": HELD_OUT, "fit": 3, "same": False}
     rows = {row.pop("row"): row for row in results["rows"]}
     errors = [rows[f"{CHECKPOINT}, t = {timestep}"]["object"] for timestep in TIMESTEPS]
     assert errors == sorted(errors, reverse=True)
@@ -64,6 +64,19 @@ def test_objects_of_a_training_can_be_measured(tmp_path: Path) -> None:
     assert (
         main(["--first", "0", "--count", "1", "--fit", "1", "--output", str(tmp_path / "errors.json")]) == 0
     )
+
+
+def test_nothing_is_left_to_guess_when_the_reference_is_the_picture(tmp_path: Path) -> None:
+    outputs = {name: tmp_path / f"{name}.json" for name in ("other", "same")}
+    for name, options in (("other", []), ("same", ["--same"])):
+        assert main(["--count", "2", "--fit", "0", "--output", str(outputs[name]), *options]) == 0
+    rows = {
+        name: {row["row"]: row["object"] for row in json.loads(output.read_text())["rows"]}
+        for name, output in outputs.items()
+    }
+    pasted = "copy-paste, background guessed"
+    assert rows["same"][pasted] < rows["other"][pasted] / 10
+    assert rows["same"][f"{EXAMPLE}, t = 999"] < rows["other"][f"{EXAMPLE}, t = 999"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,8 +90,9 @@ def noisy() -> dict[str, Tensor]:
     }
 
 
-def anydoor() -> tuple[Task, Mapping[str, Tensor]]:
-    task = DiffusionTask(AnyDoor(TINY), RandomPairs(), Denoising(attention_guide=0.1))
+def anydoor(guided_heads: int = 1) -> tuple[Task, Mapping[str, Tensor]]:
+    rules = Denoising(attention_guide=0.1, guided_heads=guided_heads)
+    task = DiffusionTask(AnyDoor(replace(TINY, unet_head_width=16)), RandomPairs(), rules)
     return task, noisy() | HINTS | {"features": torch.zeros(2, 257, 64)}
 
 
@@ -131,6 +133,7 @@ def stable_diffusion() -> tuple[Task, Mapping[str, Tensor]]:
 
 TASKS: Mapping[str, Callable[[], tuple[Task, Mapping[str, Tensor]]]] = {
     "anydoor": anydoor,
+    "anydoor with four guided heads": lambda: anydoor(guided_heads=4),
     "anydoor of pictures": anydoor_of_pictures,
     "imprint views": lambda: imprint(backbone=True),
     "imprint compositing": lambda: imprint(backbone=False),
