@@ -15,6 +15,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -282,6 +283,24 @@ def latent_errors(name: str) -> str:
     return table(read_results(name)["rows"], columns)
 
 
+def attention_places(**names: str) -> str:
+    """Tabulates where the layers of networks look, and how sharply: title -> results."""
+    found = {
+        title: {row["layer"]: row for row in read_results(name)["rows"]} for title, name in names.items()
+    }
+    columns: dict[str, Callable[[Json], Cell]] = {
+        "cross-attention of": lambda layer: layer["name"].replace(".transformer_blocks.0.attn2", "")
+    }
+    for title, rows in found.items():
+        for what in ("offset", "spread"):
+            columns[f"{title}: {what}"] = partial(_of_layer, rows, what)
+    return table([{"name": name} for name in next(iter(found.values()))], columns)
+
+
+def _of_layer(rows: Mapping[str, Json], what: str, layer: Json) -> Cell:
+    return number(rows[layer["name"]][what], 2)
+
+
 def load() -> str:
     """Tabulates a server under load: pictures in time and latency, by rate of arrivals and batching."""
     columns = {
@@ -325,7 +344,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "feature-reuse": feature_reuse,
     "fidelity": fidelity,
     "latent-errors": lambda: latent_errors("latent-errors-small"),
-    "latent-errors-trained": lambda: latent_errors("latent-errors-small-trained"),
+    "latent-errors-same": lambda: latent_errors("latent-errors-small-same"),
+    "attention-places": lambda: attention_places(
+        before="attention-places-before", small="attention-places-small"
+    ),
     "load": load,
 }
 """Name in a marker -> what writes the table."""

@@ -26,6 +26,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from benchmarks.studies.latent_errors import load_network, prepare
+from benchmarks.support.example import CHECKPOINT, example_checkpoint
 from benchmarks.support.machine import describe
 from benchmarks.support.results import RESULTS, require_writable, write_results
 from benchmarks.support.truth_set import truth_pairs
@@ -107,10 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="attention_places.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = Path("examples/anydoor-small.safetensors")
-    parser.add_argument(
-        "--checkpoint", type=Path, default=default, metavar="FILE", help="default: %(default)s"
-    )
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=f"default: {CHECKPOINT}")
     parser.add_argument(
         "--heads", type=int, default=4, choices=GUIDED_HEADS, help="that are guided; default: 4"
     )
@@ -122,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.count < 1:
             raise InputError("--count is at least 1")
         require_writable(options.output)
+        options.checkpoint = options.checkpoint or example_checkpoint()
         rows = study(options)
     except (AnyDoorError, OSError) as error:
         print(f"attention_places.py: {error}", file=sys.stderr)
