@@ -288,7 +288,7 @@ def attention_places(**names: str) -> str:
     found = {
         title: {row["layer"]: row for row in read_results(name)["rows"]} for title, name in names.items()
     }
-    columns: dict[str, Callable[[Json], Cell]] = {
+    columns: dict[str, Cell] = {
         "cross-attention of": lambda layer: layer["name"].replace(".transformer_blocks.0.attn2", "")
     }
     for title, rows in found.items():
@@ -297,7 +297,7 @@ def attention_places(**names: str) -> str:
     return table([{"name": name} for name in next(iter(found.values()))], columns)
 
 
-def _of_layer(rows: Mapping[str, Json], what: str, layer: Json) -> Cell:
+def _of_layer(rows: Mapping[str, Json], what: str, layer: Json) -> str:
     return number(rows[layer["name"]][what], 2)
 
 
