@@ -266,6 +266,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
         check_defaults({**_DEFAULTS[recipe.system], **recipe.defaults})
     except InputError as error:
         raise InputError(f"'{path}': [defaults]: {error}") from error
+    _check_sides(path, recipe)
     for source in recipe.sources:
         if source.name not in SOURCES:
             raise InputError(f"'{path}': no data set is called '{source.name}'; known: {', '.join(SOURCES)}")
@@ -290,6 +291,20 @@ def _check_architecture(path: Path, architecture: object) -> None:
             raise InputError(
                 f"'{path}': [architecture]: {part}_channels must be multiples of {part}_norm_groups, {groups}"
             )
+
+
+def _check_sides(path: Path, recipe: CommonRecipe) -> None:
+    """Refuses pictures that the autoencoder or the UNet cannot halve often enough."""
+    factor = recipe.architecture.latent_factor
+    for stage in ("autoencoder", "decoder"):
+        settings = getattr(recipe, stage)
+        if settings and settings.side % factor:
+            raise InputError(f"'{path}': [{stage}]: side is {settings.side}; expected a multiple of {factor}")
+    step = factor * 2 ** (len(recipe.architecture.unet_channels) - 1)
+    if recipe.pairs.resolution % step:
+        raise InputError(
+            f"'{path}': [pairs]: resolution is {recipe.pairs.resolution}; expected a multiple of {step}"
+        )
 
 
 def _check_imprint(path: Path, recipe: ImprintRecipe) -> None:

@@ -76,6 +76,8 @@ def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
         ("[identity]\nsteps = 9\nclip = 0\n", "clip is 0; expected more than 0"),
         ("[identity]\nsteps = 9\nema = 1\n", "ema is 1; expected a decay from 0 to below 1"),
         ("[decoder]\nsteps = 9\nside = 1000\n", "side is 1000; expected 1 to the 160 pixels"),
+        ("[autoencoder]\nsteps = 9\nside = 50\n", r"\[autoencoder\]: side is 50; expected a multiple of 8"),
+        ("[pairs]\nresolution = 96\n", r"\[pairs\]: resolution is 96; expected a multiple of 64"),
         ("[pairs]\nresolution = 0\n", r"\[pairs\]: resolution is 0; expected at least 1"),
         (
             "[pairs]\ncrop_ratios = [3, 1]\n",
