@@ -272,8 +272,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
             raise InputError(f"'{path}': no data set is called '{source.name}'; known: {', '.join(SOURCES)}")
     if isinstance(recipe, ImprintRecipe):
         _check_imprint(path, recipe)
-    elif recipe.sources and recipe.denoising.attention_guide:
-        raise InputError(f"'{path}': [denoising] attention_guide is for rendered pairs, not for [[sources]]")
+    elif recipe.denoising.attention_guide:
+        _check_guide(path, recipe)
     return recipe
 
 
@@ -304,6 +304,20 @@ def _check_sides(path: Path, recipe: CommonRecipe) -> None:
     if recipe.pairs.resolution % step:
         raise InputError(
             f"'{path}': [pairs]: resolution is {recipe.pairs.resolution}; expected a multiple of {step}"
+        )
+
+
+def _check_guide(path: Path, recipe: Recipe) -> None:
+    """Refuses a guide that the data or the network do not allow."""
+    if recipe.sources:
+        raise InputError(f"'{path}': [denoising] attention_guide is for rendered pairs, not for [[sources]]")
+    levels, guided = recipe.architecture, recipe.denoising.guided_heads
+    heads = [
+        count for count, attends in zip(levels.unet_heads, levels.unet_attention, strict=True) if attends
+    ]
+    if any(count < guided for count in heads):
+        raise InputError(
+            f"'{path}': [denoising] guided_heads is {guided}, and a level of [architecture] has {min(heads)}"
         )
 
 

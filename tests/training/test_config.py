@@ -84,6 +84,10 @@ def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
             r"crop_ratios is \[3, 1\]; expected two numbers from 1, the lower",
         ),
         ("[pairs]\nbox_masks = nan\n", "box_masks is nan; expected 0 to 1"),
+        (
+            "[denoising]\nattention_guide = 0.1\nguided_heads = 4\n[architecture]\nunet_head_width = 160\n",
+            r"guided_heads is 4, and a level of \[architecture\] has 2",
+        ),
         ("[denoising]\ndrop = -1\n", r"\[denoising\]: drop is -1; expected 0 to 1"),
         ("[architecture]\ndino_heads = 0\n", r"\[architecture\]: dino_heads is 0; expected at least 1"),
         ("[architecture]\nunet_norm_groups = 7\n", "unet_channels must be multiples of unet_norm_groups, 7"),

@@ -45,7 +45,13 @@ def write_recipe(path: Path, head: str = "", **sections: dict[str, Any]) -> Path
         "architecture": {each.name: getattr(TINY, each.name) for each in fields(TINY)} | {"prediction": "v"},
         "data": {"objects": 3, "pairs": 5, "kind": "video", "single": 0.5},
         "pairs": {"resolution": 32},
-        "denoising": {"hint_block": False, "unet_encoder": True, "attention_guide": 0.05, "drop": 0.1},
+        "denoising": {
+            "hint_block": False,
+            "unet_encoder": True,
+            "attention_guide": 0.05,
+            "place_keys": True,
+            "drop": 0.1,
+        },
         "defaults": DEFAULTS,
         **dict.fromkeys(("autoencoder", "decoder", "identity", "hint_block", "diffusion"), STAGE),
     }
@@ -182,7 +188,7 @@ def test_what_cannot_be_used_is_told_in_a_sentence(
     stage = ["--folder", tmp_path, "--stage", "diffusion"]
     assert "there is no" in refusal(capsys, recipe, *stage)
     assert "there is no" in refusal(capsys, recipe, tmp_path / "a.png", "--folder", tmp_path, command=preview)
-    missing = write_recipe(tmp_path / "missing.toml", denoising={"attention_guide": 0.0})
+    missing = write_recipe(tmp_path / "missing.toml", denoising={"attention_guide": 0.0, "place_keys": False})
     missing.write_text(missing.read_text() + '\n[[sources]]\nname = "DUT"\nroot = "nowhere"\n')
     write_model(tmp_path / "start.safetensors", AnyDoor(read_architecture(recipe)))
     assert "nowhere" in refusal(capsys, missing, *stage, "--start", tmp_path / "start.safetensors")
