@@ -28,7 +28,7 @@ _BLOCK = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<tail><!
 _SAMPLES, _BATCH = "samples of one placement", "different placements at once"
 _BACKENDS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "": "PyTorch, eager"}
 _PRECISIONS = {"fp32": "FP32", "bf16": "BF16"}
-_METHODS = {"AnyDoor": "**the example model**"}
+_METHODS = dict.fromkeys(("AnyDoor", "anydoor-small"), "**the example model**")
 
 
 def machine(results: Json) -> str:
