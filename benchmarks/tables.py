@@ -15,12 +15,14 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.support.markdown import LOAD_COLUMNS, Cell, Json, amount, number, percent, table
 from benchmarks.support.results import read_results
+from benchmarks.support.study_tables import attention_places, latent_errors
+from runtime.systems.anydoor import DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -207,16 +209,21 @@ def footprint_run(plans: Mapping[str, str]) -> str:
 def presets() -> str:
     """Tabulates the presets: their parameters, what they gain and what they cost."""
 
+    def value(row: Json, name: str) -> Any:
+        """Returns what a setting leaves open as AnyDoor has it."""
+        given = row["sampling"][name]
+        return DEFAULTS[name] if given is None else given
+
     def guided(row: Json) -> str:
-        first, last = row["sampling"]["guidance_interval"]
+        first, last = value(row, "guidance_interval")
         return "all" if (first, last) == (0, 999) else f"{first} to {last}"
 
     columns = {
         "preset": lambda row: f"`{row['name']}`",
-        "sampler": lambda row: f"`{row['sampling']['sampler']}`",
-        "steps": lambda row: str(row["sampling"]["steps"]),
+        "sampler": lambda row: f"`{value(row, 'sampler')}`",
+        "steps": lambda row: str(value(row, "steps")),
         "guidance at timesteps": guided,
-        "detail maps at": lambda row: f"{row['sampling']['map_steps'] or 'all'} timesteps",
+        "detail maps at": lambda row: f"{value(row, 'map_steps') or 'all'} timesteps",
         "UNet rows": lambda row: number(row["unet_rows"], 0),
         "ControlNet rows": lambda row: number(row["control_rows"], 0),
         "speed-up": lambda row: f"{row['speed_up']:.1f} x",
@@ -270,35 +277,6 @@ def fidelity() -> str:
         "by edges": lambda row: percent(row["retrieval"]["edges"]),
     }
     return table(read_results("fidelity-small")["rows"], columns)
-
-
-def latent_errors(name: str) -> str:
-    """Tabulates how far off the latents are that networks expect, by region."""
-    columns = {
-        "latent": lambda row: row["row"].replace("examples/", ""),
-        "object": lambda row: number(row["object"], 3),
-        "background in the box": lambda row: number(row["background in the box"], 3),
-        "outside": lambda row: number(row["outside"], 3),
-    }
-    return table(read_results(name)["rows"], columns)
-
-
-def attention_places(**names: str) -> str:
-    """Tabulates where the layers of networks look, and how sharply: title -> results."""
-    found = {
-        title: {row["layer"]: row for row in read_results(name)["rows"]} for title, name in names.items()
-    }
-    columns: dict[str, Cell] = {
-        "cross-attention of": lambda layer: layer["name"].replace(".transformer_blocks.0.attn2", "")
-    }
-    for title, rows in found.items():
-        for what in ("offset", "spread"):
-            columns[f"{title}: {what}"] = partial(_of_layer, rows, what)
-    return table([{"name": name} for name in next(iter(found.values()))], columns)
-
-
-def _of_layer(rows: Mapping[str, Json], what: str, layer: Json) -> str:
-    return number(rows[layer["name"]][what], 2)
 
 
 def load() -> str:

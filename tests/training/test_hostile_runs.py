@@ -151,9 +151,12 @@ def test_ctrl_c_ends_a_training_in_a_line_and_it_goes_on(
     assert command.main(arguments) == 0
 
 
-@pytest.mark.skipif(
+in_the_foreground = pytest.mark.skipif(
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="what runs in the background has no Ctrl-C"
 )
+
+
+@in_the_foreground
 def test_ctrl_c_ends_drawing_in_a_line(tmp_path: Path) -> None:
     """A terminal sends it to the processes that draw, too."""
     drawing = [sys.executable, "-m", "training.data.view_store", str(tmp_path / "views"), "--objects", "500"]
@@ -167,6 +170,7 @@ def test_ctrl_c_ends_drawing_in_a_line(tmp_path: Path) -> None:
     assert 0 < read_count(tmp_path / "views" / "done.txt") < 500
 
 
+@in_the_foreground
 def test_ctrl_c_stops_the_trainings_of_a_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
