@@ -7,11 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import ANY_VALUE
 
 from export.rewrite.rule import MICROSOFT, PatternRule
-from export.rewrite.values import dimensions, permuted, reshape_result, reshaped, scalar, shape_items
+from export.rewrite.values import (
+    constant,
+    dimensions,
+    permuted,
+    reshape_result,
+    reshaped,
+    scalar,
+    shape_items,
+)
 
 
 class TransposedKeys(PatternRule):
@@ -130,7 +139,9 @@ class Attention(PatternRule):
         heads, width = split
         usual = 1 / math.sqrt(width)
         # its square root was rounded to the dtype of the graph, twice
-        if math.isclose(scale, usual, rel_tol=2**-9):
+        rounded = constant(found["query_scale"])
+        assert rounded is not None
+        if math.isclose(scale, usual, rel_tol=2 * float(np.finfo(rounded.dtype).eps)):
             scale = usual
         causal = {"unidirectional": 1} if self.causal else {}
         return op.MultiHeadAttention(
