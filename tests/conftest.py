@@ -160,9 +160,12 @@ def example_bundle() -> Path:
     return ROOT / "examples" / "anydoor-small"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def example_checkpoint() -> Path:
-    """The checkpoint that it was built from, restored from it if need be; do not write into it."""
+    """The checkpoint that it was built from, restored from it if need be; do not write into it.
+
+    Always there, because recipes, documents and the index of another example name its file.
+    """
     from benchmarks.support import example
 
     return example.example_checkpoint()

@@ -35,7 +35,6 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 @every_page
-@pytest.mark.usefixtures("example_checkpoint")
 def test_paths_in_the_text_exist(page: Path) -> None:
     for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", (ROOT / page).read_text("utf-8")):
         assert (ROOT / path).exists(), path
