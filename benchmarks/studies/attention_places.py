@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from benchmarks.studies.latent_errors import load_network, prepare
@@ -35,30 +34,10 @@ from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from training.data.matching_places import matching_places
 from training.data.pairs import as_reference
-from training.network.modules import AnyDoor
-from training.small.attention_guide import GUIDED_HEADS, cross_attention
+from training.small.attention_guide import GUIDED_HEADS, AttentionGuide
 from training.systems.anydoor import guided_parts
 
 TIMESTEP = 999
-
-
-class Looks:
-    """Keeps where the layers of a network look in each forward pass."""
-
-    def __init__(self, model: AnyDoor, heads: int) -> None:
-        self.found: dict[str, Tensor] = {}
-        """Layer -> probabilities (heads, cells, tokens), the class token left out."""
-        for name, layer in cross_attention(guided_parts(model)).items():
-            layer.register_forward_pre_hook(self._recorder(name, heads), with_kwargs=True)
-
-    def _recorder(self, name: str, heads: int) -> Any:
-        def record(layer: Attention, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-            query = layer.to_q(arguments[0]).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-            key = layer.to_k(named["encoder_hidden_states"]).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-            looks = (query @ key.transpose(-1, -2) * layer.scale).softmax(-1)[0, :heads, :, 1:]
-            self.found[name] = looks / looks.sum(-1, keepdim=True)
-
-        return record
 
 
 def squares(looks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +61,7 @@ def squares(looks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
 def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures all layers."""
     model = load_network(options.checkpoint)
-    looks, sums = Looks(model, options.heads), defaultdict[str, list[tuple[Tensor, Tensor]]](list)
+    guide, sums = AttentionGuide(guided_parts(model), options.heads), defaultdict[str, list[Any]](list)
     for seed, pair in enumerate(ProgressBar(truth_pairs(options.count), "looking", total=options.count)):
         prepared = prepare(model, pair, options.resolution)
         noise = np.random.default_rng(seed).standard_normal((1, *prepared.truth.shape), np.float32)
@@ -92,8 +71,8 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
         model(torch.from_numpy(noise), torch.tensor([TIMESTEP]), tokens, hint)
         side = round((tokens.shape[1] - 1) ** 0.5)
         places = torch.from_numpy(matching_places(prepared.pair.hint[3] > 0, noise.shape[-1], side))
-        for name, found in looks.found.items():
-            sums[name].append(squares(found, places))
+        for name, looks in guide.seen.items():
+            sums[name].append(squares(looks[0, :, :, 1:].softmax(-1), places))  # but for the class token
     rows = []
     for name, pairs in sums.items():
         offset, spread = (float(torch.cat(each).mean().sqrt()) for each in zip(*pairs, strict=True))

@@ -58,15 +58,17 @@ class AttentionGuide:
         Raises:
             InputError: a layer has fewer.
         """
-        self._heads, self._seen = heads, list[Tensor]()
+        self._heads = heads
+        self.seen: dict[str, Tensor] = {}
+        """Layer -> logarithms of where its guided heads looked in the last pass, (N, heads, cells, 1 + T)."""
         for name, layer in cross_attention(parts).items():
             if layer.heads < heads:
                 raise InputError(f"{heads} heads are to be guided, and '{name}' has {layer.heads}")
-            layer.set_processor(_RecordedAttention(self._seen, heads))
+            layer.set_processor(_RecordedAttention(self.seen, name, heads))
 
     def clear(self) -> None:
         """Forgets the last forward pass; to be called before each."""
-        self._seen.clear()
+        self.seen.clear()
 
     def loss(self, places: Tensor) -> Tensor:
         """Computes the cross-entropy, in nats, between where heads look and where they should.
@@ -75,7 +77,7 @@ class AttentionGuide:
             The loss is the mean over the cells whose place is known.
         """
         total = places.new_zeros(())
-        for looks in self._seen:
+        for looks in self.seen.values():
             tokens = round((looks.shape[3] - 1) ** 0.5)  # per side, but for the class token
             coarser = places.shape[1] // round(looks.shape[2] ** 0.5)
             wanted = F.avg_pool2d(places.permute(0, 3, 1, 2), coarser)
@@ -89,7 +91,7 @@ class AttentionGuide:
             should = (-distance / (2 * spread**2)).softmax(3)
             off = -(should * looks[..., 1:]).sum(3)
             total = total + (off * known).sum() / known.sum().clamp(min=1)
-        return total / max(len(self._seen), 1)
+        return total / max(len(self.seen), 1)
 
     def _targets(self, wanted: Tensor) -> tuple[Tensor, Tensor | float]:
         """Returns where each head should look, (N, heads, cells, 2), and how sharply, in tokens."""
@@ -108,8 +110,8 @@ class AttentionGuide:
 class _RecordedAttention:
     """Attention written out, because the fused one does not give its probabilities."""
 
-    def __init__(self, seen: list[Tensor], heads: int) -> None:
-        self._seen, self._heads = seen, heads
+    def __init__(self, seen: dict[str, Tensor], name: str, heads: int) -> None:
+        self._seen, self._name, self._heads = seen, name, heads
 
     def __call__(
         self, layer: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
@@ -123,7 +125,7 @@ class _RecordedAttention:
             )
         )
         looks = (query @ key.transpose(-1, -2) * layer.scale).log_softmax(-1)
-        self._seen.append(looks[:, : self._heads])
+        self._seen[self._name] = looks[:, : self._heads]
         found = (looks.exp() @ value).transpose(1, 2).flatten(2)
         projection, dropout = layer.to_out
         result: Tensor = dropout(projection(found))

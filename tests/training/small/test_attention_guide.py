@@ -66,8 +66,8 @@ def test_the_loss_is_the_mean_over_the_cells_whose_place_is_known(share: float) 
     guide, places = AttentionGuide([]), 16 * torch.rand(2, 8, 8, 2, generator=generator)
     places[torch.rand(2, 8, 8, generator=generator) < share] = float("nan")
     looks = [torch.randn(2, 1, cells, 257, generator=generator).log_softmax(3) for cells in (64, 16)]
-    for look in looks:
-        guide._seen.append(look.requires_grad_())
+    for level, look in enumerate(looks):
+        guide.seen[str(level)] = look.requires_grad_()
     loss, expected = guide.loss(places), sum(picked_out(look, places) for look in looks) / 2
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, looks), torch.autograd.grad(expected, looks))
@@ -78,7 +78,7 @@ def test_four_heads_look_at_the_quarters_of_a_cell() -> None:
     # cells are two tokens wide, and the object starts at the second
     places[0, 1:, 1:] = 2 * torch.cartesian_prod(torch.arange(3), torch.arange(3)).view(3, 3, 2) + 3.0
     looks = torch.randn(1, 4, 16, 257, generator=torch.Generator().manual_seed(0)).log_softmax(3)
-    guide._seen.append(looks)
+    guide.seen["layer"] = looks
     quarters = [(-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)]
     expected = [
         off_target(looks[0, head, cell], place + torch.tensor(quarter), 2 * QUARTER_SPREAD)
