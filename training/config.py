@@ -300,7 +300,7 @@ def _check_sides(path: Path, recipe: CommonRecipe) -> None:
         settings = getattr(recipe, stage)
         if settings and settings.side % factor:
             raise InputError(f"'{path}': [{stage}]: side is {settings.side}; expected a multiple of {factor}")
-    step = factor * 2 ** (len(recipe.architecture.unet_channels) - 1)
+    step = recipe.architecture.side_step
     if recipe.pairs.resolution % step:
         raise InputError(
             f"'{path}': [pairs]: resolution is {recipe.pairs.resolution}; expected a multiple of {step}"

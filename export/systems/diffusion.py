@@ -54,7 +54,7 @@ def check_size(architecture: DiffusionArchitecture, size: Size) -> None:
     Raises:
         AnyDoorError: it cannot.
     """
-    step = architecture.latent_factor * 2 ** (len(architecture.unet_channels) - 1)
+    step = architecture.side_step
     if any(side < step or side % step for side in size):
         height, width = size
         given = str(width) if width == height else f"{width}x{height}"

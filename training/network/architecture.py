@@ -86,6 +86,11 @@ class DiffusionArchitecture:
         """How many picture pixels one latent pixel spans, per side."""
         return int(2 ** (len(self.vae_channels) - 1))
 
+    @property
+    def side_step(self) -> int:
+        """Pixels that the sides of a picture are multiples of, so that all levels can halve its latent."""
+        return self.latent_factor * int(2 ** (len(self.unet_channels) - 1))
+
 
 @dataclass(frozen=True)
 class SceneArchitecture(DiffusionArchitecture):
