@@ -11,6 +11,7 @@ from runtime.errors import InputError
 from training.clock import TimeLimit
 
 Precision = Literal["no", "auto", "bf16", "fp16"]
+OptimizerName = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class LoopSettings:
     """Samples per process and forward pass."""
     accumulate: int = 1
     """Forward passes per step."""
+    optimizer: OptimizerName = "adamw"
+    """'muon' is for networks that start from nothing: see `training.muon`."""
     learning_rate: float = 1e-5
     rates: Mapping[str, float] = field(default_factory=dict)
     """Part of the network, a child of the task's module -> its own learning rate."""
@@ -70,6 +73,8 @@ class LoopSettings:
         for rate in (self.learning_rate, *self.rates.values()):
             if not 0 <= rate < math.inf:
                 raise InputError(f"a learning rate is {rate:g}; expected at least 0")
+        if self.optimizer == "muon" and self.shard:
+            raise InputError("optimizer 'muon' needs whole matrices: leave out shard, or take 'adamw'")
         if not self.clip > 0:
             raise InputError(f"clip is {self.clip:g}; expected more than 0")
         if not 0 <= self.ema < 1:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from engines.files import replacing
 from runtime.errors import InputError
 from training.loop_settings import LoopSettings
+from training.muon import MuonAdamW, hidden_matrices
 from training.sharding import gather, shard, to_local
 
 
@@ -137,12 +138,14 @@ class TrainState:
         self.device = first.device
         # the fused kernels, and rates on the card: a step that is captured reads them anew each time
         on_card = first.is_cuda and not isinstance(first, DTensor)
-        self.optimizer = torch.optim.AdamW(
+        matrices = hidden_matrices(module.named_parameters()) if settings.optimizer == "muon" else []
+        self.optimizer = MuonAdamW(
             [
                 {"params": weights, **({"lr": torch.zeros((), device=self.device)} if on_card else {})}
                 for weights in groups.values()
             ],
-            settings.learning_rate,
+            matrices,
+            lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=on_card or None,
             capturable=on_card,
@@ -196,7 +199,7 @@ class TrainState:
         moments = saved["optimizer"]["state"]
         for index, values in moments.items():
             for name, value in values.items():
-                if name != "step":  # the others are the two moments of the gradient
+                if name != "step":  # the others are moments of the gradient
                     values[name] = shard(value, self.trained[index])
         # the groups are what the recipe says
         groups = self.optimizer.state_dict()["param_groups"]
