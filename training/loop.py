@@ -30,6 +30,7 @@ from training.curves import Curves
 from training.loop_settings import LoopSettings, Precision
 from training.precision import allow_tf32, has_bf16
 from training.sharding import shard_module
+from training.short_attention import use_short_attention
 from training.train_state import TrainState, fitting, read_state, saved_weights
 from training.workers import worker_count
 
@@ -222,6 +223,8 @@ class _Stepper:
             with fitting(where):
                 task.module.load_state_dict(saved_weights(saved, accelerator.device))
         task.network.to(accelerator.device)
+        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+            use_short_attention(task.network)
         # Accelerate has FSDP on graphics cards only; PyTorch's own is the same everywhere
         self._module = (
             shard_module(task.module, accelerator.device)
