@@ -44,7 +44,7 @@ from benchmarks.support.measurement import LEAST_PSNR, Report
 from benchmarks.support.peaks import cores
 from benchmarks.support.precisions import TORCH_DTYPES
 from benchmarks.support.results import require_writable, write_results
-from engines.bundle import Bundle, how_to_restore
+from engines.bundle import Bundle, no_checkpoint
 from engines.engine import choose_backend
 from engines.errors import AnyDoorError, BackendError
 from engines.options import BACKENDS, INFERENCE_PRECISIONS, EngineOptions
@@ -111,9 +111,7 @@ def find_model(options: argparse.Namespace) -> tuple[Path | None, list[Path]]:
         checkpoint = seeded_checkpoint(SEEDED[options.system][options.size])
         return checkpoint, options.bundle or [seeded_bundle(checkpoint, WORKLOADS[options.size].resolution)]
     if options.checkpoint and not options.checkpoint.exists():
-        raise AnyDoorError(
-            f"there is no checkpoint at '{options.checkpoint}'{how_to_restore(options.checkpoint)}"
-        )
+        raise AnyDoorError(no_checkpoint(options.checkpoint))
     if options.bundle:
         return options.checkpoint, options.bundle
     if options.checkpoint and options.checkpoint.is_dir():

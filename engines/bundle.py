@@ -235,12 +235,13 @@ def sha256(*paths: Path, progress: Progress | None = None) -> str:
     return digest.hexdigest()
 
 
-def how_to_restore(checkpoint: Path) -> str:
-    """Returns the end of a sentence that says that a checkpoint is missing: the command that restores it from
-    the bundle beside it, the folder X of X.safetensors; empty if there is none."""
-    if checkpoint.suffix != ".safetensors" or not (checkpoint.with_suffix("") / REST).is_file():
-        return ""
-    return f": restore it with '{RESTORE_COMMAND} {checkpoint.with_suffix('')}'"
+def no_checkpoint(path: Path) -> str:
+    """Returns the sentence that says that a checkpoint is missing, with the command that restores it from the
+    bundle beside it, the folder X of X.safetensors, if there is one."""
+    sentence, bundle = f"there is no checkpoint at '{path}'", path.with_suffix("")
+    if path.suffix != ".safetensors" or not (bundle / REST).is_file():
+        return sentence
+    return f"{sentence}: restore it with '{RESTORE_COMMAND} {bundle}'"
 
 
 def file_record(bundle: Path, name: str) -> FileRecord:

@@ -25,6 +25,14 @@ def parse_size(text: str) -> int:
     raise InputError(f"'{text}' is not a size: a number is expected, like 6G or 800M")
 
 
+def size_text(size: int) -> str:
+    """Writes bytes as `parse_size` reads them, to one decimal: 33554432 is '33.6M'."""
+    for unit, factor in reversed(_UNITS.items()):
+        if size >= factor:
+            return f"{round(size / factor, 1):g}{unit}"
+    return str(size)
+
+
 def size_flag(text: str) -> int:
     """`parse_size` as the type of an argument of `argparse`, which keeps the sentence of this error only."""
     try:

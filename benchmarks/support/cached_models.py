@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from benchmarks.support.fingerprint import CHECKPOINT_SOURCES, fingerprint
-from engines.bundle import how_to_restore, sha256
+from engines.bundle import no_checkpoint, sha256
 from engines.errors import AnyDoorError, BundleError
 from engines.manifest import MANIFEST, read_manifest
 from runtime.progress_bar import ProgressBar
@@ -63,7 +63,7 @@ def find_or_build(
         AnyDoorError: the bundle cannot be built.
     """
     if not checkpoint.is_file():
-        raise AnyDoorError(f"there is no checkpoint at '{checkpoint}'{how_to_restore(checkpoint)}")
+        raise AnyDoorError(no_checkpoint(checkpoint))
     with ProgressBar(
         total=checkpoint.stat().st_size, unit="B", unit_scale=True, desc="hashing the checkpoint", leave=False
     ) as bar:

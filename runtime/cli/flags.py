@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from engines.options import EngineOptions
-from runtime.sizes import size_flag
+from runtime.sizes import size_flag, size_text
 
 DEFAULT_BUNDLE = "build/engines/anydoor"
 BUNDLE_VARIABLE = "ANYDOOR_BUNDLE"
@@ -129,11 +129,15 @@ def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 def _flag(field: Field[Any], hint: Any) -> dict[str, Any]:
     """Returns the arguments of `add_argument` for a field."""
     flag: dict[str, Any] = dict(field.metadata)
-    default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+    is_size, default = flag.pop("is_size", False), field.default
+    if isinstance(default, tuple):
+        default = ", ".join(default)
+    elif is_size and isinstance(default, int):
+        default = size_text(default)
     if default not in ("", None, False, True):
         flag["help"] += f" (default: {default})"
     kind = _without_none(hint)
-    if flag.pop("is_size", False):
+    if is_size:
         flag["type"] = size_flag
     elif kind is bool:
         flag["action"] = argparse.BooleanOptionalAction if field.default else "store_true"

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from engines.bundle import how_to_restore
+from engines.bundle import no_checkpoint
 from engines.errors import AnyDoorError
 from training.network.file_kinds import CHECKPOINT, INDEX, kind_of
 from training.network.torch_file import read_torch_file
@@ -109,7 +109,7 @@ def find_file(path: Path) -> Path:
     """
     if not path.is_dir():
         if not path.is_file():
-            raise CheckpointError(f"there is no checkpoint at '{path}'{how_to_restore(path)}")
+            raise CheckpointError(no_checkpoint(path))
         return path
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     if "zero_to_fp32.py" in names or ".metadata" in names:
@@ -139,7 +139,7 @@ def _kind_of(path: Path) -> str:
 def _open(path: Path) -> TensorFile:
     """Opens one file."""
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint at '{path}'{how_to_restore(path)}")
+        raise CheckpointError(no_checkpoint(path))
     try:
         kind = kind_of(path)
         if kind == CHECKPOINT["safetensors"]:
