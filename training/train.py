@@ -172,7 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys(name for stages in STAGES.values() for name in stages))
     parser.add_argument("--stage", choices=names, action="append", help="only these; default: all in order")
     parser.add_argument("--folder", type=Path, help="default: runs/NAME of the recipe")
-    parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="a checkpoint to go on from; torchrun takes this flag for one of its own: --set 'start=\"FILE\"'",
+    )
     parser.add_argument(
         "--set",
         action="append",
