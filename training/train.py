@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--start",
         type=Path,
-        help="a checkpoint to go on from; torchrun takes this flag for one of its own: --set 'start=\"FILE\"'",
+        help="a checkpoint to go on from; torchrun takes this flag for itself: --set 'start=\"FILE\"'",
     )
     parser.add_argument(
         "--set",
