@@ -98,7 +98,7 @@ def load_small_parts(model: ReferenceNetwork, recipe: CommonRecipe, folder: Path
         # a content adapter has layers that the one linear layer of that stage has not, and starts afresh
         fresh = model.id_encoder.projector.state_dict(prefix="projector.")
         model.id_encoder.load_state_dict(fresh | {name: w for name, w in trained.items() if name in known})
-    store = ViewStore(folder / recipe.objects)
+    store = ViewStore(recipe.objects_in(folder))
     pictures = np.stack([store.scene(row, 0).image for row in range(min(CALIBRATION_VIEWS, len(store)))])
     device = join_processes().device
     shown = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2) / 127.5 - 1
@@ -203,7 +203,7 @@ def view_pairs(recipe: Recipe, folder: Path) -> ViewPairs:
     Raises:
         StoreError: nothing is drawn yet.
     """
-    return ViewPairs(ViewStore(folder / recipe.objects), recipe.pairs, single=recipe.data.single)
+    return ViewPairs(ViewStore(recipe.objects_in(folder)), recipe.pairs, single=recipe.data.single)
 
 
 def encoded_pairs(recipe: Recipe, folder: Path, rows: int = 0) -> EncodedPairs:

@@ -73,7 +73,7 @@ def sources(recipe: ImprintRecipe, folder: Path, stage: str) -> list[tuple[Sourc
     opened: list[tuple[Source, float]]
     opened = [(SOURCES[each.name](Path(each.root)), each.weight) for each in listed]
     if not recipe.sources:
-        drawn = folder / recipe.objects
+        drawn = recipe.objects_in(folder)
         alone = RenderedViews(drawn) if stage == "views" else RenderedScenes(drawn, recipe.data.single)
         opened = [(alone, 1.0)]
     for source, _ in opened:

@@ -33,6 +33,8 @@ class DataSettings:
     """How much is drawn for a model that learns from the renderer."""
 
     objects: int = 4000
+    objects_folder: str = ""
+    """Where the drawn objects are kept, for runs that share them; by default in the run's own folder."""
     pairs: int = 8000
     """Pairs that are encoded once, before training. If it is 0, they are made anew while training: AnyDoor's
     of views that are drawn for them, unless `stored_views`, IMPRINT's of the stored ones."""
@@ -58,6 +60,10 @@ class DataSettings:
             if (count := getattr(self, name)) < least:
                 raise InputError(f"{name} is {count}; expected at least {least}")
         check_share("single", self.single)
+
+    def objects_in(self, own: Path) -> Path:
+        """Gives the folder of the drawn objects; `own` is that of a run that shares none."""
+        return Path(self.objects_folder) if self.objects_folder else own
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,12 @@ class CommonRecipe:
 
     @property
     def objects(self) -> str:
-        """The folder of a run where its rendered objects are."""
+        """The name of a run's own folder of drawn objects."""
         return "objects"
+
+    def objects_in(self, folder: Path) -> Path:
+        """Gives the folder of the drawn objects of the run in `folder`."""
+        return self.data.objects_in(folder / self.objects)
 
     @property
     def has_encoders(self) -> bool:
@@ -143,7 +153,7 @@ class Recipe(CommonRecipe):
 
     @property
     def objects(self) -> str:
-        """The folder of a run where its rendered objects are."""
+        """The name of a run's own folder of drawn objects."""
         return "views"
 
 

@@ -15,6 +15,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import signal
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -93,27 +94,26 @@ class Run:
             )
 
 
-def share_objects(runs: Sequence[Run], folder: Path) -> None:
-    """Draws the objects into a folder that the runs that learn from them see as theirs.
+def share_objects(runs: Sequence[Run], folder: Path) -> list[Run]:
+    """Draws the objects once, and returns the runs, with this folder for those that learn from them.
 
     Raises:
         InputError: they want different numbers of objects.
     """
-    recipes = {run.name: run.drawn for run in runs if run.drawn}
-    counts = sorted({recipe.data.objects for recipe in recipes.values()})
+    recipes = [run.drawn for run in runs if run.drawn]
+    counts = sorted({recipe.data.objects for recipe in recipes})
     if len(counts) > 1:
         raise InputError(f"the recipes share their objects, and want {counts} of them: make it one number")
     for run in runs:
         (folder / run.name).mkdir(parents=True, exist_ok=True)
     if not recipes:
-        return
+        return list(runs)
     objects = folder / "objects"
-    workers = max(drawer_count(recipe.data.workers) for recipe in recipes.values())
+    workers = max(drawer_count(recipe.data.workers) for recipe in recipes)
     draw_views(objects, counts[0], max(workers, 1), drawing_device())
-    for name, recipe in recipes.items():
-        own = folder / name / recipe.objects
-        if not own.exists():
-            own.symlink_to(objects.resolve(), target_is_directory=True)
+    as_toml = json.dumps(str(objects), ensure_ascii=False)
+    shared = f"data.objects_folder={as_toml}"
+    return [replace(run, changes=(*run.changes, shared)) if run.drawn else run for run in runs]
 
 
 def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path) -> list[str]:
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len({run.name for run in runs}) < len(runs):
             raise InputError("two recipes have one name, and so one folder: give their stages together")
         options.output.mkdir(parents=True, exist_ok=True)
-        share_objects(runs, options.folder)
+        runs = share_objects(runs, options.folder)
         processes = {run.name: run.start(options.folder / run.name, limit.left / 60) for run in runs}
         failed = wait_for(processes, options.folder)
         packed = [file for run in runs for file in pack(options.folder / run.name, options.output)]

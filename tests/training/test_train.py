@@ -130,6 +130,30 @@ def test_a_run_that_is_given_again_goes_on(run: Path, copy: Path) -> None:
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
+def test_training_goes_on_at_a_higher_resolution_with_the_same_objects(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_small_sheets(monkeypatch)
+    start, objects = str(run / "model.safetensors"), str(run / "views")
+    larger = write_recipe(
+        tmp_path / "larger.toml",
+        f"start = {start!r}",
+        data={"objects_folder": objects},
+        pairs={"resolution": 64},
+    )
+    stages = [f"--set={name}=false" for name in ("autoencoder", "decoder", "identity", "hint_block")]
+    train(larger, tmp_path / "run", *stages)
+    assert not (tmp_path / "run" / "views").exists()
+    before, after = (read_checkpoint(path) for path in (start, tmp_path / "run" / "model.safetensors"))
+    assert (before.resolution, after.resolution) == (32, 64)
+    encoders = ("first_stage_model.", "cond_stage_model.model.")
+    for name, weights in before.tensors.items():
+        if name.startswith(encoders):
+            assert torch.equal(after.tensors[name], weights), name
+    learned = "model.diffusion_model.input_blocks.0.0.weight"
+    assert not torch.equal(after.tensors[learned], before.tensors[learned])
+
+
 @pytest.mark.parametrize("stored", [False, True], ids=["drawn", "of stored views"])
 def test_pairs_are_made_while_it_trains(copy: Path, monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
     """Nothing is encoded ahead; a run that is stopped and resumed ends like one that is not."""

@@ -18,13 +18,13 @@ def draw_objects(recipe: CommonRecipe, folder: Path) -> None:
     """Draws the objects of the recipe."""
     if not recipe.sources:
         workers = max(drawer_count(recipe.data.workers), 1)
-        draw_views(folder / recipe.objects, recipe.data.objects, workers, drawing_device())
+        draw_views(recipe.objects_in(folder), recipe.data.objects, workers, drawing_device())
 
 
 def train_autoencoder(recipe: CommonRecipe, folder: Path) -> None:
     """Trains stage 1."""
     if recipe.autoencoder and not recipe.has_encoders:
-        store = ViewStore(folder / recipe.objects)
+        store = ViewStore(recipe.objects_in(folder))
         task = AutoencoderTask(recipe.architecture, store, recipe.autoencoder.side)
         train(task, recipe.autoencoder, folder / "autoencoder")
 
@@ -32,7 +32,7 @@ def train_autoencoder(recipe: CommonRecipe, folder: Path) -> None:
 def train_decoder(recipe: CommonRecipe, folder: Path) -> None:
     """Continues stage 1 with the decoder alone, at any time after `encode`, because no latent changes."""
     if recipe.decoder and not recipe.has_encoders:
-        store = ViewStore(folder / recipe.objects)
+        store = ViewStore(recipe.objects_in(folder))
         with stage_weights(folder / "autoencoder") as weights:
             task = decoder_task(recipe.architecture, store, recipe.decoder.side, weights)
         train(task, recipe.decoder, folder / "decoder")
@@ -41,5 +41,5 @@ def train_decoder(recipe: CommonRecipe, folder: Path) -> None:
 def train_identity(recipe: CommonRecipe, folder: Path) -> None:
     """Trains stage 2."""
     if recipe.identity and not recipe.has_encoders:
-        task = IdentityTask(recipe.architecture, ViewStore(folder / recipe.objects), recipe.pairs)
+        task = IdentityTask(recipe.architecture, ViewStore(recipe.objects_in(folder)), recipe.pairs)
         train(task, recipe.identity, folder / "identity")

@@ -24,7 +24,7 @@ ONNX = "segmenter-small.onnx"
 def draw_objects(recipe: SegmenterRecipe, folder: Path) -> None:
     """Draws the objects of the recipe."""
     workers = max(drawer_count(recipe.data.workers), 1)
-    draw_views(folder / "views", recipe.data.objects, workers, drawing_device())
+    draw_views(recipe.data.objects_in(folder / "views"), recipe.data.objects, workers, drawing_device())
 
 
 def segmentation_samples(recipe: SegmenterRecipe, folder: Path) -> CutOuts:
@@ -33,7 +33,12 @@ def segmentation_samples(recipe: SegmenterRecipe, folder: Path) -> CutOuts:
     Raises:
         StoreError: no objects are drawn.
     """
-    return CutOuts(ViewStore(folder / "views"), recipe.architecture.side, recipe.pictures, seeds.CUT_OUTS)
+    return CutOuts(
+        ViewStore(recipe.data.objects_in(folder / "views")),
+        recipe.architecture.side,
+        recipe.pictures,
+        seeds.CUT_OUTS,
+    )
 
 
 def train_segmentation(recipe: SegmenterRecipe, folder: Path) -> None:
