@@ -61,7 +61,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def only_writer(path: str | Path) -> Iterator[None]:
     """Keeps other processes that ask for it from writing a folder, and removes what killed ones have left.
 
-    The lock ends with the process, however that ends.
+    That is what `replacing` was writing: in place of the folder, or of a file in it. The lock ends with the
+    process, however that ends.
 
     Raises:
         BlockingIOError: another process writes it; says which.
@@ -71,9 +72,9 @@ def only_writer(path: str | Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
         _put_back(path)
-        partial = re.compile(re.escape(_beside(path)) + r"\d+-[0-9a-f]{8}\.partial")
-        for left in filter(lambda left: partial.fullmatch(left.name), path.parent.iterdir()):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_partials(path.parent, re.escape(_beside(path)))
+        if path.is_dir():
+            _remove_partials(path, r"\..+\.")
         yield
 
 
@@ -120,6 +121,16 @@ def _put_back(path: Path) -> None:
         shutil.rmtree(_old(path), ignore_errors=True)
     elif _old(path).is_dir():
         _old(path).rename(path)
+
+
+def _remove_partials(folder: Path, prefix: str) -> None:
+    """Removes what `partial_path` has named in a folder; `prefix` is a regular expression."""
+    partial = re.compile(prefix + r"\d+-[0-9a-f]{8}\.partial", re.DOTALL)
+    for left in filter(lambda left: partial.fullmatch(left.name), folder.iterdir()):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _replace_folder(partial: Path, path: Path) -> None:

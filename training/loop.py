@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from engines.files import only_writer
 from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from training.capture import CapturedStep
@@ -161,10 +163,24 @@ def train(
         keep: is given the step and the weights to use whenever they are saved.
 
     Raises:
+        BlockingIOError: another training writes into the folder.
         LaunchError: the weights are to be sharded over several processes, and there is one.
         InputError: last.pt is damaged, or of another recipe.
     """
     accelerator = join_processes(settings.precision, settings.accumulate)
+    with only_writer(folder) if accelerator.is_main_process else nullcontext():
+        _train(task, settings, folder, accelerator, draw, keep)
+        accelerator.wait_for_everyone()  # the next stage reads what this one wrote
+
+
+def _train(
+    task: Task,
+    settings: LoopSettings,
+    folder: Path,
+    accelerator: Accelerator,
+    draw: SampleSheet | None,
+    keep: Callable[[int, Mapping[str, Tensor]], None] | None,
+) -> None:
     allow_tf32(settings.precision == "auto")
     last_state, main = folder / "last.pt", accelerator.is_main_process
     saved = read_state(last_state)
@@ -194,7 +210,6 @@ def train(
         if last:
             break
     curves.close()
-    accelerator.wait_for_everyone()  # the next stage reads what this one wrote
 
 
 def _agreed(settings: LoopSettings, reading: _Reading) -> _Reading:

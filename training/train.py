@@ -124,8 +124,12 @@ def _check_subject(recipe: DreamBoothRecipe) -> None:
         print(f"train: warning: {sentence}", file=sys.stderr)
 
 
-def _check_start(recipe: AnyRecipe) -> None:
-    """Refuses a start that cannot be used, before hours of drawing."""
+def check_start(recipe: AnyRecipe) -> None:
+    """Refuses a start that cannot be used, before hours of drawing.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another architecture.
+    """
     if isinstance(recipe, DreamBoothRecipe):
         _check_subject(recipe)
     elif isinstance(recipe, StableDiffusionRecipe):
@@ -203,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = read_recipe(options.recipe, options.set)
         if options.start:
             recipe = _started(recipe, str(options.start))
-        _check_start(recipe)
+        check_start(recipe)
         chosen = chosen_stages(recipe, options.stage, limit)
         folder = options.folder or Path("runs") / options.recipe.stem
         print(describe(recipe, chosen, folder))

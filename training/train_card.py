@@ -32,7 +32,7 @@ from runtime.errors import InputError
 from training.clock import TimeLimit, program_start
 from training.config import AnyRecipe, CommonRecipe, read_recipe
 from training.data.view_store import draw_views
-from training.train import chosen_stages
+from training.train import check_start, chosen_stages
 from training.workers import drawer_count, drawing_device
 
 PACKED_BYTES = 15 << 20
@@ -214,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [Run.of(each, options.set, limit) for each in options.recipes]
         if len({run.name for run in runs}) < len(runs):
             raise InputError("two recipes have one name, and so one folder: give their stages together")
+        for run in runs:
+            check_start(run.recipe)
         options.output.mkdir(parents=True, exist_ok=True)
         runs = share_objects(runs, options.folder)
         processes = {run.name: run.start(options.folder / run.name, limit.left / 60) for run in runs}

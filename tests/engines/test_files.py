@@ -120,6 +120,16 @@ def test_a_folder_that_a_killed_process_took_away_is_put_back(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_what_killed_processes_have_left_in_a_folder_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    fill(folder, "old")
+    files.partial_path(folder / "a").write_text("half")
+    files.partial_path(folder / "b").mkdir()
+    (folder / ".a.partial").write_text("of something else")
+    with only_writer(folder):
+        assert sorted(path.name for path in folder.iterdir()) == [".a.partial", "a"]
+
+
 WRITER = """
 import sys, time
 from engines.files import only_writer, replacing

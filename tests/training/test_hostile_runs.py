@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from engines.files import only_writer, partial_path
 from tests.training.test_train import refusal, write_recipe
 from training import train as command
 from training import train_card
@@ -75,6 +76,21 @@ def test_half_of_a_state_and_a_state_of_something_else_are_told(run: Path, capsy
     assert "is damaged" in told(capsys, run, "autoencoder")
     save_atomically({"step": 1}, state)
     assert "does not fit what the recipe describes" in told(capsys, run, "autoencoder")
+
+
+def test_two_trainings_do_not_write_into_one_folder(run: Path, capsys: Capture) -> None:
+    with only_writer(run / "autoencoder"):
+        sentence = told(capsys, run, "autoencoder")
+    assert f"process {os.getpid()} is writing there: '{run / 'autoencoder'}'" in sentence
+    train_autoencoder(run)
+
+
+def test_half_of_a_save_that_a_kill_left_is_removed(run: Path) -> None:
+    train_autoencoder(run)
+    expected = sorted(path.name for path in (run / "autoencoder").iterdir())
+    partial_path(run / "autoencoder" / "last.pt").write_bytes(NOISE)
+    train_autoencoder(run)
+    assert sorted(path.name for path in (run / "autoencoder").iterdir()) == expected
 
 
 def test_a_run_of_another_recipe_is_told(run: Path, capsys: Capture) -> None:
@@ -175,7 +191,7 @@ def test_ctrl_c_stops_the_trainings_of_a_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    monkeypatch.setattr(train_card, "share_objects", lambda *_: None)
+    monkeypatch.setattr(train_card, "share_objects", lambda runs, _: runs)
     monkeypatch.setattr(train_card.Run, "start", lambda *_: sleeper)
     monkeypatch.setattr("training.train_card.time.sleep", stop)
     recipe = write_recipe(tmp_path / "tiny.toml", autoencoder={"minutes": 1.0})
@@ -202,6 +218,8 @@ def test_stages_that_cannot_be_trained_are_told_before_anything_is_drawn(
     assert "none of the stages has a share in the recipe" in refused(f"{recipe}:identity")
     assert "two recipes have one name" in refused(str(recipe), f"{recipe}:autoencoder")
     assert "--minutes is inf" in refused(str(recipe), minutes="inf")
+    lost = write_recipe(tmp_path / "lost.toml", 'encoders = "lost.safetensors"', diffusion={"minutes": 1.0})
+    assert "there is no checkpoint at 'lost.safetensors'" in refused(str(lost))
 
 
 def test_a_recipe_in_which_nothing_learns_is_told(run: Path, capsys: Capture) -> None:

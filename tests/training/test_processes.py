@@ -13,11 +13,14 @@ import torch
 
 from tests.support.launch import finish, start, start_two, train_tiny
 from tests.support.tiny import TINY, RandomPairs
+from tests.training.test_train import step_of, write_recipe
 from training.loop import train
 from training.loop_settings import LoopSettings
+from training.network.checkpoint import read_checkpoint
 from training.network.modules import AnyDoor
 from training.sharding import LaunchError
 from training.systems.anydoor import Denoising, DiffusionTask
+from training.train import main
 
 
 def weights(folder: Path, file: str = "last.pt") -> dict[str, torch.Tensor]:
@@ -74,3 +77,24 @@ def test_a_killed_run_goes_on_bit_for_bit(alone: Path, tmp_path: Path) -> None:
     for file in ("last.pt", "mean.pt"):
         here, there = weights(tmp_path, file), weights(alone, file)
         assert all(torch.equal(here[name], value) for name, value in there.items())
+
+
+@pytest.mark.nightly
+def test_two_processes_go_through_all_stages(tmp_path: Path) -> None:
+    """Each stage with its own precision and its own way to hold the weights."""
+    sharded, half = {"batch": 1, "shard": True}, {"batch": 1, "precision": "bf16"}
+    recipe = write_recipe(
+        *(tmp_path / "two.toml", 'checkpoint_dtype = "float32"'),
+        **{
+            "identity": sharded,
+            "autoencoder": half,
+            "decoder": {"batch": 1},
+            "hint_block": half,
+            "diffusion": sharded,
+        },
+    )
+    finish(*start_two(main, [str(recipe), "--folder", str(tmp_path)]))
+    for stage in ("autoencoder", "identity", "hint_block", "diffusion", "decoder"):
+        assert step_of(tmp_path / stage) == 2
+    assert read_checkpoint(tmp_path / "model.safetensors").dtype == torch.float32
+    assert not list(tmp_path.rglob("*.partial"))

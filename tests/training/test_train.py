@@ -1,4 +1,4 @@
-"""The command: all stages of a recipe that takes seconds, alone and in two processes, and what it refuses."""
+"""The command: all stages of a recipe that takes seconds, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.launch import finish, start_two
 from tests.support.tiny import TINY
 from training import inspect_data
 from training.assemble import fresh_samples
@@ -171,27 +170,6 @@ def test_pairs_are_made_while_it_trains(copy: Path, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     assert not (copy / "pairs").exists()
     assert read_checkpoint(copy / "model.safetensors").system == "anydoor"
-
-
-@pytest.mark.nightly
-def test_two_processes_go_through_all_stages(tmp_path: Path) -> None:
-    """Each stage with its own precision and its own way to hold the weights."""
-    sharded, half = {"batch": 1, "shard": True}, {"batch": 1, "precision": "bf16"}
-    recipe = write_recipe(
-        *(tmp_path / "two.toml", 'checkpoint_dtype = "float32"'),
-        **{
-            "identity": sharded,
-            "autoencoder": half,
-            "decoder": {"batch": 1},
-            "hint_block": half,
-            "diffusion": sharded,
-        },
-    )
-    finish(*start_two(main, [str(recipe), "--folder", str(tmp_path)]))
-    for stage in ("autoencoder", "identity", "hint_block", "diffusion", "decoder"):
-        assert step_of(tmp_path / stage) == 2
-    assert read_checkpoint(tmp_path / "model.safetensors").dtype == torch.float32
-    assert not list(tmp_path.rglob("*.partial"))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, command: Any = main) -> str:
