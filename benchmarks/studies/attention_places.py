@@ -60,10 +60,10 @@ def squares(looks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures all layers."""
-    model = load_network(options.checkpoint)
+    model, resolution = load_network(options.checkpoint, options.resolution)
     guide, sums = AttentionGuide(guided_parts(model), options.heads), defaultdict[str, list[Any]](list)
     for seed, pair in enumerate(ProgressBar(truth_pairs(options.count), "looking", total=options.count)):
-        prepared = prepare(model, pair, options.resolution)
+        prepared = prepare(model, pair, resolution)
         noise = np.random.default_rng(seed).standard_normal((1, *prepared.truth.shape), np.float32)
         reference = torch.from_numpy(as_reference(prepared.pair.reference))[None]
         hint = torch.from_numpy(prepared.pair.hint)[None]
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--heads", type=int, default=4, choices=GUIDED_HEADS, help="that are guided; default: 4"
     )
     parser.add_argument("--count", type=int, default=100, help="held-out pairs; default: 100")
-    parser.add_argument("--resolution", type=int, default=96, help="of the network; default: 96")
+    parser.add_argument("--resolution", type=int, help="of the network; default: what it was trained for")
     parser.add_argument("--output", type=Path, default=RESULTS / "attention-places-small.json")
     options = parser.parse_args(arguments)
     try:

@@ -247,7 +247,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"default: {CHECKPOINT}",
     )
-    result.add_argument("--resolution", type=int, default=96, metavar="PX", help="default: 96")
+    result.add_argument(
+        "--resolution", type=int, metavar="PX", help="default: what the network was trained for"
+    )
     result.add_argument("--count", type=int, default=8, metavar="N", help="pairs (default: 8)")
     result.add_argument("--guidance-scale", type=float, default=2.0, metavar="G", help="default: 2")
     result.add_argument(
@@ -270,18 +272,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_writable(options.output)
         path = options.checkpoint or example_checkpoint()
         checkpoint = read_checkpoint(path)
-        AnyDoorSource(checkpoint).check_size((options.resolution, options.resolution))
+        resolution = options.resolution or checkpoint.resolution or 512
+        AnyDoorSource(checkpoint).check_size((resolution, resolution))
         model = AnyDoor(checkpoint.architecture, ("unet", "control", "id_encoder")).eval()
         model.load_official_state_dict(checkpoint.tensors)
         with torch.device("meta"):
             full_size = AnyDoor(Architecture(), ("unet",))
-        shares = {"this": shallow_share(model, options.resolution), "SD 2.1": shallow_share(full_size, 512)}
-        rows = measure(model, list(truth_pairs(options.count)), options.resolution, options.guidance_scale)
+        shares = {"this": shallow_share(model, resolution), "SD 2.1": shallow_share(full_size, 512)}
+        rows = measure(model, list(truth_pairs(options.count)), resolution, options.guidance_scale)
         content = {
             "command": " ".join(["python benchmarks/studies/feature_reuse.py", *given]),
             "machine": describe(),
             "checkpoint": {"file": path.name, "sha256": sha256(path)},
-            "resolution": options.resolution,
+            "resolution": resolution,
             "guidance_scale": options.guidance_scale,
             "count": options.count,
             "shallow_share": shares,

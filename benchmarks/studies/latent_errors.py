@@ -50,6 +50,7 @@ from training.data.matching_places import matching_places
 from training.data.pairs import Pair, PairRules, Shot, as_reference, make_pair
 from training.data.synthetic.views import HELD_OUT
 from training.network.architecture import LATENT_SCALE
+from training.network.checkpoint import read_checkpoint
 from training.network.checkpoint_file import CheckpointError
 from training.network.modules import AnyDoor
 
@@ -205,12 +206,16 @@ def chosen_pairs(options: argparse.Namespace, first: int, count: int) -> Iterato
 @torch.no_grad()
 def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures all rows."""
-    models = {str(path): load_network(path) for path in options.checkpoint}
+    loaded = {str(path): load_network(path, options.resolution) for path in options.checkpoint}
+    if len(sides := sorted({side for _, side in loaded.values()})) > 1:
+        raise InputError(f"the networks draw {sides} pixels: measure them apart, or give --resolution")
+    (resolution,) = sides
+    models = {name: model for name, (model, _) in loaded.items()}
     first = next(iter(models.values()))
     fitted = None
     if options.fit:
         others = ProgressBar(chosen_pairs(options, _FITTED, options.fit), "fitting", total=options.fit)
-        fitted = fit(first, iter(others), options.resolution)
+        fitted = fit(first, iter(others), resolution)
     errors, names = Errors(), dict[str, None]()
 
     def add(row: str, found: Tensor, prepared: Prepared, regions: dict[str, Tensor]) -> None:
@@ -221,7 +226,7 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
         chosen_pairs(options, options.first, options.count), "estimating", total=options.count
     )
     for seed, pair in enumerate(pairs):
-        prepared = prepare(first, pair, options.resolution)
+        prepared = prepare(first, pair, resolution)
         add("nothing: zeros", torch.zeros_like(prepared.truth), prepared, prepared.regions)
         for name, latent in prepared.baselines.items():
             add(name, latent, prepared, prepared.regions)
@@ -237,8 +242,11 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"row": row, **errors.means(row)} for row in names]
 
 
-def load_network(path: Path) -> AnyDoor:
+def load_network(path: Path, resolution: int | None) -> tuple[AnyDoor, int]:
     """Builds the network of a checkpoint.
+
+    Returns:
+        The network, and the side of its pictures in pixels: as given, or as it was trained.
 
     Raises:
         CheckpointError: it cannot be used, or is of another system.
@@ -246,7 +254,7 @@ def load_network(path: Path) -> AnyDoor:
     network = network_in(str(path))
     if not isinstance(network, AnyDoor):
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint")
-    return network.eval()
+    return network.eval(), resolution or read_checkpoint(path).resolution or 512
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -269,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--fit", type=int, default=500, help="objects of the linear function; 0 leaves it out; default: 500"
     )
     parser.add_argument("--same", action="store_true", help="take the true picture as the reference")
-    parser.add_argument("--resolution", type=int, default=96, help="of the networks; default: 96")
+    parser.add_argument("--resolution", type=int, help="of the networks; default: what they were trained for")
     parser.add_argument("--output", type=Path, default=RESULTS / "latent-errors-small.json")
     options = parser.parse_args(arguments)
     try:

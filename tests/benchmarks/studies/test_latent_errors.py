@@ -13,6 +13,7 @@ from benchmarks.support.example import CHECKPOINT
 from benchmarks.support.truth_set import truth_pairs
 from training.assemble import network_in
 from training.data.synthetic.views import HELD_OUT
+from training.network.checkpoint import read_checkpoint, write_checkpoint
 from training.network.modules import AnyDoor
 
 
@@ -80,6 +81,21 @@ def test_nothing_is_left_to_guess_when_the_reference_is_the_picture(
     assert rows["same"][pasted] < rows["other"][pasted] / 10
     noise_alone = f"{example_checkpoint}, t = 999"
     assert rows["same"][noise_alone] < rows["other"][noise_alone]
+
+
+def test_networks_for_pictures_of_other_sizes_are_measured_apart(
+    example_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = read_checkpoint(example_checkpoint)
+    write_checkpoint(
+        tmp_path / "larger.safetensors", dict(example.tensors), example.architecture, resolution=256
+    )
+    checkpoints = [f"--checkpoint={path}" for path in (example_checkpoint, tmp_path / "larger.safetensors")]
+    command = [*checkpoints, "--count", "1", "--fit", "0", "--output", str(tmp_path / "errors.json")]
+    assert main(command) == 2
+    sentence = f"the networks draw [{example.resolution}, 256] pixels: measure them apart"
+    assert sentence in capsys.readouterr().err
+    assert main([*command, "--resolution", "64"]) == 0
 
 
 @pytest.mark.parametrize(
