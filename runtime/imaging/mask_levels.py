@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from runtime.errors import InputError
-from runtime.imaging.boxes import Box, bounding_box
+from runtime.imaging.boxes import Box, bounding_box, smallest_box
 
 MaskLevel = Literal["exact", "outline", "blob", "box"]
 
@@ -28,6 +28,10 @@ mask from which on a pixel belongs to it. Shares below a half only ever add to a
 
 _REACH = 3
 """Standard deviations after which a Gaussian has ended, for all that a byte can tell."""
+
+
+_MOST_BLURRED = 1 << 24
+"""Pixels that are blurred; a larger mask is reduced first, which its wide Gaussian does not tell."""
 
 
 def check_mask_level(level: object) -> MaskLevel:
@@ -68,12 +72,20 @@ def coarsen_mask(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float =
 def _blurred(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float) -> NDArray[np.bool_]:
     """Returns the part of a blurred mask that lies in the box."""
     width, share = _BLURS[level]
-    object_box = bounding_box(mask)
-    sigma = width * spread * max(object_box.width, object_box.height)
+    sides = bounding_box(mask)
+    sigma = width * spread * max(sides.width, sides.height)
+    object_box = smallest_box(mask.astype(bool))
     margin = int(np.ceil(_REACH * sigma))
-    seen = Box(box.x0 - margin, box.y0 - margin, box.x1 + margin, box.y1 + margin)
+    reach = (object_box.width + 2 * margin) * (object_box.height + 2 * margin)
+    factor = max(int(np.ceil((reach / _MOST_BLURRED) ** 0.5)), 1)
+    alone = Image.fromarray(mask[object_box.slices].astype(bool).astype(np.uint8) * 255).reduce(factor)
     # beyond the picture's edges a crop is black: there is no object
-    around = Image.fromarray(mask.astype(bool).astype(np.uint8) * 255).crop(seen)
-    blurred = np.asarray(around.filter(ImageFilter.GaussianBlur(sigma)))
-    inner: NDArray[np.bool_] = blurred[margin:, margin:][: box.height, : box.width] > 255 * share
+    edge = -(-margin // factor)
+    around = Image.fromarray(np.pad(np.asarray(alone), edge))
+    reached = np.asarray(around.filter(ImageFilter.GaussianBlur(sigma / factor))) > 255 * share
+    rows = (np.arange(box.y0, box.y1) - object_box.y0) // factor + edge
+    columns = (np.arange(box.x0, box.x1) - object_box.x0) // factor + edge
+    height, width = reached.shape
+    inner: NDArray[np.bool_] = reached[np.ix_(rows.clip(0, height - 1), columns.clip(0, width - 1))]
+    inner &= ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
     return inner

@@ -29,9 +29,6 @@ class _Taps(NamedTuple):
     high: NDArray[np.intp]
     fraction: NDArray[np.floating[Any]]
 
-    def part(self, part: slice) -> _Taps:
-        return _Taps(self.low[part], self.high[part], self.fraction[part])
-
 
 def resize_linear(
     array: NDArray[_Scalar],
@@ -59,7 +56,7 @@ def resize_linear(
 
     taps = _fixed_point_taps if fixed_point else _float_taps
     y_part, x_part = window.slices
-    x, y = taps(padded_width, width).part(x_part), taps(padded_height, height).part(y_part)
+    x, y = taps(padded_width, width, x_part), taps(padded_height, height, y_part)
     rows, position = np.unique([y.low, y.high], return_inverse=True)
     low_row, high_row = position.reshape(2, -1)
     y = _Taps(low_row, high_row, y.fraction)
@@ -101,15 +98,20 @@ def _nearest(length: int, new_length: int) -> NDArray[np.intp]:
     return np.asarray(np.minimum(index, length - 1), np.intp)
 
 
-def _float_taps(length: int, new_length: int) -> _Taps:
-    position = (np.arange(new_length) + 0.5) * (length / new_length) - 0.5
+# of a part alone: what a place in a request asks for may be far larger than any picture
+
+
+def _float_taps(length: int, new_length: int, part: slice) -> _Taps:
+    position = (np.arange(part.start, part.stop) + 0.5) * (length / new_length) - 0.5
     position = position.clip(0, length - 1)
     low = np.floor(position).astype(np.intp)
     return _Taps(low, np.minimum(low + 1, length - 1), position - low)
 
 
-def _fixed_point_taps(length: int, new_length: int) -> _Taps:
-    position = ((np.arange(new_length) + 0.5) * _scale(length, new_length) - 0.5).astype(np.float32)
+def _fixed_point_taps(length: int, new_length: int, part: slice) -> _Taps:
+    position = ((np.arange(part.start, part.stop) + 0.5) * _scale(length, new_length) - 0.5).astype(
+        np.float32
+    )
     low = np.floor(position)
     # At the border both taps become the same pixel but rows keep their weights: OpenCV truncates each
     # vertical product by itself, so a row with weights 0.3 + 0.7 is not a row with weight 1.

@@ -26,6 +26,10 @@ END = "<|endoftext|>"
 TOKENS = 77
 """Length of an encoded prompt, with START and END."""
 
+_MOST_CHARACTERS = 4096
+"""Of a prompt that are read: the time to normalise a text grows with the square of its length in the worst
+case, and no prompt of 75 tokens is as long."""
+
 _END_OF_WORD = "</w>"
 
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -107,16 +111,20 @@ class Tokenizer:
         """
         check_prompt(prompt)
         ids: list[int] = []
-        for piece, special in self._pieces(prompt):
+        is_long = len(prompt) > _MOST_CHARACTERS
+        for piece, special in self._pieces(prompt[:_MOST_CHARACTERS]):
             room = TOKENS - 2 - len(ids)
             # what cannot fit is not merged: the time for that grows with the square of a word's length
             fits = len(piece) <= room * self._longest
             ids += [self._ids[piece]] if special else self._merge(piece) if fits else []
+            is_long = is_long or not fits or len(ids) > TOKENS - 2
             if not fits or len(ids) > TOKENS - 2:
-                raise InputError(
-                    f"the prompt is longer than the {TOKENS - 2} tokens that a text encoder reads; it would "
-                    f"end after '{self.decode(ids[: TOKENS - 2])}': make it shorter"
-                )
+                break
+        if is_long:
+            raise InputError(
+                f"the prompt is longer than the {TOKENS - 2} tokens that a text encoder reads; it would "
+                f"end after '{self.decode(ids[: TOKENS - 2])}': make it shorter"
+            )
         ids = [self._ids[START], *ids, self._ids[END]]
         return ids + [self.pad_id] * (TOKENS - len(ids))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,20 @@ def test_a_server_draws_the_same(tiny_bundle: Path) -> None:
     with ServerThread(tiny_bundle) as server, Client(server.address) as client:
         picture = client.composite(SCENE, placement, seed=7, sampling=STEPS)
     np.testing.assert_array_equal(np.asarray(picture), drawn(held_compositor(tiny_bundle)[0], placement))
+
+
+def test_a_place_far_larger_than_the_scene_takes_no_memory_for_what_is_not_seen() -> None:
+    """Its side may be any number of 32 bits; what is computed is the crop."""
+    scene, far = np.zeros((40, 60, 3), np.uint8), 2**31
+    place, pixels = Box(-far, -far, far - 1, far - 1), object_pixels(*red(300, 200), 96)
+    geometry = zoom_in(place, (60, 40), Ratios())
+    tracemalloc.start()
+    try:
+        pasted = paste_object(scene, geometry, place, pixels)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+    assert pasted.any()
 
 
 @pytest.mark.parametrize("strength", [0, -0.5, 1.01, float("nan"), float("inf"), True, "much"])

@@ -165,6 +165,13 @@ def test_white_space_and_capitals_do_not_matter() -> None:
 # --- refusals ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("letters", [" ", "a" + 80_000 * "\u0301" + 80_000 * "\u0316", "a cat "])
+def test_what_no_prompt_needs_is_not_read(letters: str) -> None:
+    """Accents in another order than Unicode's would take minutes to sort."""
+    with pytest.raises(InputError, match="longer than the 75 tokens"):
+        both("1.x")[0].encode(letters * (4097 // len(letters) + 1))
+
+
 def test_a_prompt_that_is_too_long_is_refused_with_where_it_would_end() -> None:
     prompt = "the cat sat " * 25 + "in the snow"
     assert len(both("1.x")[0].encode("the cat sat " * 25)) == TOKENS
