@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.support.bundle_option import add_bundle_option
 from benchmarks.support.machine import describe
+from benchmarks.support.numbers import positive
 from benchmarks.support.open_load import BATCHING, LoadResult, LoadTest
 from benchmarks.support.results import require_writable, write_results
 from engines.errors import AnyDoorError
@@ -66,24 +67,26 @@ def parser() -> argparse.ArgumentParser:
     add_bundle_option(result)
     result.add_argument(
         "--loads",
-        type=float,
+        type=positive(float),
         nargs="+",
         default=[0.5, 0.8, 1.0, 1.3, 1.8],
         metavar="X",
         help="rates of arrivals, as multiples of that of one request at a time",
     )
-    result.add_argument("--requests", type=int, default=60, metavar="N", help="mean number in each run")
     result.add_argument(
-        "--steps", type=int, nargs="+", default=[10, 20, 30], metavar="N", help="drawn from these"
+        "--requests", type=positive(int), default=60, metavar="N", help="mean number in each run"
+    )
+    result.add_argument(
+        "--steps", type=positive(int), nargs="+", default=[10, 20, 30], metavar="N", help="drawn from these"
     )
     result.add_argument(
         "--deadline",
-        type=float,
+        type=positive(float),
         default=10,
         metavar="X",
         help="as a multiple of the time of one request alone",
     )
-    result.add_argument("--queue", type=int, default=16, metavar="N", help="of the server")
+    result.add_argument("--queue", type=int, default=16, metavar="N", help="length of the server's queue")
     result.add_argument("--seed", type=int, default=1, metavar="S", help="of arrivals and requests")
     result.add_argument(
         "--output",

@@ -34,6 +34,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks.support.attacker import CHECK, COMPOSITE, WATCH, Attacker, scan_bomb, tile_bomb
 from benchmarks.support.bundle_option import add_bundle_option
 from benchmarks.support.machine import describe
+from benchmarks.support.numbers import positive
 from benchmarks.support.results import require_writable, write_results
 from benchmarks.support.server_process import ServerProcess, request
 from engines.errors import AnyDoorError
@@ -288,7 +289,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_bundle_option(result)
-    result.add_argument("--minutes", type=float, default=10, metavar="M", help="default: 10")
+    result.add_argument("--minutes", type=positive(float), default=10, metavar="M", help="default: 10")
     result.add_argument("--output", type=Path, metavar="FILE", help="results, as JSON")
     result.add_argument("--log", type=Path, metavar="FILE", help="where the server's log lines go")
     return result

@@ -28,6 +28,7 @@ import psutil
 from benchmarks.support.bundle_option import add_bundle_option
 from benchmarks.support.http_caller import KINDS, HttpCaller
 from benchmarks.support.machine import describe
+from benchmarks.support.numbers import positive
 from benchmarks.support.results import require_writable, write_results
 from benchmarks.support.server_process import ServerProcess, request
 from engines.errors import AnyDoorError
@@ -174,10 +175,12 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_bundle_option(result)
-    result.add_argument("--minutes", type=float, default=10, metavar="M", help="default: 10")
+    result.add_argument("--minutes", type=positive(float), default=10, metavar="M", help="default: 10")
     result.add_argument("--log", type=Path, metavar="FILE", help="where the server's log lines go")
     result.add_argument("--output", type=Path, metavar="FILE", help="results, as JSON")
-    result.add_argument("--cache-bytes", type=int, default=1 << 26, metavar="N", help="of the server")
+    result.add_argument(
+        "--cache-bytes", type=int, default=1 << 26, metavar="N", help="--cache-bytes of the server"
+    )
     return result
 
 

@@ -22,6 +22,10 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Arguments of Linux's renameat2: <fcntl.h>, <linux/fs.h>."""
 
 
+_HELD: set[int] = set()
+"""Open files whose locks this process holds."""
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path`; what is written there takes its place when the block ends without an
@@ -177,10 +181,23 @@ def _lock(path: Path) -> Iterator[None]:
             owner = os.read(file, 20).decode() or "another process"
             os.close(file)
             raise BlockingIOError(error.errno, f"{owner} is writing there", str(path)) from error
+    _HELD.add(file)
     try:
         os.truncate(file, 0)
         os.write(file, f"process {os.getpid()}".encode())
         yield
     finally:
         lock.unlink(missing_ok=True)
+        _HELD.discard(file)
         os.close(file)
+
+
+def _let_go() -> None:
+    """Closes the locks of a parent in a process that it forked: they are to end with the parent."""
+    for file in _HELD:
+        os.close(file)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

@@ -75,6 +75,9 @@ class LoopSettings:
                 raise InputError(f"a learning rate is {rate:g}; expected at least 0")
         if self.optimizer == "muon" and self.shard:
             raise InputError("optimizer 'muon' needs whole matrices: leave out shard, or take 'adamw'")
+        if self.optimizer == "muon" and self.precision == "fp16":
+            # GradScaler leaves it to AdamW's fused kernel to skip a step whose gradients overflowed
+            raise InputError("optimizer 'muon' is not for precision 'fp16': take 'bf16', 'auto' or 'adamw'")
         if not self.clip > 0:
             raise InputError(f"clip is {self.clip:g}; expected more than 0")
         if not 0 <= self.ema < 1:

@@ -22,12 +22,15 @@ MOMENTUM = 0.95
 UPDATE_RMS = 0.2
 """Root mean square of an update at learning rate 1: about that of AdamW."""
 
+MOMENTUM_STATE = "momentum_buffer"
+"""Name of the momentum in a matrix's state; AdamW's states have none."""
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Jordan's polynomial: five rounds take singular values above 0.01 to between 0.7 and 1.2."""
 _ROUNDS = 5
 
-_ENDS = ("conv_in", "conv_out", "time_embedding")
-"""Layers of diffusers' networks that are not hidden ones."""
+_ENDS = ("conv_in", "conv_out", "time_embedding", "embeddings")
+"""Layers of the networks of diffusers and transformers that are not hidden ones."""
 
 
 def hidden_matrices(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
@@ -62,7 +65,7 @@ class MuonAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, matrices: Iterable[nn.Parameter], **settings: Any) -> None:
         """Takes AdamW's arguments, and which of the parameters are stepped by Muon."""
         super().__init__(params, **settings)
-        self._matrices = set(matrices)
+        self.matrices = set(matrices)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -70,7 +73,7 @@ class MuonAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for weight in group["params"]:
-                if weight in self._matrices and weight.grad is not None:
+                if weight in self.matrices and weight.grad is not None:
                     shapes.setdefault(weight.shape, []).append(weight)
             for alike in shapes.values():
                 self._step_together(alike, group["lr"], group["weight_decay"])
@@ -83,10 +86,10 @@ class MuonAdamW(torch.optim.AdamW):
             state, gradient = self.state[weight], weight.grad
             assert gradient is not None
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
+                state[MOMENTUM_STATE] = torch.zeros_like(weight)
                 state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
-            state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-            directions.append(gradient.lerp(state["momentum_buffer"], MOMENTUM).flatten(1))
+            state[MOMENTUM_STATE].lerp_(gradient, 1 - MOMENTUM)
+            directions.append(gradient.lerp(state[MOMENTUM_STATE], MOMENTUM).flatten(1))
             weight.grad = None  # AdamW leaves out what has none
         updates = orthogonalise(torch.stack(directions))
         size = UPDATE_RMS * max(updates.shape[1:]) ** 0.5

@@ -6,8 +6,6 @@ example model, with 144 cells, is 1.2 times as fast without it. In float32 both 
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -27,14 +25,17 @@ class ShortAttention(AttnProcessor2_0):  # type: ignore[misc]
         layer: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        *arguments: Any,
-        **named: Any,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
     ) -> Tensor:
-        """Computes a layer: (N, cells, C) or (N, C, h, w) -> the same shape."""
+        """Computes a layer: (N, cells, C) or (N, C, h, w) -> the same shape.
+
+        Its arguments are those of diffusers' processors, which are given what their signatures name.
+        """
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         cells = [x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3] for x in (hidden_states, keys)]
         compute = self._written_out if max(cells) <= SHORT else super().__call__
-        result: Tensor = compute(layer, hidden_states, encoder_hidden_states, *arguments, **named)
+        result: Tensor = compute(layer, hidden_states, encoder_hidden_states, attention_mask, temb)
         return result
 
 

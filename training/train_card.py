@@ -15,6 +15,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import math
 import shutil
@@ -98,9 +99,12 @@ def share_objects(runs: Sequence[Run], folder: Path) -> list[Run]:
     """Draws the objects once, and returns the runs, with this folder for those that learn from them.
 
     Raises:
-        InputError: they want different numbers of objects.
+        InputError: they want different numbers of objects, or have different folders for them.
     """
     recipes = [run.drawn for run in runs if run.drawn]
+    folders = sorted({recipe.data.objects_folder for recipe in recipes})
+    if len(folders) > 1:
+        raise InputError(f"the recipes share their objects, and have other folders for them: {folders}")
     counts = sorted({recipe.data.objects for recipe in recipes})
     if len(counts) > 1:
         raise InputError(f"the recipes share their objects, and want {counts} of them: make it one number")
@@ -108,7 +112,7 @@ def share_objects(runs: Sequence[Run], folder: Path) -> list[Run]:
         (folder / run.name).mkdir(parents=True, exist_ok=True)
     if not recipes:
         return list(runs)
-    objects = folder / "objects"
+    objects = recipes[0].data.objects_in(folder / "objects")
     workers = max(drawer_count(recipe.data.workers) for recipe in recipes)
     draw_views(objects, counts[0], max(workers, 1), drawing_device())
     as_toml = json.dumps(str(objects), ensure_ascii=False)
@@ -146,22 +150,28 @@ def _last_line(log: Path) -> str:
 def pack(run: Path, output: Path) -> list[Path]:
     """Copies what a run learned, in files of at most `PACKED_BYTES`, and returns them.
 
-    That is its checkpoint, a folder as model.tar, or the averaged weights of each stage if there is none yet,
-    and its logs.
+    That is its checkpoint, a folder as model.tar, or the averaged weights of each stage if there is none that
+    has them, and its logs. What an earlier call has packed of them is replaced.
     """
     packed = []
-    weights = [run / _CHECKPOINT] if (run / _CHECKPOINT).exists() else sorted(run.rglob(_WEIGHTS))
+    weights = sorted(run.rglob(_WEIGHTS))
+    if (checkpoint := run / _CHECKPOINT).exists():
+        written = checkpoint.stat().st_mtime_ns
+        if all(each.stat().st_mtime_ns <= written for each in weights):
+            weights = [checkpoint]
     if (folder := run / "model").is_dir():
         weights = [Path(shutil.make_archive(str(folder), "tar", folder))]
     for path in [*weights, *sorted(path for name in _LOGS for path in run.rglob(name))]:
         name = "-".join((run.name, *path.relative_to(run).parts))
+        for earlier in (output / name, *output.glob(f"{glob.escape(name)}.part*")):
+            earlier.unlink(missing_ok=True)
         size = path.stat().st_size
         if size <= PACKED_BYTES:
             packed.append(Path(shutil.copy2(path, output / name)))
             continue
         with path.open("rb") as whole:
             for number in range(-(-size // PACKED_BYTES)):
-                part = output / f"{name}.part{number}"
+                part = output / f"{name}.part{number:03}"
                 part.write_bytes(whole.read(PACKED_BYTES))
                 packed.append(part)
     return packed

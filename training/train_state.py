@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from engines.files import replacing
 from runtime.errors import InputError
 from training.loop_settings import LoopSettings
-from training.muon import MuonAdamW, hidden_matrices
+from training.muon import MOMENTUM_STATE, MuonAdamW, hidden_matrices
 from training.sharding import gather, shard, to_local
 
 
@@ -197,6 +197,10 @@ class TrainState:
         if saved.get("device", "cpu") != self.device.type:
             return
         moments = saved["optimizer"]["state"]
+        if any(
+            (MOMENTUM_STATE in moments[n]) != (self.trained[n] in self.optimizer.matrices) for n in moments
+        ):
+            raise LookupError("the moments are of another optimizer")
         for index, values in moments.items():
             for name, value in values.items():
                 if name != "step":  # the others are moments of the gradient

@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.studies.latent_errors import load_network, prepare
 from benchmarks.support.example import CHECKPOINT, example_checkpoint
 from benchmarks.support.machine import describe
+from benchmarks.support.numbers import positive
 from benchmarks.support.results import RESULTS, require_writable, write_results
 from benchmarks.support.truth_set import truth_pairs
 from engines.errors import AnyDoorError
@@ -92,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--heads", type=int, default=4, choices=GUIDED_HEADS, help="that are guided; default: 4"
     )
     parser.add_argument("--count", type=int, default=100, help="held-out pairs; default: 100")
-    parser.add_argument("--resolution", type=int, help="of the network; default: what it was trained for")
+    parser.add_argument(
+        "--resolution", type=positive(int), help="of the network; default: what it was trained for"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "attention-places-small.json")
     options = parser.parse_args(arguments)
     try:

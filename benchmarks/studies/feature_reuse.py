@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.support.example import CHECKPOINT, example_checkpoint
 from benchmarks.support.machine import describe
+from benchmarks.support.numbers import positive
 from benchmarks.support.results import require_writable, write_results
 from benchmarks.support.sampling_step import guided_step
 from benchmarks.support.truth_set import TruthPair, truth_pairs
@@ -248,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"default: {CHECKPOINT}",
     )
     result.add_argument(
-        "--resolution", type=int, metavar="PX", help="default: what the network was trained for"
+        "--resolution", type=positive(int), metavar="PX", help="default: what the network was trained for"
     )
     result.add_argument("--count", type=int, default=8, metavar="N", help="pairs (default: 8)")
     result.add_argument("--guidance-scale", type=float, default=2.0, metavar="G", help="default: 2")

@@ -38,6 +38,7 @@ from torch import Tensor
 from benchmarks.support.baselines import copy_paste
 from benchmarks.support.example import CHECKPOINT, example_checkpoint
 from benchmarks.support.machine import describe
+from benchmarks.support.numbers import positive
 from benchmarks.support.results import RESULTS, require_writable, write_results
 from benchmarks.support.truth_set import TruthPair, truth_pairs
 from engines.errors import AnyDoorError
@@ -212,6 +213,9 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     (resolution,) = sides
     models = {name: model for name, (model, _) in loaded.items()}
     first = next(iter(models.values()))
+    for name, model in models.items():
+        if not _encode_alike(first, model):
+            raise InputError(f"'{name}' has another autoencoder than the first checkpoint: measure it apart")
     fitted = None
     if options.fit:
         others = ProgressBar(chosen_pairs(options, _FITTED, options.fit), "fitting", total=options.fit)
@@ -242,6 +246,20 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"row": row, **errors.means(row)} for row in names]
 
 
+def _encode_alike(one: AnyDoor, other: AnyDoor) -> bool:
+    encoders = [
+        {
+            name: w
+            for name, w in model.vae.state_dict().items()
+            if name.startswith(("encoder.", "quant_conv."))
+        }
+        for model in (one, other)
+    ]
+    return encoders[0].keys() == encoders[1].keys() and all(
+        torch.equal(weight, encoders[1][name]) for name, weight in encoders[0].items()
+    )
+
+
 def load_network(path: Path, resolution: int | None) -> tuple[AnyDoor, int]:
     """Builds the network of a checkpoint.
 
@@ -250,11 +268,15 @@ def load_network(path: Path, resolution: int | None) -> tuple[AnyDoor, int]:
 
     Raises:
         CheckpointError: it cannot be used, or is of another system.
+        InputError: it draws no pictures of that size.
     """
     network = network_in(str(path))
     if not isinstance(network, AnyDoor):
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint")
-    return network.eval(), resolution or read_checkpoint(path).resolution or 512
+    side = resolution or read_checkpoint(path).resolution or 512
+    if side % (step := network.architecture.side_step):
+        raise InputError(f"--resolution must be a multiple of {step} for '{path}', not {side}")
+    return network.eval(), side
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -277,7 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--fit", type=int, default=500, help="objects of the linear function; 0 leaves it out; default: 500"
     )
     parser.add_argument("--same", action="store_true", help="take the true picture as the reference")
-    parser.add_argument("--resolution", type=int, help="of the networks; default: what they were trained for")
+    parser.add_argument(
+        "--resolution", type=positive(int), help="of the networks; default: what they were trained for"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "latent-errors-small.json")
     options = parser.parse_args(arguments)
     try:

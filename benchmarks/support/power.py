@@ -32,16 +32,16 @@ class Reading:
     """On the monotonic clock."""
     watts: float
     device_mb: float | None = None
-    """Used memory of the card, of all processes."""
+    """Used memory of the card, of all processes, in 10^6 bytes."""
 
 
 def parse_nvidia_smi(line: str, at: float) -> Reading | None:
     """Parse a line of `nvidia-smi --query-gpu=power.draw,memory.used --format=csv,noheader,nounits`."""
     try:
-        watts, megabytes = (float(field) for field in line.split(","))
+        watts, mebibytes = (float(field) for field in line.split(","))
     except ValueError:
         return None
-    return Reading(at, watts, megabytes)
+    return Reading(at, watts, mebibytes * 2**20 / 1e6)
 
 
 def parse_tegrastats(line: str, at: float) -> Reading | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -189,3 +190,19 @@ def test_many_take_turns(tmp_path: Path) -> None:
     assert written
     assert (folder / "a").read_text() == "whole"
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked there")
+def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """Else the folder of a killed training would stay locked as long as those that load its data live."""
+    with only_writer(tmp_path / "bundle"):
+        with pytest.raises(BlockingIOError), only_writer(tmp_path / "bundle"):
+            pass
+        context = multiprocessing.get_context("fork")
+        held = context.Queue()
+        child = context.Process(target=lambda: held.put(list(files._HELD)))
+        child.start()
+        assert held.get() == []
+        child.join()
+        assert len(files._HELD) == 1
+    assert not files._HELD

@@ -85,6 +85,16 @@ def test_two_trainings_do_not_write_into_one_folder(run: Path, capsys: Capture) 
     train_autoencoder(run)
 
 
+def test_one_process_draws_into_a_folder(run: Path, capsys: Capture) -> None:
+    """When all is drawn, many may use it."""
+    views = run / "views"
+    with only_writer(views):
+        assert view_store.main([str(views), "--objects", "3"]) == 0
+        (views / "done.txt").write_text("2")
+        assert view_store.main([str(views), "--objects", "3"]) == 2
+    assert f"process {os.getpid()} is writing there: '{views}'" in capsys.readouterr().err
+
+
 def test_half_of_a_save_that_a_kill_left_is_removed(run: Path) -> None:
     train_autoencoder(run)
     expected = sorted(path.name for path in (run / "autoencoder").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,18 @@ def train_by_muon(folder: Path) -> None:
 def test_sharded_weights_are_refused() -> None:
     with pytest.raises(InputError, match="optimizer 'muon' needs whole matrices"):
         LoopSettings(1, optimizer="muon", shard=True)
+
+
+def test_half_precision_is_refused() -> None:
+    with pytest.raises(InputError, match="optimizer 'muon' is not for precision 'fp16'"):
+        LoopSettings(1, optimizer="muon", precision="fp16")
+
+
+@pytest.mark.parametrize("optimizers", [("adamw", "muon"), ("muon", "adamw")])
+def test_a_run_does_not_go_on_with_another_optimizer(optimizers: tuple[Any, Any], tmp_path: Path) -> None:
+    first, second = (
+        replace(loop(steps), optimizer=name) for steps, name in zip((1, 2), optimizers, strict=True)
+    )
+    train(task(), first, tmp_path / "stage")
+    with pytest.raises(InputError, match=r"'.*last\.pt' does not fit what the recipe describes"):
+        train(task(), second, tmp_path / "stage")

@@ -44,6 +44,15 @@ def test_it_takes_pictures_as_the_autoencoder_gives_them() -> None:
     torch.testing.assert_close(attention(picture), expected)
 
 
+def test_what_the_autoencoder_hands_over_is_taken_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    """Its blocks give the embedding of a timestep, which is none."""
+    attention = layer()
+    use_short_attention(attention)
+    with caplog.at_level("WARNING", "diffusers"):
+        attention(torch.zeros(1, 4, 8), temb=None)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(("cells", "written_out"), [(SHORT, True), (SHORT + 1, False)])
 def test_long_sequences_stay_fused(cells: int, written_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -60,8 +61,23 @@ def test_large_files_are_cut(tmp_path: Path) -> None:
     content = bytes(range(256)) * (PACKED_BYTES // 256) + b"the end"
     (run / "model.safetensors").write_bytes(content)
     parts = pack(run, output)
-    assert [path.name for path in parts] == [f"run-model.safetensors.part{n}" for n in (0, 1)]
+    assert [path.name for path in parts] == [f"run-model.safetensors.part00{n}" for n in (0, 1)]
     assert b"".join(path.read_bytes() for path in parts) == content
+    (run / "model.safetensors").write_bytes(b"a smaller one")
+    (packed,) = pack(run, output)
+    assert list(output.iterdir()) == [packed]  # without the parts of the larger one
+
+
+def test_weights_that_the_checkpoint_does_not_have_yet_are_packed(tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "packed"
+    output.mkdir()
+    for number, name in enumerate(("autoencoder/mean.pt", "model.safetensors", "diffusion/mean.pt")):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+        os.utime(run / name, (number, number))
+    assert [path.name for path in pack(run, output)] == ["run-autoencoder-mean.pt", "run-diffusion-mean.pt"]
+    os.utime(run / "model.safetensors", (3, 3))
+    assert [path.name for path in pack(run, output)] == ["run-model.safetensors"]
 
 
 def test_a_checkpoint_in_a_folder_is_one_file(tmp_path: Path) -> None:
@@ -94,3 +110,9 @@ def test_what_cannot_be_trained_is_told_before_anything_is_drawn(
     assert "writing and packing alone take 10 s" in told(one, "--minutes", 0.1)
     assert "nothing.toml" in told(tmp_path / "nothing.toml", "--minutes", 1)
     assert "want [2, 3] of them" in told(one, other, "--minutes", 1)
+    elsewhere = test_train_imprint.write_recipe(
+        tmp_path / "elsewhere.toml",
+        data={"objects": 2, "objects_folder": "elsewhere"},
+        autoencoder={"minutes": 1.0},
+    )
+    assert "have other folders for them: ['', 'elsewhere']" in told(one, elsewhere, "--minutes", 1)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.errors import AnyDoorError
-from engines.files import write_text
+from engines.files import only_writer, write_text
 from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
 from training.data.arrays import make_array, mapped_array, read_count, writable_array
@@ -125,10 +125,20 @@ def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device 
         device: where they draw; the last bits of what they compute depend on it.
 
     Raises:
+        BlockingIOError: another process draws into the folder.
         StoreError: the folder was made for another number of objects.
         ArrayError: a file is damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if read_count(folder / DONE) == count:
+        _open_arrays(folder, count)  # many may read it at once
+        return
+    with only_writer(folder):
+        _draw_missing(folder, _open_arrays(folder, count), workers, device)
+
+
+def _open_arrays(folder: Path, count: int) -> list[NDArray[np.uint8]]:
+    """Opens the views in scenes and alone to write them; makes what does not exist."""
+    folder.mkdir(exist_ok=True)
     arrays = []
     for name, views in (("scenes", SCENES), ("references", REFERENCES)):
         path, shape = folder / f"{name}.npy", (count, views, VIEW_SIZE, VIEW_SIZE, 4)
@@ -137,6 +147,13 @@ def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device 
             raise StoreError(
                 f"{path} has the shape {arrays[-1].shape}, expected {shape}: give another folder"
             )
+    return arrays
+
+
+def _draw_missing(
+    folder: Path, arrays: Sequence[NDArray[np.uint8]], workers: int, device: torch.device
+) -> None:
+    count = len(arrays[0])
     done = folder / DONE
     start = read_count(done)
     on_card = device.type != "cpu"

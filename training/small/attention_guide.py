@@ -77,11 +77,14 @@ class AttentionGuide:
             The loss is the mean over the cells whose place is known.
         """
         total = places.new_zeros(())
+        # tokens that the finest cell is wide: the same everywhere in a picture, in both directions
+        steps = [torch.diff(places[..., axis], dim=1 + axis).flatten(1) for axis in (0, 1)]
+        finest = torch.cat(steps, 1).nanmean(1).nan_to_num(1)[:, None, None, None]
         for looks in self.seen.values():
             tokens = round((looks.shape[3] - 1) ** 0.5)  # per side, but for the class token
             coarser = places.shape[1] // round(looks.shape[2] ** 0.5)
             wanted = F.avg_pool2d(places.permute(0, 3, 1, 2), coarser)
-            targets, spread = self._targets(wanted)
+            targets, spread = self._targets(wanted, finest * coarser)
             known = targets.isfinite().all(3)
             # all cells are computed, because picking out those that count waits for a card
             place = targets.masked_fill(~known[..., None], 0)
@@ -93,15 +96,16 @@ class AttentionGuide:
             total = total + (off * known).sum() / known.sum().clamp(min=1)
         return total / max(len(self.seen), 1)
 
-    def _targets(self, wanted: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Returns where each head should look, (N, heads, cells, 2), and how sharply, in tokens."""
+    def _targets(self, wanted: Tensor, width: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Returns where each head should look, (N, heads, cells, 2), and how sharply, in tokens.
+
+        Args:
+            wanted: (N, 2, h, w), the middles of the cells.
+            width: (N, 1, 1, 1), of a cell.
+        """
         middles = wanted.flatten(2).transpose(1, 2)[:, None]
         if self._heads == 1:
             return middles, SPREAD
-        # tokens that a cell is wide: the same everywhere in a picture
-        width = (
-            (wanted[:, 0, 1:] - wanted[:, 0, :-1]).flatten(1).nanmean(1).nan_to_num(1)[:, None, None, None]
-        )
         # of quarters from the middle of their cell, in cells; made where it is used, as a captured step must
         quarters = torch.cartesian_prod(*2 * [torch.arange(2, device=wanted.device) / 2 - 0.25])
         return middles + quarters[:, None] * width, (QUARTER_SPREAD * width).clamp(min=SMALLEST_SPREAD)

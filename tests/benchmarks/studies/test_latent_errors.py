@@ -98,10 +98,25 @@ def test_networks_for_pictures_of_other_sizes_are_measured_apart(
     assert main([*command, "--resolution", "64"]) == 0
 
 
+def test_networks_with_another_autoencoder_are_measured_apart(
+    example_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = read_checkpoint(example_checkpoint)
+    name = "first_stage_model.quant_conv.bias"
+    tensors = dict(example.tensors) | {name: example.tensors[name] + 1}
+    write_checkpoint(
+        tmp_path / "other.safetensors", tensors, example.architecture, resolution=example.resolution
+    )
+    checkpoints = [f"--checkpoint={path}" for path in (example_checkpoint, tmp_path / "other.safetensors")]
+    assert main([*checkpoints, "--count", "1", "--fit", "0", "--output", str(tmp_path / "errors.json")]) == 2
+    assert "other.safetensors' has another autoencoder than the first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["--count", "0"], "--count is at least 1"),
+        (["--resolution", "100"], "--resolution must be a multiple of"),
         (["--checkpoint", "missing.safetensors"], "missing.safetensors"),
         (["--checkpoint", "examples/imprint-small.safetensors.index.json"], "is not an AnyDoor checkpoint"),
     ],

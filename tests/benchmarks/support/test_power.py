@@ -17,7 +17,8 @@ from benchmarks.support.power import (
 
 
 def test_a_line_of_nvidia_smi() -> None:
-    assert parse_nvidia_smi("72.31, 1024\n", at=5.0) == Reading(5.0, 72.31, 1024.0)
+    """It gives MiB."""
+    assert parse_nvidia_smi("72.31, 1024\n", at=5.0) == Reading(5.0, 72.31, pytest.approx(1073.741824))
     assert parse_nvidia_smi("[N/A], 1024\n", at=5.0) is None
 
 

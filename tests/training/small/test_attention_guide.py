@@ -89,6 +89,24 @@ def test_four_heads_look_at_the_quarters_of_a_cell() -> None:
     torch.testing.assert_close(guide.loss(places), torch.stack(expected).mean())
 
 
+def test_a_cell_is_as_wide_as_it_is_high() -> None:
+    """Of an object that covers one row of cells the width is known all the same."""
+    places = torch.full((2, 4, 4, 2), float("nan"))
+    places[0, 1, 1:] = torch.tensor([[5.0, 3.0], [5.0, 5.0], [5.0, 7.0]])
+    places[1] = places[0].transpose(0, 1).flip(-1)
+    looks = torch.randn(1, 4, 4, 4, 257, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    losses = []
+    for number in range(2):
+        guide = AttentionGuide([], heads=4)
+        # what lies, and what stands: cells, quarters and tokens change rows for columns
+        turned = looks if number == 0 else looks.transpose(2, 3)[:, [0, 2, 1, 3]]
+        tokens = turned[..., 1:].unflatten(-1, (16, 16))
+        tokens = tokens if number == 0 else tokens.transpose(-1, -2)
+        guide.seen["layer"] = torch.cat([turned[..., :1], tokens.flatten(-2)], -1).flatten(2, 3)
+        losses.append(guide.loss(places[number : number + 1]))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 def test_a_layer_with_too_few_heads_is_refused() -> None:
     model = AnyDoor(TINY)
     with pytest.raises(InputError, match=r"4 heads are to be guided, and '.*' has 2"):
