@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from runtime.cli import missing_package
 from runtime.cli.flags import add_flags, default_bundle, field_names, given
@@ -39,7 +41,25 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         AnyDoorError: a setting or a package cannot be used.
     """
-    settings = settings_from(given(options, field_names(Settings)), options.config, str(default_bundle()))
+    return serve_with(settings_of(options))
+
+
+def settings_of(options: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> Settings:
+    """Makes the settings of flags and --config; `defaults` are those that differ from a server's.
+
+    Raises:
+        AnyDoorError: one cannot be used.
+    """
+    defaults = {"bundle": str(default_bundle()), **(defaults or {})}
+    return settings_from(given(options, field_names(Settings)), options.config, defaults)
+
+
+def serve_with(settings: Settings) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code.
+
+    Raises:
+        AnyDoorError: a package is missing, or the bundle cannot be used.
+    """
     try:
         from runtime.server.serve import serve
     except ModuleNotFoundError as error:

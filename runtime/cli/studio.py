@@ -35,12 +35,11 @@ def run(options: argparse.Namespace) -> int:
         AnyDoorError: a setting or a package cannot be used.
     """
     options.studio = True
-    options.http = options.http or ADDRESS
-    options.log_level = options.log_level or "warning"
-    scheme = "https" if options.tls_certificate else "http"
-    url = f"{scheme}://{options.http}/studio/"
+    settings = server.settings_of(options, {"http": ADDRESS, "log_level": "warning"})
+    scheme = "https" if settings.tls_certificate else "http"
+    url = f"{scheme}://{settings.http}/studio/"
     threading.Thread(target=_announce, args=(url, not options.no_browser), daemon=True).start()
-    return server.run(options)
+    return server.serve_with(settings)
 
 
 def _announce(url: str, is_opened: bool) -> None:

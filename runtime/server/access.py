@@ -40,6 +40,7 @@ class Access:
         self._tokens: list[bytes] = []
         self._tls: grpc.ServerCertificateConfiguration | None = None
         self._context: ssl.SSLContext | None = None
+        self._newest: ssl.SSLContext
         self.reload()
 
     def reload(self) -> None:
@@ -59,9 +60,10 @@ class Access:
             tls = self._read_tls()
         self._tokens, self._tls = tokens, tls
         if tls is not None:
-            # a context that is in use gives new handshakes the new certificate
-            self._context = self._context or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._load_into(self._context)
+            self._newest = self._new_context()
+            if self._context is None:
+                self._context = self._new_context()
+                self._context.sni_callback = self._take_newest
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """TLS as the settings ask for it; None without. Each handshake takes what was read last."""
@@ -77,6 +79,10 @@ class Access:
     def tls_context(self) -> ssl.SSLContext | None:
         """Returns the same for what is not gRPC; `reload` changes it, too."""
         return self._context
+
+    def _take_newest(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        """Gives a handshake what was read last. Authorities can be added to a context, but not removed."""
+        connection.context = self._newest
 
     def client_of(self, context: Context) -> str:
         """Returns a name for the caller that it cannot choose freely: its token, its certificate, or its
@@ -116,7 +122,7 @@ class Access:
         key, chain = _read(settings.tls_key), _read(settings.tls_certificate)
         client_ca = _read(settings.tls_client_ca) if settings.tls_client_ca else None
         try:
-            self._load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+            self._new_context()
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise InputError(
                 f"'{settings.tls_certificate}' and '{settings.tls_key}' are not a certificate and its key, "
@@ -124,13 +130,14 @@ class Access:
             ) from error
         return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=client_ca)
 
-    def _load_into(self, context: ssl.SSLContext) -> None:
-        settings = self._settings
+    def _new_context(self) -> ssl.SSLContext:
+        settings, context = self._settings, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         # a password is asked for on the terminal otherwise
         context.load_cert_chain(settings.tls_certificate, settings.tls_key, password=lambda: "")
         if settings.tls_client_ca:
             context.load_verify_locations(settings.tls_client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
 
 def read_tokens(path: str) -> list[bytes]:

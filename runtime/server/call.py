@@ -35,7 +35,7 @@ from runtime.server.events import (
 from runtime.server.memory import Account, Ledger
 from runtime.server.timeouts import within
 
-_BYTES_PER_SECOND = 1 << 20
+BYTES_PER_SECOND = 1 << 20
 """Slower than that, a large message or answer is given up."""
 
 
@@ -149,7 +149,7 @@ class Call:
             raise CallerGoneError() from error
 
     def _seconds_for(self, nbytes: int) -> float:
-        return self.transfer_seconds + nbytes / _BYTES_PER_SECOND
+        return self.transfer_seconds + nbytes / BYTES_PER_SECOND
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[tuple[str, str]]]:

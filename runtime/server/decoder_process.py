@@ -17,6 +17,7 @@ import struct
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,8 @@ def main() -> None:
         words = message.decode().split()
         if words[0] == "end":
             # until now it was a zombie at most, so that its number could not become another process's
-            os.waitpid(int(words[1]), 0)
+            with suppress(ChildProcessError):  # it was forked by a process before this one
+                os.waitpid(int(words[1]), 0)
             continue
         child = os.fork()
         if child == 0:

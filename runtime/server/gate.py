@@ -170,7 +170,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 raise UnknownMethodError()
             with self._place(call):
                 if handler.request_streaming:
-                    await within(_REFLECTION_SECONDS, self._reflect(handler, messages, context))
+                    await self._reflect(handler, messages, call)
                     return
                 await self._read_and_serve(partial(self.serve, handler), call)
 
@@ -216,9 +216,29 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         else:
             await call.write(await handler.unary_unary(content, call))
 
-    async def _reflect(self, handler: Handler, messages: AsyncIterator[Any], context: Any) -> None:
-        async for message in handler.stream_stream(messages, context):
-            await context.write(message)
+    async def _reflect(self, handler: Handler, messages: AsyncIterator[Any], call: Call) -> None:
+        """Answers a stream of questions: small ones, a turn each, in a minute."""
+
+        async def asked() -> AsyncIterator[Any]:
+            while True:
+                async with self._connection(call).messages:
+                    try:
+                        message = await anext(messages)
+                    except StopAsyncIteration:
+                        return
+                    if message.ByteSize() > _LARGEST_PROBE:
+                        raise InputError(f"a message of at most {_LARGEST_PROBE} bytes is expected")
+                call.has_message = True
+                yield message
+
+        async def answer() -> None:
+            async for message in handler.stream_stream(asked(), call.context):
+                await call.context.write(message)
+
+        try:
+            await within(_REFLECTION_SECONDS, answer())
+        except asyncio.TimeoutError:
+            raise DeadlineError(f"questions are answered for {_REFLECTION_SECONDS:.0f} s") from None
 
     @contextmanager
     def _place(self, call: Call) -> Iterator[None]:

@@ -22,7 +22,13 @@ from runtime.rpc import compositor_pb2 as pb
 from runtime.server.batching import Batcher
 from runtime.server.bundles import Bundles, Stamp
 from runtime.server.call import Call
-from runtime.server.events import LoadFailedError, ShuttingDownError, UnknownModelError
+from runtime.server.events import (
+    EngineLostError,
+    LoadFailedError,
+    LoadingError,
+    ShuttingDownError,
+    UnknownModelError,
+)
 from runtime.server.health import Health
 from runtime.server.logs import FIELDS
 from runtime.server.memory import give_back
@@ -155,6 +161,20 @@ class Models:
         await asyncio.shield(asyncio.wrap_future(self.first.batcher.loaded))
 
     # --- requests -----------------------------------------------------------------------------------------
+
+    def check_accepting(self) -> None:
+        """Refuses requests that would be refused when they are read.
+
+        Raises:
+            ShuttingDownError, EngineLostError: there will be no more.
+            LoadingError: not yet.
+        """
+        if self._stopped:
+            raise ShuttingDownError()
+        if self.lost.is_set():
+            raise EngineLostError()
+        if not self._health.is_ready:
+            raise LoadingError()
 
     @asynccontextmanager
     async def use(self, name: str, call: Call) -> AsyncIterator[ServedModel]:
@@ -340,10 +360,14 @@ class Models:
 
     # --- the end ------------------------------------------------------------------------------------------
 
-    async def drain(self, seconds: float) -> bool:
-        """Refuses new requests, finishes the accepted ones, then stops; see `Batcher.drain`."""
+    def refuse(self) -> None:
+        """Refuses new requests from now on."""
         self._stopped = True
         self._tell()
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuses new requests, finishes the accepted ones, then stops; see `Batcher.drain`."""
+        self.refuse()
         end = time.monotonic() + seconds
 
         def drain(served: ServedModel) -> bool:

@@ -93,7 +93,7 @@ class Replica:
         """
         if "bundle" not in given:
             raise InputError("bundle must name the directory of the model")
-        settings = settings_from(given, None, "")
+        settings = settings_from(given, None, {"bundle": ""})
         settings = replace(settings, listen=(), http="", metrics="")
         self._logs = json_logs(settings.log_level)
         self._logs.__enter__()  # as long as the process

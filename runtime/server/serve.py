@@ -176,6 +176,7 @@ class Server:
         if self._watch:
             self._watch.cancel()
         await self.health.set(ready=False)
+        self.models.refuse()
         accepted = sum(len(model.batcher.tickets) for model in self.models.alive)
         _log("draining", accepted=accepted, at_most_seconds=seconds)
         # an edit is through with the model last
@@ -268,7 +269,7 @@ class Server:
                 f"HTTP needs the package {error.name}: pip install 'anydoor-runtime[http]'"
             ) from error
         settings = self._settings
-        composites = Composites(self.models, self.health)
+        composites = Composites(self.models)
         folder = Path(settings.job_folder) if settings.job_folder else None
         if with_jobs:
             room = settings.job_folder_bytes if folder else self.ledger.capacity / _SHARE_FOR_RESULTS

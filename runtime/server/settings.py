@@ -298,19 +298,19 @@ def is_local(address: str) -> bool:
         return False
 
 
-def settings_from(given: Mapping[str, Any], config: Path | None, default_bundle: str) -> Settings:
+def settings_from(given: Mapping[str, Any], config: Path | None, defaults: Mapping[str, Any]) -> Settings:
     """Makes the settings of a server.
 
     Args:
         given: setting -> value, of the flags; those of `EngineOptions` stand beside the others.
         config: a TOML file with the same names; flags take precedence.
-        default_bundle: the bundle where neither names one.
+        defaults: settings, the bundle among them, where neither has them.
 
     Raises:
         AnyDoorError: the file cannot be read, or a value cannot be used.
     """
     read = read_values(config, (Settings, EngineOptions), "the configuration") if config else {}
-    values = {"bundle": default_bundle, **read, **given}
+    values = {**defaults, **read, **given}
     engine = {
         option.name: values.pop(option.name) for option in fields(EngineOptions) if option.name in values
     }

@@ -100,7 +100,8 @@ class Workers:
             thread.join(timeout=1.0 / len(self._threads))
 
     def _work(self, decoder: Decoder) -> None:
-        decoder.start()
+        with suppress(OSError, EOFError):  # it is tried again when a picture comes
+            decoder.start()
         while taken := self._take(decoder):
             ticket, task = taken
             try:

@@ -17,19 +17,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.server.call import Call
+from runtime.server.call import BYTES_PER_SECOND, Call
+from runtime.server.connections import cut_off
 from runtime.server.events import ForbiddenError, UnknownMethodError
 from runtime.server.gate import Gate
 from runtime.server.health import Health
 from runtime.server.http.composites import Composites
-from runtime.server.http.context import HttpContext
+from runtime.server.http.context import HttpContext, peer_of
 from runtime.server.http.images import Images
 from runtime.server.http.jobs import Jobs
 from runtime.server.http.openapi import document
 from runtime.server.http.origin import OriginCheck
 from runtime.server.settings import Settings
+from runtime.server.timeouts import within
 
 STUDIO = "/studio"
 
@@ -47,6 +49,29 @@ class _Page(StaticFiles):
         response.headers["cache-control"] = "no-cache"
         response.headers["x-content-type-options"] = "nosniff"
         return response
+
+
+class _TakenInTime:
+    """Ends the connection of a client that does not take its answer, whoever answers: an ASGI middleware.
+
+    Calls have their own limit, which comes first.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds + 1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+
+        async def send_in_time(message: Message) -> None:
+            seconds = self._seconds + len(message.get("body", b"")) / BYTES_PER_SECOND
+            try:
+                await within(seconds, send(message))
+            except asyncio.TimeoutError:
+                cut_off(peer_of(scope))
+
+        await self._app(scope, receive, send_in_time)
 
 
 class Endpoint:
@@ -137,13 +162,13 @@ def new_app(
 
 
 def _middleware(gate: Gate, settings: Settings) -> list[Middleware]:
-    """Returns the middleware for web pages of other origins."""
+    """Returns the middleware for slow clients, and for web pages of other origins."""
 
     def refusal(reason: str) -> ASGIApp:
         answer = partial(_forbid, reason)
         return Endpoint(gate, "other", answer, settings.max_message_bytes, has_message=False)
 
-    middleware = []
+    middleware = [Middleware(_TakenInTime, seconds=settings.transfer_seconds)]
     if settings.host or not settings.tokens:  # no page of others has a token
         middleware.append(Middleware(OriginCheck, settings=settings, refusal=refusal))
     if settings.cors:

@@ -20,8 +20,7 @@ from runtime.errors import InputError, in_field
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.call import Call
 from runtime.server.edit_wire import Asked, asked_from_message
-from runtime.server.events import Event, Finished, LoadingError, Preview, Queued, StepDone
-from runtime.server.health import Health
+from runtime.server.events import Event, Finished, Preview, Queued, StepDone
 from runtime.server.http.body import Fields, read_fields
 from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
 from runtime.server.http.messages import message_of, plain, segment_message, stream_of
@@ -35,19 +34,17 @@ _COPIES = 4
 class Composites:
     """Answers the requests for pictures in the runtime's own form."""
 
-    def __init__(self, models: Models, health: Health) -> None:
+    def __init__(self, models: Models) -> None:
         self.models = models
-        self._health = health
 
     async def fields(self, content: bytes, call: Call) -> Fields:
         """Returns the fields of a body, read beside the event loop.
 
         Raises:
             InputError: it cannot be read.
-            LoadingError: requests are not accepted yet.
+            LoadingError, ShuttingDownError, EngineLostError: requests are not accepted.
         """
-        if not self._health.is_ready:
-            raise LoadingError()
+        self.models.check_accepting()
         call.account.set(_COPIES * len(content))
         context = cast(HttpContext, call.context)
         if (coding := context.header("content-encoding")) not in ("", "identity"):
@@ -83,7 +80,7 @@ class Composites:
         async with self.models.use_any(call) as model:
             found = await model.segment(call, message)
         if context.wants("image/"):
-            context.head(MEDIA_TYPES["PNG"], HTTPStatus.OK, **_warnings(found.warnings))
+            context.head(MEDIA_TYPES["PNG"], HTTPStatus.OK, **warning_header(found.warnings))
             await call.write(found.mask)
         else:
             await send_json(call, plain(found))
@@ -161,12 +158,12 @@ def _json_of(finished: Finished, request_id: str) -> bytes:
 async def send_file(finished: Finished, file_format: str, call: Call) -> None:
     """Answers with the picture alone; its seed and what is to be known are in headers."""
     context, image = cast(HttpContext, call.context), finished.images[0]
-    more = {"x_seed": str(image.seed), **_warnings(finished.warnings)}
+    more = {"x_seed": str(image.seed), **warning_header(finished.warnings)}
     context.head(MEDIA_TYPES[file_format], HTTPStatus.OK, **more)
     await call.write(image.image)
 
 
-def _warnings(warnings: Sequence[str]) -> dict[str, str]:
+def warning_header(warnings: Sequence[str]) -> dict[str, str]:
     """Returns the header for what is to be known."""
     return {"x_warnings": json.dumps(list(warnings))} if warnings else {}
 

@@ -90,8 +90,7 @@ class HttpContext:
 
     def peer(self) -> str:
         """Returns the other end, as gRPC writes it."""
-        host, port = self.scope.get("client") or ("127.0.0.1", 0)
-        return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+        return peer_of(self.scope)
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
         """Returns the headers."""
@@ -201,6 +200,12 @@ class HttpContext:
             headers["connection"] = "close"  # the rest of the body is not read
         self.head(JSON, status, **headers)
         await self.write(json.dumps(error).encode())
+
+
+def peer_of(scope: Scope) -> str:
+    """Returns the other end of a request, as gRPC writes it."""
+    host, port = scope.get("client") or ("127.0.0.1", 0)
+    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
 
 def error_of(

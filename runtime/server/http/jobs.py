@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import grpc
 
+from runtime.errors import InputError
 from runtime.request import Edit, Request
 from runtime.server.call import Call
 from runtime.server.edit_wire import asked_from_message
@@ -37,7 +38,14 @@ from runtime.server.events import (
     UnknownJobError,
 )
 from runtime.server.gate import Gate
-from runtime.server.http.composites import MEDIA_TYPES, Composites, finished_json, plain_event, send_json
+from runtime.server.http.composites import (
+    MEDIA_TYPES,
+    Composites,
+    finished_json,
+    plain_event,
+    send_json,
+    warning_header,
+)
 from runtime.server.http.context import EVENTS, JSON, HttpContext, error_of, server_sent_event
 from runtime.server.http.messages import kind_of, message_of
 from runtime.server.memory import Account
@@ -45,7 +53,7 @@ from runtime.server.memory import Account
 KEPT_SECONDS = 3600.0
 _MOST_JOBS = 10_000
 _COPIES = 4
-"""Copies of a result while it is fetched: itself, its text, the file in it, and the transport's."""
+"""Copies of a preview while it is sent: itself, its text, the event, and the transport's."""
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 ENDED = (SUCCEEDED, FAILED, CANCELLED)
@@ -98,8 +106,7 @@ class Job:
         if self.account:
             self.account.close()
         if self.file:
-            with suppress(OSError):
-                self.file.unlink(missing_ok=True)
+            _remove(self.file)
             self.file = None
 
     async def change(self, **values: Any) -> None:
@@ -166,6 +173,9 @@ class Jobs:
         self._room = room
         self._spool = spool
         self._jobs: dict[str, Job] = {}
+        self._left = _results_in(spool) if spool else {}
+        """Files of a server that ran before: nobody can ask for them, but another server may have its own
+        there."""
 
     # --- methods ------------------------------------------------------------------------------------------
 
@@ -223,21 +233,26 @@ class Jobs:
                 return
 
     async def result(self, content: bytes, call: Call) -> None:
-        """GET /v1/jobs/ID/result: as of /v1/composite."""
+        """GET /v1/jobs/ID/result: as of /v1/composite.
+
+        The text and the file of a picture are there at a time, or the transport's copy of the answer. The
+        answer itself is on the job's account, unless it is read from its file.
+        """
         job, context = self._find(call), cast(HttpContext, call.context)
         if job.status not in ENDED:
             raise NotFinishedError(job.status)
-        call.account.set(_COPIES * job.nbytes)
+        is_file = context.wants("image/")
+        call.account.set(((2 if is_file else 1) + bool(job.file)) * job.nbytes)
         answer = job.result
         if job.file:
             with suppress(OSError):
                 answer = await asyncio.to_thread(job.file.read_bytes)
         if answer is None:
             raise AlreadyGoneError(job.status)
-        if context.wants("image/"):
-            image = await asyncio.to_thread(lambda: json.loads(answer)["images"][0])
-            context.head(MEDIA_TYPES[job.file_format], x_seed=str(image["seed"]))
-            await call.write(base64.b64decode(image["image"]))
+        if is_file:
+            seed, warnings, image = await asyncio.to_thread(_single_picture, answer)
+            context.head(MEDIA_TYPES[job.file_format], HTTPStatus.OK, x_seed=seed, **warning_header(warnings))
+            await call.write(image)
             return
         context.head(JSON)
         await call.write(answer)
@@ -337,8 +352,18 @@ class Jobs:
             self._forget(job)
         while len(self._jobs) > _MOST_JOBS and (oldest := _next_to_go(self._jobs, lambda job: 1)):
             self._forget(oldest)
-        while sum(job.nbytes for job in self._jobs.values()) > self._room:
-            if largest := _next_to_go(self._jobs, lambda job: job.nbytes):
+        room, left = self._room, self._left
+        for file in [file for file, (_, written) in left.items() if time.time() - written > KEPT_SECONDS]:
+            _remove(file)
+            del left[file]
+        while (
+            sum(job.nbytes for job in self._jobs.values()) + sum(nbytes for nbytes, _ in left.values()) > room
+        ):
+            if left:
+                oldest_file = min(left, key=lambda file: left[file][1])
+                _remove(oldest_file)
+                del left[oldest_file]
+            elif largest := _next_to_go(self._jobs, lambda job: job.nbytes):
                 largest.drop_result()
 
     def _forget(self, job: Job) -> None:
@@ -354,6 +379,21 @@ class Jobs:
             await asyncio.wait(running)
 
 
+def _single_picture(answer: bytes) -> tuple[str, list[str], bytes]:
+    """Returns seed, warnings and file of the only picture of a result.
+
+    Raises:
+        InputError: there are several.
+    """
+    result = json.loads(answer)
+    if len(result["images"]) != 1:
+        raise InputError(
+            "only a single picture can be returned as a file: accept application/json for several"
+        )
+    (image,) = result["images"]
+    return str(image["seed"]), result["warnings"], base64.b64decode(image["image"])
+
+
 def _next_to_go(jobs: Mapping[str, Job], size: Callable[[Job], int]) -> Job | None:
     """Returns the oldest job of the client whose ended jobs are the largest together; None if none has
     ended."""
@@ -363,6 +403,21 @@ def _next_to_go(jobs: Mapping[str, Job], size: Callable[[Job], int]) -> Job | No
         sizes[job.client] += size(job)
     largest = max(sizes, key=sizes.__getitem__, default="")
     return min((job for job in ended if job.client == largest), key=_when, default=None)
+
+
+def _results_in(spool: Path) -> dict[Path, tuple[int, float]]:
+    """Finds results in a folder: file -> bytes, and when it was written."""
+    found = {}
+    for file in spool.glob("job-*.json"):
+        with suppress(OSError):
+            state = file.stat()
+            found[file] = state.st_size, state.st_mtime
+    return found
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
 
 
 async def _write(file: Path, content: bytes) -> None:

@@ -10,6 +10,10 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
+from runtime.cli import main
+from runtime.server.settings import Settings
 from tests.support.serving import PATIENCE
 
 ROOT = Path(__file__).parents[3]
@@ -43,3 +47,21 @@ def test_the_page_is_announced_when_it_is_there(tiny_bundle: Path) -> None:
             assert b"AnyDoor Studio" in page.read()
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
+
+
+def test_a_configuration_says_where_the_page_is(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address of the studio is a default: flags come before the file, and the file before that."""
+    served: list[Settings] = []
+    monkeypatch.setattr("runtime.server.serve.serve", lambda settings: served.append(settings) or 0)
+    monkeypatch.setattr("runtime.cli.studio._announce", lambda *_: None)
+    config = tmp_path / "studio.toml"
+    config.write_text('http = "127.0.0.1:9000"\nlog_level = "debug"\n')
+    for flags in ([], ["--config", str(config)], ["--config", str(config), "--http", "127.0.0.1:9001"]):
+        assert main(["studio", "--bundle", str(tiny_bundle), *flags]) == 0
+    assert [(each.http, each.log_level, each.studio) for each in served] == [
+        ("127.0.0.1:8000", "warning", True),
+        ("127.0.0.1:9000", "debug", True),
+        ("127.0.0.1:9001", "debug", True),
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +124,54 @@ def test_results_go_to_a_folder(tiny_bundle: Path, tmp_path: Path) -> None:
         assert server.server.ledger.taken == 0
         request(address, "DELETE", f"/v1/jobs/{job['id']}")
         assert not list(tmp_path.iterdir())
+
+
+def test_files_of_an_earlier_server_are_bounded_and_end(tiny_bundle: Path, tmp_path: Path) -> None:
+    """They count as results, the oldest go first, and after an hour all are gone."""
+    now = time.time()
+    for name, hours in (("job-a", 2.0), ("job-b", 0.9), ("job-c", 0.5), ("other", 2.0)):
+        file = tmp_path / f"{name}.json"
+        file.write_bytes(bytes(1000))
+        os.utime(file, (now - 3600 * hours,) * 2)
+    settings = {"job_folder": str(tmp_path), "job_folder_bytes": 2500}
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", **settings) as server:
+        address, jobs = http_address(server), server.server._jobs
+        assert jobs
+        get(address, "/v1/jobs/none")
+        assert {file.stem for file in tmp_path.iterdir()} == {"job-b", "job-c", "other"}
+        jobs._room = 10**9
+        done = ended(address, post(address, "/v1/jobs", fields()).json)
+        (own,) = set(tmp_path.iterdir()) - {tmp_path / f"{name}.json" for name in ("job-b", "job-c", "other")}
+        jobs._room = own.stat().st_size + 1500
+        assert get(address, done["result"]).status == 200
+        assert {file.stem for file in tmp_path.iterdir()} == {"job-c", "other", own.stem}
+
+
+def test_a_result_that_is_kept_can_be_fetched(tiny_bundle: Path) -> None:
+    """Whatever share of the memory for requests it takes: up to the quarter that results may have."""
+    with ServerThread(tiny_bundle, http="127.0.0.1:0") as server:
+        address, ledger = http_address(server), server.server.ledger
+        done = ended(address, post(address, "/v1/jobs", fields()).json)
+        ledger.capacity = 4 * ledger.taken
+        answer = get(address, done["result"])
+        assert answer.status == 200
+        assert len(answer.content) == ledger.taken
+        ledger.capacity = 6 * ledger.taken
+        assert get(address, done["result"], accept="image/png").status == 200
+
+
+def test_several_pictures_are_no_file(address: str) -> None:
+    done = ended(address, post(address, "/v1/jobs", fields(num_images=2)).json)
+    answer = get(address, done["result"], accept="image/png")
+    assert answer.status == 400
+    assert "only a single picture can be returned as a file" in answer.error["message"]
+
+
+def test_a_file_comes_with_what_is_to_be_known(address: str) -> None:
+    done = ended(address, post(address, "/v1/jobs", fields()).json)
+    warnings = get(address, done["result"]).json["warnings"]
+    assert warnings
+    assert json.loads(get(address, done["result"], accept="image/png").headers["x-warnings"]) == warnings
 
 
 def test_results_are_bounded_and_end(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from tests.support.serving import ServerThread
 )
 def test_settings_that_cannot_work(given: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match=text):
-        settings_from(given, None, "bundle")
+        settings_from(given, None, {"bundle": "bundle"})
 
 
 @pytest.mark.parametrize(

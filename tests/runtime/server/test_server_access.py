@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
+import ssl
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +99,38 @@ def test_certificates_are_read_again(
         server.server.reload()
         assert composite(server.client(tls=Tls(strangers.ca)))
         assert connected.model_info()  # a connection that is there goes on
+
+
+def test_an_authority_that_is_taken_away_admits_nobody(
+    tiny_bundle: Path, tmp_path: Path, ours: Certificates, strangers: Certificates
+) -> None:
+    """Neither over gRPC nor over HTTP."""
+    certificate, key = map(str, ours.server)
+    authority = tmp_path / "ca.pem"
+    authority.write_bytes(ours.ca.read_bytes())
+    settings = {"tls_certificate": certificate, "tls_key": key, "tls_client_ca": str(authority)}
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", **settings) as server:
+
+        def is_admitted(client: Certificates) -> bool:
+            context = ssl.create_default_context(cafile=ours.ca)
+            context.load_cert_chain(*client.client)
+            assert server.server.http_address
+            host, _, port = server.server.http_address.rpartition(":")
+            connection = http.client.HTTPSConnection(host, int(port), timeout=PATIENCE, context=context)
+            with closing(connection), suppress(OSError, http.client.HTTPException):
+                connection.request("GET", "/readyz")
+                return connection.getresponse().status == 200
+            return False
+
+        assert is_admitted(ours)
+        assert not is_admitted(strangers)
+        authority.write_bytes(strangers.ca.read_bytes())
+        server.server.reload()
+        assert is_admitted(strangers)
+        assert not is_admitted(ours)
+        assert composite(server.client(tls=Tls(ours.ca, *strangers.client)))
+        with pytest.raises(ServerError, match="cannot be reached"):
+            composite(server.client(tls=Tls(ours.ca, *ours.client)))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ def settings(*flags: str) -> Settings:
     command = argparse.ArgumentParser()
     serve.add_arguments(command)
     options = command.parse_args(flags)
-    return settings_from(given(options, field_names(Settings)), options.config, "the-bundle")
+    return settings_from(given(options, field_names(Settings)), options.config, {"bundle": "the-bundle"})
 
 
 def config(tmp_path: Path, text: str) -> str:

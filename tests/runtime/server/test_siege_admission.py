@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from benchmarks.support.attacker import CHECK, COMPOSITE, WATCH, Attacker
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
@@ -205,3 +206,28 @@ def test_silent_connections_are_closed(tiny_bundle: Path, monkeypatch: pytest.Mo
         with channel_to(server) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             assert health.Check(HEALTH, timeout=PATIENCE, wait_for_ready=True).status == 1
+
+
+def test_reflection_takes_small_questions_for_a_minute(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.server.gate._REFLECTION_SECONDS", 0.5)
+    large = reflection_pb2.ServerReflectionRequest(file_by_filename=5000 * "a")
+    with ServerThread(tiny_bundle) as server, grpc.insecure_channel(server.address) as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.ServerReflectionInfo(iter([large]), timeout=PATIENCE))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+        ends = threading.Event()
+
+        def never() -> Iterator[Any]:
+            yield reflection_pb2.ServerReflectionRequest(list_services="")
+            ends.wait(PATIENCE)
+
+        try:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stub.ServerReflectionInfo(never(), timeout=PATIENCE))
+        finally:
+            ends.set()
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+        assert "questions are answered for" in caught.value.details()  # type: ignore[attr-defined]

@@ -39,7 +39,7 @@ def address(server: ServerThread) -> Iterator[str]:
 @pytest.fixture
 def no_time_for_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large answers, too, must be taken within half a second."""
-    monkeypatch.setattr("runtime.server.call._BYTES_PER_SECOND", 1 << 40)
+    monkeypatch.setattr("runtime.server.call.BYTES_PER_SECOND", 1 << 40)
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def connect(address: str) -> socket.socket:
     return connection
 
 
-def send_for_ever(connection: socket.socket) -> None:
+def send_for_ever(connection: socket.socket, content: bytes = b" " * 4096) -> None:
     while True:
-        connection.sendall(b" " * 4096)
+        connection.sendall(content)
 
 
 def calls(server: ServerThread) -> int:
@@ -168,7 +168,7 @@ def test_a_result_that_is_fetched_counts(server: ServerThread, address: str) -> 
     kept = ledger.taken
     with closing(connect(address)) as connection:
         connection.sendall(f"GET {job['result']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        wait_until(lambda: ledger.taken > 2 * kept)
+        wait_until(lambda: ledger.taken == 2 * kept)
         wait_until(lambda: ledger.taken == kept)
     assert len(get(address, job["result"]).json["images"]) == 3
 
@@ -260,3 +260,23 @@ def test_refusals_at_unknown_paths_are_seen(
         ]
         count = server.server.metrics.registry.get_sample_value
         assert count("anydoor_requests_total", {"method": "other", "code": "UNIMPLEMENTED", "model": ""}) == 2
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", "/healthz", "/v1/jobs/none"])
+def test_who_asks_and_asks_and_reads_nothing_is_cut_off(address: str, path: str) -> None:
+    """Whatever answers, also where no token is asked for."""
+    questions = 1000 * f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with closing(connect(address)) as connection, pytest.raises(ConnectionError):
+        send_for_ever(connection, questions)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_server_that_ends_does_not_say_that_it_loads(tiny_bundle: Path, lost: bool) -> None:
+    with ServerThread(tiny_bundle, http="127.0.0.1:0") as server:
+        address, models = http_address(server), server.server.models
+        server.loop.call_soon_threadsafe(models.lost.set if lost else models.refuse)
+        wait_until(lambda: post(address, "/v1/composite", fields()).status == 503)
+        said = post(address, "/v1/composite", fields()).error["message"]
+        assert said == ("the engine has failed for good" if lost else "the server is shutting down") + (
+            "; the server must be started again" if lost else ""
+        )

@@ -18,6 +18,7 @@ from runtime.imaging.decoding_cost import MAX_SCANS, count_scans
 from runtime.imaging.picture import Picture
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from runtime.server import decoding
 from runtime.server.parsing import MAX_FIELDS, count_fields
 from tests.support.serving import OBJECT, PATIENCE, SCENE, ServerThread, message, refusal, wait_until
 
@@ -166,3 +167,21 @@ def test_damaged_exif_data_does_no_harm(stub: Any, field: str) -> None:
         )
         request = message(steps=1, placements=[placement])
     assert stub.Composite(request, timeout=PATIENCE).images
+
+
+def test_decoders_outlive_the_process_that_forked_them(stub: Any) -> None:
+    """The next one forks others, and is not asked in vain for those that are not its own."""
+    assert stub.Composite(message(), timeout=PATIENCE)
+    for _ in range(2):
+        process = decoding._SOURCE._process
+        assert process is not None
+        process.kill()
+        process.wait()
+        decoder = decoding.Decoder(10**6, decoding.decoder_bytes(10**6, 10**6), 5)
+        decoder.start()
+        decoding._SOURCE.forget(2**22 + 1)  # a number that no process has
+        decoder.close()
+        decoder.start()
+        decoder.close()
+        assert decoding._SOURCE.is_alive
+    assert stub.Composite(message(), timeout=PATIENCE)
