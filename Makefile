@@ -46,7 +46,7 @@ gpu:
 	$(PYTHON) benchmarks/card.py $(ARGS)
 
 # a small model learns on a card; RECIPES are others, side by side. Several processes draw objects: threads of
-# NumPy's products would be in each other's way. PYTHON is one that has PyTorch for it, diffusers and accelerate
+# NumPy's products would be in each other's way. PYTHON is one that has PyTorch for it, and the other packages of '.[train]'
 train-card:
 	OPENBLAS_NUM_THREADS=1 $(PYTHON) -m training.train_card --minutes $(MINUTES) $(RECIPES)
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skeleton",
         action="store_true",
         help="build a published network without weights, 2 MB, instead of CKPT "
-        f"(default output: {SKELETONS['anydoor'].parent})",
+        f"(default output: {' or '.join(map(str, SKELETONS.values()))})",
     )
     parser.add_argument(
         "--system",
@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --targets cuda: the same seed gives the same bits; group normalisation is slower",
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="of the graphs (default: fp16 for TensorRT, else fp32)"
+        "--precision",
+        choices=PRECISIONS,
+        help="precision of the graphs (default: fp16 for TensorRT, else fp32)",
     )
     parser.add_argument("--max-batch", type=int, metavar="N", help="most samples in one call (default: 4)")
     parser.add_argument(

@@ -1,11 +1,11 @@
-"""Trains a model after a recipe, stage by stage; every stage goes on where it was stopped.
+"""Trains a model after a recipe, stage by stage; every stage continues where it stopped.
 
 First it says what it will do.
 
 Stages of AnyDoor: `views` draws the objects, `autoencoder` and `identity` train what the published model
 takes from SD 2.1 and DINOv2, `encode` passes the pairs through both once, `hint_block` trains the
-ControlNet's hint block and `diffusion` the rest, `decoder` improves the half of the autoencoder that no
-latent depends on, `checkpoint` writes all of it in the official layout.
+ControlNet's hint block and `diffusion` the rest, `decoder` trains the autoencoder's decoder
+further, which changes no latents, `checkpoint` writes all of it in the official layout.
 
 Stages of IMPRINT: `objects` draws the objects; `autoencoder`, `identity`, `decoder` and `checkpoint` are as
 AnyDoor's; `views` (stage 1) trains the image encoder on pairs of views, `encode` passes the samples of the
@@ -22,7 +22,7 @@ as ONNX.
 
 examples:
     python -m training.train training/recipes/anydoor-small.toml
-    python -m training.train training/recipes/anydoor-small.toml --stage diffusion --folder runs/next
+    python -m training.train training/recipes/anydoor-small.toml --stage diffusion
     python -m training.train RECIPE --start model.safetensors --folder runs/more
     python -m training.train RECIPE --set compositing.steps=1000 --set views=false --folder runs/without-views
     python -m training.train training/recipes/dreambooth.toml
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--start",
         type=Path,
-        help="a checkpoint to go on from; torchrun takes this flag for itself: --set 'start=\"FILE\"'",
+        help="checkpoint to start from; under torchrun, which has such a flag: --set 'start=\"FILE\"'",
     )
     parser.add_argument(
         "--set",
@@ -192,8 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="train so long, from now: stages share it by the `minutes` of their sections, and save in time; "
-        "those without have no limit",
+        help="time limit, from the start of the program: stages share it by the `minutes` of their sections, "
+        "and save in time; those without have no limit",
     )
     options = parser.parse_args(arguments)
     if options.minutes is not None and not 0 < options.minutes < math.inf:

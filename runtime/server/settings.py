@@ -75,7 +75,7 @@ class Settings:
     )
     http: str = _setting(
         "",
-        "address for HTTP, host:port (default: no HTTP; of anydoor studio 127.0.0.1:8000)",
+        "address for HTTP, host:port (default: no HTTP; anydoor studio: 127.0.0.1:8000)",
         metavar="ADDRESS",
     )
     studio: bool = _setting(False, "serve a page at /studio, over HTTP, to try the model in a browser")
@@ -158,7 +158,7 @@ class Settings:
         "machine's, at most 4 GiB",
     )
     drain_seconds: float = _setting(30.0, "time to finish accepted requests after SIGTERM", metavar="SECONDS")
-    log_level: str = _setting("info", "lowest level to log; of anydoor studio warning", choices=LOG_LEVELS)
+    log_level: str = _setting("info", "lowest level to log (anydoor studio: warning)", choices=LOG_LEVELS)
 
     @property
     def bundles(self) -> Mapping[str, Path]:
