@@ -9,18 +9,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
-
-import grpc
 
 from runtime.errors import InputError
 from runtime.request import Edit, Request
@@ -28,7 +25,6 @@ from runtime.server.call import Call
 from runtime.server.edit_wire import asked_from_message
 from runtime.server.events import (
     AlreadyGoneError,
-    BusyError,
     Finished,
     MemoryFullError,
     NotFinishedError,
@@ -46,8 +42,10 @@ from runtime.server.http.composites import (
     send_json,
     warning_header,
 )
-from runtime.server.http.context import EVENTS, JSON, HttpContext, error_of, server_sent_event
+from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
+from runtime.server.http.job_context import JobContext
 from runtime.server.http.messages import kind_of, message_of
+from runtime.server.http.result_files import remove, results_in, write_result
 from runtime.server.memory import Account
 
 KEPT_SECONDS = 3600.0
@@ -106,7 +104,7 @@ class Job:
         if self.account:
             self.account.close()
         if self.file:
-            _remove(self.file)
+            remove(self.file)
             self.file = None
 
     async def change(self, **values: Any) -> None:
@@ -116,44 +114,6 @@ class Job:
                 setattr(self, name, value)
             self.changes += 1
             self.changed.notify_all()
-
-
-class JobContext:
-    """The context of a job's own call: nobody is at the other end. See `runtime.server.call.Context`."""
-
-    def __init__(self, peer: str) -> None:
-        self._peer = peer
-        self.error: dict[str, Any] | None = None
-
-    def peer(self) -> str:
-        """Returns the address of the client."""
-        return self._peer
-
-    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
-        """Nothing."""
-        return ()
-
-    def auth_context(self) -> Mapping[str, Sequence[bytes]]:
-        """Nothing."""
-        return {}
-
-    def time_remaining(self) -> float | None:
-        """Returns all the time."""
-        return None
-
-    async def read(self) -> bytes:
-        """Nothing."""
-        return b""
-
-    async def write(self, message: bytes) -> None:
-        """Nobody reads it."""
-
-    def set_trailing_metadata(self, metadata: Any) -> None:
-        """Nobody reads it."""
-
-    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None:
-        """Keeps the error."""
-        _, self.error = error_of(code, details, dict(trailing_metadata))
 
 
 class Jobs:
@@ -173,7 +133,7 @@ class Jobs:
         self._room = room
         self._spool = spool
         self._jobs: dict[str, Job] = {}
-        self._left = _results_in(spool) if spool else {}
+        self._left = results_in(spool) if spool else {}
         """Files of a server that ran before: nobody can ask for them, but another server may have its own
         there."""
 
@@ -322,7 +282,7 @@ class Jobs:
         if self._spool is not None:
             job.file = self._spool / f"{job.id}.json"
             try:
-                await _write(job.file, content)
+                await write_result(job.file, content)
             except BaseException:
                 job.drop_result()
                 raise
@@ -354,14 +314,14 @@ class Jobs:
             self._forget(oldest)
         room, left = self._room, self._left
         for file in [file for file, (_, written) in left.items() if time.time() - written > KEPT_SECONDS]:
-            _remove(file)
+            remove(file)
             del left[file]
         while (
             sum(job.nbytes for job in self._jobs.values()) + sum(nbytes for nbytes, _ in left.values()) > room
         ):
             if left:
                 oldest_file = min(left, key=lambda file: left[file][1])
-                _remove(oldest_file)
+                remove(oldest_file)
                 del left[oldest_file]
             elif largest := _next_to_go(self._jobs, lambda job: job.nbytes):
                 largest.drop_result()
@@ -403,42 +363,6 @@ def _next_to_go(jobs: Mapping[str, Job], size: Callable[[Job], int]) -> Job | No
         sizes[job.client] += size(job)
     largest = max(sizes, key=sizes.__getitem__, default="")
     return min((job for job in ended if job.client == largest), key=_when, default=None)
-
-
-def _results_in(spool: Path) -> dict[Path, tuple[int, float]]:
-    """Finds results in a folder: file -> bytes, and when it was written."""
-    found = {}
-    for file in spool.glob("job-*.json"):
-        with suppress(OSError):
-            state = file.stat()
-            found[file] = state.st_size, state.st_mtime
-    return found
-
-
-def _remove(file: Path) -> None:
-    with suppress(OSError):
-        file.unlink(missing_ok=True)
-
-
-async def _write(file: Path, content: bytes) -> None:
-    """Writes a result that nobody else may read.
-
-    Raises:
-        BusyError: the folder takes nothing more.
-    """
-
-    def write() -> None:
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
-            opened.write(content)
-
-    writing = asyncio.ensure_future(asyncio.to_thread(write))
-    try:
-        await asyncio.shield(writing)
-    except asyncio.CancelledError:
-        await asyncio.wait({writing})
-        raise
-    except OSError as error:
-        raise BusyError(f"the result cannot be stored: {error.strerror}") from error
 
 
 def _when(job: Job) -> float:

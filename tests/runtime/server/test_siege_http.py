@@ -161,7 +161,9 @@ def test_who_does_not_take_an_answer_is_cut_off(
 
 
 @pytest.mark.usefixtures("no_time_for_bytes")
-def test_a_result_that_is_fetched_counts(server: ServerThread, address: str) -> None:
+def test_a_result_that_is_fetched_counts(
+    server: ServerThread, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = ended(address, post(address, "/v1/jobs", fields(**LARGE)).json)
     ledger = server.server.ledger
     wait_until(lambda: not calls(server))
@@ -170,6 +172,7 @@ def test_a_result_that_is_fetched_counts(server: ServerThread, address: str) -> 
         connection.sendall(f"GET {job['result']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         wait_until(lambda: ledger.taken == 2 * kept)
         wait_until(lambda: ledger.taken == kept)
+    monkeypatch.undo()
     assert len(get(address, job["result"]).json["images"]) == 3
 
 
