@@ -34,8 +34,9 @@ RUN pip install --no-cache-dir --require-hashes --requirement docker/build.lock 
     && pip install --no-cache-dir --no-deps --no-build-isolation .
 
 ENV ANYDOOR_BUNDLE=/bundle ANYDOOR_CACHE=/cache
-# the group video has the devices of the GPU
-RUN useradd --create-home --uid 1000 --groups video anydoor && mkdir /cache && chown anydoor /cache
+# the group video has the devices of the GPU; images of Ubuntu 24.04 have a user 1000
+RUN if getent passwd 1000; then userdel --remove "$(id -un 1000)"; fi \
+    && useradd --create-home --uid 1000 --groups video anydoor && mkdir /cache && chown anydoor /cache
 USER 1000
 VOLUME /cache
 EXPOSE 50051

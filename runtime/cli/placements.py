@@ -16,6 +16,8 @@ from runtime.imaging.modes import MODES
 from runtime.imaging.paste_back import EDGES
 from runtime.request import AUTOMATIC, REFINE_TIMESTEP, Placement, View
 
+_NAMED_MASKS: Mapping[str, str | None] = {AUTOMATIC: AUTOMATIC, "none": None}
+
 _PASSES = ("refine", "strength")
 _PARAMETERS = (
     *("mode", "mask_level", "edge", *_PASSES, "keep_specks", "negative_prompt"),
@@ -56,7 +58,8 @@ def add_object_flags(group: argparse._ArgumentGroup, several: str) -> None:
         action="append",
         type=Path,
         metavar="FILE",
-        help="mask of the object in the reference; auto: found by a segmenter (default: transparency)",
+        help="mask of the object in the reference; auto: found by a segmenter; none, the default: by its "
+        "transparency",
     )
     group.add_argument(
         "--reference-click",
@@ -209,7 +212,7 @@ def placements_of(
     """
     found: list[Path | bytes | str | None] = [None] * len(objects)
     if masks:
-        found = [AUTOMATIC if mask == Path(AUTOMATIC) else mask for mask in masks]
+        found = [_NAMED_MASKS.get(str(mask), mask) for mask in masks]
     return [
         Placement(
             **{"prompt" if isinstance(what, str) else "reference": what},  # type: ignore[arg-type]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import socket
 import threading
 import time
 import urllib.request
 import webbrowser
+from contextlib import suppress
+from dataclasses import replace
 
 from runtime.cli import serve as server
+from runtime.errors import InputError
 
 NAME = "studio"
 HELP = "Try a bundle in the browser: serve a page on this machine and open it"
@@ -37,7 +41,13 @@ def run(options: argparse.Namespace) -> int:
     options.studio = True
     settings = server.settings_of(options, {"http": ADDRESS, "log_level": "warning"})
     scheme = "https" if settings.tls_certificate else "http"
+    host, _, port = settings.http.rpartition(":")
+    if port == "0":
+        with suppress(OSError), socket.create_server((host, 0)) as free:
+            settings = replace(settings, http=f"{host}:{free.getsockname()[1]}")
     url = f"{scheme}://{settings.http}/studio/"
+    if _answers(url):
+        raise InputError(f"there is a server at {settings.http} already: choose another address by --http")
     threading.Thread(target=_announce, args=(url, not options.no_browser), daemon=True).start()
     return server.serve_with(settings)
 

@@ -269,7 +269,7 @@ class Server:
                 f"HTTP needs the package {error.name}: pip install 'anydoor-runtime[http]'"
             ) from error
         settings = self._settings
-        composites = Composites(self.models)
+        composites = Composites(self.models, self.addresses)
         folder = Path(settings.job_folder) if settings.job_folder else None
         if with_jobs:
             room = settings.job_folder_bytes if folder else self.ledger.capacity / _SHARE_FOR_RESULTS

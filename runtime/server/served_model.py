@@ -13,7 +13,7 @@ from runtime.compositor import Compositor
 from runtime.edits.fillers import fills_holes
 from runtime.errors import InputError, in_field
 from runtime.parameters import sampling_parameters
-from runtime.request import Edit, Request
+from runtime.request import Edit, Request, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.batching import Batcher
 from runtime.server.call import Call
@@ -107,6 +107,7 @@ class ServedModel:
             automatic_masks=compositor.segmenter.finds_main_object,
             clicks=compositor.segmenter.takes_clicks,
             filler=self._filler.compositor.bundle.manifest.system if self._filler else "",
+            filler_steps=_default_steps(self._filler.compositor) if self._filler else 0,
             model=self.name,
             models=models,
             views=abilities.views,
@@ -200,6 +201,10 @@ class ServedModel:
                 raise InputError(
                     f"{previews} previews per picture; at most {self._settings.max_previews} are made"
                 )
+
+
+def _default_steps(compositor: Compositor) -> int:
+    return sampling_parameters(Sampling(), compositor.defaults).steps
 
 
 def common_settings(settings: Settings) -> dict[str, Any]:

@@ -69,7 +69,7 @@ async function sameAsCopied(page) {
   const copied = async (id) => {
     await page.locator(id).click();
     await page.waitForFunction((id) => document.querySelector(id).textContent === "Copied", id);
-    return (await page.evaluate(() => navigator.clipboard.readText())).replace("127.0.0.1:50051", server.grpc);
+    return page.evaluate(() => navigator.clipboard.readText());
   };
   const python = await copied("#copy-python");
   run(PYTHON, ["-c", `${python.replace("out.png", "python.png")}`], folder);
@@ -182,6 +182,44 @@ async function compositeLarge(page, steps) {
   await drag(page, [150, 30], [265, 239]);
   await start(page, steps);
 }
+
+test("of two objects one is cut out, and the copied command says which", async () => {
+  const { page, problems } = await at("composite");
+  await drop(page, ".thumb", OBJECT);
+  await drag(page, [4, 4], [40, 44]);
+  await page.getByText("Add an object").click();
+  await drop(page, ".object:nth-child(2) .thumb", SHELF);
+  await page.locator(".object:nth-child(2)").getByLabel("Cut it out automatically").check();
+  await page.locator(".object:nth-child(2) .use").click();
+  await drag(page, [50, 4], [90, 44]);
+  await start(page, "2");
+  const parameters = await sameAsCopied(page);
+  assert.deepEqual(parameters.objects.map((each) => each.automatic), [false, true]);
+  assert.deepEqual(problems, []);
+});
+
+test("a hole is filled by a network, with previews of both", async () => {
+  const make = "from tests.support.stable_diffusion import tiny_stable_diffusion_bundle as make; print(make(9))";
+  const filler = run(PYTHON, ["-c", make], ROOT).trim();
+  const filling = await serve("--filler", filler);
+  const { page, problems } = await open(filling.url);
+  await drop(page, "#canvas-box", SCENE);
+  for (const task of ["move", "remove"]) {
+    await page.locator("#task").selectOption(task);
+    await page.getByRole("radio", { name: "Box" }).check();
+    await drag(page, [20, 20], [80, 80]);
+    if (task === "move") {
+      await page.getByRole("button", { name: "Its new place" }).click();
+      await drag(page, [150, 30], [200, 90]);
+    }
+    await page.locator("#start").click();
+    await page.waitForFunction(() => document.getElementById("progress").hidden);
+    assert.equal(await page.locator("#message").textContent(), "");
+    await finished(page);
+  }
+  filling.stop("SIGTERM");
+  assert.deepEqual(problems, []);
+});
 
 test("less strength keeps more of the object", async () => {
   const { page, problems } = await at("composite");

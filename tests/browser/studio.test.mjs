@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { mkdtempSync, readFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
@@ -77,6 +77,83 @@ test("a painted place, two objects, and the keyboard", async () => {
   await page.keyboard.press("Shift+ArrowDown");
   assert.equal(new Set([start, moved, await pixels(page)]).size, 3);
   assert.deepEqual(problems, []);
+});
+
+test("every quality is drawn, with previews", async () => {
+  const { page, problems } = await open(server.url);
+  await prepare(page, "");
+  for (const quality of ["balanced", "fast"]) {
+    await page.locator("#quality").selectOption(quality);
+    await page.locator("#start").click();
+    await page.waitForFunction(() => document.getElementById("compare").hidden === false || document.getElementById("message").textContent);
+    await finished(page);
+    assert.equal(await page.locator("#message").textContent(), "");
+  }
+  assert.deepEqual(problems, []);
+});
+
+test("another scene ends what is drawn into the one before", async () => {
+  const { page, problems } = await open(server.url);
+  await prepare(page, "100");
+  const before = await pixels(page);
+  await page.locator("#start").click();
+  await page.getByText(/step \d+ of 100/).waitFor();
+  await page.locator("#scene-file").setInputFiles(OBJECT);
+  await page.waitForFunction(() => document.getElementById("progress").hidden);
+  const after = await pixels(page);
+  assert.notEqual(after, before);
+  assert.equal(await page.locator("#download").isDisabled(), true);
+  const chooser = page.waitForEvent("filechooser");
+  await page.getByRole("button", { name: "Another scene" }).click();
+  await (await chooser).setFiles(SCENE);
+  await page.waitForFunction((after) => document.getElementById("canvas").toDataURL() !== after, after);
+  assert.deepEqual(problems, []);
+});
+
+test("a part of a box is erased, a painted place stays where it is, and a picture that was put away comes back", async () => {
+  const { page, problems } = await open(server.url);
+  await prepare(page, "2");
+  const box = await pixels(page);
+  await page.getByLabel("Erase").check();
+  await drag(page, [160, 40], [160, 220]);
+  const erased = await pixels(page);
+  assert.notEqual(erased, box);
+  const inside = await page.evaluate(() => [...document.getElementById("canvas").getContext("2d").getImageData(240, 120, 1, 1).data]);
+  assert.ok(inside[1] > inside[0], "the rest of the box is still marked");
+  await page.locator("#canvas-box").focus();
+  await page.keyboard.press("ArrowDown");
+  assert.equal(await pixels(page), erased);
+
+  await page.locator("#start").click();
+  await finished(page);
+  const picture = await pixels(page);
+  await page.locator("#canvas").click({ button: "right" });
+  assert.equal(await pixels(page), picture);
+  await page.getByLabel("Box", { exact: true }).check();
+  await drag(page, [10, 10], [90, 90]);
+  assert.notEqual(await pixels(page), picture);
+  await page.getByRole("button", { name: "Undo" }).click();
+  assert.equal(await pixels(page), picture);
+  assert.deepEqual(problems, []);
+});
+
+test("a server that asks for a token gets it", async () => {
+  const tokens = join(mkdtempSync(join(tmpdir(), "studio-")), "tokens");
+  writeFileSync(tokens, "open-sesame\n", { mode: 0o600 });
+  const guarded = await serve("--tokens", tokens);
+  const page = await (await browser.newContext()).newPage();
+  await page.goto(guarded.url);
+  await page.getByText("not connected").waitFor();
+  await prepare(page, "1");
+  assert.equal(await page.locator("#start").isDisabled(), true);
+  await page.getByText("Access").click();
+  await page.getByLabel("Token").fill("open-sesame");
+  await page.getByLabel("Token").press("Enter");
+  await page.getByText("anydoor, fp32").waitFor();
+  await drag(page, [150, 30], [265, 239]);
+  await page.locator("#start").click();
+  await finished(page);
+  guarded.stop("SIGTERM");
 });
 
 test("it is accessible, in light, in the dark and on a phone", async () => {

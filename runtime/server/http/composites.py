@@ -34,8 +34,12 @@ _COPIES = 4
 class Composites:
     """Answers the requests for pictures in the runtime's own form."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, addresses: Sequence[str]) -> None:
+        """Keeps the models, and where gRPC answers, for the commands that the studio shows."""
         self.models = models
+        ports = (address.rpartition(":")[2] for address in addresses)
+        port = next(filter(str.isdecimal, ports), "")
+        self._grpc = {"x_grpc_port": port} if port else {}
 
     async def fields(self, content: bytes, call: Call) -> Fields:
         """Returns the fields of a body, read beside the event loop.
@@ -88,7 +92,8 @@ class Composites:
     async def model(self, content: bytes, call: Call) -> None:
         """GET /v1/model, or /v1/model?model=NAME: as GetModelInfo."""
         name = cast(HttpContext, call.context).query("model")
-        await send_json(call, plain(await self.models.info(name, call)))
+        info = plain(await self.models.info(name, call))
+        await send_json(call, info, HTTPStatus.OK, **self._grpc)
 
     async def _answer(self, fields: Fields, kind: type[Asked], call: Call) -> None:
         context = cast(HttpContext, call.context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from runtime.cli import main
+from runtime.diffusion.presets import QUALITIES
 from runtime.server.settings import Settings
-from tests.support.serving import PATIENCE
+from tests.support.serving import PATIENCE, ServerThread
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,3 +67,30 @@ def test_a_configuration_says_where_the_page_is(
         ("127.0.0.1:9000", "debug", True),
         ("127.0.0.1:9001", "debug", True),
     ]
+
+
+def test_the_page_knows_the_steps_of_the_qualities() -> None:
+    """It asks for previews of its pictures by them."""
+    page = (ROOT / "runtime/server/http/studio/request.js").read_text("utf-8")
+    (stated,) = re.findall(r"^const STEPS = \{(.*)\};", page, re.MULTILINE)
+    steps = {name: int(count) for name, count in re.findall(r"(\w+): (\d+)", stated)}
+    assert steps == {name: values["steps"] for name, values in QUALITIES.items() if "steps" in values}
+
+
+def test_an_address_where_a_server_is_already_is_refused(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", studio=True) as server:
+        address = str(server.server.http_address)
+        assert main(["studio", "--bundle", str(tiny_bundle), "--http", address]) == 2
+    assert f"there is a server at {address} already" in capsys.readouterr().err
+
+
+def test_any_free_port_can_be_asked_for(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Settings] = []
+    announced: list[str] = []
+    monkeypatch.setattr("runtime.server.serve.serve", lambda settings: served.append(settings) or 0)
+    monkeypatch.setattr("runtime.cli.studio._announce", lambda url, _: announced.append(url))
+    assert main(["studio", "--bundle", str(tiny_bundle), "--http", "127.0.0.1:0"]) == 0
+    assert announced == [f"http://{served[0].http}/studio/"]
+    assert not served[0].http.endswith(":0")

@@ -14,7 +14,8 @@ export function setToken(value) {
 }
 
 export async function model(name) {
-  return (await ask(`/v1/model?model=${encodeURIComponent(name)}`, {})).json();
+  const answer = await ask(`/v1/model?model=${encodeURIComponent(name)}`, {});
+  return { ...(await answer.json()), grpc_port: answer.headers.get("x-grpc-port") };
 }
 
 // Where the object is that clicks, like "3,4" or "!5,6", are on; the main object without any. A mask, white inside.

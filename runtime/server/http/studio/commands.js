@@ -10,10 +10,11 @@ function whereFlags(said, click, prefix) {
   return [said.box ? `--${prefix}box=${said.box.join(",")}` : `--${prefix}mask ${quoted(said.mask)}`];
 }
 
-function objectFlags(each) {
+function objectFlags(each, index, all) {
   if (each.prompt) return [`--prompt ${quoted(each.prompt)}`];
   const clicks = (each.clicks ?? []).map((click) => `--reference-click ${quoted(click)}`);
-  return [`--reference ${quoted(each.name)}`, ...clicks, ...(each.automatic ? ["--reference-mask auto"] : [])];
+  const mask = all.some((other) => other.automatic) ? [`--reference-mask ${each.automatic ? "auto" : "none"}`] : [];
+  return [`--reference ${quoted(each.name)}`, ...clicks, ...mask];
 }
 
 function actionFlags({ task, marks, objects }) {
@@ -28,7 +29,11 @@ export function commandLine(request, origin) {
   const command = request.task === "exchange" ? "swap" : request.task;
   const words = [`anydoor ${command}`, `--server ${origin}`, `--scene ${quoted(request.scene)}`];
   if (request.model) words.push(`--model ${quoted(request.model)}`);
-  if (isComposite) for (const each of request.objects) words.push(...objectFlags(each), ...whereFlags(placeOf(each), "", ""));
+  if (isComposite) {
+    for (const [index, each] of request.objects.entries()) {
+      words.push(...objectFlags(each, index, request.objects), ...whereFlags(placeOf(each), "", ""));
+    }
+  }
   else words.push(...whereFlags(request.marks[0], "click", "object-"), ...actionFlags(request));
   if (request.fill) words.push(`--fill-prompt ${quoted(request.fill)}`);
   if (request.mode) words.push(`--mode ${request.mode}`);

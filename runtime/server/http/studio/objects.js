@@ -10,7 +10,10 @@ export function accept(area, input, take, say) {
     if (!file.type.startsWith("image/")) say(`'${file.name}' is not a picture.`);
     else take(file);
   };
-  input.addEventListener("change", () => use(input.files[0]));
+  input.addEventListener("change", () => {
+    use(input.files[0]);
+    input.value = ""; // the same file may be chosen again
+  });
   area.addEventListener("dragover", (event) => {
     event.preventDefault();
     area.classList.add("over");
@@ -62,6 +65,7 @@ export class Objects {
   async showCut(each) {
     const { clicks, automatic, file } = each;
     const isStill = () => each.clicks === clicks && each.automatic === automatic && each.file === file;
+    if (each.cut) URL.revokeObjectURL(each.cut);
     each.cut = null;
     try {
       if (clicks || automatic) {
@@ -72,8 +76,9 @@ export class Objects {
       }
       this.page.say("");
     } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      if (isStill()) this.page.say(error.message);
+      if (!(error instanceof Refused || error instanceof DOMException)) throw error;
+      // the browser reads fewer kinds of pictures than the server
+      if (isStill()) this.page.say(error instanceof Refused ? error.message : `'${file.name}' cannot be shown here.`);
     }
     this.draw();
     this.page.changed();
@@ -112,6 +117,7 @@ export class Objects {
     find(".use").addEventListener("click", () => page.choose(index, true));
     find(".remove").disabled = this.items.length === 1;
     find(".remove").addEventListener("click", () => {
+      for (const url of [each.url, each.cut]) if (url) URL.revokeObjectURL(url);
       this.items.splice(index, 1);
       this.draw();
       page.removed(index);

@@ -3,6 +3,8 @@
 import { clickText, maskOf } from "./marks.js";
 import { TASKS } from "./tasks.js";
 
+const STEPS = { balanced: 20, fast: 12 }; // of runtime/diffusion/presets.py
+
 // How a mark is said: its clicks, its box, or the name of a file with its mask.
 export function described(mark, name, canFind) {
   if (mark.clicks) return { clicks: mark.clicks.map(clickText) };
@@ -10,6 +12,18 @@ export function described(mark, name, canFind) {
 }
 
 export const pathOf = (request) => (request.task === "composite" ? "/v1/composite" : "/v1/edit");
+
+// Steps between previews: as few as the server's limit of previews of a picture allows.
+export function previewEvery({ task, objects, steps, quality }, about) {
+  const most = about.limits.previews ?? 0;
+  const placed = steps ?? STEPS[quality] ?? about.defaults.sampling.steps;
+  const phases = Array({ composite: objects.length, exchange: 2, remove: 0 }[task] ?? 1).fill(placed);
+  if (about.filler && TASKS[task].marks && task !== "try-on") phases.push(about.filler_steps);
+  const count = (every) => phases.reduce((sum, all) => sum + Math.floor((all - 1) / every), 0);
+  let every = 1;
+  while (count(every) > most) every += 1;
+  return most ? every : 0;
+}
 
 // The form of a request. `files` has the scene's, and those of the objects; `marks` are those that were described.
 export async function formOf(request, files, marks, size) {

@@ -72,14 +72,13 @@ export class Stage {
       context.globalAlpha = isChosen ? 0.55 : 0.3;
       context.drawImage(area, 0, 0);
     } else if (mark?.box) {
-      const [x0, y0, x1, y1] = mark.box;
       context.lineWidth = Math.max(2, this.canvas.width / 300);
       context.strokeStyle = ACCENT;
       context.setLineDash(isChosen ? [] : [context.lineWidth * 3]);
-      context.strokeRect(x0, y0, x1 - x0, y1 - y0);
+      context.strokeRect(...this.#area(mark.box));
       context.fillStyle = ACCENT;
       context.globalAlpha = 0.15;
-      context.fillRect(x0, y0, x1 - x0, y1 - y0);
+      context.fillRect(...this.#area(mark.box));
     }
     context.restore();
     for (const click of mark?.clicks ?? []) this.#sign(click, isChosen ? 1 : 0.6);
@@ -118,7 +117,7 @@ export class Stage {
   }
 
   #down(event) {
-    if (!this.scene) return;
+    if (!this.scene || event.button) return;
     this.result = null;
     const point = this.#point(event);
     if (this.#clicks) {
@@ -178,12 +177,17 @@ export class Stage {
   }
 
   #stroke(from, to) {
-    let painted = this.marks[this.chosen]?.painted;
-    if (!painted) {
-      painted = new OffscreenCanvas(this.canvas.width, this.canvas.height);
-      this.marks[this.chosen] = { painted };
-    }
+    const before = this.marks[this.chosen];
+    if (this.tool === "erase" && !before) return;
+    const painted = before?.painted ?? new OffscreenCanvas(this.canvas.width, this.canvas.height);
     const context = painted.getContext("2d");
+    if (!before?.painted) {
+      this.marks[this.chosen] = { painted };
+      context.fillStyle = ACCENT;
+      // what was found is corrected; a box is painted anew, unless a part of it is to go
+      if (before?.found) context.drawImage(before.found, 0, 0);
+      else if (before?.box && this.tool === "erase") context.fillRect(...this.#area(before.box));
+    }
     context.globalCompositeOperation = this.tool === "erase" ? "destination-out" : "source-over";
     context.strokeStyle = ACCENT;
     context.lineCap = "round";
@@ -194,12 +198,17 @@ export class Stage {
     context.stroke();
   }
 
+  #area([x0, y0, x1, y1]) {
+    return [x0, y0, x1 - x0, y1 - y0];
+  }
+
   // --- keyboard ---
 
   #key(event) {
     if (!this.scene) return;
     const isArrow = event.key in ARROWS;
     if (!isArrow && !(this.#clicks && ["Enter", " ", "Backspace"].includes(event.key))) return;
+    if (!this.#clicks && this.marks[this.chosen]?.painted) return; // there is no box to move
     event.preventDefault();
     this.result = null;
     const step = Math.max(1, Math.round(this.canvas.width / 100));

@@ -6,7 +6,7 @@ import { Cutout } from "./cutout.js";
 import { showFound } from "./marks.js";
 import { accept, Objects } from "./objects.js";
 import { withText } from "./png.js";
-import { described, formOf, pathOf } from "./request.js";
+import { described, formOf, pathOf, previewEvery } from "./request.js";
 import { Stage } from "./stage.js";
 import { TARGET, TASKS } from "./tasks.js";
 
@@ -19,7 +19,9 @@ let scene = null; // File
 let shown = null; // the newest picture: { image, file, request }
 let running = null; // AbortController
 let marksOf = {}; // task -> marks, while another task is chosen
+const REMEMBERED = 20;
 const history = [];
+let asked = 0; // how often the server was asked for a model
 
 const stage = new Stage(find("canvas"), find("canvas-box"), marked);
 const cutout = new Cutout(find("cut"));
@@ -36,10 +38,13 @@ const objects = new Objects(find("objects"), find("object"), {
     stage.marks.splice(index, 1);
     choose(Math.min(stage.chosen, objects.items.length - 1));
   },
-  cut: (each) => cutout.open(each.file, (clicks) => {
-    Object.assign(each, { clicks, automatic: false });
-    objects.showCut(each);
-  }),
+  cut: (each) => {
+    const done = (clicks) => {
+      Object.assign(each, { clicks, automatic: false });
+      objects.showCut(each);
+    };
+    cutout.open(each.file, done).catch(() => say(`'${each.file.name}' cannot be shown here.`));
+  },
   say,
 });
 
@@ -60,15 +65,19 @@ function refresh() {
   for (const [index, button] of [...find("marks").children].entries()) {
     button.setAttribute("aria-pressed", String(index === stage.chosen));
   }
-  const ready = scene && needed().every((_, index) => stage.marks[index]) && used().every((each) => objects.said(each));
+  const ready = about && scene && needed().every((_, index) => stage.marks[index]) && used().every((each) => objects.said(each));
   find("start").disabled = Boolean(running) || !ready;
   find("again").disabled = Boolean(running) || !shown || !ready;
   for (const id of ["download", "copy-command", "copy-python"]) find(id).disabled = !shown;
-  find("undo").disabled = Boolean(running) || !history.length;
+  find("undo").disabled = Boolean(running) || !(history.length || isPutAway());
   find("compare").hidden = !stage.result;
   find("progress").hidden = !running;
   find("canvas-box").classList.toggle("has-scene", Boolean(scene));
+  find("other-scene").hidden = !scene;
 }
+
+// Whether a picture is there, and not shown since something was marked.
+const isPutAway = () => Boolean(shown) && !stage.result;
 
 // Shows what a task needs and a model takes.
 function arrange() {
@@ -122,12 +131,15 @@ async function marked(mark) {
 }
 
 async function setScene(file) {
+  let image;
   try {
-    stage.setScene(await createImageBitmap(file));
+    image = await createImageBitmap(file);
   } catch {
     say(`'${file.name}' cannot be read as a picture.`);
     return;
   }
+  running?.abort();
+  stage.setScene(image);
   scene = file;
   shown = null;
   history.length = 0;
@@ -177,30 +189,24 @@ function targetOf(index) {
   return described(stage.marks[index], name, true);
 }
 
-// Steps between previews, of which the server makes so many of a picture.
-function previewEvery({ task, objects, steps, quality }) {
-  const placements = { composite: objects.length, exchange: 2 }[task] ?? 1;
-  const previews = Math.floor((about.limits.previews ?? 0) / placements);
-  const all = steps ?? { balanced: 12, fast: 8 }[quality] ?? about.defaults.sampling.steps;
-  return previews ? Math.ceil(all / previews) : 0;
-}
-
 async function start() {
   if (running) return;
-  const request = requested();
-  running = new AbortController();
+  const own = (running = new AbortController());
+  const [of, checkpoint] = [scene, about.checkpoint_sha256];
   say("");
   progress("sending", 0);
   refresh();
   try {
+    const request = requested();
     const files = { scene, objects: used().map((each) => each.file) };
     const form = await formOf(request, files, stage.marks, find("canvas"));
-    form.append("preview_every", previewEvery(request));
-    for await (const [name, fields] of pictures(form, pathOf(request), running.signal)) {
+    form.append("preview_every", previewEvery(request, about));
+    for await (const [name, fields] of pictures(form, pathOf(request), own.signal)) {
+      if (scene !== of) break;
       if (name === "queued") progress(fields.position ? `waiting, ${fields.position} before` : "starting", 0);
       if (name === "step_done") progress(`step ${fields.done} of ${fields.total}`, fields.done / fields.total);
       if (name === "preview") await show(fields.image, "image/jpeg");
-      if (name === "result") await finish(fields, request);
+      if (name === "result") await finish(fields, request, checkpoint);
     }
   } catch (error) {
     stage.result = shown?.image ?? null;
@@ -221,24 +227,29 @@ function progress(text, share) {
 
 async function show(base64, type) {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-  stage.result = await createImageBitmap(new Blob([bytes], { type }));
+  const of = scene;
+  const image = await createImageBitmap(new Blob([bytes], { type }));
+  if (scene !== of) throw new DOMException("another scene was chosen", "AbortError");
+  stage.result = image;
   stage.share = 1;
   find("slider").value = 100;
   stage.draw();
   return bytes;
 }
 
-async function finish(result, request) {
+async function finish(result, request, checkpoint) {
   const bytes = await show(result.images[0].image, "image/png");
   if (shown) history.push(shown);
-  const parameters = JSON.stringify({ ...request, checkpoint: about?.checkpoint_sha256 });
+  if (history.length > REMEMBERED) history.shift().image.close();
+  const parameters = JSON.stringify({ ...request, checkpoint });
   shown = { image: stage.result, file: withText(bytes, "anydoor", parameters), request };
   if (result.warnings?.length) say(result.warnings.join(" "));
 }
 
+// Shows the newest picture again, if marks took it away; else the one before.
 function undo() {
-  if (running || !history.length) return;
-  shown = history.pop();
+  if (running || !(history.length || isPutAway())) return;
+  if (!isPutAway()) shown = history.pop();
   stage.result = shown.image;
   stage.draw();
   refresh();
@@ -266,9 +277,14 @@ async function copy(button, text) {
 // --- the page ---
 
 async function connect(name = "") {
+  const turn = ++asked;
   find("model").textContent = "connecting …";
+  about = null;
+  refresh();
   try {
-    about = await model(name);
+    const found = await model(name);
+    if (turn !== asked) return;
+    about = found;
     find("model").textContent = `${about.system}, ${about.precision}, ${about.backend} on ${about.device}`;
     find("quality").replaceChildren(
       new Option("of the model", ""),
@@ -280,6 +296,7 @@ async function connect(name = "") {
     find("models").hidden = about.models.length < 2;
     say("");
   } catch (error) {
+    if (turn !== asked) return;
     find("model").textContent = "not connected";
     say(error.message);
   }
@@ -294,6 +311,7 @@ find("task").addEventListener("change", () => {
   stage.marks = marksOf[before] ?? [];
   arrange();
 });
+find("other-scene").addEventListener("click", () => find("scene-file").click());
 find("models").addEventListener("change", (event) => connect(event.target.value));
 accept(find("canvas-box"), find("scene-file"), setScene, say);
 find("controls").addEventListener("submit", (event) => {
@@ -311,7 +329,7 @@ find("add").addEventListener("click", () => {
 });
 find("undo").addEventListener("click", undo);
 find("download").addEventListener("click", download);
-const origin = () => document.body.dataset.grpc || location.hostname + ":50051";
+const origin = () => `${location.hostname}:${about?.grpc_port || 50051}`;
 find("copy-command").addEventListener("click", (event) => copy(event.target, commandLine(shown.request, origin())));
 find("copy-python").addEventListener("click", (event) => copy(event.target, python(shown.request, origin())));
 find("slider").addEventListener("input", (event) => {
@@ -322,7 +340,7 @@ find("brush").addEventListener("input", (event) => (stage.brush = Number(event.t
 for (const input of document.getElementsByName("tool")) input.addEventListener("change", () => use(input.value));
 find("token").addEventListener("change", (event) => {
   setToken(event.target.value);
-  connect();
+  connect(find("models").value);
 });
 document.addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key === "z" && event.target.tagName !== "INPUT") undo();
