@@ -21,7 +21,6 @@ os.umask(_UMASK)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Arguments of Linux's renameat2: <fcntl.h>, <linux/fs.h>."""
 
-
 _HELD: set[int] = set()
 """Open files whose locks this process holds."""
 

@@ -153,6 +153,9 @@ def pack(run: Path, output: Path) -> list[Path]:
     That is its checkpoint, a folder as model.tar, or the averaged weights of each stage if there is none that
     has them, and its logs. What an earlier call has packed of them is replaced.
     """
+    for kind in (_CHECKPOINT, f"*{_WEIGHTS}", "model.tar"):
+        for earlier in output.glob(f"{glob.escape(run.name)}-{kind}*"):
+            earlier.unlink()
     packed = []
     weights = sorted(run.rglob(_WEIGHTS))
     if (checkpoint := run / _CHECKPOINT).exists():
@@ -163,8 +166,6 @@ def pack(run: Path, output: Path) -> list[Path]:
         weights = [Path(shutil.make_archive(str(folder), "tar", folder))]
     for path in [*weights, *sorted(path for name in _LOGS for path in run.rglob(name))]:
         name = "-".join((run.name, *path.relative_to(run).parts))
-        for earlier in (output / name, *output.glob(f"{glob.escape(name)}.part*")):
-            earlier.unlink(missing_ok=True)
         size = path.stat().st_size
         if size <= PACKED_BYTES:
             packed.append(Path(shutil.copy2(path, output / name)))

@@ -72,7 +72,7 @@ def coarsen_mask(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float =
 def _blurred(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float) -> NDArray[np.bool_]:
     """Returns the part of a blurred mask that lies in the box."""
     width, share = _BLURS[level]
-    sides = bounding_box(mask)
+    sides = bounding_box(mask)  # the original's, which leaves out the last row and column
     sigma = width * spread * max(sides.width, sides.height)
     object_box = smallest_box(mask.astype(bool))
     margin = int(np.ceil(_REACH * sigma))

@@ -98,10 +98,8 @@ def _nearest(length: int, new_length: int) -> NDArray[np.intp]:
     return np.asarray(np.minimum(index, length - 1), np.intp)
 
 
-# of a part alone: what a place in a request asks for may be far larger than any picture
-
-
 def _float_taps(length: int, new_length: int, part: slice) -> _Taps:
+    # of a part alone: what a place in a request asks for may be far larger than any picture
     position = (np.arange(part.start, part.stop) + 0.5) * (length / new_length) - 0.5
     position = position.clip(0, length - 1)
     low = np.floor(position).astype(np.intp)

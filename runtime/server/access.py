@@ -11,7 +11,7 @@ import ssl
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -27,6 +27,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class _NewestContext(ssl.SSLContext):
+    """Gives every connection of asyncio what was read last.
+
+    Authorities can be added to a context, but not removed, and a client resumes the session of a context
+    without showing its certificate again.
+    """
+
+    newest: ssl.SSLContext
+
+    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
+        return self.newest.wrap_bio(*arguments, **options)
+
+
 class Access:
     """The tokens and certificates of a server."""
 
@@ -39,8 +52,7 @@ class Access:
         self._settings = settings
         self._tokens: list[bytes] = []
         self._tls: grpc.ServerCertificateConfiguration | None = None
-        self._context: ssl.SSLContext | None = None
-        self._newest: ssl.SSLContext
+        self._context = _NewestContext(ssl.PROTOCOL_TLS_SERVER) if settings.tls_certificate else None
         self.reload()
 
     def reload(self) -> None:
@@ -49,7 +61,8 @@ class Access:
         Raises:
             InputError: one cannot be used; then all is as it was.
         """
-        tokens, tls = [], None
+        tokens: list[bytes] = []
+        tls = context = None
         if self._settings.tokens:
             tokens = read_tokens(self._settings.tokens)
             if os.stat(self._settings.tokens).st_mode & (stat.S_IWOTH | stat.S_IROTH):
@@ -57,13 +70,10 @@ class Access:
                     "token file is open to others", extra={FIELDS: {"file": self._settings.tokens}}
                 )
         if self._settings.tls_certificate:
-            tls = self._read_tls()
+            tls, context = self._read_tls()
         self._tokens, self._tls = tokens, tls
-        if tls is not None:
-            self._newest = self._new_context()
-            if self._context is None:
-                self._context = self._new_context()
-                self._context.sni_callback = self._take_newest
+        if self._context and context:
+            self._context.newest = context
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """TLS as the settings ask for it; None without. Each handshake takes what was read last."""
@@ -79,10 +89,6 @@ class Access:
     def tls_context(self) -> ssl.SSLContext | None:
         """Returns the same for what is not gRPC; `reload` changes it, too."""
         return self._context
-
-    def _take_newest(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        """Gives a handshake what was read last. Authorities can be added to a context, but not removed."""
-        connection.context = self._newest
 
     def client_of(self, context: Context) -> str:
         """Returns a name for the caller that it cannot choose freely: its token, its certificate, or its
@@ -117,18 +123,18 @@ class Access:
                 return "token:" + hashlib.sha256(found[0]).hexdigest()[:12]
         raise UnauthenticatedError()
 
-    def _read_tls(self) -> grpc.ServerCertificateConfiguration:
+    def _read_tls(self) -> tuple[grpc.ServerCertificateConfiguration, ssl.SSLContext]:
         settings = self._settings
         key, chain = _read(settings.tls_key), _read(settings.tls_certificate)
         client_ca = _read(settings.tls_client_ca) if settings.tls_client_ca else None
         try:
-            self._new_context()
+            context = self._new_context()
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise InputError(
                 f"'{settings.tls_certificate}' and '{settings.tls_key}' are not a certificate and its key, "
                 "both as PEM"
             ) from error
-        return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=client_ca)
+        return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=client_ca), context
 
     def _new_context(self) -> ssl.SSLContext:
         settings, context = self._settings, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -109,6 +109,8 @@ class _Connection:
     """The state of a client's connection."""
 
     messages: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MOST_MESSAGES))
+    questions: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MOST_MESSAGES))
+    """Of reflection, whose streams may wait for the next one."""
     fruitless: _Lately = field(default_factory=_Lately)
     is_ended: bool = False
 
@@ -221,7 +223,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def asked() -> AsyncIterator[Any]:
             while True:
-                async with self._connection(call).messages:
+                async with self._connection(call).questions:
                     try:
                         message = await anext(messages)
                     except StopAsyncIteration:

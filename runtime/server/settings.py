@@ -95,7 +95,9 @@ class Settings:
         "", "folder for results of jobs over HTTP (default: they are kept in request_memory)", metavar="DIR"
     )
     job_folder_bytes: int = _size(
-        10 << 30, "most bytes of results in job_folder, like 10G; the client with most loses its oldest"
+        10 << 30,
+        "most bytes of results in job_folder, like 10G; those of earlier servers go first, then the oldest "
+        "of the client with most",
     )
     insecure: bool = _setting(
         False, "allow addresses beyond this machine without TLS, or without tokens or client certificates"

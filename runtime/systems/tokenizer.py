@@ -111,6 +111,7 @@ class Tokenizer:
         """
         check_prompt(prompt)
         ids: list[int] = []
+        prompt = _SPACE.sub(" ", prompt)
         is_long = len(prompt) > _MOST_CHARACTERS
         for piece, special in self._pieces(prompt[:_MOST_CHARACTERS]):
             room = TOKENS - 2 - len(ids)

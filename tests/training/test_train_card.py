@@ -78,6 +78,7 @@ def test_weights_that_the_checkpoint_does_not_have_yet_are_packed(tmp_path: Path
     assert [path.name for path in pack(run, output)] == ["run-autoencoder-mean.pt", "run-diffusion-mean.pt"]
     os.utime(run / "model.safetensors", (3, 3))
     assert [path.name for path in pack(run, output)] == ["run-model.safetensors"]
+    assert [path.name for path in output.iterdir()] == ["run-model.safetensors"]  # without the averages
 
 
 def test_a_checkpoint_in_a_folder_is_one_file(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def draw_views(folder: Path, count: int, workers: int = 1, device: torch.device 
         ArrayError: a file is damaged.
     """
     if read_count(folder / DONE) == count:
-        _open_arrays(folder, count)  # many may read it at once
+        ViewStore(folder)  # many may read it at once
         return
     with only_writer(folder):
         _draw_missing(folder, _open_arrays(folder, count), workers, device)

@@ -22,26 +22,26 @@ class JobContext:
         return self._peer
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
-        """Nothing."""
+        """Returns no headers."""
         return ()
 
     def auth_context(self) -> Mapping[str, Sequence[bytes]]:
-        """Nothing."""
+        """Returns no certificate."""
         return {}
 
     def time_remaining(self) -> float | None:
-        """Returns all the time."""
+        """Returns None: it has all the time."""
         return None
 
     async def read(self) -> bytes:
-        """Nothing."""
+        """Returns an empty message."""
         return b""
 
     async def write(self, message: bytes) -> None:
-        """Nobody reads it."""
+        """Drops it: nobody reads it."""
 
     def set_trailing_metadata(self, metadata: Any) -> None:
-        """Nobody reads it."""
+        """Drops it: nobody reads it."""
 
     async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None:
         """Keeps the error."""

@@ -195,8 +195,9 @@ class Jobs:
     async def result(self, content: bytes, call: Call) -> None:
         """GET /v1/jobs/ID/result: as of /v1/composite.
 
-        The text and the file of a picture are there at a time, or the transport's copy of the answer. The
-        answer itself is on the job's account, unless it is read from its file.
+        The answer is on the job's account, unless it is read from its file. On the call's is the transport's
+        copy; of a single picture, the text and the file in it, which only results up to a sixth of the memory
+        for requests leave room for.
         """
         job, context = self._find(call), cast(HttpContext, call.context)
         if job.status not in ENDED:

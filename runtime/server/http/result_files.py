@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
 from runtime.server.events import BusyError
 
+_NAME = re.compile(r"job-[0-9a-f]{32}\.json")
+"""Of the file of a job, by its id."""
+
 
 def results_in(spool: Path) -> dict[Path, tuple[int, float]]:
     """Finds results in a folder: file -> bytes, and when it was written."""
     found = {}
-    for file in spool.glob("job-*.json"):
+    for file in filter(lambda file: _NAME.fullmatch(file.name), spool.iterdir()):
         with suppress(OSError):
             state = file.stat()
             found[file] = state.st_size, state.st_mtime

@@ -128,27 +128,31 @@ def test_results_go_to_a_folder(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_files_of_an_earlier_server_are_bounded_and_end(tiny_bundle: Path, tmp_path: Path) -> None:
     """They count as results, the oldest go first, and after an hour all are gone."""
-    now = time.time()
-    for name, hours in (("job-a", 2.0), ("job-b", 0.9), ("job-c", 0.5), ("other", 2.0)):
+    now, (oldest, old, newer) = time.time(), (f"job-{letter * 32}" for letter in "abc")
+    for name, hours in ((oldest, 2.0), (old, 0.9), (newer, 0.5), ("job-of-others", 2.0)):
         file = tmp_path / f"{name}.json"
         file.write_bytes(bytes(1000))
         os.utime(file, (now - 3600 * hours,) * 2)
+
+    def kept() -> set[str]:
+        return {file.stem for file in tmp_path.iterdir()}
+
     settings = {"job_folder": str(tmp_path), "job_folder_bytes": 2500}
     with ServerThread(tiny_bundle, http="127.0.0.1:0", **settings) as server:
         address, jobs = http_address(server), server.server._jobs
         assert jobs
         get(address, "/v1/jobs/none")
-        assert {file.stem for file in tmp_path.iterdir()} == {"job-b", "job-c", "other"}
+        assert kept() == {old, newer, "job-of-others"}
         jobs._room = 10**9
         done = ended(address, post(address, "/v1/jobs", fields()).json)
-        (own,) = set(tmp_path.iterdir()) - {tmp_path / f"{name}.json" for name in ("job-b", "job-c", "other")}
-        jobs._room = own.stat().st_size + 1500
+        assert kept() == {old, newer, "job-of-others", done["id"]}
+        jobs._room = (tmp_path / f"{done['id']}.json").stat().st_size + 1500
         assert get(address, done["result"]).status == 200
-        assert {file.stem for file in tmp_path.iterdir()} == {"job-c", "other", own.stem}
+        assert kept() == {newer, "job-of-others", done["id"]}
 
 
 def test_a_result_that_is_kept_can_be_fetched(tiny_bundle: Path) -> None:
-    """Whatever share of the memory for requests it takes: up to the quarter that results may have."""
+    """Up to the quarter of the memory for requests that results may have; as a file, up to a sixth."""
     with ServerThread(tiny_bundle, http="127.0.0.1:0") as server:
         address, ledger = http_address(server), server.server.ledger
         done = ended(address, post(address, "/v1/jobs", fields()).json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import ssl
 from contextlib import closing, suppress
 from pathlib import Path
@@ -131,6 +132,40 @@ def test_an_authority_that_is_taken_away_admits_nobody(
         assert composite(server.client(tls=Tls(ours.ca, *strangers.client)))
         with pytest.raises(ServerError, match="cannot be reached"):
             composite(server.client(tls=Tls(ours.ca, *ours.client)))
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_does_not_outlive_its_authority(
+    tiny_bundle: Path, tmp_path: Path, ours: Certificates, strangers: Certificates, version: ssl.TLSVersion
+) -> None:
+    """Who resumes one does not show a certificate."""
+    certificate, key = map(str, ours.server)
+    authority = tmp_path / "ca.pem"
+    authority.write_bytes(ours.ca.read_bytes())
+    settings = {"tls_certificate": certificate, "tls_key": key, "tls_client_ca": str(authority)}
+    context = ssl.create_default_context(cafile=ours.ca)
+    context.maximum_version = version
+    context.load_cert_chain(*ours.client)
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", **settings) as server:
+        assert server.server.http_address
+        host, _, port = server.server.http_address.rpartition(":")
+
+        def ask(session: ssl.SSLSession | None) -> tuple[bytes, ssl.SSLSession | None]:
+            plain = socket.create_connection((host, int(port)), PATIENCE)
+            with (
+                suppress(OSError),
+                context.wrap_socket(plain, server_hostname=host, session=session) as tls,
+            ):
+                tls.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                return tls.recv(1000), tls.session
+            return b"", None
+
+        answer, session = ask(None)
+        assert b" 200 " in answer
+        assert b" 200 " in ask(session)[0]
+        authority.write_bytes(strangers.ca.read_bytes())
+        server.server.reload()
+        assert ask(session)[0] == b""
 
 
 @pytest.fixture(scope="module")

@@ -208,6 +208,28 @@ def test_silent_connections_are_closed(tiny_bundle: Path, monkeypatch: pytest.Mo
             assert health.Check(HEALTH, timeout=PATIENCE, wait_for_ready=True).status == 1
 
 
+def test_who_asks_by_reflection_leaves_room_for_others(tiny_bundle: Path) -> None:
+    """Idle streams on the same connection, as at a unix socket, where all come by one."""
+    ends = threading.Event()
+
+    def never() -> Iterator[Any]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        ends.wait(PATIENCE)
+
+    with ServerThread(tiny_bundle) as server, grpc.insecure_channel(server.address) as channel:
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        streams = [reflection.ServerReflectionInfo(never(), timeout=PATIENCE) for _ in range(4)]
+        try:
+            for stream in streams:
+                assert next(stream).list_services_response.service
+            stub: Any = CompositorServiceStub(channel)
+            assert stub.Composite(message(), timeout=20).images
+        finally:
+            ends.set()
+            for stream in streams:
+                stream.cancel()
+
+
 def test_reflection_takes_small_questions_for_a_minute(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,12 +160,13 @@ def test_words_can_be_read_back(prompt: str) -> None:
 def test_white_space_and_capitals_do_not_matter() -> None:
     ours = both("1.x")[0]
     assert ours.encode("A  Cat\n on\ta MAT ") == ours.encode("a cat on a mat")
+    assert ours.encode("\n" * 5000 + "a cat" + " " * 5000) == ours.encode("a cat")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("letters", [" ", "a" + 80_000 * "\u0301" + 80_000 * "\u0316", "a cat "])
+@pytest.mark.parametrize("letters", ["a" + 80_000 * "\u0301" + 80_000 * "\u0316", "a cat "])
 def test_what_no_prompt_needs_is_not_read(letters: str) -> None:
     """Accents in another order than Unicode's would take minutes to sort."""
     with pytest.raises(InputError, match="longer than the 75 tokens"):
