@@ -198,10 +198,11 @@ test("of two objects one is cut out, and the copied command says which", async (
   assert.deepEqual(problems, []);
 });
 
-test("a hole is filled by a network, with previews of both", async () => {
+test("a hole is filled by a network, with previews of both", async (context) => {
   const make = "from tests.support.stable_diffusion import tiny_stable_diffusion_bundle as make; print(make(9))";
   const filler = run(PYTHON, ["-c", make], ROOT).trim();
   const filling = await serve("--filler", filler);
+  context.after(() => filling.stop("SIGTERM"));
   const { page, problems } = await open(filling.url);
   await drop(page, "#canvas-box", SCENE);
   for (const task of ["move", "remove"]) {
@@ -217,7 +218,6 @@ test("a hole is filled by a network, with previews of both", async () => {
     assert.doesNotMatch(await page.locator("#message").textContent(), /previews/);
     await finished(page);
   }
-  filling.stop("SIGTERM");
   assert.deepEqual(problems, []);
 });
 

@@ -137,10 +137,11 @@ test("a part of a box is erased, a painted place stays where it is, and a pictur
   assert.deepEqual(problems, []);
 });
 
-test("a server that asks for a token gets it", async () => {
+test("a server that asks for a token gets it", async (context) => {
   const tokens = join(mkdtempSync(join(tmpdir(), "studio-")), "tokens");
   writeFileSync(tokens, "open-sesame\n", { mode: 0o600 });
   const guarded = await serve("--tokens", tokens);
+  context.after(() => guarded.stop("SIGTERM"));
   const page = await (await browser.newContext()).newPage();
   await page.goto(guarded.url);
   await page.getByText("not connected").waitFor();
@@ -153,7 +154,6 @@ test("a server that asks for a token gets it", async () => {
   await drag(page, [150, 30], [265, 239]);
   await page.locator("#start").click();
   await finished(page);
-  guarded.stop("SIGTERM");
 });
 
 test("it is accessible, in light, in the dark and on a phone", async () => {
