@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.imaging.boxes import Box
 from runtime.imaging.picture import Picture
-from runtime.imaging.scene import with_own_pixels
+from runtime.imaging.scene import ShareOf, with_own_pixels
 from runtime.result import Composite, Stopwatch
 from runtime.sampling.conditions import OWNER, Conditions
 from runtime.sampling.passes import Pass
@@ -66,7 +66,7 @@ class Job:
             Composite(
                 image=of.finished(),
                 seed=of.seed,
-                regions=tuple(of.regions),
+                regions=of.regions,
                 seconds=dict(seconds),
                 metadata=self.scene.metadata,
                 warnings=tuple(self.warnings),
@@ -89,8 +89,8 @@ class ImageJob:
     """The next placement, or tile of one."""
     drawn: int = 0
     """Passes that are done, and so the index of the next one."""
-    regions: list[Box] = field(default_factory=list)
-    """The regions that the objects placed so far may have changed."""
+    pasted: list[tuple[Box, ShareOf | None]] = field(default_factory=list)
+    """Of each object that is placed so far, `Prepared.region` and `Prepared.share_of`."""
 
     @property
     def done(self) -> bool:
@@ -107,10 +107,15 @@ class ImageJob:
         """How the next placement is sampled."""
         return self.job.passes[self.drawn][1]
 
+    @property
+    def regions(self) -> tuple[Box, ...]:
+        """The regions that the objects placed so far may have changed."""
+        return tuple(region for region, _ in self.pasted)
+
     def finished(self) -> NDArray[np.uint8]:
         """Returns the picture in the scene's own colours and with its transparency, (H, W, 3) or (H, W,
         4)."""
-        return with_own_pixels(self.image, self.job.scene, self.regions)
+        return with_own_pixels(self.image, self.job.scene, self.pasted)
 
     def new_generator(self) -> np.random.Generator:
         """Returns the random numbers of the next placement."""
@@ -131,7 +136,7 @@ class ImageJob:
         with job.watch.measure("paste"):
             self.image = job.system.finish(picture, self.image, self.prepared)
         if not self.is_refining:
-            self.regions.append(self.prepared.region)
+            self.pasted.append((self.prepared.region, self.prepared.share_of))
         self.drawn += 1
         if not self.done:
             OWNER.set(job.owner)

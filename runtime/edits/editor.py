@@ -164,6 +164,7 @@ class Editor:
                 if filler:
                     with in_edit("fill"):
                         drawn = filler.run(fill_request(plan, filler), following(0, place_steps))
+                    warnings += [text for text in drawn[0].warnings if text not in warnings]
                 # of a scene with colours of its own, the model's picture is in those
                 scenes = [plan.fill(load_scene(of.to_pillow())[0]) for of in drawn] or [plan.fill()]
         if plan.placements:

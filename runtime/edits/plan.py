@@ -16,7 +16,7 @@ from runtime.errors import InputError, in_field
 from runtime.imaging.boxes import Box, smallest_box
 from runtime.imaging.decoding import UPRIGHT
 from runtime.imaging.guess_background import guess_background
-from runtime.imaging.holes import fade, filled, hole_of
+from runtime.imaging.holes import check_hole, fade, filled, hole_of
 from runtime.imaging.masks import MaskedPicture, load_mask
 from runtime.imaging.picture import Picture
 from runtime.imaging.scene import load_scene
@@ -149,9 +149,9 @@ def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch
         plan = found.placed(replace(edit.action, placement=given))
     else:
         plan = found.placed(edit.action)
-    with in_field("where"):
-        for each in plan.objects:
-            hole_of(each)  # refuses one that is too large
+    if plan.has_hole:
+        with in_field("where"):
+            check_hole(plan.hole)
     return plan
 
 

@@ -31,6 +31,9 @@ UPRIGHT = 1
 FIRST_SWAPPED = 5
 """EXIF orientations from this one on swap width and height."""
 
+_UNDONE = "orientation that was undone"
+"""Key of an image's `info`."""
+
 _LOSSY_FORMATS = ("JPEG", "MPO", "AVIF")
 _LOSSLESS_WEBP = b"VP8L"
 _DARK = 64
@@ -86,8 +89,10 @@ def decode(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Deco
         image = Image.fromarray(values)
     elif image.mode in ("RGBa", "La"):
         image = image.convert(image.mode.upper())
-    orientation = _orientation(stored)
-    return Decoded(turned(image, orientation), stored, orientation, exact)
+    orientation, undone = _orientation(stored), stored.info.get(_UNDONE, UPRIGHT)
+    return Decoded(
+        turned(image, orientation), stored, undone if orientation == UPRIGHT else orientation, exact
+    )
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
@@ -98,7 +103,7 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 def _loaded(image: Image.Image, where: str) -> Image.Image:
     """Returns a caller's own image, which may not be loaded yet."""
     try:
-        image.load()
+        _load_pixels(image)
     except Exception as error:
         raise InputError(f"{where} is a Pillow image that is closed, damaged or cut short") from error
     if not image.width or not image.height:
@@ -133,8 +138,16 @@ def _load(content: bytes, where: str, max_pixels: int) -> Image.Image:
             ) from error
     _check_size(image, where, max_pixels)
     check_cost(image, content, where)
-    image.load()
+    _load_pixels(image)
     return _with_all_bits(image, content, where)
+
+
+def _load_pixels(image: Image.Image) -> None:
+    """Loads an image, and notes the orientation that Pillow undoes by itself: that of a TIFF."""
+    orientation = _orientation(image)
+    image.load()
+    if _orientation(image) != orientation:
+        image.info[_UNDONE] = orientation
 
 
 def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:

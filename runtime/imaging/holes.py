@@ -30,17 +30,20 @@ def grow(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
 
 
 def hole_of(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Returns the hole of an object, (H, W).
+    """Returns the hole of an object, (H, W)."""
+    return grow(mask, room_around(mask))
+
+
+def check_hole(hole: NDArray[np.bool_]) -> None:
+    """Checks that a hole, (H, W), leaves something to fill it from.
 
     Raises:
         InputError: it is the whole picture.
     """
-    hole = grow(mask, room_around(mask))
     if hole.all():
         raise InputError(
             "the hole covers the whole picture, so nothing is left to fill it from: select a smaller object"
         )
-    return hole
 
 
 def fade(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -49,7 +52,8 @@ def fade(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     room = room_around(mask)
     blur = room // 2
     sums = _window_sums(grow(mask, room - blur), blur)
-    return (sums / (2 * blur + 1) ** 2).astype(np.float32)
+    # of the pixels that there are: at the picture's border a window is smaller
+    return (sums / _window_sums(np.ones_like(mask), blur)).astype(np.float32)
 
 
 def filled(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,9 @@ from runtime.imaging.picture import Metadata, Picture
 from runtime.imaging.pictures import load_picture, on_white
 from runtime.imaging.sources import PictureLike
 from runtime.imaging.target import SCENE_MASK
+
+ShareOf = Callable[[Box], NDArray[np.float32]]
+"""Gives how much of a part of a scene is what was drawn, (H, W) of that part, 0..1."""
 
 
 def load_scene(
@@ -62,14 +65,19 @@ def upright_mask(mask: PictureLike, scene: Picture, max_pixels: int = MAX_PIXELS
         return load_mask(mask, SCENE_MASK, max_pixels, of)
 
 
-def with_own_pixels(image: NDArray[np.uint8], scene: Picture, regions: Sequence[Box]) -> NDArray[np.uint8]:
+def with_own_pixels(
+    image: NDArray[np.uint8],
+    scene: Picture,
+    regions: Sequence[tuple[Box, ShareOf | None]],
+) -> NDArray[np.uint8]:
     """Returns the result as the scene is: what was drawn in the scene's colours and opaque, all else
     untouched.
 
     Args:
         image: (H, W, 3) in sRGB, drawn into what the networks see of the scene.
         scene: the scene that it was drawn into.
-        regions: the only parts of it that may have changed.
+        regions: the only parts of it that may have changed, and what gives the share of such a part that was
+            pasted, (H, W), if that is not all of it.
 
     Returns:
         (H, W, 3) in the colours of the scene's profile, or (H, W, 4) with the scene's transparency.
@@ -77,13 +85,15 @@ def with_own_pixels(image: NDArray[np.uint8], scene: Picture, regions: Sequence[
     if scene.own is scene.rgb and scene.alpha is None:
         return image
     result: NDArray[np.uint8] = scene.pixels.copy()
-    for region in regions:
-        drawn = image[region.slices]
+    for region, share_of in regions:
+        inside = np.ones((region.height, region.width), bool) if share_of is None else share_of(region) > 0
+        drawn = image[region.slices][inside]
         if scene.own is not scene.rgb and drawn.size:
             assert scene.metadata.icc_profile
-            drawn = from_srgb(drawn, scene.metadata.icc_profile)
-        result[region.slices][..., :3] = drawn
-        result[region.slices][..., 3:] = 255
+            drawn = from_srgb(drawn[None], scene.metadata.icc_profile)[0]
+        part = result[region.slices]
+        part[inside, :3] = drawn
+        part[inside, 3:] = 255
     return result
 
 

@@ -60,10 +60,17 @@ class MetricsPage:
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._tasks) >= _CONNECTIONS:
-            next(iter(self._tasks)).cancel()
+            oldest = next(iter(self._tasks))
+            del self._tasks[oldest]
+            oldest.cancel()
         task = asyncio.ensure_future(self._answer(reader, writer))
         self._tasks[task] = None
-        task.add_done_callback(self._tasks.pop)
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.pop(task, None)
+            writer.close()  # also of one that was cancelled before it began
+
+        task.add_done_callback(end)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -77,8 +84,6 @@ class MetricsPage:
                 await within(_SECONDS, writer.drain())
         except asyncio.LimitOverrunError:
             pass
-        finally:
-            writer.close()
 
     async def _page(self, head: bytes) -> tuple[str, bytes]:
         first, *rest = head.decode("latin-1").split("\r\n")

@@ -293,9 +293,7 @@ class Workers:
             job.warnings += [text for text in warnings if text not in job.warnings]
             ticket.encoded[image.index] = content
             if len(ticket.encoded) == len(job.images):
-                images = [
-                    FinishedImage(ticket.encoded[of.index], of.seed, tuple(of.regions)) for of in job.images
-                ]
+                images = [FinishedImage(ticket.encoded[of.index], of.seed, of.regions) for of in job.images]
                 ticket.finished = Finished(images, job.watch.seconds, job.warnings)
                 # else the last preview, which another worker encodes, ends it
                 if not ticket.previews:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from runtime.imaging.geometry import warn_of_enlargement
 from runtime.imaging.mask_levels import check_mask_level
 from runtime.imaging.masked_scene import MaskedScene, mask_scene
 from runtime.imaging.modes import check_mode
-from runtime.imaging.paste_back import feathered_region, paste_feathered
+from runtime.imaging.paste_back import feathered_region, paste_feathered, place_share
 from runtime.imaging.target import load_target
 from runtime.parameters import PlacementParameters, SamplingParameters
 from runtime.request import Placement
@@ -125,7 +126,8 @@ class Inpainting(ABC, Generic[What]):
             )
             region = feathered_region(masked.geometry, masked.paste)
         warn_of_enlargement(masked.geometry, self._picture_size)
-        return InpaintingPlacement(what, masked, region=region)
+        share_of = partial(place_share, masked.paste, masked.geometry, scene.shape)
+        return InpaintingPlacement(what, masked, region=region, share_of=share_of)
 
     def renew(
         self, prepared: InpaintingPlacement[What], scene: NDArray[np.uint8], watch: Stopwatch

@@ -19,6 +19,7 @@ from engines.engine import Engine
 from engines.errors import BundleError
 from runtime.diffusion.ddim import Schedule
 from runtime.imaging.boxes import Box
+from runtime.imaging.scene import ShareOf
 from runtime.parameters import PlacementParameters, SamplingParameters
 from runtime.request import Placement
 from runtime.result import Stopwatch
@@ -57,6 +58,8 @@ class Prepared:
 
     region: Box
     """The only part of the scene that it may change."""
+    share_of: ShareOf | None = None
+    """Of what is drawn, if it does not cover all of the region."""
     tiles: Sequence[Prepared] = ()
     """The tiles of its place, which are drawn after it."""
     start: NDArray[np.float32] | None = None

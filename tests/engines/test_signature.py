@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from engines.signature import NEW_KEY, PUBLIC_KEY, SIGNATURE
 from engines.verified import FileState
 from runtime import Compositor
 from runtime.cli import main
+from runtime.server.serve import open_models
+from runtime.server.settings import Settings
 from tests.support.anydoor import DENOISE
+from tests.support.stable_diffusion import tiny_stable_diffusion_bundle
 
 pytest.importorskip("cryptography", reason="needs pip install '.[sign]'")
 
@@ -132,3 +136,21 @@ def test_a_bundle_that_is_not_sound_is_not_signed(signed: Path, keys: Path, caps
     assert main(["sign", str(signed), "--key", str(keys / "private.pem")]) == 2
     assert "decode.onnx.data is not the file that was built" in capsys.readouterr().err
     assert not (signed / SIGNATURE).exists()
+
+
+def test_every_bundle_of_a_server_must_be_signed(
+    signed: Path, keys: Path, tiny_bundle: Path, segmenter_bundles: tuple[Path, Path]
+) -> None:
+    common = Settings(
+        bundle=(f"cup={signed}", f"bear={tiny_bundle}"),
+        require_signature=True,
+        trusted_key=str(keys / "public.pem"),
+        engine=EngineOptions("onnxruntime", "cpu"),
+    )
+    _, _, bundles = open_models(common)
+    with pytest.raises(BundleError, match="is not signed"):
+        bundles.load(bundles.open("bear"))
+    filler, segmenter = str(tiny_stable_diffusion_bundle(9)), (str(segmenter_bundles[0]),)
+    for changed in (replace(common, filler=filler), replace(common, segmenter=segmenter)):
+        with pytest.raises(BundleError, match="is not signed"):
+            open_models(changed)

@@ -186,3 +186,13 @@ def test_the_segmenter_of_the_repository_finds_what_the_rule_refuses(example_bun
         for each in masks
     )
     np.testing.assert_array_equal(np.asarray(found), np.asarray(given))
+
+
+def test_a_transparent_picture_is_seen_on_white() -> None:
+    """As the networks see it, whatever colours its transparent parts hide."""
+    rgba = np.zeros((60, 80, 4), np.uint8)
+    rgba[10:50, 20:60] = (10, 10, 10, 255)
+    mask = Segmenter().mask(Image.fromarray(rgba))
+    expected = np.zeros((60, 80), bool)
+    expected[10:50, 20:60] = True
+    assert (mask != expected).mean() < 0.02

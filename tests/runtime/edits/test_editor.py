@@ -213,3 +213,11 @@ def test_a_filler_must_be_one(editor: Editor) -> None:
 
 def test_regions_of_holes_are_boxes(editor: Editor) -> None:
     assert editor.run(edit(Remove()))[0].regions == (Box(16, 26, 54, 64),)
+
+
+def test_two_holes_that_cover_everything_are_refused(editor: Editor) -> None:
+    left, right = np.zeros((2, 120, 160), bool)
+    left[:, :78], right[:, 82:] = True, True
+    with pytest.raises(InputError, match="the hole covers the whole picture") as caught:
+        editor.run(Edit(SCENE, Where(mask=left), SwapPlaces(Where(mask=right)), sampling=SHORT))
+    assert caught.value.field == "where"

@@ -195,3 +195,13 @@ def test_a_filler_sees_the_scene(tiny_bundle: Path) -> None:
         compositor = Compositor.load(bundle(), CPU)
         with pytest.raises(InputError, match="cannot fill holes: a filler must see the scene"):
             Editor(compositor, compositor)
+
+
+def test_what_the_filler_warns_of_is_told(editors: dict[str, Editor]) -> None:
+    """It draws 64 pixels for a hole that is many times as large."""
+    scene = np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8)
+    mask = np.zeros((700, 900), bool)
+    mask[200:500, 300:700] = True
+    asked = Edit(scene, Where(mask=mask), Remove(), seed=3, fill=Fill(sampling=Sampling(steps=2)))
+    (removed,) = editors["stable_diffusion"].run(asked)
+    assert any("enlarged" in text for text in removed.warnings), removed.warnings

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 from runtime.errors import InputError
 from runtime.imaging.boxes import Box, smallest_box
 from runtime.imaging.guess_background import guess_background
-from runtime.imaging.holes import fade, filled, grow, hole_of, room_around
+from runtime.imaging.holes import check_hole, fade, filled, grow, hole_of, room_around
 from runtime.imaging.pictures import load_picture
 
 OBJECT = np.zeros((90, 120), bool)
@@ -38,9 +38,19 @@ def test_what_fills_a_hole_is_all_that_is_seen_at_the_object_and_nothing_outside
     assert 0 < share[28, 55] < 1
 
 
+@pytest.mark.parametrize("place", [np.s_[60:, 30:70], np.s_[:40, :50], np.s_[20:80, :]])
+def test_an_object_at_the_border_is_replaced_as_a_whole(place: tuple[slice, slice]) -> None:
+    mask = np.zeros((100, 100), bool)
+    mask[place] = True
+    share = fade(mask)
+    assert share[mask].min() == 1
+    assert share.max() == 1
+    assert share[~hole_of(mask)].max() == 0
+
+
 def test_a_hole_of_the_whole_picture_is_refused() -> None:
     with pytest.raises(InputError, match="nothing is left to fill it from"):
-        hole_of(np.ones((40, 40), bool))
+        check_hole(hole_of(np.ones((40, 40), bool)))
 
 
 def test_a_picture_keeps_its_colours_and_its_transparency_outside_of_the_hole() -> None:

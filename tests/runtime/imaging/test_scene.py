@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_srgb_scene_is_taken_as_it_is(options: dict[str, bytes], recwarn: pytest
     seen, scene = load_scene(encoded(SCENE, **options))
     np.testing.assert_array_equal(seen, SCENE)
     image = drawn_into(seen)
-    assert with_own_pixels(image, scene, [REGION]) is image
+    assert with_own_pixels(image, scene, [(REGION, None)]) is image
     assert scene.metadata.icc_profile == options.get("icc_profile")
     assert not recwarn.list
 
@@ -72,12 +73,34 @@ def test_networks_see_a_transparent_scene_on_white() -> None:
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
 def test_transparency_is_kept_and_what_is_drawn_is_opaque(file_format: str) -> None:
     seen, scene = load_scene(encoded(transparent()))
-    result = with_own_pixels(drawn_into(seen), scene, [REGION])
+    result = with_own_pixels(drawn_into(seen), scene, [(REGION, None)])
     np.testing.assert_array_equal(result[outside()], transparent()[outside()])
     assert (result[REGION.slices] == (200, 60, 30, 255)).all()
     written = Image.open(io.BytesIO(encode_picture(result, file_format)))
     np.testing.assert_array_equal(np.asarray(written.getchannel("A")), result[..., 3])
     assert contact_sheet([result, result]).shape == (40, 128, 4)
+
+
+@pytest.mark.filterwarnings("ignore:the scene is partly transparent")
+@pytest.mark.parametrize("options", [{}, {"icc_profile": ADOBE_RGB}], ids=["srgb", "adobe"])
+def test_what_a_mask_leaves_of_its_region_is_untouched(options: dict[str, Any]) -> None:
+    """A fifth of the region is drawn, and fades; its other pixels keep colour and transparency."""
+
+    def share_of(part: Box) -> NDArray[np.float32]:
+        rows = np.arange(part.y0, part.y1)[:, None] - REGION.y0
+        columns = np.arange(part.x0, part.x1)[None] - REGION.x0
+        share = (REGION.width / 2 - rows - columns) / 4
+        return np.clip(share, 0, 1).astype(np.float32)
+
+    seen, scene = load_scene(encoded(transparent(), **options))
+    drawn = np.zeros(seen.shape[:2], bool)
+    drawn[REGION.slices] = share_of(REGION) > 0
+    assert 0 < drawn.sum() < REGION.width * REGION.height / 2
+    result = with_own_pixels(drawn_into(seen), scene, [(REGION, share_of)])
+    np.testing.assert_array_equal(result[~drawn], transparent()[~drawn])
+    assert (result[drawn][:, 3] == 255).all()
+    whole = with_own_pixels(drawn_into(seen), scene, [(REGION, None)])
+    np.testing.assert_array_equal(result[drawn], whole[drawn])
 
 
 def test_jpeg_of_a_transparent_picture_is_on_white() -> None:
@@ -101,7 +124,7 @@ def test_networks_see_srgb_and_the_result_has_the_scenes_profile(recwarn: pytest
     )
     np.testing.assert_array_equal(seen, np.asarray(expected))
     assert np.abs(seen.astype(int) - SCENE).max() > 20
-    result = with_own_pixels(drawn_into(seen), scene, [REGION])
+    result = with_own_pixels(drawn_into(seen), scene, [(REGION, None)])
     np.testing.assert_array_equal(result[outside()], SCENE[outside()])
     # what is drawn is shown as it was drawn: read again, it is the same colour
     again = load_picture(encode_picture(result, "PNG", scene.metadata), "the result")

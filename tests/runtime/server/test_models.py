@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -231,8 +230,9 @@ def test_work_is_finished_before_a_model_leaves(tiny_bundle: Path) -> None:
         late = pool.submit(draw, server, "bear", timeout=0.3)
         with pytest.raises(ServerError, match="did not finish in time"):
             late.result(PATIENCE)
+        wait_until(lambda: server.server.gate.at_work == 1)  # the late one is gone
         waits, after = (pool.submit(draw, server, model) for model in ("bear", "cup"))
-        time.sleep(0.2)
+        wait_until(lambda: server.server.gate.at_work == 3)
         assert [waits.done(), after.done()] == [False, False]
         server.engine.release()
         for each in (begun, waits, after):
@@ -315,6 +315,21 @@ def test_a_bundle_that_cannot_be_used_fails_alone(
         wait_until(lambda: status(server, "bear") == "unloaded")
         np.testing.assert_array_equal(draw(server, "bear"), expected)
         wait_until(lambda: health(server, "models/bear") == SERVING)
+
+
+def test_a_bundle_that_failed_is_tried_again_later(
+    tiny_bundle: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.server.models._AGAIN_SECONDS", 3600.0)
+    weights = next(copy.glob("*.onnx.data"))
+    content = weights.read_bytes()
+    weights.write_bytes(bytes(len(content)))
+    with serving(tiny_bundle, bundle=(f"cup={tiny_bundle}", f"bear={copy}")) as server:
+        refused(server, "bear")
+        weights.write_bytes(content)
+        refused(server, "bear")  # too early
+        monkeypatch.setattr("runtime.server.models._AGAIN_SECONDS", 0.0)
+        np.testing.assert_array_equal(draw(server, "bear"), draw(server, "cup"))
 
 
 def refused(server: ServerThread, model: str) -> Any:

@@ -179,3 +179,12 @@ def test_nothing_is_heard_of_a_request_that_is_over() -> None:
     queue.end(over)
     assert heard == [Queued(0)]
     assert not over.waiting
+
+
+def test_a_place_is_given_to_who_has_two_fewer() -> None:
+    first, last, other = ticket("a"), ticket("a"), ticket("b")
+    queue = queue_of(first, last, other, capacity=3)
+    assert queue.yielding("c") is last
+    assert queue.yielding("b") is queue.yielding("a") is None
+    first.starts = 1
+    assert queue.yielding("c") is None

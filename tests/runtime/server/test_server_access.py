@@ -32,6 +32,7 @@ class Certificates:
         authority.cert_pem.write_to_path(self.ca)
         self.server = self._issue(authority, folder / "server", "localhost", "127.0.0.1")
         self.client = self._issue(authority, folder / "client", "studio.example")
+        self.other = self._issue(authority, folder / "other", "other.example")
 
     def _issue(self, authority: trustme.CA, path: Path, *names: str) -> tuple[Path, Path]:
         issued = authority.issue_cert(*names)
@@ -166,6 +167,36 @@ def test_a_session_does_not_outlive_its_authority(
         authority.write_bytes(strangers.ca.read_bytes())
         server.server.reload()
         assert ask(session)[0] == b""
+
+
+def test_a_certificate_is_a_client(
+    tiny_bundle: Path, ours: Certificates, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate, key = map(str, ours.server)
+    settings = {"tls_certificate": certificate, "tls_key": key, "tls_client_ca": str(ours.ca)}
+    with caplog.at_level("INFO"), ServerThread(tiny_bundle, **settings) as server:
+        for files in (ours.client, ours.other):
+            composite(server.client(tls=Tls(ours.ca, *files)))
+    ended: list[Any] = [record for record in caplog.records if record.message == "request ended"]
+    names = ["certificate:studio.example", "certificate:other.example"]
+    assert [record.fields["client"] for record in ended] == names
+
+
+def test_a_file_that_cannot_be_used_changes_nothing(
+    tiny_bundle: Path, tmp_path: Path, ours: Certificates
+) -> None:
+    certificate, key, tokens = (tmp_path / name for name in ("server.pem", "server.key", "tokens"))
+    for source, target in zip(ours.server, (certificate, key)):
+        target.write_bytes(source.read_bytes())
+    tokens.write_text("first\n")
+    files = {"tls_certificate": str(certificate), "tls_key": str(key), "tokens": str(tokens)}
+    with ServerThread(tiny_bundle, **files) as server:
+        tokens.write_text("second\n")
+        certificate.write_text("garbage")
+        server.server.reload()
+        assert composite(server.client(tls=Tls(ours.ca), token="first"))
+        with pytest.raises(ServerError, match="does not let you in"):
+            composite(server.client(tls=Tls(ours.ca), token="second"))
 
 
 @pytest.fixture(scope="module")

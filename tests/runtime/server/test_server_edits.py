@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
+from runtime.client import AsyncClient
 from runtime.edits import Editor
 from runtime.edits.fillers import GUESS
 from runtime.errors import InputError, MissingModelError
@@ -188,3 +191,23 @@ def test_what_is_missing_is_named(server: ServerThread) -> None:
         stub = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
         error = refusal(stub.Edit, pb.EditRequest(scene=OBJECT))
     assert error.details() == "action: no edit is given: set one of the fields"
+
+
+def test_an_asyncio_client_does_the_same(server: ServerThread) -> None:
+    async def talk() -> Any:
+        async with AsyncClient(server.address, timeout=PATIENCE) as client:
+            (found,) = await client.edit(edit(Remove()))
+            mask = await client.segment(bright_things(), Where(clicks=[(20, 20)]))
+            server.engine.hold()
+            try:
+                async with aclosing(client.stream_edit(edit(Move(TO), steps=5))) as events:
+                    assert isinstance(await anext(events), Queued)
+                await asyncio.to_thread(wait_until, lambda: not server.batcher.tickets)
+            finally:
+                server.engine.release()
+            return found.image, mask
+
+    image, mask = asyncio.run(talk())
+    np.testing.assert_array_equal(image, Editor(server.compositor).run(edit(Remove()))[0].image)
+    with server.client() as client:
+        np.testing.assert_array_equal(mask, client.segment(bright_things(), Where(clicks=[(20, 20)])))

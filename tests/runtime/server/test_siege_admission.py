@@ -16,8 +16,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from benchmarks.support.attacker import CHECK, COMPOSITE, WATCH, Attacker
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
-from runtime.server.connections import host_of
+from runtime.server.connections import host_of, most_connections
 from runtime.server.gate import CHANNEL_OPTIONS
+from runtime.server.settings import Settings
 from tests.support.serving import PATIENCE, ServerThread, message, trailing, wait_until
 
 HEALTH = health_pb2.HealthCheckRequest()
@@ -253,3 +254,20 @@ def test_reflection_takes_small_questions_for_a_minute(
             ends.set()
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
         assert "questions are answered for" in caught.value.details()  # type: ignore[attr-defined]
+
+
+def test_a_client_has_so_many_calls(
+    tiny_bundle: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.server.gate._MOST_CALLS", 5)
+    with ServerThread(tiny_bundle, tokens=str(token_file)) as server, Attacker(server.address) as attacker:
+        for _ in range(6):
+            attacker.open(COMPOSITE, authorization="Bearer shazam")
+        wait_until(lambda: b"5 of your calls are open" in attacker.received)
+        assert_others_are_served(server)
+
+
+def test_connections_leave_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.server.connections.resource.getrlimit", lambda _: (512, 512))
+    assert most_connections(Settings()) == 384
+    assert most_connections(Settings(http="127.0.0.1:0")) == 192

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.support.attacker import COMPOSITE, Attacker
@@ -65,10 +66,11 @@ def serving(bundle: Path, *flags: str, loading: bool = False) -> Iterator[Proces
         process.wait()
 
 
-def test_a_signal_ends_a_server_that_loads(tiny_bundle: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_server_that_loads(tiny_bundle: Path, number: signal.Signals) -> None:
     with serving(tiny_bundle, "--drain-seconds=0", loading=True) as server:
         server.wait_for("listening")
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(number)
         server.wait_for("stopped")
         assert server.end() == 0
 
@@ -78,13 +80,19 @@ def test_a_second_signal_ends_it_at_once(tiny_bundle: Path) -> None:
         address = server.wait_for("listening")["addresses"][0]
         with grpc.insecure_channel(address) as channel:
             stub: Any = CompositorServiceStub(channel)
-            call = stub.Composite.future(message(), timeout=PATIENCE)
-            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
+            asked = pb.CompositeStreamRequest(request=message())
+            stream = stub.CompositeStream(asked, timeout=PATIENCE)
+            assert next(stream).HasField("queued")  # accepted, and waits
+            health = health_pb2_grpc.HealthStub(channel)
+            for service, status in (("", 2), ("liveness", 1)):
+                request = health_pb2.HealthCheckRequest(service=service)
+                assert health.Check(request, timeout=PATIENCE).status == status
             server.process.send_signal(signal.SIGTERM)
-            server.wait_for("draining")
+            assert server.wait_for("draining")["accepted"] == 1
             server.process.send_signal(signal.SIGTERM)
             assert server.end() == -signal.SIGTERM
-            assert call.exception()
+            with pytest.raises(grpc.RpcError):
+                list(stream)
 
 
 def test_callers_who_do_not_let_go_do_not_hold_the_end(tiny_bundle: Path) -> None:

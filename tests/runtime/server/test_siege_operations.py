@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import socket
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from runtime.errors import InputError
 from runtime.request import Placement, Sampling
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from runtime.server import metrics_page
 from runtime.server.logs import LogWriter
 from runtime.server.settings import Settings
 from runtime.systems.anydoor import CONTROL, ID_ENCODER
@@ -123,13 +125,19 @@ def test_a_log_that_nobody_reads_stops_nothing() -> None:
         assert dropped["in_all"] > 1000
 
 
-def test_metrics_are_for_few_connections_and_known_callers(tiny_bundle: Path, token_file: Path) -> None:
+def test_metrics_are_for_few_connections_and_known_callers(
+    tiny_bundle: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.server.metrics_page._SECONDS", 3600.0)
     settings = {"tokens": str(token_file), "metrics": "127.0.0.1:0", "metrics_token": True}
     with ServerThread(tiny_bundle, **settings) as server, ExitStack() as attack:
         address = ("127.0.0.1", server.server.metrics_port)
-        for _ in range(40):
-            half = attack.enter_context(socket.create_connection(address, PATIENCE))
-            half.sendall(b"GET /metrics HTTP/1.1\r\n")
+        halves = [attack.enter_context(socket.create_connection(address, PATIENCE)) for _ in range(40)]
+        for half in halves:
+            with suppress(OSError):
+                half.sendall(b"GET /metrics HTTP/1.1\r\n")
+        # the newest have places; the others are closed
+        wait_until(lambda: len(select.select(halves, [], [], 0)[0]) == 40 - metrics_page._CONNECTIONS)
 
         def get(path: str, **headers: str) -> int:
             request = urllib.request.Request(f"http://127.0.0.1:{address[1]}{path}", headers=headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from benchmarks.support.attacker import COMPOSITE, damaged_exif, scan_bomb, tile
 from runtime.errors import InputError
 from runtime.imaging.decoding_cost import MAX_SCANS, count_scans
 from runtime.imaging.picture import Picture
+from runtime.request import Request
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server import decoding
@@ -126,17 +128,21 @@ def test_decoding_has_a_limit_of_memory(tiny_bundle: Path) -> None:
 
 
 def test_a_request_that_is_over_leaves_nothing_behind(tiny_bundle: Path) -> None:
-    """Decoding is ended with its request; what waits for it is dropped with its message."""
-    with ServerThread(tiny_bundle) as server, grpc.insecure_channel(server.address) as channel:
+    """Decoding, which has less priority than the networks, is ended with its request."""
+    settings = {"decode_seconds": PATIENCE}
+    with ServerThread(tiny_bundle, **settings) as server, grpc.insecure_channel(server.address) as channel:
         stub: Any = CompositorServiceStub(channel)
         bombs = [stub.Composite.future(message(scene=BELOW_THE_LIMIT), timeout=PATIENCE) for _ in range(6)]
         wait_until(lambda: any(ticket.decoder for ticket in server.batcher.tickets))
+        decoder: Any = next(ticket.decoder for ticket in server.batcher.tickets if ticket.decoder)
+        process, ours = decoder._process, os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, process) == min(ours + 10, 19)
         for bomb in bombs:
             bomb.cancel()
         wait_until(lambda: not server.batcher.tickets)
+        wait_until(lambda: decoder._process != process)  # one that reads to its end keeps its process
         wait_until(lambda: not server.server.ledger.taken)
         assert stub.Composite(message(steps=1), timeout=PATIENCE).images
-        assert not any(ticket.tasks for ticket in server.batcher.tickets)
 
 
 def test_slow_pictures_of_one_client_do_not_keep_others_waiting(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -185,3 +191,17 @@ def test_decoders_outlive_the_process_that_forked_them(stub: Any) -> None:
         decoder.close()
         assert decoding._SOURCE.is_alive
     assert stub.Composite(message(), timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(("mode", "of_pixel"), [("RGB", 10), ("RGBA", 40), ("CMYK", 40)])
+def test_a_large_picture_is_read_in_the_documented_memory(mode: str, of_pixel: int) -> None:
+    side, file = 5000, io.BytesIO()
+    Image.new(mode, (side, side)).save(file, "TIFF", compression="tiff_deflate")
+    content = file.getvalue()
+    memory = (128 << 20) + of_pixel * side**2 + 2 * len(content)
+    decoder = decoding.Decoder(side**2, memory, PATIENCE)
+    try:
+        scene: Any = decoder.decode(Request(content, []), lambda _: None, lambda: True).scene
+        assert scene.rgb.shape == (side, side, 3)
+    finally:
+        decoder.close()
