@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=EXAMPLES / "anydoor-small", metavar="DIR")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--strength", type=float, default=0.5)
+    parser.add_argument("--strength", type=float, default=1.0)
     options = parser.parse_args()
 
     x0, y0, x1, y1 = (int(v) for v in (EXAMPLES / "scene_box.txt").read_text("utf-8").split(","))

@@ -9,7 +9,7 @@ examples:
     make train-card MINUTES=7
     python -m training.train_card --minutes 7 training/recipes/imprint-small.toml
     python -m training.train_card --minutes 3 training/recipes/imprint-small.toml:views
-    python -m training.train_card --minutes 7 training/recipes/anydoor-128.toml --set data.objects=3000
+    python -m training.train_card --minutes 7 training/recipes/anydoor-card.toml --set data.objects=3000
 """
 
 from __future__ import annotations
