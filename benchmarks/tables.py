@@ -323,6 +323,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "latent-errors": lambda: latent_errors("latent-errors-small"),
     "latent-errors-same": lambda: latent_errors("latent-errors-small-same"),
+    "latent-errors-128": lambda: latent_errors("latent-errors-128"),
+    "latent-errors-128-same": lambda: latent_errors("latent-errors-128-same"),
     "attention-places": lambda: attention_places(
         before="attention-places-before", small="attention-places-small"
     ),
