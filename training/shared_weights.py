@@ -56,7 +56,8 @@ def write_shared(model: Path, other: Path, output: Path) -> Path:
             own[key] = weight
     write_tensors(own_file, own, ours.metadata)
     index = output.with_name(f"{output.name}.safetensors.index.json")
-    index.write_text(json.dumps({"weight_map": places}, indent=1) + "\n", encoding="utf-8")
+    content = {"metadata": dict(ours.metadata), "weight_map": places}
+    index.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return index
 
 

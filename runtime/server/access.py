@@ -102,7 +102,7 @@ class Access:
             return self.holder_of([value for key, value in metadata if key == "authorization"])
         certificate = context.auth_context()
         for key in ("x509_common_name", "x509_subject_alternative_name"):
-            for name in certificate.get(key, ()):
+            for name in filter(None, certificate.get(key, ())):  # the common name may be empty
                 return f"certificate:{name.decode('utf-8', 'replace')}"
         return host_of(context.peer())
 

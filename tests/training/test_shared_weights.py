@@ -17,14 +17,14 @@ SHARED, OWN = torch.arange(12.0).reshape(3, 4), torch.ones(2)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "models").mkdir()
-    write_tensors(tmp_path / "models/base.safetensors", {"vae": SHARED, "unet": OWN}, {"made": "base"})
+    write_tensors(tmp_path / "models/theirs.safetensors", {"vae": SHARED, "unet": OWN}, {"made": "theirs"})
     weights = {"vae": SHARED, "unet": 2 * OWN, "half": OWN.half(), "more": OWN}
     write_tensors(tmp_path / "model.safetensors", weights, {"made": "model"})
     return tmp_path
 
 
 def test_what_the_other_has_is_left_out_and_nothing_is_lost(folder: Path) -> None:
-    base, output = folder / "models/base.safetensors", folder / "models/small"
+    base, output = folder / "models/theirs.safetensors", folder / "models/small"
     assert main([str(folder / "model.safetensors"), str(base), "--output", str(output)]) == 0
     assert set(read_tensors(folder / "models/small.weights.safetensors").shapes) == {"unet", "half", "more"}
     found = read_tensors(folder / "models/small.safetensors.index.json")
@@ -37,6 +37,6 @@ def test_what_the_other_has_is_left_out_and_nothing_is_lost(folder: Path) -> Non
 
 
 def test_another_folder_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(folder / "model.safetensors"), str(folder / "models/base.safetensors")]
+    arguments = [str(folder / "model.safetensors"), str(folder / "models/theirs.safetensors")]
     assert main([*arguments, "--output", str(folder / "small")]) == 2
     assert "an index names files beside it" in capsys.readouterr().err

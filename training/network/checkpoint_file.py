@@ -200,6 +200,11 @@ def _open_index(index: Path) -> TensorFile:
     tensors = LazyTensors({key: reader(files[name].tensors, key) for key, name in places.items()})
     shapes = {key: files[name].shapes[key] for key, name in places.items()}
     metadata = {name: text for file in files.values() for name, text in file.metadata.items()}
+    # what the index says counts: a shard may be another model's, which shares weights
+    own = content.get("metadata")
+    metadata |= {
+        name: text for name, text in (own if isinstance(own, dict) else {}).items() if isinstance(text, str)
+    }
     return TensorFile(
         tensors, shapes, metadata, tuple(path for file in files.values() for path in file.paths)
     )
