@@ -201,7 +201,7 @@ def _open_index(index: Path) -> TensorFile:
     shapes = {key: files[name].shapes[key] for key, name in places.items()}
     metadata = {name: text for file in files.values() for name, text in file.metadata.items()}
     # what the index says counts: a shard may be another model's, which shares weights
-    own = content.get("metadata")
+    own = content.get("metadata") if isinstance(content, dict) else None
     metadata |= {
         name: text for name, text in (own if isinstance(own, dict) else {}).items() if isinstance(text, str)
     }
