@@ -23,7 +23,7 @@ from runtime.imaging.clicks import Click, check_clicks, require_inside
 from runtime.imaging.decoding import MAX_PIXELS, UPRIGHT
 from runtime.imaging.masks import MaskedPicture, load_mask
 from runtime.imaging.picture import Picture
-from runtime.imaging.pictures import load_picture, on_white
+from runtime.imaging.pictures import load_picture, seen
 from runtime.imaging.plain_background import cut_from_plain
 from runtime.imaging.sources import PictureLike
 from runtime.imaging.specks import large_pieces
@@ -168,8 +168,7 @@ class Segmenter:
             MissingModelError: a network that is needed is not loaded.
             InputError: the picture, a click or the box is invalid, or nothing is found.
         """
-        loaded = load_picture(picture, name, max_pixels)
-        rgb = loaded.rgb if loaded.alpha is None else on_white(loaded.rgb, loaded.alpha)
+        rgb = seen(load_picture(picture, name, max_pixels))
         if clicks is None and box is None:
             mask, where = self._main_object(rgb, name), f"in {name}"
         else:

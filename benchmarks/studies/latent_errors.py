@@ -42,16 +42,16 @@ from benchmarks.support.numbers import positive
 from benchmarks.support.results import RESULTS, require_writable, write_results
 from benchmarks.support.truth_set import TruthPair, truth_pairs
 from engines.errors import AnyDoorError
+from export.systems.anydoor import AnyDoorSource
 from runtime.errors import InputError
 from runtime.imaging.collage import crop_scene
 from runtime.imaging.geometry import Geometry, Ratios, zoom_in
 from runtime.progress_bar import ProgressBar
-from training.assemble import network_in
 from training.data.matching_places import matching_places
 from training.data.pairs import Pair, PairRules, Shot, as_reference, make_pair
 from training.data.synthetic.views import HELD_OUT
 from training.network.architecture import LATENT_SCALE
-from training.network.checkpoint import read_checkpoint
+from training.network.checkpoint import network_of, read_checkpoint
 from training.network.checkpoint_file import CheckpointError
 from training.network.modules import AnyDoor
 
@@ -270,12 +270,13 @@ def load_network(path: Path, resolution: int | None) -> tuple[AnyDoor, int]:
         CheckpointError: it cannot be used, or is of another system.
         InputError: it draws no pictures of that size.
     """
-    network = network_in(str(path))
+    checkpoint = read_checkpoint(path)
+    network = network_of(checkpoint.architecture)
     if not isinstance(network, AnyDoor):
         raise CheckpointError(f"'{path}' is not an AnyDoor checkpoint")
-    side = resolution or read_checkpoint(path).resolution or 512
-    if side % (step := network.architecture.side_step):
-        raise InputError(f"--resolution must be a multiple of {step} for '{path}', not {side}")
+    side = resolution or checkpoint.resolution or 512
+    AnyDoorSource(checkpoint).check_size((side, side))
+    network.load_official_state_dict(checkpoint.tensors)
     return network.eval(), side
 
 

@@ -29,7 +29,6 @@ mask from which on a pixel belongs to it. Shares below a half only ever add to a
 _REACH = 3
 """Standard deviations after which a Gaussian has ended, for all that a byte can tell."""
 
-
 _MOST_BLURRED = 1 << 24
 """Pixels that are blurred; a larger mask is reduced first, which its wide Gaussian does not tell."""
 

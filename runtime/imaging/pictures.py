@@ -108,6 +108,11 @@ def encode_mask(mask: NDArray[np.bool_]) -> bytes:
     return buffer.getvalue()
 
 
+def seen(picture: Picture) -> NDArray[np.uint8]:
+    """Returns what networks see of a picture, (H, W, 3) in sRGB: its transparent parts are white."""
+    return picture.rgb if picture.alpha is None else on_white(picture.rgb, picture.alpha)
+
+
 def on_white(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Returns a transparent picture on `BACKGROUND`: (H, W, 3) of (H, W, 3) and its opacity (H, W)."""
     result = Image.new("RGB", (rgb.shape[1], rgb.shape[0]), (BACKGROUND,) * 3)

@@ -14,7 +14,7 @@ from runtime.imaging.colour_profile import ProfileError, from_srgb
 from runtime.imaging.decoding import MAX_PIXELS, UPRIGHT
 from runtime.imaging.masks import MaskedPicture, load_mask
 from runtime.imaging.picture import Metadata, Picture
-from runtime.imaging.pictures import load_picture, on_white
+from runtime.imaging.pictures import load_picture, seen
 from runtime.imaging.sources import PictureLike
 from runtime.imaging.target import SCENE_MASK
 
@@ -46,10 +46,9 @@ def load_scene(
         warn(f"the scene is {picture.kind}: the result is in sRGB")
     if picture.own is not picture.rgb:
         picture = _checked(picture)
-    if picture.alpha is None:
-        return picture.rgb, picture
-    warn("the scene is partly transparent: the model sees it on white, and drawn pixels are opaque")
-    return on_white(picture.rgb, picture.alpha), picture
+    if picture.alpha is not None:
+        warn("the scene is partly transparent: the model sees it on white, and drawn pixels are opaque")
+    return seen(picture), picture
 
 
 def upright_mask(mask: PictureLike, scene: Picture, max_pixels: int = MAX_PIXELS) -> PictureLike:

@@ -18,8 +18,7 @@ from engines.errors import AnyDoorError
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
 from runtime.imaging.boxes import Box
 from runtime.imaging.mask_levels import coarsen_mask
-from runtime.imaging.picture import Picture as LoadedPicture
-from runtime.imaging.pictures import load_picture, on_white
+from runtime.imaging.pictures import load_picture, seen
 from training.data.pairs import Picture
 
 LEAST_PICTURES = 2
@@ -59,12 +58,7 @@ def read_pictures(folder: Path, resolution: int, least: int = LEAST_PICTURES) ->
             f"'{folder}' holds {len(paths)} picture{'s' * (len(paths) != 1)}; give at least {least}, better "
             "five, of the same subject before different backgrounds"
         )
-    return [square(_seen(load_picture(path, f"'{path}'")), path, resolution) for path in paths]
-
-
-def _seen(picture: LoadedPicture) -> Picture:
-    """Returns a picture as the runtime shows it to networks: transparent parts are white."""
-    return picture.rgb if picture.alpha is None else on_white(picture.rgb, picture.alpha)
+    return [square(seen(load_picture(path, f"'{path}'")), path, resolution) for path in paths]
 
 
 def square(picture: Picture, path: Path, resolution: int) -> Picture:

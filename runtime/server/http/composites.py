@@ -102,11 +102,9 @@ class Composites:
         fields.clear()
         name, (request, file_format) = message.model, asked_from_message(message)
         is_file = context.wants("image/") and not is_stream
-        if is_file and request.num_images != 1:
+        if is_file:
             with in_field("num_images"):
-                raise InputError(
-                    "only a single picture can be returned as a file: accept application/json for several"
-                )
+                check_is_single(request.num_images)
         del message
         async with (
             self.models.use(name, call) as model,
@@ -166,6 +164,18 @@ async def send_file(finished: Finished, file_format: str, call: Call) -> None:
     more = {"x_seed": str(image.seed), **warning_header(finished.warnings)}
     context.head(MEDIA_TYPES[file_format], HTTPStatus.OK, **more)
     await call.write(image.image)
+
+
+def check_is_single(count: int) -> None:
+    """Checks that so many pictures can be a file.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if count != 1:
+        raise InputError(
+            "only a single picture can be returned as a file: accept application/json for several"
+        )
 
 
 def warning_header(warnings: Sequence[str]) -> dict[str, str]:

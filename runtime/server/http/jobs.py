@@ -19,7 +19,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 
-from runtime.errors import InputError
 from runtime.request import Edit, Request
 from runtime.server.call import Call
 from runtime.server.edit_wire import asked_from_message
@@ -37,6 +36,7 @@ from runtime.server.gate import Gate
 from runtime.server.http.composites import (
     MEDIA_TYPES,
     Composites,
+    check_is_single,
     finished_json,
     plain_event,
     send_json,
@@ -347,10 +347,7 @@ def _single_picture(answer: bytes) -> tuple[str, list[str], bytes]:
         InputError: there are several.
     """
     result = json.loads(answer)
-    if len(result["images"]) != 1:
-        raise InputError(
-            "only a single picture can be returned as a file: accept application/json for several"
-        )
+    check_is_single(len(result["images"]))
     (image,) = result["images"]
     return str(image["seed"]), result["warnings"], base64.b64decode(image["image"])
 
