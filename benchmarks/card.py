@@ -48,6 +48,7 @@ BUNDLES = Path("build/card")
 
 SECONDS = {
     "pictures": 30,
+    "memory": 20,
     "pytorch": 35,
     "pytorch-compiled": 220,
     "parity": 25,
@@ -136,11 +137,13 @@ def measure(options: argparse.Namespace) -> Path:
             share = SECONDS[part] / sum(SECONDS[name] for name in options.parts[index:])
             least = options.budget * SECONDS[part] / sum(SECONDS.values()) / 2
             seconds = max((end - time.monotonic()) * share, least)
-            parts.append(runner.run(Task(part, device, str(options.bundles.resolve()), seconds)))
-            results |= {"seconds": time.monotonic() - started, "parts": parts}
-            # what was measured stays, whatever comes
-            write_results(path, results)
-            write_text(path.with_suffix(".md"), page(results))
+            task = Task(part, device, str(options.bundles.resolve()), seconds)
+            for found in runner.run(task):
+                # what was measured stays, whatever comes
+                results |= {"seconds": time.monotonic() - started, "parts": [*parts, found]}
+                write_results(path, results)
+                write_text(path.with_suffix(".md"), page(results))
+            parts.append(found)
     return path
 
 

@@ -105,7 +105,7 @@ def test_a_rehearsal_compares_with_the_recordings(bundles: Path, small_bundle: P
 
 
 def test_a_process_that_dies_is_told_by_its_last_words(tmp_path: Path) -> None:
-    part = Runner(PowerMeter(), None, {}).run(Task("nothing", "cpu", str(tmp_path), 1.0))
+    (part,) = Runner(PowerMeter(), None, {}).run(Task("nothing", "cpu", str(tmp_path), 1.0))
     assert part["failure"] == "KeyError: 'nothing'"
     assert part["rows"] == []
 

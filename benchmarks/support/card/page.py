@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from benchmarks.support.card.memory import describe_growth
 from benchmarks.support.card.pictures import PRESETS, SAME_BITS
 from benchmarks.support.contenders import COLD, PICTURE, REROLL, SAMPLES
 from benchmarks.support.markdown import LOAD_COLUMNS, Cell, Json, number, percent, table
@@ -81,6 +82,17 @@ def _pictures(rows: list[Json]) -> str:
     return table([*lines.values(), limits] if known else lines.values(), columns)
 
 
+def _memory(rows: list[Json]) -> str:
+    """Returns the memory after every phase, and what the provider's arena was asked for and took in it."""
+    columns: dict[str, Cell] = {
+        "after": lambda row: row["phase"],
+        "device memory, GB": lambda row: number(row["gb"], 2),
+        "planned in all": lambda row: number(row["planned_gb"], 2),
+        "scratch memory grew, MB": lambda row: describe_growth(row["grown"]),
+    }
+    return table(rows, columns)
+
+
 def _graphs(rows: list[Json]) -> str:
     columns: dict[str, Cell] = {
         "graph": lambda row: row["graph"],
@@ -130,6 +142,7 @@ def _tensorrt(rows: list[Json]) -> str:
 
 _SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[[list[Json]], str]], ...] = (
     ("Pictures", ("pictures", "pytorch", "pytorch-compiled"), _pictures),
+    ("Memory", ("memory",), _memory),
     ("Graphs", ("graphs",), _graphs),
     ("A server under load", ("server",), _server),
     ("Parity", ("parity",), _parity),

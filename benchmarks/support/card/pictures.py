@@ -112,6 +112,7 @@ def _row(contender: Contender, calls: Sequence[Call]) -> Row:
     first = calls[0]
     return {
         "contender": contender.name,
+        "gb": used_gb() if contender.device == "cuda" else None,
         "scenario": first.scenario,
         "pictures": first.pictures,
         "steps": QUALITIES.get(first.scenario, {}).get("steps", first.steps),

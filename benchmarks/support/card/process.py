@@ -12,6 +12,7 @@ from engines.errors import AnyDoorError
 
 PARTS = {
     "pictures": ("pictures", "runtime_pictures"),
+    "memory": ("memory", "device_memory"),
     "pytorch": ("pictures", "eager_pictures"),
     "pytorch-compiled": ("pictures", "compiled_pictures"),
     "parity": ("parity", "parity"),

@@ -41,8 +41,12 @@ class Runner:
         self._rows_of_scenario: dict[str, Mapping[str, float]] = {}
         """Scenario -> graph -> rows that the runtime evaluates for it: PyTorch has the same limit."""
 
-    def run(self, task: Task) -> dict[str, Any]:
-        """Return what a part found: its `rows`, `seconds`, `failure` (empty if none) and `device_gb`."""
+    def run(self, task: Task) -> Iterator[dict[str, Any]]:
+        """Measure a part, and yield what it found so far after every row, and in the end.
+
+        Yields:
+            Its `rows`, `seconds`, `failure` (empty if there is none) and `device_gb`.
+        """
         # a reading of the card without the part before
         time.sleep(2 * INTERVAL_SECONDS if self._meter.source else 0)
         task = replace(task, started=time.monotonic())
@@ -51,19 +55,25 @@ class Runner:
             with _started(task, errors) as process:
                 assert process.stdout is not None
                 for line in process.stdout:
-                    # a library may print there, too
-                    with suppress(ValueError):
-                        rows.append(self.with_limit(json.loads(line)))
-                        progress.print(f"{task.part}: {_text(rows[-1])}")
+                    try:
+                        row = json.loads(line)
+                    except ValueError:
+                        continue  # a library may print there, too
+                    rows.append(self.with_limit(row))
+                    progress.print(f"{task.part}: {_text(rows[-1])}")
+                    yield self._found(task, rows, "it was stopped before its end")
             failure = _failure(process.returncode, errors)
             if failure:
                 progress.print(f"{task.part}: {failure}")
+        yield self._found(task, rows, failure)
+
+    def _found(self, task: Task, rows: list[Row], failure: str) -> dict[str, Any]:
         return {
             "name": task.part,
             "seconds": time.monotonic() - task.started,
             "failure": failure,
             "device_gb": self._device_gb(task, rows),
-            "rows": rows,
+            "rows": list(rows),
         }
 
     def with_limit(self, row: Row) -> Row:

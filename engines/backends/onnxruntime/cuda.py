@@ -23,6 +23,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,26 @@ _FATAL = 4
 _LARGEST_CHUNK = 2**31 - 1
 """The library takes the size of its first allocation as a 32-bit number."""
 
-_GROWTH = 64 << 20
-"""Bytes by which the scratch arena grows, if a graph needs more than planned."""
+
+@dataclass(frozen=True)
+class Allocation:
+    """How the provider takes memory, where it leaves a choice."""
+
+    growth: int = 64 << 20
+    """Bytes by which scratch memory grows if a graph needs more than planned; larger requests double it until
+    they fit."""
+    largest_rest: int = 1 << 20
+    """A piece that is larger than what is asked for by more than these bytes is divided. Unless told
+    otherwise, the library lets up to 128 MB of a piece lie idle."""
+    patterns: bool = False
+    """Whether the intermediate results of a set of shapes are one block, and the weights of a graph another.
+    Otherwise each is allocated by itself."""
+    large_workspaces: bool = False
+    """Whether convolutions may take workspaces of any size. Those of the fastest algorithms are gigabytes."""
+
+
+ALLOCATION = Allocation()
+"""What ran on a card (docs/studies/h100.md), but for `largest_rest`."""
 
 
 def preload(library: Any) -> None:
@@ -94,7 +113,9 @@ def loaded_libraries(maps: Path = MAPPED_FILES) -> str:
     return "; ".join(f"{', '.join(sorted(names))} in {folder}" for folder, names in sorted(found.items()))
 
 
-def provider_options(stream: int, precision: str, capture: bool, limit: int) -> dict[str, str]:
+def provider_options(
+    stream: int, precision: str, capture: bool, limit: int, allocation: Allocation
+) -> dict[str, str]:
     """Returns the provider's options for a session.
 
     Args:
@@ -102,6 +123,7 @@ def provider_options(stream: int, precision: str, capture: bool, limit: int) -> 
         precision: fp32 or tf32, of products of float32 numbers.
         capture: whether calls are captured as CUDA graphs.
         limit: bytes that it may allocate.
+        allocation: how it takes them.
     """
     return {
         "user_compute_stream": str(stream),
@@ -110,40 +132,40 @@ def provider_options(stream: int, precision: str, capture: bool, limit: int) -> 
         "gpu_mem_limit": str(limit),
         # a search would take whichever algorithm was fastest today: other bits after the next start
         "cudnn_conv_algo_search": "HEURISTIC",
-        # the algorithms with the largest workspaces take gigabytes
-        "cudnn_conv_use_max_workspace": "0",
+        "cudnn_conv_use_max_workspace": str(int(allocation.large_workspaces)),
         # sums in float32, not in the precision of the graph
         "enable_skip_layer_norm_strict_mode": "1",
     }
 
 
-def session_options(library: Any, bundle: Bundle) -> Any:
+def session_options(library: Any, bundle: Bundle, allocation: Allocation) -> Any:
     """Returns the session options.
 
     Args:
         library: the onnxruntime package.
         bundle: holds the graphs and their weights.
+        allocation: how the session takes memory.
     """
     options = library.SessionOptions()
     options.use_deterministic_compute = True
-    # of every set of shapes it would make one block, which leaves the arena in pieces
-    options.enable_mem_pattern = False
+    options.enable_mem_pattern = allocation.patterns
     for key, value in {
         "session.use_env_allocators": "1",
-        "session.use_device_allocator_for_initializers": "1",
+        "session.use_device_allocator_for_initializers": str(int(not allocation.patterns)),
         "session.model_external_initializers_file_folder_path": str(bundle.path),
     }.items():
         options.add_session_config_entry(key, value)
     return options
 
 
-def share_scratch(library: Any, nbytes: int, limit: int) -> None:
+def share_scratch(library: Any, nbytes: int, limit: int, allocation: Allocation) -> None:
     """Makes the arena that the sessions to come take scratch memory from.
 
     Args:
         library: the onnxruntime package.
         nbytes: what it allocates first, and unless a graph needs more, at all.
         limit: most that it allocates, the weights of the sessions included.
+        allocation: how it does that.
 
     Raises:
         BackendError: the provider does not start.
@@ -152,7 +174,8 @@ def share_scratch(library: Any, nbytes: int, limit: int) -> None:
         "max_mem": limit,
         "arena_extend_strategy": 0,
         "initial_chunk_size_bytes": min(nbytes, limit, _LARGEST_CHUNK),
-        "max_power_of_two_extend_bytes": _GROWTH,
+        "max_dead_bytes_per_chunk": allocation.largest_rest,
+        "max_power_of_two_extend_bytes": allocation.growth,
     }
     kind = library.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     where = library.OrtMemoryInfo("Cuda", kind, 0, library.OrtMemType.DEFAULT)
@@ -166,7 +189,13 @@ class Sessions:
     """Loads graphs of a bundle with the CUDA provider, and runs them in one thread."""
 
     def __init__(
-        self, library: Any, bundle: Bundle, stream: int, plan: DeviceMemoryPlan, options: EngineOptions
+        self,
+        library: Any,
+        bundle: Bundle,
+        stream: int,
+        plan: DeviceMemoryPlan,
+        options: EngineOptions,
+        allocation: Allocation = ALLOCATION,
     ) -> None:
         """Allocates scratch memory.
 
@@ -176,16 +205,18 @@ class Sessions:
             stream: where their work goes.
             plan: how much memory they may take.
             options: precision, and whether calls are captured.
+            allocation: how memory is taken.
         """
         self.library = library
         self.bundle = bundle
         self.stream = stream
         self._limit = plan.library_limit
         self._options = options
+        self._allocation = allocation
         preload(library)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-provider")
         """Makes and runs all sessions: captured graphs belong to a thread."""
-        share_scratch(library, plan.library, self._limit)
+        share_scratch(library, plan.library, self._limit, allocation)
 
     def open_graph(self, graph: str) -> LoadedSession:
         """Loads a graph's weights onto the card.
@@ -196,12 +227,14 @@ class Sessions:
         """
         spec = self.bundle.manifest.specs[graph]
         capture = self._options.cuda_graphs and spec.role in CAPTURED_ROLES
-        provider = provider_options(self.stream, self._options.inference_precision, capture, self._limit)
+        provider = provider_options(
+            self.stream, self._options.inference_precision, capture, self._limit, self._allocation
+        )
         try:
             session = self.thread.submit(
                 self.library.InferenceSession,
                 str(self.bundle.graph_file(graph, CUDA)),
-                session_options(self.library, self.bundle),
+                session_options(self.library, self.bundle, self._allocation),
                 [(PROVIDER, provider)],
                 # on the CPU it would fail later, for another reason
                 enable_fallback=0,
@@ -290,14 +323,16 @@ class BoundCall:
         return False
 
 
-def open_card_engine(library: Any, bundle: Bundle, options: EngineOptions) -> CardEngine:
+def open_card_engine(
+    library: Any, bundle: Bundle, options: EngineOptions, allocation: Allocation = ALLOCATION
+) -> CardEngine:
     """Returns the engine for a bundle of ONNX graphs on a card; see `engines.engine.open_engine`."""
     # cuDNN finds no plan for some convolutions in so small a workspace; they run with another, and every one
     # is logged as an error. What really fails is raised, too
     library.set_default_logger_severity(_FATAL)
     device = Device()
     plan = plan_for_card(bundle.manifest, options.memory_budget, device.card().free)
-    sessions = Sessions(library, bundle, device.stream, plan, options)
+    sessions = Sessions(library, bundle, device.stream, plan, options, allocation)
     return CardEngine(ONNX, bundle, device, sessions.open_graph, plan, options.cuda_graphs)
 
 
