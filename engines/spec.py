@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -103,6 +104,14 @@ class GraphSpec:
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Inputs, then outputs."""
         return self.inputs + self.outputs
+
+    @cached_property
+    def banked(self) -> frozenset[str]:
+        """The tensors of banks whose leading dimension is that of banks alone: a call may have more rows of
+        them than it names."""
+        named = {name for bank in self.banks for name in bank.tensors}
+        others = {dimension for of in self.inputs if of.name not in named for dimension in of.shape}
+        return frozenset(name for name in named if self.tensor(name).shape[0] not in others)
 
     def tensor(self, name: str) -> TensorSpec:
         """Returns the input or output of that name.

@@ -36,9 +36,9 @@ class CallSignature:
     """Inputs that have the values of an output of the step before, and of which."""
 
     @classmethod
-    def of(cls, graph: str, inputs: Mapping[str, DeviceArray | Array]) -> CallSignature:
-        """Returns the signature of one step with these inputs, which are in the order of the graph."""
-        return cls(graph, tuple(value.shape for value in inputs.values()))
+    def of(cls, graph: str, shapes: Mapping[str, Shape]) -> CallSignature:
+        """Returns the signature of one step whose inputs, in the order of the graph, have these shapes."""
+        return cls(graph, tuple(shapes.values()))
 
 
 @dataclass(eq=False)

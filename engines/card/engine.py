@@ -8,6 +8,9 @@ calls can be captured as CUDA graphs, one per set of shapes (`capture`). Several
 between (`CardEngine.run_steps`) are one CUDA graph too, where the backend lets its calls be captured. A
 server has no use for that, since requests join and leave between any two of its steps.
 
+Of a bank, a call reads the rows that its index names. So a captured call is given every bank as large as it
+can be, whatever lies in the rest of its place, and one capture serves any number of requests that share it.
+
 Everything goes into one stream, and nothing waits for it but `to_host`. So graphs may share scratch memory
 and places: no two run at the same time. What a caller keeps never lies there: results are copied out.
 """
@@ -15,9 +18,11 @@ and places: no two run at the same time. What a caller keeps never lies there: r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+
+import numpy as np
 
 from engines.bundle import Bundle
 from engines.card.capture import Call, CallCache, CallSignature, Places
@@ -26,7 +31,7 @@ from engines.card.tensors import DeviceArray, Downloads, TensorStore, as_specifi
 from engines.cuda import Device
 from engines.engine import Array, Observer, observed, require_shape, run_step_by_step, step_count
 from engines.memory_plan import MOST_STEPS, DeviceMemoryPlan, scratch_name
-from engines.spec import CAPTURED_ROLES, GraphSpec
+from engines.spec import CAPTURED_ROLES, ROWS, SAMPLES, GraphSpec, sizes_for
 
 
 class CardEngine:
@@ -175,6 +180,42 @@ class CardEngine:
                 self._places.overwritten(graph, feedback)
                 return {name: results[name] for name in outputs or results}
 
+    def warm_up(self, samples: int, window: int) -> Iterator[str]:
+        """Makes the calls that take longer the first time than ever after: kernels are chosen, loaded and
+        compiled, and calls captured. Nothing if graphs are swapped, as that would load them all again.
+
+        Args:
+            samples: most that will share a call of the step graph.
+            window: steps in one call of a window graph.
+
+        Yields:
+            Name of the graph, after each call of it is done: others may use the engine in between.
+        """
+        if len(self.plan.groups) > 1:
+            return
+        dimensions = self._bundle.manifest.dimensions
+        typical = sizes_for(dimensions, 1)
+        step = self._step.name
+        calls = [
+            (name, sizes_for(dimensions, window) if spec.role == "window" else typical)
+            for name, spec in self._specs.items()
+            if name != step
+        ]
+        calls += [
+            # with guidance, and without
+            (step, typical | {SAMPLES: count, ROWS: rows})
+            for count in range(1, samples + 1)
+            for rows in (2 * count, count)
+        ]
+        for name, sizes in calls:
+            inputs = {of.name: np.zeros(of.resolve(sizes), of.dtype) for of in self._specs[name].inputs}
+            # the second call is captured
+            for _ in range(2):
+                self.run(name, inputs)
+            with self._lock:
+                self._device.synchronize()
+            yield name
+
     def to_device(self, array: Array) -> DeviceArray:
         """Copies a host array to the device."""
         with self._lock:
@@ -203,8 +244,9 @@ class CardEngine:
         }
         results = self._store.new_outputs(spec, shapes)
         addresses = {name: tensor.address for name, tensor in (tensors | results).items()}
-        call = self._call(CallSignature.of(spec.name, inputs))
-        self._prepare(call, spec.name, inputs, addresses)
+        shapes_given = {name: value.shape for name, value in inputs.items()}
+        call = self._call(CallSignature.of(spec.name, shapes_given))
+        self._prepare(call, spec.name, shapes_given, addresses)
         call.context.enqueue(self._device.stream)
         self._count_run(call, spec.name)
         return results
@@ -215,9 +257,10 @@ class CardEngine:
         """Brings inputs to their places, runs or replays the graph, and copies outputs to new tensors."""
         for name, value in inputs.items():
             self._places.put(spec.name, name, value)
-        call = self._call(CallSignature.of(spec.name, inputs))
+        bound = self._bound_shapes(spec, inputs)
+        call = self._call(CallSignature.of(spec.name, bound))
         if call.runs == 0:
-            self._prepare(call, spec.name, inputs, self._places.addresses(spec.name))
+            self._prepare(call, spec.name, bound, self._places.addresses(spec.name))
         self._calls.run(call, partial(call.context.enqueue, self._device.stream))
         self._count_run(call, spec.name)
         return self._places.take_outputs(spec.name, shapes)
@@ -233,10 +276,11 @@ class CardEngine:
             feedback: input -> the output of the step before that it has.
         """
         graph = self._step.name
-        signature = CallSignature.of(graph, first)
+        bound = self._bound_shapes(self._step, first)
+        signature = CallSignature.of(graph, bound)
         call = self._call(replace(signature, steps=steps, feedback=tuple(feedback.items())))
         if call.runs == 0:
-            self._prepare(call, graph, first, self._places.addresses(graph))
+            self._prepare(call, graph, bound, self._places.addresses(graph))
         sizes = {name: value.nbytes for name, value in first.items()}
 
         def enqueue() -> None:
@@ -247,6 +291,13 @@ class CardEngine:
         self._calls.run(call, enqueue)
         self._count_run(call, graph)
 
+    def _bound_shapes(self, spec: GraphSpec, inputs: Mapping[str, DeviceArray | Array]) -> dict[str, Shape]:
+        """Returns the shapes that places of inputs are bound with: those of banks as large as they get."""
+        return {
+            name: spec.tensor(name).resolve(self._largest) if name in spec.banked else value.shape
+            for name, value in inputs.items()
+        }
+
     def _call(self, signature: CallSignature) -> Call:
         return self._calls.get(signature, self._graphs[signature.graph].new_context)
 
@@ -254,11 +305,10 @@ class CardEngine:
         self,
         call: Call,
         graph: str,
-        inputs: Mapping[str, DeviceArray | Array],
+        shapes: Mapping[str, Shape],
         addresses: Mapping[str, int],
     ) -> None:
         scratch = self._own_scratch.get(graph, self._store.address(scratch_name(graph)))
-        shapes = {name: value.shape for name, value in inputs.items()}
         call.context.prepare(shapes, addresses, scratch, self._graphs[graph].scratch)
 
     def _count_run(self, call: Call, graph: str) -> None:

@@ -48,6 +48,7 @@ class Batcher:
         max_message_bytes: int = 32 << 20,
         batching: str = "continuous",
         share_caches: bool = False,
+        warms_up: bool = False,
         on_samples: Observe | None = None,
         on_seconds: Observe | None = None,
     ) -> None:
@@ -63,6 +64,7 @@ class Batcher:
             max_message_bytes: of a request.
             batching: "continuous", or "static" to admit only into an empty batch, for comparison.
             share_caches: what is kept of one client's requests also serves others.
+            warms_up: on a card, calls are made while nobody waits, since the first of each kind is slow.
             on_samples: called after every step with the number of samples that took it.
             on_seconds: called after every step with the seconds that it took.
         """
@@ -77,7 +79,14 @@ class Batcher:
         self._workers = Workers(compositor, limits, self._queue, decoders, share_caches)
         is_static = batching == "static"
         self._engine = EngineThread(
-            compositor, self._queue, self._workers, self.max_batch, is_static, on_samples, on_seconds
+            compositor,
+            self._queue,
+            self._workers,
+            self.max_batch,
+            is_static,
+            warms_up,
+            on_samples,
+            on_seconds,
         )
         self.loaded = self._engine.loaded
         """Done when all graphs are loaded; holds the error if they cannot be."""

@@ -12,12 +12,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from engines.card.engine import CardEngine
 from engines.cuda import OutOfDeviceMemoryError
 from engines.engine import DeviceTensor
 from runtime.compositor import Compositor
@@ -63,6 +64,7 @@ class EngineThread:
         workers: Workers,
         max_batch: int,
         is_static: bool,
+        warms_up: bool,
         on_samples: Observe | None,
         on_seconds: Observe | None,
     ) -> None:
@@ -76,12 +78,15 @@ class EngineThread:
         self._workers = workers
         self._max_batch = max_batch
         self._is_static = is_static
+        self._warms_up = warms_up
         self._on_samples = on_samples
         self._on_seconds = on_seconds
         self._drawing = compositor.new_drawing()
         self.most_in_a_call = min(max_batch, self._drawing.samples_per_call or max_batch)
         """Most samples that share a call of the step graph."""
         self._tickets: dict[Sample, Ticket] = {}
+        self._warming: Iterator[str] | None = None
+        """Calls of the warm-up that are left; None if there are none."""
         self._stopped = False
         self._results = ThreadPoolExecutor(1, thread_name_prefix="results")
         self._awaited = threading.Semaphore(1)
@@ -113,11 +118,15 @@ class EngineThread:
             self._queue.close(LoadFailedError)
             self.loaded.set_exception(error)
             return
+        if self._warms_up and isinstance(self._engine, CardEngine):
+            self._warming = self._engine.warm_up(self.most_in_a_call, self._compositor.model.control_window)
         while self._wait_for_work():
             try:
                 self._admit()
                 if self._tickets:
                     self._step()
+                else:
+                    self._warm_up()
             except Exception as error:
                 # a fault of ours, as the batch isolates those of single samples: end what is running, go on
                 logger.exception("the batch failed")
@@ -141,7 +150,20 @@ class EngineThread:
                     return False
                 if self._tickets or any(ticket.waiting for ticket in queue.requests.tickets):
                     return True
+                if self._warming:
+                    return True
                 queue.changed.wait()
+
+    def _warm_up(self) -> None:
+        """Makes a call that the next requests will make: while nobody waits, so none of them waits for it."""
+        try:
+            if self._warming and next(self._warming, None) is None:
+                logger.info("warmed up")
+                self._warming = None
+        except Exception as error:
+            # whoever needs that call will be told
+            logger.warning("the warm-up has stopped: %s", error)
+            self._warming = None
 
     def _admit(self) -> None:
         """Fills the free slots of the batch."""

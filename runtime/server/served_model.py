@@ -216,4 +216,5 @@ def common_settings(settings: Settings) -> dict[str, Any]:
         "max_message_bytes": settings.max_message_bytes,
         "batching": settings.batching,
         "share_caches": settings.share_caches,
+        "warms_up": True,
     }

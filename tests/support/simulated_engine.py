@@ -221,7 +221,11 @@ def renamed(bundle: Bundle) -> Bundle:
             for tensors in (spec.inputs, spec.outputs)
         )
         per_step = tuple(f"our {name}" for name in spec.per_step)
-        return replace(spec, inputs=inputs, outputs=outputs, per_step=per_step)
+        banks = tuple(
+            replace(bank, tensors=tuple(f"our {name}" for name in bank.tensors), index=f"our {bank.index}")
+            for bank in spec.banks
+        )
+        return replace(spec, inputs=inputs, outputs=outputs, per_step=per_step, banks=banks)
 
     graphs = {
         name: replace(record, spec=rename(record.spec)) for name, record in bundle.manifest.graphs.items()

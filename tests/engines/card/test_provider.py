@@ -186,6 +186,42 @@ def test_shapes_that_come_back_are_replayed(bundle: Bundle, monkeypatch: pytest.
     assert session.replays == 2
 
 
+@pytest.mark.parametrize("placements", [1, 2])
+def test_one_capture_serves_any_number_of_placements(bundle: Bundle, placements: int) -> None:
+    """A row of the call names the rows of the banks that it reads; what else lies there does not matter."""
+    simulation, plain = ProviderSimulation(bundle), on_onnxruntime(bundle)
+    spec, samples = bundle.manifest.specs[DENOISE], {"samples": 2, "rows": 4}
+    for windows in (1, 2, 4):
+        sizes = samples | {"conditions": 2 * placements, "maps": 2 * windows}
+        inputs = example_inputs(spec, sizes, seed=windows)
+        found, expected = (
+            engine.to_host(engine.run(DENOISE, inputs)["next_latent"])
+            for engine in (simulation.engine, plain)
+        )
+        np.testing.assert_array_equal(found, expected)
+    (session,) = simulation.library.sessions
+    assert [number for _, number in session.captured] == ["1"]
+
+
+def test_a_warm_up_captures_what_requests_will_call(bundle: Bundle, expected_pictures: np.ndarray) -> None:
+    simulation = ProviderSimulation(bundle, window=2)
+    warmed = list(simulation.engine.warm_up(samples=3, window=2))
+    assert warmed == [*(name for name in bundle.manifest.specs if name != DENOISE), *[DENOISE] * 6]
+    captured = {session.graph: len(session.captured) for session in simulation.library.sessions}
+    assert captured == {ID_ENCODER: 0, CONTROL: 1, ENCODE: 0, DECODE: 1, DENOISE: 6}
+    np.testing.assert_array_equal(simulation.painter.paint(), expected_pictures)
+    simulation.painter.paint(samples=2)
+    assert captured == {session.graph: len(session.captured) for session in simulation.library.sessions}
+
+
+def test_no_warm_up_where_graphs_are_swapped(bundle: Bundle) -> None:
+    plan = memory_plan(bundle, backend="onnxruntime")
+    tight = memory_plan(bundle, plan.total - plan.cache - 1, backend="onnxruntime")
+    simulation = ProviderSimulation(bundle, tight)
+    assert list(simulation.engine.warm_up(samples=4, window=1)) == []
+    assert simulation.library.opened == []
+
+
 def test_sessions_go_with_their_graph(bundle: Bundle) -> None:
     simulation = ProviderSimulation(bundle)
     simulation.painter.paint()

@@ -26,13 +26,15 @@ from tests.support.simulated_engine import Simulation
 class Card:
     """A batcher on a simulated card; a test may delay what comes from the card."""
 
-    def __init__(self, bundle: Bundle, **settings: Any) -> None:
+    def __init__(self, bundle: Bundle, is_held: bool = False, **settings: Any) -> None:
         simulation = Simulation(bundle)
         self.delay: Callable[[DeviceTensor], object] = lambda tensor: None
         """Called before a tensor is brought to the host."""
         self._to_host = simulation.engine.to_host
         simulation.engine.to_host = self._delayed_to_host  # type: ignore[method-assign]
         self.engine = HeldEngine(simulation.engine, DENOISE)
+        if is_held:
+            self.engine.hold()
         self.batcher = Batcher(Compositor(bundle, simulation.engine), **settings)
 
     def _delayed_to_host(self, tensor: DeviceTensor) -> Array:
@@ -46,9 +48,10 @@ class Card:
 
 
 @contextmanager
-def card(path: Path, max_batch: int | None = None, of_bundle: int = 4) -> Iterator[Card]:
+def card(path: Path, max_batch: int | None = None, of_bundle: int = 4, **settings: bool) -> Iterator[Card]:
     bundle = Bundle.open(path)
-    made = Card(Bundle(path, replace(bundle.manifest, max_batch=of_bundle)), max_batch=max_batch)
+    manifest = replace(bundle.manifest, max_batch=of_bundle)
+    made = Card(Bundle(path, manifest), max_batch=max_batch, **settings)
     try:
         yield made
     finally:
@@ -170,3 +173,39 @@ def test_a_card_has_batches_of_four_unless_told_otherwise(tiny_bundle: Path) -> 
         with card(tiny_bundle, wanted, of_bundle) as made:
             assert made.batcher.max_batch == expected
             assert made.engine.count(DECODE) == 0
+
+
+def test_a_server_warms_up_while_nobody_waits(tiny_bundle: Path, alone: Compositor) -> None:
+    with card(tiny_bundle, warms_up=True) as made:
+        # all batch sizes, with guidance and without
+        wait_until(lambda: len(made.engine.steps) == 2 * (2 * 4))
+        assert [len(samples) for samples in made.engine.steps[-4:]] == [4] * 4
+        (picture,) = Follower(made.batcher, request(steps=3)).pictures()
+        assert made.begun == 16 + 3
+    (expected,) = alone.run(request(steps=3))
+    assert np.abs(picture.astype(int) - expected.image).max() <= TOLERANCE
+
+
+def test_a_request_goes_before_the_rest_of_the_warm_up(tiny_bundle: Path) -> None:
+    with card(tiny_bundle, warms_up=True, is_held=True) as made:
+        made.engine.wait_for_steps(1)
+        follower = Follower(made.batcher, request(steps=3))
+        wait_until(lambda: follower.ticket.waiting)
+        made.engine.release()
+        assert isinstance(follower.end(), Finished)
+        # the call that was begun, twice, and the request's
+        steps = [len(samples) for samples in made.engine.steps[:5]]
+        assert steps == [1, 1, 1, 1, 1]
+        wait_until(lambda: made.begun == 16 + 3)
+
+
+def test_a_warm_up_that_fails_is_logged_and_nothing_else(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with card(tiny_bundle, warms_up=True, is_held=True) as made:
+        made.engine.wait_for_steps(1)
+        made.engine.fails = lambda graph, inputs: graph == DENOISE
+        made.engine.release()
+        wait_until(lambda: "the warm-up has stopped: the device caught fire" in caplog.text)
+        made.engine.fails = lambda graph, inputs: False
+        assert isinstance(Follower(made.batcher, request(steps=3)).end(), Finished)
