@@ -53,7 +53,7 @@ SECONDS = {
     "pytorch-compiled": 220,
     "parity": 25,
     "graphs": 35,
-    "server": 80,
+    "server": 60,
     "tensorrt": 10,
 }
 """Part -> its share of the budget. What a part leaves over, the later ones get; what it takes too much, they
