@@ -23,6 +23,7 @@ from runtime.errors import InputError, collecting_warnings, in_field, warn
 from runtime.imaging.picture import Picture
 from runtime.imaging.scene import load_scene, upright_mask
 from runtime.imaging.sources import PictureLike
+from runtime.imaging.target import is_integer
 from runtime.job import ImageJob, Job
 from runtime.parameters import (
     PLACEMENT_PARAMETERS,
@@ -89,7 +90,7 @@ class Compositor:
             raise BundleError(f"the bundle at '{bundle.path}' is a segmenter: give it with --segmenter")
         if control_window is None:
             control_window = 1 if engine.device == "cpu" else manifest.max_batch
-        if not 1 <= control_window <= manifest.max_batch:
+        if not is_integer(control_window) or not 1 <= control_window <= manifest.max_batch:
             raise InputError(
                 f"control_window must be from 1 to {manifest.max_batch}, the bundle's max_batch, "
                 f"not {control_window}"

@@ -202,8 +202,14 @@ class Request(_Numbers):
             negative_prompt: see `Placement`.
             size: (width, height) in pixels; must be the bundle's, which is the default.
             others: the arguments of `of` after the placements.
+
+        Raises:
+            InputError: the size is no width and height.
         """
         placement = Placement(prompt=prompt, negative_prompt=negative_prompt)
+        if size is not None and not (isinstance(size, tuple | list) and len(size) == 2):
+            with in_field("size"):
+                raise InputError(f"a width and a height in pixels are expected, not {size!r}")
         return cls.of(Blank(*size or ()), placement, **others)
 
 
@@ -287,7 +293,8 @@ class Edit(_Numbers):
     action: Action
     fill: Fill = field(default_factory=Fill)
     seed: int | None = None
-    """See `Request`."""
+    """See `Request`. Where an object is placed, a network fills the hole once, with this seed, for all
+    pictures: picture i alone, with the seed `seed + i`, has another hole."""
     sampling: Sampling = field(default_factory=Sampling)
     """For the object that is placed."""
     num_images: int = 1

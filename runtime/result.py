@@ -24,7 +24,7 @@ class Composite:
     """(H, W, 3) uint8 of the scene's size, in the colours of its profile; (H, W, 4) if the scene is partly
     transparent."""
     seed: int
-    """Reproduces the picture, on the same machine and bundle."""
+    """Reproduces the picture, on the same machine and bundle; that of an edit with the same filled hole."""
     regions: tuple[Box, ...]
     """The regions that may have changed: one per hole of an edit, then one per placement."""
     seconds: dict[str, float]

@@ -159,7 +159,7 @@ def _check_views(placement: Placement, abilities: Abilities) -> None:
     """Refuses views of an object that are too many, or of none; and what says twice where the object is."""
     views, most = placement.views or (), max(abilities.views, 1)
     with in_field("views"):
-        if not all(isinstance(view, View) for view in views):
+        if not isinstance(views, Sequence) or not all(isinstance(view, View) for view in views):
             raise InputError("a list of View is expected, each with a picture of the object")
         if views and placement.reference is None:
             raise InputError("views need a reference: give the first of them as the reference")
@@ -212,6 +212,12 @@ def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> No
             raise InputError(
                 f"the sampler {sampling.sampler} adds no noise: eta must be 0 with it, not {sampling.eta:g}"
             )
+    if sampling.timesteps is not None:
+        with in_field("timesteps"):
+            if not isinstance(sampling.timesteps, tuple | list):
+                raise InputError(f"timesteps must be a list of whole numbers, not {sampling.timesteps!r}")
+        for timestep in sampling.timesteps:
+            _check_integer("timesteps", timestep, 0, MAX_STEPS)
     interval = sampling.guidance_interval
     with in_field("guidance_interval"):
         if not isinstance(interval, tuple | list) or len(interval) != 2:

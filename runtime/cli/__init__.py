@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: that of the command, or 2 for anything that the user can fix.
     """
     given = join_negative_values(sys.argv[1:] if arguments is None else arguments)
+    if sys.stderr is None:
+        # it was closed: what is said goes nowhere, and no other file may take its number
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     _show_any_name()
     name = next((argument for argument in given if argument not in _EVERYWHERE), "")
     try:
@@ -89,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"anydoor: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("anydoor: interrupted; nothing was written", file=sys.stderr)
+        print("anydoor: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
         forget_output()

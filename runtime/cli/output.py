@@ -63,20 +63,25 @@ def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None
     if grid:
         images, paths = [contact_sheet(images)], [output]
         seeds = [f"(seeds {results[0].seed} to {results[-1].seed})"]
-    with collecting_warnings() as warned:
-        save_pictures(zip(images, paths), metadata)
-    for path, seed in zip(paths, seeds):
+    seed_of = dict(zip(paths, seeds))
+
+    def tell(path: Path) -> None:
         if path == STREAM:
-            print(f"standard output {seed}", file=sys.stderr)
+            print(f"standard output {seed_of[path]}", file=sys.stderr)
         else:
-            print(f"{path} {seed}")
+            print(f"{path} {seed_of[path]}")
+
+    with collecting_warnings() as warned:
+        save_pictures(zip(images, paths), metadata, on_saved=tell)
     for text in dict.fromkeys((*results[0].warnings, *warned)):
         print(f"anydoor: warning: {text}", file=sys.stderr)
 
 
 def _size_of(picture: Path | bytes) -> tuple[int, int] | None:
     """Returns (width, height) in pixels, from the head of a file; None if it cannot be read, which is refused
-    later."""
+    later, or only once, as a pipe."""
+    if isinstance(picture, Path) and not picture.is_file():
+        return None
     try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures; those that are too large are refused when they are decoded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,17 @@ def _try_place(path: Path) -> None:
     trial.unlink()
 
 
-def save_pictures(pictures: Iterable[tuple[NDArray[np.uint8], Path]], *metadata: Any) -> None:
+def save_pictures(
+    pictures: Iterable[tuple[NDArray[np.uint8], Path]],
+    *metadata: Any,
+    on_saved: Callable[[Path], object] = lambda path: None,
+) -> None:
     """Writes every picture: at its place, whose folder is made, or else at another.
 
     Args:
         pictures: with their places, of which one may be standard output.
         metadata: see `save_picture`.
+        on_saved: called with each place as soon as its picture is there.
 
     Raises:
         InputError: one could not be written at its place; says why, and where it is.
@@ -77,6 +82,8 @@ def save_pictures(pictures: Iterable[tuple[NDArray[np.uint8], Path]], *metadata:
             kept = _keep(image, path, *metadata)
             where = f"the picture is kept as '{kept}'" if kept else "no other place could keep the picture"
             failed.append(f"{reason}; {where}")
+        else:
+            on_saved(path)
     if failed:
         raise InputError("; ".join(failed))
 

@@ -18,11 +18,13 @@ def read_standard_input(*groups: Sequence[Any]) -> list[list[Any]]:
     """Returns the same lists of arguments, with the bytes of standard input in place of `-`.
 
     Raises:
-        InputError: several of them are `-`, or nothing comes.
+        InputError: several of them are `-`, nothing comes, or it is closed.
     """
     wanted = sum(argument == STREAM for group in groups for argument in group)
     if wanted > 1:
         raise InputError("standard input holds one picture, but several are -")
+    if wanted and sys.stdin is None:
+        raise InputError("standard input is closed, but a picture is -")
     content = read_source(sys.stdin.buffer, "standard input") if wanted else b""
     return [[content if argument == STREAM else argument for argument in group] for group in groups]
 
@@ -31,8 +33,10 @@ def check_standard_output(pictures: int) -> None:
     """Refuses to write to standard output what does not belong there.
 
     Raises:
-        InputError: there are several pictures, or they would be seen as text.
+        InputError: there are several pictures, they would be seen as text, or it is closed.
     """
+    if sys.stdout is None:
+        raise InputError("standard output is closed: write to a file")
     if pictures > 1:
         raise InputError("standard output holds one picture: write one, or a contact sheet with --grid")
     if sys.stdout.isatty():

@@ -23,6 +23,7 @@ anydoor studio --http 127.0.0.1:9000 --no-browser
 """
 
 ADDRESS = "127.0.0.1:8000"
+_ANY_PORT = "127.0.0.1:0"
 _SECONDS_BETWEEN = 0.2
 
 
@@ -39,7 +40,9 @@ def run(options: argparse.Namespace) -> int:
         AnyDoorError: a setting or a package cannot be used.
     """
     options.studio = True
-    settings = server.settings_of(options, {"http": ADDRESS, "log_level": "warning"})
+    # its own gRPC takes any port, so that a server beside it may have the usual one
+    defaults = {"http": ADDRESS, "listen": (_ANY_PORT,), "log_level": "warning"}
+    settings = server.settings_of(options, defaults)
     scheme = "https" if settings.tls_certificate else "http"
     host, _, port = settings.http.rpartition(":")
     if port == "0":

@@ -316,8 +316,9 @@ class Connection(Generic[One, Several]):
             grpc.StatusCode.NOT_FOUND: InputError,
         }
         if code in kinds:
-            refusal = kinds[code](error.details())
-            refusal.field = str(trailing.get("field", ""))
+            # a message of a stream has the request in a field of its own
+            refusal = kinds[code](error.details().removeprefix("request."))
+            refusal.field = str(trailing.get("field", "")).removeprefix("request.")
             return refusal
         request_id = str(trailing.get("request-id", ""))
         server = f"the server at {self.address}"

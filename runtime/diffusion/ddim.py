@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import InputError
+from runtime.errors import InputError, in_field
 
 MAX_STEPS = LAST_TIMESTEP = 999
 
@@ -106,10 +106,11 @@ def exact_timesteps(timesteps: Sequence[int], train_timesteps: int = 1000) -> ND
         InputError: they do not rise strictly, or there are no such timesteps.
     """
     rising = np.asarray(timesteps, dtype=np.int64)
-    if rising.ndim != 1 or len(rising) == 0 or (np.diff(rising) <= 0).any():
-        raise InputError("timesteps must rise strictly")
-    if rising[0] < 0 or rising[-1] >= train_timesteps:
-        raise InputError(f"timesteps must lie in 0..{train_timesteps - 1}")
+    with in_field("timesteps"):
+        if rising.ndim != 1 or len(rising) == 0 or (np.diff(rising) <= 0).any():
+            raise InputError("timesteps must rise strictly")
+        if rising[0] < 0 or rising[-1] >= train_timesteps:
+            raise InputError(f"timesteps must lie in 0..{train_timesteps - 1}")
     return rising
 
 

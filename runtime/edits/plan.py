@@ -201,13 +201,12 @@ class _Found:
             return self._plan([self.mask], [replace(self.own, box=to)])
         given = action.placement
         if isinstance(action, TryOn):
-            ratio = given.crop_ratio or _TRY_ON_CROP_RATIO
-            return self._plan(
-                [], [replace(given, mask=self.mask, mode=given.mode or "shape", crop_ratio=ratio)]
-            )
+            ratio = _TRY_ON_CROP_RATIO if given.crop_ratio is None else given.crop_ratio
+            mode = "shape" if given.mode is None else given.mode
+            return self._plan([], [replace(given, mask=self.mask, mode=mode, crop_ratio=ratio)])
         if given.mode == "shape":
             return self._plan([self.mask], [replace(given, mask=self.mask)])
-        mode = given.mode or "keep_background"
+        mode = "keep_background" if given.mode is None else given.mode
         return self._plan([self.mask], [replace(given, box=smallest_box(self.mask), mode=mode)])
 
     def _plan(self, objects: Sequence[NDArray[np.bool_]], placements: Sequence[Placement]) -> Plan:

@@ -73,6 +73,13 @@ def decode(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Deco
     Raises:
         InputError: it is not a picture, is damaged, or is too large.
     """
+    with warnings.catch_warnings():
+        # Pillow's are of large pictures, which have a limit of their own, and of damage that can be read over
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        return _decode(source, name, max_pixels)
+
+
+def _decode(source: PictureLike, name: str, max_pixels: int) -> Decoded:
     where, found = described(source, name), read_source(source, name)
     exact = True
     if isinstance(found, Image.Image):
@@ -127,15 +134,10 @@ def _decode_file(content: bytes, where: str, max_pixels: int) -> Image.Image:
 
 
 def _load(content: bytes, where: str, max_pixels: int) -> Image.Image:
-    with warnings.catch_warnings():
-        # Pillow warns of large pictures; the limit below is the one that counts
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
-        except Image.DecompressionBombError as error:
-            raise InputError(
-                f"{where} has more than {max_pixels:,} pixels, the most that are decoded"
-            ) from error
+    try:
+        image = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{where} has more than {max_pixels:,} pixels, the most that are decoded") from error
     _check_size(image, where, max_pixels)
     check_cost(image, content, where)
     _load_pixels(image)

@@ -139,7 +139,16 @@ def _transparent(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
 
 def has_transparency(image: Image.Image) -> bool:
     """Returns whether an image has an alpha channel, a transparent palette entry or a transparent colour."""
-    return "A" in image.getbands() or "transparency" in image.info
+    # one of Lab's channels is called A, too
+    return (image.mode != "LAB" and "A" in image.getbands()) or "transparency" in image.info
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image in RGB, without its transparency."""
+    if image.mode == "P" and has_transparency(image):
+        # of the opacities of a palette's entries, Pillow warns that they are lost
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def opacity(image: Image.Image) -> NDArray[np.uint8]:
@@ -166,7 +175,7 @@ def _from_colours(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
     image = decoded.image
     if image.mode == "1":
         return np.asarray(image), "inside is what is white"
-    colours = image.convert("RGB")
+    colours = in_rgb(image)
     rgb = np.asarray(colours)
     value = rgb.max(axis=2)
     if decoded.exact and value.max() == 1:

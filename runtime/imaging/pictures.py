@@ -18,7 +18,7 @@ from runtime.errors import InputError, warn
 from runtime.imaging.colour_profile import ProfileError, to_srgb
 from runtime.imaging.decoding import FIRST_SWAPPED, MAX_PIXELS, Decoded, decode
 from runtime.imaging.formats import HAS_AVIF
-from runtime.imaging.masks import has_transparency, opacity
+from runtime.imaging.masks import has_transparency, in_rgb, opacity
 from runtime.imaging.mending import MAX_PROFILE_BYTES
 from runtime.imaging.picture import MAX_EXIF_BYTES, NO_METADATA, Metadata, Picture
 from runtime.imaging.sources import PictureLike
@@ -69,7 +69,7 @@ def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -
     if alpha is not None and (alpha == 255).all():
         alpha = None
     if image.mode not in ("RGB", "L", "CMYK", "LAB"):
-        image = image.convert("RGB" if not image.mode.startswith("L") else "L")
+        image = image.convert("L") if image.mode.startswith("L") else in_rgb(image)
     profile = decoded.stored.info.get("icc_profile")
     srgb = _in_srgb(image, profile, name) if isinstance(profile, bytes) and profile else None
     if kind:

@@ -5,7 +5,7 @@ Only what is set travels: an open field stays open, and is filled in where the m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime.errors import InputError, collecting_warnings, in_field
@@ -106,6 +106,9 @@ def message_from_request(request: Request, file_format: str = "PNG") -> Message:
     """
     if request.initial_noise is not None or request.sampling.timesteps is not None:
         raise InputError("a server does not take initial noise or timesteps: run without a server")
+    if request.scene_size is not None:
+        with in_field("scene_size"):
+            raise InputError("a server does not take the size that a scene must have: check it before")
     try:
         common = {
             "sampling": sampling_message(request.sampling),
@@ -140,6 +143,9 @@ def sampling_message(sampling: Sampling) -> pb.Sampling:
     """Returns the message for what is said of sampling; likewise."""
     interval = None
     if sampling.guidance_interval is not None:
+        with in_field("sampling.guidance_interval"):
+            if not isinstance(sampling.guidance_interval, Sequence) or len(sampling.guidance_interval) != 2:
+                raise InputError("a lower and a higher timestep are expected")
         first, last = sampling.guidance_interval
         interval = pb.TimestepInterval(first=first, last=last)
     with in_field("sampling"):

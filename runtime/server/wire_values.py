@@ -32,9 +32,9 @@ QUALITIES = _lower(_numbers(pb.Quality, "QUALITY_"))
 CONDITIONS = _lower(_numbers(pb.Condition, "CONDITION_"))
 FORMATS = _numbers(pb.ImageFormat, "IMAGE_FORMAT_")
 
-_TIFF_ONLY = ("F", "CMYK", "LAB", "YCbCr")
-_NEITHER_PNG_NOR_TIFF = ("HSV", "RGBa", "La", "PA")
-"""Modes of Pillow images that no file format on the wire has."""
+_TIFF_ONLY = ("F", "I", "CMYK", "LAB", "YCbCr")
+_NEITHER_PNG_NOR_TIFF = {"HSV": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA", "PA": "RGBA"}
+"""Modes of Pillow images that no file format on the wire has -> the mode that is sent."""
 
 
 def name_of(number: int, numbers: Mapping[str, int], field: str, what: str) -> str | None:
@@ -86,7 +86,7 @@ def file_of(picture: PictureLike, name: str) -> bytes:
     buffer = io.BytesIO()
     try:
         if found.mode in _NEITHER_PNG_NOR_TIFF:
-            found = found.convert("RGBA" if found.mode.endswith("a") else "RGB")
+            found = found.convert(_NEITHER_PNG_NOR_TIFF[found.mode])
         _save(found, buffer)
     except (OSError, ValueError) as error:
         raise InputError(f"{name} is a Pillow image that is closed, damaged or cut short") from error

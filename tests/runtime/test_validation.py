@@ -92,10 +92,14 @@ def test_the_ends_of_every_range_are_within_it(within: dict[str, Any]) -> None:
     check_sampling(replace(USUAL, **within))
 
 
-def test_every_parameter_but_exact_timesteps_has_a_range() -> None:
-    """Exact timesteps are refused where the schedule is made: they must exist in it."""
-    for name in {field.name for field in fields(SamplingParameters)} - {"timesteps"}:
+def test_every_parameter_has_a_range() -> None:
+    for name in {field.name for field in fields(SamplingParameters)}:
         assert refusal(**{name: "nonsense"}).field == name
+
+
+@pytest.mark.parametrize("timesteps", [5, ("a",), (None,), (1.5, 3), (10**30,), (-1, 4), (True, 4)])
+def test_exact_timesteps_are_whole_numbers_of_the_training(timesteps: Any) -> None:
+    assert refusal(timesteps=timesteps).field == "timesteps"
 
 
 def test_a_server_may_allow_less() -> None:

@@ -67,6 +67,8 @@ def test_a_configuration_says_where_the_page_is(
         ("127.0.0.1:9000", "debug", True),
         ("127.0.0.1:9001", "debug", True),
     ]
+    # a server may run beside it at the usual address
+    assert {each.listen for each in served} == {("127.0.0.1:0",)}
 
 
 def test_the_page_knows_the_steps_of_the_qualities() -> None:

@@ -207,3 +207,24 @@ def test_place_that_does_not_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "shape"), [(1, (6, 9)), (2, (6, 26)), (3, (20, 26)), (4, (20, 26))])
 def test_contact_sheet_is_nearly_square(count: int, shape: tuple[int, int]) -> None:
     assert contact_sheet([gradient()] * count).shape == (*shape, 3)
+
+
+def test_lab_has_no_opacity_although_a_channel_is_called_so() -> None:
+    lab = Image.merge("LAB", Image.fromarray(gradient()).split())
+    assert np.asarray(lab.convert("RGBA").getchannel("A")).min() == 0
+    assert load_picture(lab, "the scene").alpha is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_that_pillow_warns_of_reaches_the_caller(tmp_path: Path) -> None:
+    """Opacities of a palette's entries; EXIF that is cut short."""
+    rgba = Image.fromarray(np.dstack([gradient(), gradient()[..., 0]]))
+    palette = rgba.quantize(16)
+    assert isinstance(palette.info.get("transparency"), bytes | None)
+    palette.save(tmp_path / "palette.png")
+    found = load_picture(tmp_path / "palette.png", "the reference")
+    np.testing.assert_array_equal(found.rgb, np.asarray(palette.convert("RGBA"))[..., :3])
+    Image.fromarray(gradient()).save(
+        tmp_path / "exif.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x09"
+    )
+    assert load_picture(tmp_path / "exif.jpg", "the scene").rgb.shape == gradient().shape

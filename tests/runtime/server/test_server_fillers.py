@@ -126,7 +126,7 @@ def test_what_cannot_be_placed_is_refused_before_the_hole_is_filled(server: Serv
     before = len(server.filler_engine.steps)
     with server.client() as client, pytest.raises(InputError, match="has no transparency") as caught:
         client.edit(edit(Swap(Placement(SCENE))))
-    assert caught.value.field == "request.swap.placement.reference_mask"
+    assert caught.value.field == "swap.placement.reference_mask"
     assert len(server.filler_engine.steps) == before
 
 
@@ -134,7 +134,7 @@ def test_a_prompt_that_is_too_long_is_that_of_the_filler(server: ServerThread) -
     fill = Fill("cat " * 80, Sampling(steps=2))
     with server.client() as client, pytest.raises(InputError, match="longer than the 75 tokens") as caught:
         client.edit(edit(Remove(), fill=fill))
-    assert caught.value.field == "request.fill.prompt"
+    assert caught.value.field == "fill.prompt"
 
 
 def test_who_leaves_while_the_hole_is_filled_lets_the_next_one_in(server: ServerThread) -> None:
