@@ -44,8 +44,18 @@ RESTORE_COMMAND = "python -m export.restore_checkpoint"
 SCHEDULE = "alphas_cumprod"
 _TIMESTEPS = 1000
 
+_LARGEST_SMALL_FILE = 64 << 20
+"""Bytes; those of the full size have one megabyte."""
+
+_State = tuple[int, int, int]
+"""Inode, modification time and size of a file."""
+
 Progress = Callable[[int], object]
 """Called with the number of bytes just read."""
+
+
+class ReplacedError(BundleError):
+    """Another bundle has taken the place of the one that was opened."""
 
 
 @dataclass
@@ -56,7 +66,10 @@ class Bundle:
     manifest: Manifest
     signed: bool = False
     """Whether the manifest's signature was checked. Then all files are read, whatever was found before."""
-    _verified: set[str] = field(default_factory=set)
+    _verified: dict[str, tuple[FileState, ...]] = field(default_factory=dict)
+    """Graph -> its files as they were when they were found sound."""
+    _opened: _State | None = None
+    """The manifest's file as it was when it was read; None if it was not."""
 
     @classmethod
     def open(cls, path: str | Path, trusted_key: Path | None = None) -> Bundle:
@@ -69,7 +82,8 @@ class Bundle:
             trusted_key: PEM file; the bundle must be signed by its owner. None: no signature is needed.
 
         Raises:
-            BundleError: there is no bundle, it is damaged, of a newer version, or not signed by the key.
+            BundleError: there is no bundle, it is damaged, of a newer version, or not signed by the key; or
+                it is replaced all the time.
             BackendError: a signature is needed, and cryptography is not installed.
         """
         path = Path(path)
@@ -77,9 +91,17 @@ class Bundle:
             put_back(path)
         if not path.is_dir():
             raise BundleError(f"there is no bundle at '{path}': build one with '{BUILD_COMMAND}'")
-        bundle = cls(path, read_manifest(path / MANIFEST, trusted_key), signed=trusted_key is not None)
-        for record in bundle.files():
-            bundle._check_size(record)
+        for last in (False, False, True):
+            opened = _state(path / MANIFEST)
+            manifest = read_manifest(path / MANIFEST, trusted_key)
+            bundle = cls(path, manifest, signed=trusted_key is not None, _opened=opened)
+            try:
+                for record in bundle.files():
+                    bundle._check_size(record)
+                break
+            except ReplacedError:
+                if last:
+                    raise
         return bundle
 
     def files(self) -> list[FileRecord]:
@@ -98,9 +120,10 @@ class Bundle:
         return self.path / record.variants.get(target, record.files[0]).path
 
     def verify(self, graph: str, progress: Progress | None = None, reread: bool = False) -> None:
-        """Compares the hashes of a graph's files, once per opened bundle, and what files it names.
+        """Compares the hashes of a graph's files, and what files it names.
 
-        A file that was found sound before and has not changed since is not read (`engines.verified`).
+        Files that were found sound before and have not changed are not read (`engines.verified`; of a signed
+        bundle, by this object).
 
         Args:
             graph: which one.
@@ -110,15 +133,16 @@ class Bundle:
         Raises:
             BundleError: a file is not the one that was built, or names one that the manifest does not list.
         """
-        if graph in self._verified and not reread:
-            return
         record = self.manifest.graphs[graph]
+        states = tuple(self._file_state(file) for file in record.all_files)
+        if self._verified.get(graph) == states and not reread:
+            return
         for file in record.all_files:
             self._verify_file(file, progress, reread or self.signed)
         if self.manifest.backend == ONNX:
             for file in (record.files[0], *record.variants.values()):
                 self._check_weights(file, record)
-        self._verified.add(graph)
+        self._verified[graph] = states
 
     def verify_all(self, progress: Progress | None = None) -> None:
         """Reads all files and compares their hashes, whatever was found before.
@@ -158,8 +182,10 @@ class Bundle:
         """Returns the content of a small file: what was compared is what is returned.
 
         Raises:
-            BundleError: it is not the file that was built.
+            BundleError: it is not the file that was built, or is not small.
         """
+        if record.bytes > _LARGEST_SMALL_FILE:
+            raise self._damaged(record, f"has more than {_LARGEST_SMALL_FILE >> 20} MiB")
         try:
             content = (self.path / record.path).read_bytes()
         except OSError as error:
@@ -181,13 +207,16 @@ class Bundle:
             raise self._damaged(record, f"has {file.stat().st_size} bytes instead of {record.bytes}")
 
     def _verify_file(self, record: FileRecord, progress: Progress | None, reread: bool) -> None:
-        try:
-            state = FileState.of(self.path / record.path, record.sha256)
-        except OSError as error:
-            raise self._damaged(record, f"cannot be read ({error.strerror})") from error
+        state = self._file_state(record)
         if reread or not state.is_verified():
             self._check_hash(record, progress)
             state.remember()
+
+    def _file_state(self, record: FileRecord) -> FileState:
+        try:
+            return FileState.of(self.path / record.path, record.sha256)
+        except OSError as error:
+            raise self._damaged(record, f"cannot be read ({error.strerror})") from error
 
     def _check_hash(self, record: FileRecord, progress: Progress | None) -> None:
         try:
@@ -217,6 +246,10 @@ class Bundle:
                 raise self._damaged(file, f"takes weights from beyond the end of '{weights.location}'")
 
     def _damaged(self, record: FileRecord, what: str) -> BundleError:
+        if self._opened is not None and _state(self.path / MANIFEST) != self._opened:
+            return ReplacedError(
+                f"the bundle at '{self.path}' was replaced after it was opened: load it again"
+            )
         return BundleError(
             f"the bundle at '{self.path}' is damaged: {record.path} {what}; "
             f"copy it again or rebuild it with '{BUILD_COMMAND}'"
@@ -233,6 +266,15 @@ def sha256(*paths: Path, progress: Progress | None = None) -> str:
                 if progress:
                     progress(len(block))
     return digest.hexdigest()
+
+
+def _state(file: Path) -> _State | None:
+    """Tells a file from one that has taken its place; None if there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def no_checkpoint(path: Path) -> str:

@@ -221,6 +221,23 @@ def refuse_card_graphs(bundle: Bundle) -> None:
         )
 
 
+def running_refusal(library: str, graph: str, error: Exception) -> BackendError:
+    """Returns the error for a graph that did not run on the CPU.
+
+    Args:
+        library: that ran it.
+        graph: which one.
+        error: what the library raised.
+    """
+    reason = (str(error) or type(error).__name__).strip().splitlines()[-1][:300]
+    if any(words in str(error) for words in ("bad_alloc", "Failed to allocate", "out of memory")):
+        return BackendError(
+            f"there is not enough memory to run the graph '{graph}' ({reason}): ask for fewer pictures at "
+            "once, or close other programs"
+        )
+    return BackendError(f"{library} could not run the graph '{graph}': {reason}")
+
+
 def _fastest(candidates: Sequence[Backend], bundle: Bundle, options: EngineOptions) -> Backend:
     if len(candidates) == 1:
         return candidates[0]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from engines.bundle import Bundle
 from engines.errors import BackendError
+from engines.memory_limit import free_host_memory
 from engines.memory_plan import UNLIMITED, GraphMemory, Groups, groupings, megabytes
 
 HOST_PROGRAM = 300_000_000
@@ -116,17 +116,6 @@ def trim() -> None:
     """
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         malloc_trim(0)
-
-
-def free_host_memory() -> int:
-    """Returns bytes that programs can still take, as Linux estimates it; a great many where the system does
-    not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        return 1 << 50
 
 
 def _group_bytes(graphs: Mapping[str, GraphMemory], group: Sequence[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from engines import format_1, signature
 from engines.errors import BundleError
 from engines.schema import MANIFEST_2
 from engines.spec import BankSpec, GraphSpec, Role, TensorSpec, sizes_for
+from engines.strict_json import parse_json, read_limited
 
 FORMAT = "anydoor-bundle"
 FORMAT_VERSION = 2
@@ -205,13 +205,15 @@ def read_manifest(path: Path, trusted_key: Path | None = None) -> Manifest:
     """
     where = f"'{path.parent}'"
     try:
-        text = _read_limited(path)
+        text = read_limited(path, _LARGEST_MANIFEST)
         if trusted_key is not None:
             signature.check(text, path.with_name(signature.SIGNATURE), trusted_key)
-        content = _parse_json(text)
+        content = parse_json(text)
     except FileNotFoundError:
         raise BundleError(f"{where} is not a bundle: it has no {MANIFEST}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"the bundle at {where} cannot be read: {MANIFEST}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise BundleError(
             f"the bundle at {where} is damaged: {MANIFEST} is not valid JSON ({error})"
         ) from error
@@ -234,38 +236,6 @@ def read_manifest(path: Path, trusted_key: Path | None = None) -> Manifest:
             f"rebuild it with '{BUILD_COMMAND}'"
         ) from error
     return manifest
-
-
-def _read_limited(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(_LARGEST_MANIFEST + 1)
-    if len(content) > _LARGEST_MANIFEST:
-        raise ValueError(f"it has more than {_LARGEST_MANIFEST >> 20} MiB")
-    return content
-
-
-def _parse_json(content: bytes) -> Any:
-    """Parses JSON as the standard has it: no key twice, and no number that is none or too large.
-
-    Raises:
-        ValueError: it is not JSON, or one of these.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-        return table
-
-    def finite(text: str) -> float:
-        if not math.isfinite(float(text)):
-            raise ValueError(f"{text[:60]} is not a finite number")
-        return float(text)
-
-    return json.loads(
-        content.decode("utf-8"), object_pairs_hook=once, parse_float=finite, parse_constant=finite
-    )
 
 
 def parse_manifest(content: Mapping[str, Any]) -> Manifest:
@@ -322,14 +292,27 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"a file of '{graph}' is not named *.onnx")
 
 
+_SAMPLERS_OWN = ("latent", "carry", "start_noise")
+"""Inputs of a step graph that every sampler gives."""
+
+
 def _check_sampling(manifest: Manifest) -> None:
     """Checks the graphs that make pictures."""
     step = manifest.step
     banks = [name for bank in step.banks for name in (*bank.tensors, bank.index)]
     for name in (*banks, *step.per_step, *step.feedback, *step.feedback.values()):
         step.tensor(name)
-    if len(step.tensor("latent").shape) != 4 or len(manifest.decoder.tensor("image").shape) != 4:
+    latent, image = step.tensor("latent"), manifest.decoder.tensor("image")
+    if len(latent.shape) != 4 or len(image.shape) != 4:
         raise ValueError("the latent or the picture does not have four dimensions")
+    if image.shape[3] != 3 or image.dtype != "uint8":
+        raise ValueError("the picture does not have three channels of 8 bits")
+    for name in ("next_latent", "epsilon"):
+        if step.tensor(name).shape != latent.shape:
+            raise ValueError(f"'{name}' does not have the shape of the latent")
+    given = {*_SAMPLERS_OWN, *banks, *step.per_step}
+    if unknown := [tensor.name for tensor in step.inputs if tensor.name not in given]:
+        raise ValueError(f"nothing gives the input '{unknown[0]}' of '{step.name}'")
 
 
 def _parse_graph(name: str, content: Mapping[str, Any]) -> GraphRecord:

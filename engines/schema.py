@@ -5,7 +5,6 @@ What they mean is in docs/model-format.md. Fields that are not in the schema are
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import PurePosixPath
@@ -21,6 +20,8 @@ _MANY = 4096
 _LARGEST_BYTES = 1 << 50
 _LARGEST_SIZE = 1 << 24
 _LONGEST_PATH = 200
+_LARGEST_NUMBER = 1e300
+"""JSON has whole numbers that no float can hold."""
 
 
 def whole(least: int, most: int) -> Check:
@@ -35,7 +36,7 @@ def whole(least: int, most: int) -> Check:
 
 def number(where: str, value: object) -> None:
     """A finite number that is not negative."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _LARGEST_NUMBER:
         raise _wrong(where, "a number that is not negative", value)
 
 
@@ -74,12 +75,18 @@ def sequence(of: Check, least: int = 0, most: int = _MANY) -> Check:
     return check
 
 
-def table(of: Check) -> Check:
+def graph_name(where: str, value: object) -> None:
+    """The name of a graph: files are named after it."""
+    if not isinstance(value, str) or not re.fullmatch(r"\w[\w.+-]{0,99}", value):
+        raise _wrong(where, "at most 100 letters, digits, and _ . + -, a letter, digit or _ first", value)
+
+
+def table(of: Check, key_of: Check = name) -> Check:
     """Returns an object whose keys are names."""
 
     def check(where: str, value: object) -> None:
         for key, item in _object(where, value).items():
-            name(f"a key of {where or 'it'}", key)
+            key_of(f"a key of {where or 'it'}", key)
             of(_join(where, key), item)
 
     return check
@@ -172,7 +179,7 @@ MANIFEST_2 = record(
         "precision": one_of(("fp32", "fp16")),
         "max_batch": whole(1, 4096),
         "dimensions": table(whole(1, 4096)),
-        "graphs": table(_GRAPH),
+        "graphs": table(_GRAPH, graph_name),
         "constants": _FILE,
         "defaults": table(anything),
         "checkpoint": record({}, {"file": text, "sha256": digest}),

@@ -91,10 +91,8 @@ class Compositor:
         if control_window is None:
             control_window = 1 if engine.device == "cpu" else manifest.max_batch
         if not is_integer(control_window) or not 1 <= control_window <= manifest.max_batch:
-            raise InputError(
-                f"control_window must be from 1 to {manifest.max_batch}, the bundle's max_batch, "
-                f"not {control_window}"
-            )
+            most = f"{manifest.max_batch}, the bundle's max_batch"
+            raise InputError(f"control_window must be from 1 to {most}, not {control_window}")
         constants = bundle.constants()
         self.bundle = bundle
         self.engine = engine

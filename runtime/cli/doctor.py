@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
     print("\npackages")
     _print_packages()
     try:
-        from engines.host_memory import free_host_memory
         from engines.manifest import MANIFEST
+        from engines.memory_limit import free_host_memory
     except ModuleNotFoundError as error:
         raise missing_package(error, "cpu") from error
     print("\ndevices")

@@ -62,7 +62,7 @@ class Inpainting(ABC, Generic[What]):
             condition: the graph that makes tokens.
 
         Raises:
-            BundleError: a graph is missing.
+            BundleError: a graph is missing, or a bank.
         """
         manifest = model.bundle.manifest
         missing = [graph for graph in (condition, ENCODE) if graph not in manifest.graphs]
@@ -70,7 +70,9 @@ class Inpainting(ABC, Generic[What]):
             raise BundleError(f"the bundle at '{model.bundle.path}' has no graph '{missing[0]}'")
         self._picture_size = manifest.picture_size
         self._latent_size = manifest.latent_shape[1:]
-        of_scene = next(bank.tensors for bank in manifest.step.banks if bank.name == SCENE)
+        of_scene = next((bank.tensors for bank in manifest.step.banks if bank.name == SCENE), None)
+        if of_scene is None:
+            raise BundleError(f"the bundle at '{model.bundle.path}' has no bank '{SCENE}' in its step graph")
         self._scenes = SceneLatents(model.engine, ENCODE, of_scene, manifest.latent_shape)
 
     @abstractmethod

@@ -7,12 +7,15 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engines.bundle import Bundle
+import engines.bundle
+from engines.bundle import Bundle, ReplacedError
 from engines.cache_folder import cache_folder
 from engines.errors import BundleError
+from engines.manifest import MANIFEST, Manifest
 from engines.verified import FileState
 from tests.support.anydoor import CONTROL, DENOISE
 
@@ -73,13 +76,54 @@ def test_all_is_read_if_that_is_asked_for(bundle: Path, monkeypatch: pytest.Monk
     assert bytes_read(bundle) == graph_bytes(bundle)
 
 
-def test_an_opened_bundle_can_be_read_again(bundle: Path) -> None:
+def test_a_graph_that_is_loaded_again_is_read_only_if_it_has_changed(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     opened.verify(DENOISE)
+    read: list[int] = []
+    opened.verify(DENOISE, read.append)
+    assert sum(read) == 0
     corrupt(bundle / "denoise.onnx.data")
-    opened.verify(DENOISE)
     with pytest.raises(BundleError, match="is not the file that was built"):
-        opened.verify(DENOISE, reread=True)
+        opened.verify(DENOISE)
+
+
+def test_weights_of_a_bundle_that_has_taken_the_place_of_another_are_not_mixed_in(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """As where graphs are swapped while `anydoor build` replaces the folder."""
+    opened = Bundle.open(bundle)
+    opened.verify(DENOISE)
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    corrupt(other / "denoise.onnx.data")
+    bundle.rename(tmp_path / "old")
+    other.rename(bundle)
+    for graph in (DENOISE, CONTROL):
+        if graph == CONTROL:
+            corrupt(bundle / "control.onnx.data")
+        with pytest.raises(ReplacedError, match="was replaced after it was opened: load it again"):
+            opened.verify(graph)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_opened_again(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    content = json.loads((other / MANIFEST).read_text("utf-8"))
+    (other / "denoise.onnx.data").write_bytes((other / "denoise.onnx.data").read_bytes() + b" ")
+    files = content["graphs"][DENOISE]["files"]
+    next(file for file in files if file["path"].endswith(".data"))["bytes"] += 1
+    (other / MANIFEST).write_text(json.dumps(content), "utf-8")
+    read = engines.bundle.read_manifest
+
+    def replaced_meanwhile(*arguments: Any) -> Manifest:
+        found = read(*arguments)
+        if other.exists():
+            bundle.rename(tmp_path / "old")
+            other.rename(bundle)
+        return found
+
+    monkeypatch.setattr(engines.bundle, "read_manifest", replaced_meanwhile)
+    assert Bundle.open(bundle).manifest.graphs[DENOISE].nbytes == sum(file["bytes"] for file in files)
 
 
 def test_a_change_is_found(bundle: Path) -> None:

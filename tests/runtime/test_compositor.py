@@ -398,5 +398,3 @@ def test_no_more_detail_maps_are_kept_than_there_is_room_for(tiny_bundle: Path) 
 def test_window_larger_than_the_bundle_allows(tiny_bundle: Path) -> None:
     with pytest.raises(InputError, match="control_window must be from 1 to 4"):
         Compositor.load(tiny_bundle, control_window=5)
-    with pytest.raises(InputError, match=r"control_window must be from 1 to 4.*not 1\.5"):
-        Compositor.load(tiny_bundle, control_window=1.5)  # type: ignore[arg-type]

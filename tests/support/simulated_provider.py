@@ -104,6 +104,18 @@ class SimulatedSession:
     def get_providers(self) -> list[str]:
         return [PROVIDER, "CPUExecutionProvider"]
 
+    def get_inputs(self) -> Any:
+        return self._session.get_inputs()
+
+    def get_outputs(self) -> Any:
+        return self._session.get_outputs()
+
+    @property
+    def _session(self) -> Any:
+        """The same graph on the CPU."""
+        self._library.engine.load(self.graph)
+        return self._library.engine._sessions[self.graph]
+
     def io_binding(self) -> SimulatedBinding:
         self._library.bindings += 1
         return SimulatedBinding()

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from engines.backends.onnxruntime.session_check import check_session
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
 from engines.card.graph import Shape
@@ -223,7 +224,7 @@ class Sessions:
 
         Raises:
             BackendError: the provider does not start, or there is not enough memory.
-            BundleError: the library cannot load the graph.
+            BundleError: the library cannot load the graph, or it is another than in the manifest.
         """
         spec = self.bundle.manifest.specs[graph]
         capture = self._options.cuda_graphs and spec.role in CAPTURED_ROLES
@@ -244,6 +245,7 @@ class Sessions:
         # where the provider's own library cannot be loaded, the session has none
         if PROVIDER not in session.get_providers():
             raise BackendError(NOT_STARTED)
+        check_session(spec, session)
         return LoadedSession(self, session, spec, capture)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.backends.onnxruntime import BACKENDS
+from engines.backends.onnxruntime.session_check import check_session
 from engines.bundle import Bundle
 from engines.engine import (
     Array,
@@ -26,6 +27,7 @@ from engines.engine import (
     refuse_card_graphs,
     require_shape,
     run_step_by_step,
+    running_refusal,
 )
 from engines.errors import BackendError, BundleError
 from engines.host_memory import HostMemoryPlan, needed_host_bytes, plan_host_memory
@@ -137,7 +139,9 @@ class OnnxRuntimeEngine:
                 for other in self.plan.evicted_by(graph, self._sessions):
                     self.unload(other)
             self._bundle.verify(graph)
-            self._sessions[graph] = self._new_session(graph)
+            session = self._new_session(graph)
+            check_session(self._specs[graph], session)
+            self._sessions[graph] = session
 
     def _new_session(self, graph: str) -> onnxruntime.InferenceSession:
         try:
@@ -182,7 +186,10 @@ class OnnxRuntimeEngine:
                 binding.bind_ortvalue_input(name, value)
             for name in names:
                 binding.bind_output(self._stored_names[graph].get(name, name))
-            session.run_with_iobinding(binding)
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:  # the library raises classes of its own, all derived from Exception
+                raise running_refusal("ONNX Runtime", graph, error) from error
             return dict(zip(names, binding.get_outputs()))
 
     def run_steps(

@@ -29,11 +29,14 @@ from engines.engine import (
     observed,
     require_shape,
     run_step_by_step,
+    running_refusal,
 )
 from engines.errors import BackendError, BundleError
+from engines.graph_check import LoadedTensor, check_loaded
 from engines.host_memory import HostMemoryPlan, needed_host_bytes, plan_host_memory, trim
 from engines.memory_plan import Groups, groupings
 from engines.options import EngineOptions
+from engines.spec import GraphSpec
 
 if TYPE_CHECKING:
     import openvino
@@ -175,6 +178,8 @@ class OpenVinoEngine:
                 except RuntimeError as error:
                     reason = str(error).strip().splitlines()[-1]
                     raise BundleError(f"OpenVINO cannot load the graph '{graph}': {reason}") from error
+                spec = self._specs[graph]
+                check_loaded(spec, _described(compiled.inputs, spec), _described(compiled.outputs, spec))
                 self._requests[graph] = compiled.create_infer_request()
 
     def _compile(self, graph: str) -> openvino.CompiledModel:
@@ -241,9 +246,12 @@ class OpenVinoEngine:
                 request = self._requests[graph]
                 # the request only points into the arrays: they live until it has run
                 arrays = [require_shape(of.name, inputs[of.name], of.dtype) for of in spec.inputs]
-                for of, array in zip(spec.inputs, arrays):
-                    request.set_tensor(of.stored_name, library.Tensor(array, shared_memory=True))
-                request.infer()
+                try:
+                    for of, array in zip(spec.inputs, arrays):
+                        request.set_tensor(of.stored_name, library.Tensor(array, shared_memory=True))
+                    request.infer()
+                except RuntimeError as error:
+                    raise running_refusal("OpenVINO", graph, error) from error
                 wanted = [spec.tensor(name) for name in outputs] if outputs else spec.outputs
                 # the next call writes into the same memory
                 return {of.name: np.array(request.get_tensor(of.stored_name).data) for of in wanted}
@@ -274,6 +282,19 @@ class OpenVinoEngine:
     def nbytes(self, tensor: Array) -> int:
         """Returns the memory that a tensor occupies."""
         return tensor.nbytes
+
+
+def _described(ports: Sequence[Any], spec: GraphSpec) -> list[LoadedTensor]:
+    """Returns inputs or outputs of a compiled graph, which may have several names: that of the signature."""
+    promised = {of.stored_name for of in spec.tensors}
+    return [
+        LoadedTensor(
+            next(iter(sorted(promised & port.get_names())), port.get_any_name()),
+            port.get_element_type().to_dtype().name,
+            tuple(size.get_length() if size.is_static else None for size in port.get_partial_shape()),
+        )
+        for port in ports
+    ]
 
 
 def plan_memory(bundle: Bundle, memory_budget: int | None) -> HostMemoryPlan:

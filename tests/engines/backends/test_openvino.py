@@ -84,9 +84,11 @@ def test_number_of_threads_is_that_of_the_library(bundle: Bundle) -> None:
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
-def test_graph_that_it_cannot_read(tiny_bundle: Path, tmp_path: Path, cache: Path) -> None:
+def test_graph_that_it_cannot_read(
+    tiny_bundle: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    copy.verify(DECODE)
+    monkeypatch.setattr(copy, "verify", lambda graph: None)
     copy.graph_file(DECODE).write_bytes(b"no graph")
     with pytest.raises(BundleError, match="OpenVINO cannot load the graph 'decode'"):
         open_engine(copy, OPENVINO).load(DECODE)
