@@ -81,13 +81,12 @@ def decode(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Deco
 
 def _decode(source: PictureLike, name: str, max_pixels: int) -> Decoded:
     where, found = described(source, name), read_source(source, name)
-    exact = True
     if isinstance(found, Image.Image):
-        stored = _loaded(found, where)
+        stored, lossy_webp = _loaded(found, where), False
     else:
         stored = _decode_file(found, where, max_pixels)
         lossy_webp = stored.format == "WEBP" and _LOSSLESS_WEBP not in found[:64]
-        exact = not lossy_webp and stored.format not in _LOSSY_FORMATS
+    exact = not lossy_webp and stored.format not in _LOSSY_FORMATS
     image = stored
     if image.mode.startswith("I") or image.mode == "F":
         values, guess = to_8_bits(np.asarray(image), where)

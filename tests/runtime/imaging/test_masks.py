@@ -102,6 +102,8 @@ def test_jpeg_is_read_by_its_brightness_alone() -> None:
     assert np.count_nonzero(load_mask(bright, "the mask") != PLACE) < 20
     with pytest.raises(InputError, match=r"the mask is empty.* is where the value is above 128"):
         load_mask(encoded(grey(100), "JPEG", quality=100), "the mask")
+    with pytest.raises(InputError, match="empty"):
+        load_mask(Image.open(io.BytesIO(encoded(grey(100), "JPEG", quality=100))), "the mask")
 
 
 @pytest.mark.parametrize(
