@@ -205,7 +205,7 @@ def test_pictures_in_memory_become_files(tmp_path: Path) -> None:
         (Request(SCENE, [Placement(OBJECT, box=BOX, mode="abacus")]), "no mode 'abacus'"),
         (Request(SCENE, [], sampling=Sampling(quality="superb")), "no quality 'superb': choose one of exact"),
         (Request(SCENE, [], sampling=Sampling(sampler="heun")), "no sampler 'heun': choose one of ddim"),
-        (Request(SCENE, [], sampling=Sampling(guidance_interval=(7,))), "cannot be sent"),  # type: ignore[arg-type]
+        (Request(SCENE, [], sampling=Sampling(guidance_interval=(7,))), "a lower and a higher timestep"),  # type: ignore[arg-type]
         (Request(SCENE, [Placement(OBJECT, box=BOX, mask=SCENE)]), "not both"),
         (Request(SCENE, [Placement(prompt="\ud83d", box=BOX)]), "U\\+D83D, half of a surrogate pair"),
         (Request(SCENE, [Placement(prompt=b"cup", box=BOX)]), "a prompt is text, not b'cup'"),  # type: ignore[arg-type]
