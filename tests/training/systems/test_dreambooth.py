@@ -41,11 +41,11 @@ needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not i
 SIZE = 32
 
 
-def save_pictures(folder: Path, widths: Sequence[int]) -> None:
+def save_pictures(folder: Path, widths: Sequence[int], name: str = "{}.png") -> None:
     folder.mkdir(exist_ok=True)
     for number, width in enumerate(widths):
         picture = np.random.default_rng(number).integers(0, 256, (40, width, 3), np.uint8)
-        Image.fromarray(picture).save(folder / f"{number}.png")
+        Image.fromarray(picture).save(folder / name.format(number))
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def task_for(
     folder: Path, tokenizer: Tokenizer, settings: SubjectSettings, inpaint: bool = False, **named: Any
 ) -> SubjectTask:
     start = network(folder, inpaint, **named)
-    save_pictures(folder / "prior", (SIZE, SIZE, SIZE))  # the class's
+    save_pictures(folder / "prior", (SIZE, SIZE, SIZE), "{:05d}.png")  # the class's
     return SubjectTask(start, make_samples(start, tokenizer, settings, folder / "prior"), settings)
 
 
@@ -179,11 +179,83 @@ def test_pictures_of_the_class_depend_on_their_number_alone(
 ) -> None:
     start, folder = network(tmp_path), tmp_path / "prior"
     draw_class(start, tokenizer, subject, folder, steps=2)
-    first = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    first = {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
     assert list(first) == ["00000.png", "00001.png", "00002.png"]
     (folder / "00001.png").unlink()
     draw_class(network(tmp_path), tokenizer, subject, folder, steps=2)
-    assert {path.name: path.read_bytes() for path in sorted(folder.iterdir())} == first
+    assert {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))} == first
+
+
+def test_as_many_pictures_of_the_class_are_learned_from_as_the_recipe_says(
+    tmp_path: Path, tokenizer: Tokenizer, subject: SubjectSettings
+) -> None:
+    start, folder = network(tmp_path), tmp_path / "prior"
+    draw_class(start, tokenizer, subject, folder, steps=2)
+    fewer = make_samples(start, tokenizer, replace(subject, class_images=2), folder)
+    assert [len(moments) for moments in fewer._moments] == [3, 2]
+    more = replace(subject, class_images=40)
+    with pytest.raises(SubjectError, match="holds 3 of the 40 pictures of the class: run the stage 'prior'"):
+        make_samples(start, tokenizer, more, folder)
+    with pytest.raises(SubjectError, match="holds 0 of the 3 pictures of the class: run the stage 'prior'"):
+        make_samples(start, tokenizer, subject, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"class_noun": "dog"}, "the prompt 'a dog'"),
+        ({"resolution": 64}, "the resolution 64"),
+        ({"guidance_scale": 3.0}, "the guidance_scale 3"),
+        ({}, "a start of the hash"),
+    ],
+)
+def test_pictures_of_the_class_that_were_drawn_otherwise_are_refused(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    subject: SubjectSettings,
+    changes: dict[str, Any],
+    difference: str,
+) -> None:
+    start, folder = network(tmp_path), tmp_path / "prior"
+    draw_class(start, tokenizer, subject, folder, steps=2)
+    other = network(tmp_path)
+    if not changes:
+        nn.init.ones_(other.unet.conv_out.bias)
+    refused = f"were not drawn with {difference}.*: delete the folder to draw them anew"
+    with pytest.raises(SubjectError, match=refused):
+        draw_class(other, tokenizer, replace(subject, **changes), folder, steps=2)
+    with pytest.raises(SubjectError, match=refused):
+        make_samples(other, tokenizer, replace(subject, **changes), folder)
+
+
+def test_without_a_prior_no_pictures_of_the_class_are_asked_for(subject: SubjectSettings) -> None:
+    assert not replace(subject, prior_weight=0.0, class_images=0).has_prior
+    with pytest.raises(InputError, match="class_images is 0; expected at least 2"):
+        replace(subject, class_images=0)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_activations_of_both_networks_are_computed_twice_and_gradients_stay(
+    tmp_path: Path, tokenizer: Tokenizer, subject: SubjectSettings, rank: int
+) -> None:
+    """The text encoder's layers run once forward, and once more backward."""
+
+    def run(checkpointing: bool) -> tuple[dict[str, Tensor], int]:
+        settings = replace(subject, prior_weight=0.0, rank=rank, checkpointing=checkpointing)
+        task, calls = task_for(tmp_path, tokenizer, settings), []
+        [layer, *_] = task.network.text_encoder.encoder.layers
+        layer.layer_norm1.register_forward_hook(lambda *_: calls.append(1))
+        for number, part in enumerate(low_rank_layers(task.module)):
+            nn.init.normal_(part[1].up, generator=torch.Generator().manual_seed(number))
+        task.loss(task.module, first_batch(task))["loss"].backward()  # type: ignore[no-untyped-call]
+        return gradients(task.module), len(calls)
+
+    (once, single), (twice, double) = run(False), run(True)
+    assert (single, double) == (1, 2)
+    assert any(name.startswith("text_encoder.") for name in once)
+    assert once.keys() == twice.keys()
+    for name, gradient in once.items():
+        torch.testing.assert_close(twice[name], gradient)
 
 
 @pytest.mark.parametrize("inpaint", [False, True], ids=["4 channels", "9 channels"])
@@ -373,7 +445,8 @@ def test_pictures_that_cannot_be_used_are_refused(
     subject: SubjectSettings, spoil: Any, sentence: str
 ) -> None:
     spoil(Path(subject.pictures))
-    with pytest.raises((SubjectError, InputError), match=sentence):
+    with pytest.raises((SubjectError, InputError), match=sentence) as refused:
         read_pictures(Path(subject.pictures), SIZE)
+    assert str(refused.value).count(subject.pictures) == 1
     with pytest.raises(SubjectError, match="there is no folder"):
         read_pictures(Path(subject.pictures) / "none", SIZE)
