@@ -47,6 +47,7 @@ from benchmarks.support.subject_runs import (
 )
 from engines.errors import AnyDoorError
 from engines.files import replacing
+from runtime.diffusion.ddim import MAX_STEPS
 from runtime.errors import InputError
 from training.data.pairs import Picture
 
@@ -215,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if min(options.count, options.steps, options.batch, options.subjects) < 1:
             raise InputError("--count, --steps, --batch and --subjects are at least 1")
+        if options.steps > MAX_STEPS:
+            raise InputError(f"--steps is {options.steps}; at most {MAX_STEPS} can be taken")
         require_writable(results)
         rows, strips = measure(options)
         names = ("count", "steps", "subjects", "ablations", "changes")

@@ -98,6 +98,7 @@ def test_settings_of_the_recipe_are_changed(tmp_path: Path) -> None:
         (["--lpips", "."], "lacks alexnet*.pth"),
         (["--objects", "start"], "does not end with -CLASS"),
         (["--count", "0"], "at least 1"),
+        (["--steps", "1000"], "--steps is 1000; at most 999 can be taken"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_a_sentence(
