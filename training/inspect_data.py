@@ -116,7 +116,7 @@ def rate(work: Callable[[], object], samples: int, seconds: float, what: str) ->
 def feed_rate(dataset: NumberedDataset, settings: LoopSettings, seconds: float, what: str) -> float:
     """Measures samples per second that the loop could be fed with, if it took no time itself."""
     sampler = ShardedSampler(0, settings.batch, process=0, processes=1)
-    batches = iter(load_batches(dataset, settings, sampler))
+    batches = load_batches(dataset, settings, sampler)
     return rate(lambda: next(batches), settings.batch, seconds, what)
 
 
