@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-from benchmarks.subject import main
+from benchmarks.subject import main, read_prompts
 from benchmarks.support.embeddings import Embeddings
 from benchmarks.support.feature_distance import AutoencoderDistance
 from benchmarks.support.lpips import load_lpips
 from benchmarks.support.subject import Drawn, Judges
-from benchmarks.support.subject_runs import ABLATIONS, compare, summarise
+from benchmarks.support.subject_runs import ABLATIONS, compare, named, summarise, without_identifier
 from tests.training.systems.test_dreambooth import save_pictures
 from tests.training.test_train_dreambooth import recipe
+from training.config import DreamBoothRecipe, read_recipe
 from training.data.pairs import Picture
 
 Capture = pytest.CaptureFixture[str]
@@ -87,6 +89,29 @@ def test_settings_of_the_recipe_are_changed(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "subject.json").read_text())
     assert [row["checkpoint"] for row in results["rows"]] == ["step-00001"]
     assert results["settings"]["changes"] == ["subject.steps=1"]
+
+
+def test_prompts_name_the_subject_or_its_parts_as_the_papers_do(tmp_path: Path) -> None:
+    """CLIP-T takes them without the identifier."""
+    path, read = tmp_path / "prompts.txt", read_recipe(recipe(tmp_path))
+    assert isinstance(read, DreamBoothRecipe)
+    subject = read.subject
+    path.write_text(
+        "{} in the jungle\n\n'a {0} {1} in the snow'.format(unique_token, class_token),\n\"a red {0} {1}\"\n"
+    )
+    prompts = read_prompts(path)
+    assert prompts == ["{} in the jungle", "a {0} {1} in the snow", "a red {0} {1}"]
+    assert [named(prompt, subject) for prompt in prompts] == [
+        "a mat cat in the jungle",
+        "a mat cat in the snow",
+        "a red mat cat",
+    ]
+    assert [without_identifier(prompt, subject) for prompt in prompts] == [
+        "a cat in the jungle",
+        "a cat in the snow",
+        "a red cat",
+    ]
+    assert named(prompts[1], replace(subject, noun=False)) == "a mat in the snow"
 
 
 @pytest.mark.parametrize(
