@@ -20,6 +20,7 @@ standard error over the subjects. Prints a table; writes subject.json and a cont
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ from benchmarks.support.results import require_writable, write_results
 from benchmarks.support.subject import Drawn, Judges, object_gallery
 from benchmarks.support.subject_runs import (
     ABLATIONS,
+    CLASS,
+    IDENTIFIER,
     SUBJECT,
     Run,
     compare,
@@ -47,6 +50,7 @@ from benchmarks.support.subject_runs import (
 )
 from engines.errors import AnyDoorError
 from engines.files import replacing
+from runtime.diffusion.ddim import MAX_STEPS
 from runtime.errors import InputError
 from training.data.pairs import Picture
 
@@ -59,25 +63,35 @@ Strips = dict[tuple[str, str], list[Picture]]
 SHOWN = 6
 """Pictures of a kind in the contact sheet."""
 
+_QUOTED = re.compile(r"""^(['"])(.*)\1(\.format\(.*\))?,?$""")
+"""A prompt as the paper's list has it: google/dreambooth, dataset/prompts_and_classes.txt."""
+
 _GAP, _HEADING = 8, 16
 """Between the subjects of the contact sheet, and above them, in pixels."""
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """Read prompts, one a line, with {} for the subject's name; without a file, the name alone.
+    """Read prompts, one a line; without a file, the subject's name alone.
+
+    {} stands for the name, or {0} for the identifier and {1} for the class. Lines may be those of the paper's
+    list: in quotes, with .format(...) behind.
 
     Raises:
-        InputError: it cannot be read, or a line has no {}.
+        InputError: it cannot be read, or a line does not name the subject.
     """
     if path is None:
         return [SUBJECT]
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [_QUOTED.sub(r"\2", line.strip()) for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' cannot be read ({error})") from error
-    if not lines or any(SUBJECT not in line for line in lines):
-        raise InputError(f"'{path}': every line is a prompt with {SUBJECT} for the subject's name")
-    return lines
+    prompts = [line for line in lines if line]
+    if not prompts or any(SUBJECT not in prompt and IDENTIFIER not in prompt for prompt in prompts):
+        raise InputError(
+            f"'{path}': every line is a prompt with {SUBJECT} for the subject's name, or with {IDENTIFIER} "
+            f"for its identifier and {CLASS} for its class"
+        )
+    return prompts
 
 
 def open_judges(options: argparse.Namespace, objects: Sequence[Path], run: Run) -> Judges:
@@ -195,7 +209,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--subjects", type=int, default=5, metavar="N", help="objects that are learned (default: 5)"
     )
-    result.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, {} is the subject's name")
+    result.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one a line; {} is the subject's name, {0} its identifier, {1} its class",
+    )
     result.add_argument(
         "--count", type=int, default=4, metavar="N", help="pictures of each prompt (default: 4, the paper's)"
     )
@@ -215,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if min(options.count, options.steps, options.batch, options.subjects) < 1:
             raise InputError("--count, --steps, --batch and --subjects are at least 1")
+        if options.steps > MAX_STEPS:
+            raise InputError(f"--steps is {options.steps}; at most {MAX_STEPS} can be taken")
         require_writable(results)
         rows, strips = measure(options)
         names = ("count", "steps", "subjects", "ablations", "changes")

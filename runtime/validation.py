@@ -19,6 +19,9 @@ from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError, in_field
 from runtime.imaging.decoding import MAX_PIXELS
 from runtime.imaging.geometry import Ratios
+from runtime.imaging.mask_levels import check_mask_level
+from runtime.imaging.modes import check_mode
+from runtime.imaging.paste_back import check_edge
 from runtime.imaging.target import is_integer
 from runtime.parameters import (
     PLACEMENT_PARAMETERS,
@@ -191,6 +194,15 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
     check_sampling(sampling_parameters(Sampling(), defaults))
     ratios = {name: defaults.get(f"{name}_ratio") for name in ("reference", "box", "crop")}
     Ratios(**{name: ratio for name, ratio in ratios.items() if ratio is not None})
+    for name, check in (("mode", check_mode), ("edge", check_edge), ("mask_level", check_mask_level)):
+        if (value := defaults.get(name)) is not None:
+            check(value)
+    if (refine := defaults.get("refine")) is not None:
+        _check_integer("refine", refine, 0, MAX_STEPS)
+    if (strength := defaults.get("strength")) is not None:
+        _check_number("strength", strength, 0.0, 1.0)
+        if not strength:
+            raise InputError("strength must be above 0: nothing would be drawn")
 
 
 def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> None:

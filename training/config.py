@@ -13,13 +13,14 @@ from runtime.toml_file import read_settings, read_toml
 from runtime.validation import check_defaults
 from training.data.augment import Augmentation
 from training.data.cut_outs import CutOutRules
-from training.data.pairs import CommonRules, Kind, PairRules, check_share
+from training.data.pairs import CommonRules, Kind, PairRules
 from training.data.sources import SOURCES
 from training.loop_settings import LoopSettings
 from training.network.architecture import Architecture, ArchitectureError
 from training.network.imprint import ImprintArchitecture
 from training.network.segmenter import SegmenterArchitecture
 from training.network.stable_diffusion import StableDiffusionArchitecture
+from training.ranges import check_least, check_shares
 from training.systems.anydoor import Denoising
 from training.systems.autoencoder import AutoencoderSettings, DecoderSettings
 from training.systems.dreambooth import SubjectSettings
@@ -56,10 +57,9 @@ class DataSettings:
         Raises:
             InputError: names the setting.
         """
-        for name, least in (("objects", 1), ("pairs", 0), ("repeats", 1)):
-            if (count := getattr(self, name)) < least:
-                raise InputError(f"{name} is {count}; expected at least {least}")
-        check_share("single", self.single)
+        check_least(self, 1, "objects", "repeats")
+        check_least(self, 0, "pairs")
+        check_shares(self, "single")
 
     def objects_in(self, own: Path) -> Path:
         """Gives the folder of the drawn objects; `own` is that of a run that shares none."""
@@ -75,6 +75,9 @@ class SourceSettings:
     root: str
     weight: float = 1.0
     """How often it is drawn from in relation to the others."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "weight")
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,10 @@ class StableDiffusionRecipe:
     previews: tuple[str, ...] = ("a mug",)
     """Their prompts."""
 
+    def __post_init__(self) -> None:
+        check_least(self, 1, "resolution")
+        check_least(self, 0, "guidance_scale")
+
     @property
     def has_whole_start(self) -> bool:
         """Whether all parts go on from the start."""
@@ -249,9 +256,6 @@ RECIPES: Mapping[str, type[AnyRecipe]] = {
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {"anydoor": anydoor.DEFAULTS, "imprint": imprint.DEFAULTS}
 """System -> what the runtime takes where [defaults] has nothing."""
 
-_MAY_BE_NONE = ("scene_channels", "adapter_layers")
-"""Sizes of a network that may be 0."""
-
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
     """Reads a recipe; missing settings have their defaults, and the system is AnyDoor.
@@ -270,6 +274,10 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
         raise InputError(f"'{path}': [architecture]: {error}") from error
     if not isinstance(recipe, DreamBoothRecipe):
         _check_architecture(path, recipe.architecture)
+    if isinstance(recipe, StableDiffusionRecipe) and recipe.resolution % (
+        step := recipe.architecture.side_step
+    ):
+        raise InputError(f"'{path}': resolution is {recipe.resolution}; expected a multiple of {step}")
     if isinstance(recipe, DreamBoothRecipe | StableDiffusionRecipe | SegmenterRecipe):
         return recipe
     try:
@@ -277,9 +285,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
     except InputError as error:
         raise InputError(f"'{path}': [defaults]: {error}") from error
     _check_sides(path, recipe)
-    for source in recipe.sources:
-        if source.name not in SOURCES:
-            raise InputError(f"'{path}': no data set is called '{source.name}'; known: {', '.join(SOURCES)}")
+    _check_sources(path, recipe.sources)
     if isinstance(recipe, ImprintRecipe):
         _check_imprint(path, recipe)
     elif recipe.denoising.attention_guide:
@@ -288,13 +294,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> AnyRecipe:
 
 
 def _check_architecture(path: Path, architecture: object) -> None:
-    """Refuses widths and depths that no network has."""
+    """Refuses widths that the groups of the normalisation layers do not divide."""
     values = vars(architecture)
-    for name, value in values.items():
-        least = 0 if name in _MAY_BE_NONE else 1
-        for count in value if isinstance(value, tuple) else (value,):
-            if type(count) is int and count < least:
-                raise InputError(f"'{path}': [architecture]: {name} is {count}; expected at least {least}")
     for part in ("unet", "vae"):
         groups = values.get(f"{part}_norm_groups", 1)
         if any(width % groups for width in values.get(f"{part}_channels", ())):
@@ -317,6 +318,15 @@ def _check_sides(path: Path, recipe: CommonRecipe) -> None:
         )
 
 
+def _check_sources(path: Path, sources: Sequence[SourceSettings]) -> None:
+    """Refuses data sets that do not exist, or of which none is ever drawn from."""
+    for source in sources:
+        if source.name not in SOURCES:
+            raise InputError(f"'{path}': no data set is called '{source.name}'; known: {', '.join(SOURCES)}")
+    if sources and not any(source.weight for source in sources):
+        raise InputError(f"'{path}': no data set of [[sources]] has a weight above 0")
+
+
 def _check_guide(path: Path, recipe: Recipe) -> None:
     """Refuses a guide that the data or the network do not allow."""
     if recipe.sources:
@@ -334,6 +344,8 @@ def _check_guide(path: Path, recipe: Recipe) -> None:
 def _check_imprint(path: Path, recipe: ImprintRecipe) -> None:
     """Refuses stages that would have nothing to learn from."""
     for stage in ("views", "compositing"):
-        listed = any(source.stage == stage for source in recipe.sources)
+        listed = any(source.stage == stage and source.weight for source in recipe.sources)
         if recipe.sources and getattr(recipe, stage) and not listed:
-            raise InputError(f"'{path}': no data set of [[sources]] is for the stage {stage}")
+            raise InputError(
+                f"'{path}': no data set of [[sources]] with a weight above 0 is for the stage {stage}"
+            )

@@ -116,7 +116,7 @@ def rate(work: Callable[[], object], samples: int, seconds: float, what: str) ->
 def feed_rate(dataset: NumberedDataset, settings: LoopSettings, seconds: float, what: str) -> float:
     """Measures samples per second that the loop could be fed with, if it took no time itself."""
     sampler = ShardedSampler(0, settings.batch, process=0, processes=1)
-    batches = iter(load_batches(dataset, settings, sampler))
+    batches = load_batches(dataset, settings, sampler)
     return rate(lambda: next(batches), settings.batch, seconds, what)
 
 
@@ -237,7 +237,7 @@ def inspect_subject(recipe: DreamBoothRecipe, folder: Path, options: argparse.Na
     """Draws the pictures of a subject as the loop sees them, above those of its class that are drawn."""
     rows = [read_pictures(Path(recipe.subject.pictures), recipe.subject.resolution)]
     if (folder / "prior").is_dir():
-        rows.append(read_pictures(folder / "prior", recipe.subject.resolution))
+        rows.append(read_pictures(folder / "prior", recipe.subject.resolution, least=1))
     count = min(options.count, *map(len, rows))
     write_sheet([np.concatenate([row[index] for row in rows]) for index in range(count)], options.output)
     print(f"the sheet: {options.output}")

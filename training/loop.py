@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from engines.files import only_writer
 from runtime.errors import InputError
@@ -34,7 +34,7 @@ from training.precision import allow_tf32, has_bf16
 from training.sharding import shard_module
 from training.short_attention import use_short_attention
 from training.train_state import TrainState, fitting, read_state, saved_weights
-from training.workers import worker_count
+from training.workers import load_samples, worker_count
 
 _Arguments = ParamSpec("_Arguments")
 _Reading = TypeVar("_Reading")
@@ -328,7 +328,6 @@ def batches_on(
 
 def load_batches(
     dataset: NumberedDataset, settings: LoopSettings, sampler: ShardedSampler
-) -> DataLoader[dict[str, Tensor]]:
+) -> Iterator[dict[str, Tensor]]:
     """Loads a process's samples in batches, in `settings.workers` processes."""
-    source: Dataset[Any] = dataset  # type: ignore[assignment]
-    return DataLoader(source, settings.batch, sampler=sampler, num_workers=worker_count(settings.workers))
+    return load_samples(dataset, settings.batch, sampler, worker_count(settings.workers))

@@ -9,6 +9,7 @@ from typing import Literal
 
 from runtime.errors import InputError
 from training.clock import TimeLimit
+from training.ranges import check_least
 
 Precision = Literal["no", "auto", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "muon"]
@@ -64,12 +65,8 @@ class LoopSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.minutes < math.inf:
             raise InputError(f"minutes is {self.minutes:g}; expected a share of --minutes, at least 0")
-        for name in ("steps", "batch", "accumulate", "save_every", "draw_every", "log_every"):
-            if (count := getattr(self, name)) < 1:
-                raise InputError(f"{name} is {count}; expected at least 1")
-        for name in ("warmup", "weight_decay", "final_rate"):
-            if not 0 <= (number := getattr(self, name)) < math.inf:
-                raise InputError(f"{name} is {number:g}; expected at least 0")
+        check_least(self, 1, "steps", "batch", "accumulate", "save_every", "draw_every", "log_every")
+        check_least(self, 0, "warmup", "weight_decay", "final_rate")
         for rate in (self.learning_rate, *self.rates.values()):
             if not 0 <= rate < math.inf:
                 raise InputError(f"a learning rate is {rate:g}; expected at least 0")
@@ -88,13 +85,18 @@ class LoopSettings:
                 "and at most 1, and two rates to exchange"
             )
 
+    @property
+    def swap_step(self) -> int:
+        """How many steps are done when two parts exchange their rates."""
+        return math.ceil(round(self.swap * self.steps, 6))  # 0.55 of 100 is a little more than 55
+
     def part_rate(self, part: str, step: int, progress: float = 0.0) -> float:
         """Gives the learning rate of a part at a step, warm-up, decay and exchange included.
 
         `progress`: the share of the time limit that is over.
         """
         rates = self.rates
-        if self.swap < 1 and (self.swap * self.steps <= step or self.swap <= progress):
+        if self.swap < 1 and (self.swap_step <= step or self.swap <= progress):
             rates = dict(zip(rates, reversed(list(rates.values())), strict=True))
         return rates.get(part, self.learning_rate) * self.rate(step, progress)
 

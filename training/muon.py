@@ -29,8 +29,8 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Jordan's polynomial: five rounds take singular values above 0.01 to between 0.7 and 1.2."""
 _ROUNDS = 5
 
-_ENDS = ("conv_in", "conv_out", "time_embedding", "embeddings")
-"""Layers of the networks of diffusers and transformers that are not hidden ones."""
+_ENDS = ("conv_in", "conv_out", "time_embedding", "embeddings", "enter", "leave")
+"""Layers that are not hidden ones, of the networks of diffusers and transformers, and of the segmenter."""
 
 
 def hidden_matrices(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.errors import AnyDoorError
-from runtime.diffusion.ddim import ddim_schedule
+from runtime.diffusion.ddim import MAX_STEPS, ddim_schedule
 from runtime.errors import InputError
 from runtime.imaging.collage import crop_scene, make_hint
 from runtime.imaging.geometry import Ratios
@@ -190,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"--count is {options.count}; expected at least 1")
+    if options.steps is not None and not 1 <= options.steps <= MAX_STEPS:
+        parser.error(f"--steps is {options.steps}; expected 1 to {MAX_STEPS}")
     try:
         recipe, folder = read_recipe(options.recipe), options.folder or Path("runs") / options.recipe.stem
         settings = options.count, options.steps, options.guidance_scale

@@ -112,7 +112,7 @@ def _describe_loop(settings: LoopSettings) -> str:
     if settings.accumulate > 1:
         samples = f"{settings.accumulate} x {samples}"
     rates = ", ".join(f"{rate:g} for {part}" for part, rate in settings.rates.items())
-    exchange = f", exchanged after step {settings.swap * settings.steps:.0f}" if settings.swap < 1 else ""
+    exchange = f", exchanged after step {settings.swap_step}" if settings.swap < 1 else ""
     rate = rates or f"{settings.learning_rate:g}"
     return f"{settings.steps} steps of {samples} per process, learning rate {rate}{exchange}"
 

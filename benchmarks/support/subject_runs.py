@@ -18,6 +18,7 @@ from training.data.subject import read_pictures
 from training.network.lora import merge_lora
 from training.network.stable_diffusion_checkpoint import StableDiffusionCheckpoint, read_stable_diffusion
 from training.stages.dreambooth import LOW_RANK, STAGES, build_network, open_start
+from training.systems.dreambooth import SubjectSettings
 from training.systems.stable_diffusion import draw_pictures
 
 ABLATIONS = ("no-prior", "wrong-noun", "no-noun")
@@ -25,6 +26,9 @@ ABLATIONS = ("no-prior", "wrong-noun", "no-noun")
 
 SUBJECT = "{}"
 """What stands for the subject's name in a prompt."""
+
+IDENTIFIER, CLASS = "{0}", "{1}"
+"""What stands for the parts of its name, as in the paper's list of prompts."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def draw(run: Run, path: Path, prompts: Sequence[str], count: int, steps: int, b
     Args:
         run: of the checkpoint.
         path: the checkpoint.
-        prompts: with `SUBJECT` in them.
+        prompts: with `SUBJECT`, or `IDENTIFIER` and `CLASS`, in them.
         count: pictures of each prompt, and of the class; picture n has the seed n.
         steps: of sampling.
         batch: pictures at once.
@@ -131,13 +135,31 @@ def draw(run: Run, path: Path, prompts: Sequence[str], count: int, steps: int, b
     _, tokenizer = open_start(run.recipe)
     network = build_network(run.open(path))
     how = (range(count), subject.resolution, steps, subject.guidance_scale, batch)
-    asked = {prompt.replace(SUBJECT, subject.prompt): prompt for prompt in prompts}
+    asked = {named(prompt, subject): without_identifier(prompt, subject) for prompt in prompts}
     return Drawn(
         read_pictures(Path(subject.pictures), subject.resolution),
         {prompt: list(draw_pictures(network, tokenizer, prompt, *how)) for prompt in asked},
         list(draw_pictures(network, tokenizer, subject.class_prompt, *how)),
-        {prompt: plain.replace(SUBJECT, subject.class_prompt) for prompt, plain in asked.items()},
+        asked,
     )
+
+
+def named(prompt: str, subject: SubjectSettings) -> str:
+    """Puts the subject's name into a prompt."""
+    noun = subject.class_noun if subject.noun else ""
+    return _filled(prompt, subject.prompt, subject.identifier, noun)
+
+
+def without_identifier(prompt: str, subject: SubjectSettings) -> str:
+    """Puts what the subject is into a prompt, and nothing for its identifier."""
+    return _filled(prompt, subject.class_prompt, "", subject.class_noun)
+
+
+def _filled(prompt: str, name: str, identifier: str, noun: str) -> str:
+    words = {SUBJECT: name, IDENTIFIER: identifier, CLASS: noun}
+    for place, word in words.items():
+        prompt = prompt.replace(place, word)
+    return " ".join(prompt.split())
 
 
 def open_autoencoder(run: Run) -> AutoencoderKL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-from benchmarks.subject import main
+from benchmarks.subject import main, read_prompts
 from benchmarks.support.embeddings import Embeddings
 from benchmarks.support.feature_distance import AutoencoderDistance
 from benchmarks.support.lpips import load_lpips
 from benchmarks.support.subject import Drawn, Judges
-from benchmarks.support.subject_runs import ABLATIONS, compare, summarise
+from benchmarks.support.subject_runs import ABLATIONS, compare, named, summarise, without_identifier
 from tests.training.systems.test_dreambooth import save_pictures
 from tests.training.test_train_dreambooth import recipe
+from training.config import DreamBoothRecipe, read_recipe
 from training.data.pairs import Picture
 
 Capture = pytest.CaptureFixture[str]
@@ -77,7 +79,7 @@ def test_ablations_of_subjects_that_take_the_place_of_the_recipes(tmp_path: Path
     assert all(row["subjects"] == [row["mean"]] for row in rows)
     assert {"recognised", "class recognised"} < rows[0]["mean"].keys()
     assert not list((tmp_path / "runs").glob("cat-no-prior-*/prior"))
-    assert len(list((tmp_path / "runs" / "cat-wrong-noun-0-cat" / "prior").iterdir())) == 2
+    assert len(list((tmp_path / "runs" / "cat-wrong-noun-0-cat" / "prior").glob("*.png"))) == 2
 
 
 def test_settings_of_the_recipe_are_changed(tmp_path: Path) -> None:
@@ -89,6 +91,29 @@ def test_settings_of_the_recipe_are_changed(tmp_path: Path) -> None:
     assert results["settings"]["changes"] == ["subject.steps=1"]
 
 
+def test_prompts_name_the_subject_or_its_parts_as_the_papers_do(tmp_path: Path) -> None:
+    """CLIP-T takes them without the identifier."""
+    path, read = tmp_path / "prompts.txt", read_recipe(recipe(tmp_path))
+    assert isinstance(read, DreamBoothRecipe)
+    subject = read.subject
+    path.write_text(
+        "{} in the jungle\n\n'a {0} {1} in the snow'.format(unique_token, class_token),\n\"a red {0} {1}\"\n"
+    )
+    prompts = read_prompts(path)
+    assert prompts == ["{} in the jungle", "a {0} {1} in the snow", "a red {0} {1}"]
+    assert [named(prompt, subject) for prompt in prompts] == [
+        "a mat cat in the jungle",
+        "a mat cat in the snow",
+        "a red mat cat",
+    ]
+    assert [without_identifier(prompt, subject) for prompt in prompts] == [
+        "a cat in the jungle",
+        "a cat in the snow",
+        "a red cat",
+    ]
+    assert named(prompts[1], replace(subject, noun=False)) == "a mat in the snow"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -98,6 +123,7 @@ def test_settings_of_the_recipe_are_changed(tmp_path: Path) -> None:
         (["--lpips", "."], "lacks alexnet*.pth"),
         (["--objects", "start"], "does not end with -CLASS"),
         (["--count", "0"], "at least 1"),
+        (["--steps", "1000"], "--steps is 1000; at most 999 can be taken"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_a_sentence(

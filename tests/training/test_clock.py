@@ -128,5 +128,13 @@ def test_the_exchange_of_rates_goes_by_the_clock_too() -> None:
     assert decaying.rate(60, progress=1.0) == pytest.approx(0.0)
 
 
+def test_the_exchange_of_rates_is_at_the_step_that_is_told() -> None:
+    """0.55 of 100 is a little more than 55 in floating point."""
+    settings = LoopSettings(100, rates={"adapter": 4.0, "unet": 1.0}, swap=0.55)
+    assert [settings.part_rate("adapter", step) for step in (54, 55)] == [4.0, 1.0]
+    assert settings.swap_step == 55
+    assert replace(settings, steps=1, swap=0.5).swap_step == 1
+
+
 def test_the_program_was_started_before_its_tests() -> None:
     assert program_start() < time.monotonic()

@@ -37,7 +37,7 @@ def test_every_recipe_can_be_read(path: Path) -> None:
         assert recipe.architecture.side % (PATCH * 2 ** (len(recipe.architecture.channels) - 1)) == 0
         return
     if isinstance(recipe, StableDiffusionRecipe):
-        assert recipe.resolution % 2 ** (len(recipe.architecture.vae_channels) - 1) == 0
+        assert recipe.resolution % recipe.architecture.side_step == 0
         return
     assert recipe.pairs.resolution % recipe.architecture.latent_factor == 0
     with torch.device("meta"):
@@ -115,6 +115,17 @@ def test_the_defaults_are_the_paper_s(tmp_path: Path) -> None:
         ('[[sources]]\nname = "Video"\nroot = "x"\n', "no data set is called 'Video'"),
         ("defaults = 2\n", r"defaults is 2, expected a section \[defaults\]"),
         ('[defaults]\ncrop_ratio = ["a"]\n', r'crop_ratio of \[defaults\] is \["a"\], expected'),
+        ('[defaults]\nmode = "nope"\n', r"\[defaults\]: there is no mode 'nope'"),
+        ('[defaults]\nedge = "x"\n', r"\[defaults\]: there is no edge 'x'"),
+        ('[defaults]\nmask_level = "x"\n', r"\[defaults\]: there is no mask level 'x'"),
+        ("[defaults]\nstrength = 7\n", "strength must be a number from 0 to 1, not 7"),
+        ("[defaults]\nstrength = 0\n", "strength must be above 0"),
+        ("[defaults]\nrefine = 5000\n", "refine must be a whole number from 0 to 999, not 5000"),
+        ('[[sources]]\nname = "DUT"\nroot = "x"\nweight = 0\n', "has a weight above 0"),
+        ('[[sources]]\nname = "DUT"\nroot = "x"\nweight = -1\n', "weight is -1; expected at least 0"),
+        ('[[sources]]\nname = "DUT"\nroot = "x"\nweight = nan\n', "weight is nan; expected at least 0"),
+        ("[pairs]\nbox_ratio = 0.5\n", "box_ratio is 0.5; expected at least 1"),
+        ("[architecture]\nunet_head_width = 0\n", r"\[architecture\]: unet_head_width is 0; expected at"),
         ("[architecture]\nunet_channels = []\n", "must name the width of at least one level"),
         ("[architecture]\nunet_attention = [true]\n", "unet_channels names 4 levels and unet_attention 1"),
         (
@@ -128,6 +139,50 @@ def test_a_slip_in_a_recipe_is_told(text: str, says: str, tmp_path: Path) -> Non
     path.write_text(text)
     with pytest.raises(InputError, match=says):
         read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("system", "change", "says"),
+    [
+        (
+            "segmenter-small",
+            "architecture.side=127",
+            r"\[architecture\]: side is 127; expected a mul",
+        ),
+        ("segmenter-small", "architecture.channels=[10, 20]", "channels must be multiples of norm_groups, 8"),
+        ("segmenter-small", "architecture.norm_groups=7", "channels must be multiples of norm_groups, 7"),
+        ("segmenter-small", "architecture.norm_groups=0", "norm_groups is 0; expected at least 1"),
+        ("segmenter-small", "architecture.channels=[]", "channels must name the width of at least one level"),
+        ("segmenter-small", "pictures.plain=2", r"\[pictures\]: plain is 2; expected 0 to 1"),
+        ("imprint-small", "architecture.adapter_heads=0", "adapter_heads is 0; expected at least 1"),
+        (
+            "imprint-small",
+            "augmentation.corners=[0.5, 0.1]",
+            r"corners is \[0.5, 0.1\]; expected two",
+        ),
+        ("imprint-small", "augmentation.rotation=nan", "rotation is nan; expected at least 0"),
+        ("imprint-small", "augmentation.perspective=5", "perspective is 5; expected 0 to 1"),
+        ("imprint-small", "compositing.drop=2", r"\[compositing\]: drop is 2; expected 0 to 1"),
+        ("imprint-small", "compositing.drop=nan", "drop is nan; expected 0 to 1"),
+        ("imprint-small", "compositing.empty=-3", "empty is -3; expected 0 to 1"),
+        ("imprint-small", "compositing.attention_guide=-1", "attention_guide is -1; expected at least 0"),
+        ("imprint-small", "views.window=-1", r"\[views\]: window is -1; expected at least 0"),
+        ("stable-diffusion-small", "architecture.text_heads=0", "text_heads is 0; expected at least 1"),
+        (
+            "stable-diffusion-small",
+            "architecture.unet_head_width=0",
+            "unet_head_width is 0; expected",
+        ),
+        ("stable-diffusion-small", "resolution=0", "resolution is 0; expected at least 1"),
+        ("stable-diffusion-small", "resolution=-64", "resolution is -64; expected at least 1"),
+        ("stable-diffusion-small", "resolution=60", "resolution is 60; expected a multiple of"),
+        ("dreambooth", "subject.resolution=-512", r"\[subject\]: resolution is -512; expected at least 1"),
+        ("dreambooth", "subject.previews=-1", r"\[subject\]: previews is -1; expected at least 0"),
+    ],
+)
+def test_a_value_that_no_training_can_have_is_told(system: str, change: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        read_recipe(next(path for path in RECIPES if path.stem == system), [change])
 
 
 def test_whole_numbers_are_numbers_and_lists_may_be_of_any_length(tmp_path: Path) -> None:

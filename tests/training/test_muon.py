@@ -20,6 +20,7 @@ from training.loop import train
 from training.loop_settings import LoopSettings
 from training.muon import MuonAdamW, hidden_matrices, orthogonalise
 from training.network.modules import AnyDoor
+from training.network.segmenter import Segmenter, SegmenterArchitecture
 from training.systems.anydoor import Denoising, DiffusionTask
 
 
@@ -68,6 +69,13 @@ def test_hidden_layers_are_those_between_the_ends() -> None:
     found = {id(weight) for weight in hidden_matrices(named.items())}
     hidden = {"wide.weight", "tall.weight", "also_wide.weight", "conv.weight"}
     assert {name for name, weight in named.items() if id(weight) in found} == hidden
+
+
+def test_the_ends_of_the_segmenter_are_no_hidden_layers() -> None:
+    named = dict(Segmenter(SegmenterArchitecture()).named_parameters())
+    found = {id(weight) for weight in hidden_matrices(named.items())}
+    rest = {name for name, weight in named.items() if weight.ndim > 1 and id(weight) not in found}
+    assert rest == {"enter.weight", "leave.weight"}
 
 
 def test_matrices_are_stepped_as_by_pytorch_s_muon() -> None:

@@ -26,7 +26,7 @@ from training.data.view_store import as_shot
 from training.loop import train
 from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
-from training.preview import Preview, held_out_pairs, sample
+from training.preview import Preview, held_out_pairs, main, sample
 from training.systems.anydoor import Denoiser, Denoising, DiffusionTask
 
 RECIPE = Recipe(architecture=TINY, pairs=PairRules(resolution=32))
@@ -110,3 +110,11 @@ def test_ratios_and_mode_are_the_recipe_s() -> None:
 def test_defaults_that_cannot_be_used_are_told(defaults: dict[str, Default], says: str) -> None:
     with pytest.raises(InputError, match=says):
         Preview(with_defaults(**defaults), tiny_model(), 1)
+
+
+@pytest.mark.parametrize("steps", ["0", "1000"])
+def test_steps_that_cannot_be_taken_are_told(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["recipe.toml", "samples.png", "--steps", steps])
+    assert ended.value.code == 2
+    assert f"--steps is {steps}; expected 1 to 999" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_a_subject_from_three_pictures(tmp_path: Path, capsys: Capture) -> None:
     assert "beside 2 pictures of 'a cat'; all layers of UNet and text encoder learn" in told
     assert "train: warning: the identifier 'mat'" in warned
     run = tmp_path / "run"
-    assert sorted(path.name for path in (run / "prior").iterdir()) == ["00000.png", "00001.png"]
+    assert sorted(path.name for path in (run / "prior").glob("*.png")) == ["00000.png", "00001.png"]
     start, tuned = read_stable_diffusion(tmp_path / "start"), read_stable_diffusion(run / "model.safetensors")
     changed = {
         part
@@ -84,7 +84,11 @@ def test_a_subject_as_low_rank_updates(tmp_path: Path) -> None:
         ({"class": '" "'}, "[subject]: class is empty"),
         ({"identifier": None}, "[subject] lacks 'identifier'"),
         ({"class_noun": '"cat"'}, "[subject] has no 'class_noun'"),
-        ({"rank": -1}, "rank and prior_weight are at least 0"),
+        ({"rank": -1}, "[subject]: rank is -1; expected at least 0"),
+        ({"prior_weight": "nan"}, "[subject]: prior_weight is nan; expected at least 0"),
+        ({"previews": -1}, "[subject]: previews is -1; expected at least 0"),
+        ({"resolution": 0}, "[subject]: resolution is 0; expected at least 1"),
+        ({"resolution": 31}, "[subject]: resolution is 31; expected a multiple of 4 for"),
         ({"pictures": '"none"'}, "there is no folder 'none' with pictures of the subject"),
     ],
 )

@@ -181,7 +181,7 @@ def test_samples_and_previews_are_drawn(
         ),
         (
             'system = "imprint"\n[views]\nsteps = 1\n[[sources]]\nname = "DUT"\nroot = "a"',
-            "no data set of [[sources]] is for the stage views",
+            "no data set of [[sources]] with a weight above 0 is for the stage views",
         ),
     ],
 )

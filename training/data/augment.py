@@ -14,9 +14,11 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from runtime.errors import InputError
 from runtime.imaging.boxes import bounding_box
 from runtime.imaging.masks import MASK_THRESHOLD
 from training.data.pairs import Shot
+from training.ranges import check_least, check_shares
 
 LUT_NODES = 5
 """Per axis of a colour look-up table."""
@@ -24,6 +26,9 @@ LUT_NODES = 5
 CURVE, TEMPERATURE, SATURATION, HUE = 0.15, 0.1, 0.3, 0.05
 """Most by which P moves a curve's inner knots, scales red against blue, changes the saturation, and turns the
 hue (a share of the circle)."""
+
+MOST_MOVED = 0.5
+"""Sides of its box below which a corner moves: two that move as far meet."""
 
 LUMA = np.array([0.299, 0.587, 0.114])
 """Shares of red, green and blue in grey (ITU-R BT.601)."""
@@ -41,6 +46,21 @@ class Augmentation:
     """By how much then at most, in sides of its box: drawn between these."""
     colour: float = 1.0
     """Strength of the change of colour and light; 0 for none."""
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that no change can have.
+
+        Raises:
+            InputError: names the setting.
+        """
+        check_least(self, 0, "rotation", "colour")
+        check_shares(self, "perspective")
+        low, high = self.corners
+        if not 0 <= low <= high < MOST_MOVED:
+            raise InputError(
+                f"corners is [{low:g}, {high:g}]; expected two numbers from 0 to below {MOST_MOVED:g}, the "
+                "lower first"
+            )
 
 
 def augment_object(shot: Shot, rules: Augmentation, rng: Generator) -> Shot:

@@ -17,7 +17,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
-from runtime.imaging.boxes import expand, mask_extent
+from runtime.imaging.boxes import expand, mask_extent, smallest_box
 from runtime.imaging.collage import crop_scene
 from runtime.imaging.geometry import Geometry, zoom_in
 from runtime.imaging.mask_levels import MASK_LEVELS, coarsen_mask
@@ -48,7 +48,10 @@ SPREADS = (0.7, 1.3)
 """Factor on the widths of the blurs that make a mask coarse; drawn between these."""
 
 PLACES_TRIED = 20
-"""Places that are tried for a hole beside the object."""
+"""Places that are tried for a hole beside the object, each for a smaller one than the last."""
+
+SMALLEST_HOLE = 0.1
+"""Least sides of such a hole, as a share of the object's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +120,10 @@ class CompositeMaker:
             source: where they come from.
             reference, target: the two pictures, or one twice.
             rng: source of randomness.
-            hole: draw beside the object, so that there is none where the model draws, if there is room.
+            hole: draw beside the object, so that there is none where the model draws.
 
         Raises:
-            UnfitPairError: see `make_pair`.
+            UnfitPairError: see `make_pair`, and `beside`.
         """
         check_sizes(reference, target)
         check_masks(reference.mask, target.mask, LARGEST_BOX, source.either_side)
@@ -131,7 +134,7 @@ class CompositeMaker:
         changed = augment_object(reference, self.augmentation, rng)
         ratios = self.rules.ratios(rng)
         shown = prepare_reference(changed.image, changed.mask, ratios.reference)
-        place = beside(target.mask, rng) if hole else target.mask
+        place = beside(target.mask, ratios.box, rng) if hole else target.mask
         height, width = place.shape
         geometry = zoom_in(place, (width, height), ratios)
         level = MASK_LEVELS[int(rng.integers(len(MASK_LEVELS)))]
@@ -156,16 +159,32 @@ class CompositeMaker:
         return Composite(reference, picture, counts | ~known, counts, crop(box))
 
 
-def beside(mask: Mask, rng: Generator) -> Mask:
-    """Moves the shape of an object to where the object is not; leaves it where it is if no place is found."""
-    extent = mask_extent(mask)
-    for _ in range(PLACES_TRIED):
-        x = int(rng.integers(-extent.x0, mask.shape[1] - extent.x1))
-        y = int(rng.integers(-extent.y0, mask.shape[0] - extent.y1))
-        moved: Mask = np.roll(mask, (y, x), (0, 1))
-        if not (moved & mask).any():
-            return moved
-    return mask
+def beside(mask: Mask, box_ratio: float, rng: Generator) -> Mask:
+    """Moves the shape of an object to where the object is not, and makes it smaller until there is room.
+
+    Args:
+        mask: (H, W), the object.
+        box_ratio: enlargement of the box around the shape, which no level of coarseness leaves.
+        rng: source of randomness.
+
+    Returns:
+        (H, W), a shape in whose box no pixel of the object lies.
+
+    Raises:
+        UnfitPairError: no place was found.
+    """
+    height, width = mask.shape
+    shape = mask[smallest_box(mask).slices]
+    for share in np.linspace(1, SMALLEST_HOLE, PLACES_TRIED):
+        rows, columns = (max(round(share * side), 1) for side in shape.shape)
+        x, y = int(rng.integers(width - columns + 1)), int(rng.integers(height - rows + 1))
+        place = np.zeros_like(mask)
+        place[y : y + rows, x : x + columns] = resize_nearest(shape, (columns, rows))
+        # at a ratio near 1 without the last row and column of the place itself
+        around = expand(mask_extent(place), box_ratio, (width, height))
+        if not mask[place].any() and not mask[around.slices].any():
+            return place
+    raise UnfitPairError("there is no room beside the object")
 
 
 @dataclass(frozen=True)

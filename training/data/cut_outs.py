@@ -15,6 +15,7 @@ from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.imaging.resize import resize_linear
 from training.data.synthetic.views import View
 from training.data.view_store import REFERENCES, SCENES, ViewStore
+from training.ranges import check_shares
 
 LIGHT = 0.25
 """Most by which contrast, brightness and each colour change, as a share of their range."""
@@ -32,6 +33,9 @@ class CutOutRules:
     """Share of backdrops of one colour; the others run from one to another."""
     crop: float = 0.8
     """Share of rooms of which a part is shown, and not all."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, "backdrops", "plain", "crop")
 
 
 @dataclass(frozen=True)

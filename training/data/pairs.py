@@ -25,6 +25,7 @@ from runtime.imaging.geometry import Geometry, Ratios, zoom_in
 from runtime.imaging.modes import MODES
 from runtime.imaging.reference import prepare_reference
 from training.data.masks import Mask, largest_piece, perturb_mask
+from training.ranges import check_least, check_shares
 
 Picture = NDArray[np.uint8]
 
@@ -80,16 +81,14 @@ class CommonRules:
         Raises:
             InputError: names the setting.
         """
-        if self.resolution < 1:
-            raise InputError(f"resolution is {self.resolution}; expected at least 1")
+        check_least(self, 1, "resolution", "box_ratio")
         for name in ("reference_ratios", "crop_ratios"):
             low, high = getattr(self, name)
             if not 1 <= low <= high < math.inf:
                 raise InputError(
                     f"{name} is [{low:g}, {high:g}]; expected two numbers from 1, the lower first"
                 )
-        for name in ("flip", "mirror", "brighten"):
-            check_share(name, getattr(self, name))
+        check_shares(self, "flip", "mirror", "brighten")
 
     def ratios(self, rng: Generator) -> Ratios:
         """Draws the ratios of a pair, as the original does in steps of 0.1."""
@@ -106,7 +105,7 @@ class PairRules(CommonRules):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("box_masks", self.box_masks)
+        check_shares(self, "box_masks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,16 +117,6 @@ class Pair:
     picture: NDArray[np.float32]  # (3, R, R), -1..1, what the model is to draw
     timestep: int  # 0..999
     kind: Kind
-
-
-def check_share(name: str, value: float) -> None:
-    """Refuses a probability, or a share, that is none.
-
-    Raises:
-        InputError: names it.
-    """
-    if not 0 <= value <= 1:
-        raise InputError(f"{name} is {value:g}; expected 0 to 1")
 
 
 class UnfitPairError(ValueError):

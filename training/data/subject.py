@@ -58,7 +58,41 @@ def read_pictures(folder: Path, resolution: int, least: int = LEAST_PICTURES) ->
             f"'{folder}' holds {len(paths)} picture{'s' * (len(paths) != 1)}; give at least {least}, better "
             "five, of the same subject before different backgrounds"
         )
-    return [square(seen(load_picture(path, f"'{path}'")), path, resolution) for path in paths]
+    return [_read_picture(path, resolution) for path in paths]
+
+
+def class_paths(folder: Path, count: int) -> list[Path]:
+    """Gives where the pictures of a subject's class are: number n was drawn from the seed n."""
+    return [folder / f"{number:05d}.png" for number in range(count)]
+
+
+def read_class(folder: Path, count: int, resolution: int) -> list[Picture]:
+    """Reads the first pictures of a subject's class, as they were drawn for it.
+
+    Args:
+        folder: of the pictures; what else is in it does not count.
+        count: of pictures.
+        resolution: side of the squares that are cut from their middles, in pixels.
+
+    Returns:
+        (R, R, 3) uint8 RGB each.
+
+    Raises:
+        SubjectError: some are not drawn.
+        InputError: one cannot be read.
+    """
+    paths = class_paths(folder, count)
+    there = sum(path.is_file() for path in paths)
+    if there < count:
+        raise SubjectError(
+            f"'{folder}' holds {there} of the {count} pictures of the class: run the stage 'prior'"
+        )
+    return [_read_picture(path, resolution) for path in paths]
+
+
+def _read_picture(path: Path, resolution: int) -> Picture:
+    """Reads a picture as the square in its middle, (R, R, 3)."""
+    return square(seen(load_picture(path, "the picture")), path, resolution)
 
 
 def square(picture: Picture, path: Path, resolution: int) -> Picture:

@@ -35,6 +35,23 @@ class ArchitectureError(AnyDoorError):
     """The tensors are not those of a network that is known here; the text says why."""
 
 
+_MAY_BE_NONE = ("scene_channels", "adapter_layers")
+"""Sizes of a network that may be 0."""
+
+
+def check_sizes(architecture: object) -> None:
+    """Refuses widths and depths that no network has.
+
+    Raises:
+        ArchitectureError: names the first.
+    """
+    for name, value in vars(architecture).items():
+        least = 0 if name in _MAY_BE_NONE else 1
+        for size in value if isinstance(value, tuple) else (value,):
+            if type(size) is int and size < least:
+                raise ArchitectureError(f"{name} is {size}; expected at least {least}")
+
+
 @dataclass(frozen=True)
 class DiffusionArchitecture:
     """What determines the shapes and the meaning of the weights of UNet and autoencoder.
@@ -66,6 +83,7 @@ class DiffusionArchitecture:
     weights."""
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if not self.unet_channels or not self.vae_channels:
             raise ArchitectureError(
                 "unet_channels and vae_channels must name the width of at least one level"

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from training.network.architecture import ArchitectureError, check_sizes
+
 PATCH = 2
 """Side of the square of pixels that the network takes as one."""
 
@@ -26,6 +28,20 @@ class SegmenterArchitecture:
     channels: tuple[int, ...] = (16, 32, 64, 96, 96)
     """Channels of each level; each level halves width and height."""
     norm_groups: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that do not go together.
+
+        Raises:
+            ArchitectureError: names them.
+        """
+        check_sizes(self)
+        if not self.channels:
+            raise ArchitectureError("channels must name the width of at least one level")
+        if any(width % self.norm_groups for width in self.channels):
+            raise ArchitectureError(f"channels must be multiples of norm_groups, {self.norm_groups}")
+        if self.side % (step := PATCH * 2 ** (len(self.channels) - 1)):
+            raise ArchitectureError(f"side is {self.side}; expected a multiple of {step}")
 
 
 class _Block(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from training.data.view_pairs import ViewPairs
 from training.loop import Batch, join_processes
 from training.network.architecture import HINT_BLOCK_CHANNELS, LATENT_SCALE, REFERENCE_SIZE
 from training.network.modules import AnyDoor, DiffusionNetwork, ReferenceNetwork
+from training.network.weights_hash import hash_weights
 from training.small.stored import open_rows, store_samples
 
 PAIRS = ("hints", "features", "moments", "single")
@@ -121,19 +121,10 @@ def check_encoders(model: DiffusionNetwork, folder: Path) -> None:
 
 def _hold_to_weights(done: Path, parts: Sequence[nn.Module], name: str) -> None:
     """Refuses rows, of those that a file counts, that other weights made."""
-    note, weights = done.with_suffix(".sha256"), _hash(parts)
+    note, weights = done.with_suffix(".sha256"), hash_weights(parts)
     if rows_done(done.parent, done.name) and note.exists() and note.read_text() != weights:
         raise EncodedError(
             f"'{done.parent}' was encoded with other weights of {name}: delete '{done}' to encode it again, "
             "or give another --folder"
         )
     write_text(note, weights)
-
-
-def _hash(parts: Sequence[nn.Module]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        for name, tensor in part.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from training.data.device import generator
 from training.data.encoded import PACKED_INSIDE, draw_samples, unpack_hints
@@ -24,6 +23,7 @@ from training.loop import ShardedSampler
 from training.network.modules import AnyDoor
 from training.small.encoding import black_features, encode_batch
 from training.small.stored import stacked
+from training.workers import load_samples
 
 CHUNK, CARD_CHUNK = 512, 4096
 """Pairs that are encoded, and kept in the device's memory, at a time: a pair of 128 pixels takes 150 kB."""
@@ -141,18 +141,17 @@ class FreshSamples:
         sampler = ShardedSampler(first, at_once, process=0, processes=1)
         # while a chunk is learned from, all of the next one can be made
         ahead = max(-(-size // (at_once * max(self._workers, 1))), 2)
-        loader = DataLoader(
+        return load_samples(
             self._pairs,
             at_once,
-            sampler=sampler,
-            num_workers=self._workers,
+            sampler,
+            self._workers,
+            stacked,
             prefetch_factor=ahead if self._workers else None,
-            collate_fn=stacked,
             # what was forked can use no card, and hangs where PyTorch had threads
             multiprocessing_context="spawn" if self._workers else None,
             worker_init_fn=use_one_thread,
         )
-        return iter(loader)
 
 
 def use_one_thread(_: int) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from engines.files import write_text
 from runtime.diffusion.noise_schedule import TRAIN_TIMESTEPS
@@ -26,6 +25,7 @@ from training.data.arrays import make_array, mapped_array, writable_array
 from training.data.device import generator, resident
 from training.data.encoded import PAIRS_DONE, EncodedError, rows_done
 from training.loop import Batch, NumberedDataset, join_processes
+from training.workers import load_samples
 
 STORED = ("moments", "scene", "features", "counts", "dropped", "places", "ids")
 """What of a sample is kept; timesteps and noises are drawn anew."""
@@ -70,10 +70,9 @@ def store_samples(
     done = rows_done(folder)
     if done >= count:
         return
-    source: Any = samples
     device = join_processes().device
     batch = batch or (BATCH if device.type == "cpu" else CARD_BATCH)
-    made = DataLoader(source, batch, sampler=range(done, count), num_workers=workers, collate_fn=stacked)
+    made = load_samples(samples, batch, range(done, count), workers, stacked)
     with ProgressBar(total=count, initial=done, unit="sample") as bar:
         for arrays in made:
             encoded = encode({name: torch.from_numpy(a).to(device) for name, a in arrays.items()})

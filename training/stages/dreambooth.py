@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.errors import InputError
 from runtime.systems.tokenizer import Tokenizer
 from training.assemble import stage_weights
 from training.config import DreamBoothRecipe
@@ -40,8 +41,14 @@ def open_start(recipe: DreamBoothRecipe) -> tuple[StableDiffusionCheckpoint, Tok
 
     Raises:
         CheckpointError: it cannot be read, or has no tokenizer.
+        InputError: the recipe's pictures are of a size that it cannot draw.
     """
     checkpoint = read_stable_diffusion(recipe.start)
+    side, step = recipe.subject.resolution, checkpoint.architecture.side_step
+    if side % step:
+        raise InputError(
+            f"[subject]: resolution is {side}; expected a multiple of {step} for '{recipe.start}'"
+        )
     files = checkpoint.tokenizer
     if files is None:
         raise CheckpointError(

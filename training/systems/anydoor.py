@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,10 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from runtime.errors import InputError
-from training.data.pairs import check_share
 from training.loop import AnyDataset, Batch
 from training.network.architecture import LATENT_SCALE
 from training.network.modules import AnyDoor, DiffusionNetwork
+from training.ranges import check_least, check_shares
 from training.small.attention_guide import GUIDED_HEADS, AttentionGuide
 
 
@@ -47,9 +46,8 @@ class Denoising:
         Raises:
             InputError: names the setting.
         """
-        check_share("drop", self.drop)
-        if not 0 <= self.attention_guide < math.inf:
-            raise InputError(f"attention_guide is {self.attention_guide:g}; expected at least 0")
+        check_shares(self, "drop")
+        check_least(self, 0, "attention_guide")
         if self.guided_heads not in GUIDED_HEADS:
             raise InputError(f"guided_heads is {self.guided_heads}; expected 1 or 4")
         if self.place_keys and not self.attention_guide:

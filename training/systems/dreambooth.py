@@ -18,18 +18,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from engines.files import replacing
+from engines.files import replacing, write_text
 from runtime.errors import InputError
 from runtime.progress_bar import ProgressBar
 from runtime.systems.tokenizer import Tokenizer
 from training import seeds
 from training.data.pairs import Picture
-from training.data.subject import LEAST_PICTURES, SubjectSamples, read_pictures
+from training.data.subject import (
+    LEAST_PICTURES,
+    SubjectError,
+    SubjectSamples,
+    class_paths,
+    read_class,
+    read_pictures,
+)
 from training.loop import Batch, NumberedDataset
 from training.loop_settings import LoopSettings
 from training.network.architecture import LATENT_SCALE
 from training.network.low_rank import ATTENTION, add_low_rank
-from training.network.stable_diffusion import StableDiffusion
+from training.network.stable_diffusion import BUILDERS, StableDiffusion
+from training.network.weights_hash import hash_weights
+from training.ranges import check_least
 from training.systems.anydoor import error_weights, noisy_latents
 from training.systems.stable_diffusion import (
     GUIDANCE_SCALE,
@@ -39,6 +48,9 @@ from training.systems.stable_diffusion import (
     draw_pictures,
     encode_scene,
 )
+
+NOTE = ".drawn.txt"
+"""Beside the pictures of a class: how they were drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +89,14 @@ class SubjectSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_least(self, 0, "rank", "prior_weight", "class_images", "previews", "guidance_scale")
+        check_least(self, 1, "resolution")
         for name in ("class_noun", "identifier"):
             if not getattr(self, name).strip():
                 key = name.removesuffix("_noun")
                 raise InputError(f"{key} is empty: the subject is called 'a IDENTIFIER CLASS'")
-        if self.rank < 0 or self.prior_weight < 0 or self.class_images < LEAST_PICTURES:
-            raise InputError(
-                f"rank and prior_weight are at least 0, and class_images at least {LEAST_PICTURES}"
-            )
+        if self.has_prior:
+            check_least(self, LEAST_PICTURES, "class_images")
 
     @property
     def prompt(self) -> str:
@@ -115,6 +127,8 @@ def choose_learning(network: StableDiffusion, settings: SubjectSettings) -> None
         network.unet.enable_gradient_checkpointing()
         encoder: Any = network.text_encoder  # transformers renamed the method
         getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()
+        if not encoder.config.attention_dropout:
+            encoder.train()  # transformers computes twice in this mode alone, which changes nothing else here
     network.requires_grad_(False)
     learning = ("unet", "text_encoder") if settings.text_encoder else ("unet",)
     for index, part in enumerate(learning):
@@ -181,16 +195,17 @@ def make_samples(
         prior: folder of the pictures of the class, see `draw_class`.
 
     Raises:
-        SubjectError, InputError: a picture, or a prompt, cannot be used.
+        SubjectError, InputError: a picture, or a prompt, cannot be used; or pictures of the class are not
+            drawn, or were drawn otherwise.
     """
-    folders = {settings.prompt: Path(settings.pictures)}
+    pictures = {settings.prompt: read_pictures(Path(settings.pictures), settings.resolution)}
     if settings.has_prior:
-        folders[settings.class_prompt] = prior
-    ids = np.array([tokenizer.encode(prompt) for prompt in folders], np.int64)
-    pictures = [read_pictures(folder, settings.resolution) for folder in folders.values()]
-    moments = [encode_moments(network, of_kind) for of_kind in pictures]
+        check_drawn(prior, how_drawn(network, settings))
+        pictures[settings.class_prompt] = read_class(prior, settings.class_images, settings.resolution)
+    ids = np.array([tokenizer.encode(prompt) for prompt in pictures], np.int64)
+    moments = [encode_moments(network, of_kind) for of_kind in pictures.values()]
     inpaints = network.unet.config.in_channels > network.vae.config.latent_channels
-    return SubjectSamples(moments, ids, seeds.SUBJECT_PICTURES, pictures if inpaints else None)
+    return SubjectSamples(moments, ids, seeds.SUBJECT_PICTURES, list(pictures.values()) if inpaints else None)
 
 
 @torch.no_grad()
@@ -202,6 +217,39 @@ def encode_moments(network: StableDiffusion, pictures: Sequence[Picture]) -> NDA
         posterior = network.encode(values[None])
         moments.append(torch.cat([posterior.mean, posterior.std]) * LATENT_SCALE)
     return torch.stack(moments).numpy()
+
+
+def how_drawn(network: StableDiffusion, settings: SubjectSettings) -> str:
+    """Says what the pictures of the class depend on, a line each."""
+    start = hash_weights(getattr(network, part) for part in BUILDERS)
+    said = (
+        f"the prompt '{settings.class_prompt}'",
+        f"the resolution {settings.resolution}",
+        f"the guidance_scale {settings.guidance_scale:g}",
+        f"a start of the hash {start[:16]}",
+    )
+    return "\n".join(said)
+
+
+def check_drawn(folder: Path, wanted: str) -> None:
+    """Refuses pictures of the class that were drawn otherwise; those without a note are taken as they are.
+
+    Args:
+        folder: of the pictures.
+        wanted: how they should be drawn, see `how_drawn`.
+
+    Raises:
+        SubjectError: says what differs.
+    """
+    note = folder / NOTE
+    if not note.exists() or not any(folder.glob("*.png")):
+        return
+    found = note.read_text("utf-8", "replace").splitlines()
+    if other := [line for line in wanted.splitlines() if line not in found]:
+        raise SubjectError(
+            f"the pictures in '{folder}' were not drawn with {', '.join(other)}: delete the folder to draw "
+            "them anew, or give another --folder"
+        )
 
 
 def draw_class(
@@ -219,9 +267,15 @@ def draw_class(
         settings: class, and how many.
         folder: of the pictures; is made if it is not there.
         steps: of sampling.
+
+    Raises:
+        SubjectError: those that are there were drawn otherwise.
     """
+    note = how_drawn(network, settings)
+    check_drawn(folder, note)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:05d}.png" for number in range(settings.class_images)]
+    write_text(folder / NOTE, note)
+    paths = class_paths(folder, settings.class_images)
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     how = (settings.resolution, steps, settings.guidance_scale)
     drawn = draw_pictures(network, tokenizer, settings.class_prompt, missing, *how)

@@ -17,6 +17,7 @@ from training.loop import Batch, NumberedDataset
 from training.loop_settings import LoopSettings
 from training.network.architecture import LATENT_SCALE
 from training.network.imprint import Imprint
+from training.ranges import check_least, check_shares
 from training.small.attention_guide import AttentionGuide
 from training.systems.anydoor import error_weights, noisy_latents
 
@@ -38,6 +39,10 @@ class StageSettings(LoopSettings):
     """Weight of a second loss, for small models: see `training.small.attention_guide`."""
     checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "attention_guide")
 
     def apply(self, model: Imprint) -> None:
         """Sets `requires_grad` of every weight."""
@@ -65,6 +70,10 @@ class ViewsSettings(StageSettings):
     window: int = 7
     """How far apart two views may be; 0 takes one view twice."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "window")
+
 
 @dataclass(frozen=True)
 class CompositingSettings(StageSettings):
@@ -78,6 +87,10 @@ class CompositingSettings(StageSettings):
     """Share of those in which there is no object either: the model is to continue the scene."""
     keep_unet: bool = False
     """Go on with the UNet of stage 1, for models that inherit none; the paper throws it away."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(self, "drop", "empty")
 
 
 class SceneDenoiser(nn.Module):

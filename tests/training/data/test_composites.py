@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from numpy.random import Generator
 
-from runtime.imaging.boxes import Box
+from runtime.imaging.boxes import SMALLEST_MASK_AREA, Box
+from runtime.imaging.geometry import Ratios, zoom_in
+from runtime.imaging.mask_levels import MASK_LEVELS, coarsen_mask
 from tests.runtime.imaging.test_mask_levels import ellipse
 from training.data.augment import Augmentation
-from training.data.composites import Composite, CompositeMaker, Composites, ViewMaker, beside
+from training.data.composites import SPREADS, Composite, CompositeMaker, Composites, ViewMaker, beside
 from training.data.pairs import CommonRules, Shot, UnfitPairError
 from training.data.sources import Source, SourceError
 
@@ -72,17 +74,23 @@ def test_every_mask_level_is_drawn() -> None:
     assert min(areas) < 0.9  # the ellipse
 
 
+@pytest.mark.parametrize("box", [(50, 30, 90, 70), (30, 15, 130, 85)])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_hole_is_beside_the_object(seed: int) -> None:
-    mask = ellipse((160, 100), (50, 30, 90, 70))
-    moved = beside(mask, np.random.default_rng(seed))
-    assert moved.sum() == mask.sum()
-    assert not (moved & mask).any()
+def test_a_hole_shows_nothing_of_the_object_however_coarse_its_mask_is(
+    seed: int, box: tuple[int, int, int, int]
+) -> None:
+    """Not even of an object that has room in no other place of its picture, unless the hole is smaller."""
+    mask, ratios = ellipse((160, 100), box), Ratios(box=1.1)
+    hole = beside(mask, ratios.box, np.random.default_rng(seed))
+    assert SMALLEST_MASK_AREA <= hole.sum() <= mask.sum()
+    place = zoom_in(hole, (160, 100), ratios).box
+    for level in MASK_LEVELS:
+        assert not (coarsen_mask(hole, level, place, max(SPREADS)) & mask).any()
 
 
-def test_where_there_is_no_room_a_hole_stays() -> None:
-    mask = ellipse((60, 60), (5, 5, 55, 55))
-    assert np.array_equal(beside(mask, np.random.default_rng(0)), mask)
+def test_where_there_is_no_room_another_picture_is_taken() -> None:
+    with pytest.raises(UnfitPairError, match="no room beside the object"):
+        beside(np.ones((60, 60), bool), 1.1, np.random.default_rng(0))
 
 
 def test_a_view_is_drawn_on_white_and_wholly() -> None:

@@ -30,7 +30,6 @@ from training.network.stable_diffusion_checkpoint import StableDiffusionCheckpoi
 from training.systems.dreambooth import (
     SubjectSettings,
     SubjectTask,
-    draw_class,
     make_preview,
     make_samples,
 )
@@ -41,11 +40,11 @@ needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not i
 SIZE = 32
 
 
-def save_pictures(folder: Path, widths: Sequence[int]) -> None:
+def save_pictures(folder: Path, widths: Sequence[int], name: str = "{}.png") -> None:
     folder.mkdir(exist_ok=True)
     for number, width in enumerate(widths):
         picture = np.random.default_rng(number).integers(0, 256, (40, width, 3), np.uint8)
-        Image.fromarray(picture).save(folder / f"{number}.png")
+        Image.fromarray(picture).save(folder / name.format(number))
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def task_for(
     folder: Path, tokenizer: Tokenizer, settings: SubjectSettings, inpaint: bool = False, **named: Any
 ) -> SubjectTask:
     start = network(folder, inpaint, **named)
-    save_pictures(folder / "prior", (SIZE, SIZE, SIZE))  # the class's
+    save_pictures(folder / "prior", (SIZE, SIZE, SIZE), "{:05d}.png")  # the class's
     return SubjectTask(start, make_samples(start, tokenizer, settings, folder / "prior"), settings)
 
 
@@ -174,16 +173,28 @@ def test_the_autoencoder_never_learns_and_the_text_encoder_may(
     torch.testing.assert_close(task.network.vae.state_dict(), fresh.vae.state_dict(), rtol=0, atol=0)
 
 
-def test_pictures_of_the_class_depend_on_their_number_alone(
-    tmp_path: Path, tokenizer: Tokenizer, subject: SubjectSettings
+@pytest.mark.parametrize("rank", [0, 2])
+def test_activations_of_both_networks_are_computed_twice_and_gradients_stay(
+    tmp_path: Path, tokenizer: Tokenizer, subject: SubjectSettings, rank: int
 ) -> None:
-    start, folder = network(tmp_path), tmp_path / "prior"
-    draw_class(start, tokenizer, subject, folder, steps=2)
-    first = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    assert list(first) == ["00000.png", "00001.png", "00002.png"]
-    (folder / "00001.png").unlink()
-    draw_class(network(tmp_path), tokenizer, subject, folder, steps=2)
-    assert {path.name: path.read_bytes() for path in sorted(folder.iterdir())} == first
+    """The text encoder's layers run once forward, and once more backward."""
+
+    def run(checkpointing: bool) -> tuple[dict[str, Tensor], int]:
+        settings = replace(subject, prior_weight=0.0, rank=rank, checkpointing=checkpointing)
+        task, calls = task_for(tmp_path, tokenizer, settings), []
+        [layer, *_] = task.network.text_encoder.encoder.layers
+        layer.layer_norm1.register_forward_hook(lambda *_: calls.append(1))
+        for number, part in enumerate(low_rank_layers(task.module)):
+            nn.init.normal_(part[1].up, generator=torch.Generator().manual_seed(number))
+        task.loss(task.module, first_batch(task))["loss"].backward()  # type: ignore[no-untyped-call]
+        return gradients(task.module), len(calls)
+
+    (once, single), (twice, double) = run(False), run(True)
+    assert (single, double) == (1, 2)
+    assert any(name.startswith("text_encoder.") for name in once)
+    assert once.keys() == twice.keys()
+    for name, gradient in once.items():
+        torch.testing.assert_close(twice[name], gradient)
 
 
 @pytest.mark.parametrize("inpaint", [False, True], ids=["4 channels", "9 channels"])
@@ -373,7 +384,8 @@ def test_pictures_that_cannot_be_used_are_refused(
     subject: SubjectSettings, spoil: Any, sentence: str
 ) -> None:
     spoil(Path(subject.pictures))
-    with pytest.raises((SubjectError, InputError), match=sentence):
+    with pytest.raises((SubjectError, InputError), match=sentence) as refused:
         read_pictures(Path(subject.pictures), SIZE)
+    assert str(refused.value).count(subject.pictures) == 1
     with pytest.raises(SubjectError, match="there is no folder"):
         read_pictures(Path(subject.pictures) / "none", SIZE)

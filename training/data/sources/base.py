@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from engines.errors import AnyDoorError
 from runtime.imaging.masks import MASK_THRESHOLD
@@ -94,6 +94,12 @@ def decoding(what: object) -> Iterator[None]:
     """Turns whatever is raised inside about content that makes no sense into a `SourceError` about `what`."""
     try:
         yield
+    except UnidentifiedImageError as error:
+        raise SourceError(f"{what} is no picture that can be read") from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise SourceError(f"{what} cannot be read: {error}") from error
     except _DAMAGE as error:
         raise SourceError(f"{what} is damaged or has another structure: {error!r}") from error
 

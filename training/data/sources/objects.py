@@ -9,7 +9,9 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from runtime.imaging.masks import MASK_THRESHOLD
+from runtime.errors import InputError
+from runtime.imaging.masks import MASK_THRESHOLD, MaskedPicture, load_mask
+from runtime.imaging.pictures import load_picture, seen
 from training.data.pairs import Shot
 from training.data.sources.base import Source, SourceError, decoding, read_mask, read_picture
 from training.data.sources.videos import choose_frames
@@ -18,16 +20,20 @@ from training.data.sources.videos import choose_frames
 class Stills(Source):
     """Pictures from anywhere: images/NAME.*, masks/NAME.png; further objects in masks/NAME_2.png and so on.
 
-    The paper takes stock photographs, of which no list is published.
+    They are read as those of a request. The paper takes stock photographs, of which no list is published.
     """
 
     kind = "image"
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        images = {path.stem: path for path in self.existing("images").iterdir() if path.is_file()}
+        files = {
+            folder: [path for path in self.existing(folder).iterdir() if not path.name.startswith(".")]
+            for folder in ("images", "masks")
+        }
+        images = {path.stem: path for path in files["images"] if path.is_file()}
         self.objects: list[tuple[Path, Path]] = []
-        for mask in sorted(self.search(self.existing("masks").glob("*.png"), "mask")):
+        for mask in sorted(path for path in files["masks"] if path.suffix.lower() == ".png"):
             whole, _, number = mask.stem.rpartition("_")
             image = images.get(mask.stem) or (images.get(whole) if number.isdecimal() else None)
             if image:
@@ -40,7 +46,13 @@ class Stills(Source):
     def pair(self, index: int, rng: Generator) -> tuple[Shot, Shot]:
         """Reads the picture twice."""
         image, mask = self.objects[index]
-        shot = Shot(read_picture(image), read_mask(mask))
+        name = f"the picture {image.name}"
+        try:
+            picture = load_picture(image, name)
+            of = MaskedPicture(name, picture.rgb.shape, picture.orientation)
+            shot = Shot(seen(picture), load_mask(mask, f"the mask {mask.name}", of=of))
+        except InputError as error:
+            raise SourceError(str(error)) from error
         return shot, shot
 
 
