@@ -21,6 +21,9 @@ os.umask(_UMASK)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Arguments of Linux's renameat2: <fcntl.h>, <linux/fs.h>."""
 
+_PARTIAL = r"\d+-[0-9a-f]{8}\.partial"
+"""What the names of `partial_path` end with; a regular expression."""
+
 _HELD: set[int] = set()
 """Open files whose locks this process holds."""
 
@@ -31,7 +34,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     error.
 
     Works for a file and for a folder, whose files get the rights of any new file. After an error `path` is as
-    it was before. Where it is a symbolic link, what the link leads to is replaced. The folder that holds it
+    it was before; a folder that is complete and cannot take its place is kept beside it, and the error says
+    where. Where `path` is a symbolic link, what the link leads to is replaced. The folder that holds it
     is made if it does not exist.
 
     Args:
@@ -94,6 +98,11 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{_beside(path)}{os.getpid()}-{os.urandom(4).hex()}.partial")
 
 
+def is_partial(name: str) -> bool:
+    """Returns whether a name is that of what a killed process was writing; see `partial_path`."""
+    return re.fullmatch(r"\..+\." + _PARTIAL, name, re.DOTALL) is not None
+
+
 def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
     """Writes a file as a whole; see `replacing`."""
     with replacing(path) as partial:
@@ -128,7 +137,7 @@ def _put_back(path: Path) -> None:
 
 def _remove_partials(folder: Path, prefix: str) -> None:
     """Removes what `partial_path` has named in a folder; `prefix` is a regular expression."""
-    partial = re.compile(prefix + r"\d+-[0-9a-f]{8}\.partial", re.DOTALL)
+    partial = re.compile(prefix + _PARTIAL, re.DOTALL)
     for left in filter(lambda left: partial.fullmatch(left.name), folder.iterdir()):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -137,13 +146,30 @@ def _remove_partials(folder: Path, prefix: str) -> None:
 
 
 def _replace_folder(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-    elif not _exchange(partial, path):
-        shutil.rmtree(_old(path), ignore_errors=True)
-        path.rename(_old(path))
-        partial.rename(path)
-        shutil.rmtree(_old(path), ignore_errors=True)
+    """Puts a complete folder in the place of another.
+
+    Raises:
+        OSError: the other cannot be moved away: it is a mount point, or belongs to a lower layer of
+            overlayfs, as in a container's image. The new one is kept; says where.
+    """
+    try:
+        if not path.exists():
+            partial.rename(path)
+        elif not _exchange(partial, path):
+            shutil.rmtree(_old(path), ignore_errors=True)
+            path.rename(_old(path))
+            try:
+                partial.rename(path)
+            except OSError:
+                _old(path).rename(path)
+                raise
+            shutil.rmtree(_old(path), ignore_errors=True)
+    except OSError as error:
+        # under another name: the next writer removes what is named like an unfinished folder
+        kept = path.with_name(partial.name.removeprefix(".").removesuffix("partial") + "new")
+        partial.rename(kept)
+        what = f"{error.strerror}; the new one is complete, at '{kept}'"
+        raise OSError(error.errno, what, str(path)) from error
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +14,12 @@ from engines.backends.onnxruntime.engine import devices as onnxruntime_devices
 from engines.backends.tensorrt.library import VARIANTS, load_library
 from engines.bundle import Bundle
 from engines.cuda import Device
-from engines.errors import AnyDoorError
+from engines.errors import AnyDoorError, BundleError
 from engines.files import only_writer, replacing
-from engines.manifest import CUDA, MANIFEST, Manifest
+from engines.manifest import CUDA, MANIFEST, Manifest, read_manifest
+from export.defaults import check_build_defaults
 from export.options import BACKENDS, ONNX, BuildOptions
+from export.output import check_output
 from export.plans import build_plans, check_targets
 from export.progress import Progress
 
@@ -42,7 +45,8 @@ def build_bundle(
     """
     from export import onnx_bundle
 
-    _check(output, options)
+    _check(output, options, (source.path,))
+    check_build_defaults(source.system, {**source.defaults, **options.defaults})
     source.check_size(options.size)
     count = len(source.graphs(options.size, options.precision))
 
@@ -69,7 +73,7 @@ def build_segmenter(
     """
     from export.segmenters.building import export_segmenter
 
-    _check(output, options)
+    _check(output, options, source.paths)
     count = len(source.wraps)
 
     def export(folder: Path, progress: Progress) -> Manifest:
@@ -116,7 +120,7 @@ def build_plan_bundle(
     Raises:
         AnyDoorError: an option or the source is unusable.
     """
-    _check(output, options)
+    _check(output, options, (source.path,))
     if options.backend == ONNX:
         raise AnyDoorError(
             f"'{source.path}' is a bundle already: give a checkpoint, or a --backend to build plans for "
@@ -124,8 +128,6 @@ def build_plan_bundle(
         )
     if source.manifest.backend != ONNX:
         raise AnyDoorError(f"'{source.path}' holds plans: plans are built from a bundle of ONNX graphs")
-    if output.resolve() == source.path.resolve():
-        raise AnyDoorError(f"'{output}' is the bundle to build from: give another --output")
 
     def build(folder: Path, progress: Progress) -> Manifest:
         progress.steps = len(source.manifest.graphs)
@@ -144,7 +146,7 @@ def _build_plans(
         progress,
         options.max_batch,
         options.targets,
-        timing_cache=output.with_name(f"{output.name}.timings"),
+        timing_cache=Path(f"{os.path.abspath(output)}.timings"),
     )
 
 
@@ -154,8 +156,23 @@ def _build_beside(
     """Builds into a folder beside `output`; nobody ever sees half a bundle."""
     with placing(output) as folder, progress or Progress() as shown:
         manifest = build(folder, shown)
-        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+        write_manifest(folder, manifest)
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a new bundle, and reads it back before the bundle takes anything's place.
+
+    Raises:
+        AnyDoorError: no runtime could open the bundle; says why.
+    """
+    (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    try:
+        read_manifest(folder / MANIFEST)
+    except BundleError as error:
+        raise AnyDoorError(
+            f"what was built could not be opened, so nothing was written ({error.__cause__ or error})"
+        ) from error
 
 
 @contextmanager
@@ -177,20 +194,8 @@ def placing(output: Path) -> Iterator[Path]:
         raise AnyDoorError(f"cannot build '{output}': {error.strerror or error}") from error
 
 
-def check_output(output: Path) -> None:
-    """Refuses to replace a directory that is no bundle.
-
-    Raises:
-        AnyDoorError: other things are in it, or it is a file.
-    """
-    if output.is_file():
-        raise AnyDoorError(f"'{output}' is a file, and a bundle is a folder: give another --output")
-    if output.exists() and not (output / MANIFEST).is_file() and any(output.iterdir()):
-        raise AnyDoorError(f"'{output}' is a directory with other things in it: give another --output")
-
-
-def _check(output: Path, options: BuildOptions) -> None:
-    check_output(output)
+def _check(output: Path, options: BuildOptions, inputs: Sequence[Path]) -> None:
+    check_output(output, inputs)
     if options.backend != ONNX:
         # before an export of minutes
         check_targets(load_library(options.backend), options.targets)

@@ -8,6 +8,7 @@ plans on the machine that runs them.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +18,12 @@ try:
     from engines.bundle import Bundle
     from engines.errors import AnyDoorError
     from engines.manifest import CUDA, Manifest
-    from export.build import best_backend, build_bundle, build_plan_bundle, check_output, default_targets
+    from export.build import best_backend, build_bundle, build_plan_bundle, default_targets
     from export.flags import SKELETONS, add_arguments
     from export.options import ONNX, SOURCE_OPTIONS, BuildOptions, SourceOptions, flag
+    from export.output import check_output
     from export.progress import Progress
+    from export.script import run_script
     from export.segmenters.command import build_from_onnx, is_segmenter
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -71,6 +74,14 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         file = f" '{error.filename}'" if error.filename else ""
         raise AnyDoorError(f"cannot read or write{file}: {error.strerror or error}") from error
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has no class of its own for it
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise AnyDoorError(
+            "there is not enough memory to build it: give a smaller --resolution, or build it on a machine "
+            "with more"
+        ) from error
     print(summary(manifest))
     print(f"bundle: {output}")
     return 0
@@ -100,10 +111,13 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
                     f"{flag(name)} goes with a checkpoint: '{options.source}' is a bundle, which has its own"
                 )
         bundle = Bundle.open(options.source)
-        output = options.output or options.source.with_name(f"{options.source.name}-{build.backend}")
+        output = options.output or plans_folder(options.source, build.backend)
         if options.max_batch is None:
             build = replace(build, max_batch=bundle.manifest.max_batch)
         return output, build_plan_bundle(bundle, output, build, Progress(quiet=options.quiet))
+    output = options.output or Path("build/engines") / checkpoint_name(options.source)
+    loras = [path for path, _ in options.lora or ()]
+    check_output(output, [options.source, *loras, *([options.tokenizer] if options.tokenizer else [])])
     try:
         from export.systems import open_source
 
@@ -116,7 +130,6 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
     print(f"checkpoint: {source.description}", flush=True)
     if options.resolution is None and source.size is not None:
         build = replace(build, resolution=source.size)
-    output = options.output or Path("build/engines") / checkpoint_name(options.source)
     return output, build_bundle(source, output, build, Progress(quiet=options.quiet))
 
 
@@ -130,9 +143,31 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def checkpoint_name(path: Path) -> str:
-    """Returns the default name of a checkpoint's bundle: its file's name, or its folder's if it is in
-    shards."""
-    return path.resolve().parent.name if path.name.endswith(".index.json") else path.stem
+    """Returns the default name of a checkpoint's bundle: its file's name without suffix, or its folder's.
+
+    Raises:
+        AnyDoorError: it is the root, which has no name.
+    """
+    # a link has a name of its own: files of the Hugging Face cache are links to files named by their hashes
+    whole = Path(os.path.abspath(path))
+    if path.name.endswith(".index.json"):
+        whole = whole.parent
+    elif not path.is_dir():
+        return whole.stem
+    if not whole.name:
+        raise AnyDoorError(f"'{whole}' has no name to call the bundle by: give --output")
+    return whole.name
+
+
+def plans_folder(bundle: Path, backend: str) -> Path:
+    """Returns where the plans of a bundle go by default: beside it.
+
+    Raises:
+        AnyDoorError: it is the root, which nothing is beside.
+    """
+    name = f"{checkpoint_name(bundle)}-{backend}"
+    # "." and ".." have no parent to write
+    return (bundle if bundle.name not in ("", "..") else Path(os.path.abspath(bundle))).with_name(name)
 
 
 def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:
@@ -145,6 +180,8 @@ def _build_skeleton(options: argparse.Namespace) -> tuple[Path, Manifest]:
         raise AnyDoorError(f"--skeleton has no weights: give it or '{options.source}', not both")
     if options.backend not in ("auto", ONNX):
         raise AnyDoorError(f"--skeleton makes ONNX graphs: use it with --backend {ONNX}")
+    if options.normalise:
+        raise AnyDoorError("--normalise is for segmentation networks, not for --skeleton")
     for name in _OF_ITS_NETWORK:
         if getattr(options, name) is not None:
             raise AnyDoorError(f"{flag(name)} is for checkpoints, not for --skeleton")
@@ -217,14 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    try:
-        return run(parser.parse_args(arguments))
-    except AnyDoorError as error:
-        print(f"build_engines.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("build_engines.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return run_script("build_engines.py", lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="directory of the bundle (default: build/engines/NAME of the checkpoint)",
+        help="directory of the bundle; one there is replaced (default: build/engines/NAME of the checkpoint)",
     )
     parser.add_argument(
         "--backend",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--targets",
-        type=lambda text: tuple(text.lower().split(",")),
+        type=parse_targets,
         default=(),
         metavar="SM,SM",
         help="for tensorrt_rtx, card architectures: sm75 sm86 sm89 sm120 sm121 (default: sm86,sm89,sm120). "
@@ -150,6 +150,22 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Parses names that commas separate; one that is there twice counts once.
+
+    Raises:
+        argparse.ArgumentTypeError: a name is empty.
+    """
+    names = [name.strip() for name in text.lower().split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' does not name a target between all commas: give it like sm86,sm89"
+            if text.strip()
+            else "no target is named: give it like sm86,sm89, or leave --targets out"
+        )
+    return tuple(dict.fromkeys(names))
+
+
 def parse_default(text: str) -> tuple[str, Any]:
     """Parses `NAME=VALUE` into a parameter and its value, which is JSON, or else a string.
 
@@ -166,11 +182,16 @@ def parse_default(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"there is no parameter '{name}': {hint}")
     try:
         parsed = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
-    if isinstance(parsed, float) and not math.isfinite(parsed):
+    # no parameter is a list of lists
+    if not all(map(_is_finite, parsed if isinstance(parsed, list) else [parsed])):
         raise argparse.ArgumentTypeError(f"{name} is {value}: expected a finite number")
     return name, parsed
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def parse_resolution(text: str) -> int | tuple[int, int]:

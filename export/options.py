@@ -21,6 +21,9 @@ DETERMINISTIC_CUDA = "deterministic cuda"
 
 PRECISIONS = ("fp32", "fp16")
 
+LARGEST_BATCH = 4096
+"""A manifest may have no larger one (`engines.schema`)."""
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -76,8 +79,8 @@ class BuildOptions:
             raise AnyDoorError(f"--deterministic needs --backend {ONNX} --targets {CUDA}")
         if self.reuse is not None and self.rules != ANY_TARGET:
             raise AnyDoorError(f"--reuse needs --targets {ANY_TARGET}: graphs for {CUDA} are not copied")
-        if self.max_batch < 1:
-            raise AnyDoorError(f"--max-batch must be at least 1, not {self.max_batch}")
+        if not 1 <= self.max_batch <= LARGEST_BATCH:
+            raise AnyDoorError(f"--max-batch must be from 1 to {LARGEST_BATCH}, not {self.max_batch}")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")
 """RTX 30, 40 and 50. Several targets in one plan take no more room than one."""
 
+_GRAPH_NAME = r"[A-Za-z0-9_][\w.+-]{0,99}"
+"""Names of graphs, which become names of files."""
+
 
 @dataclass(frozen=True)
 class BuiltPlan:
@@ -62,6 +65,7 @@ def build_plans(
     Raises:
         AnyDoorError: a target or the source is unusable, or a graph cannot be built.
     """
+    _check_names(source)
     if source.manifest.target == CUDA:
         raise AnyDoorError(
             f"'{source.path}' holds graphs in the operators of ONNX Runtime's CUDA provider, which "
@@ -93,6 +97,20 @@ def build_plans(
         target=target,
         graphs=records,
     )
+
+
+def _check_names(source: Bundle) -> None:
+    """Refuses names of graphs that are no names of files: whoever made the bundle chose them.
+
+    Raises:
+        AnyDoorError: names the first.
+    """
+    for graph in source.manifest.graphs:
+        if not re.fullmatch(_GRAPH_NAME, graph):
+            raise AnyDoorError(
+                f"'{source.path}' cannot be built from: its graph {graph[:60]!r} is not named by letters, "
+                "digits, and . _ + - alone"
+            )
 
 
 def check_targets(library: Library, targets: Sequence[str]) -> Sequence[str]:

@@ -15,7 +15,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +26,9 @@ from engines.bundle import REST, RESTORE_COMMAND, Bundle, Progress, sha256
 from engines.errors import AnyDoorError
 from engines.files import replacing
 from engines.manifest import ONNX
+from export.graph_weights import Weights, bytes_bar, read_weights
 from export.safetensors_file import Header, SafetensorsFile, header_of
-from runtime.progress_bar import ProgressBar
+from export.script import run_script
 
 EXAMPLES = f"""examples:
   {RESTORE_COMMAND} examples/anydoor-small
@@ -45,8 +45,6 @@ _MOST_PARTS = 3
 _SMALLEST = 128
 """Bytes; below that, a tensor is no larger than its places."""
 
-_SECONDS_UNTIL_BAR = 2
-
 
 class Place(NamedTuple):
     """Where a tensor, or a part of it, is in the bundle."""
@@ -56,10 +54,6 @@ class Place(NamedTuple):
     weight: str
     """Name of the initialiser."""
     is_transposed: bool
-
-
-Weights = Mapping[str, Mapping[str, NDArray[Any]]]
-"""Graph's file -> initialiser -> array of its shape: unsigned integers as wide as its values."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,8 @@ def restore(bundle: Path, output: Path | None = None, quiet: bool = False) -> Pa
 
     Args:
         bundle: of ONNX graphs, with its remainder.
-        output: the file to write; by default beside the bundle: X.safetensors beside the folder X.
+        output: the file to write; by default beside the bundle, X.safetensors beside the folder X, unless
+            another checkpoint is there.
         quiet: show no progress.
 
     Returns:
@@ -107,10 +102,10 @@ def restore(bundle: Path, output: Path | None = None, quiet: bool = False) -> Pa
         AnyDoorError: the bundle is damaged, has no remainder or is not of ONNX graphs, or the file cannot be
             written; says why.
     """
-    output = output or Path(f"{os.path.abspath(bundle)}.safetensors")
     opened = _open_bundle(bundle)
+    output = output or _free_place(opened)
     recipe = _read_recipe(bundle)
-    weights = _read_weights(opened, quiet)
+    weights = read_weights(opened, quiet)
     try:
         with _bar(recipe.header, "restoring", quiet) as progress, replacing(output) as partial:
             with partial.open("wb") as file:
@@ -152,7 +147,7 @@ def split(checkpoint: Path, bundle: Path, quiet: bool = False) -> Recipe:
         raise AnyDoorError(
             f"'{bundle}' was not built from '{checkpoint}': the sha256 in its manifest is another one"
         )
-    weights = _read_weights(opened, quiet)
+    weights = read_weights(opened, quiet)
     with _bar(file.header, "looking for its tensors", quiet) as progress:
         places = _find(file, weights, progress)
     rest = {tensor: data for tensor, data in file.tensors() if tensor.name not in places}
@@ -196,6 +191,25 @@ def _open_checkpoint(path: Path) -> SafetensorsFile:
         ) from error
 
 
+def _free_place(bundle: Bundle) -> Path:
+    """Returns the default path of a bundle's checkpoint.
+
+    Raises:
+        AnyDoorError: another checkpoint is there, which nobody asked to replace.
+    """
+    output = Path(f"{os.path.abspath(bundle.path)}.safetensors")
+    try:
+        is_another = output.is_file() and sha256(output) != bundle.manifest.checkpoint.get("sha256")
+    except OSError as error:
+        raise AnyDoorError(f"cannot read '{output}': {error.strerror or error}") from error
+    if is_another:
+        raise AnyDoorError(
+            f"'{output}' is there, and is not the checkpoint of '{bundle.path}': move it away, or say with "
+            "-o where to write"
+        )
+    return output
+
+
 def _read_recipe(bundle: Path) -> Recipe:
     path = bundle / REST
     if not path.is_file():
@@ -208,45 +222,20 @@ def _read_recipe(bundle: Path) -> Recipe:
         places = json.loads(file.header.metadata[_PLACES])
         return Recipe(
             Header.parse(file.header.metadata[_HEADER]),
-            {name: [Place(*place) for place in found] for name, found in places.items()},
+            {name: [_read_place(*place) for place in found] for name, found in places.items()},
             {tensor.name: data for tensor, data in file.tensors()},
         )
     except OSError as error:
         raise AnyDoorError(f"cannot read '{path}': {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = error if type(error) is ValueError else "it does not say where the tensors are"
         raise AnyDoorError(f"'{path}' is damaged ({why}): copy the bundle again") from error
 
 
-def _read_weights(bundle: Bundle, quiet: bool) -> Weights:
-    """Maps the initialisers that lie beside the graphs into memory; smaller ones are in the graphs' files.
-
-    Raises:
-        AnyDoorError: a file is not the one that was built, or ONNX is not installed.
-    """
-    try:
-        import onnx
-    except ModuleNotFoundError as error:
-        raise AnyDoorError("ONNX graphs are read with the package onnx: pip install '.[export]'") from error
-    weights: dict[str, dict[str, NDArray[Any]]] = {}
-    total = sum(graph.nbytes for graph in bundle.manifest.graphs.values())
-    with _progress(total, "verifying the bundle", quiet) as progress:
-        for name, graph in bundle.manifest.graphs.items():
-            bundle.verify(name, progress)
-            path = bundle.path / graph.files[0].path
-            initialisers = onnx.load(path, load_external_data=False).graph.initializer
-            external = [tensor for tensor in initialisers if tensor.data_location == tensor.EXTERNAL]
-            weights[graph.files[0].path] = {each.name: _mapped(each, path.parent) for each in external}
-    return weights
-
-
-def _mapped(tensor: Any, folder: Path) -> NDArray[Any]:
-    from onnx.external_data_helper import ExternalDataInfo
-    from onnx.helper import tensor_dtype_to_np_dtype
-
-    info, shape = ExternalDataInfo(tensor), tuple(tensor.dims)
-    word = np.dtype(f"u{tensor_dtype_to_np_dtype(tensor.data_type).itemsize}")
-    return np.memmap(folder / info.location, word, "r", info.offset or 0, shape)
+def _read_place(file: object, weight: object, is_transposed: object) -> Place:
+    if not isinstance(file, str) or not isinstance(weight, str) or not isinstance(is_transposed, bool):
+        raise TypeError("a place is a file, a weight and whether it is transposed")
+    return Place(file, weight, is_transposed)
 
 
 # --- finding ----------------------------------------------------------------------------------------------
@@ -302,23 +291,8 @@ def _copy(pieces: Iterator[bytes | memoryview], write: Callable[[Any], object], 
     return digest.hexdigest()
 
 
-@contextmanager
-def _progress(total: int, what: str, quiet: bool) -> Iterator[Progress]:
-    """Shows a bar over a number of bytes where it takes long."""
-    with ProgressBar(
-        total=total,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        delay=_SECONDS_UNTIL_BAR,
-        leave=False,
-        disable=quiet,
-    ) as bar:
-        yield bar.update
-
-
 def _bar(header: Header, what: str, quiet: bool) -> Any:
-    return _progress(len(header.encoded()) + header.data_bytes, what, quiet)
+    return bytes_bar(len(header.encoded()) + header.data_bytes, what, quiet)
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -339,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE.safetensors",
-        help="checkpoint to write (default: beside the bundle, with its name)",
+        help="checkpoint to write; what is there is replaced (default: beside the bundle, with its name)",
     )
     result.add_argument(
         "--split",
@@ -352,20 +326,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 if something cannot be used."""
+    """Runs the command; returns its exit code, see `run_script`."""
     options = parser().parse_args(arguments)
-    try:
-        if options.split and options.output:
-            raise AnyDoorError("--output goes without --split, which writes into the bundle")
-        if options.split:
-            recipe = split(options.split, options.bundle, options.quiet)
-            path, count = options.bundle / REST, len(recipe.header.tensors)
-            print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, with {len(recipe.rest)} of {count} tensors")
-        else:
-            print(restore(options.bundle, options.output, options.quiet))
-    except AnyDoorError as error:
-        print(f"restore_checkpoint: {error}", file=sys.stderr)
-        return 2
+    return run_script("restore_checkpoint", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Restores or splits, as the command line says; returns 0.
+
+    Raises:
+        AnyDoorError: something cannot be used; says what.
+    """
+    if options.split and options.output:
+        raise AnyDoorError("--output goes without --split, which writes into the bundle")
+    if options.split:
+        recipe = split(options.split, options.bundle, options.quiet)
+        path, count = options.bundle / REST, len(recipe.header.tensors)
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, with {len(recipe.rest)} of {count} tensors")
+    else:
+        print(restore(options.bundle, options.output, options.quiet))
     return 0
 
 

@@ -49,13 +49,14 @@ class Header:
             ValueError: it is none; says why.
         """
         try:
+            text.encode()  # JSON may name halves of characters, which no file holds
             content = json.loads(text)
             metadata = content.pop(METADATA, {})
             tensors = [
                 Tensor(name, of["dtype"], tuple(of["shape"]), *map(int, of["data_offsets"]))
                 for name, of in content.items()
             ]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError("its header is damaged") from error
         tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
         ends = [0, *(tensor.end for tensor in tensors)]

@@ -21,8 +21,8 @@ from torch import nn
 
 from engines.bundle import CONSTANTS, file_record
 from engines.engine import Array, Engine
-from engines.manifest import MANIFEST, FileRecord, GraphRecord, Manifest
-from export.build import placing
+from engines.manifest import FileRecord, GraphRecord, Manifest
+from export.build import placing, write_manifest
 from export.noise import write_recipe
 from export.noise_recipe import noise_recipe
 from export.onnx_bundle import empty_manifest, write_tokenizer
@@ -76,7 +76,7 @@ def build_skeleton(
         manifest = replace(manifest, constants=file_record(folder, CONSTANTS))
         if source.tokenizer is not None:
             manifest = replace(manifest, tokenizer=write_tokenizer(folder, source.tokenizer))
-        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+        write_manifest(folder, manifest)
     return manifest
 
 

@@ -4,6 +4,7 @@ network."""
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +24,19 @@ from engines.manifest import ANY_TARGET, FileRecord, GraphRecord, Manifest
 from engines.options import EngineOptions
 from engines.spec import GraphSpec, TensorSpec
 from export.options import ONNX
+from export.output import printable
 from export.progress import Progress
 from export.scratch import scratch_of_graph
-from export.segmenters.recognition import CLICK, EMBED, POINTS, SALIENT, Wrap, read_network, recognise
+from export.segmenters.recognition import (
+    CLICK,
+    EMBED,
+    POINTS,
+    SALIENT,
+    Wrap,
+    check_mask,
+    read_network,
+    recognise,
+)
 from export.segmenters.wrapping import graph_outputs, network_inputs, network_outputs, wrap_network
 
 SYSTEM = "segmenter"
@@ -81,11 +92,11 @@ class SegmenterSource:
     def record(self) -> dict[str, Any]:
         """Returns names and hash of the files, for the manifest; of two, the hash of what sha256sum
         prints."""
-        names = ", ".join(path.name for path in self.paths)
+        names = printable(", ".join(path.name for path in self.paths))
         if len(self.paths) == 1:
             return {"file": names, "sha256": sha256(self.paths[0])}
         lines = "".join(f"{sha256(path)}  {path.name}\n" for path in self.paths)
-        return {"file": names, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+        return {"file": names, "sha256": hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()}
 
 
 def export_segmenter(source: SegmenterSource, output: Path, progress: Progress) -> Manifest:
@@ -154,12 +165,37 @@ def _run(
         outputs = session.run(names, network_inputs(wrap, model, given))
     except Exception as error:  # the library raises classes of its own, all derived from Exception
         raise AnyDoorError(f"ONNX Runtime cannot run '{path}': {str(error).splitlines()[0]}") from error
+    _check_outputs(path, wrap, dict(zip(names, outputs)))
     titles = {
         SALIENT: ["mask"],
         EMBED: [f"features_{index}" for index in range(len(names))],
         CLICK: ["masks", "scores"],
     }
     return dict(zip(titles[wrap.graph], graph_outputs(wrap, model, outputs), strict=True))
+
+
+def _check_outputs(path: Path, wrap: Wrap, outputs: Mapping[str, Any]) -> None:
+    """Refuses what no network of the kind gives; its file need not say what it gives.
+
+    Raises:
+        AnyDoorError: names the output.
+    """
+    for name, array in outputs.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            raise AnyDoorError(f"'{path}' gives '{name}', which is no array of numbers")
+    if wrap.graph == SALIENT:
+        ((name, mask),) = outputs.items()
+        if mask.ndim < 2:
+            raise AnyDoorError(f"'{path}' gives '{name}' {mask.shape}, which is no mask")
+        check_mask(path, name, mask.shape, wrap.size)
+    if wrap.graph == CLICK:
+        shapes = [array.shape for array in outputs.values()]
+        masks, scores = shapes[0], shapes[-1]
+        if len(masks) < 3 or math.prod(masks[:-3]) != 1 or math.prod(scores) != masks[-3]:
+            given = " and ".join(f"'{name}' {array.shape}" for name, array in outputs.items())
+            raise AnyDoorError(
+                f"the decoder '{path}' gives {given}: known ones give masks (1, K, s, s) and scores (1, K)"
+            )
 
 
 def _spec(

@@ -7,9 +7,10 @@ from itertools import takewhile
 from pathlib import Path
 
 from engines.errors import AnyDoorError
-from engines.manifest import ANY_TARGET, Manifest
+from engines.manifest import ANY_TARGET, CUDA, Manifest
 from export.build import best_backend, build_segmenter
 from export.options import ONNX, SOURCE_OPTIONS, BuildOptions, flag
+from export.output import check_output
 from export.progress import Progress
 
 NORMALISATIONS = ("imagenet", "half", "signed", "u2net")
@@ -60,9 +61,14 @@ def build_from_onnx(options: argparse.Namespace) -> tuple[Path, Manifest]:
     for name in _OF_A_CHECKPOINT:
         if getattr(options, name) is not None:
             raise AnyDoorError(f"{flag(name)} goes with a checkpoint: '{options.source}' is an ONNX file")
+    if options.deterministic or CUDA in options.targets:
+        name = "--deterministic" if options.deterministic else f"--targets {CUDA}"
+        raise AnyDoorError(
+            f"{name} goes with a checkpoint: '{options.source}' is an ONNX file, whose bundle runs anywhere"
+        )
     paths = [options.source, *([options.decoder] if options.decoder else [])]
     backend = best_backend() if options.backend == "auto" else options.backend
-    targets = (ANY_TARGET,) if backend == ONNX else options.targets
+    targets = options.targets or ((ANY_TARGET,) if backend == ONNX else ())
     build = BuildOptions(backend=backend, targets=targets, max_batch=1)
     try:
         from export.segmenters.building import SegmenterSource
@@ -70,9 +76,10 @@ def build_from_onnx(options: argparse.Namespace) -> tuple[Path, Manifest]:
         raise AnyDoorError(
             f"the package '{error.name}' is missing; install it with: pip install '.[export]'"
         ) from error
+    output = options.output or Path("build/engines") / _name(paths)
+    check_output(output, paths)
     source = SegmenterSource.open(paths, options.normalise)
     print(f"network: {source.description}", flush=True)
-    output = options.output or Path("build/engines") / _name(paths)
     return output, build_segmenter(source, output, build, Progress(quiet=options.quiet))
 
 

@@ -18,6 +18,9 @@ from engines.spec import TensorSpec
 from export.segmenters.network import shape_of
 
 SALIENT, EMBED, CLICK = "salient", "embed", "click"
+_LARGEST_SIDE = 8192
+"""Of a picture, in pixels."""
+
 POINTS = "points"
 """Variable dimension of the click graph."""
 
@@ -163,10 +166,13 @@ def read_network(path: Path) -> onnx.ModelProto:
         AnyDoorError: it is none, or its weights are missing.
     """
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
     except Exception as error:  # of protobuf, of the file system, and of onnx's own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AnyDoorError(f"cannot read the network '{path}': {reason}") from error
+    if not model.graph.node or not model.graph.output:
+        raise AnyDoorError(f"cannot read the network '{path}': there is none in it")
+    return model
 
 
 def recognise(paths: Sequence[Path], models: Sequence[onnx.ModelProto], normalise: str | None) -> list[Wrap]:
@@ -192,6 +198,7 @@ def recognise(paths: Sequence[Path], models: Sequence[onnx.ModelProto], normalis
         for clicker in CLICKERS:
             wanted = {*clicker.features, clicker.points, clicker.labels}
             if len(given) == 1 and wanted <= taken.keys() and outputs.issuperset(clicker.features):
+                _check_decoder(paths[decoder], models[decoder])
                 size, last = _side(paths[encoder], *given.values())
                 embed = Wrap(EMBED, clicker.title, size, clicker.normalisation, clicker, last)
                 click = Wrap(CLICK, clicker.title, size, clicker=clicker)
@@ -202,21 +209,64 @@ def recognise(paths: Sequence[Path], models: Sequence[onnx.ModelProto], normalis
     )
 
 
+def _check_decoder(path: Path, model: onnx.ModelProto) -> None:
+    outputs = [output.name for output in model.graph.output]
+    if len(outputs) < 2:
+        raise AnyDoorError(
+            f"the decoder '{path}' gives '{outputs[0]}' alone: known decoders give masks and their scores"
+        )
+
+
 def _recognise_salient(path: Path, model: onnx.ModelProto, normalise: str | None) -> Wrap:
     inputs = inputs_of(model)
-    if len(inputs) != 1:
+    if not inputs:
+        raise AnyDoorError(f"'{path}' takes nothing: a network that finds objects takes a picture")
+    if len(inputs) > 1:
         raise AnyDoorError(
             f"'{path}' takes {', '.join(inputs)}: a network for clicks comes in two files, "
             "its encoder and its decoder; give both"
         )
     ((name, shape),) = inputs.items()
-    if len(shape) != 4 or shape[1] not in (3, None):
+    if len(shape) != 4 or shape[1] not in (3, None) or len({*shape[2:]} - {None}) > 1:
         raise AnyDoorError(f"'{path}' takes '{name}' {_text(shape)}: pictures are (1, 3, S, S)")
-    size = shape[2] if shape[2] == shape[3] else 0
+    size = _checked(path, shape[2] or shape[3])
     several = len(model.graph.output) > 1
     if normalise:
         usual = next(family.size for family in FAMILIES if family.normalisation == normalise)
-        return Wrap(SALIENT, "main object", size or usual, NORMALISATIONS[normalise])
+        wrap = Wrap(SALIENT, "main object", size or usual, NORMALISATIONS[normalise])
+    else:
+        wrap = _of_a_family(path, name, shape, size, several)
+    mask = model.graph.output[0]
+    check_mask(path, mask.name, shape_of(mask), wrap.size)
+    return wrap
+
+
+def check_mask(path: Path, name: str, shape: Sequence[int | None], size: int) -> None:
+    """Refuses an output that is no mask of the picture's size.
+
+    Args:
+        path: of the network, for the refusal.
+        name: of the output.
+        shape: its sizes, None for one that is not known; empty if none is.
+        size: side of the picture.
+
+    Raises:
+        AnyDoorError: it has another number of values, or another shape.
+    """
+    sides, others = shape[-2:], shape[:-2]
+    if any(side not in (size, None) for side in sides) or any(other not in (1, None) for other in others):
+        raise AnyDoorError(
+            f"'{path}' gives '{name}' {_text(shape)}: a network that finds the main object gives a mask "
+            f"(1, 1, {size}, {size})"
+        )
+
+
+def _of_a_family(path: Path, name: str, shape: Sequence[int | None], size: int | None, several: bool) -> Wrap:
+    """Returns the wrap of the family that a network is of, by the size of its picture and its outputs.
+
+    Raises:
+        AnyDoorError: there is none.
+    """
     for family in FAMILIES:
         if (
             (size or 512) == family.size
@@ -225,9 +275,9 @@ def _recognise_salient(path: Path, model: onnx.ModelProto, normalise: str | None
         ):
             return Wrap(SALIENT, family.title, family.size, NORMALISATIONS[family.normalisation])
     raise AnyDoorError(
-        f"'{path}' takes '{name}' {_text(shape)} and gives {len(model.graph.output)} outputs, which does not "
-        "say how its pictures are normalised: say --normalise imagenet (BiRefNet, RMBG-2.0), half (IS-Net, "
-        "RMBG-1.4), signed (MODNet) or u2net"
+        f"'{path}' takes '{name}' {_text(shape)} and gives {'several outputs' if several else 'one output'}, "
+        "which does not say how its pictures are normalised: say --normalise imagenet (BiRefNet, RMBG-2.0), "
+        "half (IS-Net, RMBG-1.4), signed (MODNet) or u2net"
     )
 
 
@@ -235,10 +285,21 @@ def _side(path: Path, shape: tuple[int | None, ...]) -> tuple[int, bool]:
     """Returns side of the picture that an encoder takes, 1024 where it is variable, and whether channels are
     last."""
     if len(shape) == 3 and shape[2] in (3, None):
-        return shape[0] or 1024, True
+        return _checked(path, shape[0]) or 1024, True
     if len(shape) == 4 and shape[1] in (3, None) and shape[2] == shape[3]:
-        return shape[2] or 1024, False
+        return _checked(path, shape[2]) or 1024, False
     raise AnyDoorError(f"the encoder '{path}' takes {_text(shape)}: pictures are (1, 3, S, S) or (S, S, 3)")
+
+
+def _checked(path: Path, side: int | None) -> int | None:
+    """Returns the side of a picture, None for a variable one.
+
+    Raises:
+        AnyDoorError: no machine has memory for it.
+    """
+    if side is not None and not 0 < side <= _LARGEST_SIDE:
+        raise AnyDoorError(f"'{path}' takes pictures of {side} px, and at most {_LARGEST_SIDE} are possible")
+    return side
 
 
 def inputs_of(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:

@@ -28,6 +28,9 @@ DENOISE = "denoise"
 ENCODE = "encode"
 DECODE = "decode"
 
+LARGEST_SIDE = 8192
+"""Of a picture, in pixels."""
+
 CONDITIONS = "conditions"
 """Dimension: sets of tokens in a call, conditional and unconditional ones."""
 
@@ -49,12 +52,14 @@ def latent_shape(architecture: DiffusionArchitecture, size: Size) -> tuple[int, 
 
 
 def check_size(architecture: DiffusionArchitecture, size: Size) -> None:
-    """Refuses a picture size that the network cannot halve often enough.
+    """Refuses a picture size that the network cannot halve often enough, or that no machine has memory for.
 
     Raises:
-        AnyDoorError: it cannot.
+        AnyDoorError: it is such a size.
     """
     step = architecture.side_step
+    if max(size) > LARGEST_SIDE:
+        raise AnyDoorError(f"--resolution must be at most {LARGEST_SIDE}, not {max(size)}")
     if any(side < step or side % step for side in size):
         height, width = size
         given = str(width) if width == height else f"{width}x{height}"

@@ -29,6 +29,7 @@ from engines.bundle import sha256
 from engines.engine import Engine
 from engines.spec import SAMPLES, GraphSpec, TensorSpec
 from export.options import SourceOptions
+from export.output import printable
 from export.precision import keep_float32_layers
 from export.systems.diffusion import (
     CONDITIONS,
@@ -145,7 +146,7 @@ class StableDiffusionSource:
     def record(self) -> dict[str, Any]:
         """Returns name and sha256 of the checkpoint and of the LoRA files in it."""
         loras = [
-            {"file": path.name, "sha256": sha256(path), "scale": scale}
+            {"file": printable(path.name), "sha256": sha256(path), "scale": scale}
             for path, scale in self._checkpoint.loras
         ]
         record = checkpoint_record(self.path, self._checkpoint.files)

@@ -16,6 +16,7 @@ from torch import nn
 from engines.bundle import sha256
 from engines.engine import Array, Engine
 from engines.spec import GraphSpec
+from export.output import printable
 from training.network.tokenizer_files import TokenizerFiles
 
 Size = tuple[int, int]
@@ -94,7 +95,8 @@ def checkpoint_record(path: Path, files: Sequence[Path] = ()) -> dict[str, Any]:
         files: those that the bundle is made from, if they are not the path itself.
     """
     if tuple(files) in ((), (path,)):
-        return {"file": path.name, "sha256": sha256(path)}
+        return {"file": printable(path.name), "sha256": sha256(path)}
     folder = path if path.is_dir() else path.parent
     lines = [f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
-    return {"file": path.resolve().name, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
+    digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return {"file": printable(path.resolve().name), "sha256": digest}

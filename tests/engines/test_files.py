@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -109,6 +110,51 @@ def test_there_is_a_folder_at_all_times(
     assert (folder / "a").read_text() == "new"
     assert list(tmp_path.iterdir()) == [folder]
     assert seen == ([] if can_exchange and sys.platform == "linux" else [False, True])
+
+
+def test_a_folder_that_cannot_take_the_others_place_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the old one belongs to the image of a container: overlayfs does not rename it."""
+    folder = tmp_path / "bundle"
+    fill(folder, "old")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path == folder:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="the new one is complete, at '") as error:
+        fill(folder, "new")
+    assert (folder / "a").read_text() == "old"
+    (kept,) = set(tmp_path.iterdir()) - {folder}
+    assert (kept / "a").read_text() == "new"
+    assert error.value.strerror == f"{os.strerror(errno.EXDEV)}; the new one is complete, at '{kept}'"
+    monkeypatch.undo()
+    fill(folder, "newer")  # which removes what killed processes have left
+    assert kept.is_dir()
+
+
+def test_the_old_folder_is_put_back_where_the_new_one_cannot_be_placed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bundle"
+    fill(folder, "old")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target == folder and path.suffix == ".partial":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError, match="the new one is complete"):
+        fill(folder, "new")
+    assert (folder / "a").read_text() == "old"
 
 
 def test_a_folder_that_a_killed_process_took_away_is_put_back(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from engines.bundle import Bundle
 from engines.errors import AnyDoorError
 from export.build_engines import build_options, summary
-from export.flags import add_arguments, parse_default
+from export.flags import add_arguments, parse_default, parse_targets
 from export.options import DETERMINISTIC_CUDA, BuildOptions
 from runtime.cli import main
 
@@ -44,6 +44,7 @@ def test_defaults_are_json_or_plain_strings(text: str, name: str, value: Any) ->
         ("guidance=2", "there is no parameter 'guidance': did you mean 'guidance_scale'?"),
         ("guidance_scale=NaN", "guidance_scale is NaN: expected a finite number"),
         ("guidance_scale=1e999", "guidance_scale is 1e999: expected a finite number"),
+        ("guidance_interval=[NaN,0.9]", "guidance_interval is [NaN,0.9]: expected a finite number"),
         ("zzz=2", "there is no parameter 'zzz': choose one of steps, guidance_scale"),
     ],
 )
@@ -51,6 +52,27 @@ def test_defaults_that_no_parameter_can_have(text: str, sentence: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError) as refusal:
         parse_default(text)
     assert str(refusal.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [("any", ("any",)), ("SM89, sm86", ("sm89", "sm86")), ("sm86,sm89,sm86", ("sm86", "sm89"))],
+)
+def test_targets_count_once(text: str, targets: tuple[str, ...]) -> None:
+    assert parse_targets(text) == targets
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "no target is named: give it like sm86,sm89, or leave --targets out"),
+        ("sm86,", "'sm86,' does not name a target between all commas: give it like sm86,sm89"),
+    ],
+)
+def test_targets_without_a_name(text: str, sentence: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as refusal:
+        parse_targets(text)
+    assert str(refusal.value) == sentence
 
 
 def test_flags_are_the_options_of_the_build() -> None:
@@ -125,6 +147,10 @@ def test_without_pytorch_it_names_the_extra(tmp_path: Path) -> None:
         (
             ["a.ckpt", "--system=stable_diffusion"],
             "--system is for --skeleton: the system of 'a.ckpt' is recognised from its weights",
+        ),
+        (
+            ["--skeleton", "--normalise=half"],
+            "--normalise is for segmentation networks, not for --skeleton",
         ),
         (["--skeleton", "--dino-heads=6"], "--dino-heads is for checkpoints, not for --skeleton"),
         (

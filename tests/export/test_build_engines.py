@@ -103,7 +103,9 @@ def test_wrong_key_set(tmp_path: Path, capsys: Capture) -> None:
     [
         ("--resolution", 100, "--resolution must be a multiple of 16"),
         ("--resolution", 0, "--resolution must be a multiple of 16"),
-        ("--max-batch", 0, "--max-batch must be at least 1"),
+        ("--resolution", 1_048_576, "--resolution must be at most 8192, not 1048576"),
+        ("--max-batch", 0, "--max-batch must be from 1 to 4096, not 0"),
+        ("--max-batch", 5000, "--max-batch must be from 1 to 4096, not 5000"),
         ("--unet-head-width", 0, "--unet-head-width must be at least 1, not 0"),
         ("--dino-heads", -2, "--dino-heads must be at least 1, not -2"),
     ],
@@ -113,6 +115,24 @@ def test_options_that_cannot_be_built(
 ) -> None:
     assert sentence in refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle", option, value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")]
+)
+def test_too_little_memory(
+    tiny_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """As NumPy says it, and as PyTorch does."""
+
+    def build(*arguments: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("export.build_engines.build_bundle", build)
+    assert refused(capsys, tiny_checkpoint) == (
+        "build_engines.py: there is not enough memory to build it: give a smaller --resolution, or build it "
+        "on a machine with more"
+    )
 
 
 def test_other_peoples_directories_are_not_replaced(
@@ -141,6 +161,16 @@ def test_runs_as_a_script() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr == ("build_engines.py: give a checkpoint or a bundle to build from, or --skeleton\n")
+
+
+def test_output_that_nobody_reads(tiny_checkpoint: Path) -> None:
+    """As before `| head -0`: the command ends as soon as it has something to say."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "export" / "build_engines.py"), str(tiny_checkpoint)]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_folders_that_cannot_be_read_are_told(

@@ -6,8 +6,11 @@ import hashlib
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
+import onnx
 import pytest
 from safetensors import safe_open
 
@@ -162,6 +165,57 @@ def test_damaged_remainders(bundle: Path, capsys: Capture, content: bytes, sente
     assert sentence in refused(capsys, bundle)
 
 
+def change_header(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes what the remainder says before its tensors."""
+    content = (bundle / REST).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).replace("Infinity", "1e400").encode()
+    (bundle / REST).write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("anydoor.places", '{"betas": [[["a.onnx"], "w", false]]}', "it does not say where the tensors are"),
+        ("anydoor.places", '{"betas": [["a.onnx", "w", 0]]}', "it does not say where the tensors are"),
+        ("anydoor.places", "[" * 100_000, "it does not say where the tensors are"),
+        ("anydoor.checkpoint_header", '{"__metadata__": {"a": "\ud800"}}', "its header is damaged"),
+    ],
+)
+def test_remainders_whose_metadata_make_no_sense(
+    bundle: Path, capsys: Capture, key: str, value: str, sentence: str
+) -> None:
+    change_header(bundle, lambda header: header["__metadata__"].update({key: value}))
+    assert f"is damaged ({sentence}): copy the bundle again" in refused(capsys, bundle)
+
+
+def test_a_remainder_with_an_endless_tensor(bundle: Path, capsys: Capture) -> None:
+    change_header(bundle, lambda header: header["betas"].update({"data_offsets": [0, float("inf")]}))
+    assert "is damaged (its header is damaged): copy the bundle again" in refused(capsys, bundle)
+
+
+@pytest.mark.parametrize("shape", [(1 << 20, 1 << 20), (3,), (-1, 4)])
+def test_an_initialiser_that_is_larger_or_smaller_than_it_says(
+    bundle: Path, capsys: Capture, shape: tuple[int, ...]
+) -> None:
+    """In a bundle whose maker also wrote the hash of that."""
+    path, manifest = bundle / "denoise.onnx", bundle / "manifest.json"
+    before = (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    model = onnx.load(path, load_external_data=False)
+    weight = next(each for each in model.graph.initializer if each.data_location == each.EXTERNAL)
+    weight.dims[:] = shape
+    path.write_bytes(model.SerializeToString())
+    after = (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    text = manifest.read_text()
+    for old, new in zip(before, after):
+        text = text.replace(str(old), str(new))
+    manifest.write_text(text)
+    line = refused(capsys, bundle)
+    assert f"is damaged: the weights of denoise.onnx cannot be read ('{weight.name}' {shape} does not" in line
+
+
 # --- what cannot be restored or split ---------------------------------------------------------------------
 
 
@@ -232,6 +286,28 @@ def test_checkpoints_that_are_not_there_or_not_one_file(
     assert f"'{tmp_path}' is a folder: only a checkpoint of one .safetensors file can be split" in line
     line = refused(capsys, "--split", tmp_path / "none", bundle)
     assert f"cannot read '{tmp_path / 'none'}': No such file or directory" in line
+
+
+def test_another_checkpoint_beside_the_bundle_is_not_replaced(
+    bundle: Path, tiny_checkpoint: Path, capsys: Capture
+) -> None:
+    path = bundle.with_name("tiny.safetensors")
+    path.write_text("the next version")
+    line = refused(capsys, bundle)
+    assert f"'{path}' is there, and is not the checkpoint of '{bundle}': move it away, or say with -o" in line
+    assert path.read_text() == "the next version"
+    for arguments in ([str(bundle), "-o", str(path)], [str(bundle)]):  # then it is the one that is wanted
+        assert main(arguments) == 0
+        assert path.read_bytes() == tiny_checkpoint.read_bytes()
+
+
+def test_ctrl_c_ends_in_a_line(bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(restore_checkpoint, "read_weights", interrupted)
+    assert main([str(bundle)]) == 130
+    assert capsys.readouterr().err == "restore_checkpoint: interrupted; nothing was written\n"
 
 
 def test_places_that_cannot_be_written(complete_bundle: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -164,6 +165,46 @@ def strangers(folder: Path) -> list[Path]:
     return [u2net(folder), sam(folder)[1]]
 
 
+def gives(
+    shape: Sequence[int], side: int = 320, declared: Sequence[int | str] | None = None
+) -> Callable[[Path], list[Path]]:
+    """A network of U2Net's or MODNet's inputs, whose output is a constant of some shape."""
+
+    def make(folder: Path) -> list[Path]:
+        network = Network()
+        zero = network.add("Mul", network.add("ReduceMean", "x", keepdims=0), network.constant(0))
+        network.add("Add", zero, network.constant(np.zeros(shape)), to="y")
+        outputs = [("y", shape if declared is None else declared)]
+        return [network.save(folder / "any.onnx", [("x", (1, 3, side, side))], outputs)]
+
+    return make
+
+
+def wide(folder: Path) -> list[Path]:
+    network = Network()
+    network.add("ReduceMean", "x", axes=[1], to="y")
+    return [network.save(folder / "wide.onnx", [("x", (1, 3, 320, 512))], [("y", (1, 1, 320, 512))])]
+
+
+def empty(folder: Path) -> list[Path]:
+    (folder / "empty.onnx").touch()
+    return [folder / "empty.onnx"]
+
+
+def no_input(folder: Path) -> list[Path]:
+    network = Network()
+    network.add("Neg", network.constant((1.0,)), to="y")
+    return [network.save(folder / "constant.onnx", [], [("y", (1,))])]
+
+
+def no_scores(folder: Path) -> list[Path]:
+    files = sam(folder)
+    model = onnx.load(files[1])
+    del model.graph.output[1:]
+    onnx.save(model, files[1])
+    return [*files]
+
+
 def damaged(folder: Path) -> list[Path]:
     (folder / "cut.onnx").write_bytes(u2net(folder).read_bytes()[:-100])
     return [folder / "cut.onnx"]
@@ -176,6 +217,14 @@ def damaged(folder: Path) -> list[Path]:
         (lambda folder: [sam(folder)[1]], "comes in two files, its encoder and its decoder; give both"),
         (strangers, "are not a known encoder and decoder"),
         (damaged, "cannot read the network"),
+        (empty, "empty.onnx': there is none in it"),
+        (no_input, "takes nothing: a network that finds objects takes a picture"),
+        (no_scores, "gives 'masks' alone: known decoders give masks and their scores"),
+        (wide, "takes 'x' (1, 3, 320, 512): pictures are (1, 3, S, S)"),
+        (gives((1,), 100_000), "takes pictures of 100000 px, and at most 8192 are possible"),
+        (gives((1, 1000)), "gives 'y' (1, 1000): a network that finds the main object gives a mask (1, 1,"),
+        (gives((1, 1, 80, 80)), "gives 'y' (1, 1, 80, 80): a network that finds the main object"),
+        (gives((1, 2, 512, 512), 512), "gives 'y' (1, 2, 512, 512): a network that finds the main object"),
         (lambda folder: [folder / "none.onnx"], "No such file"),
     ],
 )
@@ -189,8 +238,58 @@ def test_what_is_no_known_network_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("shape", "declared", "refusal"),
+    [
+        ((), (), "gives 'y' (), which is no mask"),
+        ((1, 1000), ("n", "c"), "gives 'y' (1, 1000): a network that finds the main object gives"),
+        ((1, 2, 320, 320), (1, "c", 320, 320), "gives 'y' (1, 2, 320, 320): a network that finds"),
+    ],
+)
+def test_outputs_that_are_no_masks_when_the_network_runs(
+    shape: Sequence[int],
+    declared: Sequence[int | str],
+    refusal: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file need not say the sizes of its outputs."""
+    (network,) = gives(shape, declared=declared)(tmp_path)
+    assert (
+        main([str(network), "--output", str(tmp_path / "bundle"), "--backend", "onnxruntime", "--quiet"]) == 2
+    )
+    assert refusal in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_scores_that_are_not_one_per_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder, decoder = sam(tmp_path)
+    model = onnx.load(decoder)
+    names = [output.name for output in model.graph.output]
+    del model.graph.output[names.index("iou_predictions")]  # another output takes its place
+    onnx.save(model, decoder)
+    output = ["--output", str(tmp_path / "bundle"), "--backend", "onnxruntime", "--quiet"]
+    assert main([str(encoder), str(decoder), *output]) == 2
+    assert "known ones give masks (1, K, s, s) and scores (1, K)" in capsys.readouterr().err
+
+
+def test_a_network_whose_name_cannot_be_shown(tmp_path: Path) -> None:
+    network = u2net(tmp_path).rename(tmp_path / "u2\u00a0net.onnx")
+    assert build(network, output=tmp_path / "bundle").manifest.checkpoint["file"] == "u2?net.onnx"
+
+
+def test_a_network_is_not_replaced_by_its_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = build(u2net(tmp_path), output=tmp_path / "bundle").path
+    graph = bundle / "salient.onnx"
+    assert main([str(graph), "--output", str(bundle), "--quiet"]) == 2
+    assert f"'{graph}', which is built from, lies in '{bundle}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "refusal"),
     [
+        (["u2net.onnx", "--targets", "nonsense"], "--targets of onnxruntime is any or cuda"),
+        (["u2net.onnx", "--targets", "cuda"], "--targets cuda goes with a checkpoint"),
+        (["u2net.onnx", "--deterministic"], "--deterministic goes with a checkpoint"),
         (["u2net.onnx", "--resolution", "512"], "--resolution goes with a checkpoint"),
         (["model.ckpt", "decoder.onnx"], "'decoder.onnx' is for segmentation networks"),
         (["model.ckpt", "--normalise", "half"], "--normalise is for segmentation networks"),
@@ -199,7 +298,7 @@ def test_what_is_no_known_network_is_refused(
 def test_flags_of_others_are_refused(
     options: list[str], refusal: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(options) == 2
+    assert main([*options, "--backend", "onnxruntime"]) == 2
     assert refusal in capsys.readouterr().err
 
 

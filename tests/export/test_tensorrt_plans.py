@@ -26,6 +26,7 @@ from export.options import BuildOptions
 from export.plans import (
     Phase,
     build_plan,
+    build_plans,
     check_targets,
     completed,
     network_signature,
@@ -104,6 +105,16 @@ def test_headers_are_plans_of_this_version(built: tuple[Bundle, Bundle], library
     check_version(library, plans)
     for graph in GRAPHS:
         check_header(library, plans, graph)
+
+
+@pytest.mark.parametrize("name", ["/tmp/escaped", "../escaped", ".hidden", "a b", ""])
+def test_names_of_graphs_that_no_file_may_have(half: Bundle, tmp_path: Path, name: str) -> None:
+    """They are whatever the source's manifest says."""
+    graphs = {name: half.manifest.graphs[ID_ENCODER]}
+    source = replace(half, manifest=replace(half.manifest, graphs=graphs))
+    library: Any = None  # which is not asked for anything
+    with pytest.raises(AnyDoorError, match="is not named by letters, digits, and"):
+        build_plans(source, tmp_path / "plans", library, Progress(quiet=True), 1)
 
 
 def parse(library: Library, path: Path) -> Any:
@@ -255,7 +266,7 @@ def test_a_target_outside_the_support_matrix_is_refused_before_the_work(
     ("options", "sentence"),
     [
         ({"backend": "onnxruntime"}, "is a bundle already"),
-        ({"backend": RTX, "max_batch": 0}, "--max-batch must be at least 1"),
+        ({"backend": RTX, "max_batch": 0}, "--max-batch must be from 1 to 4096"),
         ({"backend": RTX, "targets": ("sm87",)}, "not sm87"),
         ({"backend": "openvino"}, "there is no backend 'openvino'"),
     ],
