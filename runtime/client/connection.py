@@ -53,6 +53,9 @@ _RETRIES = {
     ]
 }
 _OPTIONS = [
+    # of a server whose machine is gone nothing comes, not even the end of the connection
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.service_config", json.dumps(_RETRIES)),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),

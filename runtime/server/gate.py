@@ -48,6 +48,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_connection_age_grace_ms", 60 * 60_000),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # clients ask, too
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
     # above these gRPC ends calls at random, whoever makes them; `Gate` ends the connection that floods
     ("grpc.server.max_pending_requests", 20_000),
     ("grpc.server.max_pending_requests_hard_limit", 40_000),

@@ -188,4 +188,6 @@ def app(given: dict[str, Any]) -> serve.Application:
     door = serve.deployment(
         RayDoor, name="Door", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
     )
-    return door.bind(replicas.bind(given))
+    # files that settings name are on the machines of the replicas
+    sizes = {name: value for name, value in given.items() if name == "max_message_bytes"}
+    return door.bind(replicas.bind(given), settings_from(sizes, None, {"bundle": ""}).max_message_bytes)

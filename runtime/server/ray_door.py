@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import grpc
@@ -74,13 +75,15 @@ class _Answer(bytes):
 class RayDoor:
     """Takes calls by gRPC and HTTP to replicas."""
 
-    def __init__(self, replicas: Any) -> None:
+    def __init__(self, replicas: Any, most_bytes: int) -> None:
         """Keeps the replicas.
 
         Args:
             replicas: `ray.serve.handle.DeploymentHandle` of them.
+            most_bytes: of a body over HTTP; a larger one is refused before a replica sees it.
         """
         self._replicas = replicas
+        self._most_bytes = most_bytes
 
     async def _one(self, name: str, message: bytes, grpc_context: Any) -> _Answer:
         """Returns the answer of a method with one; an empty one where the context has another status than
@@ -152,9 +155,18 @@ class RayDoor:
             "client",
             "scheme",
         )
-        body = await request.body()
-        asked = AskedHttp({name: request.scope[name] for name in wanted if name in request.scope}, body)
-        model = await asyncio.to_thread(_model_of_http, request, body)
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > self._most_bytes:
+                sentence = f"the message is larger than {self._most_bytes} bytes"
+                refusal = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+                status, error = error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, {}, refusal)
+                return JSONResponse(error, int(status), {"connection": "close"})
+        asked = AskedHttp(
+            {name: request.scope[name] for name in wanted if name in request.scope}, bytes(body)
+        )
+        model = await asyncio.to_thread(_model_of_http, request, asked.body)
         items = self._anywhere("answer_http", asked, model)
         head, resent = await anext(items)
         if isinstance(head, Ended):

@@ -237,6 +237,12 @@ class Settings:
         for name in ("studio", "cors", "host", "job_folder"):
             if getattr(self, name) and not self.http:
                 raise InputError(f"{name} needs http")
+        for origin in self.cors:
+            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+                raise InputError(f"cors: an origin is * or like https://example.org, not '{origin}'")
+        for name in self.host:
+            if not re.fullmatch(r"\[?[\w.:-]+\]?", name) or re.search(r"^[^:]*:\d+$", name):
+                raise InputError(f"host: a name or an address is expected, without a port, not '{name}'")
         if self.job_folder and not os.path.isdir(self.job_folder):
             raise InputError(f"job_folder: there is no folder '{self.job_folder}'")
 

@@ -128,7 +128,11 @@ def new_app(
 
     async def refuse(request: Request, error: Any) -> Any:
         """404 and 405 are refusals as all others: seen, and late where there are many."""
-        return Endpoint(gate, "other", partial(_refuse, error), max_bytes, has_message=False)
+        here = [
+            each for each in routes if isinstance(each, Route) and each.path_regex.match(request.url.path)
+        ]
+        verbs = {verb for each in here for verb in each.methods or ()}
+        return Endpoint(gate, "other", partial(_refuse, error, verbs), max_bytes, has_message=False)
 
     routes: list[BaseRoute] = [
         *_health_routes(health, has_jobs=jobs is not None),
@@ -155,10 +159,13 @@ def new_app(
         routes.append(Route("/v1/jobs{rest:path}", no_jobs))
     if settings.studio:
         routes.append(Mount(STUDIO, _Page(directory=Path(__file__).with_name("studio"), html=True)))
-        routes.append(Route("/", lambda request: RedirectResponse(f"{STUDIO}/")))
+        for path in ("/", STUDIO):
+            routes.append(Route(path, lambda request: RedirectResponse(f"{STUDIO}/")))
 
     handlers: dict[Any, Any] = dict.fromkeys((404, 405), refuse)
-    return Starlette(routes=routes, middleware=_middleware(gate, settings), exception_handlers=handlers)
+    app = Starlette(routes=routes, middleware=_middleware(gate, settings), exception_handlers=handlers)
+    app.router.redirect_slashes = False  # what is not offered is refused as JSON
+    return app
 
 
 def _middleware(gate: Gate, settings: Settings) -> list[Middleware]:
@@ -214,9 +221,9 @@ async def _refuse_job(content: bytes, call: Call) -> None:
     )
 
 
-async def _refuse(error: Any, content: bytes, call: Call) -> None:
+async def _refuse(error: Any, verbs: set[str], content: bytes, call: Call) -> None:
     if error.status_code != HTTPStatus.METHOD_NOT_ALLOWED:
         raise UnknownMethodError("there is nothing here: see /openapi.json")
     context = cast(HttpContext, call.context)
-    context.refuse_verb(error.headers["Allow"])
+    context.refuse_verb(", ".join(sorted(verbs)))
     raise UnknownMethodError(f"{context.scope['method'][:20]} is not offered here: see /openapi.json")

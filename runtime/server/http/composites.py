@@ -87,7 +87,7 @@ class Composites:
             context.head(MEDIA_TYPES["PNG"], HTTPStatus.OK, **warning_header(found.warnings))
             await call.write(found.mask)
         else:
-            await send_json(call, plain(found))
+            await send_json(call, {**plain(found), "warnings": list(found.warnings)})
 
     async def model(self, content: bytes, call: Call) -> None:
         """GET /v1/model, or /v1/model?model=NAME: as GetModelInfo."""

@@ -4,18 +4,22 @@ that reach clients that are still sending."""
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, cast
 
+import grpc
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runtime.errors import InputError
+from runtime.server.http.context import error_of
 
 _HEAD_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 60
@@ -95,6 +99,23 @@ class _Protocol(H11Protocol):
             return
         self._timer = self.loop.call_later(_HEAD_SECONDS, transport.close)
 
+    def send_400_response(self, msg: str) -> None:
+        """Answers a request that cannot be read, as those that can are refused."""
+        _, error = error_of(grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid HTTP", {})
+        body = json.dumps(error).encode()
+        head = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=head, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
     def _is_receiving(self) -> bool:
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
@@ -118,6 +139,24 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens at the sockets; a handshake of TLS has as long as the head of a request."""
+        config = self.config
+        protocol = partial(_Protocol, config=config, server_state=self.server_state, app_state={})
+        timeout = _HEAD_SECONDS if config.ssl else None
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                protocol,
+                sock=each,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=timeout,
+            )
+            for each in sockets or []
+        ]
+        self.started = True
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are `runtime.server.serve`'s."""

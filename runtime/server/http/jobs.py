@@ -44,7 +44,7 @@ from runtime.server.http.composites import (
 )
 from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
 from runtime.server.http.job_context import JobContext
-from runtime.server.http.messages import kind_of, message_of
+from runtime.server.http.messages import kind_of, message_of, stream_of
 from runtime.server.http.result_files import remove, results_in, write_result
 from runtime.server.memory import Account
 
@@ -142,6 +142,7 @@ class Jobs:
     async def create(self, content: bytes, call: Call) -> None:
         """POST /v1/jobs: a body as of /v1/composite, /v1/draw or /v1/edit."""
         fields = await self._composites.fields(content, call)
+        stream_of(fields)  # its events have a path of their own
         message, every = await asyncio.to_thread(message_of, fields, kind_of(fields))
         request, file_format = asked_from_message(message)
         job = Job(call.client, self._composites.models.find(message.model), file_format)
@@ -255,7 +256,7 @@ class Jobs:
                 raise
 
         try:
-            await self._gate.answer(context, "POST /v1/jobs", serve, job.client, has_message=False)
+            await self._gate.answer(context, "job", serve, job.client, has_message=False)
         except asyncio.CancelledError:
             await job.change(status=CANCELLED, ended=time.monotonic())
         if context.error:

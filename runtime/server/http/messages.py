@@ -38,9 +38,10 @@ ACTIONS = frozenset(field.name for field in pb.EditRequest.DESCRIPTOR.oneofs_by_
 
 def kind_of(fields: Fields) -> type[Asked]:
     """Returns the message that a body is: without a scene, of a drawing; with an action, of an edit."""
-    if "scene" not in fields:
+    given = {name for name, value in fields.items() if value is not None}
+    if "scene" not in given:
         return pb.DrawRequest
-    return pb.EditRequest if ACTIONS & fields.keys() else pb.CompositeRequest
+    return pb.EditRequest if ACTIONS & given else pb.CompositeRequest
 
 
 def message_of(fields: Fields, kind: type[_Message]) -> tuple[_Message, int]:
@@ -49,7 +50,7 @@ def message_of(fields: Fields, kind: type[_Message]) -> tuple[_Message, int]:
     Raises:
         InputError: names the field.
     """
-    fields = dict(fields)
+    fields = _without_null(fields)
     with in_field("preview_every"):
         every = whole_of(fields.pop("preview_every", 0), 0, 2**32 - 1)
     if kind is pb.CompositeRequest and "placements" not in fields:
@@ -59,7 +60,12 @@ def message_of(fields: Fields, kind: type[_Message]) -> tuple[_Message, int]:
 
 def segment_message(fields: Fields) -> pb.SegmentRequest:
     """Returns the message of a body that asks where an object is; likewise."""
-    return _filled(pb.SegmentRequest(), dict(fields))
+    return _filled(pb.SegmentRequest(), _without_null(fields))
+
+
+def _without_null(fields: Fields) -> Fields:
+    """Returns the fields that are set: JSON's null says that one is not."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _taken(fields: Fields, names: frozenset[str]) -> Fields:
@@ -83,7 +89,8 @@ def _fill(message: Any, fields: Any) -> None:
     for name, value in fields.items():
         # descriptor.fields_by_name raises SystemError for half of a surrogate pair
         if name not in known:
-            raise InputError(f"there is no field '{str(name)[:100]}': see /openapi.json")
+            with in_field(str(name)[:100]):
+                raise InputError(f"there is no field '{str(name)[:100]}': see /openapi.json")
         if value is None:
             continue
         _set(message, known[name], value)

@@ -172,8 +172,8 @@ def test_the_model_describes_itself(address: str, server: ServerThread) -> None:
         ({"sampling": {"guidance_scale": "much"}}, "sampling.guidance_scale", "a number is expected"),
         ({"sampling": []}, "sampling", "an object with fields is expected"),
         ({"output_format": "gif"}, "output_format", "there is no 'gif'"),
-        ({"colour": "red"}, None, "there is no field 'colour'"),
-        ({"placements": [], "reference": "AAAA"}, None, "there is no field 'reference'"),
+        ({"colour": "red"}, "colour", "there is no field 'colour'"),
+        ({"placements": [], "reference": "AAAA"}, "reference", "there is no field 'reference'"),
     ],
 )
 def test_what_cannot_be_used_is_named(address: str, more: Any, param: str | None, text: str) -> None:

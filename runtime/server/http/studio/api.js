@@ -31,6 +31,7 @@ export async function segment(file, clicks) {
 export async function* pictures(form, path, signal) {
   const answer = await ask(path, { method: "POST", body: form, signal, headers: { accept: "text/event-stream" } });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const pieces = []; // a picture comes in many: they are joined once
   let text = "";
   let ended = false;
   for (;;) {
@@ -39,7 +40,9 @@ export async function* pictures(form, path, signal) {
       return { done: true };
     });
     if (done) break;
-    text += value;
+    pieces.push(value);
+    if (!value.includes("\n")) continue;
+    text += pieces.splice(0).join("");
     for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) {
       const [first, second] = text.slice(0, end).split("\n");
       const name = first.replace("event: ", "");
@@ -60,6 +63,7 @@ async function ask(path, options) {
     answer = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
+    if (token && /[^\x20-\x7e]/.test(token)) throw new Refused("The token has a character that no token has.", 0);
     throw new Refused("The server cannot be reached. It may have stopped; try again in a moment.", 0);
   }
   if (answer.ok) return answer;

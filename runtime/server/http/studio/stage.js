@@ -24,7 +24,7 @@ export class Stage {
     this.cursor = null; // where a click of the keyboard goes
     canvas.addEventListener("pointerdown", (event) => this.#down(event));
     canvas.addEventListener("pointermove", (event) => this.#move(event));
-    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => this.#up());
+    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, (event) => this.#up(event));
     keys.addEventListener("keydown", (event) => this.#key(event));
   }
 
@@ -117,7 +117,7 @@ export class Stage {
   }
 
   #down(event) {
-    if (!this.scene || event.button) return;
+    if (!this.scene || event.button || this.from) return; // a second finger draws nothing
     this.result = null;
     const point = this.#point(event);
     if (this.#clicks) {
@@ -125,6 +125,7 @@ export class Stage {
       return;
     }
     this.canvas.setPointerCapture(event.pointerId);
+    this.pointer = event.pointerId;
     this.from = point;
     if (this.tool !== "box") {
       this.#stroke(this.from, this.from);
@@ -133,7 +134,7 @@ export class Stage {
   }
 
   #move(event) {
-    if (!this.from) return;
+    if (!this.from || event.pointerId !== this.pointer) return;
     const to = this.#point(event);
     if (this.tool === "box") {
       this.marks[this.chosen] = { box: this.#box(this.from, to) };
@@ -144,8 +145,8 @@ export class Stage {
     this.draw();
   }
 
-  #up() {
-    if (!this.from) return;
+  #up(event) {
+    if (!this.from || event.pointerId !== this.pointer) return;
     this.from = null;
     const box = this.marks[this.chosen]?.box;
     if (box && (box[2] - box[0] < 2 || box[3] - box[1] < 2)) delete this.marks[this.chosen];

@@ -22,6 +22,7 @@ let marksOf = {}; // task -> marks, while another task is chosen
 const REMEMBERED = 20;
 const history = [];
 let asked = 0; // how often the server was asked for a model
+let opened = 0; // how often a scene was chosen
 
 const stage = new Stage(find("canvas"), find("canvas-box"), marked);
 const cutout = new Cutout(find("cut"));
@@ -36,7 +37,8 @@ const objects = new Objects(find("objects"), find("object"), {
   changed: refresh,
   removed: (index) => {
     stage.marks.splice(index, 1);
-    choose(Math.min(stage.chosen, objects.items.length - 1));
+    const chosen = stage.chosen - (index < stage.chosen);
+    choose(Math.min(chosen, objects.items.length - 1));
   },
   cut: (each) => {
     const done = (clicks) => {
@@ -131,13 +133,15 @@ async function marked(mark) {
 }
 
 async function setScene(file) {
+  const turn = ++opened;
   let image;
   try {
     image = await createImageBitmap(file);
   } catch {
-    say(`'${file.name}' cannot be read as a picture.`);
+    if (turn === opened) say(`'${file.name}' cannot be read as a picture.`);
     return;
   }
+  if (turn !== opened) return; // another was chosen meanwhile
   running?.abort();
   stage.setScene(image);
   scene = file;
@@ -225,8 +229,16 @@ function progress(text, share) {
   find("bar").value = share;
 }
 
+function decoded(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i); // a callback for each takes seconds
+  return bytes;
+}
+
 async function show(base64, type) {
-  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+  const bytes = decoded(base64);
   const of = scene;
   const image = await createImageBitmap(new Blob([bytes], { type }));
   if (scene !== of) throw new DOMException("another scene was chosen", "AbortError");
@@ -264,7 +276,7 @@ function download() {
 }
 
 async function copy(button, text) {
-  const before = button.textContent;
+  const before = (button.dataset.name ??= button.textContent);
   try {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
@@ -320,8 +332,10 @@ find("controls").addEventListener("submit", (event) => {
 });
 find("again").addEventListener("click", () => {
   find("seed").value = "";
-  start();
+  find("controls").requestSubmit();
 });
+// a file that is dropped beside the areas would be opened in place of the page
+for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
 find("cancel").addEventListener("click", () => running?.abort());
 find("add").addEventListener("click", () => {
   objects.add();
