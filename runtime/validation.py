@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.diffusion.ddim import MAX_STEPS
+from runtime.diffusion.ddim import MAX_STEPS, exact_timesteps
 from runtime.diffusion.samplers import SAMPLERS
 from runtime.errors import InputError, in_field
 from runtime.imaging.decoding import MAX_PIXELS
@@ -230,6 +230,7 @@ def check_sampling(sampling: SamplingParameters, limits: Limits = LARGEST) -> No
                 raise InputError(f"timesteps must be a list of whole numbers, not {sampling.timesteps!r}")
         for timestep in sampling.timesteps:
             _check_integer("timesteps", timestep, 0, MAX_STEPS)
+        exact_timesteps(sampling.timesteps)
     interval = sampling.guidance_interval
     with in_field("guidance_interval"):
         if not isinstance(interval, tuple | list) or len(interval) != 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -128,11 +128,9 @@ def new_app(
 
     async def refuse(request: Request, error: Any) -> Any:
         """404 and 405 are refusals as all others: seen, and late where there are many."""
-        here = [
-            each for each in routes if isinstance(each, Route) and each.path_regex.match(request.url.path)
-        ]
-        verbs = {verb for each in here for verb in each.methods or ()}
-        return Endpoint(gate, "other", partial(_refuse, error, verbs), max_bytes, has_message=False)
+        return Endpoint(
+            gate, "other", partial(_refuse, error, _verbs(routes, request)), max_bytes, has_message=False
+        )
 
     routes: list[BaseRoute] = [
         *_health_routes(health, has_jobs=jobs is not None),
@@ -219,6 +217,13 @@ async def _refuse_job(content: bytes, call: Call) -> None:
         "jobs are not available here, because each of several servers would only know its own: request a "
         "picture with stream=true, and keep the connection open until it arrives"
     )
+
+
+def _verbs(routes: Sequence[BaseRoute], request: Request) -> set[str]:
+    """Returns the verbs that are offered where a request goes."""
+    path = request.url.path
+    here = [route for route in routes if isinstance(route, Route) and route.path_regex.match(path)]
+    return {verb for route in here for verb in route.methods or ()}
 
 
 async def _refuse(error: Any, verbs: set[str], content: bytes, call: Call) -> None:
