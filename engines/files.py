@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,10 +34,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path`; what is written there takes its place when the block ends without an
     error.
 
-    Works for a file and for a folder, whose files get the rights of any new file. After an error `path` is as
-    it was before; a folder that is complete and cannot take its place is kept beside it, and the error says
-    where. Where `path` is a symbolic link, what the link leads to is replaced. The folder that holds it
-    is made if it does not exist.
+    Works for a file and for a folder. A file keeps the rights that it has; what is new gets those of any new
+    file. After an error `path` is as it was before; a folder that is complete and cannot take its place is
+    kept beside it, and the error says where. Where `path` is a symbolic link, what the link leads to is
+    replaced. The folder that holds it is made if it does not exist.
 
     Args:
         path: the file or folder to write.
@@ -47,12 +48,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
+    rights = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o666 & ~_UMASK
     try:
         yield partial
         for each in partial.rglob("*") if partial.is_dir() else [partial]:
             if each.is_file() and not each.is_symlink():
                 # as any file: ONNX and safetensors would let its owner alone read it
-                each.chmod(0o666 & ~_UMASK)
+                each.chmod(rights)
         if partial.is_dir():
             _replace_folder(partial, path)
         else:

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -54,6 +55,13 @@ def test_after_an_error_everything_is_as_before(tmp_path: Path, as_folder: bool)
         write_half()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_keeps_the_rights_that_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "private.png"
+    path.touch(mode=0o600)
+    write_bytes(path, b"picture")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
