@@ -49,7 +49,7 @@ QUALITIES: Mapping[str, str | None] = {
 FORMATS = ("png", "jpeg", "webp")
 MOST_PARTIAL_IMAGES = 3
 
-_WITHOUT_EFFECT = ("user", "background", "moderation", "input_fidelity", "output_compression")
+WITHOUT_EFFECT = ("user", "background", "moderation", "input_fidelity", "output_compression")
 _SETTLED = {"response_format": ["b64_json"], "background": ["auto", "opaque"]}
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _NO_TOKENS = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
@@ -181,7 +181,7 @@ class Images:
             with in_field(name):
                 if name in fields and fields[name] not in allowed:
                     raise InputError(f"only {allowed[0]} is offered")
-        for name in (*_WITHOUT_EFFECT, "response_format"):
+        for name in (*WITHOUT_EFFECT, "response_format"):
             fields.pop(name, None)
         if "n" in fields:
             fields = _joined(fields, {"num_images": fields.pop("n")})

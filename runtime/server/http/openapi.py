@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from runtime.rpc import compositor_pb2 as pb
-from runtime.server.http.images import FORMATS, MOST_PARTIAL_IMAGES, QUALITIES
+from runtime.server.http.images import FORMATS, MOST_PARTIAL_IMAGES, QUALITIES, WITHOUT_EFFECT
 from runtime.server.http.messages import enum_names
 from runtime.version import version
 
@@ -30,8 +30,11 @@ _ANSWERS = (pb.CompositeResponse, pb.SegmentResponse, pb.GetModelInfoResponse)
 _SHORTER: dict[str, list[dict[str, Any]]] = {
     "Box": [_numbers(4), {"type": "string", "pattern": r"^-?\d+(,-?\d+){3}$"}],
     "Point": [_numbers(2), {"type": "string", "pattern": r"^!?-?\d+,-?\d+$"}],
-    "Clicks": [{"type": "array", "items": _reference("Point")}],
-    "TimestepInterval": [_numbers(2)],
+    "Clicks": [
+        {"type": "array", "items": _reference("Point")},
+        {"type": "string", "pattern": r"^!?-?\d+,-?\d+$"},
+    ],
+    "TimestepInterval": [_numbers(2), {"type": "string", "pattern": r"^\d+,\d+$"}],
     "Remove": [{"type": "boolean"}],
     "View": [_FILE],
 }
@@ -78,7 +81,10 @@ def document(has_jobs: bool) -> dict[str, Any]:
         schemas[name]["properties"] |= places
     for name in ("CompositeRequest", "DrawRequest", "EditRequest"):
         schemas[name]["properties"] |= _ON_THE_WAY
-    schemas |= {"ImageEdit": _edit(), "ImageGeneration": _generation(), "Images": _images()}
+    of_sampling = schemas["Sampling"]["properties"]
+    schemas["ImageEdit"] = _edit(schemas["Placement"]["properties"] | of_sampling)
+    schemas["ImageGeneration"] = _generation(schemas["DrawRequest"]["properties"] | of_sampling)
+    schemas["Images"] = _images()
     paths = _paths()
     if has_jobs:
         schemas["Job"] = _job()
@@ -125,6 +131,9 @@ def _job_paths() -> dict[str, Any]:
     job, result = _answers("Job"), _answers("CompositeResponse", ["image/*"])
     accepted = {"202" if status == "200" else status: body for status, body in job.items()}
     unknown = {"404": _refusal("There is no such thing here.")}
+    states = {
+        "200": {"description": "Done.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    }
     deleted = {"200": _content({"type": "object"}), **_refusals(), **unknown}
     return {
         "/v1/jobs": {"post": _post("CreateJob", any_, accepted)},
@@ -132,9 +141,7 @@ def _job_paths() -> dict[str, Any]:
             "get": _get("GetJob", {**job, **unknown}, [_IDENTITY]),
             "delete": _get("CancelJob", deleted, [_IDENTITY]),
         },
-        "/v1/jobs/{id}/events": {
-            "get": _get("FollowJob", {**_answers("Job", ["text/event-stream"]), **unknown}, [_IDENTITY])
-        },
+        "/v1/jobs/{id}/events": {"get": _get("FollowJob", {**states, **_refusals(), **unknown}, [_IDENTITY])},
         "/v1/jobs/{id}/result": {"get": _get("GetResult", {**result, **unknown}, [_IDENTITY])},
     }
 
@@ -209,7 +216,8 @@ def _job() -> dict[str, Any]:
     status = {"type": "string", "enum": ["queued", "running", "succeeded", "failed", "cancelled"]}
     number, text = {"type": "integer"}, {"type": "string"}
     fields = {"id": text, "status": status, "position": number, "done": number, "total": number}
-    return {"type": "object", "properties": {**fields, "created_at": number, "result": text}}
+    fields |= {"object": {"type": "string", "enum": ["job"]}, "created_at": number, "result": text}
+    return {"type": "object", "properties": fields | _error()["properties"]}
 
 
 def _common() -> dict[str, Any]:
@@ -224,18 +232,18 @@ def _common() -> dict[str, Any]:
         "stream": {"type": "boolean"},
         "partial_images": {"type": "integer", "minimum": 0, "maximum": MOST_PARTIAL_IMAGES},
         "seed": {"type": "integer"},
+        **{name: {"description": "Without effect."} for name in WITHOUT_EFFECT},
     }
 
 
-def _edit() -> dict[str, Any]:
+def _edit(ours: dict[str, Any]) -> dict[str, Any]:
     mask = {**_FILE, "description": "A picture of the scene's size; what is transparent is the place."}
     fields = {"image": _FILES, "mask": mask, "reference_image": _FILES, **_common()}
-    box = {"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 4}
-    return {"type": "object", "required": ["image"], "properties": {**fields, "box": box}}
+    return {"type": "object", "required": ["image"], "properties": ours | fields}
 
 
-def _generation() -> dict[str, Any]:
-    return {"type": "object", "required": ["prompt"], "properties": _common()}
+def _generation(ours: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": ["prompt"], "properties": ours | _common()}
 
 
 def _images() -> dict[str, Any]:

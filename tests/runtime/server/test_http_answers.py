@@ -138,3 +138,16 @@ def test_origins_and_hosts_that_match(tiny_bundle: Path) -> None:
         "host": ["studio.example.com", "10.0.0.7", "::1", "[::1]"],
     }
     settings_from(given, None, {"bundle": str(tiny_bundle), "http": "127.0.0.1:0"})
+
+
+def test_the_page_of_paths_has_what_images_and_jobs_take_and_answer(address: str) -> None:
+    page = get(address, "/openapi.json").json
+    schemas = page["components"]["schemas"]
+    edit, generation = (schemas[name]["properties"].keys() for name in ("ImageEdit", "ImageGeneration"))
+    assert {"image", "mask", "reference_mask", "mode", "steps", "user"} <= edit
+    assert {"prompt", "negative_prompt", "guidance_scale", "background"} <= generation
+    job = post(address, "/v1/jobs", fields()).json
+    assert job.keys() <= schemas["Job"]["properties"].keys()
+    assert "error" in schemas["Job"]["properties"]
+    answers = page["paths"]["/v1/jobs/{id}/events"]["get"]["responses"]
+    assert list(answers["200"]["content"]) == ["text/event-stream"]
