@@ -84,9 +84,10 @@ async function place(page, [x, y], canvas = "#canvas") {
   return [box.x + x * scale, box.y + y * scale];
 }
 
-export async function drag(page, from, to) {
+export async function drag(page, from, to, meanwhile = () => {}) {
   await page.mouse.move(...(await place(page, from)));
   await page.mouse.down();
+  await meanwhile();
   await page.mouse.move(...(await place(page, to)), { steps: 5 });
   await page.mouse.up();
 }

@@ -204,3 +204,36 @@ test("what is refused, a full queue, cancelling, and a server that is gone are s
   await page.locator("#message").filter({ hasText: /connection was lost|cannot be reached|network/i }).waitFor();
   await page.screenshot({ path: join(SHOTS, "gone.png") });
 });
+
+test("odd sequences leave nothing behind", async () => {
+  const { page, problems } = await open(server.url);
+  await prepare(page);
+  await page.locator("#start").click();
+  await finished(page);
+  const label = await page.locator("#copy-command").textContent();
+  await page.locator("#copy-command").click();
+  await page.locator("#copy-command").click();
+  await page.waitForFunction((text) => document.getElementById("copy-command").textContent === text, label);
+
+  // a file that is dropped beside the areas does not take the place of the page
+  await drop(page, "h1", SCENE);
+  assert.equal(await page.locator("#copy-command").count(), 1);
+
+  // a second finger that is lifted does not end what the first one draws
+  await drag(page, [150, 30], [265, 239]);
+  const alone = await pixels(page);
+  await drag(page, [150, 30], [265, 239], () => page.locator("#canvas").dispatchEvent("pointerup", { pointerId: 7 }));
+  assert.equal(await pixels(page), alone);
+
+  // the object that is chosen stays so when one before it goes
+  await page.locator("#add").click();
+  await page.locator("#add").click();
+  const objects = page.locator("#objects > *");
+  assert.equal(await objects.count(), 3);
+  await objects.nth(1).click();
+  const chosen = () => page.locator("#objects > *").evaluateAll((all) => all.findIndex((each) => each.matches(".chosen, [aria-current='true']") || each.querySelector("[aria-current='true'], [aria-pressed='true']")));
+  assert.equal(await chosen(), 1);
+  await objects.nth(0).locator(".remove").click();
+  assert.equal(await chosen(), 0);
+  assert.deepEqual(problems, []);
+});
