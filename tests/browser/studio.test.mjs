@@ -222,6 +222,7 @@ test("odd sequences leave nothing behind", async () => {
   // a second finger that is lifted does not end what the first one draws
   await drag(page, [150, 30], [265, 239]);
   const alone = await pixels(page);
+  await drag(page, [10, 10], [60, 60]);
   await drag(page, [150, 30], [265, 239], () => page.locator("#canvas").dispatchEvent("pointerup", { pointerId: 7 }));
   assert.equal(await pixels(page), alone);
 
