@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,7 +188,11 @@ def _from_colours(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
         labels = np.asarray(image)
         return _from_labels(labels), f"{as_labels}, and {values_of(labels)}"
     if is_dark and decoded.exact and colours.getcolors(_MOST_LABELS):
-        codes = np.asarray(colours.convert("RGBA")).view(np.uint32)[..., 0]
+        stored = decoded.stored
+        if stored.mode.startswith("I") and decoded.orientation == UPRIGHT and stored.size == image.size:
+            codes = np.asarray(stored)  # in 8 bits, small labels beside large ones are 0
+        else:
+            codes = np.asarray(colours.convert("RGBA")).view(np.uint32)[..., 0]
         return _from_labels(codes), f"{as_labels}, and {values_of(value)}"
     inside = value > MASK_THRESHOLD
     if is_coloured and inside.all() and not (red := rgb[..., 0] > MASK_THRESHOLD).all():
@@ -196,7 +201,7 @@ def _from_colours(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
     return inside, f"inside is where {channel} is above {MASK_THRESHOLD}, and {values_of(value)}"
 
 
-def _from_labels(labels: NDArray[np.uint8] | NDArray[np.uint32]) -> NDArray[np.bool_]:
+def _from_labels(labels: NDArray[Any]) -> NDArray[np.bool_]:
     """Returns all pixels except those with the most frequent value of the border."""
     border = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
     values, counts = np.unique(border, return_counts=True)

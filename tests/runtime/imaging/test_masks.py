@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.errors import InputError, InputWarning
+from runtime.errors import InputError, InputWarning, collecting_warnings
 from runtime.imaging.masks import MaskedPicture, load_mask
 
 PLACE = np.zeros((30, 40), np.bool_)
@@ -95,6 +95,15 @@ def test_more_than_32_grey_values_are_no_labels() -> None:
     values = np.linspace(0, 128, 1200).astype(np.uint8).reshape(30, 40)
     with pytest.raises(InputError, match="the value is above 128, and its 129 values go from 0 to 128"):
         load_mask(values, "the mask")
+
+
+@pytest.mark.parametrize("stray", [0, 300], ids=["alone", "beside a large label"])
+def test_labels_of_16_bits_are_told_apart_by_all_of_them(stray: int) -> None:
+    labels = np.where(PLACE, 3, 0).astype(np.uint16)
+    labels[0, 0] = stray
+    with collecting_warnings():
+        inside = load_mask(Image.fromarray(labels), "the mask")
+    np.testing.assert_array_equal(inside, labels != 0)
 
 
 def test_jpeg_is_read_by_its_brightness_alone() -> None:
