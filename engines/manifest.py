@@ -27,7 +27,7 @@ CUDA = "cuda"
 CPU = "cpu"
 """Targets of ONNX graphs: standard operators alone, or those of an execution provider of ONNX Runtime."""
 
-_LARGEST_MANIFEST = 16 << 20
+LARGEST_MANIFEST = 16 << 20
 _LARGEST_TENSOR = 1 << 40
 """Bytes."""
 
@@ -205,7 +205,7 @@ def read_manifest(path: Path, trusted_key: Path | None = None) -> Manifest:
     """
     where = f"'{path.parent}'"
     try:
-        text = read_limited(path, _LARGEST_MANIFEST)
+        text = read_limited(path, LARGEST_MANIFEST)
         if trusted_key is not None:
             signature.check(text, path.with_name(signature.SIGNATURE), trusted_key)
         content = parse_json(text)

@@ -10,14 +10,14 @@ from pathlib import Path
 from engines.bundle import REST
 from engines.errors import AnyDoorError
 from engines.files import is_partial
-from engines.manifest import FORMAT, MANIFEST
+from engines.manifest import FORMAT, LARGEST_MANIFEST, MANIFEST
 from engines.signature import SIGNATURE
+from engines.strict_json import read_limited
 from export.noise import RECIPE
 
 _BESIDE_THE_LISTED = frozenset((MANIFEST, SIGNATURE, REST, RECIPE))
 """Files of a bundle that its manifest does not list; building it again makes them anew, or they go."""
 
-_LARGEST_MANIFEST = 16 << 20
 _LONGEST_RECORDED = 500
 """Characters; a manifest may have no longer text."""
 
@@ -82,8 +82,7 @@ def _listed_files(path: Path) -> set[str] | None:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file:
-            content = json.loads(file.read(_LARGEST_MANIFEST))
+        content = json.loads(read_limited(path, LARGEST_MANIFEST))
     except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
