@@ -20,6 +20,9 @@ _MANY = 4096
 _LARGEST_BYTES = 1 << 50
 _LARGEST_SIZE = 1 << 24
 _LONGEST_PATH = 200
+LONGEST_TEXT = 500
+"""Characters."""
+LARGEST_BATCH = 4096
 _LARGEST_NUMBER = 1e300
 """JSON has whole numbers that no float can hold."""
 
@@ -41,8 +44,8 @@ def number(where: str, value: object) -> None:
 
 
 def text(where: str, value: object) -> None:
-    """Text that can be shown: at most 500 printable characters."""
-    if not isinstance(value, str) or len(value) > 500 or not value.isprintable():
+    """Text that can be shown: at most `LONGEST_TEXT` printable characters."""
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT or not value.isprintable():
         raise _wrong(where, "printable text", value)
 
 
@@ -177,7 +180,7 @@ MANIFEST_2 = record(
         "backend_version": text,
         "target": name,
         "precision": one_of(("fp32", "fp16")),
-        "max_batch": whole(1, 4096),
+        "max_batch": whole(1, LARGEST_BATCH),
         "dimensions": table(whole(1, 4096)),
         "graphs": table(_GRAPH, graph_name),
         "constants": _FILE,

@@ -10,6 +10,7 @@ from typing import Any
 from engines.errors import AnyDoorError
 from engines.manifest import ANY_TARGET, CUDA
 from engines.registry import backends
+from engines.schema import LARGEST_BATCH
 
 ONNX = "onnxruntime"
 """Backend of bundles of ONNX graphs."""
@@ -20,9 +21,6 @@ DETERMINISTIC_CUDA = "deterministic cuda"
 """Rules for `CUDA` that leave out what adds in no fixed order; see `BuildOptions.rules`."""
 
 PRECISIONS = ("fp32", "fp16")
-
-LARGEST_BATCH = 4096
-"""A manifest may have no larger one (`engines.schema`)."""
 
 
 @dataclass(frozen=True)

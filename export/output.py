@@ -11,15 +11,13 @@ from engines.bundle import REST
 from engines.errors import AnyDoorError
 from engines.files import is_partial
 from engines.manifest import FORMAT, LARGEST_MANIFEST, MANIFEST
+from engines.schema import LONGEST_TEXT
 from engines.signature import SIGNATURE
 from engines.strict_json import read_limited
 from export.noise import RECIPE
 
 _BESIDE_THE_LISTED = frozenset((MANIFEST, SIGNATURE, REST, RECIPE))
 """Files of a bundle that its manifest does not list; building it again makes them anew, or they go."""
-
-_LONGEST_RECORDED = 500
-"""Characters; a manifest may have no longer text."""
 
 
 def check_output(output: Path, inputs: Sequence[Path] = ()) -> None:
@@ -102,4 +100,4 @@ def _listed_files(path: Path) -> set[str] | None:
 
 def printable(name: str) -> str:
     """Returns the name of a file as a manifest may have it: without what cannot be shown."""
-    return "".join(each if each.isprintable() else "?" for each in name)[:_LONGEST_RECORDED]
+    return "".join(each if each.isprintable() else "?" for each in name)[:LONGEST_TEXT]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 
 from engines.errors import AnyDoorError
+from runtime.standard_output import forget_output
 
 
 def run_script(name: str, run: Callable[[], int]) -> int:
@@ -32,11 +31,5 @@ def run_script(name: str, run: Callable[[], int]) -> int:
         print(f"{name}: interrupted; nothing was written", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _forget_output()
+        forget_output()
         return 1
-
-
-def _forget_output() -> None:
-    """Redirects standard output to the null device, or Python would try to flush it again at exit."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -67,6 +67,10 @@ class CardEngine:
         self._open_graph = open_graph
         self._specs = bundle.manifest.specs
         self._largest = bundle.manifest.largest_sizes
+        self._bank_shapes = {
+            graph: {name: spec.tensor(name).resolve(self._largest) for name in spec.banked}
+            for graph, spec in self._specs.items()
+        }
         self._graphs: dict[str, LoadedGraph] = {}
         self._lock = threading.RLock()
         self._store = TensorStore(device, plan)
@@ -293,10 +297,8 @@ class CardEngine:
 
     def _bound_shapes(self, spec: GraphSpec, inputs: Mapping[str, DeviceArray | Array]) -> dict[str, Shape]:
         """Returns the shapes that places of inputs are bound with: those of banks as large as they get."""
-        return {
-            name: spec.tensor(name).resolve(self._largest) if name in spec.banked else value.shape
-            for name, value in inputs.items()
-        }
+        banks = self._bank_shapes[spec.name]
+        return {name: banks.get(name, value.shape) for name, value in inputs.items()}
 
     def _call(self, signature: CallSignature) -> Call:
         return self._calls.get(signature, self._graphs[signature.graph].new_context)

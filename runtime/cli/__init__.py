@@ -16,10 +16,10 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Protocol
 
 from engines.errors import AnyDoorError, BackendError
+from runtime.standard_output import forget_output
 
 GROUP = "anydoor.commands"
 
@@ -119,12 +119,6 @@ def _show_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
-
-
-def forget_output() -> None:
-    """Redirects standard output to the null device, or Python would try to flush it again at exit."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser(commands: Iterable[Command]) -> argparse.ArgumentParser:

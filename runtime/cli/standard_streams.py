@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.cli import forget_output
 from runtime.errors import InputError
 from runtime.imaging.sources import read_source
+from runtime.standard_output import forget_output
 
 STREAM = Path("-")
 
