@@ -331,13 +331,16 @@ def _check_guide(path: Path, recipe: Recipe) -> None:
     """Refuses a guide that the data or the network do not allow."""
     if recipe.sources:
         raise InputError(f"'{path}': [denoising] attention_guide is for rendered pairs, not for [[sources]]")
-    levels, guided = recipe.architecture, recipe.denoising.guided_heads
-    heads = [
-        count for count, attends in zip(levels.unet_heads, levels.unet_attention, strict=True) if attends
-    ]
-    if any(count < guided for count in heads):
+    _check_heads(path, recipe.architecture, "denoising", recipe.denoising.guided_heads)
+
+
+def _check_heads(path: Path, levels: Architecture, stage: str, guided: int) -> None:
+    """Refuses to guide more heads than a level of the UNet has."""
+    counts = zip(levels.unet_heads, levels.unet_attention, strict=True)
+    least = min((count for count, attends in counts if attends), default=guided)
+    if least < guided:
         raise InputError(
-            f"'{path}': [denoising] guided_heads is {guided}, and a level of [architecture] has {min(heads)}"
+            f"'{path}': [{stage}] guided_heads is {guided}, and a level of [architecture] has {least}"
         )
 
 
@@ -349,3 +352,6 @@ def _check_imprint(path: Path, recipe: ImprintRecipe) -> None:
             raise InputError(
                 f"'{path}': no data set of [[sources]] with a weight above 0 is for the stage {stage}"
             )
+        settings = getattr(recipe, stage)
+        if settings and settings.attention_guide:
+            _check_heads(path, recipe.architecture, stage, settings.guided_heads)

@@ -166,6 +166,12 @@ def test_a_slip_in_a_recipe_is_told(text: str, says: str, tmp_path: Path) -> Non
         ("imprint-small", "compositing.drop=nan", "drop is nan; expected 0 to 1"),
         ("imprint-small", "compositing.empty=-3", "empty is -3; expected 0 to 1"),
         ("imprint-small", "compositing.attention_guide=-1", "attention_guide is -1; expected at least 0"),
+        ("imprint-small", "compositing.guided_heads=2", "guided_heads is 2; expected 1 or 4"),
+        (
+            "imprint-small",
+            "architecture.unet_head_width=64",
+            r"\[views\] guided_heads is 4, and a level of \[architecture\] has 2",
+        ),
         ("imprint-small", "views.window=-1", r"\[views\]: window is -1; expected at least 0"),
         ("stable-diffusion-small", "architecture.text_heads=0", "text_heads is 0; expected at least 1"),
         (

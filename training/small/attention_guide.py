@@ -35,6 +35,16 @@ SMALLEST_SPREAD = 0.4
 """The least of theirs, in tokens: a head cannot look between two tokens more sharply."""
 
 
+def check_guided_heads(count: int) -> None:
+    """Refuses a number of heads that cannot be guided.
+
+    Raises:
+        InputError: says which numbers can.
+    """
+    if count not in GUIDED_HEADS:
+        raise InputError(f"guided_heads is {count}; expected {' or '.join(map(str, GUIDED_HEADS))}")
+
+
 def cross_attention(parts: Iterable[nn.Module]) -> dict[str, Attention]:
     """Returns the layers of some parts that look at the tokens, by name, except the middle's."""
     return {

@@ -14,7 +14,7 @@ from training.loop import AnyDataset, Batch
 from training.network.architecture import LATENT_SCALE
 from training.network.modules import AnyDoor, DiffusionNetwork
 from training.ranges import check_least, check_shares
-from training.small.attention_guide import GUIDED_HEADS, AttentionGuide
+from training.small.attention_guide import AttentionGuide, check_guided_heads
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Denoising:
         """
         check_shares(self, "drop")
         check_least(self, 0, "attention_guide")
-        if self.guided_heads not in GUIDED_HEADS:
-            raise InputError(f"guided_heads is {self.guided_heads}; expected 1 or 4")
+        check_guided_heads(self.guided_heads)
         if self.place_keys and not self.attention_guide:
             raise InputError("place_keys needs an attention_guide above 0, whose heads start with them")
 

@@ -18,7 +18,7 @@ from training.loop_settings import LoopSettings
 from training.network.architecture import LATENT_SCALE
 from training.network.imprint import Imprint
 from training.ranges import check_least, check_shares
-from training.small.attention_guide import AttentionGuide
+from training.small.attention_guide import AttentionGuide, check_guided_heads
 from training.systems.anydoor import error_weights, noisy_latents
 
 ENCODER = ("backbone", "adapter")
@@ -37,12 +37,15 @@ class StageSettings(LoopSettings):
     """Whether errors count inside the mask only."""
     attention_guide: float = 0.0
     """Weight of a second loss, for small models: see `training.small.attention_guide`."""
+    guided_heads: int = 1
+    """Heads of each cross-attention that it guides: 1 or 4."""
     checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 0, "attention_guide")
+        check_guided_heads(self.guided_heads)
 
     def apply(self, model: Imprint) -> None:
         """Sets `requires_grad` of every weight."""
@@ -96,8 +99,11 @@ class CompositingSettings(StageSettings):
 class SceneDenoiser(nn.Module):
     """The parts that learn, as one module with one forward pass (which DDP needs)."""
 
-    def __init__(self, model: Imprint, backbone: bool, guided: bool = False) -> None:
-        """Takes the parts of a network; the backbone only where it learns, because it is large."""
+    def __init__(self, model: Imprint, backbone: bool, guided: int = 0) -> None:
+        """Takes the parts of a network; the backbone only where it learns, because it is large.
+
+        `guided` heads of each cross-attention are guided.
+        """
         super().__init__()
         self.adapter, self.unet = model.id_encoder.projector, model.unet
         if backbone:
@@ -105,7 +111,7 @@ class SceneDenoiser(nn.Module):
         # plain references, so that the network is not a second owner of these weights
         self._features = model.id_encoder.features if backbone else None
         self._call, self._without = model.predict_noise, model.without_reference
-        self._guide = AttentionGuide([self.unet]) if guided else None
+        self._guide = AttentionGuide([self.unet], guided) if guided else None
 
     def forward(
         self,
@@ -171,7 +177,8 @@ class ImprintTask:
 
     def __init__(self, model: Imprint, samples: NumberedDataset, settings: StageSettings) -> None:
         settings.apply(model)
-        self.module = SceneDenoiser(model, settings.backbone, guided=settings.attention_guide > 0)
+        guided = settings.guided_heads if settings.attention_guide else 0
+        self.module = SceneDenoiser(model, settings.backbone, guided)
         self._settings, self.network, self._samples = settings, model, samples
 
     def dataset(self) -> NumberedDataset:

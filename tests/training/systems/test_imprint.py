@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from runtime.errors import InputError
 from tests.support.imprint import TINY_IMPRINT, tiny_imprint
 from training.loop import train
 from training.loop_settings import LoopSettings
+from training.small.attention_guide import AttentionGuide
 from training.systems.imprint import (
     CompositingSettings,
     ImprintTask,
@@ -66,7 +68,7 @@ def batch_of(*numbers: int) -> dict[str, Tensor]:
     return {k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in samples[0]}
 
 
-def written_out_loss(task: ImprintTask, batch: dict[str, Tensor], masked: bool = True) -> Tensor:
+def written_out_loss(task: ImprintTask | SimpleNamespace, batch: dict[str, Tensor], masked: bool = True) -> Tensor:
     """From the formulas alone: latents, scene, noise, tokens, and the masked mean."""
     model, count = task.network, len(batch["noise"])
     with torch.no_grad():
@@ -121,6 +123,21 @@ def test_the_loss_is_the_written_out_one(masked: bool) -> None:
     batch = batch_of(0, 2)  # the second has no reference
     loss = task.loss(task.module, batch)["loss"]
     torch.testing.assert_close(loss, written_out_loss(task, batch, masked))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_guide_is_that_of_as_many_heads(heads: int) -> None:
+    settings = compositing(attention_guide=0.5, guided_heads=heads)
+    task, batch = task_of(settings, unet_head_width=16), batch_of(0, 1)
+    batch["places"] = 16 * torch.rand(2, 4, 4, 2, generator=torch.Generator().manual_seed(0))
+    losses = task.loss(task.module, batch)
+
+    twin = task_of(settings, unet_head_width=16).network
+    guide = AttentionGuide([twin.unet], heads)
+    written_out = written_out_loss(SimpleNamespace(network=twin), batch)
+    expected = written_out + 0.5 * guide.loss(batch["places"])
+    torch.testing.assert_close(losses["loss"], expected)
+    assert all(looks.shape[1] == heads for looks in guide.seen.values())
 
 
 def test_the_loss_of_v_is_its_mean_squared_error() -> None:

@@ -96,11 +96,13 @@ def anydoor(guided_heads: int = 1) -> tuple[Task, Mapping[str, Tensor]]:
     return task, noisy() | HINTS | {"features": torch.zeros(2, 257, 64)}
 
 
-def imprint(backbone: bool) -> tuple[Task, Mapping[str, Tensor]]:
-    settings = (ViewsSettings if backbone else CompositingSettings)(steps=1, attention_guide=0.1)
+def imprint(backbone: bool, guided_heads: int = 1) -> tuple[Task, Mapping[str, Tensor]]:
+    stage = ViewsSettings if backbone else CompositingSettings
+    settings = stage(steps=1, attention_guide=0.1, guided_heads=guided_heads)
     seen = {"reference": torch.zeros(2, 3, 224, 224)} if backbone else {"features": torch.zeros(2, 257, 64)}
     batch = {"dropped": torch.zeros(2), "scene": torch.zeros(2, 5, 4, 4), "counts": torch.zeros(2, 1, 4, 4)}
-    return ImprintTask(tiny_imprint(TINY_IMPRINT), RandomPairs(), settings), noisy() | batch | seen
+    model = tiny_imprint(replace(TINY_IMPRINT, unet_head_width=16))
+    return ImprintTask(model, RandomPairs(), settings), noisy() | batch | seen
 
 
 def anydoor_of_pictures() -> tuple[Task, Mapping[str, Tensor]]:
@@ -137,6 +139,7 @@ TASKS: Mapping[str, Callable[[], tuple[Task, Mapping[str, Tensor]]]] = {
     "anydoor of pictures": anydoor_of_pictures,
     "imprint views": lambda: imprint(backbone=True),
     "imprint compositing": lambda: imprint(backbone=False),
+    "imprint with four guided heads": lambda: imprint(backbone=False, guided_heads=4),
     "stable diffusion": stable_diffusion,
     "autoencoder": lambda: (AutoencoderTask(TINY, NO_STORE, 32), {"picture": torch.zeros(2, 3, 32, 32)}),
     "identity": lambda: (
