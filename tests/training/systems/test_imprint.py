@@ -68,7 +68,9 @@ def batch_of(*numbers: int) -> dict[str, Tensor]:
     return {k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in samples[0]}
 
 
-def written_out_loss(task: ImprintTask | SimpleNamespace, batch: dict[str, Tensor], masked: bool = True) -> Tensor:
+def written_out_loss(
+    task: ImprintTask | SimpleNamespace, batch: dict[str, Tensor], masked: bool = True
+) -> Tensor:
     """From the formulas alone: latents, scene, noise, tokens, and the masked mean."""
     model, count = task.network, len(batch["noise"])
     with torch.no_grad():
