@@ -28,8 +28,9 @@ class Answer:
 
     @property
     def events(self) -> list[tuple[str, Any]]:
-        """Name and fields of the events of a stream."""
-        parts = [part.split("\n") for part in self.content.decode().strip().split("\n\n")]
+        """Name and fields of the events of a stream, without comments."""
+        blocks = self.content.decode().strip().split("\n\n")
+        parts = [block.split("\n") for block in blocks if not block.startswith(":")]
         return [
             (name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in parts
         ]

@@ -97,11 +97,12 @@ class Endpoint:
             context.watch()
         try:
             await asyncio.wait({task})
+            with suppress(asyncio.CancelledError):
+                await task
+            await context.finish()
         finally:
             task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        await context.finish()
+            context.stop()
 
 
 def new_app(

@@ -112,7 +112,7 @@ class Composites:
         ):
             del request
             if is_stream:
-                context.head(EVENTS, cache_control="no-store")
+                context.head_of_events()
             async for event in events:
                 if isinstance(event, Finished) and is_file:
                     await send_file(event, file_format, call)

@@ -33,6 +33,12 @@ _ERRORS: Mapping[grpc.StatusCode, tuple[HTTPStatus, str]] = {
 }
 """Status of a call -> that of HTTP, and the type of error in the shape of OpenAI's API."""
 
+SILENCE_SECONDS = 15.0
+"""Longest silence of a stream of events. Many proxies end a connection after a minute of it."""
+
+_COMMENT = b":\n\n"
+"""Of a stream of events: says nothing, and clients pass over it."""
+
 _RETRY_SECONDS = 1
 """Seconds until a retry if nothing else is known."""
 
@@ -65,6 +71,9 @@ class HttpContext:
         """Whether the body is read."""
         self._watch: asyncio.Task[None] | None = None
         self._refusal: HTTPStatus | None = None
+        self._sending = asyncio.Lock()
+        self._last_sent = 0.0
+        self._comments: asyncio.Task[None] | None = None
 
     # --- the request --------------------------------------------------------------------------------------
 
@@ -155,21 +164,43 @@ class HttpContext:
         self._answer_headers["content-type"] = media_type
         self._answer_headers |= {name.replace("_", "-"): value for name, value in headers.items()}
 
+    def head_of_events(self) -> None:
+        """Sets what goes before a stream of events, which is never silent for long from now on."""
+        # nginx passes on what comes as it comes
+        self.head(EVENTS, cache_control="no-store", x_accel_buffering="no")
+        self._last_sent = asyncio.get_running_loop().time()
+        self._comments = asyncio.ensure_future(self._break_silence())
+
+    async def _break_silence(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(self._last_sent + SILENCE_SECONDS - clock())
+            if clock() >= self._last_sent + SILENCE_SECONDS:
+                await self.write(_COMMENT)
+
     async def write(self, message: bytes) -> None:
         """Sends a part of the answer; waits until it is on its way."""
-        await self._start()
-        # what is sent is buffered; the next part, which may be empty, waits until there is room
-        for part in (message, b""):
-            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        async with self._sending:
+            await self._start()
+            # what is sent is buffered; the next part, which may be empty, waits until there is room
+            for part in (message, b""):
+                await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        self._last_sent = asyncio.get_running_loop().time()
 
     async def finish(self) -> None:
         """Ends the answer."""
-        if self._watch:
-            self._watch.cancel()
-        if not self._is_finished:
-            self._is_finished = True
-            await self._start()
-            await self._send({"type": "http.response.body", "body": b""})
+        async with self._sending:
+            self.stop()
+            if not self._is_finished:
+                self._is_finished = True
+                await self._start()
+                await self._send({"type": "http.response.body", "body": b""})
+
+    def stop(self) -> None:
+        """Ends what goes on beside the answer."""
+        for task in (self._watch, self._comments):
+            if task:
+                task.cancel()
 
     async def _start(self) -> None:
         if not self._is_started:
@@ -191,6 +222,8 @@ class HttpContext:
         if self._is_started:
             await self.write(server_sent_event("error", error))
             return
+        if self._comments:
+            self._comments.cancel()
         headers = {}
         if status is HTTPStatus.UNAUTHORIZED:
             headers["www_authenticate"] = "Bearer"

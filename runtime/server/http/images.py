@@ -25,7 +25,7 @@ from runtime.server.call import Call
 from runtime.server.events import Event, Finished, Preview
 from runtime.server.http.body import Fields
 from runtime.server.http.composites import Composites, send_json
-from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
+from runtime.server.http.context import JSON, HttpContext, server_sent_event
 from runtime.server.http.messages import (
     PLACEMENT,
     SAMPLING,
@@ -103,7 +103,7 @@ class Images:
             async with aclosing(model.events(call, request, file_format, every)) as events:
                 del request
                 if is_stream:
-                    context.head(EVENTS, cache_control="no-store")
+                    context.head_of_events()
                     await self._stream(kind, partial, described, events, call)
                     return
                 async for event in events:

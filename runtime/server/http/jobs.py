@@ -42,7 +42,7 @@ from runtime.server.http.composites import (
     send_json,
     warning_header,
 )
-from runtime.server.http.context import EVENTS, JSON, HttpContext, server_sent_event
+from runtime.server.http.context import JSON, HttpContext, server_sent_event
 from runtime.server.http.job_context import JobContext
 from runtime.server.http.messages import kind_of, message_of, stream_of
 from runtime.server.http.result_files import remove, results_in, write_result
@@ -176,7 +176,7 @@ class Jobs:
     async def follow(self, content: bytes, call: Call) -> None:
         """GET /v1/jobs/ID/events: what changes, until it has ended."""
         job = self._find(call)
-        cast(HttpContext, call.context).head(EVENTS, cache_control="no-store")
+        cast(HttpContext, call.context).head_of_events()
         seen, preview = -1, None
         while True:
             async with job.changed:

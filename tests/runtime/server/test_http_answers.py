@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import json
 import socket
 import time
@@ -16,7 +18,7 @@ from runtime.server.http.body import read_fields
 from runtime.server.http.messages import kind_of
 from runtime.server.settings import settings_from
 from tests.runtime.server.test_http import fields, form, http_address, in_base64
-from tests.support.http import get, post, post_form, request
+from tests.support.http import get, multipart, post, post_form, request
 from tests.support.serving import BOX, PATIENCE, SCENE, ServerThread, wait_until
 
 
@@ -151,3 +153,56 @@ def test_the_page_of_paths_has_what_images_and_jobs_take_and_answer(address: str
     assert "error" in schemas["Job"]["properties"]
     answers = page["paths"]["/v1/jobs/{id}/events"]["get"]["responses"]
     assert list(answers["200"]["content"]) == ["text/event-stream"]
+
+
+def tasks_of_calls(server: ServerThread) -> list[str]:
+    """What goes on in the server beside the answers of calls."""
+
+    async def names() -> list[str]:
+        found = (task.get_coro().__qualname__ for task in asyncio.all_tasks())  # type: ignore[union-attr]
+        return [name for name in found if name.startswith("HttpContext.")]
+
+    result: list[str] = server.run(names())
+    return result
+
+
+@pytest.mark.parametrize("path", ["/v1/composite", "/v1/jobs"])
+def test_a_stream_is_never_silent_for_long(
+    path: str, server: ServerThread, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proxies end a connection on which nothing comes for a minute: a comment is sent meanwhile."""
+    monkeypatch.setattr("runtime.server.http.context.SILENCE_SECONDS", 0.02)
+    server.engine.hold()
+    connection = http.client.HTTPConnection(address, timeout=PATIENCE)
+    if path == "/v1/jobs":
+        job = post(address, path, fields()).json["id"]
+        connection.request("GET", f"/v1/jobs/{job}/events")
+    else:
+        body, kind = multipart(form(("stream", "true")))
+        connection.request("POST", path, body, {"content-type": kind})
+    with closing(connection), connection.getresponse() as answer:
+        assert answer.headers["x-accel-buffering"] == "no"
+        lines = iter(answer.readline, b"")
+        assert next(lines).startswith(b"event: ")
+        for _ in range(3):
+            assert next(line for line in lines if line.startswith(b":")) == b":\n"
+        server.engine.release()
+        rest = [line for line in lines if line.startswith(b"event:")]
+        assert rest[-1] in (b"event: result\n", b"event: succeeded\n")
+    wait_until(lambda: not tasks_of_calls(server))
+
+
+def test_who_leaves_a_silent_stream_leaves_nothing(server: ServerThread, address: str) -> None:
+    server.engine.hold()
+    body, kind = multipart(form(("stream", "true")))
+    connection = http.client.HTTPConnection(address, timeout=PATIENCE)
+    connection.request("POST", "/v1/composite", body, {"content-type": kind})
+    assert connection.getresponse().readline() == b"event: queued\n"
+    connection.close()
+    server.engine.release()
+    wait_until(lambda: not tasks_of_calls(server))
+
+
+def test_a_stream_that_cannot_begin_has_the_status_of_its_error(address: str) -> None:
+    answer = post_form(address, "/v1/composite", form(("stream", "true"), ("sampling.steps", "0")))
+    assert (answer.status, answer.error["param"]) == (400, "sampling.steps")

@@ -45,6 +45,7 @@ export async function* pictures(form, path, signal) {
     text += pieces.splice(0).join("");
     for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) {
       const [first, second] = text.slice(0, end).split("\n");
+      if (first.startsWith(":")) continue; // says only that the server is there
       const name = first.replace("event: ", "");
       const fields = JSON.parse(second.replace("data: ", ""));
       if (name === "error") throw new Refused(fields.error.message, 0);
