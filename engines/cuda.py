@@ -98,10 +98,13 @@ class Card:
 
 
 class Device:
-    """The first card and one stream on it. Everything happens in the order in which it is called."""
+    """The first card, one stream on it, and memory. Everything happens in the order in which it is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: int | None = None) -> None:
         """Starts the driver.
+
+        Args:
+            stream: handle of the stream to use; None for a new one.
 
         Raises:
             BackendError: there is no card, or the driver does not work; says what to do.
@@ -109,9 +112,10 @@ class Device:
         self._cuda = load_cuda_python()
         self._call("looking for a card", self._cuda.cudaGetDeviceCount)
         self._call("starting the card", self._cuda.cudaSetDevice, 0)
-        flags = self._cuda.cudaStreamNonBlocking
-        stream = self._call("creating a stream", self._cuda.cudaStreamCreateWithFlags, flags)
-        self.stream = int(stream)
+        if stream is None:
+            flags = self._cuda.cudaStreamNonBlocking
+            stream = int(self._call("creating a stream", self._cuda.cudaStreamCreateWithFlags, flags))
+        self.stream = stream
         """Handle of the stream."""
         self._allocated: list[tuple[Callable[..., Any], int]] = []
         """What frees memory, and its address."""

@@ -108,8 +108,8 @@ class Engine(Protocol):
 class BackendModule(Protocol):
     """The functions that the engine module of every backend has."""
 
-    def open_engine(self, bundle: Bundle, options: EngineOptions) -> Engine:
-        """Returns the engine for a bundle.
+    def open_engine(self, bundle: Bundle, options: EngineOptions, most_cache: int | None = None) -> Engine:
+        """Returns the engine for a bundle; see `open_engine`.
 
         Raises:
             AnyDoorError: it cannot run here, and why.
@@ -148,12 +148,16 @@ def load_backend(name: str) -> BackendModule:
     return backend
 
 
-def open_engine(bundle: Bundle, options: EngineOptions = EngineOptions()) -> Engine:
+def open_engine(
+    bundle: Bundle, options: EngineOptions = EngineOptions(), most_cache: int | None = None
+) -> Engine:
     """Returns the engine for a bundle.
 
     Args:
         bundle: an opened bundle; its manifest says what kind of graphs it holds.
         options: where and how they run.
+        most_cache: bytes that the caller will keep for later pictures at most; a card, whose memory is
+            allocated at once, has no more room for them.
 
     Raises:
         BackendError: the backend is not installed, has no such device or precision, or needs more memory.
@@ -168,7 +172,7 @@ def open_engine(bundle: Bundle, options: EngineOptions = EngineOptions()) -> Eng
         raise BackendError(
             f"only the backend {' or '.join(able)} has the inference precision {options.inference_precision}"
         )
-    return load_backend(name).open_engine(bundle, options)
+    return load_backend(name).open_engine(bundle, options, most_cache)
 
 
 def needed_bytes(bundle: Bundle, options: EngineOptions = EngineOptions()) -> int:

@@ -23,18 +23,18 @@ LARGEST_CACHE = 4 << 30
 UNASKED_CACHE = 1_500_000_000
 """As many of them are kept on a card without a budget: one placement."""
 
-CONTEXT = 600_000_000
-"""Bytes of a card that the driver and a library's kernels take before anything is loaded: 0.55 GB with ONNX
-Runtime on an H100 (docs/studies/h100.md)."""
+CONTEXT = 710_000_000
+"""Bytes of a card that the driver and a library's kernels and handles take: what is left of the 10.2 GB that
+were measured on an H200, after all else (docs/studies/h100.md)."""
 
 LOADED_WEIGHTS = 1.14
 """What weights take on a card, as a multiple of their bytes, where a library allocates each by itself: there
 it was 5.49 GB for 4.83."""
 
-LIBRARY_MARGIN = 3.0
+LIBRARY_MARGIN = 1.0
 """What a library's own allocator takes, as a multiple of the intermediate results of the largest graph: it
-rounds, leaves gaps, and lends workspace to kernels. With ONNX Runtime on an H200 it took 2.0 GB where these
-are 0.67 GB by the graph (docs/studies/h100.md)."""
+rounds and leaves gaps, but needs less than these at any time. Simulated for ONNX Runtime at full size it is
+0.51 GB where these are 0.67 GB (docs/studies/h100.md)."""
 
 SHARE_OF_FREE_DEVICE_MEMORY = 0.9
 """Share of a card's free memory that is used without a budget."""
@@ -106,7 +106,8 @@ class DeviceMemoryPlan:
     pool: int
     """The part of the arena where tensors come and go, without those that are kept for re-rolls."""
     cache: int
-    """Memory left for cached tensors."""
+    """Memory for detail maps, beyond one window of them: those in use and those that are kept for re-rolls.
+    At least so much that each sample of a batch can have a window of its own."""
     budget: int
 
     @property
@@ -147,13 +148,16 @@ class DeviceMemoryPlan:
             f"{'shared':<12} {self.fixed.nbytes / 1e6:>11.1f} MB scratch, and places of captured graphs",
             f"{'library':<12} {self.library / 1e6:>11.1f} MB scratch that the library shares among graphs, "
             f"and {self.context / 1e6:.1f} MB for itself",
-            f"{'tensors':<12} {self.pool / 1e6:>11.1f} MB in use, and {self.cache / 1e6:.1f} MB kept",
+            f"{'tensors':<12} {self.pool / 1e6:>11.1f} MB in use, and {self.cache / 1e6:.1f} MB kept or for "
+            "several placements",
             f"{'in all':<12} {self.total / 1e6:>11.1f} MB of a budget of {self.budget / 1e6:.1f} MB",
         ]
         return "\n".join(line for line in lines if self.library or not line.startswith("library"))
 
 
-def plan_for_card(manifest: Manifest, wanted: int | None, free: int) -> DeviceMemoryPlan:
+def plan_for_card(
+    manifest: Manifest, wanted: int | None, free: int, most_cache: int | None = None
+) -> DeviceMemoryPlan:
     """Returns the plan for a card.
 
     Args:
@@ -161,13 +165,17 @@ def plan_for_card(manifest: Manifest, wanted: int | None, free: int) -> DeviceMe
         wanted: bytes that the user allows; most of what is free if None, since kernels and contexts take some
             too, and then less is kept for re-rolls.
         free: bytes of the card's memory that are free.
+        most_cache: bytes that anybody would keep for re-rolls; if None, as many as are worth it.
 
     Raises:
         BackendError: see `plan_device_memory`.
     """
+    most = LARGEST_CACHE if most_cache is None else most_cache
     if wanted is not None:
-        return plan_device_memory(manifest, wanted)
-    return plan_device_memory(manifest, int(free * SHARE_OF_FREE_DEVICE_MEMORY), UNASKED_CACHE)
+        return plan_device_memory(manifest, wanted, most)
+    return plan_device_memory(
+        manifest, int(free * SHARE_OF_FREE_DEVICE_MEMORY), UNASKED_CACHE if most_cache is None else most
+    )
 
 
 def plan_device_memory(manifest: Manifest, budget: int, most_cache: int = LARGEST_CACHE) -> DeviceMemoryPlan:
@@ -193,13 +201,14 @@ def plan_device_memory(manifest: Manifest, budget: int, most_cache: int = LARGES
         context = CONTEXT
         library = aligned(int(LIBRARY_MARGIN * max(memory.scratch for memory in graphs.values())))
     fixed = layout(fixed_buffers(in_arena, manifest))
-    pool = working_bytes(manifest)
+    pool, least_cache = working_bytes(manifest), further_windows(manifest)
+    rest = context + library + fixed.nbytes + aligned(pool) + least_cache
     needed = 0
     for groups in groupings(manifest.specs):
-        needed = context + _largest_group(graphs, groups) + library + fixed.nbytes + aligned(pool)
+        needed = rest + _largest_group(graphs, groups)
         if needed <= budget:
-            most = 0 if manifest.is_segmenter else most_cache
-            cache = min(budget - needed, most) // ALIGNMENT * ALIGNMENT
+            more = 0 if manifest.is_segmenter else max(most_cache - least_cache, 0)
+            cache = least_cache + min(budget - needed, more) // ALIGNMENT * ALIGNMENT
             return DeviceMemoryPlan(graphs, groups, fixed, context, library, pool, cache, budget)
     raise BackendError(
         f"the bundle needs at least {megabytes(needed)} MB of device memory, but {budget // 1_000_000} MB "
@@ -211,8 +220,7 @@ def plan_device_memory(manifest: Manifest, budget: int, most_cache: int = LARGES
 def needed_device_bytes(manifest: Manifest) -> int:
     """Returns what a card needs for a bundle whose graphs are all loaded, without what is kept for
     re-rolls."""
-    plan = plan_device_memory(manifest, UNLIMITED)
-    return plan.total - plan.cache
+    return plan_device_memory(manifest, UNLIMITED, most_cache=0).total
 
 
 def fixed_buffers(graphs: Mapping[str, GraphMemory], manifest: Manifest) -> list[Buffer]:
@@ -277,16 +285,25 @@ def working_bytes(manifest: Manifest) -> int:
     """Tensors in use at the worst moment of sampling or decoding.
 
     That is the outputs of all graphs; once more the inputs of the step graph, since banks of several requests
-    are gathered while the window that they come from still exists; and the inputs of the window graphs for
-    every sample, each of which may belong to a request of its own. A segmenter's inputs are large, too."""
+    are gathered while the windows that they come from still exist; and the inputs of the window graphs for
+    every sample, each of which may belong to a request of its own. The inputs of graphs that see a picture
+    are large, too. Windows of other samples are not counted here: see `further_windows`."""
     sizes = manifest.largest_sizes
     outputs = [tensor for spec in manifest.specs.values() for tensor in spec.outputs]
-    steps, windows, segments = (
-        [tensor for spec in manifest.with_role(role) for tensor in spec.inputs]
-        for role in ("step", "window", "segment")
-    )
-    tensors = (*outputs, *steps, *segments, *windows * manifest.max_batch)
+    inputs = {
+        role: [tensor for spec in manifest.with_role(role) for tensor in spec.inputs]
+        for role in ("step", "window", "segment", "condition", "scene")
+    }
+    windows = inputs.pop("window") * manifest.max_batch
+    tensors = (*outputs, *windows, *(tensor for of_role in inputs.values() for tensor in of_role))
     return sum(aligned(tensor.nbytes(sizes)) for tensor in tensors)
+
+
+def further_windows(manifest: Manifest) -> int:
+    """Returns bytes of the largest windows of detail maps, for all samples of a batch but one."""
+    sizes = manifest.largest_sizes
+    window = [tensor for spec in manifest.with_role("window") for tensor in spec.outputs]
+    return (manifest.max_batch - 1) * sum(aligned(tensor.nbytes(sizes)) for tensor in window)
 
 
 def megabytes(nbytes: int) -> int:

@@ -132,7 +132,8 @@ class Compositor:
             AnyDoorError: the bundle or its backend cannot be used; the message says why.
         """
         bundle = Bundle.open(path, None if trusted_key is None else Path(trusted_key))
-        return cls(bundle, open_engine(bundle, options), cache_bytes, control_window, segmenter)
+        engine = open_engine(bundle, options, cache_bytes)
+        return cls(bundle, engine, cache_bytes, control_window, segmenter)
 
     def load_graphs(self) -> Iterator[str]:
         """Loads all graphs ahead of the first picture; yields the name of each when it is ready."""

@@ -16,6 +16,7 @@ from PIL import Image
 from engines.bundle import Bundle
 from engines.engine import Engine, open_engine
 from engines.errors import BundleError
+from engines.memory_plan import DeviceMemoryPlan
 from engines.options import EngineOptions
 from runtime.errors import InputError, MissingModelError, in_field
 from runtime.imaging.boxes import SMALLEST_MASK_AREA, Box
@@ -105,8 +106,8 @@ class Segmenter:
 
     @property
     def nbytes(self) -> int:
-        """Returns the memory of its networks; see `bundle_bytes`."""
-        return sum(bundle_bytes(bundle) for bundle, _ in self._networks.values())
+        """Returns the memory of its networks; see `engine_bytes`."""
+        return sum(engine_bytes(bundle, engine) for bundle, engine in self._networks.values())
 
     def load_graphs(self) -> None:
         """Loads all graphs ahead of the first picture."""
@@ -227,8 +228,12 @@ class Segmenter:
         return self._networks[CLICK]
 
 
-def bundle_bytes(bundle: Bundle) -> int:
-    """Returns the memory of a bundle's graphs and their intermediate results."""
+def engine_bytes(bundle: Bundle, engine: Engine) -> int:
+    """Returns the memory that a bundle takes: on a card as planned, else that of its graphs and their
+    intermediate results."""
+    plan = getattr(engine, "plan", None)
+    if isinstance(plan, DeviceMemoryPlan):
+        return plan.total
     records = bundle.manifest.graphs.values()
     return sum(record.nbytes + max(record.scratch_bytes.values(), default=0) for record in records)
 

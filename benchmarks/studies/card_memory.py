@@ -1,7 +1,7 @@
 """What of a card's memory is ONNX Runtime's own, and which way of taking it takes least?
 
     python benchmarks/studies/card_memory.py                # on a card, about 20 s for each way
-    python benchmarks/studies/card_memory.py --ways "as it is" patterns
+    python benchmarks/studies/card_memory.py --ways "as it is" reuse
     python benchmarks/studies/card_memory.py --device cpu   # rehearses it with the tiny network
 
 Every way draws the same pictures in a process of its own, with all the memory that there is. Its rows are
@@ -46,9 +46,8 @@ from runtime.request import Sampling
 WAYS: Mapping[str, Allocation] = {
     "as it is": ALLOCATION,
     "large rests": replace(ALLOCATION, largest_rest=128 << 20),
-    "patterns": replace(ALLOCATION, patterns=True),
-    "patterns, small growth": replace(ALLOCATION, patterns=True, growth=8 << 20),
-    "patterns, large workspaces": replace(ALLOCATION, patterns=True, large_workspaces=True),
+    "reuse": replace(ALLOCATION, reuse=True),
+    "half as TF32": replace(ALLOCATION, half_as_tf32=True),
 }
 """Name of a way to take memory -> what it is."""
 

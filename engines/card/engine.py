@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +49,7 @@ class CardEngine:
         open_graph: Callable[[str], LoadedGraph],
         plan: DeviceMemoryPlan,
         capture: bool = True,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         """Allocates the arena.
 
@@ -57,6 +60,8 @@ class CardEngine:
             open_graph: loads a graph onto the device.
             plan: what of the device's memory is for what.
             capture: whether calls become CUDA graphs.
+            lock: held around everything that is done with the device, may be taken again by the thread that
+                has it; None for one of its own.
         """
         self.backend = backend
         self.observer: Observer | None = None
@@ -72,7 +77,7 @@ class CardEngine:
             for graph, spec in self._specs.items()
         }
         self._graphs: dict[str, LoadedGraph] = {}
-        self._lock = threading.RLock()
+        self._lock = lock or threading.RLock()
         self._store = TensorStore(device, plan)
         self._downloads = Downloads(device, self._lock)
         self._calls = CallCache(device, capture)

@@ -8,6 +8,7 @@ control scale needs no ControlNet at all.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,14 +59,19 @@ def shared_timesteps(timesteps: Sequence[int], count: int | None) -> list[int]:
 class DetailMapCache:
     """Windows of detail maps by placement, under a budget of bytes.
 
-    When the budget is reached, the placement that was used longest ago makes room. A placement never makes
+    When the budget is reached, the placement that was used longest ago makes room. A placement does not make
     room for itself: sampling walks through all its windows in turn, and dropping the oldest would drop
     exactly the one that the next run starts with.
+
+    What is kept must not take the memory of what is in use. So windows that are in use count as well, whether
+    they are kept or not, and the only one that need not fit is the one that is computed next.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.nbytes = 0
+        """Of the windows that are kept."""
+        self._alive = weakref.WeakSet[MapWindow]()
         self._placements: OrderedDict[bytes, dict[WindowKey, MapWindow]] = OrderedDict()
 
     def get(self, placement: bytes, key: WindowKey) -> MapWindow | None:
@@ -82,11 +88,25 @@ class DetailMapCache:
         if own + window.nbytes > self.budget:
             return
         while self.nbytes + window.nbytes > self.budget:
-            oldest = next(other for other in self._placements if other != placement)
-            self.nbytes -= sum(kept.nbytes for kept in self._placements.pop(oldest).values())
+            self._drop(next(other for other in self._placements if other != placement))
         self._placements.setdefault(placement, {})[key] = window
         self._placements.move_to_end(placement)
         self.nbytes += window.nbytes
+
+    def make_room(self, placement: bytes) -> None:
+        """Drops what is kept until it fits the budget together with what is in use, the placement's own last.
+
+        To be called before a window of the placement is computed.
+        """
+        while self._placements and sum(window.nbytes for window in self._alive) > self.budget:
+            self._drop(next((other for other in self._placements if other != placement), placement))
+
+    def count(self, window: MapWindow) -> None:
+        """Notes a window that was computed, until nobody holds it any more."""
+        self._alive.add(window)
+
+    def _drop(self, placement: bytes) -> None:
+        self.nbytes -= sum(kept.nbytes for kept in self._placements.pop(placement).values())
 
     def clear(self) -> None:
         """Drops everything."""
@@ -108,6 +128,7 @@ class DetailMaps:
         window: int,
         guided: Sequence[bool] | None = None,
         hint_key: bytes | None = None,
+        keeps: bool = True,
     ) -> None:
         """Computes nothing yet.
 
@@ -122,10 +143,12 @@ class DetailMaps:
             guided: which steps have guidance; all or none, depending on `tokens`, if None. Where no step has
                 any, the unconditional maps are not computed.
             hint_key: tells this hint from all others; computed from it if None, which takes milliseconds.
+            keeps: whether the cache keeps windows, and has some.
         """
         self._engine = engine
         self._graph = graph
         self._cache = cache
+        self._keeps = keeps
         self._hint = np.ascontiguousarray(hint[None])
         self._tokens = tokens
         self._sent: tuple[DeviceTensor, DeviceTensor] | None = None
@@ -165,11 +188,15 @@ class DetailMaps:
 
     def _window_of(self, index: int) -> MapWindow:
         key = tuple(self._entries_of(index))
-        kept = self._cache.get(self._placement, key)
-        if kept is None:
-            kept = self._compute(key)
-            self._cache.put(self._placement, key, kept)
-        return kept
+        kept = self._cache.get(self._placement, key) if self._keeps else None
+        if kept is not None:
+            return kept
+        self._cache.make_room(self._placement)
+        computed = self._compute(key)
+        self._cache.count(computed)
+        if self._keeps:
+            self._cache.put(self._placement, key, computed)
+        return computed
 
     def _compute(self, entries: Sequence[tuple[int, bool]]) -> MapWindow:
         timesteps = [timestep for timestep, guided in entries for _ in range(_rows(guided))]

@@ -22,7 +22,7 @@ from engines.errors import AnyDoorError
 from runtime.compositor import Compositor
 from runtime.edits.fillers import require_filler
 from runtime.errors import InputError
-from runtime.segmentation import Segmenter, beside, bundle_bytes
+from runtime.segmentation import Segmenter, beside, engine_bytes
 from runtime.server import tracing
 from runtime.server.access import Access
 from runtime.server.batching import Batcher
@@ -342,7 +342,11 @@ def open_models(settings: Settings) -> tuple[Compositor, Compositor | None, Bund
     if settings.filler:
         filler = Compositor.load(settings.filler, options, cache_bytes=0, trusted_key=key)
         require_filler(filler)
-        options = beside(options, bundle_bytes(filler.bundle))
+        if filler.engine.device != "cpu":
+            # the model's plan counts what is free on the card
+            for _ in filler.load_graphs():
+                pass
+        options = beside(options, engine_bytes(filler.bundle, filler.engine))
     bundles = Bundles(settings, options, segmenter)
     compositor = bundles.load(bundles.open(bundles.names[0]))
     if plan := compositor.engine.describe():

@@ -345,8 +345,6 @@ class AnyDoor(Preprocessing):
             self.defaults = {
                 name: v for name, v in self.defaults.items() if name not in ("refine", "strength")
             }
-        self._tile_maps = DetailMapCache(0)
-        """Detail maps of tiles, which are not reused for another seed."""
         self.cache = DetailMapCache(model.cache_bytes)
         """Detail maps that are kept for re-rolls."""
 
@@ -359,10 +357,9 @@ class AnyDoor(Preprocessing):
     ) -> AnyDoorConditions:
         """Encodes the reference, unless its ID tokens are remembered; detail maps are computed when
         needed."""
-        if isinstance(prepared, AnyDoorTile):
-            place, cache, key = prepared.place, self._tile_maps, None
-        else:
-            place, cache, key = prepared, self.cache, prepared.hint_key
+        # detail maps of tiles are not reused for another seed
+        keeps = not isinstance(prepared, AnyDoorTile)
+        place = prepared.place if isinstance(prepared, AnyDoorTile) else prepared
         assert prepared.hint is not None
         tokens = self._tokens.of_views(place.views, watch)
         guided = guided_steps(sampling, schedule)
@@ -372,13 +369,14 @@ class AnyDoor(Preprocessing):
         maps = DetailMaps(
             self._engine,
             CONTROL,
-            cache,
+            self.cache,
             prepared.hint.hint,
             tokens,
             timesteps,
             self._window,
             guided,
-            key,
+            place.hint_key if keeps else None,
+            keeps=keeps,
         )
         return AnyDoorConditions(BankRows({"tokens": tokens}, 0, len(tokens) - 1, on_host=True), maps)
 

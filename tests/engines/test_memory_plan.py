@@ -28,6 +28,7 @@ from engines.memory_plan import (
     DeviceMemoryPlan,
     GraphMemory,
     buffers_of,
+    further_windows,
     groupings,
     needed_device_bytes,
     place_name,
@@ -171,7 +172,20 @@ def test_the_refusal_names_the_least_budget() -> None:
     least = smallest(MEMORY)
     with pytest.raises(BackendError, match=f"at least {-(-least // MB)} MB .*--max-batch 1"):
         plan_device_memory(manifest(), least - 1)
-    assert plan_device_memory(manifest(), least).cache == 0
+    assert plan_device_memory(manifest(), least).cache == further_windows(manifest())
+
+
+@given(memories, st.integers(1, 8), st.integers(0, 40_000), st.integers(0, 40_000))
+def test_every_sample_of_a_batch_has_room_for_a_window_and_no_more_is_kept_than_asked_for(
+    memory: dict[str, GraphMemory], batch: int, budget: int, most: int
+) -> None:
+    windows = further_windows(manifest(memory, batch))
+    assert windows == (batch - 1) * sum(of.nbytes({"maps": 2 * batch}) for of in SPECS[CONTROL].outputs)
+    try:
+        plan = plan_device_memory(manifest(memory, batch), budget * MB, most * MB)
+    except BackendError:
+        return
+    assert windows <= plan.cache <= max(windows, most * MB)
 
 
 def test_the_id_encoder_is_evicted_first_and_sampling_is_never_parted() -> None:
@@ -299,7 +313,7 @@ def test_what_a_bundle_needs_on_a_card() -> None:
     needed = needed_device_bytes(manifest())
     plans = [plan_device_memory(manifest(), nbytes) for nbytes in (needed, needed - 1)]
     assert [len(plan.groups) for plan in plans] == [1, 2]
-    assert plans[0].cache == 0
+    assert plans[0].cache == further_windows(manifest())
 
 
 def test_budget_that_no_plan_fits(tiny_bundle: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.backends.onnxruntime.cuda import Sessions
+from engines.backends.onnxruntime.cuda import Sessions, SharedStream
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
 from engines.engine import DeviceTensor, Engine, open_engine
@@ -74,11 +74,14 @@ class ProviderSimulation:
         plan: DeviceMemoryPlan | None = None,
         window: int = 1,
         options: EngineOptions = EngineOptions(),
+        beside: ProviderSimulation | None = None,
     ) -> None:
-        self.device = SimulatedDevice()
-        self.library = SimulatedLibrary(bundle, self.device)
+        """`beside`: another engine of the same process."""
+        self.device = beside.device if beside else SimulatedDevice()
+        self.shared = beside.shared if beside else SharedStream()
+        self.library = beside.library if beside else SimulatedLibrary(bundle, self.device)
         self.plan = plan or memory_plan(bundle, backend="onnxruntime")
-        self.sessions = Sessions(self.library, bundle, self.device.stream, self.plan, options)
+        self.sessions = Sessions(self.library, bundle, self.shared, self.device.stream, self.plan, options)
         self.engine = CardEngine(
             "onnxruntime",
             bundle,
@@ -86,6 +89,7 @@ class ProviderSimulation:
             self.sessions.open_graph,
             self.plan,
             options.cuda_graphs,
+            self.shared.lock,
         )
         self.painter = Painter(bundle, self.engine, window)
 

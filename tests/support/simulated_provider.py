@@ -42,10 +42,14 @@ class SimulatedLibrary:
         self.engine = OnnxRuntimeEngine(bundle)
         self.arenas: list[dict[str, int]] = []
         self.scratch = (0, 0)
-        """Address and size of the memory that the sessions share."""
+        """Address and size of the memory that sessions to come share with those that were made since it is
+        there."""
         self.opened: list[str] = []
         self.sessions: list[SimulatedSession] = []
         self.bindings = 0
+
+    def set_default_logger_severity(self, severity: int) -> None:
+        pass
 
     def preload_dlls(self) -> None:
         print("Failed to load libcublasLt.so.13")
@@ -99,6 +103,7 @@ class SimulatedSession:
         self.captured: dict[tuple[int, str], Bound] = {}
         """Thread and `gpu_graph_id` -> what was bound when it was captured."""
         self.replays = 0
+        self.scratch = library.scratch
         self._library = library
 
     def get_providers(self) -> list[str]:
@@ -141,7 +146,7 @@ class SimulatedSession:
     def _run(self, bound: Bound) -> None:
         """Computes the graph from memory to memory."""
         device, engine = self._library.device, self._library.engine
-        device.view(self._library.scratch[0], (self._library.scratch[1],), "uint8")[:] = GARBAGE
+        device.view(self.scratch[0], (self.scratch[1],), "uint8")[:] = GARBAGE
         spec = self._library.bundle.manifest.specs[self.graph]
         arrays = {}
         for of in spec.inputs:

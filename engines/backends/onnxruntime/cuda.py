@@ -4,12 +4,13 @@ The provider works in our stream, on our addresses, and does not wait for what i
 does itself, and this is what is known of them (source: onnxruntime/core/providers/cuda and core/framework):
 
     memory    Weights and scratch memory are its own. Weights are allocated one by one, and freed with the
-              session. Scratch memory is one arena for all sessions, as large as the memory plan says. The
-              sessions never run at the same time, so that is as safe as if it lay in ours.
+              session. Scratch memory is an arena of the whole process: a session takes from the arena that
+              was registered last when it was made. So the sessions of all engines of a process may share
+              one, and never run at the same time (`SharedStream`).
     captures  It captures a call itself, one CUDA graph per `gpu_graph_id`, and keeps it as long as the
               session. A captured graph belongs to the thread that ran it, so all calls come from one thread.
-              It reads pinned memory that versions before 1.30 give to the next call, whose results are then
-              wrong.
+              Whatever another thread allocates or copies meanwhile spoils a capture. It reads pinned memory
+              that versions before 1.30 give to the next call, whose results are then wrong.
 
 A captured graph uses scratch memory that its session has given back. So what a session keeps must never lie
 there: weights do not, and what goes in and out is in our arena.
@@ -20,6 +21,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -72,21 +75,19 @@ _LARGEST_CHUNK = 2**31 - 1
 class Allocation:
     """How the provider takes memory, where it leaves a choice."""
 
-    growth: int = 64 << 20
-    """Bytes by which scratch memory grows if a graph needs more than planned; larger requests double it until
-    they fit."""
     largest_rest: int = 1 << 20
     """A piece that is larger than what is asked for by more than these bytes is divided. Unless told
     otherwise, the library lets up to 128 MB of a piece lie idle."""
-    patterns: bool = False
-    """Whether the intermediate results of a set of shapes are one block, and the weights of a graph another.
-    Otherwise each is allocated by itself."""
-    large_workspaces: bool = False
-    """Whether convolutions may take workspaces of any size. Those of the fastest algorithms are gigabytes."""
+    reuse: bool = False
+    """Whether the library holds an intermediate result that nobody needs any more for a later one of the same
+    shape. For a step of four samples at full size that is 900 MB instead of 434, by simulation."""
+    half_as_tf32: bool = False
+    """Whether `use_tf32` is set for graphs in half precision. It changes no product of theirs, but without it
+    the library looks for convolutions without tensor cores first, in half precision, too."""
 
 
 ALLOCATION = Allocation()
-"""What ran on a card (docs/studies/h100.md), but for `largest_rest`."""
+"""Simulated, but not measured on a card (docs/studies/h100.md)."""
 
 
 def preload(library: Any) -> None:
@@ -114,26 +115,22 @@ def loaded_libraries(maps: Path = MAPPED_FILES) -> str:
     return "; ".join(f"{', '.join(sorted(names))} in {folder}" for folder, names in sorted(found.items()))
 
 
-def provider_options(
-    stream: int, precision: str, capture: bool, limit: int, allocation: Allocation
-) -> dict[str, str]:
+def provider_options(stream: int, tf32: bool, capture: bool, limit: int) -> dict[str, str]:
     """Returns the provider's options for a session.
 
     Args:
         stream: where it puts its work.
-        precision: fp32 or tf32, of products of float32 numbers.
+        tf32: whether products of float32 numbers may be computed in TF32.
         capture: whether calls are captured as CUDA graphs.
         limit: bytes that it may allocate.
-        allocation: how it takes them.
     """
     return {
         "user_compute_stream": str(stream),
-        "use_tf32": str(int(precision == "tf32")),
+        "use_tf32": str(int(tf32)),
         "enable_cuda_graph": str(int(capture)),
         "gpu_mem_limit": str(limit),
         # a search would take whichever algorithm was fastest today: other bits after the next start
         "cudnn_conv_algo_search": "HEURISTIC",
-        "cudnn_conv_use_max_workspace": str(int(allocation.large_workspaces)),
         # sums in float32, not in the precision of the graph
         "enable_skip_layer_norm_strict_mode": "1",
     }
@@ -149,10 +146,12 @@ def session_options(library: Any, bundle: Bundle, allocation: Allocation) -> Any
     """
     options = library.SessionOptions()
     options.use_deterministic_compute = True
-    options.enable_mem_pattern = allocation.patterns
+    # what a set of shapes needs as one block is more than what single pieces need
+    options.enable_mem_pattern = False
+    options.enable_mem_reuse = allocation.reuse
     for key, value in {
         "session.use_env_allocators": "1",
-        "session.use_device_allocator_for_initializers": str(int(not allocation.patterns)),
+        "session.use_device_allocator_for_initializers": "1",
         "session.model_external_initializers_file_folder_path": str(bundle.path),
     }.items():
         options.add_session_config_entry(key, value)
@@ -160,11 +159,12 @@ def session_options(library: Any, bundle: Bundle, allocation: Allocation) -> Any
 
 
 def share_scratch(library: Any, nbytes: int, limit: int, allocation: Allocation) -> None:
-    """Makes the arena that the sessions to come take scratch memory from.
+    """Makes the arena that the sessions to come take scratch memory from, in place of the one before.
 
     Args:
         library: the onnxruntime package.
-        nbytes: what it allocates first, and unless a graph needs more, at all.
+        nbytes: what it allocates first, and unless a graph needs more, at all. It grows by a gigabyte or by
+            all that is left: CUDA's arena takes no other size.
         limit: most that it allocates, the weights of the sessions included.
         allocation: how it does that.
 
@@ -176,7 +176,6 @@ def share_scratch(library: Any, nbytes: int, limit: int, allocation: Allocation)
         "arena_extend_strategy": 0,
         "initial_chunk_size_bytes": min(nbytes, limit, _LARGEST_CHUNK),
         "max_dead_bytes_per_chunk": allocation.largest_rest,
-        "max_power_of_two_extend_bytes": allocation.growth,
     }
     kind = library.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     where = library.OrtMemoryInfo("Cuda", kind, 0, library.OrtMemType.DEFAULT)
@@ -186,13 +185,49 @@ def share_scratch(library: Any, nbytes: int, limit: int, allocation: Allocation)
         raise BackendError(f"{NOT_STARTED} ({_reason(error)})") from error
 
 
+class SharedStream:
+    """What all engines of a process share, because their sessions may share scratch memory.
+
+    Everything goes into one stream, so no two graphs run at the same time. Everything is done under one lock,
+    since a capture in one engine must not see what another one does.
+    """
+
+    def __init__(self) -> None:
+        """Shares nothing yet."""
+        self.lock = threading.RLock()
+        """Held around everything that is done with the card."""
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-provider")
+        """Makes and runs all sessions: captured graphs belong to a thread."""
+        self._stream: int | None = None
+        self._plans = weakref.WeakKeyDictionary[Sessions, DeviceMemoryPlan]()
+
+    def new_device(self) -> Device:
+        """Returns memory of its own on the card, with the common stream."""
+        device = Device(self._stream)
+        self._stream = device.stream
+        return device
+
+    def share_scratch(
+        self, sessions: Sessions, library: Any, plan: DeviceMemoryPlan, allocation: Allocation
+    ) -> None:
+        """Makes the arena that sessions take scratch memory from, of whichever engine.
+
+        So it has to suffice for each engine that is there, and its limit for the weights of all of them.
+        """
+        self._plans[sessions] = plan
+        plans = list(self._plans.values())
+        nbytes, limit = max(each.library for each in plans), sum(each.library_limit for each in plans)
+        share_scratch(library, nbytes, limit, allocation)
+
+
 class Sessions:
-    """Loads graphs of a bundle with the CUDA provider, and runs them in one thread."""
+    """Loads graphs of a bundle with the CUDA provider, and runs them."""
 
     def __init__(
         self,
         library: Any,
         bundle: Bundle,
+        shared: SharedStream,
         stream: int,
         plan: DeviceMemoryPlan,
         options: EngineOptions,
@@ -203,7 +238,8 @@ class Sessions:
         Args:
             library: the onnxruntime package.
             bundle: holds the graphs.
-            stream: where their work goes.
+            shared: with the other engines of the process.
+            stream: where their work goes; that of `shared`.
             plan: how much memory they may take.
             options: precision, and whether calls are captured.
             allocation: how memory is taken.
@@ -214,10 +250,9 @@ class Sessions:
         self._limit = plan.library_limit
         self._options = options
         self._allocation = allocation
+        self.thread = shared.thread
         preload(library)
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-provider")
-        """Makes and runs all sessions: captured graphs belong to a thread."""
-        share_scratch(library, plan.library, self._limit, allocation)
+        shared.share_scratch(self, library, plan, allocation)
 
     def open_graph(self, graph: str) -> LoadedSession:
         """Loads a graph's weights onto the card.
@@ -228,9 +263,9 @@ class Sessions:
         """
         spec = self.bundle.manifest.specs[graph]
         capture = self._options.cuda_graphs and spec.role in CAPTURED_ROLES
-        provider = provider_options(
-            self.stream, self._options.inference_precision, capture, self._limit, self._allocation
-        )
+        is_half = self.bundle.manifest.precision == "fp16"
+        tf32 = self._options.inference_precision == "tf32" or (is_half and self._allocation.half_as_tf32)
+        provider = provider_options(self.stream, tf32, capture, self._limit)
         try:
             session = self.thread.submit(
                 self.library.InferenceSession,
@@ -325,17 +360,27 @@ class BoundCall:
         return False
 
 
+_OF_THIS_PROCESS = SharedStream()
+
+
 def open_card_engine(
-    library: Any, bundle: Bundle, options: EngineOptions, allocation: Allocation = ALLOCATION
+    library: Any,
+    bundle: Bundle,
+    options: EngineOptions,
+    most_cache: int | None = None,
+    allocation: Allocation = ALLOCATION,
 ) -> CardEngine:
     """Returns the engine for a bundle of ONNX graphs on a card; see `engines.engine.open_engine`."""
-    # cuDNN finds no plan for some convolutions in so small a workspace; they run with another, and every one
-    # is logged as an error. What really fails is raised, too
+    # for some convolutions cuDNN has no plan without tensor cores; they run with another, and every one is
+    # logged as an error. What really fails is raised, too
     library.set_default_logger_severity(_FATAL)
-    device = Device()
-    plan = plan_for_card(bundle.manifest, options.memory_budget, device.card().free)
-    sessions = Sessions(library, bundle, device.stream, plan, options, allocation)
-    return CardEngine(ONNX, bundle, device, sessions.open_graph, plan, options.cuda_graphs)
+    shared = _OF_THIS_PROCESS
+    with shared.lock:
+        device = shared.new_device()
+        plan = plan_for_card(bundle.manifest, options.memory_budget, device.card().free, most_cache)
+        sessions = Sessions(library, bundle, shared, device.stream, plan, options, allocation)
+        opened = sessions.open_graph
+        return CardEngine(ONNX, bundle, device, opened, plan, options.cuda_graphs, shared.lock)
 
 
 def loading_refusal(graph: str, capture: bool, error: Exception) -> BackendError | BundleError:

@@ -271,14 +271,14 @@ def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
     return "cpu", plan.table()
 
 
-def open_engine(bundle: Bundle, options: EngineOptions) -> Engine:
+def open_engine(bundle: Bundle, options: EngineOptions, most_cache: int | None = None) -> Engine:
     """Returns the engine for a bundle; see `engines.engine.open_engine`."""
     if _device(bundle, options) == "cuda":
         from engines.backends.onnxruntime import cuda
 
         library = load_library()
         check_version(library.__version__, cuda.FIRST_VERSION, " for a card")
-        return cuda.open_card_engine(library, bundle, options)
+        return cuda.open_card_engine(library, bundle, options, most_cache)
     return OnnxRuntimeEngine(bundle, options, plan_host_memory(bundle, NAME, options.memory_budget))
 
 

@@ -333,7 +333,7 @@ def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
     return engine.device, engine.describe()
 
 
-def open_engine(bundle: Bundle, options: EngineOptions) -> OpenVinoEngine:
+def open_engine(bundle: Bundle, options: EngineOptions, most_cache: int | None = None) -> OpenVinoEngine:
     """Returns the engine for a bundle; see `engines.engine.open_engine`."""
     available = precisions()
     if options.device == "cuda":

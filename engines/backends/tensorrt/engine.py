@@ -61,14 +61,14 @@ def examine(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
     return card.name, plan_for_card(bundle.manifest, options.memory_budget, card.free).table()
 
 
-def open_engine(bundle: Bundle, options: EngineOptions) -> CardEngine:
+def open_engine(bundle: Bundle, options: EngineOptions, most_cache: int | None = None) -> CardEngine:
     """Returns the engine for a bundle of plans; see `engines.engine.open_engine`. It has no use for
     `threads`."""
     library = _check(bundle, options)
     device = Device()
     card = device.card()
     check_card(library, bundle, card)
-    plan = plan_for_card(bundle.manifest, options.memory_budget, card.free)
+    plan = plan_for_card(bundle.manifest, options.memory_budget, card.free, most_cache)
     open_graph = partial(open_plan, library, bundle)
     return CardEngine(bundle.manifest.backend, bundle, device, open_graph, plan, options.cuda_graphs)
 

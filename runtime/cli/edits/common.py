@@ -149,9 +149,10 @@ def _read_standard_input(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace) -> Editor:
     from runtime.compositor import Compositor
     from runtime.edits import Editor
-    from runtime.segmentation import bundle_bytes
+    from runtime.segmentation import engine_bytes
 
     if not options.filler:
         return Editor(load_compositor(options))
-    filler = Compositor.load(options.filler, engine_options(options))
-    return Editor(load_compositor(options, taken=bundle_bytes(filler.bundle)), filler)
+    filler = Compositor.load(options.filler, engine_options(options), cache_bytes=0)
+    taken = engine_bytes(filler.bundle, filler.engine)
+    return Editor(load_compositor(options, taken=taken), filler)

@@ -19,14 +19,14 @@ Capture = pytest.CaptureFixture[str]
 def test_ways_are_measured_one_after_the_other(tmp_path: Path, tiny_bundle: Path, capsys: Capture) -> None:
     (tmp_path / "tiny").symlink_to(tiny_bundle)
     output = tmp_path / "memory.json"
-    ways = ["as it is", "patterns"]
+    ways = ["as it is", "reuse"]
     arguments = ["--device", "cpu", "--bundles", str(tmp_path), "--output", str(output), "--ways", *ways]
     assert main(arguments) == 0
     found = json.loads(output.read_text("utf-8"))["ways"]
     assert [each["way"] for each in found] == ways
     assert all(value > 0 for each in found for value in each["seconds"].values())
     printed = capsys.readouterr().out
-    assert "| GB after | as it is | patterns |" in printed
+    assert "| GB after | as it is | reuse |" in printed
     assert "one more picture" in printed
 
 
@@ -34,12 +34,12 @@ def test_a_way_that_fails_says_why_beside_the_others() -> None:
     rows = [{"phase": "first", "gb": 7.5, "grown": [[540 << 20, 1 << 30]]}]
     text = report(
         [
-            {"way": "patterns", "failure": "out of memory"},
+            {"way": "reuse", "failure": "out of memory"},
             {"way": "as it is", "phases": rows, "seconds": {"re-roll": 0.25}},
         ]
     )
     assert "| first | 7.50 |" in text
-    assert "- patterns: out of memory" in text
+    assert "- reuse: out of memory" in text
     assert "- as it is: re-roll 0.250 s. Scratch memory in MB, by phase: first: 1074 for 566.2" in text
 
 
@@ -56,8 +56,5 @@ def test_the_library_takes_every_way(way: str, tiny_bundle: Path) -> None:
     (arena,) = library.arenas
     assert arena["max_dead_bytes_per_chunk"] == allocation.largest_rest
     options = session_options(library, bundle, allocation)
-    assert options.enable_mem_pattern == allocation.patterns
-    # blocks of weights come from the device at once
-    entry = options.get_session_config_entry("session.use_device_allocator_for_initializers")
-    assert entry == ("0" if allocation.patterns else "1")
+    assert options.enable_mem_reuse == allocation.reuse
     assert WAYS["as it is"] is ALLOCATION

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from engines.bundle import Bundle
 from engines.engine import Array, Engine, open_engine
 from engines.options import EngineOptions
+from runtime.sampling.conditions import BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, MapWindow, shared_timesteps
 from tests.support.anydoor import CONTROL
 from tests.support.observers import RunCounter
@@ -177,6 +181,74 @@ def test_a_placement_makes_no_room_for_itself() -> None:
     for step in range(5):
         cache.put(b"a", ((step, True),), window_of(10))
     assert [step for step in range(5) if cache.get(b"a", ((step, True),))] == [0, 1, 2]
+
+
+class Uncomputed:
+    """A tensor without values."""
+
+
+class UncomputedMaps:
+    """An engine whose tensors have no values."""
+
+    def __init__(self) -> None:
+        self.alive = weakref.WeakSet[Uncomputed]()
+        self.most = 0
+        """Tensors that were there at the same time."""
+
+    def to_device(self, array: Any) -> Any:
+        return array
+
+    def concatenate(self, pieces: Any) -> None:
+        return None
+
+    def nbytes(self, tensor: Any) -> int:
+        return 10
+
+    def run(self, graph: str, inputs: Any) -> dict[str, Any]:
+        tensor = Uncomputed()
+        self.alive.add(tensor)
+        self.most = max(self.most, len(self.alive))
+        return {"maps": tensor}
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=40), st.integers(2, 6))
+def test_what_is_kept_takes_no_room_from_what_is_in_use(events: list[tuple[int, bool]], windows: int) -> None:
+    """Three placements are drawn at once, in any order and again and again, with room for one window more."""
+    engine, cache = UncomputedMaps(), DetailMapCache(10 * windows)
+    hint, tokens = np.zeros((4, 8, 8), np.float32), np.zeros((1, 3, 8), np.float32)
+    running: dict[int, Iterator[BankRows]] = {}
+
+    def drawn(placement: int, keeps: bool) -> Iterator[BankRows]:
+        key = bytes([placement])
+        maps = DetailMaps(
+            engine,
+            CONTROL,
+            cache,
+            hint,
+            tokens,
+            TIMESTEPS,
+            1,
+            None,
+            key,
+            keeps,  # type: ignore[arg-type]
+        )
+        return (maps.at(step) for step in range(len(TIMESTEPS)))
+
+    for placement, keeps in events:
+        if next(running.setdefault(placement, drawn(placement, keeps)), None) is None:
+            del running[placement]
+    assert engine.most <= windows + 1
+
+
+def test_one_placement_alone_keeps_as_much_as_there_is_room_for() -> None:
+    engine, cache = UncomputedMaps(), DetailMapCache(30)
+    hint, tokens = np.zeros((4, 8, 8), np.float32), np.zeros((1, 3, 8), np.float32)
+    for _ in range(2):
+        maps = DetailMaps(engine, CONTROL, cache, hint, tokens, TIMESTEPS, 1)  # type: ignore[arg-type]
+        for step in range(len(TIMESTEPS)):
+            maps.at(step)
+        assert cache.nbytes == 30
+    assert engine.most == 4
 
 
 def test_cleared_cache_is_empty() -> None:

@@ -27,7 +27,7 @@ from runtime.request import (
     TryOn,
     Where,
 )
-from runtime.segmentation import bundle_bytes
+from runtime.segmentation import engine_bytes
 from runtime.server.events import Preview, Queued, StepDone
 from runtime.server.serve import open_models
 from runtime.server.settings import Settings
@@ -182,4 +182,4 @@ def test_one_memory_budget(tiny_bundle: Path) -> None:
     assert filler is not None
     left = alone.engine.cache_bytes, beside.engine.cache_bytes
     assert left[0] is not None
-    assert left[1] == left[0] - bundle_bytes(filler.bundle)
+    assert left[1] == left[0] - engine_bytes(filler.bundle, filler.engine)
