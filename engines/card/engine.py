@@ -33,6 +33,10 @@ from engines.engine import Array, Observer, observed, require_shape, run_step_by
 from engines.memory_plan import MOST_STEPS, DeviceMemoryPlan, scratch_name
 from engines.spec import CAPTURED_ROLES, ROWS, SAMPLES, GraphSpec, sizes_for
 
+_CALLS_PER_SAMPLE = 4
+"""Calls of a graph that a server keeps for each sample of its batch: those that it warms up, with guidance
+and without, and as many where some samples have it and others do not."""
+
 
 class CardEngine:
     """Runs graphs on a card. It may be used from several threads, one call at a time."""
@@ -208,6 +212,7 @@ class CardEngine:
         """
         if len(self.plan.groups) > 1:
             return
+        self._calls.most = max(self._calls.most, _CALLS_PER_SAMPLE * samples)
         dimensions = self._bundle.manifest.dimensions
         typical = sizes_for(dimensions, 1)
         step = self._step.name
