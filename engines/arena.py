@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,14 +94,16 @@ class Pool:
         self.nbytes = nbytes
         self._free = [(0, nbytes)] if nbytes else []
         self._taken: dict[int, int] = {}
-        # pieces come back when Python collects a tensor, which any thread may do at any time
-        self._lock = threading.RLock()
+        self._returned: deque[int] = deque()
+        """Offsets of pieces that are not free yet."""
+        self._lock = threading.Lock()
 
     @property
     def free_bytes(self) -> int:
         """What is left, in however many pieces."""
         with self._lock:
-            return sum(size for _, size in self._free)
+            self._free_returned()
+            return self._free_bytes()
 
     def take(self, nbytes: int) -> int:
         """Returns offset of a piece of at least `nbytes`: the smallest that is large enough.
@@ -110,10 +113,11 @@ class Pool:
         """
         size = max(aligned(nbytes), ALIGNMENT)
         with self._lock:
+            self._free_returned()
             fitting = [(free, offset) for offset, free in self._free if free >= size]
             if not fitting:
                 largest = max((free for _, free in self._free), default=0)
-                raise PoolExhaustedError(size, self.free_bytes, largest)
+                raise PoolExhaustedError(size, self._free_bytes(), largest)
             free, offset = min(fitting)
             self._free.remove((offset, free))
             if free > size:
@@ -122,8 +126,17 @@ class Pool:
             return offset
 
     def give_back(self, offset: int) -> None:
-        """Takes a piece back and joins it with its free neighbours."""
-        with self._lock:
+        """Takes a piece back."""
+        # Python collects tensors in any thread at any time, also while that thread changes the pool
+        self._returned.append(offset)
+
+    def _free_bytes(self) -> int:
+        return sum(size for _, size in self._free)
+
+    def _free_returned(self) -> None:
+        """Joins the pieces that came back with their free neighbours."""
+        while self._returned:
+            offset = self._returned.popleft()
             size = self._taken.pop(offset)
             insort(self._free, (offset, size))
             index = self._free.index((offset, size))

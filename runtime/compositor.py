@@ -122,18 +122,20 @@ class Compositor:
         Args:
             path: directory that `anydoor build` wrote.
             options: where and how the graphs run.
-            cache_bytes: see `__init__`.
-            control_window: see `__init__`.
+            cache_bytes, control_window, segmenter: see `__init__`.
             trusted_key: PEM file with an Ed25519 public key; the bundle must be signed with its private key
                 (`anydoor sign`). If None, no signature is needed.
-            segmenter: see `__init__`.
 
         Raises:
             AnyDoorError: the bundle or its backend cannot be used; the message says why.
         """
         bundle = Bundle.open(path, None if trusted_key is None else Path(trusted_key))
         engine = open_engine(bundle, options, cache_bytes)
-        return cls(bundle, engine, cache_bytes, control_window, segmenter)
+        try:
+            return cls(bundle, engine, cache_bytes, control_window, segmenter)
+        except BaseException:
+            engine.close()
+            raise
 
     def load_graphs(self) -> Iterator[str]:
         """Loads all graphs ahead of the first picture; yields the name of each when it is ready."""
@@ -241,8 +243,7 @@ class Compositor:
 
         Args:
             prompt: what to draw.
-            num_images: see `composite`.
-            on_step: see `composite`.
+            num_images, on_step: see `composite`.
             others: `negative_prompt` is what not to draw; `size` is (width, height), which must be the
                 bundle's; all others are arguments of `composite`.
 
@@ -271,8 +272,7 @@ class Compositor:
         """
         job = self.accept(request)
         drawing = self.new_drawing()
-        waiting = deque(job.images)
-        done = 0
+        waiting, done = deque(job.images), 0
         while waiting or drawing.running:
             while waiting and len(drawing.running) < self.max_batch:
                 drawing.start(waiting.popleft())

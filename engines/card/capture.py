@@ -7,6 +7,7 @@ once, what differs from step to step lies in tables on the card.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,11 +18,14 @@ from engines.card.graph import Context, Shape
 from engines.card.tensors import DeviceArray, TensorStore
 from engines.cuda import Device
 from engines.engine import Array
+from engines.errors import BackendError
 from engines.memory_plan import buffers_of, place_name, table_name
 from engines.spec import GraphSpec
 
 MOST_CALLS = 16
-"""Calls that are kept: sets of shapes, each with a number of steps."""
+"""Calls of a graph that are kept: sets of shapes, each with a number of steps."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Call:
 
 
 class CallCache:
-    """The calls that were made last. What comes after `MOST_CALLS` evicts the oldest."""
+    """The calls of each graph that were made last. What comes after `most` of a graph evicts its oldest."""
 
     def __init__(self, device: Device, capture: bool = True) -> None:
         """Starts empty.
@@ -60,6 +64,8 @@ class CallCache:
             device: captures the calls.
             capture: whether it does.
         """
+        self.most = MOST_CALLS
+        """Calls of a graph that are kept."""
         self._device = device
         self._capture = capture
         self._calls: OrderedDict[CallSignature, Call] = OrderedDict()
@@ -77,9 +83,10 @@ class CallCache:
         if signature not in self._calls:
             one = replace(signature, steps=1, feedback=())
             step = self.get(one, new_context) if signature.steps > 1 else None
-            if len(self._calls) >= MOST_CALLS:
+            kept = self._of_graph(signature.graph)
+            if len(kept) >= self.most:
                 self._device.synchronize()
-                self._evict(next(iter(self._calls)))
+                self._evict(kept[0])
             self._calls[signature] = Call(step.context if step else new_context())
         self._calls.move_to_end(signature)
         return self._calls[signature]
@@ -87,10 +94,15 @@ class CallCache:
     def run(self, call: Call, work: Callable[[], None]) -> None:
         """Puts the work of a call into the stream: captures it the second time, and replays it from then on.
 
-        The first run compiles, and settles what a capture must not contain.
+        The first run compiles, and settles what a capture must not contain. A call that cannot be captured
+        runs without.
         """
         if self._capture and call.runs == 1 and call.context.capturable(self._device.stream):
-            call.captured = self._device.capture(work)
+            try:
+                call.captured = self._device.capture(work)
+            except BackendError as error:
+                # a card may have the memory for the call, and not for its CUDA graph
+                logger.warning("a call runs without a CUDA graph: %s", error)
         if call.captured is None:
             work()
         else:
@@ -99,8 +111,12 @@ class CallCache:
     def evict_graph(self, graph: str) -> None:
         """Frees the calls of a graph; waits until none is running."""
         self._device.synchronize()
-        for signature in [signature for signature in self._calls if signature.graph == graph]:
+        for signature in self._of_graph(graph):
             self._evict(signature)
+
+    def _of_graph(self, graph: str) -> list[CallSignature]:
+        """Returns the signatures of a graph's calls, the oldest first."""
+        return [signature for signature in self._calls if signature.graph == graph]
 
     def _evict(self, signature: CallSignature) -> None:
         call = self._calls.pop(signature)

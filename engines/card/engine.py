@@ -35,6 +35,10 @@ from engines.engine import Array, Observer, observed, require_shape, run_step_by
 from engines.memory_plan import MOST_STEPS, DeviceMemoryPlan, scratch_name
 from engines.spec import CAPTURED_ROLES, ROWS, SAMPLES, GraphSpec, sizes_for
 
+_CALLS_PER_SAMPLE = 4
+"""Calls of a graph that a server keeps for each sample of its batch: those that it warms up, with guidance
+and without, and as many where some samples have it and others do not."""
+
 
 class CardEngine:
     """Runs graphs on a card. It may be used from several threads, one call at a time."""
@@ -78,8 +82,12 @@ class CardEngine:
         }
         self._graphs: dict[str, LoadedGraph] = {}
         self._lock = lock or threading.RLock()
-        self._store = TensorStore(device, plan)
-        self._downloads = Downloads(device, self._lock)
+        try:
+            self._store = TensorStore(device, plan)
+            self._downloads = Downloads(device, self._lock)
+        except BaseException:
+            device.free_all()
+            raise
         self._calls = CallCache(device, capture)
         self._places = Places(device, self._store, self._specs, plan.fixed)
         self._own_scratch: dict[str, int] = {}
@@ -149,8 +157,12 @@ class CardEngine:
                 spec = self._specs[graph]
                 given = as_specified(spec, inputs)
                 run = self._run_in_place if spec.role in CAPTURED_ROLES else self._run_anywhere
-                results = run(spec, given, output_shapes(spec, given, self._largest))
-                self._places.ran(graph)
+                shapes = output_shapes(spec, given, self._largest)
+                try:
+                    results = run(spec, given, shapes)
+                finally:
+                    # also a call that failed may have written to its buffers
+                    self._places.ran(graph)
                 return {name: results[name] for name in outputs or results}
 
     def run_steps(
@@ -177,21 +189,24 @@ class CardEngine:
             with observed(self, "run", graph, {**inputs, **per_step}):
                 first = as_specified(self._step, {**inputs, **{name: v[0] for name, v in per_step.items()}})
                 shapes = output_shapes(self._step, first, self._largest)
-                for name, value in first.items():
-                    if name in per_step:
-                        values = require_shape(name, per_step[name], str(value.dtype))
-                        self._places.fill_table(graph, name, values)
-                    else:
-                        self._places.put(graph, name, value)
-                self._run_loop(first, steps, feedback)
-                results = self._places.take_outputs(graph, shapes)
-                self._places.ran(graph)
-                self._places.overwritten(graph, feedback)
+                try:
+                    for name, value in first.items():
+                        if name in per_step:
+                            values = require_shape(name, per_step[name], str(value.dtype))
+                            self._places.fill_table(graph, name, values)
+                        else:
+                            self._places.put(graph, name, value)
+                    self._run_loop(first, steps, feedback)
+                    results = self._places.take_outputs(graph, shapes)
+                finally:
+                    self._places.ran(graph)
+                    self._places.overwritten(graph, feedback)
                 return {name: results[name] for name in outputs or results}
 
     def warm_up(self, samples: int, window: int) -> Iterator[str]:
         """Makes the calls that take longer the first time than ever after: kernels are chosen, loaded and
-        compiled, and calls captured. Nothing if graphs are swapped, as that would load them all again.
+        compiled, and calls captured; they are kept. Nothing if graphs are swapped, as that would load them
+        all again.
 
         Args:
             samples: most that will share a call of the step graph.
@@ -202,6 +217,7 @@ class CardEngine:
         """
         if len(self.plan.groups) > 1:
             return
+        self._calls.most = max(self._calls.most, _CALLS_PER_SAMPLE * samples)
         dimensions = self._bundle.manifest.dimensions
         typical = sizes_for(dimensions, 1)
         step = self._step.name

@@ -13,8 +13,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -88,28 +90,39 @@ class EngineThread:
         self._warming: Iterator[str] | None = None
         """Calls of the warm-up that are left; None if there are none."""
         self._stopped = False
-        self._results = ThreadPoolExecutor(1, thread_name_prefix="results")
+        self._results: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        """Tasks that wait for a card; None ends their thread."""
         self._awaited = threading.Semaphore(1)
         """Taken while a step is waited for."""
         self._last_result = 0.0
         """`time.perf_counter()` when the last result was there."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        targets = {"engine": self._run} | ({"results": self._run_results} if self._is_card else {})
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True) for name, target in targets.items()
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Takes no other step, and waits a second for the end of those that were begun, or of loading."""
         with self._queue.changed:
             self._stopped = True
             self._queue.changed.notify_all()
-        self._thread.join(timeout=1.0)
-        self._results.shutdown(wait=False)
+        for thread in self._threads:
+            thread.join(timeout=1.0 / len(self._threads))
 
     @property
     def is_busy(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether a thread runs, and so may use the engine."""
+        return any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
+        try:
+            self._drive()
+        finally:
+            self._results.put(None)
+
+    def _drive(self) -> None:
         try:
             for _ in self._compositor.load_graphs():
                 pass
@@ -219,9 +232,17 @@ class EngineThread:
     def _when_done(self, task: Callable[..., None], *arguments: object) -> None:
         """Runs a task that waits for the device; on a card in the other thread, after those before it."""
         if self._is_card:
-            self._results.submit(task, *arguments)
+            self._results.put(partial(task, *arguments))
         else:
             task(*arguments)
+
+    def _run_results(self) -> None:
+        while task := self._results.get():
+            try:
+                task()
+            except Exception:
+                logger.exception("a result was not handed on")
+            del task  # it holds tensors
 
     def _follow(self, samples: Sequence[Sample], began: float) -> None:
         """Has it told when a step is taken; waits until the step before is."""

@@ -49,7 +49,7 @@ class FairQueue:
         """Accepted and not over; first come, first."""
         self._served: OrderedDict[str, int] = OrderedDict()
         self._left: OrderedDict[str, float] = OrderedDict()
-        """Client -> when its last request ended."""
+        """Client -> when its last request that joins the batch ended."""
 
     def add(self, ticket: Ticket, seconds_per_step: float = 0.0) -> None:
         """Accepts a request.
@@ -88,7 +88,8 @@ class FairQueue:
 
     def remove(self, ticket: Ticket, now: float = 0.0) -> None:
         """Ends an accepted request, whether it is finished or not; `now` is in seconds of any clock."""
-        _note(self._left, ticket.client, now)
+        if ticket.work:
+            _note(self._left, ticket.client, now)
         ticket.open = False
         ticket.waiting.clear()
         ticket.tasks.clear()
@@ -115,7 +116,7 @@ class FairQueue:
 
     def _leaves_the_last(self, client: str, now: float) -> bool:
         inside = {ticket.client for ticket in self.tickets if ticket.running}
-        expected = {ticket.client for ticket in self.tickets}
+        expected = {ticket.client for ticket in self.tickets if ticket.work}
         expected |= {name for name, left in self._left.items() if now - left < _BACK_SECONDS}
         return client in inside and not expected <= inside
 

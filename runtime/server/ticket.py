@@ -40,7 +40,7 @@ class Ticket:
     accepted: float = field(default_factory=time.monotonic)
     """`time.monotonic()` when it came."""
     work: Work | None = None
-    """Its steps; set when it is submitted."""
+    """Its steps; None if it never joins the batch, as one that finds an object."""
     tasks: deque[Callable[[], None]] = field(default_factory=deque)
     """The tasks of the workers, in this order; only this list holds their arguments."""
     at_work: int = 0

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,6 +120,40 @@ def test_the_smallest_piece_that_fits_is_taken() -> None:
     pool.give_back(second)
     assert wall == 3 * ALIGNMENT
     assert pool.take(2 * ALIGNMENT) == second
+
+
+def take_interrupted(pool: Pool, nbytes: int, line: int, interrupt: Callable[[], object]) -> tuple[int, bool]:
+    """Takes a piece, and calls `interrupt` before that line of the pool's code; whether it came so far."""
+    lines = itertools.count()
+    reached = False
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal reached
+        if frame.f_globals["__name__"] == Pool.__module__ and event == "line" and next(lines) == line:
+            reached = True
+            interrupt()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return pool.take(nbytes), reached
+    finally:
+        sys.settrace(before)
+
+
+def test_a_piece_may_come_back_while_another_is_taken() -> None:
+    """Python may collect a tensor wherever `take` is, in the thread that takes."""
+    for line in itertools.count():
+        pool = Pool(10 * ALIGNMENT)
+        first, second = pool.take(2 * ALIGNMENT), pool.take(3 * ALIGNMENT)
+        third, reached = take_interrupted(pool, 5 * ALIGNMENT, line, partial(pool.give_back, second))
+        pool.give_back(first)
+        pool.give_back(third)
+        if not reached:
+            break
+        assert pool.take(10 * ALIGNMENT) == 0
+    assert line > 5
 
 
 def test_an_empty_pool_has_no_room() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from engines.backends.onnxruntime.cuda import Sessions, SharedStream
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
+from engines.card.tensors import DeviceArray
+from engines.cuda import OutOfDeviceMemoryError
 from engines.engine import DeviceTensor, Engine, open_engine
 from engines.memory_plan import DeviceMemoryPlan, plan_device_memory
 from engines.options import EngineOptions
@@ -92,6 +95,16 @@ class ProviderSimulation:
             self.shared.lock,
         )
         self.painter = Painter(bundle, self.engine, window)
+
+
+def fill(engine: CardEngine) -> list[DeviceArray]:
+    """Takes all memory for tensors."""
+    kept = []
+    for nbytes in (1 << 20, 1 << 8):
+        with suppress(OutOfDeviceMemoryError):
+            while True:
+                kept.append(engine.to_device(np.zeros(nbytes, np.uint8)))
+    return kept
 
 
 class Painter:

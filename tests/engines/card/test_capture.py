@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
 from engines.bundle import Bundle
+from engines.cuda import OutOfDeviceMemoryError
 from engines.engine import Engine
+from engines.spec import GraphSpec
 from export.example_inputs import example_inputs
 from tests.support.anydoor import CONTROL, DENOISE
-from tests.support.simulated_engine import Simulation, on_onnxruntime, renamed
+from tests.support.simulated_engine import Simulation, fill, on_onnxruntime, renamed
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,37 @@ def test_loops_and_single_steps_may_alternate(bundle: Bundle, on_device: bool) -
         np.testing.assert_array_equal(found, expected)
 
 
+def test_a_loop_without_room_for_its_results_leaves_nothing_to_the_next(bundle: Bundle) -> None:
+    """Its steps have run by then, and left their latents in place."""
+    engine = Simulation(bundle).engine
+    inputs, per_step = loop(bundle, engine, 3)
+    expected = engine.to_host(engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)["next_latent"])
+    kept = fill(engine)
+    with pytest.raises(OutOfDeviceMemoryError):
+        engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)
+    kept.clear()
+    found = engine.to_host(engine.run_steps(DENOISE, inputs, per_step, FEEDBACK)["next_latent"])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_call_that_cannot_be_captured_runs_without(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    simulation, plain = Simulation(bundle), Simulation(bundle, capture=False)
+
+    def capture(work: Callable[[], None]) -> NoReturn:
+        record(work)
+        raise OutOfDeviceMemoryError("no room for a CUDA graph")
+
+    record = simulation.device.capture
+    monkeypatch.setattr(simulation.device, "capture", capture)
+    for seed in (3, 50):
+        np.testing.assert_array_equal(simulation.painter.paint(seed), plain.painter.paint(seed))
+    # once for the steps, the windows and the decoder
+    assert caplog.messages == ["a call runs without a CUDA graph: no room for a CUDA graph"] * 3
+    assert simulation.device.launches == 0
+
+
 def test_a_loop_is_captured_for_its_shapes_and_steps(bundle: Bundle) -> None:
     simulation = Simulation(bundle)
     engine, device = simulation.engine, simulation.device
@@ -159,6 +193,29 @@ def test_many_shapes_do_not_pile_up(bundle: Bundle, monkeypatch: pytest.MonkeyPa
         for _ in range(2):
             engine.run(CONTROL, {t.name: np.ones(t.resolve({"maps": maps}), t.dtype) for t in control.inputs})
     assert engine.cached_calls == 3
+
+
+@pytest.mark.parametrize("samples", [4, 16])
+def test_what_is_warmed_up_is_kept(bundle: Bundle, samples: int) -> None:
+    """Also when requests of other shapes came: here some samples of a batch are guided, and some not."""
+    simulation = Simulation(Bundle(bundle.path, replace(bundle.manifest, max_batch=samples)))
+    engine, specs = simulation.engine, bundle.manifest.specs
+    calls = [(name, 1, 1) for name in specs if name != DENOISE]
+    calls += [(DENOISE, count, rows) for count in range(1, samples + 1) for rows in (count, 2 * count)]
+    for _ in engine.warm_up(samples, window=1):
+        pass
+    for count in range(2, min(samples, 4) + 1):
+        for rows in range(count + 1, 2 * count):
+            run(engine, specs[DENOISE], count, rows)
+    contexts, captures = simulation.plans.contexts, simulation.device.captures
+    for name, count, rows in calls:
+        run(engine, specs[name], count, rows)
+    assert (simulation.plans.contexts, simulation.device.captures) == (contexts, captures)
+
+
+def run(engine: Engine, spec: GraphSpec, samples: int, rows: int) -> None:
+    sizes = {"samples": samples, "rows": rows, "conditions": 2, "maps": 2}
+    engine.run(spec.name, {of.name: np.zeros(of.resolve(sizes), of.dtype) for of in spec.inputs})
 
 
 def test_a_loop_over_a_plan_with_other_names(bundle: Bundle) -> None:

@@ -6,18 +6,29 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engines.bundle import Bundle
+from engines.card.engine import CardEngine
 from engines.card.tensors import DeviceArray, Downloads, Staging
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError
 from export.example_inputs import example_inputs
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ENCODE, GRAPHS, ID_ENCODER
-from tests.support.simulated_card import SimulatedDevice
-from tests.support.simulated_engine import Painter, Simulation, memory_plan, on_onnxruntime, renamed
+from tests.support.simulated_card import SimulatedDevice, SimulatedPlans
+from tests.support.simulated_engine import (
+    SCRATCH,
+    Painter,
+    Simulation,
+    fill,
+    memory_plan,
+    on_onnxruntime,
+    renamed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +140,40 @@ def test_a_full_pool_says_what_is_free(bundle: Bundle) -> None:
     kept = [engine.to_device(megabyte) for _ in range(engine.pool_bytes // megabyte.nbytes)]
     with pytest.raises(OutOfDeviceMemoryError, match=r"1\.0 MB: .* of .* MB for tensors are free"):
         kept.append(engine.to_device(megabyte))
+
+
+def test_a_call_without_room_for_its_results_leaves_nothing_to_the_next(bundle: Bundle) -> None:
+    """The decoder has run by then, over what lies in place for the next step."""
+    engine, specs = Simulation(bundle).engine, bundle.manifest.specs
+    arrays = example_inputs(specs[DENOISE], bundle.manifest.typical_sizes)
+    inputs = {name: engine.to_device(array) for name, array in arrays.items()}
+    latent = example_inputs(specs[DECODE], bundle.manifest.typical_sizes)
+    expected = engine.to_host(engine.run(DENOISE, inputs)["next_latent"])
+    kept = fill(engine)
+    with pytest.raises(OutOfDeviceMemoryError):
+        engine.run(DECODE, latent)
+    kept.clear()
+    np.testing.assert_array_equal(engine.to_host(engine.run(DENOISE, inputs)["next_latent"]), expected)
+
+
+def test_an_engine_without_room_leaves_nothing_on_the_card(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimulatedDevice()
+    allocate = device.allocate_pinned
+
+    def allocate_once(nbytes: int) -> tuple[int, NDArray[np.uint8]]:
+        monkeypatch.setattr(device, "allocate_pinned", refuse)
+        return allocate(nbytes)
+
+    def refuse(nbytes: int) -> NoReturn:
+        raise BackendError("no memory can be pinned")
+
+    monkeypatch.setattr(device, "allocate_pinned", allocate_once)
+    plans = SimulatedPlans(bundle, device, SCRATCH)
+    with pytest.raises(BackendError, match="no memory can be pinned"):
+        CardEngine("tensorrt", bundle, device, plans.open_plan, memory_plan(bundle))  # type: ignore[arg-type]
+    assert device.allocated == 0
 
 
 def test_tensors_that_only_a_cycle_holds_make_room(bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -149,6 +150,29 @@ def test_a_picture_that_never_comes_fails_alone(tiny_bundle: Path) -> None:
         made.delay = delay
         assert "got lost" in str(Follower(made.batcher, request(steps=2)).error())
         assert Follower(made.batcher, request(steps=2)).pictures()
+
+
+@pytest.mark.parametrize("what", [is_latent, is_picture])
+def test_a_batch_whose_request_left_is_busy_until_the_card_has_answered(
+    tiny_bundle: Path, what: Callable[[DeviceTensor], bool]
+) -> None:
+    """Who frees the card's memory waits for that, and who ends the process does not."""
+    asked, answered = threading.Event(), threading.Event()
+    with card(tiny_bundle) as made:
+
+        def delay(tensor: DeviceTensor) -> None:
+            if what(tensor):
+                asked.set()
+                assert answered.wait(PATIENCE)
+
+        made.delay = delay
+        follower = Follower(made.batcher, request(steps=1))
+        assert asked.wait(PATIENCE)
+        made.batcher.cancel(follower.ticket)
+        made.batcher.drain(0)
+        assert made.batcher.is_busy
+        answered.set()
+        wait_until(lambda: not made.batcher.is_busy)
 
 
 @pytest.mark.parametrize("what", [is_latent, is_picture])

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.server.deadlines import Work
 from runtime.server.events import Queued, QueueFullError
 from runtime.server.queue import FairQueue, SharedQueue, fair_order
 from runtime.server.ticket import Ticket
@@ -18,7 +19,7 @@ from runtime.server.ticket import Ticket
 
 def ticket(client: str = "", pictures: Sequence[str] = (), **fields: Any) -> Ticket:
     """A request of a client; its pictures are names here, as the queue only hands them on."""
-    made = Ticket(lambda event: None, client=client, **fields)
+    made = Ticket(lambda event: None, client=client, **({"work": Work(1, 0, 1)} | fields))
     made.waiting.extend(pictures)  # type: ignore[arg-type]
     return made
 
@@ -103,6 +104,15 @@ def test_the_last_slot_is_kept_for_who_is_still_decoded() -> None:
     slow.waiting.append("s0")  # type: ignore[arg-type]
     assert queue.next(is_last=True) == (slow, "s0")
     assert queue.next(is_last=True) == (greedy, "g1")  # all are in it
+
+
+def test_the_last_slot_is_not_kept_for_who_never_joins() -> None:
+    greedy, segmenting = ticket("greedy", ["g0", "g1", "g2"]), ticket("segmenting", work=None)
+    queue = queue_of(greedy, segmenting)
+    assert queue.next(is_last=True) == (greedy, "g0")
+    assert queue.next(is_last=True) == (greedy, "g1")
+    queue.remove(segmenting, now=10.0)
+    assert queue.next(is_last=True, now=10.0) == (greedy, "g2")
 
 
 # --- positions --------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from engines.engine import open_engine
 from engines.errors import BundleError
 from engines.options import EngineOptions
 from runtime import Compositor, systems
-from runtime.systems import register_system
+from runtime.systems import open_system, register_system
 from runtime.systems.anydoor import DEFAULTS, AnyDoor
 from runtime.systems.system import Model
 from tests.support.anydoor import CONTROL, GRAPHS, ID_ENCODER
+from tests.support.simulated_engine import Simulation
 
 
 def compositor(bundle: Path, **changes: Any) -> Compositor:
@@ -46,6 +47,17 @@ def test_a_system_that_this_version_does_not_have(tiny_bundle: Path, name: str) 
         f"the bundle at '{tiny_bundle}' is for the system '{name}', which this version does not have: "
         "upgrade anydoor-runtime"
     )
+
+
+def test_an_engine_whose_system_is_missing_leaves_nothing_on_the_card(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = Simulation(Bundle.open(tiny_bundle))
+    monkeypatch.setattr("runtime.compositor.open_engine", lambda bundle, options: simulation.engine)
+    monkeypatch.setattr("runtime.compositor.open_system", lambda name, model: open_system("imprint_9", model))
+    with pytest.raises(BundleError, match="does not have"):
+        Compositor.load(tiny_bundle)
+    assert simulation.device.allocated == 0
 
 
 def test_a_module_of_the_folder_that_is_no_system(tiny_bundle: Path) -> None:
