@@ -10,8 +10,10 @@ gRPC, TensorRT) say so where those are not installed. The network has the full s
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -66,17 +68,18 @@ def say(text: str) -> None:
 
 
 def find_bundles(folder: Path, device: str) -> None:
-    """Make what is missing, if that is possible here, and give weights to skeletons.
+    """Make what is missing or out of date, if that is possible here, and give weights to skeletons.
 
     What stays missing fails where it is needed: the other parts can go on.
     """
-    for name in models.missing(folder, device):
+    for name in models.outdated(folder, device):
         try:
             say(f"making '{folder / name}'")
             models.make(folder, name)
         except ModuleNotFoundError as error:
+            state = "missing" if name in models.missing(folder, device) else "of other code than this"
             say(
-                f"'{folder / name}' is missing and cannot be made here, '{error.name}' is not installed: "
+                f"'{folder / name}' is {state} and cannot be made here, '{error.name}' is not installed: "
                 "copy it from a machine where 'python benchmarks/card.py --prepare' made it"
             )
     say("filling skeletons with noise")
@@ -103,12 +106,19 @@ def describe_run(options: argparse.Namespace) -> dict[str, Any]:
         "network": {
             "size": bundle.name,
             **{name: getattr(manifest, name) for name in ("precision", "target", "resolution", "max_batch")},
+            "fingerprint": models.made_by(bundle),
         },
         "budget": options.budget,
         "peak": None if reason else asdict(CARDS[card]),
         "no_limit": reason,
         "flops_per_row": flops,
     }
+
+
+def unused(path: Path) -> Path:
+    """Return a path, or with -2, -3, ... after its name if there is such a file."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], others) if not each.exists())
 
 
 def measure(options: argparse.Namespace) -> Path:
@@ -127,7 +137,7 @@ def measure(options: argparse.Namespace) -> Path:
     find_bundles(options.bundles, device)
     results = describe_run(options)
     slug = re.sub(r"\W+", "-", results["card"].lower() or device)
-    path: Path = options.output / f"card-{slug}-{results['date']}.json"
+    path = unused(options.output / f"card-{slug}-{results['date']}.json")
     peak = Peak(**results["peak"]) if results["peak"] else None
     parts: list[dict[str, Any]] = []
     end = time.monotonic() + options.budget
@@ -225,4 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # stopped like by Ctrl-C, it takes the part that runs along
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -4,8 +4,8 @@
 
 A simulation (`support/fleet_model.py`), not a measurement: placements arrive at random (Poisson), each is
 drawn and then re-rolled a few times, and every server batches steps and keeps maps as `anydoor serve` does.
-Its service times are those of a prototype of the graphs on an H100 (docs/scale.md); flags take others. With
-the same seed every row has the same arrivals.
+Its service times are those of a prototype of the graphs on an H100 (docs/scale.md); flags take others. For
+one load and one number of servers, the same placements arrive at the same times.
 """
 
 from __future__ import annotations

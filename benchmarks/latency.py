@@ -27,7 +27,7 @@ if any(find_spec(package) is None for package in ("benchmarks", "numpy", "PIL", 
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,9 +39,8 @@ from benchmarks.support.contenders import ANYDOOR, PYTORCH, Contender, Run, Work
 from benchmarks.support.graph_costs import count_bundle
 from benchmarks.support.graphs import DENOISE
 from benchmarks.support.latency_report import REPORTED_STEPS, as_results, format_report, plot
-from benchmarks.support.machine import describe
+from benchmarks.support.machine import cores, describe
 from benchmarks.support.measurement import LEAST_PSNR, Report
-from benchmarks.support.peaks import cores
 from benchmarks.support.precisions import TORCH_DTYPES
 from benchmarks.support.results import require_writable, write_results
 from engines.bundle import Bundle, no_checkpoint
@@ -147,8 +146,11 @@ def workload_of(options: argparse.Namespace) -> Workload:
     return replace(workload, pictures=options.pictures) if options.pictures else workload
 
 
-def measure(options: argparse.Namespace) -> Report:
+def measure(options: argparse.Namespace) -> Iterator[Report]:
     """Measure what the command line asks for.
+
+    Yields:
+        What is known after every turn of a contender; the last one is complete.
 
     Raises:
         AnyDoorError: it cannot be measured.
@@ -172,21 +174,22 @@ def measure(options: argparse.Namespace) -> Report:
         system=bundles[0].manifest.system,
     )
     machine = describe()
-    rounds = Rounds(run, contenders, options.quiet)
-    rounds.run()
     # the operations of plans cannot be counted
     counted = next((b for b in bundles if b.graph_file(DENOISE).suffix == ".onnx"), None)
-    return Report(
-        name=SEEDED[options.system][options.size] if options.size else paths[0].name,
-        workload=run.workload,
-        threads=options.threads,
-        measurements=rounds.measurements,
-        costs=count_bundle(counted) if counted else {},
-        peaks=rounds.peaks,
-        precision=counted.manifest.precision if counted else "",
-        power_source=rounds.power_source,
-        machine=machine,
-    )
+    costs = count_bundle(counted) if counted else {}
+    rounds = Rounds(run, contenders, options.quiet)
+    for _ in rounds.run():
+        yield Report(
+            name=SEEDED[options.system][options.size] if options.size else paths[0].name,
+            workload=run.workload,
+            threads=options.threads,
+            measurements=rounds.measurements,
+            costs=costs,
+            peaks=rounds.peaks,
+            precision=counted.manifest.precision if counted else "",
+            power_source=rounds.power_source,
+            machine=machine,
+        )
 
 
 def failures(report: Report) -> list[str]:
@@ -286,21 +289,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables; returns 0, 1 if a contender failed or drew another picture, or 2."""
+    """Print the tables; returns 0, 1 if a contender failed or drew another picture, 2, or 130 if stopped."""
     options = parser().parse_args(arguments)
+    path = options.results
     try:
-        if options.results:
-            require_writable(options.results)
-        report = measure(options)
+        if path:
+            require_writable(path)
+        for report in measure(options):
+            path = options.results or BUILD / f"{report.name}.json"
+            write_results(path, as_results(report, options.note))
     except AnyDoorError as error:
         print(f"latency.py: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"latency.py: the package '{error.name}' is missing: run 'make dev'", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("latency.py: stopped; the turns that were done are in the results", file=sys.stderr)
+        return 130
     print(format_report(report))
-    path = options.results or BUILD / f"{report.name}.json"
-    write_results(path, as_results(report, options.note))
     if any(measurement.staged for measurement in report.measurements):
         plot(report, REPORTED_STEPS[0], path.with_suffix(".png"))
     print(f"\n{path} and {path.with_suffix('.png')}")

@@ -3,14 +3,16 @@
     python benchmarks/load.py --bundle examples/anydoor-small --output build/load.png
 
 The load is open-loop: requests arrive at random (Poisson) at several rates, whether or not earlier ones are
-done, like those of many independent users. Arrivals and requests are the same for all three ways of batching.
-Each request has its own object, scene, place and number of steps. A request that is refused or misses its
-deadline is lost. Rates are multiples of the rate of one request at a time, which is measured first.
+done, like those of many independent users. At each rate, arrivals and requests are the same for all three
+ways of batching. Each request has its own object, scene, place and number of steps. A request that is refused
+or misses its deadline is lost; none may end in another way. Rates are multiples of the rate of one request at
+a time, which is measured first.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,11 +29,11 @@ from engines.errors import AnyDoorError
 def table(rows: Sequence[LoadResult]) -> str:
     """Format all rows."""
     head = f"{'arrivals/s':>10} {'batching':<14} {'in time/s':>9} {'p50 s':>7} {'p95 s':>7} {'p99 s':>7}"
-    lines = [f"{head} {'refused':>8} {'late':>5} {'of':>5}"]
+    lines = [f"{head} {'refused':>8} {'late':>5} {'failed':>6} {'of':>5}"]
     for row in rows:
         lines.append(
             f"{row.rate:>10.2f} {row.mode:<14} {row.goodput:>9.2f} {row.p50:>7.2f} {row.p95:>7.2f} "
-            f"{row.p99:>7.2f} {row.refused:>8} {row.late:>5} {row.requests:>5}"
+            f"{row.p99:>7.2f} {row.refused:>8} {row.late:>5} {row.failed:>6} {row.requests:>5}"
         )
     return "\n".join(lines)
 
@@ -106,21 +108,23 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def measure(test: LoadTest, quiet: bool) -> list[LoadResult]:
-    """Return all rows, with a progress bar."""
+def measure(test: LoadTest, quiet: bool, rows: list[LoadResult]) -> None:
+    """Append all rows, with a progress bar.
+
+    Raises:
+        AnyDoorError: a server cannot be measured; the rows before it stay.
+    """
     from runtime.progress_bar import ProgressBar
 
-    rows = []
     with ProgressBar(total=len(BATCHING) * len(test.loads), unit="run", disable=quiet or None) as bar:
         for row in test.rows():
             rows.append(row)
             bar.set_description(f"{row.mode}, {row.rate:.2f}/s")
             bar.update()
-    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, write the plot and a results file beside it; returns 0 or 2."""
+    """Print the table, write the plot and a results file; returns 0, 1 if a request failed, or 2."""
     options = parser().parse_args(arguments)
     test = LoadTest(
         bundle=options.bundle,
@@ -131,27 +135,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=options.seed,
         flags=[f"--queue={options.queue}", *options.serve],
     )
+    rows: list[LoadResult] = []
+    code = 0
     try:
         require_writable(options.output)
-        rows = measure(test, options.quiet)
+        measure(test, options.quiet, rows)
     except AnyDoorError as error:
         print(f"load.py: {error}", file=sys.stderr)
-        return 2
+        code = 2
+    if rows:
+        given = sys.argv[1:] if arguments is None else arguments
+        write(test, rows, shlex.join(["python", "benchmarks/load.py", *given]), options.output)
+    return code or int(any(row.failed for row in rows))
+
+
+def write(test: LoadTest, rows: Sequence[LoadResult], command: str, path: Path) -> None:
+    """Print the table, and write the plot and the results."""
     print(
         f"one request alone: {test.alone:.3f} s; deadline {test.deadline:.2f} s; "
-        f"steps drawn from {options.steps}"
+        f"steps drawn from {test.steps}"
     )
     print(table(rows))
-    plot(rows, test.deadline, options.output)
+    plot(rows, test.deadline, path)
     results = {
+        "command": command,
         "machine": describe(),
         "alone": test.alone,
         "deadline": test.deadline,
         "rows": [asdict(row) for row in rows],
     }
-    write_results(options.output.with_suffix(".json"), results)
-    print(f"{options.output} and {options.output.with_suffix('.json')}")
-    return 0
+    write_results(path.with_suffix(".json"), results)
+    print(f"{path} and {path.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.support.bundle_option import add_bundle_option
+from benchmarks.support.contender_rounds import measure_rates
+from benchmarks.support.contenders import PEAK, Contender, Run, Workload
 from benchmarks.support.graph_costs import count_bundle
 from benchmarks.support.limits import count_table, estimate_table, limit_table
-from benchmarks.support.peaks import cores, measure_peak
+from benchmarks.support.machine import cores
 from engines.bundle import Bundle
 from engines.errors import AnyDoorError
 from runtime.errors import InputError
@@ -50,11 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise InputError(f"--{name} must be at least 1, not {getattr(options, name)}")
         bundle = Bundle.open(options.bundle)
         costs = count_bundle(bundle)
+        run = Run(Workload(), Contender(PEAK), None, options.threads, 1, (), guidance_scale=1.0)
+        peak = measure_rates(run)
     except AnyDoorError as error:
         print(f"roofline.py: {error}", file=sys.stderr)
         return 2
     print(f"one picture with guidance, {bundle.manifest.precision}, per call:\n{count_table(costs)}\n")
-    print(f"{limit_table(costs, measure_peak(options.threads), options.steps)}\n")
+    print(f"{limit_table(costs, peak, options.steps)}\n")
     print(estimate_table(costs, bundle.manifest.precision, options.steps))
     return 0
 

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.support.attacker import CHECK, COMPOSITE, WATCH, Attacker, scan_bomb, tile_bomb
@@ -36,7 +35,7 @@ from benchmarks.support.bundle_option import add_bundle_option
 from benchmarks.support.machine import describe
 from benchmarks.support.numbers import positive
 from benchmarks.support.results import require_writable, write_results
-from benchmarks.support.server_process import ServerProcess, request
+from benchmarks.support.server_process import CHANNEL_OPTIONS, ServerProcess, request, resident_bytes
 from engines.errors import AnyDoorError
 from runtime.imaging.decoding_cost import MAX_SCANS
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
@@ -50,7 +49,7 @@ _PATIENCE = 300.0
 _PAUSE = 0.5
 _NICE = 5
 """Attackers have machines of their own elsewhere; here they take what the server leaves them."""
-_OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 
 
 @dataclass
@@ -163,7 +162,7 @@ ATTACKS: Sequence[Callable[[str], None]] = (
 
 
 def _send(address: str, content: bytes, seconds: float, token: str = _THEIRS) -> None:
-    options = [*_OPTIONS, ("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0)]
+    options = [*_OPTIONS, ("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(address, options) as channel:
         method: Any = channel.unary_unary(COMPOSITE)
         metadata = (("authorization", f"Bearer {token}"),)
@@ -196,10 +195,8 @@ def observe(server: ServerProcess, seconds: float, seeds: Iterator[int]) -> Phas
     threads.append(threading.Thread(target=_probe, args=(server, until, phase)))
     for thread in threads:
         thread.start()
-    process = psutil.Process(server.process.pid)
-    while time.monotonic() < until and process.is_running():
-        family = [process, *process.children(recursive=True)]
-        phase.memory.append(sum(_resident(each) for each in family))
+    while time.monotonic() < until and server.process.poll() is None:
+        phase.memory.append(resident_bytes(server.process.pid))
         time.sleep(_PAUSE)
     for thread in threads:
         thread.join()
@@ -233,13 +230,6 @@ def _probe(server: ServerProcess, until: float, phase: Phase) -> None:
         time.sleep(_PAUSE)
 
 
-def _resident(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0  # it has ended
-
-
 def summary(before: Phase, siege: Phase, after: Phase) -> dict[str, Any]:
     """Figures of all phases: seconds, and bytes."""
     settings = Settings()
@@ -252,12 +242,12 @@ def summary(before: Phase, siege: Phase, after: Phase) -> dict[str, Any]:
                 "health": phase.health,
                 "p50": phase.quantile(0.5),
                 "p95": phase.quantile(0.95),
-                "memory": max(phase.memory),
+                "memory": max(phase.memory, default=0),
             }
             for name, phase in phases.items()
         },
         "times_alone": {str(part): siege.quantile(part) / alone.quantile(part) for part in (0.5, 0.95)},
-        "growth": max(siege.memory) - max(before.memory),
+        "growth": max(siege.memory, default=0) - max(before.memory, default=0),
         "bound": bound(
             settings.memory_for_requests, settings.workers, settings.max_pixels, settings.max_message_bytes
         ),

@@ -5,32 +5,33 @@
 Several callers send without a pause, over gRPC and HTTP: good requests of every kind, jobs, streams that are
 cancelled half-way, deadlines that are too short, malformed fields and random bytes. Every answer must be one
 that is allowed for its kind of request. The server's resident memory is sampled; after the warm-up (the first
-fifth) it must not grow by more than 5 %.
+fifth) it must not grow by more than 5 %. If the server dies, or the command is stopped, the results have what
+was counted until then.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import random
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 
 from benchmarks.support.bundle_option import add_bundle_option
 from benchmarks.support.http_caller import KINDS, HttpCaller
 from benchmarks.support.machine import describe
 from benchmarks.support.numbers import positive
 from benchmarks.support.results import require_writable, write_results
-from benchmarks.support.server_process import ServerProcess, request
+from benchmarks.support.server_process import CHANNEL_OPTIONS, ServerProcess, request, resident_bytes
 from engines.errors import AnyDoorError
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
@@ -40,7 +41,6 @@ _SAMPLE_SECONDS = 2.0
 _WARM_UP = 0.2
 _TOLERANCE = 0.05
 _PATIENCE = 120.0
-_OPTIONS = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1)]
 
 EXPECTED = {
     "good": {"OK", "RESOURCE_EXHAUSTED"},
@@ -55,7 +55,7 @@ EXPECTED = {
 
 
 class Caller:
-    """Sends one request after the other until the time is over."""
+    """Sends one request after the other."""
 
     def __init__(
         self, channel: grpc.aio.Channel, http: HttpCaller, seed: int, outcomes: Counter[tuple[str, str]]
@@ -66,14 +66,17 @@ class Caller:
         self._random = random.Random(seed)
         self._outcomes = outcomes
 
-    async def run(self, until: float) -> None:
+    async def run(self, goes_on: Callable[[], bool]) -> None:
         """Send, and count how every request ends."""
-        while time.monotonic() < until:
+        while goes_on():
             kind = self._random.choice(list(EXPECTED))
             try:
                 code = await self._send(kind)
             except grpc.aio.AioRpcError as error:
                 code = error.code().name
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                # over HTTP: the connection broke, or half an answer came
+                code = type(error).__name__
             self._outcomes[kind, code] += 1
             if code == "RESOURCE_EXHAUSTED":
                 await asyncio.sleep(0.05)
@@ -115,29 +118,38 @@ class Caller:
         return message
 
 
-async def soak(server: ServerProcess, minutes: float) -> tuple[Counter[tuple[str, str]], list[float]]:
-    """Return outcomes, and the server's resident memory in MB, sampled at equal intervals."""
-    outcomes: Counter[tuple[str, str]] = Counter()
-    memory: list[float] = []
-    process = psutil.Process(server.process.pid)
+async def soak(
+    server: ServerProcess, minutes: float, outcomes: Counter[tuple[str, str]], memory: list[float]
+) -> None:
+    """Send for a time, or until the server dies.
+
+    Args:
+        server: what is soaked.
+        minutes: for how long.
+        outcomes: kind of request and how it ended -> times; counted up.
+        memory: MB that the server and its processes have resident, sampled at equal intervals; appended to.
+    """
     until = time.monotonic() + minutes * 60
-    async with grpc.aio.insecure_channel(server.address, _OPTIONS) as channel:
+
+    def goes_on() -> bool:
+        return time.monotonic() < until and server.process.poll() is None
+
+    async with grpc.aio.insecure_channel(server.address, CHANNEL_OPTIONS) as channel:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_CALLERS))
         callers = [
-            asyncio.create_task(Caller(channel, HttpCaller(server.http, seed), seed, outcomes).run(until))
+            asyncio.create_task(Caller(channel, HttpCaller(server.http, seed), seed, outcomes).run(goes_on))
             for seed in range(_CALLERS)
         ]
-        while time.monotonic() < until:
-            memory.append(process.memory_info().rss / 1e6)
+        while goes_on():
+            memory.append(resident_bytes(server.process.pid) / 1e6)
             await asyncio.sleep(_SAMPLE_SECONDS)
         await asyncio.gather(*callers)
-    return outcomes, memory
 
 
 def summary(outcomes: Counter[tuple[str, str]], memory: Sequence[float]) -> dict[str, Any]:
     """Returns what a results file has: outcomes by kind of request, and memory in MB."""
     wrong = {key: count for key, count in outcomes.items() if key[1] not in EXPECTED[key[0]]}
-    warm = memory[int(len(memory) * _WARM_UP) :]
+    warm = memory[int(len(memory) * _WARM_UP) :] or [0.0]
     part = max(len(warm) // 5, 1)
     before, after = statistics.median(warm[:part]), statistics.median(warm[-part:])
     return {
@@ -151,7 +163,7 @@ def summary(outcomes: Counter[tuple[str, str]], memory: Sequence[float]) -> dict
             "after_warm_up": round(before),
             "at_the_end": round(after),
             "at_most": round(max(warm)),
-            "growth": round(after / before - 1, 4),
+            "growth": round(after / before - 1, 4) if before else 0.0,
         },
     }
 
@@ -190,20 +202,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # results of jobs fill their share, a quarter, during the warm-up
     flags = ["--queue=3", f"--cache-bytes={options.cache_bytes}", "--max-previews=8", "--http=127.0.0.1:0"]
     flags += ["--request-memory=48M", "--max-message-bytes=4M"]
+    outcomes: Counter[tuple[str, str]] = Counter()
+    memory: list[float] = []
     try:
         if options.output:
             require_writable(options.output)
         with ServerProcess(options.bundle, *flags, log=options.log) as server:
-            outcomes, memory = asyncio.run(soak(server, options.minutes))
-            alive = server.process.poll() is None
+            try:
+                asyncio.run(soak(server, options.minutes, outcomes, memory))
+            finally:
+                alive = server.process.poll() is None
+                found = {"alive": alive, **summary(outcomes, memory)}
+                if options.output:
+                    write_results(
+                        options.output, {"machine": describe(), "minutes": options.minutes, **found}
+                    )
     except AnyDoorError as error:
         print(f"soak.py: {error}", file=sys.stderr)
         return 2
     if not alive:
         print("the server died")
-    found = summary(outcomes, memory)
-    if options.output:
-        write_results(options.output, {"machine": describe(), "minutes": options.minutes, **found})
     return 0 if report(found) and alive else 1
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.support.markdown import LOAD_COLUMNS, Cell, Json, amount, number, percent, table
+from benchmarks.support.markdown import Cell, Json, amount, load_columns, number, percent, table
 from benchmarks.support.results import read_results
 from benchmarks.support.study_tables import attention_places, latent_errors
 from runtime.systems.anydoor import DEFAULTS
@@ -121,9 +121,13 @@ def _cold_start(row: Json) -> float:
 def limits() -> str:
     """Tabulates how near each stage comes to the rates of its machine, measured in the same run."""
 
+    def precision(peak: Json) -> str:
+        # older files have it in words
+        return str(peak.get("precision") or ("bf16" if "bfloat16" in peak["source"] else "fp32"))
+
     def peak(row: Json, key: str) -> float:
-        bf16 = contender(row).endswith("BF16")
-        return next(float(peak[key]) for peak in row["peaks"] if bf16 == ("bfloat16" in peak["source"]))
+        wanted = row["contender"]["precision"]
+        return next(float(peak[key]) for peak in row["peaks"] if precision(peak) == wanted)
 
     def share(graph: str) -> Cell:
         return lambda row: percent(row["summary"]["share_of_limit"][graph])
@@ -281,12 +285,13 @@ def fidelity() -> str:
 
 def load() -> str:
     """Tabulates a server under load: pictures in time and latency, by rate of arrivals and batching."""
+    rows = read_results("load-small-cpu")["rows"]
     columns = {
         "arrivals/s": lambda row: number(row["rate"]),
         "batching": lambda row: row["mode"],
-        **LOAD_COLUMNS,
+        **load_columns(rows),
     }
-    return table(read_results("load-small-cpu")["rows"], columns)
+    return table(rows, columns)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {

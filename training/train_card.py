@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from engines.errors import AnyDoorError
@@ -120,15 +120,21 @@ def share_objects(runs: Sequence[Run], folder: Path) -> list[Run]:
     return [replace(run, changes=(*run.changes, shared)) if run.drawn else run for run in runs]
 
 
-def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path) -> list[str]:
+def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path, limit: TimeLimit) -> list[str]:
     """Waits until all have ended; says now and then how far they are. Returns those that failed.
 
+    Those that run on after the time and `SECONDS_TO_PACK` are ended: what they saved is packed nevertheless.
     Where it is interrupted, it stops them first.
     """
     told = 0.0
+    end = limit.began + limit.seconds + SECONDS_TO_PACK
     try:
         while any(process.poll() is None for process in processes.values()):
             time.sleep(0.2)
+            if time.monotonic() > end:
+                for process in processes.values():
+                    process.kill()
+                    process.wait()
             if time.monotonic() - told > 20:
                 told = time.monotonic()
                 for name in processes:
@@ -185,7 +191,10 @@ def check_libraries() -> None:
         InputError: names the library.
     """
     for name, first in FIRST_VERSIONS.items():
-        found = version(name)
+        try:
+            found = version(name)
+        except PackageNotFoundError as error:
+            raise InputError(f"{name} is not installed: pip install '.[train]'") from error
         if tuple(int(part) for part in found.split(".")[:2]) < first:
             raise InputError(f"{name} {found} is too old, it must be {'.'.join(map(str, first))} or later")
 
@@ -230,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         runs = share_objects(runs, options.folder)
         processes = {run.name: run.start(options.folder / run.name, limit.left / 60) for run in runs}
-        failed = wait_for(processes, options.folder)
+        failed = wait_for(processes, options.folder, limit)
         packed = [file for run in runs for file in pack(options.folder / run.name, options.output)]
     except (AnyDoorError, OSError) as error:
         print(f"train_card: {error}", file=sys.stderr)

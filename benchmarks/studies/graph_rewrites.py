@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ import numpy as np
 
 from benchmarks.support.graphs import CONTROL, DENOISE
 from benchmarks.support.machine import describe
+from benchmarks.support.measuring_process import ProcessFailedError, measured
 from benchmarks.support.results import RESULTS, require_writable, write_results
 from benchmarks.support.similarity import relative_error
 from engines.bundle import Bundle
@@ -109,16 +108,11 @@ def compare(before: Path, after: Path, graph: str, options: EngineOptions, calls
 
 
 def _in_process(task: tuple[Any, ...]) -> Calls:
-    root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-m", "benchmarks.studies.graph_rewrites", "--task", json.dumps(task)]
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise InputError(f"{task[1]} of '{task[0]}': {lines[-1]}")
-    return Calls(**json.loads(done.stdout.splitlines()[-1]))
+    try:
+        (found,) = measured("benchmarks.studies.graph_rewrites", "--task", json.dumps(task))
+    except ProcessFailedError as error:
+        raise InputError(f"{task[1]} of '{task[0]}': {error}") from error
+    return Calls(**found)
 
 
 def parser() -> argparse.ArgumentParser:

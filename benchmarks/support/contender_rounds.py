@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +27,7 @@ from benchmarks.support.contenders import (
     Workload,
 )
 from benchmarks.support.measurement import Measurement
+from benchmarks.support.measuring_process import ProcessFailedError, measured
 from benchmarks.support.peaks import Peak
 from benchmarks.support.power import PowerMeter
 from benchmarks.support.similarity import psnr
@@ -45,11 +43,10 @@ def require_contender(contender: Contender) -> None:
         BackendError: it cannot be opened.
     """
     run = Run(Workload(), contender, None, threads=1, samples=1, scenarios=(PROBE,), guidance_scale=1.0)
-    measurement = Measurement(contender)
-    for _ in _lines(measurement, run):
-        pass
-    if measurement.failure:
-        raise BackendError(measurement.failure)
+    try:
+        list(_rows(run))
+    except ProcessFailedError as error:
+        raise BackendError(str(error)) from error
 
 
 class Rounds:
@@ -70,8 +67,8 @@ class Rounds:
         self._common = run
         self._bar = ProgressBar(disable=quiet, unit="call", dynamic_ncols=True)
 
-    def run(self) -> None:
-        """Measure everything."""
+    def run(self) -> Iterator[None]:
+        """Measure everything; stops after every turn, with its figures in `measurements`."""
         workload = self._common.workload
         rounds = range(workload.rounds)
         with tempfile.TemporaryDirectory() as folder, PowerMeter() as meter, self._bar:
@@ -91,7 +88,8 @@ class Rounds:
                         common = self._common
                         run = replace(common, contender=contender, scenarios=scenarios, picture=picture)
                         self._take_turn(measurement, run, meter)
-            self._compare(pictures)
+                        self._compare(pictures)
+                        yield
 
     def _scenarios(self, number: int, contender: Contender) -> tuple[str, ...]:
         workload = self._common.workload
@@ -102,14 +100,18 @@ class Rounds:
         return (*kept, SAMPLES, BATCH) if workload.batch else (*kept, SAMPLES)
 
     def _take_turn(self, measurement: Measurement, run: Run, meter: PowerMeter) -> None:
+        meter.settle()
         run = replace(run, started=time.monotonic())
-        for line in _lines(measurement, run):
-            call = Call(**json.loads(line))
-            measurement.calls.append(call)
-            self._bar.update()
-            joules = meter.joules(call.started, call.seconds)
-            if joules is not None and call.scenario != COLD:
-                measurement.joules.setdefault(call.scenario, []).append(joules / call.pictures)
+        try:
+            for row in _rows(run):
+                call = Call(**row)
+                measurement.calls.append(call)
+                self._bar.update()
+                joules = meter.joules(call.started, call.seconds)
+                if joules is not None and call.scenario != COLD:
+                    measurement.joules.setdefault(call.scenario, []).append(joules / call.pictures)
+        except ProcessFailedError as error:
+            measurement.failure = str(error)
         used = meter.device_mb(run.started, time.monotonic())
         if used is not None:
             measurement.device_mb = max(measurement.device_mb or 0.0, used)
@@ -119,15 +121,14 @@ class Rounds:
         kinds = {(each.contender.device, each.contender.product_precision) for each in self.measurements}
         for device, precision in sorted(kinds):
             run = replace(self._common, contender=Contender(PEAK, device, precision))
-            measurement = Measurement(run.contender)
-            for line in _lines(measurement, run):
-                found = Peak(**json.loads(line))
-                best = self.peaks.get((device, precision), found)
-                tflops, gbs = max(found.tflops, best.tflops), max(found.gbs, best.gbs)
-                self.peaks[device, precision] = replace(found, tflops=tflops, gbs=gbs)
-            if measurement.failure:
-                failure = measurement.failure
-                self._bar.write(f"the rates of {device} in {precision} cannot be measured: {failure}")
+            try:
+                found = measure_rates(run)
+            except ProcessFailedError as error:
+                self._bar.write(f"the rates of {device} in {precision} cannot be measured: {error}")
+                continue
+            best = self.peaks.get((device, precision), found)
+            tflops, gbs = max(found.tflops, best.tflops), max(found.gbs, best.gbs)
+            self.peaks[device, precision] = replace(found, tflops=tflops, gbs=gbs)
 
     def _compare(self, pictures: Sequence[Path]) -> None:
         drawn = {
@@ -145,28 +146,31 @@ def _extra_calls(scenarios: Sequence[str], workload: Workload) -> int:
     return sum(workload.pictures if name == REROLL else 1 for name in scenarios)
 
 
-def _lines(measurement: Measurement, run: Run) -> Iterator[str]:
-    """Start a process and yield the lines it prints; if it fails, the measurement says so."""
-    with tempfile.TemporaryFile("w+") as errors:
-        with _start(run, errors) as process:
-            assert process.stdout is not None
-            yield from process.stdout
-        errors.seek(0)
-        messages = errors.read().strip().splitlines()
-    if process.returncode:
-        killed = "it was killed, most likely because memory ran out" if process.returncode < 0 else ""
-        measurement.failure = killed or (messages[-1] if messages else f"exit code {process.returncode}")
+def measure_rates(run: Run) -> Peak:
+    """Measure the machine's rates with a device, a precision and a number of threads.
+
+    Args:
+        run: its contender is a `PEAK`.
+
+    Raises:
+        ProcessFailedError: they cannot be measured.
+    """
+    (found,) = _rows(run)
+    return Peak(**found)
 
 
-def _start(run: Run, errors: IO[str]) -> subprocess.Popen[str]:
+def _rows(run: Run) -> Iterator[dict[str, Any]]:
+    """Runs a contender in a process of its own and yields the rows that it prints.
+
+    Raises:
+        ProcessFailedError: it failed.
+    """
     threads = str(run.threads)
     variables: Mapping[str, str] = os.environ
     if run.contender.kind == ANYDOOR:  # as the command `anydoor` starts itself
         variables = huge_pages.environment(os.environ) or os.environ
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.support.contender_process", run.to_json()],
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        env={**variables, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
+    return measured(
+        "benchmarks.support.contender_process",
+        run.to_json(),
+        variables={**variables, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
     )

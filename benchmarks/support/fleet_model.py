@@ -117,13 +117,16 @@ class Fleet:
                 than another as a batch has slots. Else it goes to the one of two chosen at random that has
                 fewer pictures, as with Ray Serve's router.
             kept: placements whose maps a server keeps.
-            seed: of everything random.
+            seed: of everything random. With the same number of servers and load, the same placements arrive.
         """
         self._times = times
         self._load = load
         self._affinity = affinity
         self._kept = kept
-        self._random = random.Random(seed)
+        self._arrivals = random.Random(seed)
+        """Of placements, whatever becomes of them."""
+        self._random = random.Random(self._arrivals.random())
+        """Of everything else."""
         self._servers = [_Server() for _ in range(servers)]
         self._events: list[tuple[float, int, int, _Placement | None, int]] = []
         """(time, order, server, placement that is asked for, version)."""
@@ -135,7 +138,7 @@ class Fleet:
 
     def run(self, warm_up: float, seconds: float) -> FleetResult:
         """Lets it run for a time that does not count, then for one that does."""
-        self._expect(self._random.expovariate(self._placements_per_second), self._new_placement())
+        self._expect(self._arrivals.expovariate(self._placements_per_second), self._new_placement())
         self._run_until(warm_up)
         self._waits.clear()
         self._hits = self._begun = 0
@@ -164,7 +167,7 @@ class Fleet:
 
     def _new_placement(self) -> _Placement:
         pictures, mean = 1, self._load.rerolls
-        while self._random.random() < mean / (1 + mean):
+        while self._arrivals.random() < mean / (1 + mean):
             pictures += 1
         return _Placement(pictures)
 
@@ -173,7 +176,7 @@ class Fleet:
 
     def _arrive(self, placement: _Placement, now: float) -> None:
         if placement.home is None:
-            gap = self._random.expovariate(self._placements_per_second)
+            gap = self._arrivals.expovariate(self._placements_per_second)
             self._expect(now + gap, self._new_placement())
         placement.pictures -= 1
         number = self._route(placement)

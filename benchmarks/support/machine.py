@@ -36,7 +36,7 @@ def describe() -> dict[str, object]:
         **_card(),
         "processor": _processor(),
         "processor_flags": processor_flags(_read(_CPUINFO)),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "huge_pages": huge_page_mode(_read(_HUGE_PAGES)),
         # runnable processes, mean of the last minute
@@ -45,6 +45,11 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": packages,
     }
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor_flags(cpuinfo: str) -> list[str]:

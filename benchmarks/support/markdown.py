@@ -32,12 +32,17 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
 
 
-LOAD_COLUMNS: Mapping[str, Cell] = {
-    "in time/s": lambda row: number(row["goodput"]),
-    "p50 s": lambda row: number(row["p50"]),
-    "p95 s": lambda row: number(row["p95"]),
-    "p99 s": lambda row: number(row["p99"]),
-    "refused": lambda row: str(row["refused"]),
-    "late": lambda row: str(row["late"]),
-}
-"""What became of the requests that a server got at one rate of arrivals."""
+def load_columns(rows: Iterable[Json]) -> dict[str, Cell]:
+    """Returns the columns that say what became of the requests that a server got at one rate of arrivals."""
+    columns: dict[str, Cell] = {
+        "in time/s": lambda row: number(row["goodput"]),
+        "p50 s": lambda row: number(row["p50"]),
+        "p95 s": lambda row: number(row["p95"]),
+        "p99 s": lambda row: number(row["p99"]),
+        "refused": lambda row: str(row["refused"]),
+        "late": lambda row: str(row["late"]),
+    }
+    # older files do not say
+    if all("failed" in row for row in rows):
+        columns["failed"] = lambda row: str(row["failed"])
+    return columns

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from benchmarks.support.server_process import ServerProcess, request
+from benchmarks.support.server_process import CHANNEL_OPTIONS, ServerProcess, request
+from engines.errors import AnyDoorError
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 
@@ -22,8 +24,9 @@ BATCHING = {
     "continuous": (),
 }
 """Way of batching -> flags of the server."""
-_OPTIONS = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1)]
-_WARM_UP = 4
+_ALONE = 3
+"""Requests of each number of steps, of which the mean is the time of one request alone."""
+_REFUSED, _LATE = "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class LoadResult:
     """Seconds, of those that were in time."""
     refused: int
     late: int
+    failed: int
+    """Ended in any other way."""
     requests: int
 
 
@@ -86,10 +91,8 @@ async def send(stub: Any, arrival: Arrival, start: float, deadline: float) -> Ou
 
 async def offer(address: str, load: Sequence[Arrival], deadline: float) -> list[Outcome]:
     """Send all requests at their times."""
-    async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
+    async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
         stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
-        for seed in range(_WARM_UP):
-            await stub.Composite(request(seed, 2))
         start = time.monotonic() + 0.1
         return list(await asyncio.gather(*(send(stub, each, start, deadline) for each in load)))
 
@@ -100,7 +103,7 @@ def summarize(
     """Return the figures of one run."""
     done = [outcome.seconds for outcome in outcomes if outcome.code == "OK"]
     p50, p95, p99 = np.percentile(done, (50, 95, 99)) if done else (deadline,) * 3
-    codes = [outcome.code for outcome in outcomes]
+    codes = Counter(outcome.code for outcome in outcomes)
     return LoadResult(
         mode=mode,
         load=load,
@@ -110,23 +113,36 @@ def summarize(
         p50=float(p50),
         p95=float(p95),
         p99=float(p99),
-        refused=codes.count("RESOURCE_EXHAUSTED"),
-        late=codes.count("DEADLINE_EXCEEDED"),
+        refused=codes[_REFUSED],
+        late=codes[_LATE],
+        failed=codes.total() - codes["OK"] - codes[_REFUSED] - codes[_LATE],
         requests=len(outcomes),
     )
 
 
-async def service_seconds(address: str, steps: Sequence[int], count: int = 8) -> float:
-    """Return the mean time of a request that is alone."""
-    load = [Arrival(0.0, request(900 + index, steps[index % len(steps)])) for index in range(count)]
-    async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
+async def one_by_one(address: str, steps: Iterable[int], seed: int) -> float:
+    """Send requests with these numbers of steps, each alone, and return the mean of their seconds.
+
+    Args:
+        address: host:port of the server.
+        steps: of each request.
+        seed: of the first; the others have the next ones.
+
+    Raises:
+        AnyDoorError: one failed.
+    """
+    requests = [request(seed + index, count) for index, count in enumerate(steps)]
+    async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
         stub: Any = CompositorServiceStub(channel)  # type: ignore[no-untyped-call]
-        for seed in range(_WARM_UP):
-            await stub.Composite(request(seed, 2))
         begun = time.monotonic()
-        for each in load:
-            await stub.Composite(each.message)
-        return (time.monotonic() - begun) / count
+        try:
+            for each in requests:
+                await stub.Composite(each)
+        except grpc.aio.AioRpcError as error:
+            raise AnyDoorError(
+                f"the server failed a single request: {error.code().name}, {error.details()}"
+            ) from error
+        return (time.monotonic() - begun) / len(requests)
 
 
 @dataclass
@@ -156,17 +172,25 @@ class LoadTest:
         return self.deadline_factor * self.alone
 
     def rows(self) -> Iterator[LoadResult]:
-        """Yield a row per way of batching and rate."""
+        """Yield a row per way of batching and rate.
+
+        Raises:
+            AnyDoorError: a server did not start, or failed a request that was alone.
+        """
         for mode, flags in BATCHING.items():
             with ServerProcess(self.bundle, *self.flags, *flags) as server:
-                # the first way is one at a time
-                self.alone = self.alone or asyncio.run(service_seconds(server.address, self.steps))
-                for load in self.loads:
-                    yield self._offer(server.address, mode, load)
+                # the first call with a number of steps compiles and captures
+                asyncio.run(one_by_one(server.address, self.steps, seed=0))
+                if not self.alone:
+                    # the first way is one at a time; each number of steps is as frequent as in the load
+                    self.alone = asyncio.run(one_by_one(server.address, [*self.steps] * _ALONE, seed=900))
+                for number, load in enumerate(self.loads):
+                    yield self._offer(server.address, mode, load, number)
 
-    def _offer(self, address: str, mode: str, load: float) -> LoadResult:
+    def _offer(self, address: str, mode: str, load: float, number: int) -> LoadResult:
         rate = load / self.alone
         seconds = self.seconds or self.requests / rate
-        sent = arrivals(rate, seconds, self.steps, self.seed)
+        # no request comes twice: the server would have what it kept of the first
+        sent = arrivals(rate, seconds, self.steps, 1000 * self.seed + number + 1)
         outcomes = asyncio.run(offer(address, sent, self.deadline))
         return summarize(mode, load, rate, seconds, self.deadline, outcomes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,10 @@ class Peak:
     """10^9 bytes read or written per second."""
     source: str
     """Where the figures come from, and what they stand for."""
+    device: str = "cuda"
+    """cpu or cuda; published figures are those of cards, in FP16."""
+    precision: str = "fp16"
+    """fp32, fp16 or bf16, of the products."""
 
 
 _DENSE = "dense FP16 on tensor cores"
@@ -95,6 +98,8 @@ def measure_peak(threads: int, device: str = "cpu", precision: str = "fp32") -> 
         max(2 * side**3 / _best_seconds(product) for side, product in zip(sides, products)) / 1e12,
         2 * moved / _best_seconds(copy) / 1e9,
         f"measured: {precision} matrix product in {'NumPy' if by_numpy else 'PyTorch'}, and copy",
+        device,
+        precision,
     )
 
 
@@ -143,8 +148,3 @@ def _finished(work: Work, device: str) -> Work:
             torch.cuda.synchronize()
 
     return run
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,6 +19,9 @@ from types import TracebackType
 
 INTERVAL_SECONDS = 0.2
 
+_PATIENCE_SECONDS = 10.0
+"""For the first readings."""
+
 POWERCAP = Path("/sys/class/powercap")
 
 _RAIL = re.compile(r"(V\w+) (\d+)mW/")
@@ -52,10 +55,12 @@ def parse_tegrastats(line: str, at: float) -> Reading | None:
     return Reading(at, rails.get("VDD_IN", sum(rails.values())))
 
 
+_NVIDIA = "nvidia-smi"
+
 _COMMANDS: dict[str, tuple[list[str], Callable[[str, float], Reading | None]]] = {
-    "nvidia-smi": (
+    _NVIDIA: (
         [
-            *("nvidia-smi", "--id=0", "--query-gpu=power.draw,memory.used"),
+            *(_NVIDIA, "--id=0", "--query-gpu=power.draw,memory.used"),
             *("--format=csv,noheader,nounits", f"--loop-ms={INTERVAL_SECONDS * 1000:.0f}"),
         ],
         parse_nvidia_smi,
@@ -111,6 +116,7 @@ class PowerMeter:
         if not self.source and self._rapl:
             self.source = "RAPL"
         self.readings: list[Reading] = []
+        self._patience = _PATIENCE_SECONDS
         self._process: subprocess.Popen[str] | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._collect, daemon=True)
@@ -138,12 +144,31 @@ class PowerMeter:
         if self.source:
             self._thread.join()
 
+    def settle(self) -> None:
+        """Wait until the memory of the card was read without the processes that have ended.
+
+        Does nothing where it is not read; waits 10 s at most.
+        """
+        # the first line may have been read before they ended
+        needed = len(self.readings) + 2
+        until = time.monotonic() + self._patience
+        while self.source == _NVIDIA and self._thread.is_alive() and time.monotonic() < until:
+            if len(self.readings) >= needed:
+                return
+            time.sleep(INTERVAL_SECONDS / 4)
+        if not self.readings:
+            # it will not say more later
+            self._patience = 0.0
+
     def joules(self, started: float, seconds: float) -> float | None:
         """Return the energy of an interval; None if nothing was read in it."""
         return joules(self.readings, started, seconds)
 
     def device_mb(self, started: float, ended: float) -> float | None:
-        """Return the largest used memory of the card in an interval, minus what was used before it."""
+        """Return the largest used memory of the card in an interval, minus what was used before it.
+
+        None without readings before it and in it: see `settle`.
+        """
         return device_mb(self.readings, started, ended)
 
     def _collect(self) -> None:
@@ -173,8 +198,8 @@ def joules(readings: Iterable[Reading], started: float, seconds: float) -> float
 
 
 def device_mb(readings: Iterable[Reading], started: float, ended: float) -> float | None:
-    """Return the largest used memory in an interval minus the last before it; None without readings."""
+    """Return the largest used memory in an interval minus the last before it; None without both."""
     known = [(reading.at, reading.device_mb) for reading in readings if reading.device_mb is not None]
     during = [megabytes for at, megabytes in known if started <= at <= ended]
     before = [megabytes for at, megabytes in known if at < started]
-    return max(during) - (before[-1] if before else 0.0) if during else None
+    return max(during) - before[-1] if during and before else None

@@ -15,6 +15,9 @@ from PIL import Image
 from engines.errors import AnyDoorError
 from runtime.rpc import compositor_pb2 as pb
 
+CHANNEL_OPTIONS = (("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1))
+"""Of a client that counts what a server loses, and takes answers of any size."""
+
 _SIDE = 160
 _OBJECT_SIDE = 64
 
@@ -31,7 +34,10 @@ class ServerProcess:
             log: where its log lines go; they are dropped if None.
         """
         command = [sys.executable, "-m", "runtime", "serve", f"--bundle={bundle}", "--listen=127.0.0.1:0"]
-        self.process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)
+        # whoever reads what this process prints would wait for the server, should this process be killed
+        self.process = subprocess.Popen(
+            [*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         self._log = log
         self.address = ""
         self.http = ""
@@ -63,6 +69,23 @@ class ServerProcess:
         self.process.terminate()
         self.process.wait()
         self._reader.wait()
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the resident memory of a server and of the processes that it started; 0 if it has ended."""
+    import psutil
+
+    def of_one(process: psutil.Process) -> int:
+        try:
+            return int(process.memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    try:
+        server = psutil.Process(pid)
+        return sum(of_one(process) for process in (server, *server.children(recursive=True)))
+    except psutil.Error:
+        return 0
 
 
 def picture(seed: int) -> bytes:

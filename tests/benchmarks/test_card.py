@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import benchmarks.card
-from benchmarks.card import SECONDS, main
+from benchmarks.card import SECONDS, find_bundles, main
+from benchmarks.support.card import models
 from benchmarks.support.card.graphs import BATCHES
 from benchmarks.support.card.models import flops_per_row
 from benchmarks.support.card.page import page
@@ -22,6 +27,7 @@ from benchmarks.support.card.pictures import PRESETS, SAME_BITS
 from benchmarks.support.card.runner import Runner
 from benchmarks.support.card.task import Task
 from benchmarks.support.contenders import COLD, PICTURE, REROLL, SAMPLES
+from benchmarks.support.fingerprint import fingerprint
 from benchmarks.support.graph_costs import count_bundle
 from benchmarks.support.peaks import Peak
 from benchmarks.support.power import PowerMeter
@@ -30,7 +36,9 @@ from engines.bundle import Bundle
 from engines.errors import AnyDoorError
 from engines.manifest import MANIFEST, FileRecord
 from runtime import Compositor
+from tests.benchmarks.support.test_measuring_process import goes_on
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
+from tests.support.serving import wait_until
 from training.network.architecture import Architecture
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +54,8 @@ def bundles(tmp_path: Path, tiny_bundle: Path) -> Path:
     (folder / "any-fp32").mkdir(parents=True)
     (folder / "tiny").symlink_to(tiny_bundle)
     shutil.copy(tiny_bundle / MANIFEST, folder / "any-fp32")
+    for name in ("tiny", "any-fp32"):
+        (folder / f"{name}.fingerprint").write_text(fingerprint())
     return folder
 
 
@@ -102,6 +112,84 @@ def test_a_rehearsal_compares_with_the_recordings(bundles: Path, small_bundle: P
     [part] = rehearsed(bundles, tmp_path / "out", "--parts", "parity", "--budget", "1")["parts"]
     [row] = part["rows"]
     assert row["within"] == row["stages"] > 0
+
+
+def test_results_of_the_same_day_stay(bundles: Path, tmp_path: Path) -> None:
+    command = ["--device", "cpu", "--bundles", str(bundles), "--output", str(tmp_path / "out")]
+    for _ in range(3):
+        assert main([*command, "--parts", "tensorrt", "--budget", "1"]) == 0
+    first, second, third = sorted((tmp_path / "out").glob("*.json"), key=lambda path: len(path.stem))
+    assert {second.stem, third.stem} == {f"{first.stem}-2", f"{first.stem}-3"}
+    assert len(list((tmp_path / "out").glob("*.md"))) == 3
+    assert json.loads(first.read_text("utf-8"))["network"]["fingerprint"] == fingerprint()
+
+
+def test_graphs_of_other_code_are_made_again_or_named(
+    bundles: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(models, "make", lambda _, name: made.append(name))
+    find_bundles(bundles, "cpu")
+    assert made == []
+    (bundles / "tiny.fingerprint").write_text("0" * 12)
+    find_bundles(bundles, "cpu")
+    assert made == ["tiny"]
+
+    def without_pytorch(folder: Path, name: str) -> None:
+        raise ModuleNotFoundError(name="torch")
+
+    monkeypatch.setattr(models, "make", without_pytorch)
+    shutil.rmtree(bundles / "any-fp32")
+    find_bundles(bundles, "cpu")
+    told = capsys.readouterr().err
+    assert f"'{bundles / 'tiny'}' is of other code than this and cannot be made here, 'torch'" in told
+    assert f"'{bundles / 'any-fp32'}' is missing and cannot be made here, 'torch'" in told
+
+
+def test_what_is_made_notes_which_code_made_it(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "export.skeleton.build_skeleton",
+        lambda _source, output, _options: shutil.copytree(tiny_bundle, output),
+    )
+    assert models.made_by(tmp_path / "tiny") == ""
+    models.make(tmp_path, "tiny")
+    assert models.made_by(tmp_path / "tiny") == fingerprint()
+
+
+def test_the_first_part_does_not_count_what_others_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card with 30 GB in use, of which nvidia-smi tells after a second."""
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\nsleep 1\nwhile echo 50, 30000; do sleep 0.05; done\n")
+    nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with PowerMeter() as meter:
+        (part,) = Runner(meter, None, {}).run(Task("nothing", "cpu", str(tmp_path), 1.0))
+    assert part["device_gb"] == 0
+
+
+@pytest.mark.slow
+def test_stopped_by_the_system_it_takes_its_part_and_the_server_along(bundles: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(benchmarks.card.__file__)), "--device", "cpu", "--parts", "server"]
+    command += ["--budget", "600", "--bundles", str(bundles), "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    family: list[psutil.Process] = []
+    try:
+        while not any("serve" in each.cmdline() for each in family):
+            assert process.poll() is None
+            time.sleep(0.1)
+            family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert "stopped; the parts that were done are in the results" in process.communicate()[1]
+        assert process.returncode == 130
+        wait_until(lambda: not any(goes_on(each.pid) for each in family))
+    finally:
+        for each in family:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def test_a_process_that_dies_is_told_by_its_last_words(tmp_path: Path) -> None:

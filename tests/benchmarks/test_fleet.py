@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fleet import main
-from benchmarks.support.fleet_model import Fleet, FleetResult, Load, ServiceTimes
+from benchmarks.support.fleet_model import Fleet, FleetResult, Load, ServiceTimes, _Placement
 
 ALONE = ServiceTimes(step=[0.01], steps=50, maps=0.3, rest=0.2)
 """A second for each picture, one after the other."""
@@ -46,6 +46,28 @@ def test_affinity_finds_the_maps() -> None:
     assert with_it.busy < without.busy
     assert with_it.mean < without.mean
     assert run(20, load, True, times, kept=1).with_maps < with_it.with_maps - 0.1
+
+
+class RecordedFleet(Fleet):
+    """Notes when placements arrive."""
+
+    def __init__(self, affinity: bool, kept: int, seed: int) -> None:
+        load = Load(per_server=0.8, rerolls=3, pause=15)
+        super().__init__(10, ServiceTimes([0.01], 50, 0.3, 0.2), load, affinity, kept, seed)
+        self.arrivals: list[tuple[float, int]] = []
+        self.run(warm_up=30, seconds=60)
+
+    def _arrive(self, placement: _Placement, now: float) -> None:
+        if placement.home is None:
+            self.arrivals.append((now, placement.pictures))
+        super()._arrive(placement, now)
+
+
+def test_the_same_placements_arrive_whatever_servers_do_with_them() -> None:
+    fleets = [RecordedFleet(*how, seed=1) for how in ((False, 3), (True, 3), (True, 30))]
+    assert len(fleets[0].arrivals) > 100
+    assert all(fleet.arrivals == fleets[0].arrivals for fleet in fleets)
+    assert RecordedFleet(True, 3, seed=2).arrivals != fleets[0].arrivals
 
 
 def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

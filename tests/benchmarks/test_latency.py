@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -15,14 +17,16 @@ import benchmarks.latency
 from benchmarks.latency import main, workload_of
 from benchmarks.latency import parser as command_line
 from benchmarks.seeded import TINY, seeded_checkpoint
-from benchmarks.support import example
+from benchmarks.support import contender_rounds, example
 from benchmarks.support.anydoor_pipeline import GraphTimer, stages_of
 from benchmarks.support.contenders import (
     ANYDOOR,
     BATCH,
     COLD,
     LOAD,
+    PEAK,
     PICTURE,
+    PROBE,
     PYTORCH,
     REROLL,
     SAMPLES,
@@ -37,6 +41,7 @@ from benchmarks.support.graphs import GRAPHS_OF
 from benchmarks.support.latency_report import format_report
 from benchmarks.support.measurement import LEAST_PSNR, Measurement, Report, speedups
 from benchmarks.support.peaks import Peak
+from benchmarks.support.power import PowerMeter
 from engines.engine import Observer
 from engines.errors import AnyDoorError
 from runtime.systems.inpainting import ENCODE
@@ -275,6 +280,42 @@ def test_what_fails_and_what_draws_another_picture_is_named_and_all_others_are_m
     assert "decode.onnx.data is not the file that was built" in printed
     assert "not the picture of PyTorch" in printed
     assert "PyTorch eager" in printed.split("stage, s")[1]
+
+
+class RecordedTurns:
+    """Stands for the processes of contenders: each draws a picture, until it is stopped."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stopped_after: int) -> None:
+        self.events: list[str] = []
+        self._left = stopped_after
+        monkeypatch.setattr(contender_rounds, "measured", self.measured)
+        monkeypatch.setattr(PowerMeter, "settle", lambda _: self.events.append("settled"))
+
+    def measured(self, module: str, argument: str, variables: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        run = Run.from_json(argument)
+        if run.contender.kind == PEAK:
+            yield asdict(Peak("m", 1, 1, ""))
+        elif PROBE not in run.scenarios:
+            if not self._left:
+                raise KeyboardInterrupt
+            self._left -= 1
+            self.events.append("started")
+            yield asdict(call(COLD, 2, 9.0))
+            yield asdict(call(PICTURE, 2, 8.0))
+
+
+def test_turns_that_were_done_stay_when_it_is_stopped(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    turns = RecordedTurns(monkeypatch, stopped_after=1)
+    results = tmp_path / "latency.json"
+    arguments = ["--bundle", str(tiny_bundle), "--no-pytorch", "--rounds", "2", "--quiet"]
+    assert main([*arguments, "--results", str(results)]) == 130
+    assert "the turns that were done are in the results" in capsys.readouterr().err
+    first = json.loads(results.read_text("utf-8"))["rows"][0]
+    assert [each["seconds"] for each in first["calls"]] == [9.0, 8.0]
+    # the card's memory is read before each turn, without what the one before held
+    assert turns.events == ["settled", "started", "settled"]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.roofline import main
+from benchmarks.support import contender_rounds, peaks
 from benchmarks.support.graph_costs import GraphCost, count_bundle, count_graph
 from benchmarks.support.graphs import CONTROL, DECODE, DENOISE, GRAPHS, ID_ENCODER
 from benchmarks.support.limits import picture_limit
@@ -168,6 +170,31 @@ def test_the_command_prints_counts_the_limit_here_and_marked_estimates(
     printed = capsys.readouterr().out
     for text in ("matrix GFLOP", "this machine", "ESTIMATE", "not measured", "RTX 4090", "Orin Nano", "H200"):
         assert text in printed
+
+
+def test_the_rates_are_those_of_so_many_threads(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The library of the product reads their number when it is loaded."""
+    given: list[str] = []
+
+    def measured(module: str, run: str, variables: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        given.append(variables["OMP_NUM_THREADS"])
+        yield asdict(Peak("three threads", 1, 1, ""))
+
+    monkeypatch.setattr(contender_rounds, "measured", measured)
+    assert main(["--bundle", str(tiny_bundle), "--threads", "3"]) == 0
+    assert given == ["3"]
+    assert "three threads: 1000 GFLOP/s" in capsys.readouterr().out
+
+
+def test_measured_rates_say_of_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_PRODUCT_SIDES": {"cpu": (32,)}, "_COPIED_BYTES": {"cpu": 4096}}.items():
+        monkeypatch.setattr(peaks, name, value)
+    monkeypatch.setattr(peaks, "_SECONDS", 0.01)
+    for precision in ("fp32", "bf16"):
+        found = peaks.measure_peak(1, "cpu", precision)
+        assert (found.device, found.precision) == ("cpu", precision)
 
 
 def test_plans_are_not_counted(tiny_plan_bundle: Path, capsys: Capture) -> None:

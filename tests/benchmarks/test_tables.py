@@ -1,10 +1,12 @@
 """Tables of the documentation: they hold what the results files hold, and a stale page is noticed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import tables
+from benchmarks.support.markdown import load_columns
 from benchmarks.support.results import read_results
 
 PAGE = "before\n<!-- table: {name} -->\nold\n<!-- end -->\nafter\n"
@@ -64,3 +66,25 @@ def test_figures_are_those_of_the_results() -> None:
 def test_earlier_words_of_results_are_todays_in_tables() -> None:
     assert "dpm_solver_2m" in tables.TABLES["samplers"]()
     assert "dpm2m" not in tables.TABLES["samplers"]() + tables.feature_reuse() + tables.presets()
+
+
+def test_rates_are_found_by_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older files tell it in words; the order of the rates does not matter."""
+    before = tables.limits()
+
+    def as_written_today(name: str) -> dict[str, Any]:
+        results = read_results(name)
+        for peak in results["peaks"]:
+            peak["precision"] = "bf16" if "bfloat16" in peak["source"] else "fp32"
+            peak["source"] = "measured"
+        results["peaks"].reverse()
+        return results
+
+    monkeypatch.setattr(tables, "read_results", as_written_today)
+    assert tables.limits() == before
+
+
+def test_failed_requests_have_a_column_where_they_were_counted() -> None:
+    row = read_results("load-small-cpu")["rows"][0]
+    assert "failed" not in load_columns([row])
+    assert load_columns([row | {"failed": 3}])["failed"](row | {"failed": 3}) == "3"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import torch
 from tests.training import test_train, test_train_imprint
 from tests.training.test_train import refusal
 from training import train_card
+from training.clock import TimeLimit
 from training.network.checkpoint import read_checkpoint
-from training.train_card import PACKED_BYTES, Run, main, pack
+from training.train_card import PACKED_BYTES, SECONDS_TO_PACK, Run, main, pack, wait_for
 
 
 @pytest.mark.slow
@@ -52,6 +55,15 @@ def test_changes_of_a_recipe_go_on_to_its_run(tmp_path: Path, monkeypatch: pytes
     (command,) = commands
     assert command[command.index("--stage") + 1] == "diffusion"
     assert command[command.index("--set") + 1] == "data.pairs=0"
+
+
+def test_a_run_that_does_not_end_in_its_time_is_ended(tmp_path: Path) -> None:
+    began = time.monotonic() - 100 - SECONDS_TO_PACK
+    hanging, done = (subprocess.Popen(command) for command in (["sleep", "600"], ["true"]))
+    done.wait()
+    failed = wait_for({"hanging": hanging, "done": done}, tmp_path, TimeLimit(100, began))
+    assert failed == ["hanging"]
+    assert hanging.returncode == -signal.SIGKILL
 
 
 def test_large_files_are_cut(tmp_path: Path) -> None:
@@ -108,6 +120,9 @@ def test_what_cannot_be_trained_is_told_before_anything_is_drawn(
     with monkeypatch.context() as patch:
         patch.setattr(train_card, "FIRST_VERSIONS", {"transformers": (99, 1)})
         assert "is too old, it must be 99.1 or later" in told(one, "--minutes", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_card, "FIRST_VERSIONS", {"no-such-library": (1, 0)})
+        assert "no-such-library is not installed: pip install '.[train]'" in told(one, "--minutes", 1)
     assert "writing and packing alone take 10 s" in told(one, "--minutes", 0.1)
     assert "nothing.toml" in told(tmp_path / "nothing.toml", "--minutes", 1)
     assert "want [2, 3] of them" in told(one, other, "--minutes", 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.support.card.parity import BUNDLES
 from benchmarks.support.card.task import NETWORKS
+from benchmarks.support.fingerprint import fingerprint
 from benchmarks.support.graph_costs import count_bundle
 from benchmarks.support.graphs import GRAPHS, ROW_INPUTS
 from benchmarks.support.networks import architecture_of
@@ -34,8 +35,23 @@ def missing(folder: Path, device: str) -> list[str]:
     return [name for name in needed(device) if not (folder / name / MANIFEST).is_file()]
 
 
+def outdated(folder: Path, device: str) -> list[str]:
+    """Return the names of those that are missing, or that other code than this made."""
+    return [name for name in needed(device) if made_by(folder / name) != fingerprint()]
+
+
+def made_by(bundle: Path) -> str:
+    """Return the fingerprint of the code that made a bundle or skeleton; empty if that is not known."""
+    record = _record(bundle)
+    return record.read_text("ascii") if record.is_file() and (bundle / MANIFEST).is_file() else ""
+
+
+def _record(bundle: Path) -> Path:
+    return bundle.with_name(f"{bundle.name}.fingerprint")
+
+
 def make(folder: Path, name: str) -> None:
-    """Make a bundle or skeleton anew.
+    """Make a bundle or skeleton anew, and note the fingerprint of the code beside it.
 
     Args:
         folder: where to.
@@ -67,6 +83,7 @@ def make(folder: Path, name: str) -> None:
             checkpoint = Path(temporary) / "small.safetensors"
             seeded_checkpoint(checkpoint, SMALL, seed=0)
             build_bundle(open_source(checkpoint), folder / name, options)
+    _record(folder / name).write_text(fingerprint(), "ascii")
 
 
 def fill_skeletons(folder: Path, device: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from benchmarks.support.card.memory import describe_growth
 from benchmarks.support.card.pictures import PRESETS, SAME_BITS
 from benchmarks.support.contenders import COLD, PICTURE, REROLL, SAMPLES
-from benchmarks.support.markdown import LOAD_COLUMNS, Cell, Json, number, percent, table
+from benchmarks.support.markdown import Cell, Json, load_columns, number, percent, table
 
 _SCENARIOS = (PICTURE, REROLL, SAMPLES, *PRESETS, COLD)
 
@@ -112,7 +112,7 @@ def _server(rows: list[Json]) -> str:
     columns: dict[str, Cell] = {
         "batching": lambda row: row["mode"],
         "arrivals/s": lambda row: number(row["rate"]),
-        **LOAD_COLUMNS,
+        **load_columns(rows),
         "requests": lambda row: str(row["requests"]),
         "limit, pictures/s": lambda row: number(1 / row["limit"]) if "limit" in row else "",
     }

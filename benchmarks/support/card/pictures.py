@@ -27,7 +27,7 @@ from benchmarks.support.contenders import (
     Run,
     Workload,
 )
-from benchmarks.support.peaks import cores
+from benchmarks.support.machine import cores
 from engines.errors import BackendError
 from runtime.diffusion.presets import QUALITIES
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import IO, Any
+from typing import Any
 
 from benchmarks.support.card.pictures import DEVICE_MEMORY
 from benchmarks.support.card.progress import Progress
 from benchmarks.support.card.task import Row, Task
 from benchmarks.support.fingerprint import ROOT
+from benchmarks.support.measuring_process import ProcessFailedError, measured
 from benchmarks.support.peaks import Peak
-from benchmarks.support.power import INTERVAL_SECONDS, PowerMeter
+from benchmarks.support.power import PowerMeter
 
 _PATIENCE_FACTOR, _PATIENCE_SECONDS = 3.0, 120.0
 """A part is ended after this times its seconds, and these besides: a slow card still gets its rows."""
@@ -47,23 +40,23 @@ class Runner:
         Yields:
             Its `rows`, `seconds`, `failure` (empty if there is none) and `device_gb`.
         """
-        # a reading of the card without the part before
-        time.sleep(2 * INTERVAL_SECONDS if self._meter.source else 0)
+        self._meter.settle()
         task = replace(task, started=time.monotonic())
         rows: list[Row] = []
-        with Progress(task.part, task.seconds) as progress, tempfile.TemporaryFile("w+") as errors:
-            with _started(task, errors) as process:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    try:
-                        row = json.loads(line)
-                    except ValueError:
-                        continue  # a library may print there, too
+        failure = ""
+        with Progress(task.part, task.seconds) as progress:
+            try:
+                for row in measured(
+                    "benchmarks.support.card.process",
+                    task.to_json(),
+                    folder=ROOT,
+                    patience=_PATIENCE_FACTOR * task.seconds + _PATIENCE_SECONDS,
+                ):
                     rows.append(self.with_limit(row))
                     progress.print(f"{task.part}: {_text(rows[-1])}")
                     yield self._found(task, rows, "it was stopped before its end")
-            failure = _failure(process.returncode, errors)
-            if failure:
+            except ProcessFailedError as error:
+                failure = str(error)
                 progress.print(f"{task.part}: {failure}")
         yield self._found(task, rows, failure)
 
@@ -98,46 +91,6 @@ class Runner:
         if megabytes is not None:
             return megabytes / 1000
         return next((row["gb"] for row in rows if row.get("scenario") == DEVICE_MEMORY), None)
-
-
-@contextmanager
-def _started(task: Task, errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """Yields the process of a part; when the block ends it and all that it started are gone."""
-    # ahead of the clone's folder, an installed package of the same name would be imported
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.support.card.process", task.to_json()],
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,
-    )
-
-    def end() -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    patience = threading.Timer(_PATIENCE_FACTOR * task.seconds + _PATIENCE_SECONDS, end)
-    patience.start()
-    try:
-        with process:
-            yield process
-    finally:
-        patience.cancel()
-        end()
-
-
-def _failure(code: int, errors: IO[str]) -> str:
-    """Why a process failed; empty if it did not."""
-    if not code:
-        return ""
-    if code == -signal.SIGKILL:
-        return "it was ended: it took too long, or memory ran out"
-    errors.seek(0)
-    lines = errors.read().strip().splitlines()
-    return lines[-1] if lines else f"exit code {code}"
 
 
 def _text(row: Row) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +67,15 @@ def test_a_machine_is_described_and_not_named() -> None:
     text = json.dumps(found)
     assert str(Path.home()) not in text
     assert str(Path.cwd()) not in text
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes may use all cores")
+def test_cores_are_those_that_the_process_may_use() -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]);"
+        "from benchmarks.support.machine import describe; print(describe()['cores'])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
 
 
 def test_the_peak_counts_from_the_last_reset() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
+import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.support import power
 from benchmarks.support.power import (
+    PowerMeter,
     RaplCounters,
     Reading,
     device_mb,
@@ -79,3 +84,39 @@ def test_energy_is_mean_power_times_time() -> None:
 def test_device_memory_is_what_was_added() -> None:
     assert device_mb(READINGS, 0.5, 2.5) == 1200
     assert device_mb([Reading(0.0, 50)], 0.0, 1.0) is None
+    assert device_mb(READINGS, -1.0, 2.5) is None  # nothing says what others had
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvidia-smi, yet to be written, that is found before any other."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    path = tmp_path / "nvidia-smi"
+    path.touch(0o755)
+    return path
+
+
+def test_what_others_hold_on_the_card_does_not_count(nvidia_smi: Path) -> None:
+    """Although the first reading comes late."""
+    nvidia_smi.write_text("#!/bin/sh\nsleep 1\nwhile echo 50, 300; do sleep 0.05; done\n")
+    with PowerMeter() as meter:
+        meter.settle()
+        started = time.monotonic()
+        meter.settle()
+        assert meter.device_mb(started, math.inf) == 0
+
+
+def test_a_card_that_says_nothing_is_waited_for_once(
+    nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi.write_text("#!/bin/sh\nexec sleep 600\n")
+    monkeypatch.setattr(power, "_PATIENCE_SECONDS", 0.5)
+    pauses: list[float] = []
+    monkeypatch.setattr(power.time, "sleep", pauses.append)
+    with PowerMeter() as meter:
+        meter.settle()
+        assert pauses
+        pauses.clear()
+        meter.settle()
+        assert not pauses
+        assert meter.device_mb(0.0, math.inf) is None
