@@ -19,6 +19,7 @@ from runtime.imaging.holes import check_hole, fade, filled, hole_box
 from runtime.imaging.masks import MaskedPicture, load_mask
 from runtime.imaging.picture import Picture
 from runtime.imaging.scene import load_scene
+from runtime.imaging.specks import without_specks
 from runtime.imaging.target import check_box
 from runtime.request import (
     Action,
@@ -124,15 +125,17 @@ def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch
         seen, scene = load_scene(edit.scene, limits.pixels)
     with watch.measure("segment"), in_field("where"):
         mask = segmenter.find(scene, edit.where, limits.pixels, "the scene")
+        mask = _meant(mask, "the object's mask", edit.action)
     found = _Found(edit, replace(scene, orientation=UPRIGHT), seen, mask)
     if isinstance(edit.action, SwapPlaces):
         with watch.measure("segment"), in_field("swap.other"):
             other = segmenter.find(scene, edit.action.other, limits.pixels, "the scene")
-            plan = found.swapped(other)
+            plan = found.swapped(_meant(other, "the other object's mask", edit.action))
     elif isinstance(edit.action, Reshape):
         with watch.measure("read"), in_field("reshape.to"):
             of = MaskedPicture("the scene", seen.shape, scene.orientation)
-            plan = found.reshaped(load_mask(edit.action.to, "the new outline", limits.pixels, of))
+            outline = load_mask(edit.action.to, "the new outline", limits.pixels, of)
+            plan = found.reshaped(_meant(outline, "the new outline", edit.action))
     elif isinstance(edit.action, Swap | TryOn):
         with in_field(placed_field(edit.action)):
             given = cut_out(edit.action.placement, segmenter, limits.pixels, watch)
@@ -143,6 +146,14 @@ def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch
         with in_field("where"):
             check_hole(plan.hole)
     return plan
+
+
+def _meant(mask: NDArray[np.bool_], name: str, action: Action) -> NDArray[np.bool_]:
+    """Returns the mask (H, W) of an edit without its specks, unless its placement keeps them."""
+    given = action.placement if isinstance(action, Swap | TryOn) else None
+    if given and given.keep_specks:
+        return mask
+    return without_specks(mask, name, can_be_kept=given is not None)
 
 
 @dataclass(frozen=True, eq=False)
