@@ -29,9 +29,8 @@ def guess_background(scene: NDArray[np.uint8], hole: Box | NDArray[np.bool_]) ->
         mask |= hole
     result: NDArray[np.uint8] = scene.copy()
     if 0 < np.count_nonzero(mask) < mask.size:
-        height, width = mask.shape
         # the nearest pixels outside lie in the hole's box or beside it
-        part = smallest_box(mask).shrink(-1).clip((width, height)).slices
+        part = smallest_box(mask).shrink(-1).clip((scene.shape[1], scene.shape[0])).slices
         result[part] = _guessed(scene[part], mask[part])
     return result
 
