@@ -22,7 +22,7 @@ from runtime.errors import InputError, MissingModelError, in_field
 from runtime.imaging.boxes import SMALLEST_MASK_AREA, Box
 from runtime.imaging.clicks import Click, check_clicks, require_inside
 from runtime.imaging.decoding import MAX_PIXELS, UPRIGHT
-from runtime.imaging.masks import MaskedPicture, load_mask
+from runtime.imaging.masks import MaskedPicture, load_mask, mask_from_alpha
 from runtime.imaging.picture import Picture
 from runtime.imaging.pictures import load_picture, seen
 from runtime.imaging.plain_background import cut_from_plain
@@ -158,6 +158,8 @@ class Segmenter:
     ) -> NDArray[np.bool_]:
         """Finds an object by clicks or a box, else the main object; returns its mask (H, W).
 
+        Where opacity has values on both sides of 128, the main object is what is opaque, as in a reference.
+
         Args:
             picture: the picture.
             clicks: (x, y) on the object, or (x, y, False) for points that are not on it.
@@ -169,16 +171,21 @@ class Segmenter:
             MissingModelError: a network that is needed is not loaded.
             InputError: the picture, a click or the box is invalid, or nothing is found.
         """
-        rgb = seen(load_picture(picture, name, max_pixels))
+        loaded = load_picture(picture, name, max_pixels)
         if clicks is None and box is None:
-            mask, where = self._main_object(rgb, name), f"in {name}"
+            mask, where = self._main_object(loaded, name), f"in {name}"
         else:
-            mask, where = self._clicked(rgb, clicks, box, name), "there"
+            mask, where = self._clicked(seen(loaded), clicks, box, name), "there"
         if np.count_nonzero(mask) < SMALLEST_MASK_AREA:
             raise InputError(f"no object was found {where}: give a mask, or other clicks")
         return mask
 
-    def _main_object(self, rgb: NDArray[np.uint8], name: str) -> NDArray[np.bool_]:
+    def _main_object(self, picture: Picture, name: str) -> NDArray[np.bool_]:
+        if picture.alpha is not None:
+            opaque = mask_from_alpha(picture.alpha)
+            if opaque.any() and not opaque.all():
+                return opaque
+        rgb = seen(picture)
         if SALIENT in self._networks:
             bundle, engine = self._networks[SALIENT]
             view = _View(rgb, bundle.manifest.resolution, keeps_proportions=False)
@@ -289,12 +296,11 @@ class _View:
 
     def to_picture(self, plane: NDArray[Any]) -> NDArray[np.float32]:
         """Scales a plane (s, s) of the square to the picture's size."""
-        height, width = (
-            max(1, round(of * length / self._side))
-            for of, length in zip(plane.shape, (self._height, self._width))
-        )
-        image = Image.fromarray(np.ascontiguousarray(plane[:height, :width], np.float32))
-        return np.asarray(image.resize(self._size, Image.Resampling.BILINEAR))
+        image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
+        # the picture may end within a cell
+        cells = plane.shape[0] / self._side
+        part = (0, 0, cells * self._width, cells * self._height)
+        return np.asarray(image.resize(self._size, Image.Resampling.BILINEAR, box=part))
 
 
 def check_segmenter(request: Request, segmenter: Segmenter) -> None:

@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +15,11 @@ from runtime.errors import InputError, in_field
 from runtime.imaging.boxes import Box, smallest_box
 from runtime.imaging.decoding import UPRIGHT
 from runtime.imaging.guess_background import guess_background
-from runtime.imaging.holes import check_hole, fade, filled, hole_of
+from runtime.imaging.holes import check_hole, fade, filled, hole_box
 from runtime.imaging.masks import MaskedPicture, load_mask
 from runtime.imaging.picture import Picture
 from runtime.imaging.scene import load_scene
+from runtime.imaging.specks import without_specks
 from runtime.imaging.target import check_box
 from runtime.request import (
     Action,
@@ -56,18 +56,12 @@ class Plan:
     objects: Sequence[NDArray[np.bool_]]
     """Masks (H, W) of the objects that leave holes."""
     placements: Sequence[Placement]
-
-    @cached_property
-    def share(self) -> NDArray[np.float32]:
-        """Returns the opacity of the fill, (H, W), 0..1."""
-        share: NDArray[np.float32] = np.max([fade(mask) for mask in self.objects], axis=0)
-        return share
-
-    @cached_property
-    def hole(self) -> NDArray[np.bool_]:
-        """Returns the mask of all holes, (H, W)."""
-        hole: NDArray[np.bool_] = np.logical_or.reduce([hole_of(mask) for mask in self.objects])
-        return hole
+    share: NDArray[np.float32]
+    """Opacity of the fill, (H, W), 0..1."""
+    hole: NDArray[np.bool_]
+    """Mask (H, W) of all holes."""
+    hole_boxes: tuple[Box, ...]
+    """The smallest box around the hole of each object."""
 
     @property
     def has_hole(self) -> bool:
@@ -86,13 +80,10 @@ class Plan:
             drawn: the scene (H, W, 3) in sRGB with the holes drawn over; they are guessed if None.
         """
         if drawn is None:
-            drawn = guess_background(self.seen, self.hole)
+            alpha = self.scene.alpha
+            behind = self.seen if alpha is None else np.dstack([self.seen, alpha])
+            drawn = guess_background(behind, self.hole)
         return filled(self.scene, self.seen, drawn, self.share)
-
-    @property
-    def hole_boxes(self) -> tuple[Box, ...]:
-        """Returns the smallest box around each hole."""
-        return tuple(smallest_box(hole_of(mask)) for mask in self.objects)
 
 
 def placed_field(action: Action) -> str:
@@ -134,15 +125,17 @@ def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch
         seen, scene = load_scene(edit.scene, limits.pixels)
     with watch.measure("segment"), in_field("where"):
         mask = segmenter.find(scene, edit.where, limits.pixels, "the scene")
+        mask = _meant(mask, "the object's mask", edit.action)
     found = _Found(edit, replace(scene, orientation=UPRIGHT), seen, mask)
     if isinstance(edit.action, SwapPlaces):
         with watch.measure("segment"), in_field("swap.other"):
             other = segmenter.find(scene, edit.action.other, limits.pixels, "the scene")
-            plan = found.swapped(other)
+            plan = found.swapped(_meant(other, "the other object's mask", edit.action))
     elif isinstance(edit.action, Reshape):
         with watch.measure("read"), in_field("reshape.to"):
             of = MaskedPicture("the scene", seen.shape, scene.orientation)
-            plan = found.reshaped(load_mask(edit.action.to, "the new outline", limits.pixels, of))
+            outline = load_mask(edit.action.to, "the new outline", limits.pixels, of)
+            plan = found.reshaped(_meant(outline, "the new outline", edit.action))
     elif isinstance(edit.action, Swap | TryOn):
         with in_field(placed_field(edit.action)):
             given = cut_out(edit.action.placement, segmenter, limits.pixels, watch)
@@ -153,6 +146,14 @@ def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch
         with in_field("where"):
             check_hole(plan.hole)
     return plan
+
+
+def _meant(mask: NDArray[np.bool_], name: str, action: Action) -> NDArray[np.bool_]:
+    """Returns the mask (H, W) of an edit without its specks, unless its placement keeps them."""
+    given = action.placement if isinstance(action, Swap | TryOn) else None
+    if given and given.keep_specks:
+        return mask
+    return without_specks(mask, name, can_be_kept=given is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +212,11 @@ class _Found:
 
     def _plan(self, objects: Sequence[NDArray[np.bool_]], placements: Sequence[Placement]) -> Plan:
         seed = secrets.randbelow(MAX_SEED >> 32) if self.edit.seed is None else self.edit.seed
-        return Plan(self.edit, seed, self.scene, self.seen, objects, placements)
+        share = np.zeros(self.mask.shape, np.float32)
+        for mask in objects:
+            np.maximum(share, fade(mask), out=share)
+        boxes = tuple(map(hole_box, objects))
+        return Plan(self.edit, seed, self.scene, self.seen, objects, placements, share, share > 0, boxes)
 
 
 def _check_different(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> None:

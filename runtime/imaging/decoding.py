@@ -7,6 +7,8 @@ RGB), twice the size of its file, and 128 MB for texts and tables. Pixels are co
 from __future__ import annotations
 
 import io
+import re
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +33,20 @@ UPRIGHT = 1
 FIRST_SWAPPED = 5
 """EXIF orientations from this one on swap width and height."""
 
-_UNDONE = "orientation that was undone"
-"""Key of an image's `info`."""
+_UNDONE, _DEEP = "orientation that was undone", "more than 8 bits for each value"
+"""Keys of an image's `info`."""
+
+_16_BITS = ";16"
+"""Part of the name that Pillow gives to such values in a file."""
+_COLOURS = ("RGB", "RGBX", "RGBA", "RGBa")
+"""Those of them that can be read in either byte order."""
+_FACTORS = {"1": 255, "L;2": 85, "L;4": 17}
+"""By which Pillow multiplies the values of a grey picture, and not its transparent one."""
 
 _LOSSY_FORMATS = ("JPEG", "MPO", "AVIF")
 _LOSSLESS_WEBP = b"VP8L"
+_PREVIEWS = "MPO"
+"""Format whose further pictures are previews, or the depth, of its first."""
 _DARK = 64
 """High bytes of 16-bit colours below it: the picture fills 14 bits at most."""
 _TURNS = {
@@ -60,6 +71,37 @@ class Decoded:
     """In which it is stored, as EXIF counts."""
     exact: bool
     """Whether no lossy format has changed the values."""
+    deep: bool
+    """Whether the file has more than 8 bits for each value."""
+
+
+class _WithoutWarningsOfPillow:
+    """Ignores Pillow's warnings while any thread is inside; `warnings.catch_warnings` is for one thread.
+
+    They are of large pictures, which have a limit of their own, and of damage that can be read over.
+    """
+
+    _FILTER = ("ignore", None, Warning, re.compile(r"PIL\.\w"), 0)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                warnings.filterwarnings("ignore", module=self._FILTER[3].pattern)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            filters: Any = warnings.filters
+            if not self._inside and self._FILTER in filters:
+                filters.remove(self._FILTER)
+
+
+_QUIET = _WithoutWarningsOfPillow()
 
 
 def decode(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Decoded:
@@ -73,9 +115,7 @@ def decode(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Deco
     Raises:
         InputError: it is not a picture, is damaged, or is too large.
     """
-    with warnings.catch_warnings():
-        # Pillow's are of large pictures, which have a limit of their own, and of damage that can be read over
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    with _QUIET:
         return _decode(source, name, max_pixels)
 
 
@@ -86,18 +126,27 @@ def _decode(source: PictureLike, name: str, max_pixels: int) -> Decoded:
     else:
         stored = _decode_file(found, where, max_pixels)
         lossy_webp = stored.format == "WEBP" and _LOSSLESS_WEBP not in found[:64]
+        if _has_several(found):
+            warn(f"{where} has more than one picture: the first is used")
     exact = not lossy_webp and stored.format not in _LOSSY_FORMATS
     image = stored
     if image.mode.startswith("I") or image.mode == "F":
-        values, guess = to_8_bits(np.asarray(image), where)
+        levels, clear = np.asarray(image), stored.info.get("transparency")
+        values, guess = to_8_bits(levels, where)
         if guess:
             warn(f"{where} {guess}")
         image = Image.fromarray(values)
+        if isinstance(clear, int):
+            image.putalpha(Image.fromarray((levels != clear) * np.uint8(255)))
     elif image.mode in ("RGBa", "La"):
         image = image.convert(image.mode.upper())
     orientation, undone = _orientation(stored), stored.info.get(_UNDONE, UPRIGHT)
     return Decoded(
-        turned(image, orientation), stored, undone if orientation == UPRIGHT else orientation, exact
+        turned(image, orientation),
+        stored,
+        undone if orientation == UPRIGHT else orientation,
+        exact,
+        stored.info.get(_DEEP, False),
     )
 
 
@@ -139,14 +188,51 @@ def _load(content: bytes, where: str, max_pixels: int) -> Image.Image:
         raise InputError(f"{where} has more than {max_pixels:,} pixels, the most that are decoded") from error
     _check_size(image, where, max_pixels)
     check_cost(image, content, where)
+    kind = _kind_in_file(image)
     _load_pixels(image)
+    _scale_transparent_colour(image, kind)
     return _with_all_bits(image, content, where)
 
 
+def _has_several(content: bytes) -> bool:
+    """Returns whether a file has frames or pages after its first picture."""
+    try:
+        with Image.open(io.BytesIO(content), formats=READABLE_FORMATS) as image:
+            return image.format != _PREVIEWS and getattr(image, "is_animated", False)
+    except Exception:
+        # damage behind the first picture, or before it in a file that was mended
+        return False
+
+
+def _kind_in_file(image: Image.Image) -> str:
+    """Returns what the values of an image that is not loaded are in its file, as Pillow calls it, like
+    "RGB;16B"; empty if unknown."""
+    tiles = getattr(image, "tile", [])
+    return _kind_of(tiles[0]) if tiles else ""
+
+
+def _kind_of(tile: Any) -> str:
+    kind = tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]
+    return kind if isinstance(kind, str) else ""
+
+
+def _scale_transparent_colour(image: Image.Image, kind: str) -> None:
+    """Scales the transparent colour of a PNG to 8 bits, as its pixels are."""
+    colour = image.info.get("transparency")
+    if isinstance(colour, int) and kind in _FACTORS:
+        image.info["transparency"] = min(colour * _FACTORS[kind], 255)
+    elif isinstance(colour, tuple) and _16_BITS in kind:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
 def _load_pixels(image: Image.Image) -> None:
-    """Loads an image, and notes the orientation that Pillow undoes by itself: that of a TIFF."""
+    """Loads an image, and notes its depth, and the orientation that Pillow undoes by itself: that of a
+    TIFF."""
+    deep = _16_BITS in _kind_in_file(image)
     orientation = _orientation(image)
     image.load()
+    if deep:
+        image.info[_DEEP] = True
     if _orientation(image) != orientation:
         image.info[_UNDONE] = orientation
 
@@ -194,10 +280,13 @@ def _mended(content: bytes, where: str, max_pixels: int) -> Image.Image | None:
 def _with_all_bits(image: Image.Image, content: bytes, where: str) -> Image.Image:
     """Returns the image with a range found by rule, if its colours have 16 bits and fill far fewer.
 
-    Of such colours Pillow keeps the high bytes. Read in the other byte order, it keeps the low ones.
+    Of such colours Pillow keeps the high bytes. Read in the other byte order, it keeps the low ones. A
+    picture with a transparent colour stays as it is, as that is known by the high bytes alone.
     """
     high = np.asarray(image)
-    if image.mode not in ("RGB", "RGBA") or high[..., :3].max(initial=0) >= _DARK:
+    if image.mode not in ("RGB", "RGBA") or "transparency" in image.info:
+        return image
+    if high[..., :3].max(initial=0) >= _DARK:
         return image
     with Image.open(io.BytesIO(content), formats=READABLE_FORMATS) as again:
         swapped = [_in_other_order(tile) for tile in getattr(again, "tile", [])]
@@ -214,11 +303,10 @@ def _with_all_bits(image: Image.Image, content: bytes, where: str) -> Image.Imag
 
 def _in_other_order(tile: Any) -> Any:
     """Returns a tile of 16-bit colours that is read in the other byte order; None if it is another."""
-    mode = tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]
-    if not isinstance(mode, str) or ";16" not in mode:
+    colours, sixteen, order = _kind_of(tile).partition(_16_BITS)
+    if not sixteen or colours not in _COLOURS:
         return None
-    order = "L" if mode.endswith("B") else "B"
-    other = f"{mode.partition(';')[0]};16{order}"
+    other = f"{colours}{_16_BITS}{'L' if order == 'B' else 'B'}"
     swapped = (*tile[:3], other if isinstance(tile[3], str) else (other, *tile[3][1:]))
     # a named tuple from Pillow 11 on
     return type(tile)(*swapped) if hasattr(tile, "_fields") else swapped

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.imaging.boxes import Box
+from runtime.imaging.boxes import Box, smallest_box
 
 _BAND = 1 << 18
 """Pixels of a scene that are looked at together: what is known of each takes 100 bytes."""
@@ -19,7 +19,7 @@ def guess_background(scene: NDArray[np.uint8], hole: Box | NDArray[np.bool_]) ->
     A pixel that has none gets the mean of what is around the hole. A hole of the whole scene stays as it is.
 
     Args:
-        scene: (H, W, 3).
+        scene: (H, W, C).
         hole: a box inside the scene, or a mask (H, W).
     """
     mask = np.zeros(scene.shape[:2], np.bool_)
@@ -28,15 +28,24 @@ def guess_background(scene: NDArray[np.uint8], hole: Box | NDArray[np.bool_]) ->
     else:
         mask |= hole
     result: NDArray[np.uint8] = scene.copy()
-    if not 0 < np.count_nonzero(mask) < mask.size:
-        return result
+    if 0 < np.count_nonzero(mask) < mask.size:
+        # the nearest pixels outside lie in the hole's box or beside it
+        part = smallest_box(mask).shrink(-1).clip((scene.shape[1], scene.shape[0])).slices
+        result[part] = _guessed(scene[part], mask[part])
+    return result
+
+
+def _guessed(scene: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Fills the hole (H, W) of a scene (H, W, C); it is neither empty nor all of it."""
+    result: NDArray[np.uint8] = scene.copy()
     above_below = [_nearest(mask, 0, backwards) for backwards in (False, True)]
-    alone, seen, count = np.zeros_like(mask), np.zeros(3), 0
+    channels = scene.shape[2]
+    alone, seen, count = np.zeros_like(mask), np.zeros(channels), 0
     height = max(_BAND // scene.shape[1], 1)
     for top in range(0, len(mask), height):
         band = slice(top, top + height)
         rows, columns = np.nonzero(mask[band])
-        total, colours = np.zeros((len(rows), 1)), np.zeros((len(rows), 3))
+        total, colours = np.zeros((len(rows), 1)), np.zeros((len(rows), channels))
         beside = [_nearest(mask[band], 1, backwards) for backwards in (False, True)]
         for axis, nearest in [(1, each) for each in beside] + [(0, each[band]) for each in above_below]:
             index = nearest[rows, columns]

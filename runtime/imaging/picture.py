@@ -52,6 +52,8 @@ class Picture:
     """Its colour model if not RGB, like "CMYK"; empty for RGB."""
     orientation: int
     """EXIF orientation that was undone, 1 if none."""
+    deep: bool = False
+    """Whether its file has more than 8 bits for each value."""
 
     @property
     def nbytes(self) -> int:

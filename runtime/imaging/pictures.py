@@ -82,7 +82,7 @@ def load_picture(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -
     metadata = Metadata(
         profile if srgb is not None and not kind else None, _exif(decoded, name), _dpi(decoded)
     )
-    return Picture(rgb, alpha, own, metadata, kind, decoded.orientation)
+    return Picture(rgb, alpha, own, metadata, kind, decoded.orientation, decoded.deep)
 
 
 def encode_picture(image: NDArray[np.uint8], file_format: str, metadata: Metadata = NO_METADATA) -> bytes:

@@ -21,7 +21,7 @@ from runtime.imaging.masks import (
     mask_from_alpha,
     values_of,
 )
-from runtime.imaging.pictures import load_picture
+from runtime.imaging.pictures import load_picture, seen
 from runtime.imaging.resize import resize_linear
 from runtime.imaging.sources import PictureLike
 from runtime.imaging.specks import without_specks
@@ -66,7 +66,8 @@ def load_reference(
         fields: what a request calls the picture, and the mask.
 
     Returns:
-        (H, W, 3) uint8 sRGB and the mask (H, W).
+        (H, W, 3) uint8 sRGB and the mask (H, W). What a mask marks is on white where it is transparent; of
+        the opaque part, the colours are the file's, as in the original.
 
     Raises:
         InputError: a picture cannot be used, or nothing says where the object is.
@@ -96,7 +97,7 @@ def load_reference(
             f"the object has {box.width} x {box.height} pixels in the reference: with fewer than "
             f"{_FEW_PIXELS} details are invented; use a larger picture of it"
         )
-    return picture.rgb, inside
+    return picture.rgb if mask is None else seen(picture), inside
 
 
 def prepare_reference(

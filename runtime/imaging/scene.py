@@ -44,6 +44,8 @@ def load_scene(
         raise InputError(f"the scene is {width} x {height} pixels, and the result has its size")
     if picture.kind:
         warn(f"the scene is {picture.kind}: the result is in sRGB")
+    if picture.deep:
+        warn("the scene has more than 8 bits for each value: the result has 8")
     if picture.own is not picture.rgb:
         picture = _checked(picture)
     if picture.alpha is not None:

@@ -24,7 +24,7 @@ class _Piece(NamedTuple):
     box: Box
 
 
-def without_specks(mask: NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
+def without_specks(mask: NDArray[np.bool_], name: str, can_be_kept: bool = True) -> NDArray[np.bool_]:
     """Returns the mask without its specks, or the mask itself where it has none; warns of what it leaves out.
 
     A speck is a connected piece (diagonals connect) of less than 0.1 % of the largest piece's pixels, farther
@@ -33,6 +33,7 @@ def without_specks(mask: NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
     Args:
         mask: (H, W).
         name: what to call it in the warning.
+        can_be_kept: whether the request has a `keep_specks`, which the warning then names.
     """
     rows, starts, ends = _runs(mask)
     if not 1 < len(rows) <= _MOST_RUNS:
@@ -47,10 +48,8 @@ def without_specks(mask: NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
     for run in np.flatnonzero(np.isin(labels, list(specks))):
         result[rows[run], starts[run] : ends[run]] = False
     pixels = sum(pieces[label].pixels for label in specks)
-    warn(
-        f"{name} has specks, {pixels} of its pixels, far from the rest: they are dropped; --keep-specks, or "
-        "keep_specks in a request, keeps them"
-    )
+    remedy = "; --keep-specks, or keep_specks in a request, keeps them" if can_be_kept else ""
+    warn(f"{name} has specks, {pixels} of its pixels, far from the rest: they are dropped{remedy}")
     return result
 
 

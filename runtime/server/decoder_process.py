@@ -173,7 +173,12 @@ def _parts(picture: Picture) -> tuple[dict[str, NDArray[np.uint8]], dict[str, An
         "icc_profile": np.frombuffer(metadata.icc_profile or b"", np.uint8),
         "exif": np.frombuffer(metadata.exif or b"", np.uint8),
     }
-    facts = {"kind": picture.kind, "orientation": picture.orientation, "dpi": metadata.dpi}
+    facts = {
+        "kind": picture.kind,
+        "orientation": picture.orientation,
+        "dpi": metadata.dpi,
+        "deep": picture.deep,
+    }
     return {name: array for name, array in arrays.items() if array is not None and array.size}, facts
 
 
@@ -188,6 +193,7 @@ def picture_of(arrays: dict[str, NDArray[np.uint8]], facts: dict[str, Any]) -> P
         metadata=Metadata(profile, exif, tuple(dpi) if dpi else None),
         kind=facts["kind"],
         orientation=facts["orientation"],
+        deep=facts["deep"],
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from engines.errors import BundleError
@@ -14,7 +16,7 @@ from engines.options import EngineOptions
 from runtime.compositor import Compositor
 from runtime.errors import InputError, MissingModelError
 from runtime.request import Placement, Sampling
-from runtime.segmentation import Segmenter
+from runtime.segmentation import Segmenter, _View
 from tests.support.segmenters import GREY, WHITE, bright_things
 
 CPU = EngineOptions(backend="onnxruntime", device="cpu", threads=1)
@@ -188,11 +190,34 @@ def test_the_segmenter_of_the_repository_finds_what_the_rule_refuses(example_bun
     np.testing.assert_array_equal(np.asarray(found), np.asarray(given))
 
 
-def test_a_transparent_picture_is_seen_on_white() -> None:
+@pytest.mark.parametrize("has_networks", [False, True])
+def test_the_main_object_of_a_cut_out_is_what_is_opaque(segmenter: Segmenter, has_networks: bool) -> None:
+    """Even where it is as white as what transparency is seen on."""
+    rgba = np.zeros((60, 80, 4), np.uint8)
+    rgba[10:50, 20:60] = (250, 250, 248, 255)
+    rgba[30:50, 20:60, :3] = (30, 60, 200)
+    found = (segmenter if has_networks else Segmenter()).mask(Image.fromarray(rgba))
+    np.testing.assert_array_equal(found, rgba[..., 3] == 255)
+
+
+def test_a_picture_that_shows_no_object_by_its_opacity_is_seen_on_white() -> None:
     """As the networks see it, whatever colours its transparent parts hide."""
     rgba = np.zeros((60, 80, 4), np.uint8)
-    rgba[10:50, 20:60] = (10, 10, 10, 255)
+    rgba[10:50, 20:60] = (10, 10, 10, 120)
     mask = Segmenter().mask(Image.fromarray(rgba))
     expected = np.zeros((60, 80), bool)
     expected[10:50, 20:60] = True
     assert (mask != expected).mean() < 0.02
+
+
+@settings(deadline=None)
+@given(st.integers(50, 900), st.integers(50, 900), st.floats(0.5, 0.95))
+@example(900, 30, 0.9)
+def test_an_edge_is_where_the_network_has_it(width: int, height: int, share: float) -> None:
+    """Of masks with cells of four pixels, which need not fit into the picture."""
+    view = _View(np.zeros((height, width, 3), np.uint8), 256, keeps_proportions=True)
+    edge = int(height * share)
+    rows = view.inputs["inside"][0, 0].any(axis=1).sum()
+    centres = 4 * np.arange(64) + 2
+    distances = np.repeat(edge * rows / height - centres[:, None], 64, axis=1)
+    assert abs(np.count_nonzero(view.to_picture(distances)[:, 0] > 0) - edge) <= 1

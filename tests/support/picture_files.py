@@ -34,12 +34,17 @@ def png_with(png: bytes, *chunks: bytes) -> bytes:
 
 
 def png_of_16_bits(colours: NDArray[np.uint16]) -> bytes:
-    """A PNG of (H, W, 3)."""
-    height, width = colours.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return PNG_SIGNATURE + b"".join(png_chunk(kind, content) for kind, content in chunks)
+    """A PNG of (H, W, C): grey, grey with opacity, RGB or RGBA."""
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[colours.shape[2]]
+    return png_of_rows([row.astype(">u2").tobytes() for row in colours], colours.shape[1], 16, kind)
+
+
+def png_of_rows(rows: Sequence[bytes], width: int, depth: int, kind: int, *chunks: bytes) -> bytes:
+    """A PNG of rows as they are packed, with its bits for each value and its colour type; chunks come before
+    the pixels."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, kind, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return PNG_SIGNATURE + header + b"".join(chunks) + pixels + png_chunk(b"IEND", b"")
 
 
 def tiff_of_16_bits(colours: NDArray[np.uint16]) -> bytes:

@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from runtime.errors import InputError
 from runtime.imaging.boxes import Box, smallest_box
 from runtime.imaging.guess_background import guess_background
-from runtime.imaging.holes import check_hole, fade, filled, grow, hole_of, room_around
+from runtime.imaging.holes import check_hole, fade, filled, grow, hole_box, hole_of, room_around
 from runtime.imaging.pictures import load_picture
 
 OBJECT = np.zeros((90, 120), bool)
 OBJECT[30:60, 40:70] = True
+
+
+def objects(most: int) -> st.SearchStrategy[NDArray[np.bool_]]:
+    """Masks of one to three rectangles, which may overlap and lie at the border."""
+
+    def mask_of(seed: int) -> NDArray[np.bool_]:
+        rng = np.random.default_rng(seed)
+        mask = np.zeros(rng.integers(1, most, 2), bool)
+        for _ in range(rng.integers(1, 4)):
+            y, x = rng.integers(0, mask.shape)
+            height, width = rng.integers(1, most // 2, 2)
+            mask[y : y + height, x : x + width] = True
+        return mask
+
+    return st.integers(0, 2**32 - 1).map(mask_of)
+
+
+@given(objects(150))
+def test_a_hole_is_the_object_dilated_and_its_fade_a_box_blur(mask: NDArray[np.bool_]) -> None:
+    """As OpenCV has both."""
+
+    def grown(pixels: int) -> NDArray[np.uint8]:
+        return np.asarray(cv2.dilate(mask.view(np.uint8), np.ones((2 * pixels + 1,) * 2, np.uint8)), np.uint8)
+
+    def sums(of: NDArray[np.uint8], radius: int) -> NDArray[np.int32]:
+        side = 2 * radius + 1
+        found = cv2.boxFilter(of, cv2.CV_32S, (side, side), normalize=False, borderType=cv2.BORDER_CONSTANT)
+        return np.asarray(found, np.int32)
+
+    room, hole, share = room_around(mask), hole_of(mask), fade(mask)
+    np.testing.assert_array_equal(hole, grown(room) > 0)
+    assert hole_box(mask) == smallest_box(hole)
+    blur = room // 2
+    expected = sums(grown(room - blur), blur) / sums(np.ones_like(mask, np.uint8), blur)
+    np.testing.assert_array_equal(share, expected.astype(np.float32))
+    np.testing.assert_array_equal(share > 0, hole)
 
 
 def test_a_mask_grows_at_each_side() -> None:
@@ -88,14 +129,56 @@ def test_a_pixel_without_anything_in_row_and_column_gets_what_the_others_have() 
     assert (guess_background(scene, cross) == 90).all()
 
 
+@given(objects(24))
+def test_a_guess_is_the_mean_of_the_nearest_by_inverse_distance(hole: NDArray[np.bool_]) -> None:
+    scene = np.random.default_rng(0).integers(0, 256, (*hole.shape, 4), np.uint8)
+    guessed = guess_background(scene, hole)
+    np.testing.assert_array_equal(guessed[~hole], scene[~hole])
+    for y, x in np.argwhere(hole):
+        nearest = []
+        for dy, dx in ((0, -1), (0, 1), (-1, 0), (1, 0)):
+            distance = 1
+            while 0 <= (v := y + dy * distance) < len(hole) and 0 <= (u := x + dx * distance) < hole.shape[1]:
+                if not hole[v, u]:
+                    nearest.append((scene[v, u], 1 / distance))
+                    break
+                distance += 1
+        if nearest:
+            colours, weights = zip(*nearest)
+            expected = np.average(colours, axis=0, weights=weights)
+            assert np.abs(guessed[y, x] - expected).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("work", "most"),
+    [
+        (lambda mask, _: hole_of(mask), 3),
+        (lambda mask, _: fade(mask), 6),
+        (lambda mask, scene: guess_background(scene, mask), 8),
+    ],
+    ids=["hole", "fade", "guess"],
+)
+def test_a_small_object_of_a_large_scene_takes_little_work(
+    work: Callable[[NDArray[np.bool_], NDArray[np.uint8]], object], most: int
+) -> None:
+    """No more than a few bytes of each pixel of the scene are touched."""
+    mask, scene = np.zeros((1000, 1000), bool), np.zeros((1000, 1000, 3), np.uint8)
+    mask[500:520, 300:340] = True
+    assert peak_memory(lambda: work(mask, scene)) < most * mask.size
+
+
 def test_a_guess_takes_little_memory() -> None:
     """Of a hole that is nearly the whole scene."""
     scene, hole = np.zeros((1500, 1500, 3), np.uint8), np.ones((1500, 1500), np.bool_)
     hole[0, 0] = False
+    assert peak_memory(lambda: guess_background(scene, hole)) < 32 * hole.size
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """The most bytes that are allocated meanwhile."""
     tracemalloc.start()
     try:
-        guess_background(scene, hole)
-        most = tracemalloc.get_traced_memory()[1]
+        work()
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert most < 32 * hole.size

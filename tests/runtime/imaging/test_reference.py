@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.imaging.high_frequency_map import high_frequency_map
-from runtime.imaging.reference import prepare_reference
+from runtime.imaging.reference import load_reference, prepare_reference
 
 GOLDEN = np.load(Path(__file__).parents[2] / "data" / "drawn.npz")
 
@@ -30,6 +30,21 @@ def test_the_object_is_centred_on_white():
     rows, columns = np.nonzero(prepared.mask)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (29, 87, 9, 107)
     assert (prepared.image[0] == 255).all()
+
+
+def test_a_mask_of_a_transparent_reference_shows_no_hidden_colours():
+    """Around an object of opacity, a rough mask marks pixels that are black and cannot be seen."""
+    rgba = np.zeros((300, 300, 4), np.uint8)
+    rgba[100:250, 100:250] = (200, 120, 40, 255)
+    rough = np.zeros((300, 300), bool)
+    rough[80:270, 80:270] = True
+    image, inside = load_reference(rgba, rough)
+    np.testing.assert_array_equal(inside, rough)
+    np.testing.assert_array_equal(image[~rgba[..., 3].astype(bool)], 255)
+    # what is opaque has the colours of the file, also where it is nearly transparent at its edge
+    rgba[100, 100:250] = (200, 120, 40, 130)
+    image, inside = load_reference(rgba, None)
+    np.testing.assert_array_equal(image[inside], np.tile([200, 120, 40], (150 * 150, 1)))
 
 
 def test_the_callers_arrays_stay_as_they_are():

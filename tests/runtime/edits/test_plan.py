@@ -1,0 +1,95 @@
+"""Plans of edits: what the objects, their holes and the guesses behind them are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from runtime.edits.plan import Plan, plan_edit
+from runtime.errors import collecting_warnings
+from runtime.imaging.boxes import Box, smallest_box
+from runtime.request import Action, Edit, Move, Placement, Remove, Reshape, Swap, SwapPlaces, TryOn, Where
+from runtime.result import Stopwatch
+from runtime.segmentation import Segmenter
+from runtime.validation import LARGEST
+
+SCENE = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
+
+
+def rectangle(x0: int, y0: int, x1: int, y1: int) -> NDArray[np.bool_]:
+    mask = np.zeros(SCENE.shape[:2], bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+CUP, VASE, TALL = rectangle(20, 30, 60, 60), rectangle(100, 20, 120, 80), rectangle(24, 10, 46, 64)
+OBJECT = np.dstack([SCENE[:40, :40], np.pad(np.full((30, 30), 255, np.uint8), 5)])
+
+
+def with_speck(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """With the last pixel of the scene."""
+    return mask | rectangle(159, 119, 160, 120)
+
+
+def place_of(placement: Placement) -> Box:
+    if placement.box is not None:
+        return Box(*placement.box)
+    assert isinstance(placement.mask, np.ndarray)
+    return smallest_box(placement.mask)
+
+
+def plan_of(action: Action, mask: NDArray[np.bool_] = CUP, scene: NDArray[np.uint8] = SCENE) -> Plan:
+    return plan_edit(Edit(scene, Where(mask=mask), action), Segmenter(), LARGEST, Stopwatch())
+
+
+def test_the_boxes_of_holes_are_computed_once() -> None:
+    plan = plan_of(SwapPlaces(Where(mask=VASE)))
+    assert plan.hole_boxes == (Box(16, 26, 64, 64), Box(96, 16, 124, 84))
+    assert plan.hole_boxes is plan.hole_boxes
+
+
+@pytest.mark.parametrize(
+    ("action", "mask", "named"),
+    [
+        (Remove(), with_speck(CUP), "the object's mask"),
+        (Move((90, 60, 140, 110)), with_speck(CUP), "the object's mask"),
+        (Swap(Placement(OBJECT)), with_speck(CUP), "the object's mask"),
+        (TryOn(Placement(OBJECT)), with_speck(CUP), "the object's mask"),
+        (SwapPlaces(Where(mask=VASE)), with_speck(CUP), "the object's mask"),
+        (SwapPlaces(Where(mask=with_speck(VASE))), CUP, "the other object's mask"),
+        (Reshape(with_speck(TALL)), CUP, "the new outline"),
+    ],
+    ids=["remove", "move", "swap", "try-on", "swap-places", "other", "outline"],
+)
+def test_specks_are_dropped_with_a_warning(action: Action, mask: NDArray[np.bool_], named: str) -> None:
+    """A stray pixel would take the hole or the place across the scene."""
+    with collecting_warnings() as warnings:
+        plan = plan_of(action, mask)
+    (text,) = warnings
+    assert text.startswith(f"{named} has specks, 1 of its pixels")
+    assert ("--keep-specks" in text) == isinstance(action, Swap | TryOn)
+    assert not plan.hole[-1, -1]
+    assert all(place_of(placement).x1 < 160 for placement in plan.placements)
+
+
+@pytest.mark.parametrize("action", [Swap, TryOn])
+def test_specks_stay_if_the_placement_keeps_them(
+    action: type[Swap | TryOn], recwarn: pytest.WarningsRecorder
+) -> None:
+    plan = plan_of(action(Placement(OBJECT, keep_specks=True)), with_speck(CUP))
+    assert place_of(plan.placements[0]) == Box(20, 30, 160, 120)
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("ignore:the scene is partly transparent")
+@pytest.mark.parametrize("around", [(255, 0, 255, 0), (30, 90, 200, 100)], ids=["nothing", "glass"])
+def test_a_guess_is_as_transparent_as_what_is_around_the_object(around: tuple[int, ...]) -> None:
+    expected = np.full((120, 160, 4), around, np.uint8)
+    scene = expected.copy()
+    scene[CUP] = (200, 10, 10, 255)
+    result = plan_of(Remove(), scene=scene).fill()
+    assert result.alpha is not None
+    np.testing.assert_array_equal(result.alpha, expected[..., 3])
+    if around[3]:
+        assert np.abs(result.rgb.astype(int) - around[:3]).max() <= 2

@@ -1,0 +1,131 @@
+"""Unusual files: deep ones, with a transparent colour, with several pictures, or read by threads."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.errors import InputWarning, collecting_warnings
+from runtime.imaging.formats import HAS_AVIF
+from runtime.imaging.pictures import load_picture
+from runtime.imaging.scene import load_scene
+from tests.support.picture_files import png_chunk, png_of_16_bits, png_of_rows, png_with, tiff_of_16_bits
+
+PATIENCE = 60
+
+
+# --- depth ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0, 16_000, 17_000], ids=["black", "dark", "grey"])
+def test_grey_with_opacity_of_16_bits(level: int) -> None:
+    values = np.full((8, 9, 2), level, np.uint16)
+    values[..., 1] = 65_535
+    values[2:5, 2:5, 1] = 0
+    picture = load_picture(png_of_16_bits(values), "the reference")
+    assert (picture.rgb == level >> 8).all()
+    assert picture.alpha is not None
+    np.testing.assert_array_equal(picture.alpha, values[..., 1] >> 8)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_scene_of_16_bits_is_told_that_its_result_has_8(channels: int) -> None:
+    deep = np.full((8, 9, channels), 65_535, np.uint16)
+    for content in [png_of_16_bits(deep)] + [tiff_of_16_bits(deep)] * (channels == 3):
+        with pytest.warns(InputWarning, match="has more than 8 bits for each value: the result has 8"):
+            assert load_scene(content)[1].rgb.dtype == np.uint8
+
+
+# --- transparent colours ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_is_one_of_the_files_own_values(depth: int) -> None:
+    """Half of each row has the largest value, half the smallest; either may be the transparent one."""
+    largest = 2**depth - 1
+    row = b"\xff" * depth + b"\0" * depth
+    for clear in (0, largest):
+        chunk = png_chunk(b"tRNS", struct.pack(">H", clear))
+        picture = load_picture(png_of_rows([row] * 4, 16, depth, 0, chunk), "the reference")
+        assert picture.rgb[0, [0, -1], 0].tolist() == [255, 0]
+        assert picture.alpha is not None
+        assert picture.alpha[0, [0, -1]].tolist() == ([0, 255] if clear else [255, 0])
+
+
+def test_one_grey_of_16_bits_is_transparent_and_not_its_neighbour() -> None:
+    values = np.array([[[0x1234], [0x1235], [0xFFFF]]], np.uint16)
+    content = png_with(png_of_16_bits(values), png_chunk(b"tRNS", struct.pack(">H", 0x1234)))
+    picture = load_picture(content, "the reference")
+    assert picture.alpha is not None
+    assert picture.alpha.tolist() == [[0, 255, 255]]
+
+
+@pytest.mark.parametrize("brightest", [0xFFFF, 0x3334], ids=["bright", "dark"])
+def test_a_transparent_colour_of_16_bits(brightest: int) -> None:
+    values = np.array([[[0x1221, 0, 0], [brightest, 0, 0]]], np.uint16)
+    content = png_with(png_of_16_bits(values), png_chunk(b"tRNS", struct.pack(">HHH", 0x1221, 0, 0)))
+    picture = load_picture(content, "the reference")
+    assert picture.alpha is not None
+    assert picture.alpha.tolist() == [[0, 255]]
+
+
+# --- several pictures in a file ---------------------------------------------------------------------------
+
+
+def several(file_format: str, count: int) -> bytes:
+    frames = [Image.new("RGB", (12, 9), (80 * index, 0, 0)) for index in range(count)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, file_format, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "TIFF", "PNG"] + ["AVIF"] * HAS_AVIF)
+def test_of_several_pictures_the_first_is_used_with_a_warning(file_format: str) -> None:
+    with pytest.warns(InputWarning, match="the scene has more than one picture: the first is used"):
+        assert load_picture(several(file_format, 3), "the scene").rgb.max() < 8
+    with collecting_warnings() as found:
+        load_picture(several(file_format, 1), "the scene")
+    assert not found
+
+
+def test_previews_in_a_photograph_are_not_told(recwarn: pytest.WarningsRecorder) -> None:
+    load_picture(several("MPO", 2), "the scene")
+    assert not recwarn.list
+
+
+# --- threads ----------------------------------------------------------------------------------------------
+
+
+class SlowFile(io.BytesIO):
+    """A file that is being read until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__(several("PNG", 1))
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.begun.set()
+        assert self.go_on.wait(PATIENCE)
+        return super().read(size)
+
+
+def test_the_filters_of_warnings_outlive_reading_in_threads() -> None:
+    """Of two that begin one after the other, the first ends first; meanwhile somebody adds a filter."""
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        files = [SlowFile(), SlowFile()]
+        threads = [threading.Thread(target=load_picture, args=(file, "the scene")) for file in files]
+        for file, thread in zip(files, threads):
+            thread.start()
+            assert file.begun.wait(PATIENCE)
+        warnings.simplefilter("error", InputWarning)
+        for file, thread in zip(files, threads):
+            file.go_on.set()
+            thread.join(PATIENCE)
+        assert list(warnings.filters) == [("error", None, InputWarning, None, 0), *before]
