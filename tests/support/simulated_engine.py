@@ -15,7 +15,7 @@ from engines.card.engine import CardEngine
 from engines.card.tensors import DeviceArray
 from engines.cuda import OutOfDeviceMemoryError
 from engines.engine import DeviceTensor, Engine, open_engine
-from engines.memory_plan import DeviceMemoryPlan, plan_device_memory
+from engines.memory_plan import DeviceMemoryPlan, needed_device_bytes, plan_device_memory
 from engines.options import EngineOptions
 from engines.spec import GraphSpec
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ENCODE, ID_ENCODER
@@ -45,8 +45,7 @@ def memory_plan(
     }
     manifest = replace(bundle.manifest, graphs=graphs, backend=backend)
     if budget is None:
-        roomy = plan_device_memory(manifest, 1 << 40)
-        budget = roomy.total - roomy.cache + CACHE
+        budget = needed_device_bytes(manifest) + CACHE
     return plan_device_memory(manifest, budget)
 
 

@@ -32,25 +32,24 @@ from typing import Any
 
 import numpy as np
 
+from engines.backends.onnxruntime.cuda_refusals import (
+    NOT_STARTED,
+    loading_refusal,
+    reason,
+    running_refusal,
+)
 from engines.backends.onnxruntime.session_check import check_session
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
 from engines.card.graph import Shape
-from engines.cuda import Device, OutOfDeviceMemoryError
-from engines.errors import BackendError, BundleError
+from engines.cuda import Device
+from engines.errors import BackendError
 from engines.manifest import CUDA, ONNX
 from engines.memory_plan import DeviceMemoryPlan, plan_for_card
 from engines.options import EngineOptions
 from engines.spec import CAPTURED_ROLES, GraphSpec
 
 PROVIDER = "CUDAExecutionProvider"
-
-INSTALL = "install it with: pip install '.[cuda]'"
-
-NOT_STARTED = (
-    "ONNX Runtime could not start its cuda provider: the NVIDIA driver or the CUDA and cuDNN libraries are "
-    f"missing; {INSTALL}, check with 'anydoor doctor', or run with --device cpu"
-)
 
 FIRST_VERSION = (1, 30)
 """Before, a replayed graph reads memory that other calls have overwritten (pull request 32121)."""
@@ -182,7 +181,7 @@ def share_scratch(library: Any, nbytes: int, limit: int, allocation: Allocation)
     try:
         library.create_and_register_allocator_v2(PROVIDER, where, {}, library.OrtArenaCfg(arena))
     except Exception as error:  # the library raises classes of its own, all derived from Exception
-        raise BackendError(f"{NOT_STARTED} ({_reason(error)})") from error
+        raise BackendError(f"{NOT_STARTED} ({reason(error)})") from error
 
 
 class SharedStream:
@@ -381,45 +380,3 @@ def open_card_engine(
         sessions = Sessions(library, bundle, shared, device.stream, plan, options, allocation)
         opened = sessions.open_graph
         return CardEngine(ONNX, bundle, device, opened, plan, options.cuda_graphs, shared.lock)
-
-
-def loading_refusal(graph: str, capture: bool, error: Exception) -> BackendError | BundleError:
-    """Returns the error for a graph that was not loaded.
-
-    Args:
-        graph: which one.
-        capture: whether its calls were to be captured.
-        error: what the library raised.
-    """
-    if _is_about_memory(error):
-        return OutOfDeviceMemoryError(
-            f"the card has no room for the graph '{graph}' ({_reason(error)}): close other programs that use "
-            "it (see 'nvidia-smi'), or give a larger --memory-budget"
-        )
-    if capture and "graph capture feature" in str(error):
-        return BundleError(
-            f"the graph '{graph}' has operators that the card cannot run, and so cannot be captured: run "
-            "with --no-cuda-graphs"
-        )
-    return BundleError(f"ONNX Runtime cannot load the graph '{graph}': {_reason(error)}")
-
-
-def running_refusal(graph: str, error: Exception) -> BackendError:
-    """Returns the error for a graph that did not run."""
-    if _is_about_memory(error):
-        return OutOfDeviceMemoryError(
-            f"the card has no room to run the graph '{graph}' ({_reason(error)}): ask for fewer pictures at "
-            "once, or give a larger --memory-budget"
-        )
-    return BackendError(f"ONNX Runtime could not run the graph '{graph}': {_reason(error)}")
-
-
-def _is_about_memory(error: Exception) -> bool:
-    # of the arena, of cudaMalloc
-    return any(
-        words in str(error) for words in ("smaller than requested", "Failed to allocate", "out of memory")
-    )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0][:300]

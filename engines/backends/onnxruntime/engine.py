@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.backends.onnxruntime import BACKENDS
+from engines.backends.onnxruntime.cuda_refusals import INSTALL as CUDA_INSTALL
 from engines.backends.onnxruntime.session_check import check_session
 from engines.bundle import Bundle
 from engines.engine import (
@@ -239,7 +240,7 @@ def usable_devices() -> dict[str, str]:
         library = load_library()
         check_version(library.__version__, cuda.FIRST_VERSION, " for a card")
         cuda.preload(library)
-        found["cuda"] = cuda.loaded_libraries() or f"no CUDA libraries from pip; {cuda.INSTALL}"
+        found["cuda"] = cuda.loaded_libraries() or f"no CUDA libraries from pip; {CUDA_INSTALL}"
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,11 +17,6 @@ from engines.spec import GraphSpec
 from export.example_inputs import example_inputs
 from tests.support.anydoor import CONTROL, DENOISE
 from tests.support.simulated_engine import Simulation, fill, on_onnxruntime, renamed
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path) -> Bundle:
-    return Bundle.open(tiny_bundle)
 
 
 def test_steps_windows_and_decoding_are_captured_once_and_replayed(bundle: Bundle) -> None:

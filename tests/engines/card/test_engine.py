@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -29,19 +28,6 @@ from tests.support.simulated_engine import (
     on_onnxruntime,
     renamed,
 )
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path) -> Bundle:
-    return Bundle.open(tiny_bundle)
-
-
-@pytest.fixture(scope="module")
-def expected_pictures(bundle: Bundle) -> np.ndarray:
-    """What ONNX Runtime paints."""
-    pictures = Painter(bundle, on_onnxruntime(bundle)).paint()
-    assert len(np.unique(pictures)) > 100
-    return pictures
 
 
 def test_same_pictures_as_onnx_runtime_bit_for_bit(bundle: Bundle, expected_pictures: np.ndarray) -> None:

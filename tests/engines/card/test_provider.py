@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,19 @@ from engines.backends.onnxruntime.engine import check_version
 from engines.bundle import Bundle
 from engines.cuda import OutOfDeviceMemoryError
 from engines.errors import BackendError, BundleError
-from engines.memory_plan import further_windows, plan_device_memory
+from engines.memory_plan import plan_device_memory
 from engines.options import EngineOptions
 from export.example_inputs import example_inputs
 from runtime import Compositor, Placement, Sampling
 from tests.support.anydoor import CONTROL, DECODE, DENOISE, ENCODE, ID_ENCODER
 from tests.support.observers import RunCounter
-from tests.support.simulated_card import SimulatedDevice
 from tests.support.simulated_engine import (
-    SCRATCH,
     Painter,
     ProviderSimulation,
     memory_plan,
     on_onnxruntime,
     renamed,
 )
-from tests.support.simulated_provider import SimulatedLibrary
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path) -> Bundle:
-    return Bundle.open(tiny_bundle)
-
-
-@pytest.fixture(scope="module")
-def expected_pictures(bundle: Bundle) -> np.ndarray:
-    """What ONNX Runtime paints on the CPU."""
-    return Painter(bundle, on_onnxruntime(bundle)).paint()
 
 
 @pytest.mark.parametrize("capture", [True, False])
@@ -255,80 +241,6 @@ def test_more_than_the_largest_call_is_refused(bundle: Bundle) -> None:
     inputs = example_inputs(bundle.manifest.specs[CONTROL], {"maps": 99})
     with pytest.raises(BackendError, match="'control' takes up to 8 maps in a call, not 99"):
         simulation.engine.run(CONTROL, inputs)
-
-
-def test_two_engines_of_a_process_draw_what_each_draws_alone(
-    bundle: Bundle, expected_pictures: np.ndarray
-) -> None:
-    """Their sessions share scratch memory: they are made and run in turn."""
-    first = ProviderSimulation(bundle)
-    second = ProviderSimulation(bundle, beside=first)
-
-    def paint(simulation: ProviderSimulation) -> list[np.ndarray]:
-        return [simulation.painter.paint() for _ in range(3)]
-
-    with ThreadPoolExecutor(2) as threads:
-        for pictures in threads.map(paint, (first, second)):
-            for picture in pictures:
-                np.testing.assert_array_equal(picture, expected_pictures)
-    # the graphs of both took what was registered last
-    assert len({session.scratch for session in first.library.sessions}) == 1
-
-
-def test_an_engine_waits_until_another_one_of_the_process_is_done_with_the_card(bundle: Bundle) -> None:
-    first = ProviderSimulation(bundle)
-    second = ProviderSimulation(bundle, beside=first)
-    with ThreadPoolExecutor(1) as threads:
-        with first.shared.lock:
-            waiting = threads.submit(second.engine.to_device, np.ones(3, np.float32))
-            done, _ = wait([waiting], timeout=0.1)
-            assert not done
-        assert waiting.result().shape == (3,)
-
-
-def test_the_scratch_memory_of_a_process_suffices_for_each_of_its_engines(bundle: Bundle) -> None:
-    small, large = (
-        memory_plan(bundle, scratch=dict.fromkeys(SCRATCH, size << 20), backend="onnxruntime")
-        for size in (2, 9)
-    )
-    assert small.library < large.library
-    first = ProviderSimulation(bundle, large)
-    second = ProviderSimulation(bundle, small, beside=first)
-    of_both = first.library.arenas[1]
-    assert of_both["initial_chunk_size_bytes"] == large.library
-    assert of_both["max_mem"] == large.library_limit + small.library_limit
-    # an engine that is gone does not count
-    shared, library = first.shared, first.library
-    del first
-    gc.collect()
-    third = cuda.Sessions(library, bundle, shared, second.device.stream, small, EngineOptions())
-    assert library.arenas[2]["max_mem"] == 2 * small.library_limit, third
-
-
-def test_opened_engines_share_a_stream_and_a_lock(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = SimulatedDevice()
-    streams = []
-
-    def on_stream(stream: int | None) -> SimulatedDevice:
-        streams.append(stream)
-        return device
-
-    monkeypatch.setattr(cuda, "Device", on_stream)
-    monkeypatch.setattr(cuda, "_OF_THIS_PROCESS", cuda.SharedStream())
-    library = SimulatedLibrary(bundle, device)
-    engines = [cuda.open_card_engine(library, bundle, EngineOptions()) for _ in range(2)]
-    assert streams == [None, device.stream]
-    with ThreadPoolExecutor(1) as threads, cuda._OF_THIS_PROCESS.lock:
-        waiting = [threads.submit(engine.to_device, np.ones(3, np.float32)) for engine in engines]
-        assert not wait(waiting, timeout=0.1).done
-
-
-def test_nothing_is_allocated_for_what_nobody_keeps(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = SimulatedDevice()
-    monkeypatch.setattr(cuda, "Device", lambda stream: device)
-    library = SimulatedLibrary(bundle, device)
-    plans = [cuda.open_card_engine(library, bundle, EngineOptions(), most).plan for most in (0, None)]
-    assert plans[0].cache == further_windows(bundle.manifest) < plans[1].cache
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("tf32", "1")])
