@@ -35,7 +35,7 @@ from engines.host_memory import HostMemoryPlan, needed_host_bytes, plan_host_mem
 from engines.manifest import ONNX
 from engines.memory_plan import needed_device_bytes, plan_for_card
 from engines.options import AUTO, EngineOptions
-from engines.spec import TensorSpec
+from engines.spec import SAMPLING_ROLES, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -145,6 +145,9 @@ class OnnxRuntimeEngine:
             self._sessions[graph] = session
 
     def _new_session(self, graph: str) -> onnxruntime.InferenceSession:
+        # the library would hold results that nobody needs any more for later ones of the same shape: of a
+        # U-shaped network that is a third more memory, of which a call finds none in the caches
+        self._options.enable_mem_reuse = self._specs[graph].role not in SAMPLING_ROLES
         try:
             return self._library.InferenceSession(
                 self.model(graph, self._bundle.graph_file(graph, self.device)),

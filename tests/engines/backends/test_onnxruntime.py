@@ -17,7 +17,7 @@ from engines.engine import open_engine
 from engines.errors import BackendError
 from engines.options import EngineOptions
 from export.example_inputs import example_inputs
-from tests.support.anydoor import DENOISE
+from tests.support.anydoor import CONTROL, DECODE, DENOISE, ID_ENCODER
 
 SIZES = {"samples": 1, "rows": 2, "conditions": 2, "maps": 2}
 
@@ -83,6 +83,14 @@ def test_graphs_for_cards_are_not_run_on_the_cpu(bundle: Bundle, backend: str) -
     command = r"anydoor build CHECKPOINT --backend onnxruntime --targets any"
     with pytest.raises(BackendError, match=f"is for NVIDIA cards .*: build one for the CPU with '{command}'"):
         open_engine(for_cards, EngineOptions(backend, "cpu"))
+
+
+def test_graphs_of_sampling_hold_no_buffers(engine: OnnxRuntimeEngine) -> None:
+    """Results that nobody needs any more are freed at once, where that is less memory."""
+    for graph in (DENOISE, CONTROL, DECODE, ID_ENCODER):
+        engine.load(graph)
+    held = {graph: s.get_session_options().enable_mem_reuse for graph, s in engine._sessions.items()}
+    assert held == {DENOISE: False, CONTROL: False, DECODE: True, ID_ENCODER: True}
 
 
 def test_the_cpu_has_no_tf32(bundle: Bundle) -> None:
