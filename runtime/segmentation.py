@@ -41,6 +41,9 @@ _ON, _OFF, _FIRST_CORNER, _LAST_CORNER, _NO_POINT = 1, 0, 2, 3, -1
 
 _OPTION = "--segmenter"
 
+_MOST_OPAQUE = 0.9
+"""A picture of which a larger share is opaque is no cut-out but one with rounded corners or a hole."""
+
 
 class Segmenter:
     """Finds objects in pictures. Threads may share a segmenter; its networks serve one at a time.
@@ -183,7 +186,7 @@ class Segmenter:
     def _main_object(self, picture: Picture, name: str) -> NDArray[np.bool_]:
         if picture.alpha is not None:
             opaque = mask_from_alpha(picture.alpha)
-            if opaque.any() and not opaque.all():
+            if 0 < opaque.mean() < _MOST_OPAQUE:
                 return opaque
         rgb = seen(picture)
         if SALIENT in self._networks:

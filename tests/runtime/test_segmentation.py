@@ -200,6 +200,19 @@ def test_the_main_object_of_a_cut_out_is_what_is_opaque(segmenter: Segmenter, ha
     np.testing.assert_array_equal(found, rgba[..., 3] == 255)
 
 
+def test_a_picture_with_transparent_corners_is_no_cut_out() -> None:
+    """A screenshot of a window: its main object is in it."""
+    rgba = np.full((60, 80, 4), 255, np.uint8)
+    rgba[20:40, 30:50, :3] = (30, 60, 200)
+    for rows in (slice(0, 4), slice(-4, None)):
+        for columns in (slice(0, 4), slice(-4, None)):
+            rgba[rows, columns, 3] = 0
+    mask = Segmenter().mask(Image.fromarray(rgba))
+    expected = np.zeros((60, 80), bool)
+    expected[20:40, 30:50] = True
+    assert (mask != expected).mean() < 0.02
+
+
 def test_a_picture_that_shows_no_object_by_its_opacity_is_seen_on_white() -> None:
     """As the networks see it, whatever colours its transparent parts hide."""
     rgba = np.zeros((60, 80, 4), np.uint8)
