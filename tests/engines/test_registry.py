@@ -108,7 +108,7 @@ def examine(bundle, options):
     return "cpu", ""
 
 
-def open_engine(bundle, options):
+def open_engine(bundle, options, most_cache=None):
     return AbacusEngine(bundle, options)
 """,
 }

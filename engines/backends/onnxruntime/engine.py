@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.backends.onnxruntime import BACKENDS
-from engines.backends.onnxruntime.cuda_refusals import INSTALL as CUDA_INSTALL
 from engines.backends.onnxruntime.session_check import check_session
 from engines.bundle import Bundle
 from engines.engine import (
@@ -238,12 +237,12 @@ def usable_devices() -> dict[str, str]:
     """
     found = dict.fromkeys(devices(), "")
     if "cuda" in found:
-        from engines.backends.onnxruntime import cuda
+        from engines.backends.onnxruntime import cuda, cuda_refusals
 
         library = load_library()
         check_version(library.__version__, cuda.FIRST_VERSION, " for a card")
         cuda.preload(library)
-        found["cuda"] = cuda.loaded_libraries() or f"no CUDA libraries from pip; {CUDA_INSTALL}"
+        found["cuda"] = cuda.loaded_libraries() or f"no CUDA libraries from pip; {cuda_refusals.INSTALL}"
     return found
 
 

@@ -53,7 +53,7 @@ def test_an_engine_whose_system_is_missing_leaves_nothing_on_the_card(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulation = Simulation(Bundle.open(tiny_bundle))
-    monkeypatch.setattr("runtime.compositor.open_engine", lambda bundle, options: simulation.engine)
+    monkeypatch.setattr("runtime.compositor.open_engine", lambda *_: simulation.engine)
     monkeypatch.setattr("runtime.compositor.open_system", lambda name, model: open_system("imprint_9", model))
     with pytest.raises(BundleError, match="does not have"):
         Compositor.load(tiny_bundle)
