@@ -307,6 +307,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "footprint-run": lambda: footprint_run(
         {
             "ONNX Runtime, one arena, all graphs loaded": "footprint-full-arena-onnxruntime",
+            "ONNX Runtime, all graphs loaded": "footprint-full-onnxruntime",
             "ONNX Runtime, 8 GB": "footprint-full-8g-onnxruntime",
             "OpenVINO, graphs in turn": "footprint-full-turns-openvino",
         }
