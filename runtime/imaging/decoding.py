@@ -155,6 +155,11 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
     return image if orientation == UPRIGHT else image.transpose(_TURNS[orientation])
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Returns a loaded image turned as its EXIF says."""
+    return turned(image, _orientation(image))
+
+
 def _loaded(image: Image.Image, where: str) -> Image.Image:
     """Returns a caller's own image, which may not be loaded yet."""
     try:
