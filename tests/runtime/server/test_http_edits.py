@@ -85,7 +85,10 @@ OBJECT_64 = in_base64(OBJECT)
         (Move(TO), {"move": {"to": list(TO)}}),
         (Move(TO, refine=0, strength=1), {"move": {"to": list(TO), "refine": 0, "strength": 1.0}}),
         (Reshape(TALL), {"reshape": {"to": in_base64(TALL)}}),
-        (Swap(Placement(OBJECT)), {"swap": {"placement": {"reference": OBJECT_64}}}),
+        (
+            Swap(Placement(OBJECT)),
+            {"swap": {"placement": {"reference": OBJECT_64}, "strength": 1, "refine": 0}},
+        ),
         (SwapPlaces(Where(mask=VASE)), {"swap": {"other": {"mask": in_base64(VASE)}}}),
         (TryOn(Placement(OBJECT)), {"try_on": {"reference": OBJECT_64}}),
     ],

@@ -199,6 +199,10 @@ def test_references_and_scenes_are_encoded_once(compositor: Compositor) -> None:
             "mask_level",
             "level blob is for masks, but a box is",
         ),
+        (replace(PLACEMENT, strength=0.9), "strength", "IMPRINT has no strength: leave it out"),
+        (replace(PLACEMENT, strength=True), "strength", "IMPRINT has no strength: leave it out"),
+        (replace(PLACEMENT, refine=200), "refine", "IMPRINT has no refine: leave it out"),
+        (replace(PLACEMENT, edge="hard"), "edge", "IMPRINT has no edge: leave it out"),
         (replace(PLACEMENT, crop_ratio=0.5), "ratios.crop", "the crop ratio is 0.5; expected 1 to 100"),
         (replace(PLACEMENT, mode="box"), "mode", "there is no mode 'box'"),
         (replace(PLACEMENT, box=None), "target", "needs either a box or a mask"),
@@ -215,7 +219,7 @@ def test_placements_that_it_cannot_use(
 @pytest.mark.parametrize(
     ("sampling", "field", "sentence"),
     [
-        (Sampling(control_scale=1.0), "control_scale", "IMPRINT has no control_scale: leave it out"),
+        (Sampling(control_scale=0.0), "control_scale", "IMPRINT has no control_scale: leave it out"),
         (Sampling(map_steps=5), "map_steps", "IMPRINT has no map_steps: leave it out"),
         (
             Sampling("fast"),
@@ -233,6 +237,14 @@ def test_sampling_that_it_cannot_use(
     assert caught.value.field == f"sampling.{field}"
 
 
+def test_values_that_change_nothing_are_taken(imprint: Compositor) -> None:
+    neutral = {"strength": 1.0, "refine": 0, "edge": "soft", "prompt": "", "negative_prompt": ""}
+    for level in ("exact", 0, "box"):
+        asked = replace(PLACEMENT, **neutral, mask_level=level)
+        one = imprint.composite(SCENE, asked, seed=7, sampling=Sampling(steps=1, control_scale=1))
+        assert one == imprint.composite(SCENE, PLACEMENT, seed=7, sampling=Sampling(steps=1))
+
+
 def test_it_draws_nothing_from_a_prompt(imprint: Compositor) -> None:
     with pytest.raises(InputError, match="IMPRINT puts objects from pictures into scenes"):
         imprint.draw("a cup")
@@ -247,6 +259,8 @@ def test_anydoor_has_no_mask_level_and_fills_no_holes(tiny_bundle: Path) -> None
         with pytest.raises(InputError, match=sentence) as caught:
             anydoor.accept(Request(SCENE, [placement], 7))
         assert caught.value.field == f"placements[0].{field}"
+    for level in ("exact", 0):
+        assert anydoor.accept(Request(SCENE, [replace(PLACEMENT, mask_level=level, prompt="")], 7))
 
 
 def test_what_is_left_open_is_the_system_s(imprint: Compositor) -> None:
