@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,6 +18,9 @@ REFERENCE_SIZE = 224
 
 HINT_BLOCK_CHANNELS = (16, 32, 96, 256)
 """Widths of the hint block; the original fixes them for any size of UNet (cldm.py, input_hint_block)."""
+
+_MOST_MODULES = 1000
+"""Of one kind that a network has; more would take minutes to build."""
 
 SD21_HEAD_WIDTH = 64
 SD21_NORM_GROUPS = 32
@@ -228,6 +232,19 @@ def settings_from_metadata(
     return found
 
 
+@contextmanager
+def inferring() -> Iterator[None]:
+    """Turns what shapes of another kind raise into an `ArchitectureError`; decorates what reads sizes off
+    them."""
+    try:
+        yield
+    except ArchitectureError:
+        raise
+    except (LookupError, ArithmeticError, ValueError) as error:
+        raise ArchitectureError("the shapes of its tensors do not make a network") from error
+
+
+@inferring()
 def infer_architecture(
     shapes: Shapes,
     unet_head_width: int | None = None,
@@ -267,6 +284,12 @@ def infer_architecture(
 def infer_dino(shapes: Shapes, heads: int | None = None) -> dict[str, Any]:
     """Reads the sizes of DINOv2 off the shapes, as fields of an architecture; `heads` no shape tells."""
     prefix = "cond_stage_model.model."
+    if not any(key.startswith(prefix) for key in shapes):
+        raise ArchitectureError(f"it has no DINOv2: nothing begins with {prefix}")
+    if f"{prefix}blocks.0.mlp.fc1.weight" in shapes:
+        raise ArchitectureError(
+            "its DINOv2 has plain MLPs, as ViT-S, ViT-B and ViT-L do; only SwiGLU, that of ViT-g/14, is read"
+        )
     width = shape_of(shapes, f"{prefix}cls_token")[-1]
     mlp_width = shape_of(shapes, f"{prefix}blocks.0.mlp.w12.weight")[0]
     return {
@@ -337,6 +360,8 @@ def count(shapes: Shapes, pattern: str) -> int:
     found = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
     if not found:
         raise ArchitectureError(f"no key matches {pattern}, so the size of the network is unknown")
+    if max(found) >= _MOST_MODULES:
+        raise ArchitectureError(f"a key that matches {pattern} has the number {max(found)}: none goes so far")
     return max(found) + 1
 
 

@@ -45,7 +45,6 @@ from training.network.official_keys import PREFIXES, SCHEDULE_KEYS, schedule_buf
 __all__ = [
     "Checkpoint",
     "CheckpointError",
-    "compare_shapes",
     "network_of",
     "read_checkpoint",
     "read_start",
@@ -337,7 +336,8 @@ def compare_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str,
     problems = describe_differences(shapes, expected, SCHEDULE_KEYS)
     if not problems:
         return ""
-    kind = _looks_like(shapes)
+    # the guesses are of files that are taken for AnyDoor's
+    kind = _looks_like(shapes) if any(key.startswith(PREFIXES["control"]) for key in expected) else ""
     return problems + (f". {kind}" if kind else "")
 
 

@@ -29,6 +29,7 @@ from training.network.architecture import (
     count,
     infer_diffusion,
     infer_dino,
+    inferring,
     shape_of,
 )
 from training.network.checkpoint_file import LazyTensors, TensorFile, reader
@@ -234,6 +235,7 @@ def from_object_stitch(file: TensorFile) -> TensorFile:
     return TensorFile(tensors, {name: file.shapes[key] for name, key in names.items()}, file.metadata)
 
 
+@inferring()
 def infer_imprint(shapes: Shapes, settings: Mapping[str, Any]) -> ImprintArchitecture:
     """Reads the sizes off the shapes of a checkpoint in our layout.
 
