@@ -30,6 +30,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 Prediction = Literal["epsilon", "v"]
 SceneOrder = Literal["mask_latents", "latents_keep"]
+ReferenceBackground = Literal["white", "black"]
+_CHOICES: Mapping[str, Any] = {
+    "prediction": Prediction,
+    "scene_order": SceneOrder,
+    "reference_background": ReferenceBackground,
+}
+"""Fields of an architecture that are names -> their type."""
 
 PREDICTED: Mapping[Prediction, str] = {"epsilon": "the noise", "v": "v"}
 """What the UNet's output means, for people."""
@@ -213,15 +220,9 @@ def settings_from_metadata(
         text = metadata.get(_METADATA_PREFIX + name)
         if text is None:
             continue
-        if name == "prediction":
-            if text not in get_args(Prediction):
-                raise ArchitectureError(
-                    f"its metadata says that it predicts '{text}', which is not known here"
-                )
-            found[name] = text
-        elif name == "scene_order":
-            if text not in get_args(SceneOrder):
-                raise ArchitectureError(f"its metadata says '{text}' of scene_order, which is not known here")
+        if name in _CHOICES:
+            if text not in get_args(_CHOICES[name]):
+                raise ArchitectureError(f"its metadata says '{text}' of {name}, which is not known here")
             found[name] = text
         elif text.isdecimal() and int(text) > 0:
             found[name] = int(text)

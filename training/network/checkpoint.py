@@ -31,6 +31,8 @@ from training.network.architecture import (
 from training.network.checkpoint_file import CheckpointError, TensorFile, describe_differences
 from training.network.checkpoint_keys import NetworkFile, read_network, unneeded_keys
 from training.network.imprint import (
+    OBJECT_STITCH,
+    OBJECT_STITCH_DEFAULTS,
     UNCONDITIONAL,
     Imprint,
     ImprintArchitecture,
@@ -227,6 +229,8 @@ def _read(
     if problem:
         raise CheckpointError(f"'{path}' is not an {name} checkpoint: {problem}")
     defaults, remarks = _defaults(path, file.metadata), network.remarks(unneeded)
+    if is_object_stitch(network.file.shapes):
+        defaults = {**OBJECT_STITCH_DEFAULTS, **defaults}
     return Checkpoint(path, architecture, file.tensors, defaults, resolution, remarks)
 
 
@@ -236,7 +240,7 @@ def _as_imprint(
     """Returns the file in our layout, whichever it has, and its sizes."""
     settings = settings_from_metadata(file.metadata, ImprintArchitecture.not_inferable)
     if is_object_stitch(file.shapes):
-        file, settings = from_object_stitch(file), {"scene_order": "latents_keep", **settings}
+        file, settings = from_object_stitch(file), {**OBJECT_STITCH, **settings}
     return file, infer_imprint(file.shapes, {**otherwise, **settings, **given})
 
 

@@ -174,6 +174,28 @@ def test_references_and_scenes_are_encoded_once(compositor: Compositor) -> None:
     compositor.engine.observer = None
 
 
+def test_object_stitch_sees_the_object_on_black_without_a_margin(tmp_path: Path) -> None:
+    """As its public code trains it; all others see it on white, with room around it."""
+    picture = np.full((90, 90, 3), 128, np.uint8)
+    inside = np.zeros((90, 90), bool)
+    inside[20:70, 30:60] = True
+    placement = replace(PLACEMENT, reference=picture, reference_mask=inside)
+    job = object_stitch_compositor(tmp_path).accept(Request(SCENE, [placement], 7))
+    (reference,) = job.placements[0].what
+    grey = reference.max(axis=2)
+    assert set(np.unique(grey[:, [0, -1]])) == {0}  # narrower than high
+    assert (grey[[0, -1], grey.shape[1] // 2] > 100).all()
+
+
+@pytest.mark.parametrize("background", ["grey", ["white"]])
+def test_a_background_that_is_unknown_is_refused(imprint: Compositor, background: Any) -> None:
+    bundle = imprint.bundle
+    changed = {**bundle.manifest.architecture, "reference_background": background}
+    other = replace(bundle, manifest=replace(bundle.manifest, architecture=changed))
+    with pytest.raises(BundleError, match="white and black are known"):
+        Compositor(other, imprint.engine)
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
