@@ -30,7 +30,8 @@ from training.network.architecture import (
     DiffusionArchitecture,
     infer_architecture,
 )
-from training.network.checkpoint import CheckpointError, compare_shapes, write_checkpoint
+from training.network.checkpoint import CheckpointError, write_checkpoint
+from training.network.checkpoint_file import describe_differences
 from training.network.checkpoint_keys import DINO_KEY, read_network
 from training.network.imprint import Imprint, ImprintArchitecture, infer_imprint, with_scene
 from training.network.modules import AnyDoor
@@ -38,6 +39,7 @@ from training.network.official_keys import PREFIXES, schedule_buffers
 
 PROJECTOR = PREFIXES["id_encoder"] + "projector.weight"
 _DINO = PREFIXES["id_encoder"] + "model."
+_CLASS_TOKEN = "cls_token"
 _FIRST, _LAST = PREFIXES["unet"] + "input_blocks.0.0.weight", PREFIXES["unet"] + "out.2.weight"
 _TOKEN_WIDTH_KEY = PREFIXES["unet"] + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 
@@ -118,6 +120,12 @@ def join_imprint(
 
 def _inherited(stable_diffusion: Mapping[str, Tensor], dinov2: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """UNet, autoencoder and image encoder under the names of our checkpoints."""
+    if _CLASS_TOKEN not in dinov2:
+        first = next(iter(dinov2), "none")
+        raise CheckpointError(
+            f"the DINOv2 checkpoint has no '{_CLASS_TOKEN}' (its first key is '{first}'): give one as Meta "
+            "publishes it, like dinov2_vitg14_pretrain.pth"
+        )
     kept = (PREFIXES["unet"], PREFIXES["vae"])
     tensors = {key: tensor for key, tensor in stable_diffusion.items() if key.startswith(kept)}
     tensors |= {_DINO + key: tensor for key, tensor in dinov2.items()}
@@ -132,7 +140,7 @@ def _projector_shape(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]
 
 
 def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], name: str) -> None:
-    problem = compare_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, expected)
+    problem = describe_differences({key: tuple(tensor.shape) for key, tensor in tensors.items()}, expected)
     if problem:
         raise CheckpointError(f"the two files do not make {name} network: {problem}")
 

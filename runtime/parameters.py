@@ -66,6 +66,26 @@ class PlacementParameters:
 SAMPLING_PARAMETERS = tuple(field.name for field in fields(SamplingParameters))
 PLACEMENT_PARAMETERS = tuple(field.name for field in fields(PlacementParameters))
 
+_NEUTRAL: Mapping[str, tuple[str | float, ...]] = {
+    "control_scale": (1,),
+    "strength": (1,),
+    "refine": (0,),
+    "mask_level": ("exact", 0),
+    "edge": ("soft",),
+    "reference_ratio": (1,),
+    "prompt": ("",),
+    "negative_prompt": ("",),
+}
+"""Maps parameters to the values that ask for what models without the parameter do anyway."""
+
+
+def is_neutral(name: str, value: object) -> bool:
+    """Returns whether a value asks for nothing that a model without the parameter does not do."""
+    if value is None or (isinstance(value, list | tuple) and not value):
+        return True
+    plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return plain and value in _NEUTRAL.get(name, ())
+
 
 def sampling_parameters(sampling: Sampling, defaults: Mapping[str, Any]) -> SamplingParameters:
     """Resolves the parameters of a sampling run.

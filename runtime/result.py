@@ -43,6 +43,16 @@ class Composite:
         return image
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """An object that was found in a picture."""
+
+    mask: NDArray[np.bool_]
+    """(H, W), of the upright picture's size."""
+    score: float | None = None
+    """How well the mask covers the object, as its network estimates, at best 1; None if nothing does."""
+
+
 class Stopwatch:
     """Measures the time per stage; several threads may measure stages of one job."""
 

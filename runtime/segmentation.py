@@ -30,7 +30,7 @@ from runtime.imaging.sources import PictureLike
 from runtime.imaging.specks import large_pieces
 from runtime.imaging.target import check_box
 from runtime.request import Placement, Request, View, Where, is_automatic
-from runtime.result import Stopwatch
+from runtime.result import Found, Stopwatch
 from runtime.validation import in_placement
 
 SALIENT, EMBED, CLICK = "salient", "embed", "click"
@@ -141,15 +141,15 @@ class Segmenter:
 
     def find(
         self, picture: Picture, where: Where, max_pixels: int = MAX_PIXELS, name: str = "the picture"
-    ) -> NDArray[np.bool_]:
-        """Finds an object in an upright picture, (H, W); see `mask`. Call `check` before."""
+    ) -> Found:
+        """Finds an object in an upright picture; see `mask`. Call `check` before."""
         if where.mask is not None:
             with in_field("mask"):
                 of = MaskedPicture(name, picture.rgb.shape, picture.orientation)
-                return load_mask(where.mask, "the mask", max_pixels, of)
+                return Found(load_mask(where.mask, "the mask", max_pixels, of))
         selected = "clicks" if where.clicks is not None else "box" if where.box is not None else ""
         with in_field(selected) if selected else nullcontext():
-            return self.mask(picture, where.clicks, where.box, max_pixels, name)
+            return self.segment(picture, where.clicks, where.box, max_pixels, name)
 
     def mask(
         self,
@@ -159,7 +159,19 @@ class Segmenter:
         max_pixels: int = MAX_PIXELS,
         name: str = "the picture",
     ) -> NDArray[np.bool_]:
-        """Finds an object by clicks or a box, else the main object; returns its mask (H, W).
+        """Returns the mask (H, W) of an object; see `segment`."""
+        return self.segment(picture, clicks, box, max_pixels, name).mask
+
+    def segment(
+        self,
+        picture: PictureLike,
+        clicks: Sequence[Sequence[int]] | None = None,
+        box: Sequence[float] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        name: str = "the picture",
+    ) -> Found:
+        """Finds an object by clicks or a box, else the main object; returns its mask, and the score of one
+        that was found by clicks or a box.
 
         Where opacity has values on both sides of 128, the main object is what is opaque, as in a reference.
 
@@ -176,12 +188,12 @@ class Segmenter:
         """
         loaded = load_picture(picture, name, max_pixels)
         if clicks is None and box is None:
-            mask, where = self._main_object(loaded, name), f"in {name}"
+            found, where = Found(self._main_object(loaded, name)), f"in {name}"
         else:
-            mask, where = self._clicked(seen(loaded), clicks, box, name), "there"
-        if np.count_nonzero(mask) < SMALLEST_MASK_AREA:
+            found, where = self._clicked(seen(loaded), clicks, box, name), "there"
+        if np.count_nonzero(found.mask) < SMALLEST_MASK_AREA:
             raise InputError(f"no object was found {where}: give a mask, or other clicks")
-        return mask
+        return found
 
     def _main_object(self, picture: Picture, name: str) -> NDArray[np.bool_]:
         if picture.alpha is not None:
@@ -209,7 +221,7 @@ class Segmenter:
         clicks: Sequence[Sequence[int]] | None,
         box: Sequence[float] | None,
         name: str,
-    ) -> NDArray[np.bool_]:
+    ) -> Found:
         size = (rgb.shape[1], rgb.shape[0])
         checked = [] if clicks is None else check_clicks(clicks)
         require_inside(checked, size, name)
@@ -222,7 +234,8 @@ class Segmenter:
             features = engine.run(EMBED, view.inputs)
             found = engine.run(CLICK, {**features, "points": points, "labels": labels})
             masks, scores = (engine.to_host(found[output]) for output in ("masks", "scores"))
-        return view.to_picture(masks[0, scores[0].argmax()]) > 0
+        best = scores[0].argmax()
+        return Found(view.to_picture(masks[0, best]) > 0, float(scores[0, best]))
 
     def require_clicks(self) -> tuple[Bundle, Engine]:
         """Returns the network for clicks.

@@ -27,6 +27,7 @@ from runtime.parameters import (
     PLACEMENT_PARAMETERS,
     SAMPLING_PARAMETERS,
     SamplingParameters,
+    is_neutral,
     sampling_parameters,
 )
 from runtime.request import Blank, Placement, Request, Sampling, View, check_prompt
@@ -136,7 +137,7 @@ def in_placement(request: Request, index: int) -> AbstractContextManager[None]:
 
 def _check_parameters(given: object, names: Sequence[str], abilities: Abilities) -> None:
     for name in names:
-        if getattr(given, name) is not None and name not in abilities.parameters:
+        if name not in abilities.parameters and not is_neutral(name, getattr(given, name)):
             with in_field(f"ratios.{name.removesuffix('_ratio')}" if name.endswith("_ratio") else name):
                 raise InputError(f"{abilities.title} has no {name}: leave it out")
 
@@ -145,7 +146,7 @@ def _check_condition(placement: Placement, abilities: Abilities) -> None:
     title = abilities.title
     wanted, instead, unusable = _CONDITIONS[abilities.condition]
     for name in unusable:
-        if getattr(placement, name) is not None:
+        if not is_neutral(name, getattr(placement, name)):
             with in_field(name):
                 raise InputError(f"{title} {instead} and takes no {name.replace('_', ' ')}: leave it out")
     with in_field(wanted):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.imaging.reference import BACKGROUNDS
 from training import seeds
 from training.assemble import load_small_parts, load_unet, same_sizes, stage_weights
 from training.config import ImprintRecipe
@@ -86,7 +87,7 @@ def view_samples(recipe: ImprintRecipe, folder: Path) -> Composites:
     stage = recipe.views or ViewsSettings(steps=1)
     a = recipe.architecture
     grid = token_grid(a.token_count) if stage.attention_guide else 0
-    maker = ViewMaker(recipe.pairs)
+    maker = ViewMaker(recipe.pairs, BACKGROUNDS[a.reference_background])
     seed = seeds.VIEW_SAMPLES
     kind = Composites if recipe.sources else ViewSamples
     return kind(sources(recipe, folder, "views"), maker, recipe.latent_shape, seed, token_grid=grid)
@@ -96,6 +97,7 @@ def composite_samples(recipe: ImprintRecipe, folder: Path, seed: int = seeds.TRA
     """Opens the samples of stage 2 before they are encoded."""
     stage = recipe.compositing or CompositingSettings(steps=1)
     grid = token_grid(recipe.architecture.token_count) if stage.attention_guide else 0
-    maker = CompositeMaker(recipe.pairs, recipe.augmentation)
+    background = BACKGROUNDS[recipe.architecture.reference_background]
+    maker = CompositeMaker(recipe.pairs, recipe.augmentation, background)
     opened = sources(recipe, folder, "compositing")
     return Composites(opened, maker, recipe.latent_shape, seed, stage.drop, stage.empty, grid)

@@ -194,6 +194,15 @@ class DreamBoothRecipe:
     system: Literal["dreambooth"] = "dreambooth"
     checkpoint_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights in the written checkpoints."""
+    layout: Literal["original", "diffusers"] = "original"
+    """Layout of the written checkpoints: a single file as the original's, or a folder that diffusers opens,
+    with the start's tokenizer."""
+
+    def __post_init__(self) -> None:
+        if self.subject.rank and self.layout != "original":
+            raise InputError(
+                "layout has no effect with a rank: low-rank updates are a single file, which diffusers reads"
+            )
 
 
 @dataclass(frozen=True)

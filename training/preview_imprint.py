@@ -16,6 +16,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from runtime.diffusion.ddim import ddim_schedule
+from runtime.imaging.reference import BACKGROUNDS
 from training.config import ImprintRecipe
 from training.data.augment import Augmentation
 from training.data.composites import Composite, CompositeMaker
@@ -63,7 +64,8 @@ def held_out_composites(recipe: ImprintRecipe, count: int) -> list[Composite]:
         crop_ratios=(crop, crop) if crop else recipe.pairs.crop_ratios,
         reference_ratios=(room, room) if room else recipe.pairs.reference_ratios,
     )
-    maker = CompositeMaker(rules, Augmentation(rotation=0.0, perspective=0.0, colour=0.0))
+    unchanged = Augmentation(rotation=0.0, perspective=0.0, colour=0.0)
+    maker = CompositeMaker(rules, unchanged, BACKGROUNDS[recipe.architecture.reference_background])
     objects = HeldOutObjects()
     made: list[Composite] = []
     for number in itertools.count():

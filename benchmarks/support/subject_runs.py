@@ -17,7 +17,7 @@ from training.config import DreamBoothRecipe, read_recipe
 from training.data.subject import read_pictures
 from training.network.lora import merge_lora
 from training.network.stable_diffusion_checkpoint import StableDiffusionCheckpoint, read_stable_diffusion
-from training.stages.dreambooth import LOW_RANK, STAGES, build_network, open_start
+from training.stages.dreambooth import STAGES, build_network, checkpoint_name, open_start
 from training.systems.dreambooth import SubjectSettings
 from training.systems.stable_diffusion import draw_pictures
 
@@ -59,9 +59,9 @@ class Run:
         Raises:
             InputError: there is none.
         """
-        name = LOW_RANK if self.recipe.subject.rank else "model.safetensors"
+        name = checkpoint_name(self.recipe)
         folders = sorted(self.folder.glob("step-*")) if every else [self.folder]
-        found = {each.name if every else "last": each / name for each in folders if (each / name).is_file()}
+        found = {each.name if every else "last": each / name for each in folders if (each / name).exists()}
         if not found:
             raise InputError(f"there is no {name} in '{self.folder}': train it, or give --train")
         return found

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-
-from PIL import ExifTags, Image
 
 from runtime.cli.output_place import check_place, save_pictures
 from runtime.cli.standard_streams import STREAM, check_standard_output
 from runtime.errors import collecting_warnings
-from runtime.imaging.decoding import FIRST_SWAPPED
+from runtime.imaging.decoding import size_in_head
 from runtime.imaging.pictures import check_size, contact_sheet, format_of, sheet_size
 from runtime.result import Composite
 from runtime.validation import check_seeds
@@ -80,15 +76,4 @@ def write_output(output: Path, results: Sequence[Composite], grid: bool) -> None
 def _size_of(picture: Path | bytes) -> tuple[int, int] | None:
     """Returns (width, height) in pixels, from the head of a file; None if it cannot be read, which is refused
     later, or only once, as a pipe."""
-    if isinstance(picture, Path) and not picture.is_file():
-        return None
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of large pictures; those that are too large are refused when they are decoded
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_SWAPPED
-                return (image.height, image.width) if turned else image.size
-    except Exception:
-        # on a damaged file Pillow's readers raise almost any class there is
-        return None
+    return None if isinstance(picture, Path) and not picture.is_file() else size_in_head(picture)

@@ -7,7 +7,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-_SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0
+"""Between two lines of a command that takes long."""
 
 
 class Progress:
@@ -51,7 +52,7 @@ class Progress:
 
     def _print_line(self, text: str) -> None:
         print(f"anydoor: {text}", file=sys.stderr, flush=True)
-        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> Progress:
         return self

@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import grpc
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.client.connection import (
@@ -15,13 +13,13 @@ from runtime.client.connection import (
     Connection,
     StepCallback,
     event_of,
-    mask_of,
+    found_of,
     note,
     pictures_of,
 )
 from runtime.imaging.sources import PictureLike
 from runtime.request import Edit, Request, Where
-from runtime.result import Composite
+from runtime.result import Composite, Found
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.wire import composites_from_message, segment_request
 
@@ -88,11 +86,11 @@ class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, An
 
     async def segment(
         self, picture: PictureLike, where: Where = Where(), timeout: float | None = None
-    ) -> NDArray[np.bool_]:
+    ) -> Found:
         """See `Client.segment`."""
         with self._refusals():
             answer = await self._call("Segment", segment_request(picture, where), timeout)
-        return mask_of(answer)
+        return found_of(answer)
 
     async def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """See `Client.model_info`."""

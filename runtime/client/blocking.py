@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import grpc
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.client.connection import (
@@ -14,13 +12,13 @@ from runtime.client.connection import (
     Connection,
     StepCallback,
     event_of,
-    mask_of,
+    found_of,
     note,
     pictures_of,
 )
 from runtime.imaging.sources import PictureLike
 from runtime.request import Edit, Request, Where
-from runtime.result import Composite
+from runtime.result import Composite, Found
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.wire import composites_from_message, segment_request
 
@@ -105,10 +103,8 @@ class Client(Connection[Image.Image, list[Image.Image]]):
         finally:
             call.cancel()
 
-    def segment(
-        self, picture: PictureLike, where: Where = Where(), timeout: float | None = None
-    ) -> NDArray[np.bool_]:
-        """Finds an object in a picture; returns its mask (H, W). See `Segmenter.mask`; raises as `composite`.
+    def segment(self, picture: PictureLike, where: Where = Where(), timeout: float | None = None) -> Found:
+        """Finds an object in a picture, as `Segmenter.segment`. Raises as `composite`.
 
         Args:
             picture: the picture.
@@ -117,7 +113,7 @@ class Client(Connection[Image.Image, list[Image.Image]]):
         """
         with self._refusals():
             answer = self._call("Segment", segment_request(picture, where), timeout)
-        return mask_of(answer)
+        return found_of(answer)
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """Returns what the model is, the other models, and the server's limits. Raises as `composite`."""

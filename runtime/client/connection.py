@@ -21,7 +21,7 @@ from runtime.imaging.masks import load_mask
 from runtime.imaging.sources import PictureLike
 from runtime.proxy import is_local, proxy_for
 from runtime.request import Edit, Placement, Request, Sampling
-from runtime.result import Composite
+from runtime.result import Composite, Found
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server.edit_wire import message_from_edit
@@ -344,11 +344,12 @@ def pictures_of(results: list[Composite], single: bool) -> Image.Image | list[Im
     return images[0] if single else images
 
 
-def mask_of(answer: pb.SegmentResponse) -> NDArray[np.bool_]:
-    """Returns the mask (H, W) in an answer; issues its warnings as Python warnings."""
+def found_of(answer: pb.SegmentResponse) -> Found:
+    """Returns the object in an answer; issues its warnings as Python warnings."""
     for text in answer.warnings:
         warn(text)
-    return load_mask(answer.mask, "the server's mask")
+    mask = load_mask(answer.mask, "the server's mask")
+    return Found(mask, answer.score if answer.HasField("score") else None)
 
 
 def event_of(response: pb.CompositeStreamResponse) -> ClientEvent:

@@ -124,12 +124,12 @@ def plan_edit(edit: Edit, segmenter: Segmenter, limits: Limits, watch: Stopwatch
     with watch.measure("read"), in_field("scene"):
         seen, scene = load_scene(edit.scene, limits.pixels)
     with watch.measure("segment"), in_field("where"):
-        mask = segmenter.find(scene, edit.where, limits.pixels, "the scene")
+        mask = segmenter.find(scene, edit.where, limits.pixels, "the scene").mask
         mask = _meant(mask, "the object's mask", edit.action)
     found = _Found(edit, replace(scene, orientation=UPRIGHT), seen, mask)
     if isinstance(edit.action, SwapPlaces):
         with watch.measure("segment"), in_field("swap.other"):
-            other = segmenter.find(scene, edit.action.other, limits.pixels, "the scene")
+            other = segmenter.find(scene, edit.action.other, limits.pixels, "the scene").mask
             plan = found.swapped(_meant(other, "the other object's mask", edit.action))
     elif isinstance(edit.action, Reshape):
         with watch.measure("read"), in_field("reshape.to"):

@@ -11,6 +11,7 @@ import re
 import threading
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class Decoded:
     """Whether the file has more than 8 bits for each value."""
 
 
-class _WithoutWarningsOfPillow:
+class _Quiet:
     """Ignores Pillow's warnings while any thread is inside; `warnings.catch_warnings` is for one thread.
 
     They are of large pictures, which have a limit of their own, and of damage that can be read over.
@@ -101,7 +102,8 @@ class _WithoutWarningsOfPillow:
                 filters.remove(self._FILTER)
 
 
-_QUIET = _WithoutWarningsOfPillow()
+QUIET = _Quiet()
+"""Goes around everything that has Pillow read a file."""
 
 
 def decode(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Decoded:
@@ -115,8 +117,20 @@ def decode(source: PictureLike, name: str, max_pixels: int = MAX_PIXELS) -> Deco
     Raises:
         InputError: it is not a picture, is damaged, or is too large.
     """
-    with _QUIET:
+    with QUIET:
         return _decode(source, name, max_pixels)
+
+
+def size_in_head(source: Path | bytes) -> tuple[int, int] | None:
+    """Returns the size (width, height) of an upright picture, from the head of its file; None if that cannot
+    be read."""
+    try:
+        with QUIET, Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            turned = _orientation(image) >= FIRST_SWAPPED
+            return (image.height, image.width) if turned else image.size
+    except Exception:
+        # on a damaged file Pillow's readers raise almost any class there is
+        return None
 
 
 def _decode(source: PictureLike, name: str, max_pixels: int) -> Decoded:
@@ -153,6 +167,11 @@ def _decode(source: PictureLike, name: str, max_pixels: int) -> Decoded:
 def turned(image: Image.Image, orientation: int) -> Image.Image:
     """Returns the image upright, of one that is stored in an EXIF orientation."""
     return image if orientation == UPRIGHT else image.transpose(_TURNS[orientation])
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Returns a loaded image turned as its EXIF says."""
+    return turned(image, _orientation(image))
 
 
 def _loaded(image: Image.Image, where: str) -> Image.Image:

@@ -78,9 +78,8 @@ def _blurred(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float) -> N
     reach = (object_box.width + 2 * margin) * (object_box.height + 2 * margin)
     factor = max(int(np.ceil((reach / _MOST_BLURRED) ** 0.5)), 1)
     alone = Image.fromarray(mask[object_box.slices].astype(bool).astype(np.uint8) * 255).reduce(factor)
-    # beyond the picture's edges a crop is black: there is no object
     edge = -(-margin // factor)
-    around = Image.fromarray(np.pad(np.asarray(alone), edge))
+    around = Image.fromarray(_with_margin(np.asarray(alone), edge, object_box, mask.shape))
     reached = np.asarray(around.filter(ImageFilter.GaussianBlur(sigma / factor))) > 255 * share
     rows = (np.arange(box.y0, box.y1) - object_box.y0) // factor + edge
     columns = (np.arange(box.x0, box.x1) - object_box.x0) // factor + edge
@@ -88,3 +87,21 @@ def _blurred(mask: NDArray[Any], level: MaskLevel, box: Box, spread: float) -> N
     inner: NDArray[np.bool_] = reached[np.ix_(rows.clip(0, height - 1), columns.clip(0, width - 1))]
     inner &= ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
     return inner
+
+
+def _with_margin(alone: NDArray[np.uint8], margin: int, box: Box, size: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Pads the mask of an object; what the picture's border cuts off goes on beyond it.
+
+    Args:
+        alone: (h, w), the mask in the object's box.
+        margin: pixels at each side.
+        box: of the object, in the picture.
+        size: (H, W) of the picture.
+    """
+    height, width = size[:2]
+    for axis, cut_off in enumerate(((box.y0 == 0, box.y1 == height), (box.x0 == 0, box.x1 == width))):
+        for side, goes_on in enumerate(cut_off):
+            pads = [(0, 0), (0, 0)]
+            pads[axis] = (0, margin) if side else (margin, 0)
+            alone = np.pad(alone, pads, "edge") if goes_on else np.pad(alone, pads)
+    return alone

@@ -86,7 +86,8 @@ def mask_scene(
         filled = place if mode == "shape" else place.union(geometry.box)
         inside = _in_crop(filled, crop)
     else:
-        inside = coarsen_mask(target[crop.slices], level, box_in_box(geometry.box, crop))
+        # of the whole mask: what ends at the crop's border does not go on there, as at the picture's
+        inside = coarsen_mask(target, level, geometry.box)[crop.slices]
     mask = _shrink(inside, geometry.padding, picture_size, fill=True)
     pasted = _shrink(inside, geometry.padding, picture_size, fill=False)
     return MaskedScene(

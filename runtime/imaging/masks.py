@@ -11,7 +11,7 @@ from PIL import Image
 
 from runtime.errors import InputError, warn
 from runtime.imaging.boxes import SMALLEST_MASK_AREA
-from runtime.imaging.decoding import FIRST_SWAPPED, MAX_PIXELS, UPRIGHT, Decoded, decode, turned
+from runtime.imaging.decoding import FIRST_SWAPPED, MAX_PIXELS, UPRIGHT, Decoded, decode, turned, upright
 from runtime.imaging.sources import PictureLike
 
 MASK_THRESHOLD = 128
@@ -109,7 +109,8 @@ def _turned_like(decoded: Decoded, of: MaskedPicture, name: str) -> Decoded:
         )
     elif decoded.image.size == (height, width):
         warn(f"{of.name} is rotated by its EXIF; {name} has the size before rotation, and is rotated too")
-        return replace(decoded, image=turned(decoded.image, of.orientation))
+        image, stored = (turned(each, of.orientation) for each in (decoded.image, decoded.stored))
+        return replace(decoded, image=image, stored=stored)
     return decoded
 
 
@@ -188,9 +189,8 @@ def _from_colours(decoded: Decoded) -> tuple[NDArray[np.bool_], str]:
         labels = np.asarray(image)
         return _from_labels(labels), f"{as_labels}, and {values_of(labels)}"
     if is_dark and decoded.exact and colours.getcolors(_MOST_LABELS):
-        stored = decoded.stored
-        if stored.mode.startswith("I") and decoded.orientation == UPRIGHT and stored.size == image.size:
-            codes = np.asarray(stored)  # in 8 bits, small labels beside large ones are 0
+        if decoded.stored.mode.startswith("I"):
+            codes = np.asarray(upright(decoded.stored))  # in 8 bits, small labels beside large ones are 0
         else:
             codes = np.asarray(colours.convert("RGBA")).view(np.uint32)[..., 0]
         return _from_labels(codes), f"{as_labels}, and {values_of(value)}"

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from engines.files import write_bytes
 from runtime.errors import InputError, warn
 from runtime.imaging.colour_profile import ProfileError, to_srgb
-from runtime.imaging.decoding import FIRST_SWAPPED, MAX_PIXELS, Decoded, decode
+from runtime.imaging.decoding import FIRST_SWAPPED, MAX_PIXELS, QUIET, Decoded, decode
 from runtime.imaging.formats import HAS_AVIF
 from runtime.imaging.masks import has_transparency, in_rgb, opacity
 from runtime.imaging.mending import MAX_PROFILE_BYTES
@@ -214,18 +214,9 @@ def _in_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image | Non
 
 def _exif(decoded: Decoded, name: str) -> bytes | None:
     """EXIF of the upright picture, without its thumbnail."""
-    stored, exif = decoded.stored, Image.Exif()
     try:
-        if "exif" in stored.info:
-            exif.load(stored.info["exif"])
-        else:
-            tags = stored.getexif()
-            exif.update({tag: tags[tag] for tag in _TIFF_TAGS if tag in tags})
-        exif.pop(ExifTags.Base.Orientation, None)
-        if decoded.orientation >= FIRST_SWAPPED and ExifTags.IFD.Exif in exif:
-            _swap_sides(exif.get_ifd(ExifTags.IFD.Exif))
-        # the thumbnail is in a directory of its own, which Pillow does not write
-        content = exif.tobytes() if len(exif) else None
+        with QUIET:
+            content = _upright_exif(decoded)
     except Exception:
         # in damaged EXIF data Pillow raises almost any class there is
         return None
@@ -233,6 +224,20 @@ def _exif(decoded: Decoded, name: str) -> bytes | None:
         warn(f"{name} has {len(content):,} bytes of EXIF data, more than a JPEG can hold: they are dropped")
         return None
     return content
+
+
+def _upright_exif(decoded: Decoded) -> bytes | None:
+    stored, exif = decoded.stored, Image.Exif()
+    if "exif" in stored.info:
+        exif.load(stored.info["exif"])
+    else:
+        tags = stored.getexif()
+        exif.update({tag: tags[tag] for tag in _TIFF_TAGS if tag in tags})
+    exif.pop(ExifTags.Base.Orientation, None)
+    if decoded.orientation >= FIRST_SWAPPED and ExifTags.IFD.Exif in exif:
+        _swap_sides(exif.get_ifd(ExifTags.IFD.Exif))
+    # the thumbnail is in a directory of its own, which Pillow does not write
+    return exif.tobytes() if len(exif) else None
 
 
 def _swap_sides(tags: dict[int, Any]) -> None:

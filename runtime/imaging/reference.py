@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +27,9 @@ from runtime.imaging.resize import resize_linear
 from runtime.imaging.sources import PictureLike
 from runtime.imaging.specks import without_specks
 
-_BACKGROUND = 255
+WHITE = 255
+BACKGROUNDS: Mapping[str, int] = {"white": WHITE, "black": 0}
+"""What is around the object in a reference: its name in a bundle -> grey level."""
 _FEW_PIXELS = 128
 """Least length of an object's longer side without a warning; the ID encoder takes 224."""
 
@@ -35,7 +38,7 @@ _FEW_PIXELS = 128
 class PreparedReference:
     """A reference ready for the ID encoder and for the collage; S is its size, 224 unless asked otherwise."""
 
-    image: NDArray[np.uint8]  # (S, S, 3) RGB on white; the ID encoder takes image / 255
+    image: NDArray[np.uint8]  # (S, S, 3) RGB on its background; the ID encoder takes image / 255
     mask: NDArray[np.uint8]  # (S, S), 0 outside to 255 inside, grey at the edges
 
     @property
@@ -101,9 +104,13 @@ def load_reference(
 
 
 def prepare_reference(
-    image: NDArray[np.uint8], mask: NDArray[Any], expand_ratio: float = 1.2, size: int = 224
+    image: NDArray[np.uint8],
+    mask: NDArray[Any],
+    expand_ratio: float = 1.2,
+    size: int = 224,
+    background: int = WHITE,
 ) -> PreparedReference:
-    """Cuts the object out, puts it on white, leaves room around it and makes it a small square.
+    """Cuts the object out, puts it on white or `background`, leaves room around it and makes it a square.
 
     Source: run_inference.py, `process_pairs` (expand_ratio 1.2); run_gradio_demo.py and the training data
     draw the ratio from 1.1, 1.2, 1.3, 1.4.
@@ -114,10 +121,10 @@ def prepare_reference(
     assert image.shape[:2] == mask.shape
     crop = bounding_box(mask).slices
     inside = mask[crop].astype(bool, copy=False)
-    on_white = np.where(inside[..., None], image[crop], np.uint8(_BACKGROUND))
+    alone = np.where(inside[..., None], image[crop], np.uint8(background))
     padding = _padding(inside.shape[1], inside.shape[0], expand_ratio)
     return PreparedReference(
-        resize_linear(on_white, (size, size), padding, _BACKGROUND),
+        resize_linear(alone, (size, size), padding, background),
         resize_linear(inside * np.uint8(255), (size, size), padding),
     )
 

@@ -337,7 +337,7 @@ class SegmentRequest(_message.Message):
     def __init__(self, picture: _Optional[bytes] = ..., where: _Optional[_Union[Where, _Mapping]] = ...) -> None: ...
 
 class SegmentResponse(_message.Message):
-    __slots__ = ("mask", "request_id", "seconds", "warnings")
+    __slots__ = ("mask", "request_id", "seconds", "warnings", "score")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -349,11 +349,13 @@ class SegmentResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     mask: bytes
     request_id: str
     seconds: _containers.ScalarMap[str, float]
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, mask: _Optional[bytes] = ..., request_id: _Optional[str] = ..., seconds: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    score: float
+    def __init__(self, mask: _Optional[bytes] = ..., request_id: _Optional[str] = ..., seconds: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ..., score: _Optional[float] = ...) -> None: ...
 
 class CompositeResponse(_message.Message):
     __slots__ = ("images", "request_id", "seconds", "warnings", "filler")

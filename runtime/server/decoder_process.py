@@ -15,7 +15,6 @@ import signal
 import socket
 import struct
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -75,7 +74,6 @@ def main() -> None:
     commands = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the server says when to stop
-    warnings.simplefilter("ignore")  # Pillow's, of damaged pictures
     while True:
         message, descriptors, _, _ = socket.recv_fds(commands, COMMAND_BYTES, 1)
         if not message:

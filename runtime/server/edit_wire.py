@@ -7,6 +7,7 @@ from typing import Any
 
 from runtime.errors import InputError, in_field
 from runtime.imaging.target import whole_box
+from runtime.parameters import is_neutral
 from runtime.request import (
     Action,
     Edit,
@@ -86,9 +87,10 @@ def _action(message: pb.EditRequest) -> Action:
             return TryOn(placement_from_message(message.try_on))
     what, passes = message.swap.WhichOneof("what"), _passes_of(message.swap)
     if what == "placement":
-        for name in passes:
+        for name, value in passes.items():
             with in_field(f"swap.{name}"):
-                raise InputError(f"another object has a {name} of its own: set placement.{name}")
+                if not is_neutral(name, value):
+                    raise InputError(f"another object has a {name} of its own: set placement.{name}")
         with in_field("swap.placement"):
             return Swap(placement_from_message(message.swap.placement))
     if what == "other":

@@ -66,6 +66,14 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class MaskFound(Finished):
+    """The end of a search for an object: its mask is the only picture."""
+
+    score: float | None = None
+    """See `runtime.result.Found`."""
+
+
+@dataclass(frozen=True)
 class Planned(Finished):
     """The end of a phase of an edit: what is to be filled and placed."""
 

@@ -18,7 +18,7 @@ from runtime.rpc import compositor_pb2 as pb
 from runtime.server.batching import Batcher
 from runtime.server.call import Call
 from runtime.server.editing import Editing, Phase
-from runtime.server.events import Event, Failed, Finished
+from runtime.server.events import Event, Failed, Finished, MaskFound
 from runtime.server.metrics import Metrics
 from runtime.server.placement_wire import where_from_message
 from runtime.server.settings import Settings
@@ -146,11 +146,15 @@ class ServedModel:
         del message
         async with aclosing(self._follow(call, self.batcher, accept)) as events:
             del accept
-            (finished,) = [event async for event in events if isinstance(event, Finished)]
-        mask = finished.images[0].image
+            (found,) = [event async for event in events if isinstance(event, MaskFound)]
+        mask = found.images[0].image
         call.account.set(2 * len(mask))
         return pb.SegmentResponse(
-            mask=mask, request_id=call.request_id, seconds=finished.seconds, warnings=finished.warnings
+            mask=mask,
+            request_id=call.request_id,
+            seconds=found.seconds,
+            warnings=found.warnings,
+            score=found.score,
         )
 
     async def _follow(

@@ -25,7 +25,15 @@ from runtime.request import Edit, Request, Reshape, Swap, SwapPlaces, TryOn, Whe
 from runtime.result import Stopwatch
 from runtime.sampling.conditions import OWNER
 from runtime.server.decoding import Decoder, PictureReader, upright
-from runtime.server.events import Failed, Finished, FinishedImage, MemoryFullError, Planned, Preview
+from runtime.server.events import (
+    Failed,
+    Finished,
+    FinishedImage,
+    MaskFound,
+    MemoryFullError,
+    Planned,
+    Preview,
+)
 from runtime.server.memory import LARGEST_SCENE, request_bytes
 from runtime.server.queue import SharedQueue
 from runtime.server.ticket import Ticket
@@ -177,10 +185,10 @@ class Workers:
                 read = decoder.reader(ticket.account.add, lambda: ticket.open)
                 decoded = read.picture("picture", picture, "the picture")
             with watch.measure("segment"), in_field("where"):
-                mask = self._compositor.segmenter.find(decoded, where)
+                found = self._compositor.segmenter.find(decoded, where)
             with watch.measure("encode"):
-                content = encode_mask(mask)
-        self._queue.end(ticket, Finished([FinishedImage(content, 0, ())], watch.seconds, warnings))
+                image = FinishedImage(encode_mask(found.mask), 0, ())
+        self._queue.end(ticket, MaskFound([image], watch.seconds, warnings, score=found.score))
 
     def plan(self, ticket: Ticket, edit: Edit, guesses: bool) -> None:
         """Reads the pictures of an edit, and finds the objects. The plan ends the request, unless its holes

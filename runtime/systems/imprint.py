@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.errors import BundleError
 from runtime.diffusion.presets import EXACT
 from runtime.errors import InputError, in_field
-from runtime.imaging.reference import prepare_reference
+from runtime.imaging.reference import BACKGROUNDS, prepare_reference
 from runtime.parameters import PlacementParameters
 from runtime.request import Placement
 from runtime.result import Stopwatch
@@ -49,7 +50,7 @@ ABILITIES = Abilities("IMPRINT", "reference", DEFAULTS, [EXACT, "balanced"], fil
 """The preset "fast" is not four times as fast as exact: there are no detail maps to save."""
 
 Reference = Sequence[NDArray[np.uint8]]
-"""Pictures of the object, (S, S, 3) RGB on white; none if there is nothing to draw but the scene."""
+"""Pictures of the object, (S, S, 3) RGB on its background; none if there is nothing to draw but the scene."""
 
 
 class Imprint(Inpainting[Reference]):
@@ -68,6 +69,7 @@ class Imprint(Inpainting[Reference]):
         spec, sizes = manifest.specs[ID_ENCODER], manifest.typical_sizes
         self._tokens = ReferenceTokens(model.engine, spec, manifest.step, sizes)
         self.abilities = replace(ABILITIES, views=self._tokens.views)
+        self._background = _background_of(model)
         no_reference = model.constant("unconditional_tokens", self._tokens.shape)
         self._no_reference = self._tokens.repeated(no_reference)
 
@@ -87,7 +89,7 @@ class Imprint(Inpainting[Reference]):
         with watch.measure("read"):
             read = load_views(placement, limits.pixels)
         with watch.measure("prepare"):
-            how = parameters.ratios.reference, self._tokens.side
+            how = parameters.ratios.reference, self._tokens.side, self._background
             return [prepare_reference(picture, mask, *how).image for picture, mask in read]
 
     def tokens(self, what: Reference, watch: Stopwatch) -> NDArray[np.float32]:
@@ -102,6 +104,20 @@ class Imprint(Inpainting[Reference]):
     def kept_tokens(self) -> Remembered[Any, Any]:
         """Tokens that are remembered."""
         return self._tokens.kept
+
+
+def _background_of(model: Model) -> int:
+    """Returns the grey level around the objects that a model was trained with: white, unless it says black.
+
+    Raises:
+        BundleError: it says something else.
+    """
+    given = model.bundle.manifest.architecture.get("reference_background", "white")
+    if given not in tuple(BACKGROUNDS):
+        raise BundleError(
+            f"the bundle at '{model.bundle.path}' wants references on {given!r}; white and black are known"
+        )
+    return BACKGROUNDS[given]
 
 
 def create(model: Model) -> Imprint:

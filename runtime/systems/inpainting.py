@@ -115,7 +115,8 @@ class Inpainting(ABC, Generic[What]):
         ratios = parameters.ratios
         with in_field("mask_level"):
             level = check_mask_level(parameters.mask_level)
-            if placement.box is not None and placement.mask_level is not None and level != "box":
+            asked = None if placement.mask_level is None else level
+            if placement.box is not None and asked not in (None, "exact", "box"):
                 raise InputError(
                     f"the mask level {level} is for masks, but a box is given: leave it out, or give a mask"
                 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from benchmarks.seeded import TINY
 from export.initialise import join_imprint, main
@@ -16,6 +18,7 @@ from training.network.imprint import Imprint, ImprintArchitecture
 from training.network.modules import AnyDoor
 
 DINO = "cond_stage_model.model."
+Tensors = dict[str, Tensor]
 
 
 @pytest.fixture
@@ -58,7 +61,47 @@ def test_wrong_ingredient_is_refused_in_one_sentence(
     output = tmp_path / "init.safetensors"
     arguments = ["--stable-diffusion", str(diffusion), "--dinov2", str(diffusion), "--output", str(output)]
     assert main(arguments) == 2
-    assert "do not make an AnyDoor network" in capsys.readouterr().err
+    assert "the DINOv2 checkpoint has no 'cls_token' (its first key is '" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def plain_mlp(dino: Tensors) -> Tensors:
+    return {key.replace("w12", "fc1").replace("w3", "fc2"): tensor for key, tensor in dino.items()}
+
+
+DAMAGE: list[tuple[Callable[[Tensors], Tensors], str]] = [
+    (plain_mlp, "its DINOv2 has plain MLPs, as ViT-S, ViT-B and ViT-L do; only SwiGLU, that of ViT-g/14"),
+    (lambda dino: {**dino, "cls_token": torch.zeros(())}, "the shapes of its tensors do not make a network"),
+    (lambda dino: {**dino, "cls_token": torch.zeros(1, 1, 0)}, "the shapes of its tensors do not make a net"),
+    (lambda dino: {**dino, "register_tokens": torch.zeros(1, 4, 32)}, "1 keys are unexpected"),
+    (
+        lambda dino: {**dino, "blocks.999999.norm1.weight": torch.zeros(32)},
+        "has the number 999999: none goes so far",
+    ),
+    (lambda dino: {k: v for k, v in dino.items() if k != "norm.weight"}, "keys are missing ('cond_stage_"),
+]
+
+
+@pytest.mark.parametrize("system", ["anydoor", "imprint"])
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGE)
+def test_a_dinov2_that_does_not_fit_is_refused_in_one_sentence(
+    ingredients: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    system: str,
+    damage: Callable[[Tensors], Tensors],
+    sentence: str,
+) -> None:
+    diffusion, dino = ingredients
+    damaged = tmp_path / "damaged.pth"
+    torch.save(damage(dict(read_tensors(dino).tensors)), damaged)
+    output = tmp_path / "init.safetensors"
+    files = ["--stable-diffusion", str(diffusion), "--dinov2", str(damaged), "--output", str(output)]
+    assert main(["--system", system, *files, "--unet-head-width", "8", "--dino-heads", "2"]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert "It looks like" not in said
     assert not output.exists()
 
 

@@ -39,6 +39,7 @@ TINY_OBJECT_STITCH = replace(
     dino_depth=2,
     adapter_layers=2,
     scene_order="latents_keep",
+    reference_background="black",
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,7 +19,7 @@ from training.train import main
 Capture = pytest.CaptureFixture[str]
 
 
-def recipe(place: Path, inpaint: bool = False, **changes: object) -> Path:
+def recipe(place: Path, inpaint: bool = False, layout: str = "original", **changes: object) -> Path:
     """A recipe for a small start and three pictures."""
     pipeline("1.x", inpaint).save_pretrained(place / "start")
     save_pictures(place / "pictures", (40, 40, 40))
@@ -35,7 +36,7 @@ def recipe(place: Path, inpaint: bool = False, **changes: object) -> Path:
         "learning_rate": 1e-3,
         **changes,
     }
-    lines = [f'system = "dreambooth"\nstart = "{place / "start"}"\n[subject]']
+    lines = [f'system = "dreambooth"\nstart = "{place / "start"}"\nlayout = "{layout}"\n[subject]']
     lines += [f"{name} = {value}" for name, value in settings.items() if value is not None]
     path = place / "cat.toml"
     path.write_text("\n".join(lines), "utf-8")
@@ -64,6 +65,26 @@ def test_a_subject_from_three_pictures(tmp_path: Path, capsys: Capture) -> None:
     sheet = tmp_path / "sheet.png"
     assert inspect([str(tmp_path / "cat.toml"), str(sheet), "--folder", str(run)]) == 0
     assert Image.open(sheet).size == (2 * 32, 2 * 32)  # the subject above its class
+
+
+@pytest.mark.parametrize("inpaint", [False, True])
+def test_a_subject_in_the_layout_of_diffusers(tmp_path: Path, inpaint: bool) -> None:
+    settings = {"prior_weight": 0.0, "steps": 1}
+    for layout in ("original", "diffusers"):
+        path = recipe(tmp_path / layout, inpaint, layout, **settings)
+        assert main([str(path), "--folder", str(tmp_path / layout / "run")]) == 0
+    file, folder = tmp_path / "original/run/model.safetensors", tmp_path / "diffusers/run/model"
+    assert (folder.with_name("step-00001") / "model").is_dir()
+    assert not (folder.with_name("model.safetensors")).exists()
+    one, other = read_stable_diffusion(file), read_stable_diffusion(folder)
+    assert one.architecture == other.architecture
+    for part, tensors in one.parts.items():
+        assert all(tensor.equal(other.parts[part][name]) for name, tensor in tensors.items())
+    opened = DiffusionPipeline.from_pretrained(folder)
+    start = DiffusionPipeline.from_pretrained(tmp_path / "diffusers/start")
+    assert type(opened) is type(start)
+    assert opened.tokenizer("a mat cat").input_ids == start.tokenizer("a mat cat").input_ids
+    assert opened.unet.config.sample_size == 32 // one.architecture.latent_factor
 
 
 def test_a_subject_as_low_rank_updates(tmp_path: Path) -> None:
@@ -100,3 +121,8 @@ def test_what_cannot_be_learned_is_refused_in_a_sentence(
     assert error.startswith("train: ")
     assert sentence in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_layout_of_low_rank_updates_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    assert main([str(recipe(tmp_path, layout="diffusers", rank=2)), "--folder", str(tmp_path / "run")]) == 2
+    assert "layout has no effect with a rank: low-rank updates are a single file" in capsys.readouterr().err

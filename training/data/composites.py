@@ -22,7 +22,7 @@ from runtime.imaging.collage import crop_scene
 from runtime.imaging.geometry import Geometry, zoom_in
 from runtime.imaging.mask_levels import MASK_LEVELS, coarsen_mask
 from runtime.imaging.masks import MASK_THRESHOLD
-from runtime.imaging.reference import prepare_reference
+from runtime.imaging.reference import WHITE, prepare_reference
 from runtime.imaging.resize import resize_nearest
 from training.data.augment import Augmentation, augment_object
 from training.data.masks import Mask
@@ -76,6 +76,8 @@ class ViewMaker:
     """Makes samples of stage 1 (section 3.1): the object of another view, without background."""
 
     rules: CommonRules
+    background: int = WHITE
+    """Grey level around the objects of references, and of the pictures to draw."""
 
     def __call__(
         self, source: Source, reference: Shot, target: Shot, rng: Generator, hole: bool
@@ -93,9 +95,9 @@ class ViewMaker:
             reference, target = mirrored(reference), mirrored(target)
         augmented = augment_reference(reference, self.rules, rng)
         ratios = [tenths(self.rules.reference_ratios, rng) for _ in range(2)]
-        shown = prepare_reference(augmented.image, augmented.mask, ratios[0])
-        side = self.rules.resolution
-        drawn = prepare_reference(target.image, target.mask, ratios[1], side)
+        side, background = self.rules.resolution, self.background
+        shown = prepare_reference(augmented.image, augmented.mask, ratios[0], background=background)
+        drawn = prepare_reference(target.image, target.mask, ratios[1], side, background)
         picture = drawn.image.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
         everything, box = np.ones((side, side), bool), np.zeros((side, side), bool)
         box[expand(mask_extent(drawn.mask > MASK_THRESHOLD), self.rules.box_ratio, (side, side)).slices] = (
@@ -110,6 +112,8 @@ class CompositeMaker:
 
     rules: CommonRules
     augmentation: Augmentation = field(default_factory=Augmentation)
+    background: int = WHITE
+    """Grey level around the objects of references."""
 
     def __call__(
         self, source: Source, reference: Shot, target: Shot, rng: Generator, hole: bool
@@ -133,7 +137,7 @@ class CompositeMaker:
             reference = mirrored(reference)
         changed = augment_object(reference, self.augmentation, rng)
         ratios = self.rules.ratios(rng)
-        shown = prepare_reference(changed.image, changed.mask, ratios.reference)
+        shown = prepare_reference(changed.image, changed.mask, ratios.reference, background=self.background)
         place = beside(target.mask, ratios.box, rng) if hole else target.mask
         height, width = place.shape
         geometry = zoom_in(place, (width, height), ratios)

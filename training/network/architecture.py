@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -18,6 +19,9 @@ REFERENCE_SIZE = 224
 HINT_BLOCK_CHANNELS = (16, 32, 96, 256)
 """Widths of the hint block; the original fixes them for any size of UNet (cldm.py, input_hint_block)."""
 
+_MOST_MODULES = 1000
+"""Of one kind that a network has; more would take minutes to build."""
+
 SD21_HEAD_WIDTH = 64
 SD21_NORM_GROUPS = 32
 DINO_HEAD_WIDTH = 64
@@ -26,6 +30,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 Prediction = Literal["epsilon", "v"]
 SceneOrder = Literal["mask_latents", "latents_keep"]
+ReferenceBackground = Literal["white", "black"]
+_CHOICES: Mapping[str, Any] = {
+    "prediction": Prediction,
+    "scene_order": SceneOrder,
+    "reference_background": ReferenceBackground,
+}
+"""Fields of an architecture that are names -> their type."""
 
 PREDICTED: Mapping[Prediction, str] = {"epsilon": "the noise", "v": "v"}
 """What the UNet's output means, for people."""
@@ -209,15 +220,9 @@ def settings_from_metadata(
         text = metadata.get(_METADATA_PREFIX + name)
         if text is None:
             continue
-        if name == "prediction":
-            if text not in get_args(Prediction):
-                raise ArchitectureError(
-                    f"its metadata says that it predicts '{text}', which is not known here"
-                )
-            found[name] = text
-        elif name == "scene_order":
-            if text not in get_args(SceneOrder):
-                raise ArchitectureError(f"its metadata says '{text}' of scene_order, which is not known here")
+        if name in _CHOICES:
+            if text not in get_args(_CHOICES[name]):
+                raise ArchitectureError(f"its metadata says '{text}' of {name}, which is not known here")
             found[name] = text
         elif text.isdecimal() and int(text) > 0:
             found[name] = int(text)
@@ -228,6 +233,19 @@ def settings_from_metadata(
     return found
 
 
+@contextmanager
+def inferring() -> Iterator[None]:
+    """Turns what shapes of another kind raise into an `ArchitectureError`; decorates what reads sizes off
+    them."""
+    try:
+        yield
+    except ArchitectureError:
+        raise
+    except (LookupError, ArithmeticError, ValueError) as error:
+        raise ArchitectureError("the shapes of its tensors do not make a network") from error
+
+
+@inferring()
 def infer_architecture(
     shapes: Shapes,
     unet_head_width: int | None = None,
@@ -267,6 +285,12 @@ def infer_architecture(
 def infer_dino(shapes: Shapes, heads: int | None = None) -> dict[str, Any]:
     """Reads the sizes of DINOv2 off the shapes, as fields of an architecture; `heads` no shape tells."""
     prefix = "cond_stage_model.model."
+    if not any(key.startswith(prefix) for key in shapes):
+        raise ArchitectureError(f"it has no DINOv2: nothing begins with {prefix}")
+    if f"{prefix}blocks.0.mlp.fc1.weight" in shapes:
+        raise ArchitectureError(
+            "its DINOv2 has plain MLPs, as ViT-S, ViT-B and ViT-L do; only SwiGLU, that of ViT-g/14, is read"
+        )
     width = shape_of(shapes, f"{prefix}cls_token")[-1]
     mlp_width = shape_of(shapes, f"{prefix}blocks.0.mlp.w12.weight")[0]
     return {
@@ -337,6 +361,8 @@ def count(shapes: Shapes, pattern: str) -> int:
     found = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
     if not found:
         raise ArchitectureError(f"no key matches {pattern}, so the size of the network is unknown")
+    if max(found) >= _MOST_MODULES:
+        raise ArchitectureError(f"a key that matches {pattern} has the number {max(found)}: none goes so far")
     return max(found) + 1
 
 

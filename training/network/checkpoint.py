@@ -31,6 +31,8 @@ from training.network.architecture import (
 from training.network.checkpoint_file import CheckpointError, TensorFile, describe_differences
 from training.network.checkpoint_keys import NetworkFile, read_network, unneeded_keys
 from training.network.imprint import (
+    OBJECT_STITCH,
+    OBJECT_STITCH_DEFAULTS,
     UNCONDITIONAL,
     Imprint,
     ImprintArchitecture,
@@ -45,7 +47,6 @@ from training.network.official_keys import PREFIXES, SCHEDULE_KEYS, schedule_buf
 __all__ = [
     "Checkpoint",
     "CheckpointError",
-    "compare_shapes",
     "network_of",
     "read_checkpoint",
     "read_start",
@@ -228,6 +229,8 @@ def _read(
     if problem:
         raise CheckpointError(f"'{path}' is not an {name} checkpoint: {problem}")
     defaults, remarks = _defaults(path, file.metadata), network.remarks(unneeded)
+    if is_object_stitch(network.file.shapes):
+        defaults = {**OBJECT_STITCH_DEFAULTS, **defaults}
     return Checkpoint(path, architecture, file.tensors, defaults, resolution, remarks)
 
 
@@ -237,7 +240,7 @@ def _as_imprint(
     """Returns the file in our layout, whichever it has, and its sizes."""
     settings = settings_from_metadata(file.metadata, ImprintArchitecture.not_inferable)
     if is_object_stitch(file.shapes):
-        file, settings = from_object_stitch(file), {"scene_order": "latents_keep", **settings}
+        file, settings = from_object_stitch(file), {**OBJECT_STITCH, **settings}
     return file, infer_imprint(file.shapes, {**otherwise, **settings, **given})
 
 
@@ -337,7 +340,8 @@ def compare_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str,
     problems = describe_differences(shapes, expected, SCHEDULE_KEYS)
     if not problems:
         return ""
-    kind = _looks_like(shapes)
+    # the guesses are of files that are taken for AnyDoor's
+    kind = _looks_like(shapes) if any(key.startswith(PREFIXES["control"]) for key in expected) else ""
     return problems + (f". {kind}" if kind else "")
 
 

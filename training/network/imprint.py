@@ -23,12 +23,14 @@ from training.network.architecture import (
     SD21_HEAD_WIDTH,
     Architecture,
     ArchitectureError,
+    ReferenceBackground,
     SceneArchitecture,
     SceneOrder,
     Shapes,
     count,
     infer_diffusion,
     infer_dino,
+    inferring,
     shape_of,
 )
 from training.network.checkpoint_file import LazyTensors, TensorFile, reader
@@ -60,6 +62,7 @@ class ImprintArchitecture(SceneArchitecture, Architecture):
         "unet_head_count",
         "adapter_heads",
         "scene_order",
+        "reference_background",
     )
 
     scene_channels: int = 5
@@ -67,6 +70,9 @@ class ImprintArchitecture(SceneArchitecture, Architecture):
     scene_order: SceneOrder = "mask_latents"
     """What the UNet sees: mask (1 where to draw), then latents, as Stable Diffusion's inpainting models; or
     latents, then 1 - mask, as Paint-by-Example and ObjectStitch. Cannot be read off the weights."""
+    reference_background: ReferenceBackground = "white"
+    """What is around the object in the references that it was trained with: white, or black, as in
+    ObjectStitch. Cannot be read off the weights."""
     id_backbone: Literal["dinov2", "clip"] = "dinov2"
     """The image encoder."""
     adapter_layers: int = 5
@@ -215,6 +221,12 @@ def is_imprint(shapes: Shapes) -> bool:
     return seen > given and any(key in shapes for key in encoders)
 
 
+OBJECT_STITCH: Mapping[str, Any] = {"scene_order": "latents_keep", "reference_background": "black"}
+"""What no shape tells of a checkpoint of ObjectStitch's public code: fields of the architecture."""
+OBJECT_STITCH_DEFAULTS: Mapping[str, Any] = {"reference_ratio": 1.0}
+"""Its references have no margin: the object touches the border."""
+
+
 def is_object_stitch(shapes: Shapes) -> bool:
     """Tells whether a checkpoint is in the layout of ObjectStitch's public reimplementation."""
     return is_imprint(shapes) and f"{_OBJECT_STITCH_ADAPTER}weight" in shapes
@@ -234,6 +246,7 @@ def from_object_stitch(file: TensorFile) -> TensorFile:
     return TensorFile(tensors, {name: file.shapes[key] for name, key in names.items()}, file.metadata)
 
 
+@inferring()
 def infer_imprint(shapes: Shapes, settings: Mapping[str, Any]) -> ImprintArchitecture:
     """Reads the sizes off the shapes of a checkpoint in our layout.
 

@@ -25,6 +25,7 @@ from training.network.architecture import (
     Shapes,
     count,
     infer_diffusion,
+    inferring,
     shape_of,
 )
 from training.network.modules import DiffusionNetwork, build_unet, build_vae
@@ -99,6 +100,7 @@ def find_text_encoder(shapes: Shapes) -> TextEncoderName | None:
     return "openclip" if f"{OPENCLIP_PREFIX}token_embedding.weight" in shapes else None
 
 
+@inferring()
 def infer_stable_diffusion(shapes: Shapes, settings: Mapping[str, Any]) -> StableDiffusionArchitecture:
     """Reads the sizes off the shapes of a checkpoint in the original layout.
 

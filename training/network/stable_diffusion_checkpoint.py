@@ -212,10 +212,7 @@ def _read_file(path: Path, prediction: str | None, ema: bool) -> StableDiffusion
     assumed = "prediction" not in settings and prediction is None
     if prediction is not None:
         settings.setdefault("prediction", prediction)
-    try:
-        architecture = infer_stable_diffusion(file.shapes, settings)
-    except (ValueError, KeyError, IndexError) as error:
-        raise ArchitectureError("the shapes of its tensors do not make a network") from error
+    architecture = infer_stable_diffusion(file.shapes, settings)
     layouts = _layouts(architecture)
     names = {part: module_shapes(part, architecture) for part in layouts}
     expected = official_shapes(architecture)

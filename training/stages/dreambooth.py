@@ -21,6 +21,7 @@ from training.network.stable_diffusion import StableDiffusion
 from training.network.stable_diffusion_checkpoint import (
     StableDiffusionCheckpoint,
     read_stable_diffusion,
+    write_folder,
     write_single_file,
 )
 from training.systems.dreambooth import (
@@ -34,6 +35,13 @@ from training.systems.stable_diffusion import Learner
 
 LOW_RANK = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
+
+
+def checkpoint_name(recipe: DreamBoothRecipe) -> str:
+    """Returns the name of the file or folder that a recipe's checkpoint is."""
+    if recipe.subject.rank:
+        return LOW_RANK
+    return "model" if recipe.layout == "diffusers" else "model.safetensors"
 
 
 def open_start(recipe: DreamBoothRecipe) -> tuple[StableDiffusionCheckpoint, Tokenizer]:
@@ -96,7 +104,7 @@ def write_checkpoint(recipe: DreamBoothRecipe, folder: Path) -> None:
 
 
 def write_subject(folder: Path, recipe: DreamBoothRecipe, weights: Mapping[str, Tensor]) -> None:
-    """Writes a subject: `folder`/model.safetensors, or a LoRA as diffusers names it.
+    """Writes a subject into a folder, under the name that `checkpoint_name` gives.
 
     Args:
         folder: is made if it is not there.
@@ -111,7 +119,9 @@ def write_subject(folder: Path, recipe: DreamBoothRecipe, weights: Mapping[str, 
         choose_learning(network, recipe.subject)
         learner = Learner(network)
         learner.load_state_dict(weights)
-        write_low_rank(folder / LOW_RANK, {"unet": learner.unet, "text_encoder": learner.text_encoder})
+        write_low_rank(
+            folder / checkpoint_name(recipe), {"unet": learner.unet, "text_encoder": learner.text_encoder}
+        )
         return
     parts = {part: {name: w.to(dtype) for name, w in of.items()} for part, of in checkpoint.parts.items()}
     for part in ("unet", "text_encoder"):
@@ -122,7 +132,8 @@ def write_subject(folder: Path, recipe: DreamBoothRecipe, weights: Mapping[str, 
             if name.startswith(prefix)
         }
     size = (recipe.subject.resolution, recipe.subject.resolution)
-    write_single_file(folder / "model.safetensors", replace(checkpoint, parts=parts, size=size))
+    write = write_folder if recipe.layout == "diffusers" else write_single_file
+    write(folder / checkpoint_name(recipe), replace(checkpoint, parts=parts, size=size))
 
 
 STAGES: Mapping[str, Callable[[DreamBoothRecipe, Path], None]] = {

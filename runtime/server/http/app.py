@@ -183,7 +183,7 @@ def _middleware(gate: Gate, settings: Settings) -> list[Middleware]:
             allow_origins=list(settings.cors),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-seed", "x-warnings", "retry-after", "location"],
+            expose_headers=["x-request-id", "x-seed", "x-score", "x-warnings", "retry-after", "location"],
         )
         middleware.append(cross_origin)
     return middleware

@@ -84,7 +84,10 @@ class Composites:
         async with self.models.use_any(call) as model:
             found = await model.segment(call, message)
         if context.wants("image/"):
-            context.head(MEDIA_TYPES["PNG"], HTTPStatus.OK, **warning_header(found.warnings))
+            more = warning_header(found.warnings)
+            if found.HasField("score"):
+                more["x_score"] = f"{found.score:g}"
+            context.head(MEDIA_TYPES["PNG"], HTTPStatus.OK, **more)
             await call.write(found.mask)
         else:
             await send_json(call, {**plain(found), "warnings": list(found.warnings)})

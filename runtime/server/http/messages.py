@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
 from runtime.errors import InputError, in_field
+from runtime.imaging.mask_levels import check_mask_level
 from runtime.rpc import compositor_pb2 as pb
 from runtime.server.edit_wire import Asked
 from runtime.server.http.body import Fields
+from runtime.server.wire_values import LEVELS
 
 _WHOLE = {
     FieldDescriptor.TYPE_UINT32: (0, 2**32 - 1),
@@ -28,6 +31,8 @@ _WHOLE = {
 _LISTED = {"Box": ("x0", "y0", "x1", "y1"), "Point": ("x", "y"), "TimestepInterval": ("first", "last")}
 """Messages that a list of their values stands for, and the names of these."""
 _OUTSIDE = "!"
+_NUMBER = re.compile(r"[+-]?(\d{1,300}(\.\d{0,300})?|\.\d{1,300})(e[+-]?\d{1,9})?", re.ASCII | re.IGNORECASE)
+"""A number as text; Python would take underscores, digits of other scripts and names, too."""
 _Message = TypeVar("_Message", bound=Asked | pb.SegmentRequest)
 
 PLACEMENT: frozenset[str] = frozenset(pb.Placement.DESCRIPTOR.fields_by_name)
@@ -108,13 +113,15 @@ def _named(kind: str, given: Any) -> Any:
         return {"picture": given}
     if kind == "Placement" and isinstance(given, Mapping) and isinstance(given.get("reference"), list):
         return _with_views(given)
-    if kind not in _LISTED or not isinstance(given, str | list):
+    if kind not in _LISTED or isinstance(given, Mapping):
         return given
     if isinstance(given, str):
         if kind == "Point" and given.startswith(_OUTSIDE):
             return {**_named(kind, given.removeprefix(_OUTSIDE).split(",")), "outside": True}
         given = given.split(",")
     names = _LISTED[kind]
+    if not isinstance(given, list):
+        raise InputError(f"{len(names)} numbers are expected")
     if len(given) != len(names):
         raise InputError(f"{len(names)} numbers are expected, not {len(given)}")
     return dict(zip(names, given))
@@ -227,15 +234,20 @@ def whole_of(value: Any, least: int, most: int) -> int:
     Raises:
         InputError: it is not a whole number, or is out of range.
     """
-    try:
-        found = int(value) if isinstance(value, str) else value
-    except ValueError:
-        found = None
+    found = _of_text(value) if isinstance(value, str) else value
     if isinstance(found, float) and found.is_integer():
         found = int(found)
     if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= most:
         raise InputError(f"a whole number from {least} to {most} is expected")
     return found
+
+
+def _of_text(text: str) -> int | float | None:
+    """Returns the number that a text is, or None."""
+    text = text.strip()
+    if not _NUMBER.fullmatch(text):
+        return None
+    return int(text) if text.lstrip("+-").isdecimal() else float(text)
 
 
 def choice_of(value: Any, names: Collection[str]) -> str:
@@ -259,15 +271,28 @@ def enum_names(enum: EnumDescriptor) -> list[str]:
 
 def _number_of(enum: EnumDescriptor, value: Any) -> int:
     names = enum_names(enum)
+    if enum.name == "MaskLevel" and (level := _level(value)) is not None:
+        return int(LEVELS[check_mask_level(level)])
     name = choice_of(value.lower() if isinstance(value, str) else value, names)
     return int(enum.values[1 + names.index(name)].number)
 
 
+def _level(value: Any) -> int | None:
+    """Returns the mask level that is given by its number, also as text; None for anything else."""
+    found = _of_text(value) if isinstance(value, str) else value
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if isinstance(found, int) and not isinstance(found, bool) and abs(found) < 2**31:
+        return found
+    return None
+
+
 def _number(value: Any) -> float:
+    found = _of_text(value) if isinstance(value, str) else value
     try:
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            return float(value)
-    except (ValueError, OverflowError):
+        if isinstance(found, int | float) and not isinstance(found, bool):
+            return float(found)
+    except OverflowError:
         pass
     raise InputError("a number is expected")
 

@@ -39,6 +39,7 @@ _SHORTER: dict[str, list[dict[str, Any]]] = {
     "View": [_FILE],
 }
 """The short forms of messages."""
+_LEVEL = {"type": "integer", "minimum": 0, "maximum": 3}
 _ON_THE_WAY = {
     "preview_every": {
         "type": "integer",
@@ -196,7 +197,8 @@ def _schema(schemas: dict[str, Any], field: FieldDescriptor, file: dict[str, Any
         _add(schemas, field.message_type, file)
         return _reference(field.message_type.name)
     if field.enum_type is not None:
-        return {"type": "string", "enum": enum_names(field.enum_type)}
+        names = {"type": "string", "enum": enum_names(field.enum_type)}
+        return {"oneOf": [names, _LEVEL]} if field.enum_type.name == "MaskLevel" else names
     if field.type == kinds.TYPE_BYTES:
         return dict(file)
     if field.type == kinds.TYPE_STRING:

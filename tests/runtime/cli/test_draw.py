@@ -96,7 +96,7 @@ def test_prompts_are_composited(bundle: Path, server: ServerThread, scene: Path,
     [
         (["--size", "96x64"], "draws pictures of 64 x 64 pixels and not of 96 x 64"),
         (["--quality", "fast"], "the quality 'fast' is not offered for Stable Diffusion"),
-        (["--control-scale", "1"], "Stable Diffusion has no control_scale"),
+        (["--control-scale", "0.5"], "Stable Diffusion has no control_scale"),
         (["--prompt", "cat " * 76], "longer than the 75 tokens"),
         (["--prompt", "\ud83d"], "U+D83D, half of a surrogate pair"),
         (["--steps", "0"], "steps must be a whole number from 1"),

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.cli import main
+from runtime.cli import main, progress
 from runtime.imaging.masks import load_mask
 from runtime.segmentation import Segmenter
 from tests.support.segmenters import bright_things
@@ -28,7 +29,7 @@ def test_what_is_clicked_on_is_written_as_a_mask(
     assert main(["segment", str(shelf), *clicks, "--segmenter", sam, "-o", str(output)]) == 0
     expected = Segmenter.load(sam).mask(shelf, [(20, 20), (70, 30, False)])
     np.testing.assert_array_equal(load_mask(output, "the mask"), expected)
-    assert f"{output} ({np.count_nonzero(expected)} of 4608 pixels)" in capsys.readouterr().out
+    assert f"{output} ({np.count_nonzero(expected)} of 4608 pixels, score 0." in capsys.readouterr().out
 
 
 def test_a_plain_background_needs_no_segmenter(tmp_path: Path) -> None:
@@ -38,6 +39,71 @@ def test_a_plain_background_needs_no_segmenter(tmp_path: Path) -> None:
     assert main(["segment", str(tmp_path / "cup.png"), "-o", str(tmp_path / "mask.png")]) == 0
     inside = load_mask(tmp_path / "mask.png", "the mask")
     np.testing.assert_array_equal(inside, (picture != 230).all(axis=2))
+
+
+def plain_picture(path: Path, columns: slice) -> NDArray[np.bool_]:
+    """Writes a picture with a plain background, and returns where its object is."""
+    picture = np.full((60, 80, 3), 230, np.uint8)
+    picture[20:40, columns] = (20, 90, 200)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(path)
+    return (picture != 230).all(axis=2)
+
+
+def test_masks_of_several_pictures_lie_in_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture without an object stops none of the others; the last line names it."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    cups = {
+        name: plain_picture(tmp_path / f"{name}.png", slice(10 * i + 10, 50)) for i, name in enumerate("abc")
+    }
+    Image.fromarray(np.full((60, 80, 3), 230, np.uint8)).save(tmp_path / "b.png")
+    pictures = [str(tmp_path / f"{name}.png") for name in cups]
+    assert main(["segment", *pictures, "-o", str(tmp_path / "masks")]) == 2
+    output = capsys.readouterr()
+    for name in "ac":
+        inside = load_mask(tmp_path / "masks" / f"{name}.png", "the mask")
+        np.testing.assert_array_equal(inside, cups[name])
+        assert f"{tmp_path / 'masks' / name}.png (" in output.out
+    assert not (tmp_path / "masks/b.png").exists()
+    assert "anydoor: picture 2 of 3\n" in output.err
+    assert f"anydoor: '{pictures[1]}' has no mask: " in output.err
+    assert "1 of 3 pictures have no mask; the others are done" in output.err
+
+
+def test_one_picture_may_have_its_mask_in_a_folder(tmp_path: Path) -> None:
+    inside = plain_picture(tmp_path / "cup.png", slice(30, 50))
+    (tmp_path / "masks").mkdir()
+    assert main(["segment", str(tmp_path / "cup.png"), "-o", str(tmp_path / "masks")]) == 0
+    np.testing.assert_array_equal(load_mask(tmp_path / "masks/cup.png", "the mask"), inside)
+
+
+@pytest.mark.parametrize(
+    ("names", "output", "refusal"),
+    [
+        (["a/cup.png", "b/cup.png"], "masks", "would be the mask of "),
+        (["a/cup.png", "b/bear.png"], "a", "a mask would replace the picture "),
+        (["a/cup.png", "-"], "masks", "the mask of standard input has no name in a folder"),
+        (["a/cup.png", "b/bear.png"], "-", "standard output holds one mask"),
+    ],
+)
+def test_masks_that_would_collide_are_refused_before_the_work(
+    tmp_path: Path,
+    names: list[str],
+    output: str,
+    refusal: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        if name != "-":
+            plain_picture(Path(name), slice(30, 50))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    assert main(["segment", *names, "-o", output]) == 2
+    assert refusal in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
 
 
 @pytest.mark.parametrize(

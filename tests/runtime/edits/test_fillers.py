@@ -178,7 +178,7 @@ def test_a_model_of_prompts_draws_instead_of_an_object_but_moves_none(editors: d
     ("fill", "field", "reason"),
     [
         (Fill(sampling=Sampling(steps=0)), "fill.sampling.steps", "steps must be"),
-        (Fill(sampling=Sampling(control_scale=1.0)), "fill.sampling.control_scale", "has no control_scale"),
+        (Fill(sampling=Sampling(control_scale=0.5)), "fill.sampling.control_scale", "has no control_scale"),
         (Fill("cat " * 80), "fill.prompt", "longer than the 75 tokens"),
     ],
 )

@@ -6,16 +6,19 @@ import io
 import struct
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from runtime.errors import InputWarning, collecting_warnings
+from runtime.imaging.decoding import size_in_head
 from runtime.imaging.formats import HAS_AVIF
-from runtime.imaging.pictures import load_picture
+from runtime.imaging.pictures import encode_picture, load_picture
 from runtime.imaging.scene import load_scene
 from tests.support.picture_files import png_chunk, png_of_16_bits, png_of_rows, png_with, tiff_of_16_bits
+from training.data.sources.base import read_picture
 
 PATIENCE = 60
 
@@ -97,6 +100,23 @@ def test_of_several_pictures_the_first_is_used_with_a_warning(file_format: str) 
 def test_previews_in_a_photograph_are_not_told(recwarn: pytest.WarningsRecorder) -> None:
     load_picture(several("MPO", 2), "the scene")
     assert not recwarn.list
+
+
+# --- what Pillow warns of -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [14, 16, 28, 52])
+def test_pillow_says_nothing_of_exif_that_is_cut_short(left: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x8769] = 6, "a cup on a desk", {0x9003: "2026:11:28 05:00:00"}
+    path = tmp_path / "cup.jpg"
+    Image.new("RGB", (60, 40), "teal").save(path, exif=exif.tobytes()[:left])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen, scene = load_scene(path)
+        encode_picture(scene.rgb, "JPEG", scene.metadata)
+        assert size_in_head(path) == seen.shape[1::-1]
+        assert read_picture(path).shape == (40, 60, 3)
 
 
 # --- threads ----------------------------------------------------------------------------------------------

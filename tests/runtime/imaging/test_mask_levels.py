@@ -105,12 +105,12 @@ def test_a_box_is_itself_at_every_level() -> None:
 
 
 def written_out(mask: Mask, level: MaskLevel, box: Box) -> Mask:
-    """A level as it is defined: the whole mask is blurred, on a frame that no Gaussian reaches across."""
+    """A level as it is defined: the whole mask is blurred, and goes on beyond the picture."""
     box_of_it = bounding_box(mask)
     side = max(box_of_it.width, box_of_it.height)
     width, share = {"outline": (0.02, 0.1), "blob": (0.08, 0.05)}[level]
     frame = 4 * side
-    picture = Image.fromarray(np.pad(mask.astype(np.uint8) * 255, frame))
+    picture = Image.fromarray(np.pad(mask.astype(np.uint8) * 255, frame, "edge"))
     blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(width * side)))[frame:-frame, frame:-frame]
     inside = np.zeros(mask.shape, bool)
     inside[box.slices] = True
@@ -135,3 +135,15 @@ def test_a_mask_as_long_as_a_panorama_is_reduced_before_it_is_blurred(level: Mas
     expected = coarsen_mask(small, level, box).repeat(20, 0).repeat(20, 1)
     assert (coarse != expected).mean() < 0.03
     assert not (small.repeat(20, 0).repeat(20, 1) & ~coarse).any()
+
+
+@pytest.mark.parametrize("level", ["outline", "blob"])
+@pytest.mark.parametrize("turns", range(4))
+def test_an_object_that_the_border_cuts_off_has_the_same_outline_there(level: MaskLevel, turns: int) -> None:
+    """Its outline is the one that it has within the picture."""
+    whole = np.zeros((200, 200), bool)
+    whole[:140, 60:140] = True  # a strip, which leaves the picture at the top
+    coarse = coarsen_mask(np.rot90(whole, turns), level, Box(0, 0, 200, 200))
+    coarse = np.rot90(coarse, -turns)
+    assert (coarse[:60] == coarse[60]).all()
+    assert coarse[60].sum() > 80

@@ -106,6 +106,19 @@ def test_labels_of_16_bits_are_told_apart_by_all_of_them(stray: int) -> None:
     np.testing.assert_array_equal(inside, labels != 0)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["its own EXIF", "its picture's EXIF"])
+def test_labels_of_16_bits_that_are_turned(own: bool) -> None:
+    labels = np.where(PLACE, 3, 0).astype(np.uint16)
+    labels[12, 20] = 300
+    stored = Image.fromarray(labels).transpose(Image.Transpose.ROTATE_90)  # what orientation 6 undoes
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    mask = encoded(stored, exif=exif) if own else stored
+    with collecting_warnings():
+        inside = load_mask(mask, "the mask", of=MaskedPicture("the scene", (30, 40, 3), orientation=6))
+    np.testing.assert_array_equal(inside, labels != 0)
+
+
 def test_jpeg_is_read_by_its_brightness_alone() -> None:
     bright = encoded(grey(255), "JPEG", quality=95)
     assert np.count_nonzero(load_mask(bright, "the mask") != PLACE) < 20

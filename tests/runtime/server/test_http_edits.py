@@ -85,7 +85,10 @@ OBJECT_64 = in_base64(OBJECT)
         (Move(TO), {"move": {"to": list(TO)}}),
         (Move(TO, refine=0, strength=1), {"move": {"to": list(TO), "refine": 0, "strength": 1.0}}),
         (Reshape(TALL), {"reshape": {"to": in_base64(TALL)}}),
-        (Swap(Placement(OBJECT)), {"swap": {"placement": {"reference": OBJECT_64}}}),
+        (
+            Swap(Placement(OBJECT)),
+            {"swap": {"placement": {"reference": OBJECT_64}, "strength": 1, "refine": 0}},
+        ),
         (SwapPlaces(Where(mask=VASE)), {"swap": {"other": {"mask": in_base64(VASE)}}}),
         (TryOn(Placement(OBJECT)), {"try_on": {"reference": OBJECT_64}}),
     ],
@@ -161,8 +164,10 @@ def test_a_mask_is_that_of_the_segmenter(
 ) -> None:
     answer = post_form(address, "/v1/segment", [("picture", SHELF), *given], accept="image/png")
     assert answer.headers["content-type"] == "image/png"
-    expected = Segmenter.load(*segmenter_bundles).mask(bright_things(), where.clicks, where.box)
-    np.testing.assert_array_equal(pixels(answer.content) > 0, expected)
+    expected = Segmenter.load(*segmenter_bundles).segment(bright_things(), where.clicks, where.box)
+    np.testing.assert_array_equal(pixels(answer.content) > 0, expected.mask)
+    score = answer.headers.get("x-score")
+    assert score == (None if expected.score is None else f"{expected.score:g}")
 
 
 def test_a_mask_in_json(address: str) -> None:
@@ -170,6 +175,7 @@ def test_a_mask_in_json(address: str) -> None:
         answer = post(address, "/v1/segment", {"picture": in_base64(SHELF), "where": {"clicks": clicks}})
         assert answer.json["request_id"] == answer.headers["x-request-id"]
         assert answer.json["seconds"].keys() >= {"read", "segment"}
+        assert answer.json["score"] > 0
         mask = Image.open(io.BytesIO(base64.b64decode(answer.json["mask"])))
         assert mask.size == (96, 48)
 

@@ -109,3 +109,37 @@ def test_bodies_that_say_no_field_once(address: str, body: bytes, headers: dict[
     answer = request(address, "POST", "/v1/composite", body, {"content-type": "application/json", **headers})
     assert answer.status == 400
     assert text in answer.error["message"]
+
+
+@pytest.mark.parametrize("level", [2, "2", 2.0, "2.0", " 2 ", "blob", "Blob"])
+def test_a_mask_level_has_a_name_and_a_number(level: Any) -> None:
+    message, _ = message_of({"scene": "", "mask_level": level}, pb.CompositeRequest)
+    assert message.placements[0].mask_level == pb.MASK_LEVEL_BLOB
+
+
+@pytest.mark.parametrize("level", [4, -1, "4", 2.5, "2.5", "", "nan", True, 1e300, "9" * 5000])
+def test_what_is_no_mask_level(level: Any) -> None:
+    with pytest.raises(InputError, match="choose one of") as caught:
+        message_of({"scene": "", "mask_level": level}, pb.CompositeRequest)
+    assert caught.value.field == "placements[0].mask_level"
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(("given", "steps"), [("3", 3), (3.0, 3), ("3.0", 3), (" 3 ", 3), ("3e0", 3)])
+def test_whole_numbers_come_as_text_and_in_floating_point(given: Any, steps: int) -> None:
+    message, _ = message_of({"scene": "", "sampling": {"steps": given}}, pb.CompositeRequest)
+    assert message.sampling.steps == steps
+
+
+@pytest.mark.parametrize("given", ["1_0", "\u0662", "0x2", "", "three", "nan", "inf", "9" * 5000, [3]])
+def test_what_is_no_number(given: Any) -> None:
+    for name in ("steps", "guidance_scale"):
+        with pytest.raises(InputError, match=r"number.* is expected") as caught:
+            message_of({"scene": "", "sampling": {name: given}}, pb.CompositeRequest)
+        assert caught.value.field == f"sampling.{name}"
+
+
+@pytest.mark.parametrize("given", [3, True, 2.5])
+def test_a_single_value_for_several_numbers(given: Any) -> None:
+    with pytest.raises(InputError, match="2 numbers are expected"):
+        message_of({"scene": "", "sampling": {"guidance_interval": given}}, pb.CompositeRequest)

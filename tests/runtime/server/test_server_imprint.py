@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,8 +14,11 @@ import pytest
 from PIL import Image
 
 from runtime import Compositor, EngineOptions, Placement, Request, Sampling
+from runtime.cli import main
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
+from tests.runtime.server.test_http import http_address, in_base64
+from tests.support.http import post
 from tests.support.imprint import tiny_imprint_bundle
 from tests.support.serving import (
     OBJECT,
@@ -33,7 +37,7 @@ MASK[20:45, 15:55] = MASK[10:30, 30:40] = True
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerThread]:
-    with ServerThread(tiny_imprint_bundle()) as server:
+    with ServerThread(tiny_imprint_bundle(), http="127.0.0.1:0") as server:
         yield server
 
 
@@ -95,6 +99,9 @@ def test_what_the_model_is(stub: Any) -> None:
         ({"mask_level": 9}, "mask_level"),
         ({"mask_level": pb.MASK_LEVEL_BLOB}, "mask_level"),
         ({"prompt": "a cup"}, "prompt"),
+        ({"strength": 0.5}, "strength"),
+        ({"refine": 200}, "refine"),
+        ({"edge": pb.EDGE_HARD}, "edge"),
         ({"reference": b"", "reference_mask": OBJECT}, "reference_mask"),
     ],
 )
@@ -105,3 +112,38 @@ def test_placements_that_are_refused(stub: Any, fields: dict[str, Any], field: s
         grpc.StatusCode.INVALID_ARGUMENT,
         f"placements[0].{field}",
     )
+
+
+def test_values_that_change_nothing_are_taken(
+    server: ServerThread, stub: Any, alone: Compositor, tmp_path: Path
+) -> None:
+    """Those of parameters that only AnyDoor has, or only Stable Diffusion."""
+    placement = pb.Placement(
+        **{
+            "reference": OBJECT,
+            "box": pb.Box(x0=10, y0=8, x1=60, y1=50),
+            "prompt": "",
+            "negative_prompt": "",
+        },
+        **{"strength": 1, "refine": 0, "edge": pb.EDGE_SOFT, "mask_level": pb.MASK_LEVEL_EXACT},
+    )
+    wanted = message(placements=[placement], steps=2)
+    wanted.sampling.control_scale = 1
+    (over_grpc,) = stub.Composite(wanted, timeout=PATIENCE).images
+    fields = {
+        **{"scene": in_base64(SCENE), "reference": in_base64(OBJECT), "box": [10, 8, 60, 50], "seed": 7},
+        **{"strength": 1, "refine": "0", "edge": "soft", "mask_level": "exact", "prompt": ""},
+        "sampling": {"steps": 2, "control_scale": 1.0, "map_steps": None},
+    }
+    over_http = post(http_address(server), "/v1/composite", fields, accept="image/png")
+    assert over_http.status == 200
+    (tmp_path / "scene.png").write_bytes(SCENE)
+    (tmp_path / "object.png").write_bytes(OBJECT)
+    pictures = ["--reference", str(tmp_path / "object.png"), "--scene", str(tmp_path / "scene.png")]
+    place = ["--box", "10,8,60,50", "--seed", "7", "--steps", "2", "--quiet", "--server", server.address]
+    neutral = ["--strength", "1", "--refine", "0", "--edge", "soft", "--control-scale", "1"]
+    by_command = tmp_path / "out.png"
+    assert main(["composite", *pictures, *place, *neutral, "-o", str(by_command)]) == 0
+    (expected,) = alone.run(Request(SCENE, [Placement(OBJECT, box=(10, 8, 60, 50))], 7, Sampling(steps=2)))
+    for content in (over_grpc.image, over_http.content, by_command.read_bytes()):
+        assert difference(Image.open(io.BytesIO(content)), expected.image) <= 1

@@ -39,8 +39,10 @@ def test_the_mask_is_that_of_the_segmenter(
 ) -> None:
     with server.client() as client:
         found = client.segment(bright_things(), where)
-    expected = Segmenter.load(*segmenter_bundles).mask(bright_things(), where.clicks, where.box)
-    np.testing.assert_array_equal(found, expected)
+    expected = Segmenter.load(*segmenter_bundles).segment(bright_things(), where.clicks, where.box)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    assert found.score == expected.score
+    assert (found.score is None) == (where.clicks is where.box)
 
 
 def test_a_reference_is_cut_out(server: ServerThread, segmenter_bundles: tuple[Path, Path]) -> None:

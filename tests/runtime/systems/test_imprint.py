@@ -174,6 +174,28 @@ def test_references_and_scenes_are_encoded_once(compositor: Compositor) -> None:
     compositor.engine.observer = None
 
 
+def test_object_stitch_sees_the_object_on_black_without_a_margin(tmp_path: Path) -> None:
+    """As its public code trains it; all others see it on white, with room around it."""
+    picture = np.full((90, 90, 3), 128, np.uint8)
+    inside = np.zeros((90, 90), bool)
+    inside[20:70, 30:60] = True
+    placement = replace(PLACEMENT, reference=picture, reference_mask=inside)
+    job = object_stitch_compositor(tmp_path).accept(Request(SCENE, [placement], 7))
+    (reference,) = job.placements[0].what
+    grey = reference.max(axis=2)
+    assert set(np.unique(grey[:, [0, -1]])) == {0}  # narrower than high
+    assert (grey[[0, -1], grey.shape[1] // 2] > 100).all()
+
+
+@pytest.mark.parametrize("background", ["grey", ["white"]])
+def test_a_background_that_is_unknown_is_refused(imprint: Compositor, background: Any) -> None:
+    bundle = imprint.bundle
+    changed = {**bundle.manifest.architecture, "reference_background": background}
+    other = replace(bundle, manifest=replace(bundle.manifest, architecture=changed))
+    with pytest.raises(BundleError, match="white and black are known"):
+        Compositor(other, imprint.engine)
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
@@ -199,6 +221,10 @@ def test_references_and_scenes_are_encoded_once(compositor: Compositor) -> None:
             "mask_level",
             "level blob is for masks, but a box is",
         ),
+        (replace(PLACEMENT, strength=0.9), "strength", "IMPRINT has no strength: leave it out"),
+        (replace(PLACEMENT, strength=True), "strength", "IMPRINT has no strength: leave it out"),
+        (replace(PLACEMENT, refine=200), "refine", "IMPRINT has no refine: leave it out"),
+        (replace(PLACEMENT, edge="hard"), "edge", "IMPRINT has no edge: leave it out"),
         (replace(PLACEMENT, crop_ratio=0.5), "ratios.crop", "the crop ratio is 0.5; expected 1 to 100"),
         (replace(PLACEMENT, mode="box"), "mode", "there is no mode 'box'"),
         (replace(PLACEMENT, box=None), "target", "needs either a box or a mask"),
@@ -215,7 +241,7 @@ def test_placements_that_it_cannot_use(
 @pytest.mark.parametrize(
     ("sampling", "field", "sentence"),
     [
-        (Sampling(control_scale=1.0), "control_scale", "IMPRINT has no control_scale: leave it out"),
+        (Sampling(control_scale=0.0), "control_scale", "IMPRINT has no control_scale: leave it out"),
         (Sampling(map_steps=5), "map_steps", "IMPRINT has no map_steps: leave it out"),
         (
             Sampling("fast"),
@@ -233,6 +259,14 @@ def test_sampling_that_it_cannot_use(
     assert caught.value.field == f"sampling.{field}"
 
 
+def test_values_that_change_nothing_are_taken(imprint: Compositor) -> None:
+    neutral = {"strength": 1.0, "refine": 0, "edge": "soft", "prompt": "", "negative_prompt": ""}
+    for level in ("exact", 0, "box"):
+        asked = replace(PLACEMENT, **neutral, mask_level=level)
+        one = imprint.composite(SCENE, asked, seed=7, sampling=Sampling(steps=1, control_scale=1))
+        assert one == imprint.composite(SCENE, PLACEMENT, seed=7, sampling=Sampling(steps=1))
+
+
 def test_it_draws_nothing_from_a_prompt(imprint: Compositor) -> None:
     with pytest.raises(InputError, match="IMPRINT puts objects from pictures into scenes"):
         imprint.draw("a cup")
@@ -247,6 +281,8 @@ def test_anydoor_has_no_mask_level_and_fills_no_holes(tiny_bundle: Path) -> None
         with pytest.raises(InputError, match=sentence) as caught:
             anydoor.accept(Request(SCENE, [placement], 7))
         assert caught.value.field == f"placements[0].{field}"
+    for level in ("exact", 0):
+        assert anydoor.accept(Request(SCENE, [replace(PLACEMENT, mask_level=level, prompt="")], 7))
 
 
 def test_what_is_left_open_is_the_system_s(imprint: Compositor) -> None:

@@ -221,7 +221,7 @@ def test_placements_that_it_cannot_use(
 @pytest.mark.parametrize(
     ("sampling", "field", "sentence"),
     [
-        (Sampling(control_scale=1.0), "control_scale", "Stable Diffusion has no control_scale: leave it out"),
+        (Sampling(control_scale=0.5), "control_scale", "Stable Diffusion has no control_scale: leave it out"),
         (Sampling(map_steps=5), "map_steps", "Stable Diffusion has no map_steps: leave it out"),
         (Sampling("fast"), "quality", "the quality 'fast' is not offered for Stable Diffusion"),
         (Sampling("fast"), "quality", "choose exact or balanced, or set steps and sampler"),
@@ -234,6 +234,16 @@ def test_sampling_that_it_cannot_use(four: Compositor, sampling: Sampling, field
         with pytest.raises(InputError, match=sentence) as caught:
             four.steps_of(request)
         assert caught.value.field == f"sampling.{field}"
+
+
+def test_values_that_change_nothing_are_taken(four: Compositor) -> None:
+    """Those that ask for what it does anyway, as a client sends that knows one set of parameters."""
+    placement = replace(
+        CUP, strength=1, refine=0, edge="soft", reference_ratio=1, mask_level="exact", views=[]
+    )
+    sampling = Sampling("exact", steps=1, control_scale=1.0)
+    asked = four.composite(SCENE, placement, seed=7, sampling=sampling)
+    assert asked == four.composite(SCENE, CUP, seed=7, sampling=Sampling(steps=1))
 
 
 def test_the_preset_that_was_measured_is_offered(four: Compositor) -> None:

@@ -161,3 +161,10 @@ def test_boxes_are_boxes() -> None:
     rows, columns = np.nonzero(composite(0).box)
     box = Box(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert box.width * box.height == composite(0).box.sum()
+
+
+def test_references_lie_on_the_background_that_the_network_is_trained_with() -> None:
+    for maker in (ViewMaker(RULES, background=0), CompositeMaker(RULES, NO_CHANGE, background=0)):
+        source, rng = Pictures(), np.random.default_rng(0)
+        made = maker(source, *source.pair(0, rng), rng, hole=False)
+        assert not made.reference[[0, -1]].any()

@@ -295,3 +295,20 @@ def test_files_of_torch_that_hold_no_dictionary(weights: Tensors, tmp_path: Path
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)  # type: ignore[no-untyped-call]
     with pytest.raises(CheckpointError, match=r"it is a TorchScript program: load it, and save"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "key", ["cls_token", "blocks.0.mlp.w12.weight", "patch_embed.proj.weight", "pos_embed"]
+)
+def test_a_dinov2_of_odd_shapes_is_refused(tiny_checkpoint: Path, tmp_path: Path, key: str) -> None:
+    path, tensors = tmp_path / "a.safetensors", load_file(tiny_checkpoint)
+    save_file({**tensors, f"cond_stage_model.model.{key}": torch.zeros(())}, path)
+    with pytest.raises(CheckpointError, match="not an AnyDoor checkpoint: the shapes of its tensors do not"):
+        read_checkpoint(path, unet_head_width=8, dino_heads=2)
+
+
+def test_a_checkpoint_without_dinov2_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path, tensors = tmp_path / "a.safetensors", load_file(tiny_checkpoint)
+    save_file({k: v for k, v in tensors.items() if not k.startswith("cond_stage_model.model.")}, path)
+    with pytest.raises(CheckpointError, match="not an AnyDoor checkpoint: it has no DINOv2: nothing begins"):
+        read_checkpoint(path, unet_head_width=8, dino_heads=2)

@@ -202,6 +202,7 @@ def test_object_stitch_s_layout_is_recognised_by_its_keys(tmp_path: Path) -> Non
     checkpoint = read_checkpoint(path)
     # eight heads per level, of which no level of the small file is as wide as those of the published one
     assert checkpoint.architecture == replace(TINY_OBJECT_STITCH, unet_norm_groups=32, unet_head_width=64)
+    assert checkpoint.defaults == {"reference_ratio": 1.0}
     assert torch.equal(checkpoint.unconditional_tokens[0, 256], tensors["learnable_vector"][0, 0])
 
 

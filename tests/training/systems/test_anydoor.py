@@ -89,7 +89,7 @@ def test_what_shapes_do_not_tell_travels_with_the_weights(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("value", ["x0", ""])
 def test_an_unknown_prediction_is_refused(value: str) -> None:
-    with pytest.raises(ArchitectureError, match=f"predicts '{value}'"):
+    with pytest.raises(ArchitectureError, match=f"'{value}' of prediction"):
         settings_from_metadata({"anydoor.prediction": value})
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from engines.errors import AnyDoorError
+from runtime.imaging.decoding import QUIET
 from runtime.imaging.masks import MASK_THRESHOLD
 from runtime.progress_bar import ProgressBar
 from training.data.masks import Mask
@@ -93,7 +94,8 @@ class Source(ABC):
 def decoding(what: object) -> Iterator[None]:
     """Turns whatever is raised inside about content that makes no sense into a `SourceError` about `what`."""
     try:
-        yield
+        with QUIET:
+            yield
     except UnidentifiedImageError as error:
         raise SourceError(f"{what} is no picture that can be read") from error
     except OSError as error:
