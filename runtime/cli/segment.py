@@ -142,7 +142,7 @@ def _finder(options: argparse.Namespace) -> Iterator[Callable[[PictureLike], Fou
     where = Where(box=options.box, clicks=options.clicks)
     if options.server:
         with connect(options) as client:
-            yield lambda picture: client.segment(picture, where)
+            yield lambda picture: client.find(picture, where)
         return
     from runtime.segmentation import Segmenter
 

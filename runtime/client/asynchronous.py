@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.client.connection import (
@@ -86,8 +88,12 @@ class AsyncClient(Connection[Coroutine[Any, Any, Image.Image], Coroutine[Any, An
 
     async def segment(
         self, picture: PictureLike, where: Where = Where(), timeout: float | None = None
-    ) -> Found:
+    ) -> NDArray[np.bool_]:
         """See `Client.segment`."""
+        return (await self.find(picture, where, timeout)).mask
+
+    async def find(self, picture: PictureLike, where: Where = Where(), timeout: float | None = None) -> Found:
+        """See `Client.find`."""
         with self._refusals():
             answer = await self._call("Segment", segment_request(picture, where), timeout)
         return found_of(answer)

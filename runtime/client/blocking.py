@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.client.connection import (
@@ -103,7 +105,13 @@ class Client(Connection[Image.Image, list[Image.Image]]):
         finally:
             call.cancel()
 
-    def segment(self, picture: PictureLike, where: Where = Where(), timeout: float | None = None) -> Found:
+    def segment(
+        self, picture: PictureLike, where: Where = Where(), timeout: float | None = None
+    ) -> NDArray[np.bool_]:
+        """Returns the mask (H, W) of an object; see `find`."""
+        return self.find(picture, where, timeout).mask
+
+    def find(self, picture: PictureLike, where: Where = Where(), timeout: float | None = None) -> Found:
         """Finds an object in a picture, as `Segmenter.segment`. Raises as `composite`.
 
         Args:

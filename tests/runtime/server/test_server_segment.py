@@ -38,7 +38,7 @@ def test_the_mask_is_that_of_the_segmenter(
     server: ServerThread, segmenter_bundles: tuple[Path, Path], where: Where
 ) -> None:
     with server.client() as client:
-        found = client.segment(bright_things(), where)
+        found = client.find(bright_things(), where)
     expected = Segmenter.load(*segmenter_bundles).segment(bright_things(), where.clicks, where.box)
     np.testing.assert_array_equal(found.mask, expected.mask)
     assert found.score == expected.score
