@@ -56,7 +56,7 @@ def test_a_configuration_says_where_the_page_is(
 ) -> None:
     """The address of the studio is a default: flags come before the file, and the file before that."""
     served: list[Settings] = []
-    monkeypatch.setattr("runtime.server.serve.serve", lambda settings: served.append(settings) or 0)
+    monkeypatch.setattr("runtime.server.process.serve", lambda settings, _: served.append(settings) or 0)
     monkeypatch.setattr("runtime.cli.studio._announce", lambda *_: None)
     config = tmp_path / "studio.toml"
     config.write_text('http = "127.0.0.1:9000"\nlog_level = "debug"\n')
@@ -91,7 +91,7 @@ def test_an_address_where_a_server_is_already_is_refused(
 def test_any_free_port_can_be_asked_for(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Settings] = []
     announced: list[str] = []
-    monkeypatch.setattr("runtime.server.serve.serve", lambda settings: served.append(settings) or 0)
+    monkeypatch.setattr("runtime.server.process.serve", lambda settings, _: served.append(settings) or 0)
     monkeypatch.setattr("runtime.cli.studio._announce", lambda url, _: announced.append(url))
     assert main(["studio", "--bundle", str(tiny_bundle), "--http", "127.0.0.1:0"]) == 0
     assert announced == [f"http://{served[0].http}/studio/"]
