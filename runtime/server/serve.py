@@ -280,7 +280,7 @@ class Server:
                 else:
                     port = self._grpc.add_insecure_port(address)
             except RuntimeError as error:
-                raise InputError(f"cannot listen at '{address}': it is taken, or not an address") from error
+                raise InputError(f"cannot listen at '{address}': {_why_not(address)}") from error
             self.addresses.append(address if is_unix else f"{address.rpartition(':')[0]}:{port}")
 
 
@@ -295,6 +295,23 @@ def _require_free(address: str) -> None:
         probe.settimeout(1.0)
         probe.connect(path)
         raise InputError(f"cannot listen at '{address}': another process does")
+
+
+def _why_not(address: str) -> str:
+    """Returns why nothing can listen at an address, which gRPC does not say."""
+    host, _, port = address.rpartition(":")
+    try:
+        if address.startswith("unix:"):
+            path = Path(address.removeprefix("unix:").removeprefix("//"))
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.bind(str(path))
+            path.unlink()
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "it is not an address"
 
 
 def open_models(settings: Settings) -> tuple[Compositor, Compositor | None, Bundles]:

@@ -30,6 +30,29 @@ def test_an_address_that_is_none_is_refused_in_a_sentence(tiny_bundle: Path) -> 
     assert "Traceback" not in studio.stderr
 
 
+@pytest.mark.parametrize("package", ["grpc", "starlette", "uvicorn", "python_multipart"])
+def test_a_missing_package_is_told_before_anything_is_opened(package: str) -> None:
+    code = (
+        f"import sys; sys.modules['{package}'] = None;"
+        "from runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "studio", "--bundle", "none"]
+    studio = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert studio.returncode == 2
+    assert studio.stderr == (
+        f"anydoor: the package '{package}' is missing; install it with: pip install '.[http]'\n"
+    )
+
+
+def test_what_cannot_be_served_is_refused_in_a_sentence() -> None:
+    command = [sys.executable, "-m", "runtime", "studio", "--bundle", "none"]
+    studio = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert studio.returncode == 2
+    assert studio.stderr == (
+        "anydoor: there is no bundle at 'none': build one with 'anydoor build CHECKPOINT'\n"
+    )
+
+
 def test_the_page_is_announced_when_it_is_there(tiny_bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
