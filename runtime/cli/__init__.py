@@ -34,6 +34,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "try-on": ("runtime.cli.edits.try_on", "cpu"),
     "studio": ("runtime.cli.studio", "cpu,http"),
     "serve": ("runtime.cli.serve", "cpu,serve"),
+    "health": ("runtime.cli.health", "serve"),
     "doctor": ("runtime.cli.doctor", "cpu"),
     "sign": ("runtime.cli.sign", "cpu,sign"),
     "build": ("export.build_engines", "export"),

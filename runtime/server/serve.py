@@ -76,10 +76,12 @@ class Server:
         """The addresses that it listens on, with the ports chosen for port 0."""
         self.access = Access(settings)
         self._settings = settings
+        bundles = bundles or Bundles(settings, settings.engine, compositor.segmenter)
+        self.health = Health((NAME,), bundles.names)
         self._page = None
         if settings.metrics:
             access = self.access if settings.metrics_token else None
-            self._page = MetricsPage(settings.metrics, self.metrics.registry, access)
+            self._page = MetricsPage(settings.metrics, self.metrics.registry, access, self.health)
         self.metrics_port = self._page.port if self._page else None
         self._door: Door | None = None
         self._jobs: Jobs | None = None
@@ -90,8 +92,6 @@ class Server:
         self.gate = Gate(self.access, self.ledger, settings, self.metrics)
         self._grpc = self._new_grpc_server(settings)
         self._bind()
-        bundles = bundles or Bundles(settings, settings.engine, compositor.segmenter)
-        self.health = Health((NAME,), bundles.names)
         self.models = Models(bundles, self._serve_model, self.health)
         self.service = CompositorService(self.models)
         self._grpc.add_generic_rpc_handlers((self.service.handler(), self.health.handler()))
