@@ -7,6 +7,7 @@
 # make train-example   the example model from nothing: between four and five hours on two cores
 # make lock   docker/*.lock: the hash of everything that the images install
 # make sbom   build/sbom/*.json: the same as CycloneDX bills of materials
+# make clean  removes build/, with the bundles and results in it, and what tools leave behind; .venv stays
 # make dev    .venv with every extra that installs here, for working on the project
 
 PYTHON ?= python3
@@ -125,4 +126,4 @@ $(VENV)/.dev: $(VENV)/.lean
 	@touch $@
 
 clean:
-	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

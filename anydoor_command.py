@@ -7,6 +7,7 @@ It starts from a module with a name of its own, because other programs have file
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -15,6 +16,17 @@ _PACKAGES = ("runtime", "engines")
 
 def main() -> int:
     """Runs a command; returns its exit code."""
+    if os.getpid() == 1:
+        # the first process of a container gets no signal that it has no handler for
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    try:
+        return _run()
+    except KeyboardInterrupt:
+        print("anydoor: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run() -> int:
     for package in _PACKAGES:
         hiding = hiding_file(package)
         if hiding:

@@ -5,12 +5,13 @@
 #   docker run --runtime nvidia -v $PWD/engines:/engines anydoor-jetson \
 #       build /engines/half --backend tensorrt --output /engines/orin
 #   docker run --runtime nvidia -v $PWD/engines/orin:/bundle:ro -v anydoor-cache:/cache \
-#       -v $PWD/secrets:/secrets:ro -p 50051:50051 \
+#       -v $PWD/secrets:/secrets:ro -p 50051:50051 --stop-timeout 33 \
 #       --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges anydoor-jetson \
 #       serve --listen 0.0.0.0:50051 --tls-certificate /secrets/server.pem --tls-key /secrets/server.key \
-#       --tokens /secrets/tokens
+#       --tokens /secrets/tokens --metrics 127.0.0.1:9090
 #
-# Without these flags it listens within the container alone. /engines must be writable for the user id 1000.
+# The health check asks at the address of --metrics. Without these flags it listens within the container alone.
+# /engines must be writable for the user id 1000.
 ARG BASE
 FROM ${BASE}
 ARG JETPACK=6
@@ -41,4 +42,6 @@ USER 1000
 VOLUME /cache
 EXPOSE 50051
 ENTRYPOINT ["anydoor"]
-CMD ["serve"]
+CMD ["serve", "--metrics", "127.0.0.1:9090"]
+# a large model takes minutes to load
+HEALTHCHECK --start-period=10m --timeout=10s CMD ["anydoor", "health", "http://127.0.0.1:9090"]

@@ -3,12 +3,12 @@
 #
 #   docker build -f docker/rtx.Dockerfile -t anydoor-rtx .
 #   docker run --gpus all -v $PWD/build/engines/anydoor:/bundle:ro -v anydoor-cache:/cache \
-#       -v $PWD/secrets:/secrets:ro -p 50051:50051 \
+#       -v $PWD/secrets:/secrets:ro -p 50051:50051 --stop-timeout 33 \
 #       --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges anydoor-rtx \
 #       serve --listen 0.0.0.0:50051 --tls-certificate /secrets/server.pem --tls-key /secrets/server.key \
-#       --tokens /secrets/tokens
+#       --tokens /secrets/tokens --metrics 127.0.0.1:9090
 #
-# Without these flags it listens within the container alone.
+# The health check asks at the address of --metrics. Without these flags it listens within the container alone.
 FROM python:3.12-slim
 
 WORKDIR /app
@@ -29,4 +29,6 @@ USER 1000
 VOLUME /cache
 EXPOSE 50051
 ENTRYPOINT ["anydoor"]
-CMD ["serve"]
+CMD ["serve", "--metrics", "127.0.0.1:9090"]
+# a large model takes minutes to load
+HEALTHCHECK --start-period=10m --timeout=10s CMD ["anydoor", "health", "http://127.0.0.1:9090"]

@@ -97,6 +97,8 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         return _build_skeleton(options)
     if options.source is None:
         raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
+    if not options.source.exists():
+        raise AnyDoorError(f"there is no checkpoint at '{options.source}'")
     if options.system:
         raise AnyDoorError(
             f"--system is for --skeleton: the system of '{options.source}' is recognised from its weights"

@@ -49,6 +49,7 @@ def test_it_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     assert recipes
     wanted = {path.relative_to(ROOT).as_posix() for path in (*modules, *recipes)}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / STUDIO).iterdir()}
+    wanted |= {"engines/py.typed", "runtime/py.typed"}  # applications see the types
     assert not wanted - set(wheel.namelist())
 
 

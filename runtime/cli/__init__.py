@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from engines.errors import AnyDoorError, BackendError
 from runtime.standard_output import forget_output
@@ -34,6 +34,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "try-on": ("runtime.cli.edits.try_on", "cpu"),
     "studio": ("runtime.cli.studio", "cpu,http"),
     "serve": ("runtime.cli.serve", "cpu,serve"),
+    "health": ("runtime.cli.health", "serve"),
     "doctor": ("runtime.cli.doctor", "cpu"),
     "sign": ("runtime.cli.sign", "cpu,sign"),
     "build": ("export.build_engines", "export"),
@@ -41,6 +42,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
 """Maps names to modules, and to the extras of this package that the command needs. They are entries of the
 group too, but looking those up takes longer than importing the module."""
 
+_VERSION = "--version"
 _EVERYWHERE = ("-v", "--verbose", "--no-huge-pages")
 """Flags that may stand before or after the command; `anydoor_command` handles them."""
 
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _show_any_name()
     name = next((argument for argument in given if argument not in _EVERYWHERE), "")
     try:
-        commands = [load_command(name)] if name in BUILT_IN else all_commands()
+        commands = [load_command(name)] if name in BUILT_IN else [] if name == _VERSION else all_commands()
         options = parser(commands).parse_args(given)
         code: int = options.run(options)
         if sys.stdout is not None:
@@ -123,10 +125,12 @@ def _show_any_name() -> None:
 
 def parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
     """Builds the parser of a command line with some commands. Its result has a function `run`."""
-    result = argparse.ArgumentParser(
+    result = _Parser(
         prog="anydoor",
         description="Put an object from one picture into another, or draw a picture from a prompt.",
+        epilog="anydoor COMMAND --help lists the flags of a command, with examples.",
     )
+    result.add_argument(_VERSION, action=_ShowVersion, nargs=0, help="show the installed version and exit")
     _add_flags_for_everywhere(result)
     subparsers = result.add_subparsers(required=True, metavar="COMMAND")
     for command in commands:
@@ -141,6 +145,21 @@ def parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
         _add_flags_for_everywhere(subparser)
         subparser.set_defaults(run=command.run)
     return result
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses a command line in one sentence: the list of all flags would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see: {self.prog} --help)\n")
+
+
+class _ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from runtime.version import version  # takes a while
+
+        print(f"anydoor-runtime {version()}")
+        parser.exit()
 
 
 def load_command(name: str) -> Command:
@@ -174,7 +193,8 @@ def all_commands() -> list[Command]:
 
 def missing_package(error: ImportError, extras: str) -> AnyDoorError:
     """Returns the error for a failed import, which names the extras that install the package."""
-    return BackendError(f"the package '{error.name}' is missing; install it with: pip install '.[{extras}]'")
+    package = (error.name or "").partition(".")[0]
+    return BackendError(f"the package '{package}' is missing; install it with: pip install '.[{extras}]'")
 
 
 def _add_flags_for_everywhere(command: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from runtime.cli.progress import Progress
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from runtime.client import Client
+    from runtime.client import Client, Tls
     from runtime.result import Composite
 
 SERVER_FLAGS = ("model", "timeout", "token_file", "tls", "tls_ca", "tls_certificate", "tls_key")
@@ -30,6 +30,11 @@ def add_server_flags(parser: argparse._ActionsContainer, with_model: bool = True
         parser.set_defaults(model=None)
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="fail after this time")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token to send")
+    add_tls_flags(parser)
+
+
+def add_tls_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags of a connection with TLS, which are None if not given."""
     parser.add_argument(
         "--tls", action="store_true", default=None, help="connect with TLS; implied by the files below"
     )
@@ -45,16 +50,28 @@ def connect(options: argparse.Namespace) -> Client:
         InputError: a file cannot be read, or a certificate is given without its key.
         BackendError: gRPC is not installed.
     """
+    tls = tls_of(options)
+    from runtime.client import Client
+
+    token = _read_token(options.token_file) if options.token_file else None
+    return Client(options.server, model=options.model or "", token=token, tls=tls, timeout=options.timeout)
+
+
+def tls_of(options: argparse.Namespace) -> Tls | None:
+    """Returns what the flags say about TLS; None for a connection without it.
+
+    Raises:
+        InputError: a certificate is given without its key.
+        BackendError: gRPC is not installed.
+    """
     if bool(options.tls_certificate) != bool(options.tls_key):
         raise InputError("--tls-certificate and --tls-key must be given together")
     try:
-        from runtime.client import Client, Tls
+        from runtime.client import Tls
     except ModuleNotFoundError as error:
         raise missing_package(error, "client") from error
     files = (options.tls_ca, options.tls_certificate, options.tls_key)
-    tls = Tls(*files) if options.tls or any(files) else None
-    token = _read_token(options.token_file) if options.token_file else None
-    return Client(options.server, model=options.model or "", token=token, tls=tls, timeout=options.timeout)
+    return Tls(*files) if options.tls or any(files) else None
 
 
 def follow(events: Iterable[Any], progress: Progress) -> list[Composite]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from runtime.cli import missing_package
 from runtime.cli.flags import add_flags, default_bundle, field_names, given
@@ -54,14 +57,31 @@ def settings_of(options: argparse.Namespace, defaults: Mapping[str, Any] | None 
     return settings_from(given(options, field_names(Settings)), options.config, defaults)
 
 
-def serve_with(settings: Settings) -> int:
+def serve_with(settings: Settings, logs_refusal: bool = True) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code.
+
+    Args:
+        settings: of the server.
+        logs_refusal: whether the log says why the server cannot start, instead of an exception.
 
     Raises:
         AnyDoorError: a package is missing, or the bundle cannot be used.
     """
+    # until the server has its own handlers: the first process of a container gets no signal without one
+    before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        from runtime.server.serve import serve
+        from runtime.server.process import serve
+
+        if settings.http:
+            import_module("runtime.server.http.door")
+            import_module("runtime.server.http.app")
+        return serve(settings, logs_refusal)
     except ModuleNotFoundError as error:
-        raise missing_package(error, "serve") from error
-    return serve(settings)
+        raise missing_package(error, "http" if settings.http else "serve") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, frame: object) -> NoReturn:
+    os._exit(0)

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if _answers(url):
         raise InputError(f"there is a server at {settings.http} already: choose another address by --http")
     threading.Thread(target=_announce, args=(url, not options.no_browser), daemon=True).start()
-    return server.serve_with(settings)
+    return server.serve_with(settings, logs_refusal=False)
 
 
 def _announce(url: str, is_opened: bool) -> None:

@@ -73,7 +73,9 @@ def main() -> None:
     """Forks a process for every socket that comes in through standard input; ends with it."""
     commands = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the server says when to stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # supervisors send them to all processes of a service; the server says when to stop
+        signal.signal(number, signal.SIG_IGN)
     while True:
         message, descriptors, _, _ = socket.recv_fds(commands, COMMAND_BYTES, 1)
         if not message:

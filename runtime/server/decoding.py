@@ -141,6 +141,11 @@ class Decoder:
         return arrays["inside"].view(np.bool_) if task["is_mask"] else picture_of(arrays, answer["facts"])
 
 
+def end_decoders() -> None:
+    """Ends the process that forks decoders; the next decoder starts another."""
+    _SOURCE.end()
+
+
 class PictureReader:
     """Reads the pictures of one request, one after the other; what is in memory stays as it is."""
 
@@ -234,12 +239,23 @@ class _Source:
         with self._lock, contextlib.suppress(OSError):
             self._commands.sendall(f"end {process}".encode().ljust(COMMAND_BYTES))
 
+    def end(self) -> None:
+        """Ends it, and its decoders with it; the next decoder starts another."""
+        with self._lock:
+            process, self._process = self._process, None
+            if process is not None:
+                self._commands.close()
+                process.kill()
+                process.wait()
+
     def _start(self) -> None:
         self._commands, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "runtime.server.decoder_process"],
                 stdin=theirs.fileno(),
+                # Ctrl-C in the terminal is for the server alone
+                start_new_session=True,
                 # no threads: what is forked has one
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
             )

@@ -1,4 +1,4 @@
-"""Serves metrics over HTTP, on a port of their own, with few and short connections."""
+"""Serves metrics and health over HTTP, on a port of their own, with few and short connections."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from runtime.errors import InputError
 from runtime.server.access import Access
 from runtime.server.events import UnauthenticatedError
+from runtime.server.health import Health
 from runtime.server.timeouts import within
 
 PATH = "/metrics"
@@ -21,15 +22,19 @@ _LARGEST_HEAD = 8192
 
 
 class MetricsPage:
-    """Answers GET /metrics. Who comes when all connections are taken replaces the oldest."""
+    """Answers GET /metrics, and GET /healthz and /readyz to everybody. Who comes when all connections are
+    taken replaces the oldest."""
 
-    def __init__(self, address: str, registry: CollectorRegistry, access: Access | None) -> None:
+    def __init__(
+        self, address: str, registry: CollectorRegistry, access: Access | None, health: Health
+    ) -> None:
         """Binds the address.
 
         Args:
             address: host:port.
             registry: what to show.
-            access: whose tokens are required; everybody is let in if None.
+            access: whose tokens are required for metrics; everybody gets them if None.
+            health: what /healthz and /readyz say.
 
         Raises:
             InputError: the address is invalid or taken.
@@ -39,6 +44,7 @@ class MetricsPage:
             raise InputError(f"metrics must be host:port, not '{address}'")
         self._registry = registry
         self._access = access
+        self._health = health
         self._tasks: dict[asyncio.Task[None], None] = {}
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -88,10 +94,14 @@ class MetricsPage:
     async def _page(self, head: bytes) -> tuple[str, bytes]:
         first, *rest = head.decode("latin-1").split("\r\n")
         method, _, path = first.rpartition(" ")[0].partition(" ")
-        if path.partition("?")[0] != PATH:
+        path = path.partition("?")[0]
+        states = {"/healthz": self._health.is_alive, "/readyz": self._health.is_ready}
+        if path != PATH and path not in states:
             return "404 Not Found", b""
         if method != "GET":
             return "405 Method Not Allowed", b""
+        if path in states:
+            return ("200 OK" if states[path] else "503 Service Unavailable"), b""
         if self._access is not None:
             fields = [line.partition(":") for line in rest]
             given = [value.strip() for name, _, value in fields if name.lower() == "authorization"]

@@ -1,14 +1,11 @@
-"""Starts the server, and stops it without losing a request."""
+"""Starts the server, and stops it without losing a request; `process` runs it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import os
-import signal
 import socket
-import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -18,20 +15,18 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_reflection.v1alpha import reflection
 
-from engines.errors import AnyDoorError
 from runtime.compositor import Compositor
 from runtime.edits.fillers import require_filler
 from runtime.errors import InputError
 from runtime.segmentation import Segmenter, beside, engine_bytes
-from runtime.server import tracing
 from runtime.server.access import Access
 from runtime.server.batching import Batcher
 from runtime.server.bundles import Bundles
 from runtime.server.connections import most_connections
 from runtime.server.gate import CHANNEL_OPTIONS, Gate
 from runtime.server.health import SERVICE, Health
-from runtime.server.logs import FIELDS, LogWriter, json_logs
-from runtime.server.memory import LARGEST_METADATA, LARGEST_SCENE, Ledger, request_bytes, share_one_arena
+from runtime.server.logs import FIELDS
+from runtime.server.memory import LARGEST_METADATA, LARGEST_SCENE, Ledger, request_bytes
 from runtime.server.metrics import Metrics
 from runtime.server.metrics_page import MetricsPage
 from runtime.server.models import Models
@@ -48,7 +43,6 @@ if TYPE_CHECKING:
 _LAST_ANSWERS_SECONDS = 1.0
 _SHARE_FOR_RESULTS = 4
 """A quarter of the memory for requests, at most, is taken by results of jobs that wait to be fetched."""
-_SWITCH_SECONDS = 0.0005
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +76,12 @@ class Server:
         """The addresses that it listens on, with the ports chosen for port 0."""
         self.access = Access(settings)
         self._settings = settings
+        bundles = bundles or Bundles(settings, settings.engine, compositor.segmenter)
+        self.health = Health((NAME,), bundles.names)
         self._page = None
         if settings.metrics:
             access = self.access if settings.metrics_token else None
-            self._page = MetricsPage(settings.metrics, self.metrics.registry, access)
+            self._page = MetricsPage(settings.metrics, self.metrics.registry, access, self.health)
         self.metrics_port = self._page.port if self._page else None
         self._door: Door | None = None
         self._jobs: Jobs | None = None
@@ -96,8 +92,6 @@ class Server:
         self.gate = Gate(self.access, self.ledger, settings, self.metrics)
         self._grpc = self._new_grpc_server(settings)
         self._bind()
-        bundles = bundles or Bundles(settings, settings.engine, compositor.segmenter)
-        self.health = Health((NAME,), bundles.names)
         self.models = Models(bundles, self._serve_model, self.health)
         self.service = CompositorService(self.models)
         self._grpc.add_generic_rpc_handlers((self.service.handler(), self.health.handler()))
@@ -265,9 +259,7 @@ class Server:
             from runtime.server.http.composites import Composites
             from runtime.server.http.jobs import Jobs
         except ModuleNotFoundError as error:
-            raise InputError(
-                f"HTTP needs the package {error.name}: pip install 'anydoor-runtime[http]'"
-            ) from error
+            raise InputError(f"HTTP needs the package {error.name}: pip install '.[http]'") from error
         settings = self._settings
         composites = Composites(self.models, self.addresses)
         folder = Path(settings.job_folder) if settings.job_folder else None
@@ -288,7 +280,7 @@ class Server:
                 else:
                     port = self._grpc.add_insecure_port(address)
             except RuntimeError as error:
-                raise InputError(f"cannot listen at '{address}': it is taken, or not an address") from error
+                raise InputError(f"cannot listen at '{address}': {_why_not(address)}") from error
             self.addresses.append(address if is_unix else f"{address.rpartition(':')[0]}:{port}")
 
 
@@ -305,28 +297,21 @@ def _require_free(address: str) -> None:
         raise InputError(f"cannot listen at '{address}': another process does")
 
 
-def serve(settings: Settings) -> int:
-    """Serves until SIGTERM or SIGINT.
-
-    Returns:
-        The exit code: 0; 1 if the engine failed for good; 2 if the bundle or a setting cannot be used, which
-        the log tells.
-    """
-    with json_logs(settings.log_level) as log:
-        try:
-            return _serve_logged(settings, log)
-        except AnyDoorError as error:
-            logger.error("not started", extra={FIELDS: {"reason": str(error)}})
-            return 2
-
-
-def _serve_logged(settings: Settings, log: LogWriter) -> int:
-    tracing.configure()
-    # the engine's thread needs the interpreter between two calls: a flood must not keep it waiting
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    share_one_arena()
-    compositor, filler, bundles = open_models(settings)
-    return asyncio.run(_serve(compositor, settings, log, filler, bundles))
+def _why_not(address: str) -> str:
+    """Returns why nothing can listen at an address, which gRPC does not say."""
+    host, _, port = address.rpartition(":")
+    try:
+        if address.startswith("unix:"):
+            path = Path(address.removeprefix("unix:").removeprefix("//"))
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.bind(str(path))
+            path.unlink()
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "it is not an address"
 
 
 def open_models(settings: Settings) -> tuple[Compositor, Compositor | None, Bundles]:
@@ -352,48 +337,6 @@ def open_models(settings: Settings) -> tuple[Compositor, Compositor | None, Bund
     if plan := compositor.engine.describe():
         _log("memory plan", plan=plan.splitlines())
     return compositor, filler, bundles
-
-
-async def _serve(
-    compositor: Compositor,
-    settings: Settings,
-    log: LogWriter | None = None,
-    filler: Compositor | None = None,
-    bundles: Bundles | None = None,
-) -> int:
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    signals = (signal.SIGTERM, signal.SIGINT)
-
-    def end() -> None:
-        for number in signals:
-            # a second signal ends the process at once
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-        stop.set()
-
-    for number in signals:
-        loop.add_signal_handler(number, end)
-    server = Server(compositor, settings, filler, bundles)
-    loop.add_signal_handler(signal.SIGHUP, server.reload)
-    if log:
-        server.metrics.log_lines_dropped.set_function(lambda: log.dropped)
-    starting = asyncio.create_task(server.start())
-    waits = [asyncio.create_task(wait()) for wait in (stop.wait, server.engine_lost.wait)]
-    try:
-        await asyncio.wait([starting, waits[0]], return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        starting.cancel()
-        await server.stop()
-    code = 0 if stop.is_set() else 1
-    if server.is_busy:
-        # what a thread is at in a library, like loading a graph, cannot be ended otherwise
-        if log:
-            log.close()
-        os._exit(code)
-    return code
 
 
 def _log(event: str, **fields: object) -> None:

@@ -103,7 +103,10 @@ class Settings:
         False, "allow addresses beyond this machine without TLS, or without tokens or client certificates"
     )
     metrics: str = _setting(
-        "", "address for Prometheus metrics, host:port (default: none)", metavar="ADDRESS"
+        "",
+        "address for Prometheus metrics at /metrics, and for health at /readyz and /healthz, host:port "
+        "(default: none)",
+        metavar="ADDRESS",
     )
     metrics_token: bool = _setting(False, "require a token for metrics, too")
     tls_certificate: str = _setting("", "PEM file with the server's certificate chain", metavar="FILE")

@@ -133,6 +133,12 @@ def test_without_pytorch_it_names_the_extra(tmp_path: Path) -> None:
         "anydoor: a checkpoint needs PyTorch to be exported, and 'torch' is not installed: "
         "pip install '.[export]', or give a bundle of ONNX graphs\n"
     )
+    command[1] += ".lost"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"anydoor: there is no checkpoint at '{command[1]}'\n"
 
 
 @pytest.mark.parametrize(

@@ -362,7 +362,8 @@ def test_command_line_makes_the_same_file_with_and_without_a_server(
         (["--bundle=none", "--bundle=other/none"], "are both called 'none'"),
         (["--queue=-1"], "queue must be at least 0"),
         (["--listen=nowhere.invalid:1", "--insecure"], "cannot listen at"),
-        (["--listen=127.0.0.1:{taken}"], "cannot listen at"),
+        (["--listen=127.0.0.1:{taken}"], "cannot listen at '127.0.0.1:{taken}': Address already in use"),
+        (["--listen=unix:/nowhere/socket"], "cannot listen at 'unix:/nowhere/socket': No such file"),
         (["--metrics=nonsense"], "metrics must be host:port"),
         (["--metrics=localhost:²"], "metrics must be host:port"),
         (["--tokens=none"], "cannot read 'none'"),
@@ -381,7 +382,7 @@ def test_server_that_cannot_start(
     if "--bundle=none" not in given:
         given.append(f"--bundle={tiny_bundle}")
     assert main(["serve", "--listen=127.0.0.1:0", *given]) == 2
-    assert sentence in capfd.readouterr().err
+    assert sentence.format(taken=taken) in capfd.readouterr().err
 
 
 def test_longest_side_is_bounded() -> None:

@@ -159,7 +159,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are `runtime.server.serve`'s."""
+        """Signals are those of `runtime.server.process`."""
         yield
 
 

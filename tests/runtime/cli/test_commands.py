@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime.cli import BUILT_IN, GROUP, load_command, main, parser
+from runtime.version import version
 
 ROOT = Path(__file__).parents[3]
 Capture = pytest.CaptureFixture[str]
@@ -62,7 +63,26 @@ def test_what_is_no_command(arguments: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
-    assert "usage: anydoor" in capsys.readouterr().err
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("anydoor: ")
+    assert sentence.endswith("(see: anydoor --help)")
+
+
+def test_a_wrong_flag_is_refused_in_one_sentence(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["composite", "--scene", "desk.jpg", "--box", "80,60,300", "-o", "out.png"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == (
+        "anydoor composite: argument --box: '80,60,300' is not a box: four whole numbers x0,y0,x1,y1 are "
+        "expected, like 80,60,300,260 (see: anydoor composite --help)\n"
+    )
+
+
+def test_the_version_is_that_of_the_distribution(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert not exit_.value.code
+    assert capsys.readouterr().out == f"anydoor-runtime {version()}\n"
 
 
 def test_serve_takes_the_window_of_composite(tiny_bundle: Path, capfd: Capture) -> None:

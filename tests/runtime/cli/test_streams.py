@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -15,6 +19,9 @@ from runtime.cli import main
 from runtime.cli.output import write_output
 from runtime.result import Composite
 from tests.support.pictures import SCENE, cutout
+
+PATIENCE = 60.0
+"""Seconds after which a test that waits for something gives up."""
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,3 +90,21 @@ def test_who_stops_while_pictures_are_written_knows_those_that_are(
     with pytest.raises(KeyboardInterrupt):
         write_output(tmp_path / "out.png", results, grid=False)
     assert capsys.readouterr().out == f"{tmp_path / 'out-1.png'} (seed 7)\n"
+
+
+def test_the_first_process_of_a_container_ends_when_it_is_told_to() -> None:
+    """It gets no SIGTERM that it has no handler for."""
+    namespace = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], check=False).returncode:
+        pytest.skip("there are no namespaces of processes here")
+    command = [*namespace, sys.executable, "-m", "runtime", "segment", "-", "-o", "mask.png"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT) as process:
+        for _ in range(int(PATIENCE / 0.1)):  # it may not have its handler yet
+            for child in psutil.Process(process.pid).children():
+                with suppress(psutil.NoSuchProcess):
+                    child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+                break
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM

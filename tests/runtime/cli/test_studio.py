@@ -30,6 +30,29 @@ def test_an_address_that_is_none_is_refused_in_a_sentence(tiny_bundle: Path) -> 
     assert "Traceback" not in studio.stderr
 
 
+@pytest.mark.parametrize("package", ["grpc", "starlette", "uvicorn", "python_multipart"])
+def test_a_missing_package_is_told_before_anything_is_opened(package: str) -> None:
+    code = (
+        f"import sys; sys.modules['{package}'] = None;"
+        "from runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "studio", "--bundle", "none"]
+    studio = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert studio.returncode == 2
+    assert studio.stderr == (
+        f"anydoor: the package '{package}' is missing; install it with: pip install '.[http]'\n"
+    )
+
+
+def test_what_cannot_be_served_is_refused_in_a_sentence() -> None:
+    command = [sys.executable, "-m", "runtime", "studio", "--bundle", "none"]
+    studio = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert studio.returncode == 2
+    assert studio.stderr == (
+        "anydoor: there is no bundle at 'none': build one with 'anydoor build CHECKPOINT'\n"
+    )
+
+
 def test_the_page_is_announced_when_it_is_there(tiny_bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -56,7 +79,7 @@ def test_a_configuration_says_where_the_page_is(
 ) -> None:
     """The address of the studio is a default: flags come before the file, and the file before that."""
     served: list[Settings] = []
-    monkeypatch.setattr("runtime.server.serve.serve", lambda settings: served.append(settings) or 0)
+    monkeypatch.setattr("runtime.server.process.serve", lambda settings, _: served.append(settings) or 0)
     monkeypatch.setattr("runtime.cli.studio._announce", lambda *_: None)
     config = tmp_path / "studio.toml"
     config.write_text('http = "127.0.0.1:9000"\nlog_level = "debug"\n')
@@ -91,7 +114,7 @@ def test_an_address_where_a_server_is_already_is_refused(
 def test_any_free_port_can_be_asked_for(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Settings] = []
     announced: list[str] = []
-    monkeypatch.setattr("runtime.server.serve.serve", lambda settings: served.append(settings) or 0)
+    monkeypatch.setattr("runtime.server.process.serve", lambda settings, _: served.append(settings) or 0)
     monkeypatch.setattr("runtime.cli.studio._announce", lambda url, _: announced.append(url))
     assert main(["studio", "--bundle", str(tiny_bundle), "--http", "127.0.0.1:0"]) == 0
     assert announced == [f"http://{served[0].http}/studio/"]

@@ -14,6 +14,7 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from runtime.cli import main
 from runtime.client import Client, ServerError, Tls, connection
 from runtime.errors import InputError
 from runtime.request import Placement, Sampling
@@ -65,12 +66,16 @@ def composite(caller: Client) -> Any:
 
 def test_tls(tiny_bundle: Path, ours: Certificates, strangers: Certificates) -> None:
     certificate, key = map(str, ours.server)
-    with ServerThread(tiny_bundle, tls_certificate=certificate, tls_key=key) as server:
+    tls = {"tls_certificate": certificate, "tls_key": key}
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", **tls) as server:
         assert composite(server.client(tls=Tls(ours.ca)))
         with pytest.raises(ServerError, match="cannot be reached"):
             composite(server.client(tls=Tls(strangers.ca)))
         with pytest.raises(ServerError, match="cannot be reached"):
             composite(server.client())
+        for address in (server.address, f"https://{server.server.http_address}"):
+            assert main(["health", address, "--tls-ca", str(ours.ca)]) == 0
+            assert main(["health", address, "--tls-ca", str(strangers.ca)]) == 1
 
 
 def test_mutual_tls(tiny_bundle: Path, ours: Certificates, strangers: Certificates) -> None:

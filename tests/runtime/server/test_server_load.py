@@ -14,7 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
-from runtime.server.serve import _serve
+from runtime.server.process import run
+from runtime.server.serve import Server
 from runtime.server.settings import Settings
 from tests.support.serving import (
     PATIENCE,
@@ -183,6 +184,11 @@ def test_a_lost_engine_ends_the_process_for_its_supervisor(tiny_bundle: Path, tm
 
     caller = threading.Thread(target=call)
     caller.start()
-    assert asyncio.run(_serve(compositor, Settings(listen=(address,), drain_seconds=5.0))) == 1
+
+    async def serve() -> int:
+        settings = Settings(listen=(address,), drain_seconds=5.0)
+        return await run(Server(compositor, settings), stop=asyncio.Event())
+
+    assert asyncio.run(serve()) == 1
     caller.join(PATIENCE)
     assert codes == [grpc.StatusCode.UNAVAILABLE]

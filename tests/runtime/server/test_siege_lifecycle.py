@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -25,10 +27,10 @@ import sys, time
 from runtime.cli import main
 from runtime.compositor import Compositor
 
-Compositor.load_graphs = lambda self: time.sleep(3600)
+Compositor.{} = lambda *_, **__: time.sleep(3600)
 sys.exit(main(sys.argv[1:]))
 """
-"""A server that loads for an hour."""
+"""A server that takes an hour to open its model, or to load its graphs."""
 
 
 class Process:
@@ -55,10 +57,17 @@ class Process:
 
 
 @contextmanager
-def serving(bundle: Path, *flags: str, loading: bool = False) -> Iterator[Process]:
-    program = ["-c", _LOADING] if loading else ["-m", "runtime"]
+def serving(bundle: Path, *flags: str, slow: str = "") -> Iterator[Process]:
+    """Starts a server, in a process group of its own.
+
+    Args:
+        bundle: of its model.
+        flags: of the command.
+        slow: the method of `Compositor` that takes an hour.
+    """
+    program = ["-c", _LOADING.format(slow)] if slow else ["-m", "runtime"]
     command = [sys.executable, *program, "serve", f"--bundle={bundle}", "--listen=127.0.0.1:0", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         yield Process(process)
     finally:
@@ -67,16 +76,40 @@ def serving(bundle: Path, *flags: str, loading: bool = False) -> Iterator[Proces
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_server_that_loads(tiny_bundle: Path, number: signal.Signals) -> None:
-    with serving(tiny_bundle, "--drain-seconds=0", loading=True) as server:
-        server.wait_for("listening")
-        server.process.send_signal(number)
+@pytest.mark.parametrize(("slow", "event"), [("load", "loading"), ("load_graphs", "listening")])
+def test_a_signal_ends_a_server_that_loads(
+    tiny_bundle: Path, number: signal.Signals, slow: str, event: str
+) -> None:
+    """Whatever it is at. A terminal and a supervisor send the signal to all processes."""
+    with serving(tiny_bundle, "--drain-seconds=0", slow=slow) as server:
+        server.wait_for(event)
+        os.killpg(server.process.pid, number)
         server.wait_for("stopped")
+        assert server.end() == 0
+        assert {line["level"] for line in server.lines} == {"info"}
+
+
+def test_a_hang_up_while_the_model_is_opened_ends_nothing(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle, slow="load") as server:
+        server.wait_for("loading")
+        server.process.send_signal(signal.SIGHUP)
+        server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
 
 
+def test_a_server_leaves_no_process_behind(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle) as server:
+        server.wait_for("serving")
+        decoders = psutil.Process(server.process.pid).children(recursive=True)
+        assert decoders
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+        _, alive = psutil.wait_procs(decoders, PATIENCE)
+        assert not alive
+
+
 def test_a_second_signal_ends_it_at_once(tiny_bundle: Path) -> None:
-    with serving(tiny_bundle, "--drain-seconds=3600", loading=True) as server:
+    with serving(tiny_bundle, "--drain-seconds=3600", slow="load_graphs") as server:
         address = server.wait_for("listening")["addresses"][0]
         with grpc.insecure_channel(address) as channel:
             stub: Any = CompositorServiceStub(channel)

@@ -17,6 +17,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from runtime.cli import main
 from runtime.client import Client
 from runtime.errors import InputError
 from runtime.request import Placement, Sampling
@@ -151,6 +152,9 @@ def test_metrics_are_for_few_connections_and_known_callers(
         assert get("/metrics", Authorization="Bearer shazam") == 200
         assert get("/metrics") == get("/metrics", Authorization="Bearer x") == 401
         assert get("/", Authorization="Bearer shazam") == 404
+        # probes send no token
+        health = f"http://127.0.0.1:{address[1]}"
+        assert main(["health", health]) == main(["health", health, "--live"]) == 0
 
 
 def test_tokens_are_read_again(tiny_bundle: Path, token_file: Path, caplog: pytest.LogCaptureFixture) -> None:

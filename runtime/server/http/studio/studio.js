@@ -299,7 +299,7 @@ async function connect(name = "") {
     about = found;
     find("model").textContent = `${about.system}, ${about.precision}, ${about.backend} on ${about.device}`;
     find("quality").replaceChildren(
-      new Option("of the model", ""),
+      new Option("the model's default", ""),
       ...about.qualities.map((quality) => new Option(QUALITIES[quality] ?? quality, quality)),
     );
     find("steps").max = about.limits.steps;

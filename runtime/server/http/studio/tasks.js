@@ -11,7 +11,7 @@ const OUTLINE = { name: "outline", label: "Its new outline", tools: ["paint", "e
 export const TARGET = { name: "mask", label: "Place", tools: ["box", "paint", "erase"] };
 
 export const TASKS = {
-  composite: { label: "Place objects", start: "Composite", marks: null, reference: true, mode: true },
+  composite: { label: "Place objects", start: "Draw", marks: null, reference: true, mode: true },
   remove: { label: "Remove an object", start: "Remove", marks: [OBJECT] },
   move: { label: "Move an object", start: "Move", marks: [OBJECT, PLACE], redraws: true },
   reshape: { label: "Give an object another outline", start: "Reshape", marks: [OBJECT, OUTLINE], redraws: true },
