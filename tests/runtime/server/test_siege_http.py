@@ -97,6 +97,18 @@ def test_who_sends_too_much_reads_why(address: str) -> None:
         assert "bytes" in json.loads(answer.read())["error"]["message"]
 
 
+def test_a_body_of_unknown_length_is_read_up_to_the_limit(tiny_bundle: Path) -> None:
+    """What follows is not read, so the connection ends; one whose body was read may be used again."""
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", max_message_bytes=1000) as server:
+        for length, status in ((1000, 400), (1001, 413)):
+            connection = http.client.HTTPConnection(http_address(server), timeout=PATIENCE)
+            with closing(connection):
+                connection.request("POST", "/v1/composite", iter([b" " * length]))
+                answer = connection.getresponse()
+                assert answer.status == status
+                assert answer.getheader("connection") == ("close" if status == 413 else None)
+
+
 def test_who_goes_on_sending_is_cut_off(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.server.http.door._LINGER_SECONDS", 0.2)
     with closing(connect(address)) as connection:
@@ -164,16 +176,17 @@ def test_who_does_not_take_an_answer_is_cut_off(
 def test_a_result_that_is_fetched_counts(
     server: ServerThread, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Once more than while it is kept; until it is given up, as nobody takes it."""
     job = ended(address, post(address, "/v1/jobs", fields(**LARGE)).json)
-    ledger = server.server.ledger
+    ledger, jobs = server.server.ledger, server.server._jobs
     wait_until(lambda: not calls(server))
-    kept, jobs = ledger.taken, server.server._jobs
     assert jobs
-    fetched = kept + jobs._jobs[job["id"]].nbytes
+    kept = ledger.most = ledger.taken
     with closing(connect(address)) as connection:
         connection.sendall(f"GET {job['result']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        wait_until(lambda: ledger.taken == fetched)
+        wait_until(lambda: ledger.most > kept)
         wait_until(lambda: ledger.taken == kept)
+    assert ledger.most == kept + jobs._jobs[job["id"]].nbytes
     monkeypatch.undo()
     assert len(get(address, job["result"]).json["images"]) == 3
 
