@@ -6,6 +6,7 @@ import io
 import struct
 import threading
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -112,10 +113,12 @@ def test_previews_in_a_photograph_are_not_told(recwarn: pytest.WarningsRecorder)
 # --- limits -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [b"", b"workflow\0" + 400_000 * b"text "], ids=["plain", "mended"])
+@pytest.mark.parametrize(
+    "text", [b"", b"workflow\0\0" + zlib.compress(bytes(2 << 20))], ids=["plain", "mended"]
+)
 def test_a_picture_may_have_as_many_pixels_as_are_decoded(text: bytes) -> None:
     """Also one that Pillow does not read before it is mended."""
-    content = png_with(encoded(np.zeros((8, 9, 3), np.uint8)), png_chunk(b"tEXt", text) * bool(text))
+    content = png_with(encoded(np.zeros((8, 9, 3), np.uint8)), png_chunk(b"zTXt", text) * bool(text))
     assert load_picture(content, "the scene", max_pixels=72).rgb.shape == (8, 9, 3)
     with pytest.raises(InputError, match="the scene is 9 x 8: more than 71 pixels"):
         load_picture(content, "the scene", max_pixels=71)

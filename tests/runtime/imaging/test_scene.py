@@ -182,7 +182,7 @@ def test_a_scene_whose_profile_leads_only_from_its_colours_becomes_srgb() -> Non
     assert scene.metadata.dpi
 
 
-@pytest.mark.parametrize(("brighter", "is_srgb"), [(1.004, True), (1.02, False)])
+@pytest.mark.parametrize(("brighter", "is_srgb"), [(1.01, True), (1.02, False)])
 def test_a_profile_is_srgb_if_it_changes_no_colour_by_more_than_a_level(
     brighter: float, is_srgb: bool
 ) -> None:
@@ -203,12 +203,6 @@ def test_a_grey_picture_with_a_profile_for_colours_looks_as_it_does_in_them() ->
     ]
     np.testing.assert_array_equal(*seen)
     assert np.abs(seen[0][..., 0].astype(int) - np.asarray(grey)).max() > 20
-
-
-def test_of_a_place_where_nothing_is_drawn_the_colours_stay() -> None:
-    seen, scene = load_scene(encoded(SCENE, icc_profile=ADOBE_RGB))
-    nothing = [(REGION, lambda part: np.zeros((part.height, part.width), np.float32))]
-    np.testing.assert_array_equal(with_own_pixels(drawn_into(seen), scene, nothing), SCENE)
 
 
 # --- EXIF and resolution ----------------------------------------------------------------------------------
