@@ -173,7 +173,7 @@ def test_a_soft_edge_leaves_what_was_drawn_at_its_place():
 
 def test_a_crop_inside_the_scene_fades_over_a_sixty_fourth_of_the_networks_picture():
     """Of its shorter side: a pixel there, and four pixels here."""
-    geometry = Geometry(crop=Box(8, 8, 520, 264), box=Box(100, 100, 200, 200))
+    geometry = Geometry(crop=Box(8, 8, 520, 264), box=Box(100, 100, 200, 200), aspect=(128, 64))
     composite = paste_feathered(
         np.full((64, 128, 3), 200, np.uint8),
         np.zeros((300, 600, 3), np.uint8),
