@@ -146,6 +146,17 @@ def test_steps_and_progress_are_those_that_are_taken(tiny_bundle: Path) -> None:
     assert compositor.steps_of(request) == (5, 0)
 
 
+def test_steps_are_those_of_the_bundles_own_strength_unless_another_is_given(tiny_bundle: Path) -> None:
+    compositor = Compositor.load(tiny_bundle, CPU)
+    compositor.defaults = {**compositor.defaults, "strength": 0.5}
+    for strength, steps in ((None, 5), (0.2, 2)):
+        seen: list[tuple[int, int]] = []
+        request = Request(SCENE, [replace(PLACEMENT, strength=strength)], 7, STEPS)
+        compositor.run(request, lambda *of, seen=seen: seen.append(of))
+        assert seen[-1] == (steps, steps)
+        assert compositor.steps_of(request) == (steps, 0)
+
+
 def test_a_second_object_is_pasted_into_the_picture_with_the_first(compositor: Compositor) -> None:
     """As by two requests, the second with the first's picture, but for the noise."""
     shape = (1, *compositor.bundle.manifest.latent_shape)

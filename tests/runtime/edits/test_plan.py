@@ -7,14 +7,18 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from runtime.edits.plan import Plan, plan_edit
 from runtime.errors import InputError, collecting_warnings
 from runtime.imaging.boxes import Box, smallest_box
+from runtime.imaging.decoding import UPRIGHT
+from runtime.imaging.picture import Picture
 from runtime.request import Action, Edit, Move, Placement, Remove, Reshape, Swap, SwapPlaces, TryOn, Where
 from runtime.result import Stopwatch
 from runtime.segmentation import Segmenter
 from runtime.validation import LARGEST
+from tests.support.picture_files import encoded
 
 SCENE = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
 
@@ -139,6 +143,20 @@ def test_clothes_get_little_room_unless_more_is_given(asked: float | None, ratio
 )
 def test_an_object_of_the_scene_is_drawn_as_the_edit_says(action: Action) -> None:
     assert {(each.refine, each.strength) for each in plan_of(action).placements} == {(300, 0.4)}
+
+
+def test_a_scene_that_was_turned_is_upright_in_the_plan() -> None:
+    """As are the masks of its objects, which nobody must turn again."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = encoded(Image.fromarray(SCENE).transpose(Image.Transpose.ROTATE_90), exif=exif)
+    (moved,) = plan_edit(
+        Edit(stored, Where(mask=CUP), Move((90, 60, 140, 110))), Segmenter(), LARGEST, Stopwatch()
+    ).placements
+    assert isinstance(moved.reference, Picture)
+    assert moved.reference.orientation == UPRIGHT
+    np.testing.assert_array_equal(moved.reference.rgb, SCENE)
+    np.testing.assert_array_equal(moved.reference_mask, CUP)
 
 
 def test_seed_zero_is_that_of_the_plan() -> None:

@@ -187,7 +187,9 @@ def test_results_are_bounded_and_end(tiny_bundle: Path, monkeypatch: pytest.Monk
         kept = server.server.ledger.taken
         assert kept > 0
         jobs._room = 1.5 * kept
-        second = ended(address, post(address, "/v1/jobs", fields()).json)
+        second = post(address, "/v1/jobs", fields()).json
+        wait_until(lambda: not jobs._jobs[first["id"]].nbytes)  # also while nobody asks for one
+        second = ended(address, second)
         gone = get(address, first["result"])
         assert gone.status == 404
         assert "its result made room for newer ones" in gone.error["message"]

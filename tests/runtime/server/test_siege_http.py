@@ -9,12 +9,14 @@ import select
 import socket
 import stat
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runtime.server.events import BusyError
 from tests.runtime.server.test_http import fields, http_address, in_base64
 from tests.runtime.server.test_http_jobs import ended
 from tests.support.http import get, post, request
@@ -117,6 +119,39 @@ def test_who_goes_on_sending_is_cut_off(address: str, monkeypatch: pytest.Monkey
         )
         with pytest.raises(ConnectionError):
             send_for_ever(connection)
+
+
+@pytest.fixture
+def short_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a request must be there in a fifth of a second."""
+    monkeypatch.setattr("runtime.server.http.door._HEAD_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("short_heads")
+def test_an_answer_may_take_longer_than_a_head(server: ServerThread, address: str) -> None:
+    """Whoever came later and said nothing is gone when the answer is made."""
+    begun = len(server.engine.steps)
+    server.engine.hold()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, address, "/v1/composite", fields())
+        server.engine.wait_for_steps(begun + 1)
+        with closing(connect(address)) as silent:
+            assert silent.recv(1) == b""
+        server.engine.release()
+        assert asked.result().status == 200
+
+
+@pytest.mark.usefixtures("short_heads")
+def test_the_second_head_of_a_connection_is_not_waited_for_either(address: str) -> None:
+    question = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with closing(connect(address)) as connection:
+        for _ in range(2):
+            connection.sendall(question)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
+        connection.sendall(question[:-10])
+        assert connection.recv(1) == b""
 
 
 def test_silent_connections_above_the_limit_are_closed(
@@ -258,6 +293,20 @@ def test_a_folder_that_takes_nothing_more(
     assert failed["error"]["code"] == "resource_exhausted"
     assert failed["error"]["message"].startswith("the result cannot be stored: No such file or directory")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_result_that_is_stored_in_part_leaves_nothing(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def write_half(file: Path, content: bytes) -> None:
+        file.write_bytes(content[: len(content) // 2])
+        raise BusyError("the result cannot be stored: No space left on device")
+
+    monkeypatch.setattr("runtime.server.http.jobs.write_result", write_half)
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", job_folder=str(tmp_path)) as server:
+        failed = ended(http_address(server), post(http_address(server), "/v1/jobs", fields()).json)
+        assert failed["error"]["code"] == "resource_exhausted"
+        assert not list(tmp_path.iterdir())
 
 
 def test_refusals_at_unknown_paths_are_seen(
