@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,16 +148,23 @@ def test_latents_come_in_the_order_in_which_they_are_asked_for(compositor: Compo
 
 
 def test_samples_at_different_steps_find_their_own_maps_in_one_window(tiny_bundle: Path) -> None:
-    """All maps lie in the same tensors, and each step has rows of its own."""
+    """All maps lie in the same tensors, and each step has rows of its own; a third sample has other maps."""
     options = EngineOptions(backend="onnxruntime", device="cpu", threads=1)
     compositor = Compositor.load(tiny_bundle, options, control_window=4)
-    alone, together = (start(compositor, Sampling(steps=4), num_images=2) for _ in range(2))
+    other = Request(SCENE, [Placement(cutout(seed=5), box=(10, 10, 50, 60))], 9, Sampling(steps=4))
+    alone, together = (
+        [
+            *start(compositor, Sampling(steps=4), num_images=2),
+            compositor.new_drawing().start(compositor.accept(other).images[0]),
+        ]
+        for _ in range(2)
+    )
     for sample in alone:
         batch = batch_of(compositor, [sample])
         for _ in range(4):
             batch.step()
-    behind, ahead = together
-    for samples in ([ahead], [behind, ahead], [behind, ahead], [behind, ahead], [behind]):
+    behind, ahead, third = together
+    for samples in ([ahead], *3 * [[behind, ahead, third]], [behind, third]):
         batch.samples = samples
         batch.step()
     for found, expected in zip(together, alone):
@@ -179,3 +187,20 @@ def test_a_step_has_its_maps_if_the_one_before_is_of_the_same_window(
         found.append(sample.has_banks)
         batch.step()
     assert found == expected
+
+
+def test_a_sample_that_fails_alone_tells_its_own_reason(
+    compositor: Compositor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that of the call which it shared."""
+    samples = start(compositor, Sampling(steps=2), num_images=2)
+    batch, run = batch_of(compositor, samples), compositor.engine.run
+
+    def fail(graph: str, inputs: Any, *others: Any) -> Any:
+        if graph == compositor.bundle.manifest.step.name:
+            raise RuntimeError(f"{len(inputs['timestep'])} at once")
+        return run(graph, inputs, *others)
+
+    monkeypatch.setattr(compositor.engine, "run", fail)
+    batch.step()
+    assert [str(sample.error) for sample in samples] == ["1 at once", "1 at once"]

@@ -87,6 +87,16 @@ def test_a_body_of_many_small_chunks_is_refused(tiny_bundle: Path, tokens: str) 
         assert answer.startswith(b"HTTP/1.1 400")
 
 
+def test_small_chunks_are_counted_anew_for_each_request(address: str) -> None:
+    head = b"POST /v1/composite HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with closing(connect(address)) as connection:
+        for _ in range(3):
+            connection.sendall(head + 300 * b"1\r\n \r\n" + b"0\r\n\r\n")
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert json.loads(answer.read())["error"]["message"] == "the body is not JSON"
+
+
 def test_who_sends_too_much_reads_why(address: str) -> None:
     """All of it can be sent, though it was refused before its end: a reset would take the answer along."""
     body = b" " * (8 << 20)
