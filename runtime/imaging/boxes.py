@@ -112,8 +112,7 @@ def bounding_box(mask: NDArray[Any]) -> Box:
 
     mask: (H, W), zero outside the object. Fewer than 10 pixels give the whole picture.
     """
-    height, width = mask.shape
-    return _at_least_one_pixel(mask_extent(mask), (width, height))
+    return _at_least_one_pixel(mask_extent(mask))
 
 
 def expand(box: Box, ratio: float, size: tuple[int, int]) -> Box:
@@ -126,7 +125,7 @@ def expand(box: Box, ratio: float, size: tuple[int, int]) -> Box:
     """
     x0, x1 = _expand_axis(box.x0, box.x1, ratio)
     y0, y1 = _expand_axis(box.y0, box.y1, ratio)
-    return _at_least_one_pixel(Box(x0, y0, x1, y1).clip(size), size)
+    return _at_least_one_pixel(Box(x0, y0, x1, y1).clip(size))
 
 
 def square(box: Box, size: tuple[int, int]) -> Box:
@@ -153,7 +152,7 @@ def to_aspect(box: Box, aspect: tuple[int, int], size: tuple[int, int]) -> Box:
     else:
         half = box.width * height // width // 2
         box = Box(box.x0, y_centre - half, box.x1, y_centre + half)
-    return _at_least_one_pixel(box.clip(size), size)
+    return _at_least_one_pixel(box.clip(size))
 
 
 def box_in_box(inner: Box, outer: Box) -> Box:
@@ -192,8 +191,6 @@ def _centred_padding(width: int, height: int, new_width: int, new_height: int) -
     return Padding(left, top, new_width - width - left, new_height - height - top)
 
 
-def _at_least_one_pixel(box: Box, size: tuple[int, int]) -> Box:
-    if not box.is_empty:
-        return box
-    x0, y0 = min(box.x0, size[0] - 1), min(box.y0, size[1] - 1)
-    return Box(x0, y0, max(box.x1, x0 + 1), max(box.y1, y0 + 1))
+def _at_least_one_pixel(box: Box) -> Box:
+    """Widens a box that begins inside the picture to a pixel, where it is empty."""
+    return box.union(Box(box.x0, box.y0, box.x0 + 1, box.y0 + 1))

@@ -90,7 +90,6 @@ class DetailMapCache:
         while self.nbytes + window.nbytes > self.budget:
             self._drop(next(other for other in self._placements if other != placement))
         self._placements.setdefault(placement, {})[key] = window
-        self._placements.move_to_end(placement)
         self.nbytes += window.nbytes
 
     def make_room(self, placement: bytes) -> None:

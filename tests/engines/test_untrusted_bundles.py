@@ -21,7 +21,7 @@ import pytest
 from engines.bundle import CONSTANTS, Bundle, file_record
 from engines.errors import BundleError
 from engines.manifest import MANIFEST
-from engines.onnx_file import external_data
+from engines.onnx_file import ExternalData, external_data
 from engines.options import EngineOptions
 from runtime import Compositor
 from tests.support.anydoor import DENOISE, GRAPHS, ID_ENCODER
@@ -275,6 +275,37 @@ def test_a_graph_may_name_only_the_file_that_is_listed(
     set_hash(bundle, "denoise.onnx")
     with pytest.raises(BundleError, match="which the manifest does not list"):
         Bundle.open(bundle).verify(DENOISE)
+
+
+def with_attribute(**value: Any) -> onnx.GraphProto:
+    return onnx.GraphProto(node=[onnx.NodeProto(attribute=[onnx.AttributeProto(name="a", **value)])])
+
+
+WEIGHTS = a_tensor("x", offset=8, length=4)
+SPARSE = onnx.SparseTensorProto(values=WEIGHTS)
+PLACES = {
+    "values": onnx.ModelProto(graph=onnx.GraphProto(sparse_initializer=[SPARSE])),
+    "indices": onnx.ModelProto(
+        graph=onnx.GraphProto(sparse_initializer=[onnx.SparseTensorProto(indices=WEIGHTS)])
+    ),
+    "tensors": onnx.ModelProto(graph=with_attribute(tensors=[WEIGHTS])),
+    "graphs": onnx.ModelProto(graph=with_attribute(graphs=[as_initializer(WEIGHTS)])),
+    "sparse tensor": onnx.ModelProto(graph=with_attribute(sparse_tensor=SPARSE)),
+    "sparse tensors": onnx.ModelProto(graph=with_attribute(sparse_tensors=[SPARSE])),
+    "function": onnx.ModelProto(functions=[onnx.FunctionProto(node=as_constant(WEIGHTS).node)]),
+    "default of a function": onnx.ModelProto(
+        functions=[onnx.FunctionProto(attribute_proto=[onnx.AttributeProto(name="a", t=WEIGHTS)])]
+    ),
+    "training": onnx.ModelProto(training_info=[onnx.TrainingInfoProto(algorithm=as_initializer(WEIGHTS))]),
+    "its start": onnx.ModelProto(
+        training_info=[onnx.TrainingInfoProto(initialization=as_initializer(WEIGHTS))]
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weights_are_found_wherever_a_graph_may_have_them(place: str) -> None:
+    assert list(external_data(PLACES[place].SerializeToString())) == [ExternalData("x", 8, 4)]
 
 
 GRAPH_FILES = {

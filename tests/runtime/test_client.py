@@ -1,4 +1,4 @@
-"""The clients against a real server: retries, errors, asyncio, the command line, and a server that dies."""
+"""The clients against a real server: errors, asyncio, the command line, and a server that dies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -26,8 +25,7 @@ from runtime.errors import InputError
 from runtime.imaging.pictures import load_picture
 from runtime.request import Placement, Request, Sampling
 from runtime.result import Composite
-from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
-from runtime.server.events import Preview, Queued, QueueFullError, StepDone
+from runtime.server.events import Preview, Queued, StepDone
 from tests.support.serving import (
     BOX,
     OBJECT,
@@ -35,7 +33,6 @@ from tests.support.serving import (
     SCENE,
     ServerThread,
     held_compositor,
-    message,
     object_array,
     png,
     scene_array,
@@ -229,41 +226,6 @@ def test_failure_inside_tells_the_request_id(server: ServerThread, client: Clien
         assert len(error.value.request_id) == 32
     finally:
         server.engine.fails = lambda graph, inputs: False
-
-
-# --- retries ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("padding", [0, 2 << 20], ids=["small", "large"])
-def test_a_full_queue_is_tried_again(tiny_bundle: Path, padding: int) -> None:
-    """Also when the request is larger than gRPC keeps for a retry unless told."""
-    with (
-        ServerThread(tiny_bundle, max_batch=1, queue=0) as server,
-        server.client() as client,
-        grpc.insecure_channel(server.address) as channel,
-    ):
-        server.engine.hold()
-        stub: Any = CompositorServiceStub(channel)
-        first = stub.Composite.future(message(steps=2), timeout=PATIENCE)
-        server.engine.wait_for_steps(1)
-        submit, refusals = server.batcher.submit, []
-
-        def watched(*arguments):  # type: ignore[no-untyped-def]
-            try:
-                return submit(*arguments)
-            except QueueFullError as error:
-                refusals.append(error)
-                server.engine.release()
-                # the place is free before the client hears that it is not
-                wait_until(lambda: not server.batcher.tickets)
-                raise
-
-        server.batcher.submit = watched  # type: ignore[method-assign]
-        # what follows the end of a PNG is not looked at
-        request = Request(SCENE + b"\0" * padding, [PLACEMENT], 7, Sampling(steps=1))
-        assert len(client.run(request)) == 1
-        assert len(refusals) == 1
-        assert first.result().images
 
 
 # --- a server in a process of its own ---------------------------------------------------------------------

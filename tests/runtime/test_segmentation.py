@@ -15,6 +15,7 @@ from engines.errors import BundleError
 from engines.options import EngineOptions
 from runtime.compositor import Compositor
 from runtime.errors import InputError, MissingModelError
+from runtime.imaging.clicks import check_clicks, require_inside
 from runtime.request import Placement, Sampling
 from runtime.segmentation import Segmenter, _View
 from tests.support.segmenters import GREY, WHITE, bright_things
@@ -84,10 +85,12 @@ def test_without_networks_plain_backgrounds_are_enough() -> None:
     ("clicks", "refusal"),
     [
         ([(96, 0)], "the click 96,0 lies outside the picture, which has 96 x 48 pixels"),
+        ([(0, 48)], "the click 0,48 lies outside"),
         ([(3, -1)], "the click 3,-1 lies outside"),
         ([(3, 3, False)], "no click is on the object"),
         ([], "no click is on the object"),
         ([(0.5, 3)], "a click must be"),
+        ([(3, 3, 1)], "a click must be"),
         ([(3, 3)] * 31, "31 clicks are given; at most 30 are used"),
         ([(20, 20), (22, 22, False)], "no object was found there"),
     ],
@@ -97,6 +100,12 @@ def test_clicks_that_find_nothing(
 ) -> None:
     with pytest.raises(InputError, match=refusal):
         segmenter.mask(bright_things(), clicks)
+
+
+def test_thirty_clicks_may_be_given_up_to_the_corners_of_the_picture() -> None:
+    clicks = check_clicks([(0, 0), (95, 47, False), *28 * [[3, 3]]])
+    assert clicks[:3] == [(0, 0, True), (95, 47, False), (3, 3, True)]
+    require_inside(clicks, (96, 48), "the picture")
 
 
 def test_what_is_missing_is_named() -> None:

@@ -16,7 +16,7 @@ from engines.options import EngineOptions
 from runtime import Compositor, InputError, Placement, Request, Sampling
 from runtime.client import Client
 from runtime.imaging.boxes import Box
-from runtime.imaging.geometry import Ratios, zoom_in
+from runtime.imaging.geometry import Geometry, Ratios, zoom_in
 from runtime.imaging.pasted_object import object_pixels, paste_object, place_of
 from runtime.parameters import sampling_parameters
 from runtime.sampling.passes import first_pass, partial_pass
@@ -91,6 +91,30 @@ def test_a_large_object_is_made_smaller_with_its_own_colours() -> None:
     np.testing.assert_array_equal(pixels[10:-10, 10:-10], np.broadcast_to([255, 0, 0, 255], (76, 44, 4)))
 
 
+def test_a_small_object_keeps_its_pixels_and_a_thin_one_its_width() -> None:
+    """The bounding box is the original's, which leaves out the last row and column."""
+    assert object_pixels(*red(20, 10), 96).shape == (19, 9, 4)
+    assert object_pixels(*red(1000, 3), 96).shape == (96, 1, 4)
+
+
+def test_of_an_object_across_the_border_the_rest_is_seen() -> None:
+    """Of one that is red on its left and green on its right, the green half; nothing is squeezed."""
+    pixels = np.zeros((40, 40, 4), np.uint8)
+    pixels[..., 3] = pixels[:, :20, 0] = pixels[:, 20:, 1] = 255
+    scene, place = np.full((120, 160, 3), 100, np.uint8), Box(-20, 40, 20, 80)
+    crop = paste_object(scene, Geometry(Box(0, 0, 160, 120), place), place, pixels)
+    assert (crop[40:80, 1:20] == (0, 255, 0)).all()
+    assert (crop[40:80, 20:] == 100).all()
+
+
+def test_what_is_half_opaque_shows_what_is_under_it() -> None:
+    """The colours are multiplied by the opacity already."""
+    pixels = np.full((40, 40, 4), (100, 0, 0, 51), np.uint8)
+    scene, place = np.full((60, 60, 3), 50, np.uint8), Box(10, 10, 50, 50)
+    crop = paste_object(scene, Geometry(Box(0, 0, 60, 60), place), place, pixels)
+    assert (crop[10:50, 10:50] == (140, 40, 40)).all()
+
+
 def test_the_place_of_a_mask_is_the_box_around_it() -> None:
     mask = np.zeros((50, 60), bool)
     mask[10:20, 30:45] = True
@@ -144,6 +168,17 @@ def test_steps_and_progress_are_those_that_are_taken(tiny_bundle: Path) -> None:
     assert seen == [(step, 5) for step in range(1, 6)]
     assert counter.runs[DENOISE] == 5
     assert compositor.steps_of(request) == (5, 0)
+
+
+def test_steps_are_those_of_the_bundles_own_strength_unless_another_is_given(tiny_bundle: Path) -> None:
+    compositor = Compositor.load(tiny_bundle, CPU)
+    compositor.defaults = {**compositor.defaults, "strength": 0.5}
+    for strength, steps in ((None, 5), (0.2, 2)):
+        seen: list[tuple[int, int]] = []
+        request = Request(SCENE, [replace(PLACEMENT, strength=strength)], 7, STEPS)
+        compositor.run(request, lambda *of, seen=seen: seen.append(of))
+        assert seen[-1] == (steps, steps)
+        assert compositor.steps_of(request) == (steps, 0)
 
 
 def test_a_second_object_is_pasted_into_the_picture_with_the_first(compositor: Compositor) -> None:

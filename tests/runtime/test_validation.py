@@ -17,6 +17,7 @@ from runtime.validation import (
     MAX_GUIDANCE_SCALE,
     MAX_SEED,
     Limits,
+    check_defaults,
     check_initial_noise,
     check_placement_count,
     check_sampling,
@@ -100,6 +101,26 @@ def test_every_parameter_has_a_range() -> None:
 @pytest.mark.parametrize("timesteps", [5, ("a",), (None,), (1.5, 3), (10**30,), (-1, 4), (True, 4)])
 def test_exact_timesteps_are_whole_numbers_of_the_training(timesteps: Any) -> None:
     assert refusal(timesteps=timesteps).field == "timesteps"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("steps", [0]),
+        ("refine", [-1, 1000, 0.5]),
+        ("strength", [0, -0.5, 1.01, NAN, True]),
+        ("mode", ["abacus"]),
+        ("edge", ["jagged"]),
+        ("mask_level", [4]),
+        ("crop_ratio", [0.5]),
+        ("abacus", [1]),
+    ],
+)
+def test_defaults_of_a_bundle_have_the_same_ranges(name: str, values: list[Any]) -> None:
+    check_defaults({**DEFAULTS, "refine": 999, "strength": 1.0})
+    for value in values:
+        with pytest.raises(InputError, match=name.partition("_ratio")[0].replace("_", ".")):
+            check_defaults({**DEFAULTS, name: value})
 
 
 def test_a_server_may_allow_less() -> None:

@@ -92,5 +92,25 @@ def icc_profile(primaries: Sequence[Sequence[float]] = ADOBE_RGB, gamma: float =
     return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + content
 
 
+def one_way_profile() -> bytes:
+    """A profile of a scanner, whose table leads from its colours to XYZ and not back."""
+    table = np.stack(np.meshgrid(*3 * [np.linspace(0, 200, 2)], indexing="ij"), axis=-1)
+    identity = struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).ravel())
+    curves = 3 * bytes(range(256))
+    tag = (
+        b"mft1"
+        + bytes(4)
+        + bytes((3, 3, 2, 0))
+        + identity
+        + curves
+        + table.astype(np.uint8).tobytes()
+        + curves
+    )
+    start = 132 + 12
+    head = struct.pack(">I4sI4s4s4s", start + len(tag), bytes(4), 0x02200000, b"scnr", b"RGB ", b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + _xyz((0.9642, 1, 0.8249))[8:]
+    return head.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", start, len(tag)) + tag
+
+
 def _xyz(values: Sequence[float]) -> bytes:
     return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))

@@ -44,6 +44,8 @@ class SimulatedDevice:
         self.allocations = 0
         self.captures = 0
         self.launches = 0
+        self.kept_graphs = 0
+        """That were captured and not freed."""
         self._blocks: dict[int, NDArray[np.uint8]] = {}
         self._pending: list[Operation] = []
         self._recording: list[Operation] | None = None
@@ -104,14 +106,21 @@ class SimulatedDevice:
         finally:
             self._recording = None
         self.captures += 1
+        self.kept_graphs += 1
         return recorded
 
     def launch(self, captured: Sequence[Operation]) -> None:
         self.launches += 1
-        for operation in captured:
-            self.submit(operation)
+
+        def replay() -> None:
+            for operation in captured:
+                operation()
+
+        self.submit(replay)
 
     def free_captured(self, captured: list[Operation]) -> None:
+        """What is in the stream of it is lost."""
+        self.kept_graphs -= 1
         captured.clear()
 
     def submit(self, operation: Operation) -> None:

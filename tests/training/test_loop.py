@@ -21,7 +21,7 @@ from training.loop import ShardedSampler, join_processes, train
 from training.loop_settings import LoopSettings
 from training.network.modules import AnyDoor
 from training.systems.anydoor import Denoising, DiffusionTask, noisy_latents
-from training.train_state import save_atomically
+from training.train_state import EMA, save_atomically
 
 
 def diffusion_task(rules: Denoising | None = None, pairs: Any = None) -> DiffusionTask:
@@ -95,6 +95,19 @@ def test_what_is_frozen_does_not_move_by_a_bit(
     assert not any(name.startswith("control.conv_in.") for name in moved)
     for prefix in moving:
         assert any(name.startswith(prefix) for name in moved), prefix
+
+
+def test_the_average_follows_the_weights_faster_at_first() -> None:
+    """At step s it keeps (1 + s) / (10 + s) of what it was, until that is more than its decay."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    average = EMA(module, decay=0.9)
+    torch.nn.init.ones_(module.weight)
+    expected = 0.0
+    for step, kept in ((0, 0.1), (8, 0.5), (79, 80 / 89), (80, 0.9), (8000, 0.9)):
+        average.update(step)
+        expected = kept * expected + (1 - kept)
+        assert average.weights["weight"].item() == pytest.approx(expected)
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from training.loop import train
 from training.loop_settings import LoopSettings
 from training.network.checkpoint import read_checkpoint
 from training.network.modules import AnyDoor
-from training.sharding import LaunchError
+from training.sharding import LaunchError, gather, shard
 from training.systems.anydoor import Denoising, DiffusionTask
 from training.train import main
 
@@ -57,6 +57,20 @@ def test_whoever_holds_the_weights_they_are_the_same(alone: Path, tmp_path: Path
     finish(*start_two(train_tiny, tmp_path, 2, 3, 0.0, True))
     finish(start(train_tiny, tmp_path, 4, 4))
     assert_close(tmp_path, alone)
+
+
+def test_a_state_is_gathered_whatever_it_is_nested_in() -> None:
+    """What is saved takes no gradient, and is no part of the network."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    found = gather({"state": {0: {"mean": weight}}, "groups": [{"rate": weight, "steps": 3}]})
+    for tensor in (found["state"][0]["mean"], found["groups"][0]["rate"]):
+        assert torch.equal(tensor, weight)
+        assert not tensor.requires_grad
+    assert found["groups"][0]["steps"] == 3
+
+
+def test_a_scalar_of_a_saved_state_takes_the_shape_of_its_place() -> None:
+    assert shard(torch.tensor(3.0), torch.zeros(1)).tolist() == [3.0]
 
 
 def test_sharding_needs_several_processes(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engines.bundle import Bundle
+from engines.card.engine import CardEngine
 from engines.cuda import OutOfDeviceMemoryError
 from engines.engine import Engine
 from engines.spec import GraphSpec
@@ -180,13 +182,54 @@ def test_a_loop_is_evicted_with_its_graph(bundle: Bundle) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def windows(bundle: Bundle, maps: int) -> dict[str, Any]:
+    """Inputs of the window graph for so many detail maps: each number has a captured call of its own."""
+    return {
+        of.name: np.ones(of.resolve({"maps": maps}), of.dtype) for of in bundle.manifest.specs[CONTROL].inputs
+    }
+
+
 def test_many_shapes_do_not_pile_up(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.card.capture.MOST_CALLS", 3)
-    engine, control = Simulation(bundle).engine, bundle.manifest.specs[CONTROL]
-    for maps in range(1, 1 + bundle.manifest.largest_sizes["maps"]):
+    simulation = Simulation(bundle)
+    engine, device = simulation.engine, simulation.device
+    most = bundle.manifest.largest_sizes["maps"]
+    for maps in range(1, 1 + most):
         for _ in range(2):
-            engine.run(CONTROL, {t.name: np.ones(t.resolve({"maps": maps}), t.dtype) for t in control.inputs})
-    assert engine.cached_calls == 3
+            engine.run(CONTROL, windows(bundle, maps))
+    assert device.captures == most
+    assert engine.cached_calls == device.kept_graphs == 3
+    engine.unload(CONTROL)
+    assert engine.cached_calls == device.kept_graphs == 0
+
+
+def test_the_call_that_was_made_longest_ago_makes_room(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.card.capture.MOST_CALLS", 3)
+    simulation = Simulation(bundle)
+    for maps in (1, 2, 3, 1, 4):
+        simulation.engine.run(CONTROL, windows(bundle, maps))
+    contexts = simulation.plans.contexts
+    for maps, more in ((1, 0), (3, 0), (4, 0), (2, 1)):
+        simulation.engine.run(CONTROL, windows(bundle, maps))
+        assert simulation.plans.contexts == contexts + more
+
+
+def test_a_call_is_finished_before_it_makes_room(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card is still at its CUDA graph when another shape comes."""
+    monkeypatch.setattr("engines.card.capture.MOST_CALLS", 1)
+
+    def third(engine: CardEngine) -> dict[str, NDArray[Any]]:
+        given = [windows(bundle, 1), windows(bundle, 1), windows(bundle, 1), windows(bundle, 2)]
+        given[2]["hint"] *= 2
+        on_card = [{name: engine.to_device(array) for name, array in each.items()} for each in given]
+        results = [engine.run(CONTROL, inputs) for inputs in on_card]
+        return {name: engine.to_host(tensor) for name, tensor in results[2].items()}
+
+    replayed, plain = third(Simulation(bundle).engine), third(Simulation(bundle, capture=False).engine)
+    for name, expected in plain.items():
+        np.testing.assert_array_equal(replayed[name], expected)
 
 
 @pytest.mark.parametrize("samples", [4, 16])

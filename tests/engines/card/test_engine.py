@@ -64,6 +64,35 @@ def test_a_new_tensor_in_the_memory_of_an_old_one_is_seen(bundle: Bundle) -> Non
         del tensors
 
 
+def test_an_input_that_is_in_place_is_not_copied_again(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four runs the first copies all inputs and the second only outputs; the third has an array of the
+    host for one of them, and so the fourth copies that one."""
+    simulation, spec = Simulation(bundle), bundle.manifest.specs[DENOISE]
+    engine, device, copies = simulation.engine, simulation.device, list[int]()
+    copy = device.copy
+
+    def counted(destination: int, source: int, nbytes: int) -> None:
+        copies.append(nbytes)
+        copy(destination, source, nbytes)
+
+    arrays = example_inputs(spec, bundle.manifest.typical_sizes)
+    tensors = {name: engine.to_device(array) for name, array in arrays.items()}
+    monkeypatch.setattr(device, "copy", counted)
+    made, results = list[int](), list[NDArray[np.float32]]()
+    for inputs in (tensors, tensors, tensors | {"latent": arrays["latent"] + 1}, tensors):
+        copies.clear()
+        tensor = engine.run(DENOISE, inputs)["next_latent"]
+        made.append(len(copies))
+        results.append(engine.to_host(tensor))
+    every, outputs = len(spec.inputs), len(spec.outputs)
+    assert made == [every + outputs, outputs, outputs + 1, outputs + 1]
+    np.testing.assert_array_equal(results[1], results[0])
+    assert (results[2] != results[0]).any()
+    np.testing.assert_array_equal(results[3], results[0])
+
+
 def test_nothing_is_allocated_after_warm_up(bundle: Bundle) -> None:
     simulation = Simulation(bundle)
     simulation.painter.paint()

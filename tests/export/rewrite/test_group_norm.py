@@ -34,6 +34,7 @@ def group_norm(
     flat: bool = False,
     dynamic: bool = True,
     skip: tuple[int, ...] = (),
+    epsilon: float = 1e-5,
 ) -> ir.Model:
     """nn.GroupNorm as PyTorch's exporter writes it, in float32 between casts if the data are float16.
 
@@ -42,6 +43,7 @@ def group_norm(
         flat: of (N, C, H W) data that a Reshape makes of the picture.
         dynamic: the batch has a variable size, so that the shape is taken at run time.
         skip: shape without batch of what is added to the result of a convolution before; none if empty.
+        epsilon: added to the variance.
     """
     b = Builder(dtype)
     batch: int | str = "batch" if dynamic else 2
@@ -59,7 +61,7 @@ def group_norm(
     per_channel = (channels, *(1 for _ in shape[2:]))
     grouped = b.node("Reshape", data, b.constant([0, groups, -1]))
     ones, zeros = (b.constant(np.full(groups, value), np.float32) for value in (1, 0))
-    normalised = b.node("InstanceNormalization", grouped, ones, zeros, epsilon=1e-5)
+    normalised = b.node("InstanceNormalization", grouped, ones, zeros, epsilon=epsilon)
     restored = b.node("Reshape", normalised, b.node("Shape", data, start=0) if dynamic else b.constant(shape))
     scaled = b.node("Mul", restored, b.weight(*per_channel, dtype=np.float32, mean=1, std=0.2))
     result = b.node("Add", scaled, b.weight(*per_channel, dtype=np.float32))
@@ -153,6 +155,12 @@ def test_deterministic_operators_do_not_overflow() -> None:
     rewrite(model, DETERMINISTIC_CUDA)
     [found] = evaluate(model, inputs)
     assert relative_error(found, expected) < TOLERANCE["float16"]
+
+
+@pytest.mark.parametrize("skip", [(), (8, 3, 4)], ids=["alone", "after a sum"])
+@pytest.mark.parametrize("target", ["cuda", DETERMINISTIC_CUDA])
+def test_the_epsilon_is_the_graphs(target: str, skip: tuple[int, ...]) -> None:
+    check(group_norm(skip=skip, epsilon=0.5), TOLERANCE["float32"], target)
 
 
 def test_a_result_that_others_read_keeps_its_value() -> None:

@@ -13,12 +13,15 @@ from tests.export.rewrite.graphs import TOLERANCE, Builder, evaluate, random_inp
 DTYPES = ["float32", "float16"]
 
 
-def residual(dtype: str, bias: bool = True, axis: int = -1, axes: int = 3, read: bool = True) -> ir.Model:
+def residual(
+    dtype: str, bias: bool = True, axis: int = -1, axes: int = 3, read: bool = True, epsilon: float = 1e-5
+) -> ir.Model:
     """A linear layer on a residual, then LayerNormalization.
 
     Args:
         axes: of the data.
         read: the sum is read by what follows, too.
+        epsilon: added to the variance.
     """
     b = Builder(dtype)
     shape = ("batch", 5, 16, 16)[4 - axes :] if axes < 4 else ("batch", 3, 5, 16)
@@ -28,7 +31,7 @@ def residual(dtype: str, bias: bool = True, axis: int = -1, axes: int = 3, read:
     total = b.node("Add", layer, skip)
     sizes = (5, 16) if axis == 1 else (16,)
     normalised = b.node(
-        "LayerNormalization", total, b.weight(*sizes, mean=1), b.weight(*sizes), axis=axis, epsilon=1e-5
+        "LayerNormalization", total, b.weight(*sizes, mean=1), b.weight(*sizes), axis=axis, epsilon=epsilon
     )
     return b.model(normalised, *([total] if read else []))
 
@@ -49,8 +52,8 @@ def test_same_results_in_one_operator(dtype: str, bias: bool, read: bool) -> Non
 
 @pytest.mark.parametrize("read", [True, False])
 def test_runs_in_onnx_runtime(read: bool) -> None:
-    """Its CPU provider has the operator too, in float32."""
-    model = residual("float32", read=read)
+    """Its CPU provider has the operator too, in float32; its epsilon is the graph's."""
+    model = residual("float32", read=read, epsilon=0.5)
     inputs = random_inputs(model, {"batch": 2})
     expected = evaluate(model, inputs)
     rewrite(model, "cuda")

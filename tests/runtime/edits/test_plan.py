@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from runtime.edits.plan import Plan, plan_edit
-from runtime.errors import collecting_warnings
+from runtime.errors import InputError, collecting_warnings
 from runtime.imaging.boxes import Box, smallest_box
+from runtime.imaging.decoding import UPRIGHT
+from runtime.imaging.picture import Picture
 from runtime.request import Action, Edit, Move, Placement, Remove, Reshape, Swap, SwapPlaces, TryOn, Where
 from runtime.result import Stopwatch
 from runtime.segmentation import Segmenter
 from runtime.validation import LARGEST
+from tests.support.picture_files import encoded
 
 SCENE = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
 
@@ -80,6 +86,82 @@ def test_specks_stay_if_the_placement_keeps_them(
     plan = plan_of(action(Placement(OBJECT, keep_specks=True)), with_speck(CUP))
     assert place_of(plan.placements[0]) == Box(20, 30, 160, 120)
     assert not recwarn.list
+
+
+def test_objects_that_change_places_take_their_own_masks_along() -> None:
+    """Each as high as the other was; what is thin keeps a pixel of width."""
+    thin = rectangle(100, 20, 101, 100)
+    cup, other = plan_of(SwapPlaces(Where(mask=thin))).placements
+    np.testing.assert_array_equal(cup.reference_mask, CUP)
+    np.testing.assert_array_equal(other.reference_mask, thin)
+    assert (cup.box, other.box) == (Box(47, 20, 154, 100), Box(39, 30, 40, 60))
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [
+        (rectangle(39, 30, 79, 60), True),  # most of the cup
+        (rectangle(41, 30, 81, 60), False),  # less than half of it
+        (rectangle(30, 35, 40, 45), True),  # lies in it, and is a fraction of its size
+        (rectangle(0, 0, 150, 110), True),
+    ],
+)
+def test_selections_are_one_object_if_they_share_more_than_half_of_the_smaller(
+    other: NDArray[np.bool_], is_same: bool
+) -> None:
+    refusal = pytest.raises(InputError, match="both selections are the same object")
+    with refusal if is_same else nullcontext():
+        plan_of(SwapPlaces(Where(mask=other)))
+
+
+@pytest.mark.parametrize(("asked", "mode"), [(None, "keep_background"), ("crop", "crop"), ("shape", "shape")])
+def test_another_object_keeps_the_background_unless_another_mode_is_given(
+    asked: str | None, mode: str
+) -> None:
+    """In the box of the old object, or in its shape."""
+    (placement,) = plan_of(Swap(Placement(OBJECT, mode=asked))).placements
+    assert placement.mode == mode
+    assert (placement.box is None) == (asked == "shape")
+    assert place_of(placement) == smallest_box(CUP)
+
+
+@pytest.mark.parametrize(("asked", "ratio"), [(None, 1.3), (1.7, 1.7)])
+def test_clothes_get_little_room_unless_more_is_given(asked: float | None, ratio: float) -> None:
+    (placement,) = plan_of(TryOn(Placement(OBJECT, crop_ratio=asked))).placements
+    assert (placement.crop_ratio, placement.mode) == (ratio, "shape")
+    np.testing.assert_array_equal(placement.mask, CUP)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        Move((90, 60, 140, 110), refine=300, strength=0.4),
+        Reshape(TALL, refine=300, strength=0.4),
+        SwapPlaces(Where(mask=VASE), refine=300, strength=0.4),
+    ],
+    ids=["move", "reshape", "swap-places"],
+)
+def test_an_object_of_the_scene_is_drawn_as_the_edit_says(action: Action) -> None:
+    assert {(each.refine, each.strength) for each in plan_of(action).placements} == {(300, 0.4)}
+
+
+def test_a_scene_that_was_turned_is_upright_in_the_plan() -> None:
+    """As are the masks of its objects, which nobody must turn again."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = encoded(Image.fromarray(SCENE).transpose(Image.Transpose.ROTATE_90), exif=exif)
+    (moved,) = plan_edit(
+        Edit(stored, Where(mask=CUP), Move((90, 60, 140, 110))), Segmenter(), LARGEST, Stopwatch()
+    ).placements
+    assert isinstance(moved.reference, Picture)
+    assert moved.reference.orientation == UPRIGHT
+    np.testing.assert_array_equal(moved.reference.rgb, SCENE)
+    np.testing.assert_array_equal(moved.reference_mask, CUP)
+
+
+def test_seed_zero_is_that_of_the_plan() -> None:
+    edit = Edit(SCENE, Where(mask=CUP), Remove(), seed=0)
+    assert plan_edit(edit, Segmenter(), LARGEST, Stopwatch()).seed == 0
 
 
 @pytest.mark.filterwarnings("ignore:the scene is partly transparent")

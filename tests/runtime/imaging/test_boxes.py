@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from runtime.imaging.boxes import (
     Box,
+    Padding,
+    aspect_padding,
     bounding_box,
     box_extent,
     box_in_box,
@@ -85,6 +87,19 @@ def test_padding_to_a_square(case):
     image, value = GOLDEN[f"pad{case}_in"], int(GOLDEN[f"pad{case}_value"])
     padding = square_padding(image.shape[1], image.shape[0])
     np.testing.assert_array_equal(pad(image, padding, value), GOLDEN[f"pad{case}_out"])
+
+
+@pytest.mark.parametrize(
+    ("size", "aspect", "padding"),
+    [
+        ((10, 7), (3, 2), Padding(0, 0, 1, 0)),
+        ((7, 10), (2, 3), Padding(0, 0, 0, 1)),
+        ((12, 4), (3, 2), Padding(0, 2, 0, 2)),
+    ],
+)
+def test_padding_to_other_sides_loses_nothing(size, aspect, padding):
+    """Sides that do not come out even are rounded up."""
+    assert aspect_padding(*size, aspect) == padding
 
 
 @pytest.mark.parametrize("case", range(5))

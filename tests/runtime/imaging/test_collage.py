@@ -59,6 +59,21 @@ def test_a_box_is_its_filled_mask(mode):
     np.testing.assert_array_equal(from_box.hint, from_mask.hint)
 
 
+@pytest.mark.parametrize(
+    "box", [Box(20, 10, 84, 74), Box(60, 40, 120, 120), Box(0, 0, 128, 128), Box(0, 0, 40, 30)]
+)
+def test_a_tile_shows_its_part_of_a_box_that_reaches_beyond_it(box):
+    """At native scale: what the whole scene's collage has there."""
+    scene, tile, whole = scene_of(128, 128), Box(40, 30, 104, 94), Box(0, 0, 128, 128)
+
+    def picture(crop):
+        mask = np.zeros((crop.height, crop.width), np.uint8)
+        geometry = Geometry(crop, box)
+        return collage(scene, geometry, REFERENCE.high_frequency_map, mask, MODES["shape"], crop.width)[:3]
+
+    np.testing.assert_array_equal(picture(tile), picture(whole)[(slice(None), *tile.slices)])
+
+
 def test_a_tiny_box_stays_where_it_is_and_a_tiny_mask_means_the_whole_scene():
     box = Box(50, 40, 52, 43)
     assert zoom_in(box, (120, 90), Ratios()).box.width < 5

@@ -6,18 +6,29 @@ import io
 import struct
 import threading
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.errors import InputWarning, collecting_warnings
+from benchmarks.support.attacker import scan_bomb
+from runtime.errors import InputError, InputWarning, collecting_warnings
 from runtime.imaging.decoding import size_in_head
+from runtime.imaging.decoding_cost import MAX_SCANS, check_cost
 from runtime.imaging.formats import HAS_AVIF
 from runtime.imaging.pictures import encode_picture, load_picture
 from runtime.imaging.scene import load_scene
-from tests.support.picture_files import png_chunk, png_of_16_bits, png_of_rows, png_with, tiff_of_16_bits
+from tests.support.picture_files import (
+    encoded,
+    png_chunk,
+    png_of_16_bits,
+    png_of_rows,
+    png_with,
+    tiff,
+    tiff_of_16_bits,
+)
 from training.data.sources.base import read_picture
 
 PATIENCE = 60
@@ -117,6 +128,63 @@ def test_pillow_says_nothing_of_exif_that_is_cut_short(left: int, tmp_path: Path
         encode_picture(scene.rgb, "JPEG", scene.metadata)
         assert size_in_head(path) == seen.shape[1::-1]
         assert read_picture(path).shape == (40, 60, 3)
+
+
+# --- limits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"workflow\0\0" + zlib.compress(bytes(2 << 20))], ids=["plain", "mended"]
+)
+def test_a_picture_may_have_as_many_pixels_as_are_decoded(text: bytes) -> None:
+    """Also one that Pillow does not read before it is mended."""
+    content = png_with(encoded(np.zeros((8, 9, 3), np.uint8)), png_chunk(b"zTXt", text) * bool(text))
+    assert load_picture(content, "the scene", max_pixels=72).rgb.shape == (8, 9, 3)
+    with pytest.raises(InputError, match="the scene is 9 x 8: more than 71 pixels"):
+        load_picture(content, "the scene", max_pixels=71)
+
+
+def test_a_side_may_have_as_many_pixels_as_that_of_a_jpeg() -> None:
+    assert load_picture(encoded(np.zeros((1, 65_535), np.uint8)), "the scene").rgb.shape == (1, 65_535, 3)
+    with pytest.raises(InputError, match="a side may have at most 65,535 pixels"):
+        load_picture(encoded(np.zeros((65_536, 1), np.uint8)), "the scene")
+
+
+def test_a_picture_may_have_sixty_four_scans() -> None:
+    """A progressive grey one has six, of which the last is repeated."""
+    assert load_picture(scan_bomb(8, MAX_SCANS - 5), "the scene").rgb.shape == (8, 8, 3)
+    with pytest.raises(InputError, match="the scene has more than 64 scans"):
+        load_picture(scan_bomb(8, MAX_SCANS - 4), "the scene")
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "MPO"])
+def test_scans_are_counted_with_previews_and_without(
+    file_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.imaging.decoding_cost.MAX_SCANS", 3)
+    picture = Image.new("RGB", (12, 9))
+    options = {"save_all": True, "append_images": [picture]} if file_format == "MPO" else {}
+    with pytest.raises(InputError, match="the scene has more than 3 scans"):
+        load_picture(encoded(picture, file_format, progressive=True, **options), "the scene")
+
+
+@pytest.mark.parametrize(
+    ("size", "largest"), [((80, 64), (1024, 1024)), ((2000, 1000), (2000, 2000))], ids=["small", "large"]
+)
+def test_tiles_may_be_twice_the_picture_or_a_million_pixels(
+    size: tuple[int, int], largest: tuple[int, int]
+) -> None:
+    def check(width: int, height: int) -> None:
+        tags = [
+            *((256, size[0]), (257, size[1]), (258, 8), (259, 8), (262, 1), (277, 1)),
+            *((322, width), (323, height), (324, 8), (325, 4)),
+        ]
+        content = tiff(b"data", [(tag, 4, 1, value) for tag, value in tags])
+        check_cost(Image.open(io.BytesIO(content)), content, "the scene")
+
+    check(*largest)
+    with pytest.raises(InputError, match="the scene has tiles of"):
+        check(largest[0] + 1, largest[1])
 
 
 # --- threads ----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from runtime.imaging.boxes import Box, smallest_box
 from runtime.imaging.guess_background import guess_background
 from runtime.imaging.holes import check_hole, fade, filled, grow, hole_box, hole_of, room_around
 from runtime.imaging.pictures import load_picture
+from tests.support.picture_files import encoded, icc_profile
 
 OBJECT = np.zeros((90, 120), bool)
 OBJECT[30:60, 40:70] = True
@@ -111,6 +112,30 @@ def test_a_picture_keeps_its_colours_and_its_transparency_outside_of_the_hole() 
     assert (result.pixels[OBJECT][:, 3] == 255).all()
 
 
+def test_what_fills_a_hole_has_the_colours_of_the_scenes_profile() -> None:
+    """Read again, they look as they were drawn; the scene that was given stays as it was."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    picture = load_picture(encoded(pixels, icc_profile=icc_profile()), "the scene")
+    drawn = np.full_like(pixels, (200, 60, 30))
+    result = filled(picture, picture.rgb, drawn, fade(OBJECT))
+    assert (result.rgb[OBJECT] == (200, 60, 30)).all()
+    again = load_picture(encoded(result.own, icc_profile=icc_profile()), "the result")
+    assert np.abs(again.rgb[OBJECT].astype(int) - (200, 60, 30)).max() <= 2
+    np.testing.assert_array_equal(picture.own, pixels)
+
+
+@pytest.mark.parametrize(("looks", "colour"), [(250, 0), (253, 153), (240, 0)])
+def test_the_colour_of_what_is_hardly_opaque_is_that_which_looks_so_on_white(looks: int, colour: int) -> None:
+    """At an opacity of 5 of 255; none looks like the last of them, and black comes nearest."""
+    rgba = np.full((90, 120, 4), 255, np.uint8)
+    rgba[0, 0, 3] = 0
+    picture = load_picture(Image.fromarray(rgba), "the scene")
+    drawn = np.full_like(rgba, looks)
+    drawn[..., 3] = 5
+    result = filled(picture, picture.rgb, drawn, fade(OBJECT))
+    assert (result.pixels[OBJECT] == (colour, colour, colour, 5)).all()
+
+
 def test_the_background_is_guessed_from_row_and_column() -> None:
     ramp = np.tile(np.arange(120, dtype=np.uint8)[None, :, None], (90, 1, 3))
     holed = ramp.copy()
@@ -127,6 +152,26 @@ def test_a_pixel_without_anything_in_row_and_column_gets_what_the_others_have() 
     scene = np.full((30, 30, 3), 90, np.uint8)
     scene[cross] = 0
     assert (guess_background(scene, cross) == 90).all()
+
+
+def test_what_the_others_have_is_rounded_and_is_that_of_all_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three corners of a cross are as bright as 91 and one as 82, which is 88.75 on average; the rows of a
+    large scene are looked at in bands, here three at a time, or each alone where one is wider than a band."""
+    cross = np.zeros((30, 30), bool)
+    cross[10:20] = cross[:, 10:20] = True
+    scene = np.full((30, 30, 3), 91, np.uint8)
+    scene[:10, :10] = 82
+    whole = guess_background(scene, cross)
+    assert (whole[10:20, 10:20] == 89).all()
+    for pixels in (3 * 30, 20):
+        monkeypatch.setattr("runtime.imaging.guess_background._BAND", pixels)
+        np.testing.assert_array_equal(guess_background(scene, cross), whole)
+
+
+def test_without_a_hole_or_with_nothing_around_it_the_scene_stays() -> None:
+    scene = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    for hole in (np.zeros((9, 7), bool), np.ones((9, 7), bool)):
+        np.testing.assert_array_equal(guess_background(scene, hole), scene)
 
 
 @given(objects(24))

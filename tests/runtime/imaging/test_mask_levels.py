@@ -67,14 +67,18 @@ def test_a_mirrored_mask_gives_mirrored_levels(case: tuple[Mask, Box]) -> None:
         assert (one[:, ::-1] != other).mean() < 0.02  # Pillow rounds each pass of its blur
 
 
+@pytest.mark.parametrize(("most", "accuracy"), [(1 << 24, 2.5), (1 << 15, 5)], ids=["whole", "reduced"])
 @pytest.mark.parametrize(("level", "reach"), [("outline", 0.026), ("blob", 0.132)])
-def test_a_straight_edge_moves_by_the_quantile_of_the_gaussian(level: MaskLevel, reach: float) -> None:
+def test_a_straight_edge_moves_by_the_quantile_of_the_gaussian(
+    level: MaskLevel, reach: float, most: int, accuracy: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sigma times 1.28, where a tenth of the mask is left, and 1.64, where a twentieth is."""
+    monkeypatch.setattr("runtime.imaging.mask_levels._MOST_BLURRED", most)
     mask = np.zeros((400, 1000), bool)
     mask[:, 300:700] = True
     coarse = coarsen_mask(mask, level, Box(0, 0, 1000, 400))
     grown = (np.count_nonzero(coarse[200]) - 400) / 2
-    assert grown == pytest.approx(400 * reach, abs=2.5)
+    assert grown == pytest.approx(400 * reach, abs=accuracy)
 
 
 def test_a_wider_spread_draws_a_coarser_outline() -> None:

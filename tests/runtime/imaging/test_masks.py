@@ -170,6 +170,14 @@ def test_mask_that_may_lie_either_way_is_warned_of() -> None:
     np.testing.assert_array_equal(mask, PLACE)
 
 
+def test_mask_of_a_square_picture_may_lie_either_way() -> None:
+    """Its size says nothing, so it is not turned."""
+    place = PLACE[:30, :30]
+    with pytest.warns(InputWarning, match="the scene is rotated by its EXIF, but the mask is not"):
+        mask = load_mask(place, "the mask", of=MaskedPicture("the scene", (30, 30, 3), orientation=6))
+    np.testing.assert_array_equal(mask, place)
+
+
 def test_mask_with_the_same_exif_is_turned_like_its_picture(recwarn: pytest.WarningsRecorder) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3

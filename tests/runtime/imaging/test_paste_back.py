@@ -155,6 +155,36 @@ def test_a_soft_edge_fades_from_the_picture_into_the_scene():
     assert region == Box(92, 82, 208, 218)
 
 
+def test_a_soft_edge_leaves_what_was_drawn_at_its_place():
+    """At native scale, with two rows of padding above and below the crop; values are rounded."""
+    scene, drawn = scene_of(100, 80), 255 - scene_of(100, 80)
+    geometry = Geometry(crop=Box(20, 10, 84, 70), box=Box(30, 20, 70, 30))
+    picture = np.rint(as_picture(crop_scene(drawn, geometry, resolution=64))).astype(np.uint8)
+    weights = np.zeros((64, 64), np.float32)
+    weights[12:22, 10:50] = 0.75
+
+    composite = paste_feathered(picture, scene, geometry, weights)
+
+    expected = scene.copy()
+    place = geometry.box.slices
+    expected[place] = np.rint(0.25 * scene[place] + 0.75 * drawn[place])
+    np.testing.assert_array_equal(composite, expected)
+
+
+def test_a_crop_inside_the_scene_fades_over_a_sixty_fourth_of_the_networks_picture():
+    """Of its shorter side: a pixel there, and four pixels here."""
+    geometry = Geometry(crop=Box(8, 8, 520, 264), box=Box(100, 100, 200, 200), aspect=(128, 64))
+    composite = paste_feathered(
+        np.full((64, 128, 3), 200, np.uint8),
+        np.zeros((300, 600, 3), np.uint8),
+        geometry,
+        np.ones((64, 128), np.float32),
+    )[..., 0]
+    fading = [25, 75, 125, 175, 200]
+    assert composite[8:13, 300].tolist() == composite[130, 8:13].tolist() == fading
+    assert composite[259:264, 300].tolist() == composite[130, 515:520].tolist() == fading[::-1]
+
+
 @settings(max_examples=100)
 @given(st.data(), st.booleans())
 def test_only_the_region_of_a_soft_edge_changes(data, whole_crop):

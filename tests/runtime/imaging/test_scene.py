@@ -16,7 +16,7 @@ from runtime.imaging.boxes import Box
 from runtime.imaging.formats import HAS_AVIF
 from runtime.imaging.pictures import contact_sheet, encode_picture, load_picture
 from runtime.imaging.scene import load_scene, with_own_pixels
-from tests.support.picture_files import encoded, icc_profile
+from tests.support.picture_files import encoded, icc_profile, one_way_profile
 from tests.support.pictures import picture
 
 SCENE = picture(40, 60)
@@ -170,6 +170,39 @@ def test_profile_that_cannot_be_used_is_told_and_dropped(profile: bytes) -> None
         seen, scene = load_scene(encoded(SCENE, icc_profile=profile))
     np.testing.assert_array_equal(seen, SCENE)
     assert scene.metadata.icc_profile is None
+
+
+def test_a_scene_whose_profile_leads_only_from_its_colours_becomes_srgb() -> None:
+    with pytest.warns(InputWarning, match="a colour profile that cannot be converted back from sRGB"):
+        seen, scene = load_scene(encoded(SCENE, icc_profile=one_way_profile(), dpi=(300, 300)))
+    assert np.abs(seen.astype(int) - SCENE).max() > 20
+    image = drawn_into(seen)
+    assert with_own_pixels(image, scene, [(REGION, None)]) is image
+    assert scene.metadata.icc_profile is None
+    assert scene.metadata.dpi
+
+
+@pytest.mark.parametrize(("brighter", "is_srgb"), [(1.01, True), (1.02, False)])
+def test_a_profile_is_srgb_if_it_changes_no_colour_by_more_than_a_level(
+    brighter: float, is_srgb: bool
+) -> None:
+    """Whoever wrote it, and however it was rounded; here its green is a little brighter."""
+    profile = bytearray(SRGB)
+    place = int.from_bytes(profile[profile.index(b"gXYZ") + 4 :][:4], "big") + 8
+    values = np.frombuffer(bytes(profile[place : place + 12]), ">i4")
+    profile[place : place + 12] = np.rint(values * brighter).astype(">i4").tobytes()
+    seen, scene = load_scene(encoded(SCENE, icc_profile=bytes(profile)))
+    assert (scene.own is scene.rgb) == (seen == SCENE).all() == is_srgb
+
+
+def test_a_grey_picture_with_a_profile_for_colours_looks_as_it_does_in_them() -> None:
+    grey = Image.fromarray(SCENE).convert("L")
+    seen = [
+        load_picture(encoded(image, icc_profile=icc_profile(gamma=1.0)), "the picture").rgb
+        for image in (grey, grey.convert("RGB"))
+    ]
+    np.testing.assert_array_equal(*seen)
+    assert np.abs(seen[0][..., 0].astype(int) - np.asarray(grey)).max() > 20
 
 
 # --- EXIF and resolution ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from runtime.errors import InputError, InputWarning
 from runtime.imaging.pictures import load_picture
 from runtime.imaging.sources import PictureLike
 from runtime.imaging.target import whole_box
+from runtime.imaging.value_range import to_8_bits
 from tests.support.picture_files import png_of_16_bits, tiff_of_16_bits
 from tests.support.pictures import picture
 
@@ -91,7 +92,9 @@ def test_grey_arrays(channels: tuple[int, ...]) -> None:
         (np.zeros((2, 20, 30, 3), np.uint8), "the scene must be an array"),
         (RGB / 127.5 - 1, "the scene has values from -1 to 1; floating point is read from 0 to 1"),
         (np.full((4, 4), np.nan), "the scene has values that are not finite"),
+        (RGB.astype(np.float32) * 70_000, "floating point is read from 0 to 1, 0 to 255 or 0 to 65535"),
         (RGB.astype(np.int32) * 70_000, "integers from 0 to 65535 are read"),
+        (-RGB.astype(np.int32), "the scene has values from -255 to 0; integers from 0 to 65535 are read"),
         (Image.new("RGB", (0, 5)), "the scene has no pixels"),
         (
             "https://example.com/desk.jpg",
@@ -156,6 +159,31 @@ def test_overshoot_of_sharpening_is_clipped() -> None:
     assert read[0, 0, 0] == 0
     assert read[-1, -1, 0] == 255
     assert read[10, 0, 0] == 128
+
+
+@pytest.mark.parametrize(
+    ("high", "bits"),
+    [(255, 8), (256, 10), (1023, 10), (1024, 12), (4095, 12), (4096, 14), (16_383, 14), (16_384, 16)],
+)
+def test_integers_fill_the_fewest_bits_that_hold_the_largest(high: int, bits: int) -> None:
+    """What is told is a guess: of 8 bits and of 16 there is none."""
+    values, told = to_8_bits(np.array([0, high]), "the scene")
+    assert values.tolist() == [0, 255 * high // (2**bits - 1)]
+    assert told == (
+        "" if bits in (8, 16) else f"has 16-bit values up to {high}, which are read as {bits}-bit"
+    )
+
+
+def test_fractions_are_rounded_in_a_range_of_1_and_dropped_in_a_range_of_255() -> None:
+    """As images in floating point are made of 8 bits, and as NumPy makes integers of them."""
+    assert to_8_bits(np.array([0, 100.7 / 255, 1]), "the scene")[0].tolist() == [0, 101, 255]
+    assert to_8_bits(np.array([0, 100.7, 255]), "the scene")[0].tolist() == [0, 100, 255]
+
+
+def test_undershoot_is_told() -> None:
+    values = np.linspace(0, 1, 1000, dtype=np.float32)
+    values[0] = -0.02
+    assert to_8_bits(values, "the scene")[1] == "has values from -0.02 to 1, which are read as 0 to 1"
 
 
 def test_nearly_black_is_told() -> None:

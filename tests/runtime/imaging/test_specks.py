@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import cv2
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import InputError, InputWarning
 from runtime.imaging.reference import load_reference
-from runtime.imaging.specks import _connected, _runs, without_specks
+from runtime.imaging.specks import _connected, _runs, large_pieces, reached_from_border, without_specks
 from runtime.imaging.target import load_target
 
 OBJECT = np.zeros((200, 300), np.bool_)
@@ -35,6 +37,51 @@ def test_far_pixel_is_left_out() -> None:
 )
 def test_parts_of_the_object_stay(mask: np.ndarray[tuple[int, int], np.dtype[np.bool_]]) -> None:
     assert without_specks(mask, "the mask") is mask
+
+
+@pytest.mark.parametrize(
+    ("y", "x", "is_speck"),
+    [(50, 150, False), (50, 151, True), (118, 138, False), (120, 140, True)],
+    ids=["40 away", "41 away", "39.6 away across", "42.4 away across"],
+)
+def test_a_speck_is_farther_away_than_half_the_longer_side(y: int, x: int, is_speck: bool) -> None:
+    mask = with_piece(y, x)
+    with pytest.warns(InputWarning) if is_speck else nullcontext():
+        assert (without_specks(mask, "the mask") is not mask) == is_speck
+
+
+def test_a_speck_is_less_than_a_thousandth_of_the_largest_piece() -> None:
+    """That has 5000 pixels here."""
+    mask = np.zeros((300, 300), np.bool_)
+    mask[:50, :100] = True
+    for pixels, is_speck in ((4, True), (5, False)):
+        mask[290, 290 : 290 + pixels] = True
+        with pytest.warns(InputWarning) if is_speck else nullcontext():
+            assert (without_specks(mask, "the mask") is not mask) == is_speck
+
+
+def test_large_pieces_have_their_share_of_the_largest() -> None:
+    mask = np.zeros((150, 250), np.bool_)
+    mask[:100, :100] = mask[120:130, :10] = mask[:9, 200:211] = True
+    largest = np.zeros_like(mask)
+    largest[:100, :100] = True
+    np.testing.assert_array_equal(large_pieces(mask), largest)
+    largest[120:130, :10] = True  # a hundredth; the other piece has 99 pixels
+    np.testing.assert_array_equal(large_pieces(mask, 0.01), largest)
+
+
+def test_what_touches_the_border_by_a_corner_is_not_reached_from_it() -> None:
+    mask = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], np.bool_)
+    expected = mask.copy()
+    expected[2, 2] = False
+    np.testing.assert_array_equal(reached_from_border(mask), expected)
+
+
+def test_noise_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose pieces would take long to find."""
+    monkeypatch.setattr("runtime.imaging.specks._MOST_RUNS", 70)
+    mask = with_piece(190, 290)  # 71 runs
+    assert without_specks(mask, "the mask") is large_pieces(mask) is reached_from_border(mask) is mask
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from engines.bundle import Bundle
 from engines.engine import Array, Engine, open_engine
 from engines.options import EngineOptions
-from runtime.sampling.conditions import BankRows
+from runtime.sampling.conditions import OWNER, BankRows
 from runtime.sampling.detail_maps import DetailMapCache, DetailMaps, MapWindow, shared_timesteps
 from tests.support.anydoor import CONTROL
 from tests.support.observers import RunCounter
@@ -56,6 +57,31 @@ def test_any_window_gives_the_same_maps(engine: Engine, counter: RunCounter, win
         for found, expected in zip(values(engine, maps, step), values(engine, single, step)):
             np.testing.assert_allclose(found, expected, atol=1e-4)
     assert max(counter.rows[CONTROL]) == 2 * min(window, len(TIMESTEPS))
+
+
+def test_windows_share_the_hint_on_the_device(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, to_device = list[tuple[int, ...]](), engine.to_device
+
+    def noted(array: Array) -> object:
+        sent.append(array.shape)
+        return to_device(array)
+
+    monkeypatch.setattr(engine, "to_device", noted)
+    hint, tokens = inputs(0)
+    maps = DetailMaps(engine, CONTROL, DetailMapCache(0), hint, tokens, TIMESTEPS, 2)
+    for step in range(len(TIMESTEPS)):
+        maps.at(step)
+    assert sent.count((1, *hint.shape)) == 1
+
+
+def test_what_is_kept_for_one_owner_does_not_serve_another(engine: Engine, counter: RunCounter) -> None:
+    cache, (hint, tokens) = DetailMapCache(1 << 30), inputs(0)
+    for owner, runs in (("one", 1), ("one", 1), ("another", 2)):
+        context = contextvars.copy_context()
+        context.run(OWNER.set, owner)
+        maps = context.run(DetailMaps, engine, CONTROL, cache, hint, tokens, TIMESTEPS, 1)
+        maps.at(0)
+        assert counter.runs[CONTROL] == runs
 
 
 def test_without_guidance_the_unconditional_half_is_not_computed(engine: Engine, counter: RunCounter) -> None:
@@ -105,6 +131,7 @@ def test_steps_whose_maps_are_in_the_same_tensors(engine: Engine) -> None:
 def test_steps_share_the_mean_timestep_of_their_run() -> None:
     assert shared_timesteps([901, 701, 501, 301, 101], 2) == [701, 701, 701, 201, 201]
     assert shared_timesteps([901, 701, 501], 1) == [701] * 3
+    assert shared_timesteps([9, 8, 6], 1) == [8] * 3  # of 7.7
     for count in (None, 3, 9):
         assert shared_timesteps([901, 701, 501], count) == [901, 701, 501]
 

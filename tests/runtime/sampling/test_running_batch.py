@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,3 +119,88 @@ def test_a_clean_latent_is_told_when_it_is_asked_for(compositor: Compositor) -> 
     assert first.clean_latent is not None
     assert first.clean_latent.shape == compositor.bundle.manifest.latent_shape
     assert second.clean_latent is None
+
+
+def test_steps_are_taken_at_once_by_samples_that_are_at_the_same_one(compositor: Compositor) -> None:
+    """Whose detail maps are the same at all of them, and of which nobody wants to see anything meanwhile."""
+    first, second = start(compositor, Sampling(steps=4, map_steps=1), num_images=2)
+    batch = batch_of(compositor, [first, second])
+    assert batch.steps_alike() == 4
+    second.wants_clean_latent = True
+    assert batch.steps_alike() == 1
+    second.wants_clean_latent = False
+    batch.samples = [first]
+    batch.step()
+    batch.samples = [first, second]
+    assert batch.steps_alike() == 1
+
+
+def test_latents_come_in_the_order_in_which_they_are_asked_for(compositor: Compositor) -> None:
+    """Also where they lie in one tensor, the other way round."""
+    first, second = start(compositor, Sampling(steps=2), num_images=2)
+    batch = batch_of(compositor, [first, second])
+    batch.step()
+    straight, turned = (
+        compositor.engine.to_host(batch.latents(samples)) for samples in ([first, second], [second, first])
+    )
+    np.testing.assert_array_equal(turned, straight[::-1])
+    assert (turned != straight).any()
+
+
+def test_samples_at_different_steps_find_their_own_maps_in_one_window(tiny_bundle: Path) -> None:
+    """All maps lie in the same tensors, and each step has rows of its own; a third sample has other maps."""
+    options = EngineOptions(backend="onnxruntime", device="cpu", threads=1)
+    compositor = Compositor.load(tiny_bundle, options, control_window=4)
+    other = Request(SCENE, [Placement(cutout(seed=5), box=(10, 10, 50, 60))], 9, Sampling(steps=4))
+    alone, together = (
+        [
+            *start(compositor, Sampling(steps=4), num_images=2),
+            compositor.new_drawing().start(compositor.accept(other).images[0]),
+        ]
+        for _ in range(2)
+    )
+    for sample in alone:
+        batch = batch_of(compositor, [sample])
+        for _ in range(4):
+            batch.step()
+    behind, ahead, third = together
+    for samples in ([ahead], *3 * [[behind, ahead, third]], [behind, third]):
+        batch.samples = samples
+        batch.step()
+    for found, expected in zip(together, alone):
+        assert (found.done, found.error) == (True, None)
+        latents = (
+            compositor.engine.to_host(sample.latent.tensor)[sample.latent.row] for sample in (found, expected)
+        )
+        np.testing.assert_allclose(*latents, atol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(1, 4 * [False]), (2, [False, True, False, True])])
+def test_a_step_has_its_maps_if_the_one_before_is_of_the_same_window(
+    tiny_bundle: Path, window: int, expected: list[bool]
+) -> None:
+    options = EngineOptions(backend="onnxruntime", device="cpu", threads=1)
+    compositor = Compositor.load(tiny_bundle, options, control_window=window)
+    (sample,) = start(compositor, Sampling(steps=4))
+    batch, found = batch_of(compositor, [sample]), []
+    for _ in range(4):
+        found.append(sample.has_banks)
+        batch.step()
+    assert found == expected
+
+
+def test_a_sample_that_fails_alone_tells_its_own_reason(
+    compositor: Compositor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that of the call which it shared."""
+    samples = start(compositor, Sampling(steps=2), num_images=2)
+    batch, run = batch_of(compositor, samples), compositor.engine.run
+
+    def fail(graph: str, inputs: Any, *others: Any) -> Any:
+        if graph == compositor.bundle.manifest.step.name:
+            raise RuntimeError(f"{len(inputs['timestep'])} at once")
+        return run(graph, inputs, *others)
+
+    monkeypatch.setattr(compositor.engine, "run", fail)
+    batch.step()
+    assert [str(sample.error) for sample in samples] == ["1 at once", "1 at once"]

@@ -81,6 +81,13 @@ def test_a_request_joins_between_two_steps(bench: Bench) -> None:
     assert [len(samples) for samples in bench.engine.steps] == [1, 1, 1, 2, 2, 1]
 
 
+def test_pictures_that_are_drawn_have_left_the_batch(bench: Bench) -> None:
+    """They no longer count when others of their client want to join."""
+    follower = bench.submit(request(steps=1, num_images=2))
+    assert len(follower.pictures()) == 2
+    assert (follower.ticket.starts, follower.ticket.running) == (2, 0)
+
+
 def test_static_batching_waits_for_an_empty_batch(tiny_bundle: Path) -> None:
     with Bench(tiny_bundle, batching="static") as bench:
         bench.engine.hold()

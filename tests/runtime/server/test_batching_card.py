@@ -21,7 +21,7 @@ from runtime.server.events import EngineLostError, Finished, StepDone
 from tests.support.anydoor import DECODE, DENOISE
 from tests.support.scheduling import PATIENCE, TOLERANCE, Follower, request
 from tests.support.serving import HeldEngine, wait_until
-from tests.support.simulated_engine import Simulation
+from tests.support.simulated_engine import Simulation, fill
 
 
 class Card:
@@ -33,6 +33,7 @@ class Card:
         """Called before a tensor is brought to the host."""
         self._to_host = simulation.engine.to_host
         simulation.engine.to_host = self._delayed_to_host  # type: ignore[method-assign]
+        self.card = simulation.engine
         self.engine = HeldEngine(simulation.engine, DENOISE)
         if is_held:
             self.engine.hold()
@@ -149,6 +150,23 @@ def test_a_picture_that_never_comes_fails_alone(tiny_bundle: Path) -> None:
 
         made.delay = delay
         assert "got lost" in str(Follower(made.batcher, request(steps=2)).error())
+        assert Follower(made.batcher, request(steps=2)).pictures()
+
+
+def test_a_card_whose_memory_is_full_is_not_lost(tiny_bundle: Path) -> None:
+    """Nothing gets to the card when a request has failed, and everything when others gave memory back."""
+    with card(tiny_bundle) as made:
+        kept: list[Any] = []
+
+        def delay(tensor: DeviceTensor) -> None:
+            if is_picture(tensor):
+                made.delay = lambda tensor: None
+                kept.extend(fill(made.card))
+                raise RuntimeError("the picture got lost")
+
+        made.delay = delay
+        assert "got lost" in str(Follower(made.batcher, request(steps=2)).error())
+        kept.clear()
         assert Follower(made.batcher, request(steps=2)).pictures()
 
 

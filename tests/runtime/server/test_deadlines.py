@@ -57,6 +57,16 @@ def test_nothing_is_known_of_a_kind_that_was_not_seen_often_enough() -> None:
     assert seen(True).least_seconds(Work(guided=0, unguided=5, at_once=1)) == 0.0
 
 
+def test_a_step_without_guidance_may_be_as_fast_as_one_with_it() -> None:
+    """They may share a call; what is slower than the fastest changes nothing."""
+    fastest = seen(True)
+    for seconds in [3.0] * ENOUGH:
+        fastest.note(False, seconds)
+        fastest.note(True, 2 * seconds)
+    assert fastest.least_seconds(Work(guided=10, unguided=0, at_once=1)) == 20.0
+    assert fastest.least_seconds(Work(guided=0, unguided=10, at_once=1)) == 20.0
+
+
 @dataclass(eq=False)
 class Wish:
     """A request of a simulated server."""

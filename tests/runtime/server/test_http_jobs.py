@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from runtime.server.http.door import Door
+from runtime.server.http.jobs import Job, _next_to_go
 from tests.runtime.server.test_http import fields, form, http_address
 from tests.support.http import get, post, post_form, request
 from tests.support.serving import ServerThread, wait_until
@@ -186,15 +187,47 @@ def test_results_are_bounded_and_end(tiny_bundle: Path, monkeypatch: pytest.Monk
         kept = server.server.ledger.taken
         assert kept > 0
         jobs._room = 1.5 * kept
-        second = ended(address, post(address, "/v1/jobs", fields()).json)
+        second = post(address, "/v1/jobs", fields()).json
+        wait_until(lambda: not jobs._jobs[first["id"]].nbytes)  # also while nobody asks for one
+        second = ended(address, second)
         gone = get(address, first["result"])
         assert gone.status == 404
         assert "its result made room for newer ones" in gone.error["message"]
         assert get(address, second["result"]).status == 200
-        monkeypatch.setattr("runtime.server.http.jobs.KEPT_SECONDS", 0.0)
-        time.sleep(0.01)
+        monkeypatch.setattr("runtime.server.http.jobs.KEPT_SECONDS", -1.0)
         assert get(address, f"/v1/jobs/{second['id']}").status == 404
         assert server.server.ledger.taken == 0
+
+
+def test_so_many_jobs_are_known(server: ServerThread, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more, the oldest that have ended are forgotten, and none that runs."""
+    monkeypatch.setattr("runtime.server.http.jobs._MOST_JOBS", 2)
+
+    def statuses(jobs: list[Any]) -> list[int]:
+        return [get(address, f"/v1/jobs/{job['id']}").status for job in jobs]
+
+    done = [ended(address, post(address, "/v1/jobs", fields()).json) for _ in range(3)]
+    assert statuses(done) == [404, 200, 200]
+    server.engine.hold()
+    running = [post(address, "/v1/jobs", fields()).json for _ in range(3)]
+    assert statuses(running) == [200, 200, 200]
+    assert statuses(done) == [404, 404, 404]
+
+
+def test_the_oldest_job_goes_of_whoever_has_most() -> None:
+    """Of those that have ended, by what counts: here bytes of results, or jobs."""
+
+    def job(client: str, ended: float | None, nbytes: int) -> Job:
+        return Job(client, "", "PNG", ended=ended, nbytes=nbytes)
+
+    first, second = job("one", 3.0, 10), job("one", 4.0, 10)
+    without, running, others = job("one", 1.0, 0), job("one", None, 50), job("other", 2.0, 19)
+    jobs = {each.id: each for each in (second, first, without, running, others)}
+    assert _next_to_go(jobs, lambda job: job.nbytes) is first
+    assert _next_to_go(jobs, lambda job: 1) is without
+    others.nbytes = 21
+    assert _next_to_go(jobs, lambda job: job.nbytes) is others
+    assert _next_to_go({running.id: running}, lambda job: 1) is None
 
 
 def test_a_server_that_stops_finishes_them(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -362,7 +362,13 @@ def test_a_bundle_that_changed_is_loaded_again(tiny_bundle: Path, copy: Path) ->
         assert old.users == 1
         server.engine.release()
         np.testing.assert_array_equal(begun.result(PATIENCE), before)
-        wait_until(lambda: old not in server.server.models.alive)
+        wait_until(lambda: old not in server.server.models.alive and not server.server.models._tasks)
+
+        async def begun_by_another_reload() -> int:
+            server.server.models.reload()
+            return len(server.server.models._tasks)
+
+        assert server.run(begun_by_another_reload()) == 0  # nothing has changed since
 
 
 def test_a_bundle_that_was_damaged_changes_nothing(

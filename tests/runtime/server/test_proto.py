@@ -23,7 +23,7 @@ from runtime.request import Blank, Edit, Move, Placement, Remove, Request, Sampl
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc import generate
 from runtime.server import wire_values
-from runtime.server.edit_wire import message_from_edit
+from runtime.server.edit_wire import edit_from_message, message_from_edit
 from runtime.server.wire import defaults_message, message_from_request, request_from_message
 from tests.support.serving import BOX, OBJECT, SCENE, held_compositor
 
@@ -115,6 +115,14 @@ def test_request_survives_the_wire() -> None:
     assert (back.seed, back.num_images, back.sampling) == (request.seed, 3, request.sampling)
     for sent, received in zip(request.placements, back.placements):
         assert vars(received) == vars(sent)
+
+
+def test_seed_zero_is_a_seed() -> None:
+    """Of a picture, and of an edit."""
+    message = message_from_request(Request(SCENE, [Placement(OBJECT, box=BOX)], seed=0))
+    assert request_from_message(message)[0].seed == 0
+    edit = message_from_edit(Edit(SCENE, Where(mask=SCENE), Remove(), seed=0))
+    assert edit_from_message(edit)[0].seed == 0
 
 
 def test_unset_fields_are_open() -> None:

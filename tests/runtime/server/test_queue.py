@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from runtime.server.deadlines import Work
 from runtime.server.events import Queued, QueueFullError
-from runtime.server.queue import FairQueue, SharedQueue, fair_order
+from runtime.server.queue import FairQueue, SharedQueue, _note, fair_order
 from runtime.server.ticket import Ticket
 
 
@@ -113,6 +113,16 @@ def test_the_last_slot_is_not_kept_for_who_never_joins() -> None:
     assert queue.next(is_last=True) == (greedy, "g1")
     queue.remove(segmenting, now=10.0)
     assert queue.next(is_last=True, now=10.0) == (greedy, "g2")
+
+
+def test_of_clients_of_whom_nothing_was_heard_longest_nothing_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("runtime.server.queue._REMEMBERED_CLIENTS", 2)
+    facts: OrderedDict[str, int] = OrderedDict()
+    for turn, client in enumerate("abac"):
+        _note(facts, client, turn)
+    assert facts == {"a": 2, "c": 3}
 
 
 # --- positions --------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from tests.support.serving import (
     held_compositor,
     message,
     refusal,
+    wait_until,
 )
 
 
@@ -131,6 +132,16 @@ def test_what_is_open_comes_from_the_model(tiny_bundle: Path) -> None:
         pictures = [stub.Composite(each, timeout=PATIENCE).images[0].image for each in (given, left_open)]
         assert pictures[0] == pictures[1]
         assert [len(steps) for steps in server.engine.steps] == [1] * 4
+
+
+def test_files_that_are_sent_are_kept_by_nobody_else(server: ServerThread, stub: Any) -> None:
+    server.engine.hold()
+    call = stub.Composite.future(message(), timeout=PATIENCE)
+    wait_until(lambda: server.batcher.tickets)
+    (ticket,) = server.batcher.tickets
+    server.engine.release()
+    assert call.result().images
+    assert not ticket.encoded
 
 
 def test_reflection_lists_the_service(server: ServerThread) -> None:

@@ -115,6 +115,14 @@ def test_what_the_model_is(stub: Any) -> None:
     assert defaults.mode == pb.PLACEMENT_MODE_KEEP_BACKGROUND
 
 
+def test_the_resolution_of_wide_pictures_is_their_longer_side() -> None:
+    wide = tiny_stable_diffusion_bundle(4, version="1.x", resolution=(32, 48))
+    with ServerThread(wide) as server, server.client() as client:
+        info = client.model_info()
+    assert {info.picture_width, info.picture_height} == {32, 48}
+    assert info.resolution == 48
+
+
 REFUSED = {
     "prompt": drawing(prompt="cat " * 76),
     "negative_prompt": drawing(negative_prompt="cat " * 76),

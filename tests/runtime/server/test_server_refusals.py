@@ -169,6 +169,14 @@ def test_too_many_previews(stub: Any) -> None:
     assert trailing(error)["field"] == "request.preview_every"
 
 
+def test_as_many_previews_as_are_allowed(stub: Any) -> None:
+    """Four; there is none of the last step, after which the picture itself comes."""
+    request = pb.CompositeStreamRequest(request=message(steps=10), preview_every=2)
+    events = [event.WhichOneof("event") for event in stub.CompositeStream(request, timeout=PATIENCE)]
+    assert events.count("preview") == 4
+    assert events[-1] == "result"
+
+
 def test_previews_of_a_scene_that_no_preview_can_show(stub: Any) -> None:
     request = message(scene=wide(65_501), placements=[IN_A_ROW])
     error = refusal(stub.CompositeStream, pb.CompositeStreamRequest(request=request, preview_every=1))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from benchmarks.support.attacker import CHECK, COMPOSITE, WATCH, Attacker
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server.connections import host_of, most_connections
-from runtime.server.gate import CHANNEL_OPTIONS
+from runtime.server.gate import CHANNEL_OPTIONS, _Lately
 from runtime.server.settings import Settings
 from tests.support.serving import PATIENCE, ServerThread, message, trailing, wait_until
 
@@ -104,6 +105,30 @@ def test_watching_health_blocks_nobody(tiny_bundle: Path) -> None:
             refused = next(watch for watch in watches if watch.done())
             assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert_others_are_served(server)
+
+
+@pytest.mark.parametrize("limit", ["_WATCHES_OF_HOST", "_WATCHES"])
+def test_who_stops_watching_makes_room_for_another(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """Three in all may watch, on whatever connections."""
+    monkeypatch.setattr(f"runtime.server.health.{limit}", 3)
+    with ServerThread(tiny_bundle) as server, channel_to(server) as one, channel_to(server) as other:
+        counted, watches = server.server.health._watches, list[Any]()
+
+        def watch(channel: grpc.Channel) -> int:
+            watches.append(health_pb2_grpc.HealthStub(channel).Watch(HEALTH, timeout=PATIENCE))
+            return int(next(watches[-1]).status)
+
+        assert [watch(channel) for channel in (one, one, other)] == [1, 1, 1]
+        with pytest.raises(grpc.RpcError, match="too many clients watch health"):
+            watch(other)
+        watches[0].cancel()
+        wait_until(lambda: counted[""] == 2)
+        assert watch(other) == 1
+        for each in watches:
+            each.cancel()
+        wait_until(lambda: not counted)  # nothing is kept of who is gone
 
 
 def test_one_client_cannot_fill_the_queue(tiny_bundle: Path, token_file: Path) -> None:
@@ -265,6 +290,29 @@ def test_a_client_has_so_many_calls(
             attacker.open(COMPOSITE, authorization="Bearer shazam")
         wait_until(lambda: b"5 of your calls are open" in attacker.received)
         assert_others_are_served(server)
+
+
+def test_nothing_is_kept_of_a_client_whose_calls_are_over(tiny_bundle: Path) -> None:
+    with ServerThread(tiny_bundle) as server:
+        assert_others_are_served(server)
+        wait_until(lambda: not server.server.gate._of_client)
+
+
+def test_what_was_too_often_is_forgotten_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three at once may come, and two per second; how far it was above that does not matter later."""
+    lately, now = _Lately(since=0.0), 0.0
+    monkeypatch.setattr("runtime.server.gate.time", SimpleNamespace(monotonic=lambda: now))
+
+    def is_too_often(times: int) -> list[bool]:
+        return [lately.add(3, 2.0) for _ in range(times)]
+
+    assert is_too_often(4) == [False, False, False, True]
+    now = 1.0
+    assert is_too_often(9) == [False, *8 * [True]]
+    now = 2.0
+    assert is_too_often(2) == [False, True]
+    now = 60.0
+    assert is_too_often(4) == [False, False, False, True]
 
 
 def test_connections_leave_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ import select
 import socket
 import stat
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runtime.server.events import BusyError
 from tests.runtime.server.test_http import fields, http_address, in_base64
 from tests.runtime.server.test_http_jobs import ended
 from tests.support.http import get, post, request
@@ -85,6 +87,16 @@ def test_a_body_of_many_small_chunks_is_refused(tiny_bundle: Path, tokens: str) 
         assert answer.startswith(b"HTTP/1.1 400")
 
 
+def test_small_chunks_are_counted_anew_for_each_request(address: str) -> None:
+    head = b"POST /v1/composite HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with closing(connect(address)) as connection:
+        for _ in range(3):
+            connection.sendall(head + 300 * b"1\r\n \r\n" + b"0\r\n\r\n")
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert json.loads(answer.read())["error"]["message"] == "the body is not JSON"
+
+
 def test_who_sends_too_much_reads_why(address: str) -> None:
     """All of it can be sent, though it was refused before its end: a reset would take the answer along."""
     body = b" " * (8 << 20)
@@ -97,6 +109,18 @@ def test_who_sends_too_much_reads_why(address: str) -> None:
         assert "bytes" in json.loads(answer.read())["error"]["message"]
 
 
+def test_a_body_of_unknown_length_is_read_up_to_the_limit(tiny_bundle: Path) -> None:
+    """What follows is not read, so the connection ends; one whose body was read may be used again."""
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", max_message_bytes=1000) as server:
+        for length, status in ((1000, 400), (1001, 413)):
+            connection = http.client.HTTPConnection(http_address(server), timeout=PATIENCE)
+            with closing(connection):
+                connection.request("POST", "/v1/composite", iter([b" " * length]))
+                answer = connection.getresponse()
+                assert answer.status == status
+                assert answer.getheader("connection") == ("close" if status == 413 else None)
+
+
 def test_who_goes_on_sending_is_cut_off(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.server.http.door._LINGER_SECONDS", 0.2)
     with closing(connect(address)) as connection:
@@ -105,6 +129,39 @@ def test_who_goes_on_sending_is_cut_off(address: str, monkeypatch: pytest.Monkey
         )
         with pytest.raises(ConnectionError):
             send_for_ever(connection)
+
+
+@pytest.fixture
+def short_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a request must be there in a fifth of a second."""
+    monkeypatch.setattr("runtime.server.http.door._HEAD_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("short_heads")
+def test_an_answer_may_take_longer_than_a_head(server: ServerThread, address: str) -> None:
+    """Whoever came later and said nothing is gone when the answer is made."""
+    begun = len(server.engine.steps)
+    server.engine.hold()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, address, "/v1/composite", fields())
+        server.engine.wait_for_steps(begun + 1)
+        with closing(connect(address)) as silent:
+            assert silent.recv(1) == b""
+        server.engine.release()
+        assert asked.result().status == 200
+
+
+@pytest.mark.usefixtures("short_heads")
+def test_the_second_head_of_a_connection_is_not_waited_for_either(address: str) -> None:
+    question = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with closing(connect(address)) as connection:
+        for _ in range(2):
+            connection.sendall(question)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
+        connection.sendall(question[:-10])
+        assert connection.recv(1) == b""
 
 
 def test_silent_connections_above_the_limit_are_closed(
@@ -164,16 +221,17 @@ def test_who_does_not_take_an_answer_is_cut_off(
 def test_a_result_that_is_fetched_counts(
     server: ServerThread, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Once more than while it is kept; until it is given up, as nobody takes it."""
     job = ended(address, post(address, "/v1/jobs", fields(**LARGE)).json)
-    ledger = server.server.ledger
+    ledger, jobs = server.server.ledger, server.server._jobs
     wait_until(lambda: not calls(server))
-    kept, jobs = ledger.taken, server.server._jobs
     assert jobs
-    fetched = kept + jobs._jobs[job["id"]].nbytes
+    kept = ledger.most = ledger.taken
     with closing(connect(address)) as connection:
         connection.sendall(f"GET {job['result']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        wait_until(lambda: ledger.taken == fetched)
+        wait_until(lambda: ledger.most > kept)
         wait_until(lambda: ledger.taken == kept)
+    assert ledger.most == kept + jobs._jobs[job["id"]].nbytes
     monkeypatch.undo()
     assert len(get(address, job["result"]).json["images"]) == 3
 
@@ -245,6 +303,20 @@ def test_a_folder_that_takes_nothing_more(
     assert failed["error"]["code"] == "resource_exhausted"
     assert failed["error"]["message"].startswith("the result cannot be stored: No such file or directory")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_result_that_is_stored_in_part_leaves_nothing(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def write_half(file: Path, content: bytes) -> None:
+        file.write_bytes(content[: len(content) // 2])
+        raise BusyError("the result cannot be stored: No space left on device")
+
+    monkeypatch.setattr("runtime.server.http.jobs.write_result", write_half)
+    with ServerThread(tiny_bundle, http="127.0.0.1:0", job_folder=str(tmp_path)) as server:
+        failed = ended(http_address(server), post(http_address(server), "/v1/jobs", fields()).json)
+        assert failed["error"]["code"] == "resource_exhausted"
+        assert not list(tmp_path.iterdir())
 
 
 def test_refusals_at_unknown_paths_are_seen(

@@ -47,6 +47,29 @@ def test_nobody_takes_more_than_half_of_what_the_others_leave() -> None:
     assert ledger.taken == 700
 
 
+def test_a_second_call_ends_what_a_single_one_may_take() -> None:
+    ledger = Ledger(1000)
+    first = ledger.open("client")
+    first.add(900)
+    second = ledger.open("client")
+    with pytest.raises(MemoryFullError):
+        first.add(1)
+    second.close()
+    first.add(100)
+    assert ledger.taken == 1000
+
+
+def test_nothing_is_kept_of_a_client_whose_calls_are_over() -> None:
+    ledger = Ledger(1000)
+    account = ledger.open("client")
+    account.set(300)
+    account.close()
+    account.set(100)  # too late
+    assert (ledger.taken, account.nbytes) == (0, 0)
+    assert not ledger._of_client
+    assert not ledger._accounts
+
+
 def test_the_ledger_is_exact_when_threads_share_it() -> None:
     ledger = Ledger(10_000)
 

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import numpy as np
@@ -21,6 +21,7 @@ from runtime.request import Request
 from runtime.rpc import compositor_pb2 as pb
 from runtime.rpc.compositor_pb2_grpc import CompositorServiceStub
 from runtime.server import decoding
+from runtime.server.events import MemoryFullError
 from runtime.server.parsing import MAX_FIELDS, count_fields
 from tests.support.serving import OBJECT, PATIENCE, SCENE, ServerThread, message, refusal, wait_until
 
@@ -125,6 +126,39 @@ def test_decoding_has_a_limit_of_memory(tiny_bundle: Path) -> None:
         assert np.array_equal(decoded.rgb, np.asarray(Image.open(io.BytesIO(SCENE))))  # type: ignore[arg-type]
     finally:
         decoder.close()
+
+
+def test_a_decoder_asks_before_it_reads_and_before_it_hands_over() -> None:
+    """Whether the request is still wanted, and whether there is room for its pixels; then it reads the
+    next."""
+
+    def refuse(nbytes: int) -> NoReturn:
+        assert nbytes == 3 * 80 * 64
+        raise MemoryFullError()
+
+    decoder = decoding.Decoder(10**6, decoding.decoder_bytes(10**6, 10**6), PATIENCE)
+    try:
+        with pytest.raises(InputError, match="the request is over"):
+            decoder.decode(Request(SCENE, []), lambda nbytes: None, lambda: False)
+        with pytest.raises(MemoryFullError):
+            decoder.decode(Request(SCENE, []), refuse, lambda: True)
+        assert decoder.decode(Request(SCENE, []), lambda nbytes: None, lambda: True).scene
+    finally:
+        decoder.close()
+
+
+def test_the_time_of_a_request_is_given_with_its_first_picture() -> None:
+    """What the first leaves of it is for those that follow."""
+    seconds = list[float]()
+
+    def read(content: bytes, task: dict[str, Any], given: float) -> Any:
+        seconds.append(given)
+        return content
+
+    reader = decoding.PictureReader(read, lambda: True, max_pixels=100, seconds=5.0)
+    for name in ("scene", "reference", "mask"):
+        reader.picture(name, SCENE, f"the {name}")
+    assert seconds == [5.0, 0, 0]
 
 
 def test_a_request_that_is_over_leaves_nothing_behind(tiny_bundle: Path) -> None:
