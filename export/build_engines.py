@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 try:
-    from engines.bundle import Bundle
+    from engines.bundle import Bundle, no_checkpoint
     from engines.errors import AnyDoorError
     from engines.manifest import CUDA, Manifest
     from export.build import best_backend, build_bundle, build_plan_bundle, default_targets
@@ -97,8 +97,6 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         return _build_skeleton(options)
     if options.source is None:
         raise AnyDoorError("give a checkpoint or a bundle to build from, or --skeleton")
-    if not options.source.exists():
-        raise AnyDoorError(f"there is no checkpoint at '{options.source}'")
     if options.system:
         raise AnyDoorError(
             f"--system is for --skeleton: the system of '{options.source}' is recognised from its weights"
@@ -119,6 +117,8 @@ def build(options: argparse.Namespace) -> tuple[Path, Manifest]:
         return output, build_plan_bundle(bundle, output, build, Progress(quiet=options.quiet))
     output = options.output or Path("build/engines") / checkpoint_name(options.source)
     loras = [path for path, _ in options.lora or ()]
+    if not options.source.exists():
+        raise AnyDoorError(no_checkpoint(options.source))
     check_output(output, [options.source, *loras, *([options.tokenizer] if options.tokenizer else [])])
     try:
         from export.systems import open_source

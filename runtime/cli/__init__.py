@@ -151,7 +151,7 @@ class _Parser(argparse.ArgumentParser):
     """Refuses a command line in one sentence: the list of all flags would hide it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see: {self.prog} --help)\n")
+        self.exit(2, f"anydoor: {message} (see: {self.prog} --help)\n")
 
 
 class _ShowVersion(argparse.Action):

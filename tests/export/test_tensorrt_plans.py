@@ -300,6 +300,7 @@ def test_plans_are_not_built_from_graphs_of_the_cuda_provider(
 def test_without_pytorch_only_a_bundle_will_do(tmp_path: Path) -> None:
     """As on a Jetson."""
     code = "import sys; sys.modules['torch'] = None; from export.build_engines import main; sys.exit(main())"
+    (tmp_path / "anydoor.safetensors").write_bytes(b"weights")
     command = [sys.executable, "-c", code, str(tmp_path / "anydoor.safetensors"), "--backend", "onnxruntime"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 2

@@ -73,7 +73,7 @@ def test_a_wrong_flag_is_refused_in_one_sentence(capsys: Capture) -> None:
         main(["composite", "--scene", "desk.jpg", "--box", "80,60,300", "-o", "out.png"])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == (
-        "anydoor composite: argument --box: '80,60,300' is not a box: four whole numbers x0,y0,x1,y1 are "
+        "anydoor: argument --box: '80,60,300' is not a box: four whole numbers x0,y0,x1,y1 are "
         "expected, like 80,60,300,260 (see: anydoor composite --help)\n"
     )
 

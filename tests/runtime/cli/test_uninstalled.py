@@ -39,8 +39,8 @@ def test_doctor_says_what_is_missing(clone: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "package", "extras"),
     [
-        ("composite", "PIL", "cpu"),
-        ("draw", "PIL", "cpu"),
+        ("composite", "numpy", "cpu"),
+        ("draw", "numpy", "cpu"),
         ("serve", "numpy", "cpu,serve"),
         ("build", "numpy", "export"),
     ],

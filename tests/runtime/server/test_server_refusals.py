@@ -100,13 +100,13 @@ MALFORMED = {
     "placements[0].strength": [message(placements=[placement(strength=of)]) for of in (0, 1.5)],
     "placements[0].mask_level": [
         message(placements=[placement(mask_level=99)]),
-        message(placements=[placement(mask_level=pb.MASK_LEVEL_EXACT)]),
+        message(placements=[placement(mask_level=pb.MASK_LEVEL_BLOB)]),
     ],
     "placements[0].ratios.reference": [message(placements=[placement(ratios=pb.Ratios(reference=0.5))])],
     "placements[0].ratios.box": [message(placements=[placement(ratios=pb.Ratios(box=1e9))])],
     "placements[0].ratios.crop": [message(placements=[placement(ratios=pb.Ratios(crop=NAN))])],
     "placements[0].prompt": [message(placements=[placement(prompt="a cup")])],
-    "placements[0].negative_prompt": [message(placements=[placement(negative_prompt="")])],
+    "placements[0].negative_prompt": [message(placements=[placement(negative_prompt="blurry")])],
     "placements[1].box": [message(placements=[placement(), placement(box=pb.Box())])],
     "sampling.steps": [message(steps=0), message(steps=61), message(steps=2**32 - 1)],
     "sampling.guidance_scale": [
