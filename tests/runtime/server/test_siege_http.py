@@ -204,7 +204,7 @@ def test_forms_whose_parts_have_long_heads_are_refused(address: str) -> None:
 
 @pytest.mark.usefixtures("no_time_for_bytes")
 def test_who_does_not_take_an_answer_is_cut_off(
-    server: ServerThread, address: str, caplog: pytest.LogCaptureFixture
+    server: ServerThread, address: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = json.dumps(fields(**LARGE)).encode()
     head = f"POST /v1/composite HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -214,6 +214,7 @@ def test_who_does_not_take_an_answer_is_cut_off(
         assert logged(caplog)[0]["code"] == "DEADLINE_EXCEEDED"
         assert "was not taken" in logged(caplog)[0]["reason"]
         assert server.server.ledger.taken == 0
+    monkeypatch.undo()
     assert post(address, "/v1/composite", fields()).status == 200
 
 
