@@ -142,7 +142,7 @@ class Segmenter:
     def find(
         self, picture: Picture, where: Where, max_pixels: int = MAX_PIXELS, name: str = "the picture"
     ) -> Found:
-        """Finds an object in an upright picture; see `mask`. Call `check` before."""
+        """Finds an object in an upright picture; see `segment`. Call `check` before."""
         if where.mask is not None:
             with in_field("mask"):
                 of = MaskedPicture(name, picture.rgb.shape, picture.orientation)
@@ -173,7 +173,7 @@ class Segmenter:
         """Finds an object by clicks or a box, else the main object; returns its mask, and the score of one
         that was found by clicks or a box.
 
-        Where opacity has values on both sides of 128, the main object is what is opaque, as in a reference.
+        In a picture of which more than a tenth is transparent, the main object is what is opaque.
 
         Args:
             picture: the picture.
