@@ -76,15 +76,11 @@ def _ask_grpc(options: argparse.Namespace) -> str | None:
     try:
         import grpc
         from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        from runtime.client.connection import open_channel
     except ModuleNotFoundError as error:
         raise missing_package(error, "serve") from error
-    # a proxy of the environment does not lead back to this machine
-    settings = [("grpc.enable_http_proxy", int(not is_local(options.address)))]
-    channel = (
-        grpc.secure_channel(options.address, tls.credentials(), settings)
-        if tls
-        else grpc.insecure_channel(options.address, settings)
-    )
+    channel = open_channel(grpc, options.address, tls)
     request = health_pb2.HealthCheckRequest(service="liveness" if options.live else "")
     stub: Any = health_pb2_grpc.HealthStub(channel)
     with channel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,12 +159,7 @@ class Connection(Generic[One, Several]):
         self.model = model
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._timeout = timeout
-        # a proxy of the environment does not lead back to this machine
-        options = [*_OPTIONS, ("grpc.enable_http_proxy", int(not is_local(address)))]
-        if tls:
-            self._channel = self._channels.secure_channel(address, tls.credentials(), options)
-        else:
-            self._channel = self._channels.insecure_channel(address, options)
+        self._channel = open_channel(self._channels, address, tls, _OPTIONS)
         self._stub: Any = CompositorServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     @overload
@@ -334,6 +329,24 @@ class Connection(Generic[One, Several]):
         if code is grpc.StatusCode.UNAVAILABLE and (proxy := proxy_for(self.address)):
             text += f" through the proxy of {proxy}; name the server in no_proxy to go without"
         return ServerError(f"{text}: {error.details()}", code.name, request_id)
+
+
+def open_channel(
+    library: Any, address: str, tls: Tls | None = None, options: Iterable[tuple[str, Any]] = ()
+) -> Any:
+    """Returns a channel to a server.
+
+    Args:
+        library: grpc, or grpc.aio.
+        address: host:port or unix:/path.
+        tls: of the connection; None for one without it.
+        options: of the channel.
+    """
+    # a proxy of the environment does not lead back to this machine
+    settings = [*options, ("grpc.enable_http_proxy", int(not is_local(address)))]
+    if tls:
+        return library.secure_channel(address, tls.credentials(), settings)
+    return library.insecure_channel(address, settings)
 
 
 def pictures_of(results: list[Composite], single: bool) -> Image.Image | list[Image.Image]:
