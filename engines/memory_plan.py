@@ -20,18 +20,18 @@ Groups = tuple[tuple[str, ...], ...]
 LARGEST_CACHE = 4 << 30
 """Bytes of kept tensors worth having: at full size, three placements of 50 steps."""
 
-UNASKED_CACHE = 1_500_000_000
+UNASKED_CACHE = 1_350_000_000
 """As many of them are kept on a card without a budget: one placement."""
 
 CONTEXT = 710_000_000
 """Bytes of a card that the driver and a library's kernels and handles take: what is left of the 10.2 GB that
 were measured on an H200, after all else (docs/studies/h100.md)."""
 
-LOADED_WEIGHTS = 1.14
+LOADED_WEIGHTS = 1.003
 """What weights take on a card, as a multiple of their bytes, where a library allocates each by itself: there
 it was 5.49 GB for 4.83."""
 
-LIBRARY_MARGIN = 1.0
+LIBRARY_MARGIN = 0.72
 """What a library's own allocator takes, as a multiple of the intermediate results of the largest graph: it
 rounds and leaves gaps, but needs less than these at any time. Simulated for ONNX Runtime at full size it is
 0.51 GB where these are 0.67 GB (docs/studies/h100.md)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,9 +46,9 @@ from runtime.request import Sampling
 
 WAYS: Mapping[str, Allocation] = {
     "as it is": ALLOCATION,
-    "large rests": replace(ALLOCATION, largest_rest=128 << 20),
     "reuse": replace(ALLOCATION, reuse=True),
-    "half as TF32": replace(ALLOCATION, half_as_tf32=True),
+    "small cuBLAS": ALLOCATION,
+    "arena": replace(ALLOCATION, own=False),
 }
 """Name of a way to take memory -> what it is."""
 
@@ -60,6 +61,8 @@ def measure(way: str, bundles: Path, device: str) -> Json:
     bundle = Bundle.open(bundles / NETWORKS[device])
     options, steps = EngineOptions(BACKEND, device), _STEPS[device]
     kept: list[Engine] = []
+    if "cuBLAS" in way:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:2:16:8"
 
     def opened(bundle: Bundle, options: EngineOptions) -> Engine:
         opener: Callable[[Bundle, EngineOptions], Engine] = open_engine
@@ -69,6 +72,14 @@ def measure(way: str, bundles: Path, device: str) -> Json:
         return kept[0]
 
     rows = list(phases(bundle, options, steps, opened))
+    from engines.backends.onnxruntime.cuda import _OF_THIS_PROCESS
+    memory = _OF_THIS_PROCESS.memory
+    heaps = {}
+    if memory:
+        for heap in ("weights", "scratch"):
+            of = getattr(memory, heap)
+            heaps[heap] = [of.nbytes, of.used, of.most_used, [(p.nbytes, p.free_bytes) for p in of._blocks.values()]]
+    print(heaps, file=sys.stderr)
     compositor, sampling = Compositor(bundle, kept[0]), Sampling(steps=steps)
     seconds = {}
     for name, samples in (("re-roll", 1), ("samples", bundle.manifest.max_batch)):
@@ -81,7 +92,7 @@ def measure(way: str, bundles: Path, device: str) -> Json:
             )
             calls.append(time.perf_counter() - started)
         seconds[name] = median(calls[1:])
-    return {"way": way, "phases": rows, "seconds": seconds}
+    return {"way": way, "phases": rows, "seconds": seconds, "heaps": heaps}
 
 
 def report(results: Sequence[Json]) -> str:
@@ -99,6 +110,7 @@ def report(results: Sequence[Json]) -> str:
         if "failure" in of:
             text += f"\n- {of['way']}: {of['failure']}\n"
             continue
+        text += f"\n{of.get('heaps')}\n"
         seconds = ", ".join(f"{name} {value:.3f} s" for name, value in of["seconds"].items())
         grown = "; ".join(
             f"{row['phase']}: {describe_growth(row['grown'])}" for row in of["phases"] if row["grown"]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import threading
 import weakref
@@ -38,6 +39,7 @@ from engines.backends.onnxruntime.cuda_refusals import (
     reason,
     running_refusal,
 )
+from engines.backends.onnxruntime.provider_memory import ProviderMemory
 from engines.backends.onnxruntime.session_check import check_session
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
@@ -80,6 +82,8 @@ class Allocation:
     reuse: bool = False
     """Whether the library holds an intermediate result that nobody needs any more for a later one of the same
     shape. For a step of four samples at full size that is 900 MB instead of 434, by simulation."""
+    own: bool = True
+    """Whether the provider asks us for memory."""
     half_as_tf32: bool = False
     """Whether `use_tf32` is set for graphs in half precision. It changes no product of theirs, but without it
     the library looks for convolutions without tensor cores first, in half precision, too."""
@@ -94,6 +98,7 @@ def preload(library: Any) -> None:
 
     Without them the system's are used, where its loader finds them.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     # it prints what it does not find, although the system may have it
     with contextlib.redirect_stdout(io.StringIO()):
         library.preload_dlls()
@@ -157,7 +162,9 @@ def session_options(library: Any, bundle: Bundle, allocation: Allocation) -> Any
     return options
 
 
-def share_scratch(library: Any, nbytes: int, limit: int, allocation: Allocation) -> None:
+def share_scratch(
+    library: Any, nbytes: int, limit: int, allocation: Allocation, options: dict[str, str] | None = None
+) -> None:
     """Makes the arena that the sessions to come take scratch memory from, in place of the one before.
 
     Args:
@@ -179,7 +186,7 @@ def share_scratch(library: Any, nbytes: int, limit: int, allocation: Allocation)
     kind = library.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     where = library.OrtMemoryInfo("Cuda", kind, 0, library.OrtMemType.DEFAULT)
     try:
-        library.create_and_register_allocator_v2(PROVIDER, where, {}, library.OrtArenaCfg(arena))
+        library.create_and_register_allocator_v2(PROVIDER, where, options or {}, library.OrtArenaCfg(arena))
     except Exception as error:  # the library raises classes of its own, all derived from Exception
         raise BackendError(f"{NOT_STARTED} ({reason(error)})") from error
 
@@ -198,6 +205,7 @@ class SharedStream:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-provider")
         """Makes and runs all sessions: captured graphs belong to a thread."""
         self._stream: int | None = None
+        self.memory: ProviderMemory | None = None
         self._plans = weakref.WeakKeyDictionary[Sessions, DeviceMemoryPlan]()
 
     def new_device(self) -> Device:
@@ -216,7 +224,13 @@ class SharedStream:
         self._plans[sessions] = plan
         plans = list(self._plans.values())
         nbytes, limit = max(each.library for each in plans), sum(each.library_limit for each in plans)
-        share_scratch(library, nbytes, limit, allocation)
+        if allocation.own:
+            self.memory = self.memory or ProviderMemory(self.new_device())
+            self.memory.limit = limit
+            self.memory.scratch.reserve(nbytes)
+            share_scratch(library, nbytes, limit, allocation, self.memory.options())
+        else:
+            share_scratch(library, nbytes, limit, allocation)
 
 
 class Sessions:
@@ -250,6 +264,7 @@ class Sessions:
         self._options = options
         self._allocation = allocation
         self.thread = shared.thread
+        self._shared = shared
         preload(library)
         shared.share_scratch(self, library, plan, allocation)
 
@@ -265,15 +280,18 @@ class Sessions:
         is_half = self.bundle.manifest.precision == "fp16"
         tf32 = self._options.inference_precision == "tf32" or (is_half and self._allocation.half_as_tf32)
         provider = provider_options(self.stream, tf32, capture, self._limit)
+        memory = self._shared.memory
+        loading = memory.loading(self.bundle.manifest.graphs[graph].nbytes) if memory else contextlib.nullcontext()
         try:
-            session = self.thread.submit(
-                self.library.InferenceSession,
-                str(self.bundle.graph_file(graph, CUDA)),
-                session_options(self.library, self.bundle, self._allocation),
-                [(PROVIDER, provider)],
-                # on the CPU it would fail later, for another reason
-                enable_fallback=0,
-            ).result()
+            with loading:
+                session = self.thread.submit(
+                    self.library.InferenceSession,
+                    str(self.bundle.graph_file(graph, CUDA)),
+                    session_options(self.library, self.bundle, self._allocation),
+                    [(PROVIDER, provider)],
+                    # on the CPU it would fail later, for another reason
+                    enable_fallback=0,
+                ).result()
         except Exception as error:
             raise loading_refusal(graph, capture, error) from error
         # where the provider's own library cannot be loaded, the session has none
