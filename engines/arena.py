@@ -16,9 +16,13 @@ ALIGNMENT = 256
 """Bytes; what cudaMalloc guarantees, and TensorRT expects of scratch memory."""
 
 
-def aligned(nbytes: int) -> int:
-    """Returns the size rounded up to the alignment."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+PAGE = 2 << 20
+"""Bytes; cudaMalloc takes as many, or a multiple of them."""
+
+
+def aligned(nbytes: int, to: int = ALIGNMENT) -> int:
+    """Returns the size rounded up to a multiple of `to` bytes."""
+    return -(-nbytes // to) * to
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,16 @@ class PoolExhaustedError(Exception):
 class Pool:
     """Gives out pieces of a block, and takes them back in any order and from any thread."""
 
-    def __init__(self, nbytes: int) -> None:
-        """Starts with one free piece of `nbytes`."""
+    def __init__(self, nbytes: int, large: int | None = None) -> None:
+        """Starts with one free piece.
+
+        Args:
+            nbytes: its size.
+            large: bytes from which on a piece is taken from the end of a free one, apart from the small ones;
+                None for never.
+        """
         self.nbytes = nbytes
+        self._large = nbytes + 1 if large is None else large
         self._free = [(0, nbytes)] if nbytes else []
         self._taken: dict[int, int] = {}
         self._returned: deque[int] = deque()
@@ -120,8 +131,12 @@ class Pool:
                 raise PoolExhaustedError(size, self._free_bytes(), largest)
             free, offset = min(fitting)
             self._free.remove((offset, free))
-            if free > size:
-                insort(self._free, (offset + size, free - size))
+            rest = free - size
+            if rest and size >= self._large:
+                insort(self._free, (offset, rest))
+                offset += rest
+            elif rest:
+                insort(self._free, (offset + size, rest))
             self._taken[offset] = size
             return offset
 

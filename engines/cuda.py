@@ -150,6 +150,11 @@ class Device:
         self._allocated.append((self._cuda.cudaFreeHost, address))
         return address, np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
+    def free(self, address: int) -> None:
+        """Frees what `allocate` returned."""
+        self._allocated.remove((self._cuda.cudaFree, address))
+        self._call("freeing memory", self._cuda.cudaFree, address)
+
     def free_all(self) -> None:
         """Frees all memory that was allocated here."""
         while self._allocated:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from engines.arena import ALIGNMENT, Buffer, Layout, aligned, layout
+from engines.arena import ALIGNMENT, PAGE, Buffer, Layout, aligned, layout
 from engines.errors import BackendError
 from engines.manifest import BUILD_COMMAND, CUDA, ONNX, Manifest
 from engines.spec import CAPTURED_ROLES, SAMPLING_ROLES, GraphSpec
@@ -20,21 +20,16 @@ Groups = tuple[tuple[str, ...], ...]
 LARGEST_CACHE = 4 << 30
 """Bytes of kept tensors worth having: at full size, three placements of 50 steps."""
 
-UNASKED_CACHE = 1_500_000_000
-"""As many of them are kept on a card without a budget: one placement."""
+UNASKED_CACHE = 1_345_000_000
+"""As many of them are kept on a card without a budget: at full size, one placement of 50 steps."""
 
-CONTEXT = 710_000_000
-"""Bytes of a card that the driver and a library's kernels and handles take: what is left of the 10.2 GB that
+CONTEXT = 700_000_000
+"""Bytes of a card that the driver and a library's kernels and handles take: what is left of the 8.15 GB that
 were measured on an H200, after all else (docs/studies/h100.md)."""
 
-LOADED_WEIGHTS = 1.14
-"""What weights take on a card, as a multiple of their bytes, where a library allocates each by itself: there
-it was 5.49 GB for 4.83."""
-
-LIBRARY_MARGIN = 1.0
-"""What a library's own allocator takes, as a multiple of the intermediate results of the largest graph: it
-rounds and leaves gaps, but needs less than these at any time. Simulated for ONNX Runtime at full size it is
-0.51 GB where these are 0.67 GB (docs/studies/h100.md)."""
+LIBRARY_MARGIN = 1.1
+"""What a library's scratch memory takes, as a multiple of the estimated intermediate results of the largest
+graph, with the gaps between its pieces: at full size 1.01 for four samples, and 1.09 for one."""
 
 SHARE_OF_FREE_DEVICE_MEMORY = 0.9
 """Share of a card's free memory that is used without a budget."""
@@ -194,12 +189,14 @@ def plan_device_memory(manifest: Manifest, budget: int, most_cache: int = LARGES
     in_arena, context, library = graphs, 0, 0
     if manifest.backend == ONNX:
         graphs = {
-            name: replace(memory, weights=int(LOADED_WEIGHTS * memory.weights))
+            # a block of its own, where the smallest weights are rounded up
+            name: replace(memory, weights=aligned(memory.weights, PAGE) + PAGE)
             for name, memory in graphs.items()
         }
         in_arena = {name: replace(memory, scratch=0) for name, memory in graphs.items()}
         context = CONTEXT
-        library = aligned(int(LIBRARY_MARGIN * max(memory.scratch for memory in graphs.values())))
+        most = max(memory.scratch for memory in graphs.values())
+        library = aligned(int(LIBRARY_MARGIN * most), PAGE)
     fixed = layout(fixed_buffers(in_arena, manifest))
     pool, least_cache = working_bytes(manifest), further_windows(manifest)
     rest = context + library + fixed.nbytes + aligned(pool) + least_cache

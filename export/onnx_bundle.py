@@ -27,7 +27,7 @@ from export.progress import Progress
 from export.reuse import copy_graph, has_graph, made_from
 from export.rewrite.attention import Attention, CausalAttention
 from export.rewrite.files import rewrite_file
-from export.scratch import scratch_of_graph
+from export.scratch import scratch_of_graph, scratch_on_a_card
 from export.systems.system import ExportSource, GraphExport
 from export.verification import verify_graph
 from export.weights import store_exact_halves
@@ -117,7 +117,8 @@ def _rewrite_graph(
     shutil.rmtree(plain)
     _store_exact_halves(path, source, manifest)
     progress.note(f"{name}: {report}")
-    return replace(record, files=_files(path))
+    scratch = {**record.scratch_bytes, CUDA: scratch_on_a_card(path, manifest)}
+    return replace(record, files=_files(path), scratch_bytes=scratch)
 
 
 def _store_exact_halves(path: Path, source: ExportSource, manifest: Manifest) -> None:

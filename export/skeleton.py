@@ -21,7 +21,7 @@ from torch import nn
 
 from engines.bundle import CONSTANTS, file_record
 from engines.engine import Array, Engine
-from engines.manifest import FileRecord, GraphRecord, Manifest
+from engines.manifest import CUDA, FileRecord, GraphRecord, Manifest
 from export.build import placing, write_manifest
 from export.noise import write_recipe
 from export.noise_recipe import noise_recipe
@@ -31,7 +31,7 @@ from export.options import BuildOptions
 from export.precision import TORCH_DTYPES
 from export.progress import Progress
 from export.rewrite.rewriting import rewrite
-from export.scratch import scratch_of_graph
+from export.scratch import scratch_of_graph, scratch_on_a_card
 from export.systems.system import ExportSource, GraphExport
 
 _LARGEST_CONSTANT = 4096
@@ -93,6 +93,8 @@ def _build_graph(graph: GraphExport, folder: Path, manifest: Manifest, rules: st
     rewrite(model, rules)
     size = _leave_out_weights(model, data, marks)
     ir.save(model, path)
+    if manifest.target == CUDA:
+        scratch[CUDA] = scratch_on_a_card(path, manifest)
     files = (file_record(folder, path.name), FileRecord(data, size, ""))
     return GraphRecord(graph.spec, files, scratch_bytes=scratch)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines import host_memory
-from engines.arena import ALIGNMENT
+from engines.arena import ALIGNMENT, PAGE
 from engines.bundle import Bundle
 from engines.engine import choose_backend, needed_bytes, open_engine
 from engines.errors import BackendError
@@ -23,7 +23,6 @@ from engines.manifest import FileRecord, GraphRecord, Manifest
 from engines.memory_plan import (
     CONTEXT,
     LARGEST_CACHE,
-    LOADED_WEIGHTS,
     UNASKED_CACHE,
     DeviceMemoryPlan,
     GraphMemory,
@@ -205,12 +204,16 @@ def test_without_a_budget_one_placement_is_kept() -> None:
 
 
 def test_a_library_with_memory_of_its_own_takes_some_for_itself() -> None:
-    """And more for weights than they have bytes."""
+    """And for weights whole pages of the card's memory."""
     of = manifest()
     plan = plan_device_memory(replace(of, backend=ORT), 24_000 * MB)
     assert plan.context == CONTEXT
     for name in GRAPHS:
-        assert plan.graphs[name].weights == int(LOADED_WEIGHTS * of.graphs[name].nbytes)
+        rounded = plan.graphs[name].weights - of.graphs[name].nbytes
+        assert plan.graphs[name].weights % PAGE == 0
+        assert PAGE <= rounded < 2 * PAGE
+    assert plan.library % PAGE == 0
+    assert plan.library >= max(graph.scratch for graph in plan.graphs.values())
     assert plan.library_limit == plan.budget - plan.arena - CONTEXT
 
 

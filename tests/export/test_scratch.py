@@ -11,7 +11,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from engines.bundle import Bundle
-from export.scratch import scratch_bytes
+from export.scratch import scratch_bytes, scratch_on_a_card
 from tests.support.anydoor import DECODE, ENCODE, GRAPHS
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -172,3 +172,15 @@ def test_larger_calls_of_a_real_graph_take_more(tiny_bundle: Path, graph: str) -
         assert four[backend] == one[backend] if graph in (ENCODE, DECODE) else four[backend] > one[backend]
         assert one[backend] >= outputs
     assert one["openvino"] <= one["onnxruntime"]
+
+
+def test_a_bundle_for_cards_says_what_its_own_operators_take(
+    tiny_cuda_bundle: Path, tiny_half_bundle: Path
+) -> None:
+    cards, plain = Bundle.open(tiny_cuda_bundle), Bundle.open(tiny_half_bundle)
+    for graph, record in cards.manifest.graphs.items():
+        assert record.scratch_bytes["cuda"] == scratch_on_a_card(cards.graph_file(graph), cards.manifest)
+        as_plain = plain.manifest.graphs[graph].scratch_bytes
+        assert 0 < record.scratch_bytes["cuda"] <= as_plain["cuda"]
+        # on a CPU it would run as it was before
+        assert record.scratch_bytes["openvino"] == as_plain["openvino"]

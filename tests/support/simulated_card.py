@@ -70,6 +70,9 @@ class SimulatedDevice:
         """Bytes, pinned ones among them."""
         return sum(block.nbytes for block in self._blocks.values())
 
+    def free(self, address: int) -> None:
+        del self._blocks[address]
+
     def free_all(self) -> None:
         self._blocks.clear()
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from engines.backends.onnxruntime.cuda import Sessions, SharedStream
+from engines.backends.onnxruntime.cuda import Sessions, SharedStream, register
+from engines.backends.onnxruntime.provider_memory import ProviderMemory
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
 from engines.card.tensors import DeviceArray
@@ -80,8 +81,11 @@ class ProviderSimulation:
     ) -> None:
         """`beside`: another engine of the same process."""
         self.device = beside.device if beside else SimulatedDevice()
-        self.shared = beside.shared if beside else SharedStream()
         self.library = beside.library if beside else SimulatedLibrary(bundle, self.device)
+        self.shared = beside.shared if beside else SharedStream()
+        if not beside:
+            self.shared.memory = ProviderMemory(self.device)
+            register(self.library, self.shared.memory)
         self.plan = plan or memory_plan(bundle, backend="onnxruntime")
         self.sessions = Sessions(self.library, bundle, self.shared, self.device.stream, self.plan, options)
         self.engine = CardEngine(

@@ -2,16 +2,20 @@
 
 It keeps what the provider promises and no more: a run reads and writes bound addresses when the stream gets
 there, a captured run is replayed with the addresses and shapes that it was captured with, whatever is bound
-by then, a capture belongs to a thread and cannot be dropped, and every run fills the scratch memory that all
-sessions share with not-a-numbers. The options of a session and of its runs are the library's own.
+by then, a capture belongs to a thread and cannot be dropped. It takes all memory through the C functions that
+it was given: weights when a session is made, which must be untouched at every run, and scratch memory in a
+run, which is given back before the run ends, and which every replay of it fills with not-a-numbers again. The
+options of a session and of its runs are the library's own.
 
 Not simulated: anything else of CUDA or the provider. The numbers are the CPU provider's.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,12 @@ from tests.support.simulated_card import GARBAGE, Shape, SimulatedDevice
 
 Bound = dict[str, tuple[str, Shape, int]]
 """Name in the graph's file -> dtype, shape and address."""
+
+Pieces = dict[int, int]
+"""Address -> bytes."""
+
+WEIGHT = 0x55
+"""What all bytes of weights are."""
 
 
 class SimulatedLibrary:
@@ -40,13 +50,22 @@ class SimulatedLibrary:
         self.device = device
         self.bundle = bundle
         self.engine = OnnxRuntimeEngine(bundle)
-        self.arenas: list[dict[str, int]] = []
-        self.scratch = (0, 0)
-        """Address and size of the memory that sessions to come share with those that were made since it is
-        there."""
+        self.registered = 0
+        """How often an allocator was registered."""
+        self.weights = [1 << 20, 3 << 10, 100]
+        """Bytes of the weights of each graph."""
+        self.scratch = [1 << 19, 1 << 20]
+        """Bytes of scratch memory that each run takes."""
+        self.take: Callable[[int], int | None] = lambda nbytes: None
+        self.give_back: Callable[[int], None] = lambda address: None
         self.opened: list[str] = []
-        self.sessions: list[SimulatedSession] = []
         self.bindings = 0
+        self._sessions: list[weakref.ref[SimulatedSession]] = []
+
+    @property
+    def sessions(self) -> list[SimulatedSession]:
+        """Those that somebody still has, the oldest first."""
+        return [session for reference in self._sessions if (session := reference())]
 
     def set_default_logger_severity(self, severity: int) -> None:
         pass
@@ -59,16 +78,32 @@ class SimulatedLibrary:
         return f"{name}:{device}"
 
     def OrtArenaCfg(self, content: dict[str, int]) -> dict[str, int]:  # noqa: N802
-        onnxruntime.OrtArenaCfg(content)  # knows the keys
+        assert content == {}, "of no arena"
         return content
 
     def create_and_register_allocator_v2(
         self, provider: str, where: str, options: Mapping[str, str], arena: dict[str, int]
     ) -> None:
-        assert (provider, where, options) == (PROVIDER, "Cuda:0", {})
-        nbytes = arena["initial_chunk_size_bytes"]
-        self.arenas.append(arena)
-        self.scratch = self.device.allocate(nbytes), nbytes
+        assert (provider, where) == (PROVIDER, "Cuda:0")
+        self.registered += 1
+        self.take = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(int(options["gpu_external_alloc"]))
+        self.give_back = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(int(options["gpu_external_free"]))
+
+    def taken(self, sizes: Sequence[int]) -> Pieces:
+        """Returns memory from whom it was registered."""
+        pieces = {}
+        for nbytes in sizes:
+            address = self.take(nbytes)
+            if address is None:
+                self.given_back(pieces)
+                raise RuntimeError("p != nullptr was false")
+            pieces[address] = nbytes
+        return pieces
+
+    def given_back(self, pieces: Pieces) -> None:
+        """Gives it back."""
+        for address in pieces:
+            self.give_back(address)
 
     def InferenceSession(  # noqa: N802
         self,
@@ -80,8 +115,9 @@ class SimulatedLibrary:
         assert not enable_fallback
         graph = Path(path).stem
         self.opened.append(graph)
-        self.sessions.append(SimulatedSession(self, graph, options, *providers))
-        return self.sessions[-1]
+        session = SimulatedSession(self, graph, options, *providers)
+        self._sessions.append(weakref.ref(session))
+        return session
 
 
 class SimulatedSession:
@@ -100,11 +136,14 @@ class SimulatedSession:
         assert options.get_session_config_entry("session.use_env_allocators") == "1"
         self.graph = graph
         self.options = options
-        self.captured: dict[tuple[int, str], Bound] = {}
-        """Thread and `gpu_graph_id` -> what was bound when it was captured."""
+        self.captured: dict[tuple[int, str], tuple[Bound, Pieces]] = {}
+        """Thread and `gpu_graph_id` -> what was bound when it was captured, and scratch memory."""
         self.replays = 0
-        self.scratch = library.scratch
+        self.weights = library.taken(library.weights)
         self._library = library
+        for address, nbytes in self.weights.items():
+            library.device.view(address, (nbytes,), "uint8")[:] = WEIGHT
+        weakref.finalize(self, library.given_back, self.weights)
 
     def get_providers(self) -> list[str]:
         return [PROVIDER, "CPUExecutionProvider"]
@@ -129,24 +168,33 @@ class SimulatedSession:
         assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
         number = options.get_run_config_entry("gpu_graph_id")
         if self.provider_options["enable_cuda_graph"] == "0" or number == str(NOT_CAPTURED):
-            self._submit(binding.bound)
+            self._submit(binding.bound, self._scratch())
             return
         key = threading.get_ident(), number
         if key not in self.captured:
             # once to allocate, once to capture
-            self._submit(binding.bound)
-            self.captured[key] = dict(binding.bound)
+            self._submit(binding.bound, self._scratch())
+            self.captured[key] = dict(binding.bound), self._scratch()
         else:
             self.replays += 1
-        self._submit(self.captured[key])
+        self._submit(*self.captured[key])
 
-    def _submit(self, bound: Bound) -> None:
-        self._library.device.submit(lambda bound=dict(bound): self._run(bound))
+    def _scratch(self) -> Pieces:
+        """Returns scratch memory that was taken and given back."""
+        pieces = self._library.taken(self._library.scratch)
+        self._library.given_back(pieces)
+        return pieces
 
-    def _run(self, bound: Bound) -> None:
+    def _submit(self, bound: Bound, scratch: Pieces) -> None:
+        self._library.device.submit(lambda bound=dict(bound): self._run(bound, scratch))
+
+    def _run(self, bound: Bound, scratch: Pieces) -> None:
         """Computes the graph from memory to memory."""
         device, engine = self._library.device, self._library.engine
-        device.view(self.scratch[0], (self.scratch[1],), "uint8")[:] = GARBAGE
+        for address, nbytes in scratch.items():
+            device.view(address, (nbytes,), "uint8")[:] = GARBAGE
+        for address, nbytes in self.weights.items():
+            assert np.all(device.view(address, (nbytes,), "uint8") == WEIGHT), "weights were overwritten"
         spec = self._library.bundle.manifest.specs[self.graph]
         arrays = {}
         for of in spec.inputs:

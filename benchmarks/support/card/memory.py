@@ -1,18 +1,13 @@
-"""The card's memory, phase by phase, beside the memory plan; and where the provider's scratch memory grew."""
+"""The card's memory, phase by phase, beside the memory plan; and the provider's scratch memory."""
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 
 from benchmarks.support import example
 from benchmarks.support.card.device_memory import used_gb
 from benchmarks.support.card.task import Row, Task
-from engines.backends.onnxruntime.engine import load_library
+from engines.backends.onnxruntime.cuda import scratch_memory
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
 from engines.engine import Engine, open_engine
@@ -24,10 +19,6 @@ BUDGET = 8_000_000_000
 """Bytes; what `--memory-budget 8G` allows, about."""
 
 _STEPS = {"cuda": 50, "cpu": 2}
-_GROWTH = re.compile(r"Extending BFCArena.*?num_bytes: (\d+).*?Extended allocation by (\d+) bytes", re.DOTALL)
-_INFORMATION, _FATAL = 1, 4
-"""Severities of ONNX Runtime's log; at the first it tells of every piece that its arena takes."""
-_TOLD = "[I:onnxruntime"
 
 
 def device_memory(task: Task) -> Iterator[Row]:
@@ -44,6 +35,7 @@ def phases(
     steps: int,
     opened: Callable[[Bundle, EngineOptions], Engine] = open_engine,
     used: Callable[[], float | None] = used_gb,
+    scratch: Callable[[], tuple[int, int]] = scratch_memory,
 ) -> Iterator[Row]:
     """Go through what a process does with a bundle, and yield a row after each phase.
 
@@ -53,75 +45,41 @@ def phases(
         steps: of each picture.
         opened: opens the engine.
         used: returns the gigabytes of the card that are in use; None if unknown.
+        scratch: returns the bytes of the provider's scratch memory, and the most that were in use.
 
     Yields:
-        Rows with `phase`, `gb`, `planned_gb` (of the whole plan, None on a CPU), and `grown`: for every piece
-        that the provider's arena took in this phase, the bytes asked for and the bytes taken.
+        Rows with `phase`, `gb`, `planned_gb` (of the whole plan, None on a CPU), `scratch_gb` and
+        `most_scratch_gb`.
     """
-    yield _row("before", used(), None, "")
-    with _library_log() as log:
-        engine = opened(bundle, options)
-        # opening an engine has silenced the library
-        load_library().set_default_logger_severity(_INFORMATION)
-        planned = engine.plan.total if isinstance(engine, CardEngine) else None
-        yield _row("opened", used(), planned, log())
-        for graph in bundle.manifest.specs:
-            engine.load(graph)
-            yield _row(f"weights of {graph}", used(), planned, log())
-        compositor = Compositor(bundle, engine)
-        samples = bundle.manifest.max_batch
-        for phase, count, brighter in (
-            ("first picture", 1, 0),
-            ("re-roll", 1, 0),
-            ("another picture", 1, 1),
-            (f"{samples} samples", samples, 2),
-            (f"{samples} samples again", samples, 3),
-            ("one more picture", 1, 4),
-        ):
-            sampling, placement = Sampling(steps=steps), example.placement(brighter)
-            compositor.composite(example.SCENE, placement, seed=1, sampling=sampling, num_images=count)
-            yield _row(phase, used(), planned, log())
+    planned: float | None = None
 
+    def row(phase: str) -> Row:
+        nbytes, most_used = scratch()
+        return {
+            "phase": phase,
+            "gb": used(),
+            "planned_gb": planned,
+            "scratch_gb": nbytes / 1e9,
+            "most_scratch_gb": most_used / 1e9,
+        }
 
-def describe_growth(pieces: Iterable[tuple[int, int]]) -> str:
-    """Return megabytes taken and asked for, of the pieces of a row."""
-    return ", ".join(f"{taken / 1e6:.0f} for {asked / 1e6:.1f}" for asked, taken in pieces)
-
-
-def _row(phase: str, gb: float | None, planned: int | None, log: str) -> Row:
-    return {
-        "phase": phase,
-        "gb": gb,
-        "planned_gb": None if planned is None else planned / 1e9,
-        "grown": [[int(asked), int(taken)] for asked, taken in _GROWTH.findall(log)],
-    }
-
-
-@contextmanager
-def _library_log() -> Iterator[Callable[[], str]]:
-    """Gives a function that returns what ONNX Runtime has logged since it was last called.
-
-    The library writes to the process's stderr. What others write there is passed on in the end.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        seen = 0
-
-        def log() -> str:
-            nonlocal seen
-            text = os.pread(file.fileno(), os.fstat(file.fileno()).st_size - seen, seen)
-            seen += len(text)
-            return text.decode(errors="replace")
-
-        try:
-            yield log
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            load_library().set_default_logger_severity(_FATAL)
-            seen = 0
-            others = (line for line in log().splitlines() if _TOLD not in line)
-            sys.stderr.writelines(f"{line}\n" for line in others)
+    yield row("before")
+    engine = opened(bundle, options)
+    planned = engine.plan.total / 1e9 if isinstance(engine, CardEngine) else None
+    yield row("opened")
+    for graph in bundle.manifest.specs:
+        engine.load(graph)
+        yield row(f"weights of {graph}")
+    compositor = Compositor(bundle, engine)
+    samples = bundle.manifest.max_batch
+    for phase, count, brighter in (
+        ("first picture", 1, 0),
+        ("re-roll", 1, 0),
+        ("another picture", 1, 1),
+        (f"{samples} samples", samples, 2),
+        (f"{samples} samples again", samples, 3),
+        ("one more picture", 1, 4),
+    ):
+        sampling, placement = Sampling(steps=steps), example.placement(brighter)
+        compositor.composite(example.SCENE, placement, seed=1, sampling=sampling, num_images=count)
+        yield row(phase)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.support.card.memory import describe_growth
 from benchmarks.support.card.pictures import PRESETS, SAME_BITS
 from benchmarks.support.contenders import COLD, PICTURE, REROLL, SAMPLES
 from benchmarks.support.markdown import Cell, Json, load_columns, number, percent, table
@@ -83,12 +82,13 @@ def _pictures(rows: list[Json]) -> str:
 
 
 def _memory(rows: list[Json]) -> str:
-    """Returns the memory after every phase, and what the provider's arena was asked for and took in it."""
+    """Returns the memory after every phase, and what of the provider's scratch memory was in use."""
     columns: dict[str, Cell] = {
         "after": lambda row: row["phase"],
         "device memory, GB": lambda row: number(row["gb"], 2),
         "planned in all": lambda row: number(row["planned_gb"], 2),
-        "scratch memory grew, MB": lambda row: describe_growth(row["grown"]),
+        "scratch memory": lambda row: number(row["scratch_gb"], 2),
+        "in use of it": lambda row: number(row["most_scratch_gb"], 2),
     }
     return table(rows, columns)
 

@@ -3,10 +3,9 @@
 The provider works in our stream, on our addresses, and does not wait for what it put there. Two things it
 does itself, and this is what is known of them (source: onnxruntime/core/providers/cuda and core/framework):
 
-    memory    Weights and scratch memory are its own. Weights are allocated one by one, and freed with the
-              session. Scratch memory is an arena of the whole process: a session takes from the arena that
-              was registered last when it was made. So the sessions of all engines of a process may share
-              one, and never run at the same time (`SharedStream`).
+    memory    It asks us for weights and scratch memory (`provider_memory`): a session takes the allocator
+              that was registered last when it was made. The sessions of all engines of a process share
+              scratch memory, and so never run at the same time (`SharedStream`).
     captures  It captures a call itself, one CUDA graph per `gpu_graph_id`, and keeps it as long as the
               session. A captured graph belongs to the thread that ran it, so all calls come from one thread.
               Whatever another thread allocates or copies meanwhile spoils a capture. It reads pinned memory
@@ -20,13 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,14 @@ from engines.backends.onnxruntime.cuda_refusals import (
     loading_refusal,
     reason,
     running_refusal,
+    scratch_refusal,
 )
+from engines.backends.onnxruntime.provider_memory import ProviderMemory
 from engines.backends.onnxruntime.session_check import check_session
 from engines.bundle import Bundle
 from engines.card.engine import CardEngine
 from engines.card.graph import Shape
-from engines.cuda import Device
+from engines.cuda import Device, OutOfDeviceMemoryError
 from engines.errors import BackendError
 from engines.manifest import CUDA, ONNX
 from engines.memory_plan import DeviceMemoryPlan, plan_for_card
@@ -66,27 +67,9 @@ MAPPED_FILES = Path("/proc/self/maps")
 _FATAL = 4
 """Severity of what the library logs."""
 
-_LARGEST_CHUNK = 2**31 - 1
-"""The library takes the size of its first allocation as a 32-bit number."""
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """How the provider takes memory, where it leaves a choice."""
-
-    largest_rest: int = 1 << 20
-    """A piece that is larger than what is asked for by more than these bytes is divided. Unless told
-    otherwise, the library lets up to 128 MB of a piece lie idle."""
-    reuse: bool = False
-    """Whether the library holds an intermediate result that nobody needs any more for a later one of the same
-    shape. For a step of four samples at full size that is 900 MB instead of 434, by simulation."""
-    half_as_tf32: bool = False
-    """Whether `use_tf32` is set for graphs in half precision. It changes no product of theirs, but without it
-    the library looks for convolutions without tensor cores first, in half precision, too."""
-
-
-ALLOCATION = Allocation()
-"""Simulated, but not measured on a card (docs/studies/h100.md)."""
+_SMALL_WORKSPACES = ":4096:2:16:8"
+"""Workspaces of cuBLAS: two of 4 MB and eight of 16 KB, and not 32 MB. Each session has its own. On an H200
+they took 0.29 GB less in all, and no time (docs/studies/h100.md)."""
 
 
 def preload(library: Any) -> None:
@@ -114,20 +97,18 @@ def loaded_libraries(maps: Path = MAPPED_FILES) -> str:
     return "; ".join(f"{', '.join(sorted(names))} in {folder}" for folder, names in sorted(found.items()))
 
 
-def provider_options(stream: int, tf32: bool, capture: bool, limit: int) -> dict[str, str]:
+def provider_options(stream: int, tf32: bool, capture: bool) -> dict[str, str]:
     """Returns the provider's options for a session.
 
     Args:
         stream: where it puts its work.
         tf32: whether products of float32 numbers may be computed in TF32.
         capture: whether calls are captured as CUDA graphs.
-        limit: bytes that it may allocate.
     """
     return {
         "user_compute_stream": str(stream),
         "use_tf32": str(int(tf32)),
         "enable_cuda_graph": str(int(capture)),
-        "gpu_mem_limit": str(limit),
         # a search would take whichever algorithm was fastest today: other bits after the next start
         "cudnn_conv_algo_search": "HEURISTIC",
         # sums in float32, not in the precision of the graph
@@ -135,51 +116,46 @@ def provider_options(stream: int, tf32: bool, capture: bool, limit: int) -> dict
     }
 
 
-def session_options(library: Any, bundle: Bundle, allocation: Allocation) -> Any:
+def session_options(library: Any, bundle: Bundle) -> Any:
     """Returns the session options.
 
     Args:
         library: the onnxruntime package.
         bundle: holds the graphs and their weights.
-        allocation: how the session takes memory.
     """
     options = library.SessionOptions()
     options.use_deterministic_compute = True
     # what a set of shapes needs as one block is more than what single pieces need
     options.enable_mem_pattern = False
-    options.enable_mem_reuse = allocation.reuse
+    # results that nobody needs any more would be held for later ones of their shape: at full size, 900 MB for
+    # four samples instead of 434
+    options.enable_mem_reuse = False
     for key, value in {
         "session.use_env_allocators": "1",
-        "session.use_device_allocator_for_initializers": "1",
         "session.model_external_initializers_file_folder_path": str(bundle.path),
     }.items():
         options.add_session_config_entry(key, value)
     return options
 
 
-def share_scratch(library: Any, nbytes: int, limit: int, allocation: Allocation) -> None:
-    """Makes the arena that the sessions to come take scratch memory from, in place of the one before.
+def register(library: Any, memory: ProviderMemory) -> None:
+    """Makes the sessions to come take their memory from ours, and has them take less beside it.
 
     Args:
         library: the onnxruntime package.
-        nbytes: what it allocates first, and unless a graph needs more, at all. It grows by a gigabyte or by
-            all that is left: CUDA's arena takes no other size.
-        limit: most that it allocates, the weights of the sessions included.
-        allocation: how it does that.
+        memory: where from.
 
     Raises:
         BackendError: the provider does not start.
     """
-    arena = {
-        "max_mem": limit,
-        "arena_extend_strategy": 0,
-        "initial_chunk_size_bytes": min(nbytes, limit, _LARGEST_CHUNK),
-        "max_dead_bytes_per_chunk": allocation.largest_rest,
-    }
+    # whoever has set it knows better
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _SMALL_WORKSPACES)
     kind = library.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     where = library.OrtMemoryInfo("Cuda", kind, 0, library.OrtMemType.DEFAULT)
+    # an arena that is not made: the library wants its configuration all the same
+    arena = library.OrtArenaCfg({})
     try:
-        library.create_and_register_allocator_v2(PROVIDER, where, {}, library.OrtArenaCfg(arena))
+        library.create_and_register_allocator_v2(PROVIDER, where, memory.options(), arena)
     except Exception as error:  # the library raises classes of its own, all derived from Exception
         raise BackendError(f"{NOT_STARTED} ({reason(error)})") from error
 
@@ -197,6 +173,8 @@ class SharedStream:
         """Held around everything that is done with the card."""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-provider")
         """Makes and runs all sessions: captured graphs belong to a thread."""
+        self.memory: ProviderMemory | None = None
+        """What all sessions take theirs from; None before there is one."""
         self._stream: int | None = None
         self._plans = weakref.WeakKeyDictionary[Sessions, DeviceMemoryPlan]()
 
@@ -206,17 +184,30 @@ class SharedStream:
         self._stream = device.stream
         return device
 
-    def share_scratch(
-        self, sessions: Sessions, library: Any, plan: DeviceMemoryPlan, allocation: Allocation
-    ) -> None:
-        """Makes the arena that sessions take scratch memory from, of whichever engine.
+    def provide_memory(self, sessions: Sessions, library: Any, plan: DeviceMemoryPlan) -> ProviderMemory:
+        """Allocates scratch memory for the sessions of one more engine, and returns where they take it from.
 
-        So it has to suffice for each engine that is there, and its limit for the weights of all of them.
+        They share it with those of the other engines. So it has to suffice for each engine, and its limit for
+        the weights of all of them.
+
+        Raises:
+            BackendError: the provider does not start, or there is not enough memory.
         """
+        if self.memory is None:
+            memory = ProviderMemory(self.new_device())
+            register(library, memory)
+            self.memory = memory
+        if not self._plans:
+            # no captured graph uses it any more
+            self.memory.scratch.drop_unused()
         self._plans[sessions] = plan
         plans = list(self._plans.values())
-        nbytes, limit = max(each.library for each in plans), sum(each.library_limit for each in plans)
-        share_scratch(library, nbytes, limit, allocation)
+        self.memory.limit = sum(each.library_limit for each in plans)
+        try:
+            self.memory.reserve_scratch(max(each.library for each in plans))
+        except OutOfDeviceMemoryError as error:
+            raise scratch_refusal(error) from error
+        return self.memory
 
 
 class Sessions:
@@ -230,7 +221,6 @@ class Sessions:
         stream: int,
         plan: DeviceMemoryPlan,
         options: EngineOptions,
-        allocation: Allocation = ALLOCATION,
     ) -> None:
         """Allocates scratch memory.
 
@@ -241,17 +231,15 @@ class Sessions:
             stream: where their work goes; that of `shared`.
             plan: how much memory they may take.
             options: precision, and whether calls are captured.
-            allocation: how memory is taken.
         """
         self.library = library
         self.bundle = bundle
         self.stream = stream
-        self._limit = plan.library_limit
-        self._options = options
-        self._allocation = allocation
         self.thread = shared.thread
+        self._plan = plan
+        self._options = options
         preload(library)
-        shared.share_scratch(self, library, plan, allocation)
+        self.memory = shared.provide_memory(self, library, plan)
 
     def open_graph(self, graph: str) -> LoadedSession:
         """Loads a graph's weights onto the card.
@@ -262,20 +250,19 @@ class Sessions:
         """
         spec = self.bundle.manifest.specs[graph]
         capture = self._options.cuda_graphs and spec.role in CAPTURED_ROLES
-        is_half = self.bundle.manifest.precision == "fp16"
-        tf32 = self._options.inference_precision == "tf32" or (is_half and self._allocation.half_as_tf32)
-        provider = provider_options(self.stream, tf32, capture, self._limit)
+        provider = provider_options(self.stream, self._options.inference_precision == "tf32", capture)
         try:
-            session = self.thread.submit(
-                self.library.InferenceSession,
-                str(self.bundle.graph_file(graph, CUDA)),
-                session_options(self.library, self.bundle, self._allocation),
-                [(PROVIDER, provider)],
-                # on the CPU it would fail later, for another reason
-                enable_fallback=0,
-            ).result()
+            with self.memory.loading(self._plan.graphs[graph].weights):
+                session = self.thread.submit(
+                    self.library.InferenceSession,
+                    str(self.bundle.graph_file(graph, CUDA)),
+                    session_options(self.library, self.bundle),
+                    [(PROVIDER, provider)],
+                    # on the CPU it would fail later, for another reason
+                    enable_fallback=0,
+                ).result()
         except Exception as error:
-            raise loading_refusal(graph, capture, error) from error
+            raise loading_refusal(graph, capture, self.memory.refusal() or error) from error
         # where the provider's own library cannot be loaded, the session has none
         if PROVIDER not in session.get_providers():
             raise BackendError(NOT_STARTED)
@@ -352,7 +339,8 @@ class BoundCall:
         try:
             self._loaded.sessions.thread.submit(run, self._binding, self._options).result()
         except Exception as error:
-            raise running_refusal(self._loaded.spec.name, error) from error
+            refusal = self._loaded.sessions.memory.refusal()
+            raise running_refusal(self._loaded.spec.name, refusal or error) from error
 
     def capturable(self, stream: int) -> bool:
         """Returns False: the provider launches its own captured graph, which no other may contain."""
@@ -363,11 +351,7 @@ _OF_THIS_PROCESS = SharedStream()
 
 
 def open_card_engine(
-    library: Any,
-    bundle: Bundle,
-    options: EngineOptions,
-    most_cache: int | None = None,
-    allocation: Allocation = ALLOCATION,
+    library: Any, bundle: Bundle, options: EngineOptions, most_cache: int | None = None
 ) -> CardEngine:
     """Returns the engine for a bundle of ONNX graphs on a card; see `engines.engine.open_engine`."""
     # for some convolutions cuDNN has no plan without tensor cores; they run with another, and every one is
@@ -377,6 +361,12 @@ def open_card_engine(
     with shared.lock:
         device = shared.new_device()
         plan = plan_for_card(bundle.manifest, options.memory_budget, device.card().free, most_cache)
-        sessions = Sessions(library, bundle, shared, device.stream, plan, options, allocation)
+        sessions = Sessions(library, bundle, shared, device.stream, plan, options)
         opened = sessions.open_graph
         return CardEngine(ONNX, bundle, device, opened, plan, options.cuda_graphs, shared.lock)
+
+
+def scratch_memory() -> tuple[int, int]:
+    """Returns the bytes of scratch memory of all sessions of this process, and the most that were in use."""
+    memory = _OF_THIS_PROCESS.memory
+    return (memory.scratch.nbytes, memory.scratch.most_used) if memory else (0, 0)

@@ -13,6 +13,14 @@ NOT_STARTED = (
 )
 
 
+def scratch_refusal(error: OutOfDeviceMemoryError) -> OutOfDeviceMemoryError:
+    """Returns the error for scratch memory that was not allocated."""
+    return OutOfDeviceMemoryError(
+        f"the card has no room for scratch memory ({reason(error)}): close other programs that use it (see "
+        "'nvidia-smi')"
+    )
+
+
 def loading_refusal(graph: str, capture: bool, error: Exception) -> BackendError | BundleError:
     """Returns the error for a graph that was not loaded.
 
@@ -45,10 +53,8 @@ def running_refusal(graph: str, error: Exception) -> BackendError:
 
 
 def _is_about_memory(error: Exception) -> bool:
-    # of the arena, of cudaMalloc
-    return any(
-        words in str(error) for words in ("smaller than requested", "Failed to allocate", "out of memory")
-    )
+    # ours, or one of cudaMalloc in the library
+    return isinstance(error, OutOfDeviceMemoryError) or "out of memory" in str(error)
 
 
 def reason(error: Exception) -> str:

@@ -31,8 +31,7 @@ def test_two_engines_of_a_process_draw_what_each_draws_alone(
         for pictures in threads.map(paint, (first, second)):
             for picture in pictures:
                 np.testing.assert_array_equal(picture, expected_pictures)
-    # the graphs of both took what was registered last
-    assert len({session.scratch for session in first.library.sessions}) == 1
+    assert first.library.registered == 1
 
 
 def test_an_engine_waits_until_another_one_of_the_process_is_done_with_the_card(bundle: Bundle) -> None:
@@ -52,17 +51,24 @@ def test_the_scratch_memory_of_a_process_suffices_for_each_of_its_engines(bundle
         for size in (2, 9)
     )
     assert small.library < large.library
-    first = ProviderSimulation(bundle, large)
-    second = ProviderSimulation(bundle, small, beside=first)
-    of_both = first.library.arenas[1]
-    assert of_both["initial_chunk_size_bytes"] == large.library
-    assert of_both["max_mem"] == large.library_limit + small.library_limit
-    # an engine that is gone does not count
-    shared, library = first.shared, first.library
+    first = ProviderSimulation(bundle, small)
+    second = ProviderSimulation(bundle, large, beside=first)
+    shared, library, memory = first.shared, first.library, first.sessions.memory
+    assert memory.scratch.largest_block == large.library
+    assert memory.limit == large.library_limit + small.library_limit
+    # an engine that is gone does not count, and its scratch memory is there for the next one
     del first
     gc.collect()
+    nbytes = memory.scratch.nbytes
     third = cuda.Sessions(library, bundle, shared, second.device.stream, small, EngineOptions())
-    assert library.arenas[2]["max_mem"] == 2 * small.library_limit, third
+    assert memory.limit == large.library_limit + small.library_limit, third
+    assert memory.scratch.nbytes == nbytes
+    # one that comes when all others are gone starts anew
+    device = second.device
+    del second, third
+    gc.collect()
+    fourth = cuda.Sessions(library, bundle, shared, device.stream, small, EngineOptions())
+    assert (memory.scratch.nbytes, memory.limit) == (small.library, small.library_limit), fourth
 
 
 def test_opened_engines_share_a_stream_and_a_lock(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +83,9 @@ def test_opened_engines_share_a_stream_and_a_lock(bundle: Bundle, monkeypatch: p
     monkeypatch.setattr(cuda, "_OF_THIS_PROCESS", cuda.SharedStream())
     library = SimulatedLibrary(bundle, device)
     engines = [cuda.open_card_engine(library, bundle, EngineOptions()) for _ in range(2)]
-    assert streams == [None, device.stream]
+    # of the first engine, of the provider, and of the second engine
+    assert streams == [None, device.stream, device.stream]
+    assert library.registered == 1
     with ThreadPoolExecutor(1) as threads, cuda._OF_THIS_PROCESS.lock:
         waiting = [threads.submit(engine.to_device, np.ones(3, np.float32)) for engine in engines]
         assert not wait(waiting, timeout=0.1).done

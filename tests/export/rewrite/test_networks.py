@@ -14,6 +14,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from engines.engine import Array
@@ -24,7 +25,8 @@ from export.options import DETERMINISTIC_CUDA
 from export.precision import TORCH_DTYPES, keep_float32_layers
 from export.rewrite.report import Report
 from export.rewrite.rewriting import rewrite
-from tests.export.rewrite.graphs import TOLERANCE, evaluate, relative_error
+from export.scratch import result_bytes
+from tests.export.rewrite.graphs import OPERATORS, TOLERANCE, evaluate, relative_error
 
 TYPES = {"fp32": "float32", "fp16": "float16"}
 
@@ -103,6 +105,21 @@ def compare(model: ir.Model, inputs: dict[str, Array], dtype: str, target: str =
         else:
             assert relative_error(found, wanted) < TOLERANCE[dtype]
     return report
+
+
+def test_results_in_the_operators_of_cards_are_as_large_as_estimated() -> None:
+    model = block("fp16", TAKEN)
+    rewrite(model, "cuda")
+    proto = ir.to_proto(ir.external_data.load_to_model(model))
+    inputs = example_inputs(SPEC, {"rows": 2})
+    evaluator = ReferenceEvaluator(proto, new_ops=list(OPERATORS))
+    results = evaluator.run(None, dict(inputs), intermediate=True)
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    del proto.graph.value_info[:]
+    estimated = result_bytes(proto)
+    names = [name for node in proto.graph.node for name in node.output if name]
+    assert {name: estimated[name] for name in names} == {name: results[name].nbytes for name in names}
 
 
 @BOTH
