@@ -52,6 +52,13 @@ def test_commands_exist(page: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_all_benchmarks_are_listed() -> None:
+    folder = ROOT / "benchmarks"
+    listed = re.findall(r"^\|.*?\| `([\w/]+\.py)", (folder / "README.md").read_text("utf-8"), re.MULTILINE)
+    scripts = [*folder.glob("[a-z]*.py"), *(folder / "studies").glob("[a-z]*.py")]
+    assert {*listed, "tables.py"} == {script.relative_to(folder).as_posix() for script in scripts}
+
+
 @every_page
 def test_command_lines_are_accepted(page: Path) -> None:
     """Each `anydoor` in a block of code, with its flags, up to a redirection or a comment."""
