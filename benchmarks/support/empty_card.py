@@ -75,7 +75,8 @@ class HostDevice:
     def __init__(self, stream: int | None = None) -> None:
         """Makes a stream, if there is none."""
         self._blocks: dict[int, NDArray[np.uint8]] = {}
-        self.stream = stream or self._new(4096)
+        self._pinned: list[NDArray[np.uint8]] = []
+        self.stream = stream or 1
 
     def card(self) -> Card:
         """Returns a large card."""
@@ -83,13 +84,16 @@ class HostDevice:
 
     def allocate(self, nbytes: int) -> int:
         """Returns the address of new memory."""
+        # numpy maps large arrays, so their pages are taken when they are written to
+        block = np.empty(nbytes, np.uint8)
+        self._blocks[block.ctypes.data] = block
         HostDevice.allocated += nbytes
-        return self._new(nbytes)
+        return block.ctypes.data
 
     def allocate_pinned(self, nbytes: int) -> tuple[int, NDArray[np.uint8]]:
         """Returns the address of new memory, and the same as an array."""
-        address = self._new(nbytes)
-        return address, self._blocks[address][-nbytes:]
+        self._pinned.append(np.empty(nbytes, np.uint8))
+        return self._pinned[-1].ctypes.data, self._pinned[-1]
 
     def free(self, address: int) -> None:
         """Frees what `allocate` returned."""
@@ -97,7 +101,8 @@ class HostDevice:
 
     def free_all(self) -> None:
         """Frees everything."""
-        self._blocks.clear()
+        for address in list(self._blocks):
+            self.free(address)
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         """Copies."""
@@ -127,9 +132,3 @@ class HostDevice:
 
     def free_captured(self, captured: Any) -> None:
         """Does nothing."""
-
-    def _new(self, nbytes: int) -> int:
-        # numpy maps large arrays, so their pages are taken when they are written to
-        block = np.empty(nbytes, np.uint8)
-        self._blocks[block.ctypes.data] = block
-        return block.ctypes.data

@@ -44,6 +44,8 @@ def test_memory_of_the_empty_card_is_counted() -> None:
     np.testing.assert_array_equal(pinned, np.arange(10))
     device.free(source)
     assert HostDevice.allocated - before == 1000
+    device.free_all()
+    assert HostDevice.allocated == before
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
