@@ -29,8 +29,8 @@ were measured on an H200, after all else (docs/studies/h100.md)."""
 
 LIBRARY_MARGIN = 1.1
 """What a library's scratch memory takes, as a multiple of the estimated intermediate results of the largest
-graph, with the gaps between its pieces: at full size 1.02 for four samples and 1.09 for one, without the
-workspaces of convolutions."""
+graph, with the gaps between its pieces: at full size 1.00 for one sample, 1.01 for four and 1.03 for eight,
+without the workspaces of convolutions (docs/studies/h100.md)."""
 
 LEAST_LIBRARY_MARGIN = 48_000_000
 """Bytes that it is more than these results, at least."""
