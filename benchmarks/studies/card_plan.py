@@ -6,7 +6,7 @@
 
 ONNX Runtime's CUDA provider is the real one, and asks for the memory that it asks for on a card, but for
 workspaces of convolutions. The libraries below it do nothing (benchmarks/support/empty_card.py). At full size
-that takes 8 GB of memory.
+that takes 8 GB of memory. Device memory is what was allocated, and what is planned for the library itself.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ if __name__ == "__main__":
 
 from benchmarks.support import empty_card
 from benchmarks.support.card.memory import phases
-from benchmarks.support.card.task import Row
+from benchmarks.support.card.page import memory_table
 from benchmarks.support.fingerprint import ROOT
-from benchmarks.support.markdown import number, table
 from benchmarks.support.measuring_process import measured
 from engines.backends.onnxruntime import cuda
 from engines.bundle import Bundle
@@ -39,20 +38,6 @@ from export.noise import fill, is_filled
 from runtime.sizes import size_flag
 
 _STEPS = 4
-
-
-def report(rows: Sequence[Row]) -> str:
-    """Return what was allocated after each phase, beside the plan; in gigabytes."""
-    return table(
-        rows,
-        {
-            "after": lambda row: row["phase"],
-            "allocated, and for the library itself": lambda row: number(row["gb"], 3),
-            "planned in all": lambda row: number(row["planned_gb"], 3),
-            "scratch memory": lambda row: number(row["scratch_gb"], 3),
-            "in use of it": lambda row: number(row["most_scratch_gb"], 3),
-        },
-    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,11 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.memory_budget is not None:
                 given += ["--memory-budget", str(options.memory_budget)]
             environment = empty_card.build(Path(folder))
-            print(
-                report(
-                    list(measured("benchmarks.studies.card_plan", *given, variables=environment, folder=ROOT))
-                )
-            )
+            rows = measured("benchmarks.studies.card_plan", *given, variables=environment, folder=ROOT)
+            print(memory_table(list(rows), digits=3))
     except AnyDoorError as error:
         print(f"card_plan.py: {error}", file=sys.stderr)
         return 2

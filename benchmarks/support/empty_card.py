@@ -57,13 +57,11 @@ def build(folder: Path) -> Mapping[str, str]:
     rest = folder / "rest.c"
     missing = sorted(name for name in names if not re.search(rf"\b{name}\(", source))
     rest.write_text("".join(f"int {name}() {{ return 0; }}\n" for name in missing), "utf-8")
-    for library in ("libcudnn.so.9", "libcuda.so.1"):
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library}", "-o", folder / library, _SOURCE, rest],
-            check=True,
-        )
-    preloaded = os.fspath(folder / "libcudnn.so.9")
-    return {**os.environ, "LD_PRELOAD": preloaded, "LD_LIBRARY_PATH": os.fspath(folder)}
+    library = folder / "libcudnn.so.9"
+    flags = ["-shared", "-fPIC", "-w", f"-Wl,-soname,{library.name}"]
+    subprocess.run(["cc", *flags, "-o", library, _SOURCE, rest], check=True)
+    (folder / "libcuda.so.1").symlink_to(library)
+    return {**os.environ, "LD_PRELOAD": os.fspath(library), "LD_LIBRARY_PATH": os.fspath(folder)}
 
 
 class HostDevice:

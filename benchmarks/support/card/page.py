@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.support.card.pictures import PRESETS, SAME_BITS
 from benchmarks.support.contenders import COLD, PICTURE, REROLL, SAMPLES
@@ -81,14 +81,14 @@ def _pictures(rows: list[Json]) -> str:
     return table([*lines.values(), limits] if known else lines.values(), columns)
 
 
-def _memory(rows: list[Json]) -> str:
+def memory_table(rows: Sequence[Json], digits: int = 2) -> str:
     """Returns the memory after every phase, and what of the provider's scratch memory was in use."""
     columns: dict[str, Cell] = {
         "after": lambda row: row["phase"],
-        "device memory, GB": lambda row: number(row["gb"], 2),
-        "planned in all": lambda row: number(row["planned_gb"], 2),
-        "scratch memory": lambda row: number(row["scratch_gb"], 2),
-        "in use of it": lambda row: number(row["most_scratch_gb"], 2),
+        "device memory, GB": lambda row: number(row["gb"], digits),
+        "planned in all": lambda row: number(row["planned_gb"], digits),
+        "scratch memory": lambda row: number(row["scratch_gb"], digits),
+        "in use of it": lambda row: number(row["most_scratch_gb"], digits),
     }
     return table(rows, columns)
 
@@ -142,7 +142,7 @@ def _tensorrt(rows: list[Json]) -> str:
 
 _SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[[list[Json]], str]], ...] = (
     ("Pictures", ("pictures", "pytorch", "pytorch-compiled"), _pictures),
-    ("Memory", ("memory",), _memory),
+    ("Memory", ("memory",), memory_table),
     ("Graphs", ("graphs",), _graphs),
     ("A server under load", ("server",), _server),
     ("Parity", ("parity",), _parity),

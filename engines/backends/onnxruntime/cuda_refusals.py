@@ -53,8 +53,10 @@ def running_refusal(graph: str, error: Exception) -> BackendError:
 
 
 def _is_about_memory(error: Exception) -> bool:
-    # ours, or one of cudaMalloc in the library
-    return isinstance(error, OutOfDeviceMemoryError) or "out of memory" in str(error)
+    # ours; or the library's, of an arena (as for pinned memory) or cudaMalloc
+    return isinstance(error, OutOfDeviceMemoryError) or any(
+        words in str(error) for words in ("smaller than requested", "Failed to allocate", "out of memory")
+    )
 
 
 def reason(error: Exception) -> str:

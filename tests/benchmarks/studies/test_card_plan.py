@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.studies.card_plan import main, report
+from benchmarks.studies.card_plan import main
+from benchmarks.support.card.page import memory_table
 from benchmarks.support.empty_card import HostDevice
 
 Capture = pytest.CaptureFixture[str]
@@ -28,7 +29,7 @@ def test_a_folder_without_a_bundle(tmp_path: Path, capsys: Capture) -> None:
 
 def test_the_page_has_what_was_allocated_beside_the_plan() -> None:
     row = {"phase": "opened", "gb": 3.0819, "planned_gb": 8.0, "scratch_gb": 0.5012, "most_scratch_gb": 0.0}
-    assert "| opened | 3.082 | 8.000 | 0.501 | 0.000 |" in report([row])
+    assert "| opened | 3.082 | 8.000 | 0.501 | 0.000 |" in memory_table([row], digits=3)
 
 
 def test_memory_of_the_empty_card_is_counted() -> None:

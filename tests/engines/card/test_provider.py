@@ -295,6 +295,7 @@ def test_sessions_compute_the_same_bits_and_grow_no_more(bundle: Bundle) -> None
 @pytest.mark.parametrize(
     ("said", "kind", "sentence"),
     [
+        ("Available memory of 1 is smaller than requested bytes of 2", OutOfDeviceMemoryError, "has no room"),
         ("CUDA failure 2: out of memory", OutOfDeviceMemoryError, "has no room"),
         (
             "This session cannot use the graph capture feature as requested by the user as all the graph "
@@ -323,7 +324,7 @@ def test_a_graph_that_does_not_run_says_why(bundle: Bundle, monkeypatch: pytest.
     (session,) = simulation.library.sessions
 
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("CUDA failure 2: out of memory")
+        raise RuntimeError("Available memory of 1 is smaller than requested bytes of 2")
 
     monkeypatch.setattr(session, "run_with_iobinding", fail)
     with pytest.raises(OutOfDeviceMemoryError, match=r"no room to run the graph 'decode' .*--memory-budget"):
